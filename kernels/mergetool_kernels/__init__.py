@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; imports torch and triton only, nothing of mergetool."""

@@ -1,0 +1,100 @@
+"""Every error mergetool raises on purpose, and the exit code each becomes on the command line.
+
+    MergetoolError
+    ├── CheckFailed        1    a check said no
+    ├── UsageError         2    the request itself is wrong
+    │   ├── ExpressionError     a merge expression that cannot be read or has the wrong degree
+    │   └── PatternError        a selection pattern that is malformed or matches nothing
+    ├── DataError         65    an input's bytes are not what they should be
+    │   ├── HeaderError         a safetensors header breaks a rule of the format
+    │   ├── ShardIndexError     a shard index is malformed, unsafe, or disagrees with its shards
+    │   ├── FamilyError         a file is not a model this tool can merge, or two models do not fit
+    │   └── NonFiniteError      NaN or infinity where a finite number is needed
+    ├── InputMissing      66    an input does not exist or may not be opened
+    ├── OutputError       73    the output cannot be made at the place asked for
+    ├── StorageError      74    reading or writing failed
+    ├── BusyError         75    another run holds the output
+    └── Interrupted      130    the user asked to stop
+
+A message is one sentence: what, where, found, wanted, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class MergetoolError(Exception):
+    """Root of every error raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class CheckFailed(MergetoolError):
+    """A check the user asked for said no."""
+
+    exit_code = 1
+
+
+class UsageError(MergetoolError):
+    """The request itself is wrong: an option, an expression, a combination."""
+
+    exit_code = 2
+
+
+class ExpressionError(UsageError):
+    """A merge expression that cannot be read, or whose degree is wrong."""
+
+
+class PatternError(UsageError):
+    """A selection pattern that is malformed or matches nothing."""
+
+
+class DataError(MergetoolError):
+    """An input's bytes are not what they should be."""
+
+    exit_code = 65
+
+
+class HeaderError(DataError):
+    """A safetensors header breaks a rule of the format."""
+
+
+class ShardIndexError(DataError):
+    """A shard index is malformed, unsafe, or disagrees with its shards."""
+
+
+class FamilyError(DataError):
+    """A file is not a model this tool can merge, or two models do not fit together."""
+
+
+class NonFiniteError(DataError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class InputMissing(MergetoolError):
+    """An input does not exist or may not be opened."""
+
+    exit_code = 66
+
+
+class OutputError(MergetoolError):
+    """The output cannot be made at the place asked for."""
+
+    exit_code = 73
+
+
+class StorageError(MergetoolError):
+    """Reading or writing failed."""
+
+    exit_code = 74
+
+
+class BusyError(MergetoolError):
+    """Another run holds the output."""
+
+    exit_code = 75
+
+
+class Interrupted(MergetoolError):
+    """The user asked to stop; nothing was published."""
+
+    exit_code = 130
