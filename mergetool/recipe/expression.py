@@ -1,0 +1,432 @@
+"""Merge expressions: text to a typed affine graph, without opening a file.
+
+``alkahest + 20 * (artshoot - 'z-image')`` is parsed with Python's own expression grammar, of which only names,
+dotted names, quoted names, numbers, ``+ - * /`` and parentheses are let through; nothing is ever evaluated.
+
+Every value has a *degree*: a model is 1, a number times it scales it, ``+`` and ``-`` add it. A result of degree 1
+is a model, of degree 0 a difference of models; a merge must have degree 1. Degrees are exact fractions, so
+``a/3 + b/3 + c/3`` is a model and ``0.7*a + 0.2*b`` is refused.
+
+The graph is kept in a normal form that fixes the float32 operations an engine performs, in order:
+
+* numbers that meet are multiplied exactly, and rounded to float32 once, where they meet a tensor;
+* in a sum, the same model named twice is one term;
+* in a sum, a term ``-k*y`` is paired with the nearest unpaired earlier term ``k*x`` (else the nearest later one)
+  as ``k*(x - y)``: differences are taken first and scaled afterwards, never ``k*x - k*y``.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite
+
+from mergetool.errors import ExpressionError
+
+MAX_TEXT = 100_000
+MAX_NODES = 10_000
+MAX_DEPTH = 200
+# Beyond float32's range a multiplier turns every weight into infinity, and below it into zero.
+LARGEST_FACTOR = Fraction(2) ** 127
+SMALLEST_FACTOR = Fraction(1, 2**126)
+
+_BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of the expression, by the name or path it was given."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``factor * operand``."""
+
+    factor: Fraction
+    operand: Model | Sum
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Terms added from left to right. A single-term Sum is that term."""
+
+    terms: tuple[Term, ...]
+
+    def models(self) -> tuple[str, ...]:
+        """The model names in order of first appearance in the normal form."""
+        seen: dict[str, None] = {}
+        for term in self.terms:
+            operand = term.operand
+            for name in (operand.name,) if isinstance(operand, Model) else operand.models():
+                seen[name] = None
+        return tuple(seen)
+
+    def degree(self) -> Fraction:
+        """1 for a model, 0 for a difference of models."""
+        return sum((_degree(term) for term in self.terms), Fraction(0))
+
+    def coefficients(self) -> dict[str, Fraction]:
+        """The exact total factor of every model, zeros included."""
+        total: dict[str, Fraction] = {}
+        for term in self.terms:
+            operand = term.operand
+            inner = {operand.name: Fraction(1)} if isinstance(operand, Model) else operand.coefficients()
+            for name, factor in inner.items():
+                total[name] = total.get(name, Fraction(0)) + term.factor * factor
+        return total
+
+    def __str__(self) -> str:
+        return _render(self, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A merge expression of degree 1 in normal form.
+
+    ``text`` is what the user typed, ``first`` the leftmost model in it: the one that gives the output its names,
+    dtypes and protected tensors.
+    """
+
+    text: str
+    first: str
+    graph: Sum
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model of the expression, the first one in front."""
+        return (self.first, *(name for name in self.graph.models() if name != self.first))
+
+    def render(self, names: Mapping[str, str]) -> str:
+        """The normal form as text, each model written as ``names`` says (itself where absent)."""
+        return _render(self.graph, names)
+
+
+def parse(text: str, known: Collection[str] = ()) -> Expression:
+    """Read ``text`` as a merge; ``known`` are the registered names, for the advice to quote ``z-image``.
+
+    Example: ``parse("a + 20*(b - c)").graph`` prints as ``a + 20*(b - c)``.
+
+    Raises ExpressionError, with the column where it helps, for anything but an affine combination of models of
+    degree 1: unknown syntax, products of models, sums of whole models, zero or non-finite factors.
+    """
+    if len(text) > MAX_TEXT:
+        raise ExpressionError(f"the expression has {len(text)} characters; the limit is {MAX_TEXT}.")
+    source = text.strip()
+    if not source:
+        raise ExpressionError('the expression is empty; write for example "a + 20 * (b - c)".')
+    tree = _syntax_tree(source)
+    _check_limits(tree, source)
+    read = _read(tree.body, source)
+    first = _leftmost_model(tree)
+    if isinstance(read, Fraction) or first is None:
+        raise ExpressionError(f'"{source}" is a number, not a model.')
+    _check_quoting(tree, source, known)
+    value = _normal(read)
+    if not value.terms:
+        raise ExpressionError(f'"{source}" cancels to nothing.')
+    _check_degree(value, source)
+    _check_factors(value)
+    return Expression(source, first, value)
+
+
+def _check_quoting(tree: ast.Expression, source: str, known: Collection[str]) -> None:
+    """``z-image`` without quotes reads as ``z`` minus ``image``: say so before the degree looks wrong."""
+    for node in sorted(_value_nodes(tree.body), key=lambda node: (node.lineno, node.col_offset)):
+        name = None if isinstance(node, ast.Constant) else _model_name(node)
+        if name is None or name in known:
+            continue
+        for whole in sorted(known, key=len, reverse=True):
+            if whole in source and name in re.split(r"[^A-Za-z0-9_.]+", whole):
+                raise ExpressionError(
+                    f'no model named "{name}". "{whole}" is a registered name: quote it, as in {whole!r}.'
+                )
+
+
+def _check_degree(value: Sum, source: str) -> None:
+    degree = value.degree()
+    if degree == 1:
+        return
+    shown = number(degree)
+    if degree == 0:
+        raise ExpressionError(
+            f'"{source}" is a difference of models (degree 0), not a model; add it to one, as in '
+            f'"model + {source if _is_product(source) else f"({source})"}", or take it as a LoRA with `mergetool diff`.'
+        )
+    if degree == 2 and len(value.terms) == 2 and all(isinstance(t.operand, Model) for t in value.terms):
+        a, b = (quote(t.operand.name) for t in value.terms if isinstance(t.operand, Model))
+        raise ExpressionError(
+            f'"{source}" adds two whole models (degree 2); did you mean 0.5*{a} + 0.5*{b}, or {a} + ({b} - base)?'
+        )
+    raise ExpressionError(
+        f'"{source}" has degree {shown}: the factors of its models add up to {shown}, and a merge needs 1; '
+        f"add differences, as in a + m*(b - c), or divide by {shown}."
+    )
+
+
+def _is_product(source: str) -> bool:
+    return not re.search(r"[+-]", re.sub(r"\([^()]*\)", "", source))
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def _syntax_tree(source: str) -> ast.Expression:
+    try:
+        return ast.parse(source, mode="eval")
+    except SyntaxError as error:
+        at = f" at column {error.offset}" if error.offset else ""
+        raise ExpressionError(
+            f'"{source}" cannot be read{at}: {error.msg}; names with other characters than letters, digits and _ '
+            "must be quoted, as in 'z-image'."
+        ) from None
+    except (ValueError, MemoryError, RecursionError):
+        raise ExpressionError("the expression cannot be read: it is nested too deeply or holds a NUL.") from None
+
+
+def _check_limits(tree: ast.Expression, source: str) -> None:
+    """Bound size and depth before anything recursive walks the tree."""
+    nodes, stack = 0, [(tree.body, 1)]
+    while stack:
+        node, depth = stack.pop()
+        nodes += 1
+        if nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise ExpressionError(
+                f"the expression is too large: at most {MAX_NODES} terms and {MAX_DEPTH} levels are read."
+            )
+        stack.extend((child, depth + 1) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+
+
+def _leftmost_model(tree: ast.Expression) -> str | None:
+    found: list[tuple[int, int, str]] = []
+    for node in _value_nodes(tree.body):
+        name = _model_name(node)
+        if name is not None:
+            found.append((node.lineno, node.col_offset, name))
+    return min(found)[2] if found else None
+
+
+def _value_nodes(node: ast.expr) -> Iterator[ast.expr]:
+    stack: list[ast.expr] = [node]
+    while stack:
+        current = stack.pop()
+        if isinstance(current, ast.BinOp):
+            stack += [current.left, current.right]
+        elif isinstance(current, ast.UnaryOp):
+            stack.append(current.operand)
+        else:
+            yield current
+
+
+def _model_name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        return ".".join([node.id, *reversed(parts)])
+    return None
+
+
+def _read(node: ast.expr, source: str) -> Fraction | Sum:
+    if isinstance(node, ast.BinOp):
+        return _binary(node, source)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        value = _read(node.operand, source)
+        return value if isinstance(node.op, ast.UAdd) else _scale(Fraction(-1), value)
+    name = _model_name(node)
+    if name is not None:
+        if not name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
+            raise ExpressionError(f"column {node.col_offset + 1}: a model name is empty or holds control characters.")
+        return Sum((Term(Fraction(1), Model(name)),))
+    if isinstance(node, ast.Constant):
+        return _constant(node, source)
+    if isinstance(node, ast.Call):
+        raise ExpressionError(
+            f'column {node.col_offset + 1}: no merge method "{_snippet(node.func, source)}" is registered.'
+        )
+    raise ExpressionError(
+        f'column {node.col_offset + 1}: "{_snippet(node, source)}" is not part of a merge expression; it may hold '
+        "model names, numbers, + - * / and parentheses."
+    )
+
+
+def _constant(node: ast.Constant, source: str) -> Fraction:
+    value = node.value
+    text = _snippet(node, source)
+    finite = (isinstance(value, float) and isfinite(value)) or (isinstance(value, int) and value.bit_length() < 1000)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not finite:
+        raise ExpressionError(f'column {node.col_offset + 1}: "{text}" is not a finite number.')
+    if value == 0:
+        return Fraction(0)  # also 1e-999999999, whose exact fraction would fill the memory
+    try:
+        # The digits as typed, not the double they round to: 0.7 + 0.3 is exactly 1.
+        return Fraction(text.replace("_", ""))
+    except ValueError:
+        return Fraction(value)
+
+
+def _binary(node: ast.BinOp, source: str) -> Fraction | Sum:
+    left, right = _read(node.left, source), _read(node.right, source)
+    where = f'column {node.col_offset + 1}: "{_snippet(node, source)}"'
+    match node.op:
+        case ast.Add() | ast.Sub():
+            sign = Fraction(1 if isinstance(node.op, ast.Add) else -1)
+            if isinstance(left, Fraction) and isinstance(right, Fraction):
+                return left + sign * right
+            if isinstance(left, Fraction) or isinstance(right, Fraction):
+                raise ExpressionError(f"{where} adds a number to a model; numbers only multiply.")
+            signed = _scale(sign, right)
+            assert isinstance(signed, Sum)
+            return _add(left, signed)
+        case ast.Mult():
+            if isinstance(left, Fraction):
+                return _scale(left, right)
+            if isinstance(right, Fraction):
+                return _scale(right, left)
+            raise ExpressionError(f"{where} multiplies two models; only numbers multiply models.")
+        case ast.Div():
+            if not isinstance(right, Fraction):
+                raise ExpressionError(f"{where} divides by a model; only numbers divide models.")
+            if right == 0:
+                raise ExpressionError(f"{where} divides by zero.")
+            return _scale(1 / right, left)
+        case _:
+            raise ExpressionError(f"{where} uses an operator that merges do not have; there are + - * /.")
+
+
+def _snippet(node: ast.AST, source: str) -> str:
+    text = ast.get_source_segment(source, node) or source
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- normal form ---------------------------------------------------------------------------------------------
+
+
+def _scale(factor: Fraction, value: Fraction | Sum) -> Fraction | Sum:
+    if isinstance(value, Fraction):
+        return factor * value
+    if factor == 0:
+        return Sum(())
+    if factor == 1:
+        return value
+    operand = _normal(value)
+    if not operand.terms:
+        return operand
+    if len(operand.terms) == 1:
+        term = operand.terms[0]
+        return Sum((Term(factor * term.factor, term.operand),))
+    return Sum((Term(factor, operand),))
+
+
+def _add(left: Sum, right: Sum) -> Sum:
+    """``left + right``; a sum on the right was written in parentheses and stays one operand."""
+    operand = _normal(right)
+    added = operand.terms if len(operand.terms) < 2 else (Term(Fraction(1), operand),)
+    return Sum(left.terms + added)
+
+
+def _normal(value: Sum) -> Sum:
+    paired = Sum(_pair(_collect(value.terms)))
+    if len(paired.terms) == 1:
+        only = paired.terms[0]
+        if only.factor == 1 and isinstance(only.operand, Sum):
+            return only.operand
+    return paired
+
+
+def _collect(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Add up repeated operands, exactly; one whose factors cancel disappears."""
+    totals: dict[Model | Sum, Fraction] = {}
+    for term in terms:
+        totals[term.operand] = totals.get(term.operand, Fraction(0)) + term.factor
+    return tuple(Term(factor, operand) for operand, factor in totals.items() if factor != 0)
+
+
+def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Turn ``k*x ... - k*y`` into ``k*(x - y)``, each negative term taking its nearest partner."""
+    if len(terms) == 2 and terms[0].factor == 1 and terms[1].factor == -1:
+        return terms
+    partner: dict[int, int] = {}
+    for i, term in enumerate(terms):
+        if term.factor > 0 or not isinstance(term.operand, Model):
+            continue
+        nearest = sorted(range(len(terms)), key=lambda j, i=i: (j > i, abs(j - i)))  # type: ignore[misc]
+        for j in nearest:
+            other = terms[j]
+            if isinstance(other.operand, Model) and other.factor == -term.factor and j not in partner:
+                partner[i], partner[j] = j, i
+                break
+    done: list[Term] = []
+    for i, term in enumerate(terms):
+        mate = partner.get(i)
+        if mate is None:
+            done.append(term)
+        elif i < mate:
+            x, y = (term, terms[mate]) if term.factor > 0 else (terms[mate], term)
+            done.append(Term(x.factor, Sum((Term(Fraction(1), x.operand), Term(Fraction(-1), y.operand)))))
+    return tuple(done)
+
+
+def _degree(term: Term) -> Fraction:
+    operand = term.operand
+    return term.factor * (Fraction(1) if isinstance(operand, Model) else operand.degree())
+
+
+def _check_factors(value: Sum) -> None:
+    for term in value.terms:
+        if not SMALLEST_FACTOR <= abs(term.factor) <= LARGEST_FACTOR:
+            raise ExpressionError(
+                f"the factor {float(term.factor):.3g} is outside what float32 can multiply by "
+                f"({float(SMALLEST_FACTOR):.1e} to {float(LARGEST_FACTOR):.1e})."
+            )
+        if isinstance(term.operand, Sum):
+            _check_factors(term.operand)
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def quote(name: str) -> str:
+    """A model name as it must be written in an expression: bare where that can be read back, else quoted."""
+    if _BARE_NAME.fullmatch(name) and not any(keyword.iskeyword(part) for part in name.split(".")):
+        return name
+    return repr(name)
+
+
+def number(value: Fraction) -> str:
+    """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return f"{value.numerator}/{value.denominator}"
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+    whole = str(abs((value * 10**digits).numerator)).rjust(digits + 1, "0")
+    return f"{'-' if value < 0 else ''}{whole[:-digits]}.{whole[-digits:]}"
+
+
+def _render(value: Sum, names: Mapping[str, str]) -> str:
+    text = ""
+    for term in value.terms:
+        size = abs(term.factor)
+        if isinstance(term.operand, Model):
+            body = quote(names.get(term.operand.name, term.operand.name))
+        else:
+            body = f"({_render(term.operand, names)})"
+        body = body if size == 1 else f"{number(size)}*{body}"
+        sign = "-" if term.factor < 0 else "+"
+        text += f" {sign} {body}" if text else body if sign == "+" else f"-{body}"
+    return text
