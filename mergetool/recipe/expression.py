@@ -117,7 +117,7 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     """
     if len(text) > MAX_TEXT:
         raise ExpressionError(f"the expression has {len(text)} characters; the limit is {MAX_TEXT}.")
-    source = text.strip()
+    source = re.sub(r"\s", " ", text).strip()  # one line, so that columns and messages are too
     if not source:
         raise ExpressionError('the expression is empty; write for example "a + 20 * (b - c)".')
     tree = _syntax_tree(source)
