@@ -1,0 +1,41 @@
+"""What the engine may ask of an implementation of the merge arithmetic.
+
+An implementation works on one chunk of at most ``capacity`` elements at a time and keeps ``registers`` float32
+vectors. Every operation is one IEEE float32 operation per element, rounded to nearest even and never contracted with
+another, so all implementations give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mergetool.checkpoint.dtypes import DType
+
+
+class Ops(Protocol):
+    """Float32 registers over one chunk of elements."""
+
+    def load(self, register: int, raw: memoryview, dtype: DType) -> None:
+        """Set a register from the stored little-endian bytes of a chunk; its length becomes the chunk's."""
+
+    def scale(self, register: int, factor: float) -> None:
+        """Multiply a register by a float32 number."""
+
+    def add(self, register: int, other: int) -> None:
+        """Add one register to another, element by element."""
+
+    def subtract(self, register: int, other: int) -> None:
+        """Subtract ``other`` from ``register``, element by element."""
+
+    def is_finite(self, register: int) -> bool:
+        """True when a register holds neither NaN nor infinity."""
+
+    def first_non_finite(self, register: int) -> tuple[int, int]:
+        """How many elements of a register are NaN or infinite, and the index of the first one."""
+
+    def store(self, register: int, dtype: DType) -> tuple[memoryview, int]:
+        """Round a register to ``dtype``, to nearest even; also the number of elements beyond the dtype's range.
+
+        Elements beyond the range become infinity in fp16, bf16 and fp32, and the largest finite value of their sign
+        in the FP8 types, which have no (e4m3) or no useful (e5m2) infinity. The view is valid until the next call.
+        """

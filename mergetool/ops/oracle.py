@@ -1,0 +1,100 @@
+"""The merge arithmetic once more, in numpy, written to be read: what tests and ``verify`` hold the engine against.
+
+Nothing is shared with the torch path but the dtype table: stored bytes are decoded from their bit patterns, the
+program runs on whole arrays, in float32 (``run(..., np.float32)``: the engine's bytes) or in float64 (the truth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool.ops.program import Add, Load, Program, Scale
+
+Floats = npt.NDArray[Any]
+
+
+def decode(raw: bytes, dtype: DType) -> npt.NDArray[np.float64]:
+    """Stored little-endian bytes as float64, exactly.
+
+    Raises ValueError for a dtype that is not blended.
+    """
+    if dtype in (dtypes.F64, dtypes.F32, dtypes.F16):
+        return np.frombuffer(raw, f"<f{dtype.itemsize}").astype(np.float64)
+    if dtype is dtypes.BF16:
+        bits = np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).astype(np.float64)
+    if dtype is dtypes.F8_E4M3:
+        return _small_float(np.frombuffer(raw, np.uint8), mantissa=3, bias=7, finite_only=True)
+    if dtype is dtypes.F8_E5M2:
+        return _small_float(np.frombuffer(raw, np.uint8), mantissa=2, bias=15, finite_only=False)
+    raise ValueError(f"{dtype.code} is not a blended dtype")
+
+
+def _small_float(
+    codes: npt.NDArray[np.uint8], *, mantissa: int, bias: int, finite_only: bool
+) -> npt.NDArray[np.float64]:
+    """OCP 8-bit floating point (OFP8, revision 1.0): sign, exponent, mantissa; e4m3 has NaN at 0x7F and no infinity."""
+    table = np.empty(256)
+    top = (1 << (7 - mantissa)) - 1
+    for code in range(256):
+        exponent, fraction = (code & 0x7F) >> mantissa, code & ((1 << mantissa) - 1)
+        scaled = fraction / (1 << mantissa)
+        value = (1 + scaled) * 2.0 ** (exponent - bias) if exponent else scaled * 2.0 ** (1 - bias)
+        if finite_only and code & 0x7F == 0x7F:
+            value = np.nan
+        elif not finite_only and exponent == top:
+            value = np.nan if fraction else np.inf
+        table[code] = -value if code & 0x80 else value
+    return table[codes]
+
+
+def run(program: Program, inputs: Sequence[Floats], precision: type[np.floating[Any]] = np.float64) -> Floats:
+    """The program's result over whole arrays, each instruction rounded to ``precision`` (float64 or float32)."""
+    registers: dict[int, Floats] = {}
+    with np.errstate(all="ignore"):
+        for step in program.instructions:
+            if isinstance(step, Load):
+                registers[step.register] = inputs[step.model].astype(precision)
+            elif isinstance(step, Scale):
+                registers[step.register] = registers[step.register] * precision(step.factor)
+            elif isinstance(step, Add):
+                registers[step.register] = registers[step.register] + registers[step.other]
+            else:
+                registers[step.register] = registers[step.register] - registers[step.other]
+    return registers[0]
+
+
+def encode(values: Floats, dtype: DType) -> bytes:
+    """Float32 values rounded once, to nearest even, to a stored dtype; FP8 saturates at its largest finite value."""
+    exact = np.ascontiguousarray(values, dtype=np.float32)
+    if dtype is dtypes.F32:
+        return exact.tobytes()
+    if dtype is dtypes.F16:
+        with np.errstate(over="ignore"):
+            return exact.astype("<f2").tobytes()
+    if dtype is dtypes.BF16:
+        bits = exact.view(np.uint32)
+        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> np.uint32(16)
+        # torch writes every NaN as 0x7FC0.
+        return np.where(np.isnan(exact), np.uint32(0x7FC0), rounded).astype("<u2").tobytes()
+    if dtype in (dtypes.F8_E4M3, dtypes.F8_E5M2):
+        return _nearest_small_float(exact.astype(np.float64), dtype)
+    raise ValueError(f"{dtype.code} is not an output dtype")
+
+
+def _nearest_small_float(values: npt.NDArray[np.float64], dtype: DType) -> bytes:
+    codes = np.arange(128, dtype=np.uint8)
+    table = decode(codes.tobytes(), dtype)
+    table = table[np.isfinite(table)]
+    size = np.minimum(np.abs(values), dtype.largest)
+    above = np.clip(np.searchsorted(table, size), 1, len(table) - 1)
+    low, high = table[above - 1], table[above]
+    up = (high - size < size - low) | ((high - size == size - low) & (above % 2 == 0))
+    chosen = np.where(up, above, above - 1).astype(np.uint8)
+    return (chosen | np.where(np.signbit(values), 0x80, 0).astype(np.uint8)).tobytes()
