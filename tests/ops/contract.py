@@ -44,9 +44,7 @@ def stored(dtype: DType, count: int, seed: int) -> bytes:
     return oracle.encode(values.astype(np.float32), dtype)
 
 
-def execute(
-    ops: Ops, program: Program, inputs: list[bytes], input_dtypes: list[DType], output: DType
-) -> tuple[bytes, int]:
+def execute(ops: Ops, program: Program, inputs: list[bytes], sources: list[DType], output: DType) -> tuple[bytes, int]:
     for step in program.instructions:
         match step:
             case Load(register, model):
