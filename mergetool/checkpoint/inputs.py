@@ -1,0 +1,259 @@
+"""Reading input files: one pinned descriptor each, positioned reads, and windows on a read-only mapping."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mergetool.checkpoint import system
+from mergetool.errors import DataError, InputMissing, StorageError
+
+Identity = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """What must stay equal for a file to count as unchanged."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def neighbouring_target(path: Path) -> Path:
+    """Where the link ``path`` leads, when that is its own folder or the blobs of its own Hugging Face repository.
+
+    Such links are how the Hugging Face cache is laid out (``snapshots/REVISION/... -> blobs/DIGEST``); any
+    other could lead a downloaded model to a private file. Raises DataError for those, InputMissing for a
+    link to nothing.
+    """
+    target = any_target(path)
+    folder = path.parent.resolve()
+    allowed = {folder}
+    allowed.update(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")
+    if target.parent not in allowed:
+        raise DataError(f'"{path}" is a link out of its folder, to "{target}"; pass --follow-links if that is meant.')
+    return target
+
+
+def any_target(path: Path) -> Path:
+    """Where the link ``path`` leads, wherever that is; raises InputMissing for a link to nothing."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
+        raise InputMissing(f'"{path}" is a link that leads to no file; check where it points.') from None
+
+
+def _require_regular(status: os.stat_result, path: Path) -> None:
+    for is_kind, name in _KINDS:
+        if is_kind(status.st_mode):
+            raise DataError(f'"{path}" is {name}; name a regular file instead.')
+
+
+class InputFile:
+    """One input file, opened once and never by name again: a file renamed over it later is not read.
+
+    ``size`` is in bytes and ``identity`` is (device, inode, size, mtime_ns, ctime_ns), both as of the
+    opening. Every method may be called from several threads at once.
+    """
+
+    def __init__(self, path: Path, real_path: Path, fd: int, status: os.stat_result) -> None:
+        self.path = path
+        self.size = status.st_size
+        self.identity = identity_of(status)
+        self._real_path = real_path
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._tried_to_map = False
+        self._mapping: mmap.mmap | None = None
+        self._address = 0
+
+    @classmethod
+    def open(cls, path: Path, *, follow_links: Callable[[Path], Path] | None = None) -> InputFile:
+        """The regular file at ``path``.
+
+        A link is followed by ``follow_links``, which returns the path to open or raises: by default
+        `neighbouring_target`, for ``--follow-links`` `any_target`. Raises InputMissing when there is no such
+        file or it may not be read, DataError for a folder, FIFO, socket, device or a link that is refused.
+        """
+        real_path = path
+        try:
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode):
+                real_path = (follow_links or neighbouring_target)(path)
+                status = os.lstat(real_path)
+            _require_regular(status, path)  # before opening: opening some devices is an action
+            fd = system.open_input(real_path)
+        except OSError as error:
+            raise _cannot_open(error, path) from None
+        try:
+            status = os.fstat(fd)
+            _require_regular(status, path)
+        except BaseException:
+            system.close(fd)
+            raise
+        return cls(path, real_path, fd, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; views that `window` returned stay readable until they are released. Idempotent."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            self._mapping = None
+            self._tried_to_map = True
+        if fd >= 0:
+            system.close(fd)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``.
+
+        Raises ValueError past the end of the file, DataError when the file became shorter than it was at
+        the opening, StorageError when the disk fails.
+        """
+        view = buffer.cast("B")
+        self._require_inside(offset, len(view))
+        done = 0
+        while done < len(view):
+            try:
+                count = system.read_at(self._fd, view[done:], offset + done)
+            except OSError as error:
+                raise _cannot_read(error, self.path) from error
+            if count == 0:
+                raise self._shrank(offset + done)
+            done += count
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``; raises as `read_into` does."""
+        self._require_inside(offset, size)
+        buffer = bytearray(size)
+        if size:
+            self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    @property
+    def can_map(self) -> bool:
+        """False when the system refuses to map the file, on network file systems, and for an empty file."""
+        return self._map() is not None
+
+    def window(self, offset: int, size: int) -> memoryview:
+        """A read-only view of ``size`` bytes at ``offset``, in memory when the call returns.
+
+        The view is of one shared mapping of the file, so it costs no copy; where `can_map` is False it is a
+        view of a copy. Give it back with `drop`. Raises as `read_into` does. A file that another program
+        cuts short while a view is in use ends the process (SIGBUS), as with every mapping.
+        """
+        mapping = self._map()
+        if mapping is None or size == 0:
+            return memoryview(self.read(offset, size))
+        self._require_inside(offset, size)
+        self._populate(offset, size)
+        return memoryview(mapping)[offset : offset + size]
+
+    def drop(self, offset: int, size: int) -> None:
+        """Give the pages of a window back, so that the process does not grow with the file.
+
+        Rounds outwards to whole pages: a page shared with a neighbouring window is faulted in again from
+        the page cache, whereas rounding inwards would keep one page per window for ever. Only this process
+        forgets the pages, the page cache keeps them.
+        """
+        mapping = self._mapping  # held until madvise returns: an address used after unmapping hits other memory
+        if mapping is None or size == 0:
+            return
+        self._require_inside(offset, size)
+        start = offset - offset % mmap.PAGESIZE
+        try:
+            system.advise(self._address + start, offset + size - start, system.MADV_DONTNEED)
+        except OSError as error:
+            if error.errno not in system.UNSUPPORTED:
+                raise _cannot_read(error, self.path) from error
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Start reading these bytes into the page cache and return at once; a hint that never fails."""
+        system.read_ahead(self._fd, offset, size)
+
+    def check_unchanged(self) -> None:
+        """Raises DataError unless the name still leads to the file opened, and its size and times are as then."""
+        try:
+            now = {identity_of(os.fstat(self._fd)), identity_of(os.stat(self._real_path))}
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise DataError(f'"{self.path}" was removed while it was read; run again.') from None
+            raise _cannot_read(error, self.path) from error
+        if now != {self.identity}:
+            raise DataError(
+                f'"{self.path}" changed while it was read (its size, times or inode differ); '
+                "run again when nothing writes to it."
+            )
+
+    def _map(self) -> mmap.mmap | None:
+        with self._lock:
+            if not self._tried_to_map:
+                self._tried_to_map = True
+                if self.size and system.network_file_system(self._fd) is None:
+                    self._mapping, self._address = _map_whole(self._fd, self.size)
+            return self._mapping
+
+    def _populate(self, offset: int, size: int) -> None:
+        """Fault a window in with one call, which also turns the SIGBUS of a cut file into an error."""
+        start = offset - offset % mmap.PAGESIZE
+        try:
+            system.advise(self._address + start, offset + size - start, system.MADV_POPULATE_READ)
+        except OSError as error:
+            if error.errno in system.UNSUPPORTED:  # before Linux 5.14: pages are faulted in one by one
+                return
+            if os.fstat(self._fd).st_size < offset + size:
+                raise self._shrank(os.fstat(self._fd).st_size) from None
+            raise _cannot_read(error, self.path) from error
+
+    def _require_inside(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise ValueError(f'"{self.path}" has {self.size} bytes; bytes {offset} to {offset + size} are not in it')
+
+    def _shrank(self, end: int) -> DataError:
+        return DataError(
+            f'"{self.path}" shrank while it was read, from {self.size} bytes to {end}; '
+            "run again when nothing writes to it."
+        )
+
+
+def _map_whole(fd: int, size: int) -> tuple[mmap.mmap | None, int]:
+    """The read-only shared mapping of a file and its address; None where the system refuses to map it."""
+    import numpy
+
+    try:
+        mapping = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # ENODEV, ENOMEM, EACCES; ValueError: the file is already shorter
+        return None, 0
+    return mapping, numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
+
+
+def _cannot_open(error: OSError, path: Path) -> InputMissing | DataError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return InputMissing(f'"{path}" does not exist; check the path.')
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return InputMissing(f'"{path}" may not be read (permission denied); check its permissions.')
+    if error.errno == errno.ELOOP:
+        return DataError(f'"{path}" became a link while it was opened; run again.')
+    return InputMissing(f'"{path}" cannot be opened ({error.strerror}); check the path.')
+
+
+def _cannot_read(error: OSError, path: Path) -> StorageError:
+    return StorageError(f'"{path}" could not be read ({error.strerror}); check the disk it lies on.')

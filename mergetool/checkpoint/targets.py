@@ -1,0 +1,248 @@
+"""Claiming an output path: what may be written there, who else is writing it, and what dead runs left beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mergetool.checkpoint import system
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.errors import BusyError, OutputError
+
+Kind = Literal["file", "folder"]
+
+_MODEL_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt", "README", "README.md"})
+
+
+def belongs_to_model_folder(name: str) -> bool:
+    """True for the file names a model folder holds: safetensors, JSON, licence, README and .gitattributes."""
+    return name.endswith((".safetensors", ".json")) or name in _MODEL_NAMES
+
+
+def resolve_target(target: Path) -> Path:
+    """The path that will be replaced: absolute, with every link followed, its folder proved to exist.
+
+    Raises OutputError for a link that leads nowhere and for a missing folder.
+    """
+    if target.name in ("", ".", ".."):
+        raise OutputError(f'"{target}" does not name an output; add a file or folder name.')
+    try:
+        if target.is_symlink():
+            return target.resolve(strict=True)
+        folder = target.parent.resolve(strict=True)
+    except (OSError, RuntimeError):
+        if target.is_symlink():
+            raise OutputError(f'"{target}" is a link that leads nowhere; remove it or choose another name.') from None
+        raise OutputError(f'"{target.parent}" is not a folder that exists; make it first.') from None
+    if not folder.is_dir():
+        raise OutputError(f'"{target.parent}" is not a folder; choose another place.')
+    return folder / target.name
+
+
+class TargetClaim:
+    """The right to replace one output path, held from `claim` until `release`.
+
+    ``path`` is the resolved target, ``old`` the status of what is there now (None: nothing), ``removed``
+    what dead runs had left beside it and this claim deleted.
+
+    The lock file ``.NAME.mergetool.lock`` is a courtesy to a second run on the same output. Results stay
+    whole without it (Windows, and network file systems whose locks do not work), because every run
+    writes to a name of its own.
+    """
+
+    def __init__(self, path: Path, kind: Kind, overwrite: bool, inputs: Sequence[InputFile]) -> None:
+        self.path = path
+        self.old: os.stat_result | None = None
+        self.removed: tuple[Path, ...] = ()
+        self._kind = kind
+        self._overwrite = overwrite
+        self._inputs = tuple(inputs)
+        self._lock: int | None = None
+
+    @classmethod
+    def claim(cls, target: Path, size: int, kind: Kind, *, overwrite: bool, inputs: Sequence[InputFile]) -> TargetClaim:
+        """Lock ``target`` for an output of ``size`` bytes, clear what dead runs left, and check there is room.
+
+        Raises OutputError when the target may not be replaced or does not fit, BusyError when another run
+        holds it.
+        """
+        path = resolve_target(target)
+        claim = cls(path, kind, overwrite, inputs)
+        claim.check_replaceable()
+        with system.explained(path, "locking"):
+            claim._lock = _take_lock(_lock_path(path))
+        try:
+            with system.explained(path, "preparing"):
+                claim.removed = tuple(claim._remove_leftovers())
+                _require_space(path, size)
+        except BaseException:
+            claim.release()
+            raise
+        return claim
+
+    def check_replaceable(self) -> None:
+        """Look at what is at the target now, into ``old``; OutputError when it may not be replaced."""
+        self.old = _status(self.path)
+        if self.old is not None:
+            _require_replaceable(self.path, self.old, self._kind, self._overwrite, self._inputs)
+
+    def check_inputs(self) -> None:
+        """DataError when an input is no longer what it was at its opening."""
+        for file in self._inputs:
+            file.check_unchanged()
+
+    def temporary(self) -> Path:
+        """A fresh name beside the target that no other run will choose."""
+        return self.path.with_name(f".{self.path.name}.mergetool-{secrets.token_hex(8)}")
+
+    def release(self) -> None:
+        """Remove the lock file and let go of it. Idempotent, never raises."""
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        # Unlinked while still held: whoever opened it before sees a name that is gone, and opens it anew.
+        attempt(system.unlink, _lock_path(self.path))
+        attempt(system.close, lock)
+
+    def _remove_leftovers(self) -> Iterator[Path]:
+        if self._lock is None:  # without locks nobody can tell a dead run from a living one
+            return
+        pattern = re.compile(re.escape(f".{self.path.name}.mergetool-") + "[0-9a-f]{16}")
+        for entry in sorted(os.scandir(self.path.parent), key=lambda entry: entry.name):
+            leftover = Path(entry.path)
+            if pattern.fullmatch(entry.name) and not entry.is_symlink() and _remove_if_dead(leftover):
+                yield leftover
+
+
+def remove_model_folder(folder: Path) -> None:
+    """Delete a folder that holds nothing but model files, and nothing of one that also holds others' files."""
+    for entry in os.scandir(folder):
+        if belongs_to_model_folder(entry.name) and not entry.is_dir(follow_symlinks=False):
+            system.unlink(Path(entry.path))
+    system.remove_folder(folder)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    with system.explained(path, "looking at it"):
+        try:
+            return os.lstat(path)
+        except FileNotFoundError:
+            return None
+
+
+def _require_space(path: Path, size: int) -> None:
+    free = system.free_space(path.parent)
+    if free is not None and free < size:
+        raise OutputError(
+            f'"{path}" needs {size:,} bytes but only {free:,} are free; free some space or choose another folder.'
+        )
+
+
+def _require_replaceable(
+    path: Path, old: os.stat_result, kind: Kind, overwrite: bool, inputs: Sequence[InputFile]
+) -> None:
+    is_folder = stat.S_ISDIR(old.st_mode)
+    if not is_folder and not stat.S_ISREG(old.st_mode):
+        raise OutputError(f'"{path}" is a device, FIFO or socket; choose another name.')
+    if is_folder and kind == "file":
+        raise OutputError(f'"{path}" is a folder; name a file in it instead.')
+    if not is_folder and kind == "folder":
+        raise OutputError(f'"{path}" is a file, but the output is a folder; choose another name.')
+    sources = {file.identity[:2]: file for file in inputs}
+    entries = _entries(path) if is_folder else {}
+    for item, status in {path: old, **entries}.items():
+        source = sources.get((status.st_dev, status.st_ino))
+        if source is not None:
+            raise OutputError(f'"{item}" is the input "{source.path}" itself; choose another output name.')
+    if not overwrite:
+        raise OutputError(f'"{path}" already exists; choose another name or pass --overwrite.')
+    for item, status in entries.items():
+        if stat.S_ISDIR(status.st_mode) or not belongs_to_model_folder(item.name):
+            raise OutputError(
+                f'"{path}" also holds "{item.name}", which is no part of a model folder; '
+                "choose another folder or move that away."
+            )
+
+
+def _entries(folder: Path) -> dict[Path, os.stat_result]:
+    with system.explained(folder, "listing it"):
+        return {folder / name: os.lstat(folder / name) for name in sorted(os.listdir(folder))}
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.mergetool.lock")
+
+
+def _take_lock(path: Path) -> int | None:
+    """The held lock file's descriptor, None where locks do not work; BusyError when another run holds it."""
+    if system.FCNTL is None:
+        return None
+    while True:
+        fd = system.open_lock(path)
+        mine = False
+        try:
+            taken = system.try_lock(fd)
+            if taken is False:
+                raise _busy(fd, path)
+            mine = _still_named(fd, path)  # else its last holder unlinked it between our open and our lock
+            if mine and taken:
+                os.ftruncate(fd, 0)
+                system.write_at(fd, memoryview(f"{os.getpid()} {socket.gethostname()}\n".encode()), 0)
+                return fd
+        except BaseException:
+            if mine:
+                attempt(system.unlink, path)
+            attempt(system.close, fd)
+            raise
+        if mine:
+            system.unlink(path)
+        system.close(fd)
+        if mine:
+            return None
+
+
+def _busy(fd: int, path: Path) -> BusyError:
+    owner = os.read(fd, 300).decode("utf-8", "replace").split()
+    who = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
+    return BusyError(f'{who} is writing the output that "{path}" guards; wait for it to end or choose another name.')
+
+
+def _still_named(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_dead(leftover: Path) -> bool:
+    """Remove a temporary file or folder unless a living run holds its lock; False when it stays."""
+    try:
+        fd = system.open_input(leftover)
+    except OSError:
+        return False
+    try:
+        if system.try_lock(fd) is not True:
+            return False
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            remove_model_folder(leftover)
+        else:
+            system.unlink(leftover)
+    except OSError:  # another user's, or a folder that now holds something else: leave it
+        return False
+    finally:
+        attempt(system.close, fd)
+    return True
+
+
+def attempt(call: Callable[..., None], *arguments: object) -> None:
+    """Make a clean-up call whose failure must not hide the error that led to it."""
+    try:
+        call(*arguments)
+    except OSError:
+        return
