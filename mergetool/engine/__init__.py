@@ -1,1 +1,1 @@
-"""."""
+"""Run a plan: stream tensors through arithmetic in output order, with bounded memory."""

@@ -1,0 +1,162 @@
+"""Printing: plain lines on stdout, progress and errors on stderr, one JSON object with ``--json``."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from mergetool.errors import MergetoolError, UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+NoProgressOption = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor instead of counts.")]
+
+_BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters, line breaks and bidirectional overrides escaped.
+
+    Names and metadata come out of files; printed raw they could move the cursor or disguise themselves.
+    """
+    return "".join(
+        c if (c.isprintable() or c == " ") and ord(c) not in _BIDI else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def say(text: str = "") -> None:
+    """One line on stdout."""
+    print(printable(text))
+
+
+def heading(word: str, text: str) -> None:
+    """A line under one of the margin words: plan, merge, done, next."""
+    say(f"{word:<8}{text}")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
+    print(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """Aligned columns under the margin; the first ``left`` are flushed left, the others right."""
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        say(" " * 8 + "  ".join(cells).rstrip())
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 12309817472 is "12.3 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def parameters(count: int) -> str:
+    """A parameter count: 6154908736 is "6.15 B"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return str(count)
+
+
+def plural(count: int, noun: str) -> str:
+    """``count`` and its noun: "1 tensor", "453 tensors"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s" if noun[-1] != "x" else f"{count} {noun[:-2]}ices"
+
+
+def listed(names: Sequence[str], *, most: int = 4) -> str:
+    """Some names and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@contextmanager
+def progress(word: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes with rate and time left on stderr; gives the function that moves it on."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=f"{word:<7}", unit="B", unit_scale=True, ascii=" #", leave=True) as bar:
+        yield lambda moved: bar.update(moved) and None
+
+
+class _Ended(BaseException):
+    """A signal asked the process to end; carries the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _on_signal(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Ended(number)
+
+
+def catch_signals() -> None:
+    """Turn SIGINT, SIGTERM and SIGHUP into a clean stop: temporary files go, the exit code is 128 + the signal."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _on_signal)
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn the errors of a command into one sentence on stderr and the exit code of their class."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except MergetoolError as error:
+            fail(str(error), error.exit_code)
+        except _Ended as ended:
+            fail("stopped; nothing was written at the output's place.", 128 + ended.number)
+        except MemoryError:
+            fail("the machine is out of memory; lower --threads or close other programs.", 74)
+        except BrokenPipeError:
+            # `mergetool inspect x | head`: the reader has what it wanted.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    """Say why on stderr and end the command."""
+    print(f"mergetool: {printable(sentence)}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``300MB`` or ``2GB`` (decimal) or ``4GiB`` (binary); raises UsageError."""
+    units = {"": 1, "B": 1}
+    for i, letter in enumerate("KMGT", 1):
+        units |= {f"{letter}B": 1000**i, f"{letter}IB": 1024**i, letter: 1000**i}
+    digits = text.strip().rstrip("BKMGTIbkmgti ")
+    try:
+        value = float(digits) * units[text.strip()[len(digits) :].strip().upper()]
+    except (KeyError, ValueError):
+        raise UsageError(f'"{text}" is not a size; write for example 300MB, 2GB or 4GiB.') from None
+    if not 0 < value < 2**63:
+        raise UsageError(f'"{text}" is not a size that a file can have.')
+    return int(value)

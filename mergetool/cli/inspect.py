@@ -1,0 +1,108 @@
+"""``mergetool inspect``: what a file is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli import console
+from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+
+if TYPE_CHECKING:
+    from mergetool.models import OpenedModel
+
+
+@console.command
+def inspect(
+    model: Annotated[str, typer.Argument(help="A registered name, a file, a folder, or hf://org/repo")],
+    with_hash: Annotated[bool, typer.Option("--hash", help="Read the whole file for its SHA-256.")] = False,
+    as_json: JsonOption = False,
+    no_progress: NoProgressOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show."""
+    from mergetool import models
+
+    with models.open_model(model) as opened:
+        hashes: dict[str, str] = {}
+        if with_hash:
+            total = sum(file.size for file in opened.checkpoint.files)
+            with console.progress("hash", total, shown=not (no_progress or as_json)) as bar:
+                hashes = dict(opened.checkpoint.sha256(progress=bar))
+        if as_json:
+            console.print_json(_as_json(model, opened, hashes, verbose=verbose))
+        else:
+            _print(model, opened, hashes, verbose=verbose)
+
+
+def _dtypes(opened: OpenedModel) -> dict[str, int]:
+    return dict(Counter(info.dtype.name for info in opened.checkpoint.tensors.values()).most_common())
+
+
+def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: bool) -> None:
+    from mergetool.arch import describe
+
+    checkpoint, anatomy = opened.checkpoint, opened.anatomy
+    description = describe(anatomy)
+    total = description.total
+    console.heading("model", f"{model}  {console.size(sum(file.size for file in checkpoint.files))}")
+    console.heading(
+        "",
+        f"{anatomy.family.name}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
+        f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
+    )
+    if anatomy.prefix:
+        console.heading("", f'prefix "{anatomy.prefix}"')
+    console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
+    if anatomy.outside:
+        console.heading("", f"{len(anatomy.outside)} outside the model: {console.listed(anatomy.outside)}")
+    console.table(
+        ["group", "tensors", "parameters", "bytes", "share"],
+        (
+            [g.name, str(g.tensors), console.parameters(g.parameters), console.size(g.nbytes)]
+            + [f"{100 * g.parameters / max(1, total.parameters):.1f} %"]
+            for g in description.groups
+        ),
+    )
+    for key, value in checkpoint.metadata.items():
+        console.heading("meta", f"{key}: {value if verbose or len(value) <= 300 else value[:300] + '...'}")
+    for name, digest in hashes.items():
+        console.heading("sha256", f"{digest}  {digest[:10].upper()}  {name}")
+    if verbose:
+        for name, info in checkpoint.tensors.items():
+            console.heading("", f"{name}  {list(info.shape)}  {info.dtype.name}")
+
+
+def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: bool) -> dict[str, Any]:
+    from mergetool.arch import describe
+
+    checkpoint, anatomy = opened.checkpoint, opened.anatomy
+    description = describe(anatomy)
+    result: dict[str, Any] = {
+        "model": model,
+        "bytes": sum(file.size for file in checkpoint.files),
+        "files": [file.path.name for file in checkpoint.files],
+        "container": checkpoint.container,
+        "family": anatomy.family.name,
+        "layout": anatomy.layout,
+        "prefix": anatomy.prefix,
+        "tensors": len(checkpoint.tensors),
+        "parameters": description.total.parameters,
+        "dtypes": _dtypes(opened),
+        "groups": {
+            g.name: {"tensors": g.tensors, "parameters": g.parameters, "bytes": g.nbytes} for g in description.groups
+        },
+        "outside": list(anatomy.outside),
+        "metadata": dict(checkpoint.metadata),
+    }
+    if hashes:
+        result["sha256"] = hashes
+        result["autov2"] = {name: digest[:10].upper() for name, digest in hashes.items()}
+    if verbose:
+        result["tensor_list"] = [
+            {"name": name, "shape": list(info.shape), "dtype": info.dtype.name}
+            for name, info in checkpoint.tensors.items()
+        ]
+    return result

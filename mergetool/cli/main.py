@@ -1,0 +1,51 @@
+"""The ``mergetool`` program."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mergetool import __version__
+from mergetool.cli import console
+from mergetool.cli.diff import diff
+from mergetool.cli.inspect import inspect
+from mergetool.cli.merge import merge
+from mergetool.cli.models import models
+
+app = typer.Typer(
+    name="mergetool",
+    help="Merge diffusion-transformer checkpoints and take difference LoRAs, streaming: 12 GB models in half a GB of "
+    "memory. Z-Image first; other architectures merge by their tensor names.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 a check said no, 2 usage, 65 bad data, 66 input missing, 73 output cannot be made, "
+    "74 I/O error, 75 busy, 130 interrupted.",
+)
+app.command()(inspect)
+app.command()(merge)
+app.command()(diff)
+app.add_typer(models, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mergetool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Run the command line."""
+    console.catch_signals()
+    app()

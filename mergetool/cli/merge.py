@@ -1,0 +1,209 @@
+"""``mergetool merge``: an affine combination of checkpoints, streamed to one output."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli import console
+from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+from mergetool.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergetool.engine.merge import Outcome
+    from mergetool.recipe.plan import Plan
+
+EXAMPLES = """Examples:
+
+  mergetool merge "alkahest + 20 * (artshoot - 'z-image')" --protect refiner -o out.safetensors
+
+  mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --protect refiner --dtype bf16 -o out.safetensors
+
+  mergetool merge "0.5*a.safetensors + 0.5*b.safetensors" --dry-run
+
+Names are registered with `mergetool models add`; paths and hf://org/repo work too. Quote what is more than
+letters, digits, dots and _. Any multiplier is allowed; differences are taken first, in float32.
+"""
+
+
+@console.command
+def merge(
+    expression: Annotated[str, typer.Argument(help="What to compute, as in: alkahest + 20 * (tuned - base)")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="FILE.safetensors, or a folder for shards. Needed unless --dry-run."),
+    ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="Group or pattern taken bit for bit from the first model. Repeatable.", metavar="PATTERN"),
+    ] = None,
+    keep_from: Annotated[
+        str | None, typer.Option("--from", help="Take protected and excluded tensors from this model.", metavar="MODEL")
+    ] = None,
+    multipliers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Scale the change in a group: 0 leaves the first model, 1 is the expression. Repeatable; later wins.",
+            metavar="GROUP=MULT",
+        ),
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Merge only these. Repeatable.", metavar="PATTERN")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Do not merge these. Repeatable.", metavar="PATTERN")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the first model's]")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Write a folder of shards no larger than this, as in 5GB.", metavar="SIZE")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
+    reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
+    nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
+    as_json: JsonOption = False,
+    no_progress: NoProgressOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
+    from mergetool.engine import job
+    from mergetool.engine import merge as engine
+    from mergetool.recipe.options import Options
+
+    if output is None and not dry_run:
+        raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
+    method = _choice("--reader", reader, ("auto", "mmap", "pread"))
+    non_finite = _choice("--nonfinite", nonfinite, ("refuse", "keep"))
+    options = Options(
+        protect=tuple(protect or ()),
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        multipliers=tuple(_multiplier(text) for text in multipliers or ()),
+        keep_from=keep_from,
+        dtype=job.output_dtype(dtype),
+        layout=layout,
+    )
+    started = time.monotonic()
+    shard_bytes = console.parse_size(shard_size) if shard_size else None
+    with job.open_merge(expression, options, fingerprints=not dry_run) as plan:
+        memory = job.BASE_MEMORY + engine.memory_needed(plan, threads or engine.default_threads())
+        if not as_json:
+            _print_plan(plan, memory, every_tensor=dry_run or verbose)
+        if dry_run or output is None:
+            if as_json:
+                console.print_json(_plan_json(plan, memory))
+            return
+        total = plan.bytes_read + plan.header.data_size
+        with console.progress("merge", total, shown=not (no_progress or as_json)) as bar:
+            outcome = job.run_merge(
+                plan,
+                output,
+                overwrite=overwrite,
+                shard_size=shard_bytes,
+                threads=threads,
+                method=method,
+                non_finite=non_finite,
+                progress=bar,
+            )
+        seconds = time.monotonic() - started
+        if as_json:
+            console.print_json(_plan_json(plan, memory) | _outcome_json(outcome, output, seconds))
+        else:
+            _print_outcome(plan, outcome, output, seconds)
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
+    return value
+
+
+def _multiplier(text: str) -> tuple[str, Fraction]:
+    pattern, equals, number = text.rpartition("=")
+    try:
+        value = Fraction(number.strip()) if len(number) < 40 and abs(float(number)) < 1e38 else None
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if not equals or not pattern or value is None:
+        raise UsageError(f'--set "{text}" is not GROUP=MULT with a finite number, as in --set refiner=0.')
+    return pattern.strip(), value
+
+
+def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+    family = plan.inputs[0].anatomy.family.name
+    dtypes = "/".join(sorted({t.dtype.code for t in plan.tensors if t.dtype.blendable}))
+    count = sum(step.elements for tensor in plan.tensors for step in tensor.steps)
+    console.heading(
+        "plan",
+        f"{family}, {console.plural(len(plan.tensors), 'tensor')}, {console.parameters(count)} parameters, {dtypes}, "
+        f"{plan.layout} layout",
+    )
+    console.heading("", str(plan.expression.graph))
+    if every_tensor:
+        for tensor in plan.tensors:
+            reasons = dict.fromkeys(step.reason for step in tensor.steps)
+            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.dtype.name}  {', '.join(reasons)}")
+    reasons_of = plan.reasons()
+    console.heading("", " · ".join(f"{len(names)} {reason}" for reason, names in reasons_of.items()))
+    for reason, names in reasons_of.items():
+        if reason.startswith("not in ") and not every_tensor:
+            console.heading("", f"{reason}: {console.listed(names)}")
+    if plan.left_out:
+        console.heading("", f"{len(plan.left_out)} left out: " + console.listed([f"{n} ({r})" for n, r in plan.left_out]))
+    console.heading(
+        "",
+        f"reads {console.size(plan.bytes_read)}, writes {console.size(plan.header.file_size)}, "
+        f"memory {console.size(memory)}, disk {console.size(plan.header.file_size)}",
+    )
+    for warning in plan.warnings:
+        console.heading("note", warning)
+
+
+def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
+    console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
+    for counts, what in ((outcome.capped, "beyond the dtype and capped"), (outcome.non_finite, "NaN or infinite")):
+        if counts:
+            names = [f"{name} ({count})" for name, count in sorted(counts.items())]
+            console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+    console.heading("next", f"mergetool inspect {output}")
+
+
+def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
+    return {
+        "expression": str(plan.expression.graph),
+        "family": plan.inputs[0].anatomy.family.name,
+        "layout": plan.layout,
+        "inputs": [model.name for model in plan.inputs],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.header.file_size,
+        "memory": memory,
+        "actions": {reason: len(names) for reason, names in plan.reasons().items()},
+        "tensors": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype.name,
+                "steps": [{"part": step.part, "action": step.reason} for step in tensor.steps],
+            }
+            for tensor in plan.tensors
+        ],
+        "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
+        "warnings": list(plan.warnings),
+        "metadata": dict(plan.header.metadata),
+    }
+
+
+def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "seconds": round(seconds, 3),
+        "capped": dict(sorted(outcome.capped.items())),
+        "non_finite": dict(sorted(outcome.non_finite.items())),
+    }

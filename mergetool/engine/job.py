@@ -1,0 +1,99 @@
+"""A merge from beginning to end: open the models, plan, stage, run, commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mergetool import models
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine import merge
+from mergetool.engine.merge import NonFinite, Outcome
+from mergetool.engine.reading import Method
+from mergetool.errors import InputMissing
+from mergetool.recipe.expression import parse
+from mergetool.recipe.options import Options
+from mergetool.recipe.plan import Input, Plan, plan_merge
+
+# Anonymous memory of a process that has imported torch and opened three models, before it works.
+BASE_MEMORY = 220_000_000
+
+
+def output_dtype(name: str | None) -> DType | None:
+    """The dtype that ``--dtype`` names, None for the first model's; raises UsageError."""
+    return None if name is None else dtypes.output_dtype(name)
+
+
+@contextmanager
+def open_merge(text: str, options: Options | None = None, *, fingerprints: bool = True) -> Iterator[Plan]:
+    """The plan of the merge that ``text`` describes; its inputs are closed at the end of the ``with`` block.
+
+    Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
+    DataError and their kin: every failure that needs no tensor data happens here.
+    """
+    options = options or Options()
+    expression = parse(text, known=[entry.name for entry in models.listing()])
+    names = list(expression.models)
+    if options.keep_from and options.keep_from not in names:
+        names.append(options.keep_from)
+    with ExitStack() as stack:
+        inputs = []
+        for name in names:
+            opened = models.open_model(name)
+            stack.enter_context(opened.checkpoint)
+            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
+        prints = {model.name: model.checkpoint.fingerprint() for model in inputs} if fingerprints else None
+        yield plan_merge(expression, inputs, options, fingerprints=prints)
+
+
+def run_merge(
+    plan: Plan,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    shard_size: int | None = None,
+    threads: int | None = None,
+    method: Method = "auto",
+    non_finite: NonFinite = "refuse",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Outcome:
+    """Run ``plan`` and publish its output: complete, or not at all.
+
+    ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
+    and, where one is known, a config.json. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
+    ``output`` is then what it was before.
+    """
+    if not output.parent.exists():
+        raise InputMissing(f'the folder "{output.parent}" does not exist; make it first.')
+    files = [file for model in plan.inputs for file in model.checkpoint.files]
+    with CheckpointWriter.stage(
+        output,
+        plan.header,
+        overwrite=overwrite,
+        shard_size=shard_size,
+        inputs=files,
+        extra_files=_config_files(plan),
+    ) as writer:
+        outcome = merge.run(
+            plan, writer, threads=threads, method=method, non_finite=non_finite, progress=progress
+        )
+        writer.commit()
+    return outcome
+
+
+def _config_files(plan: Plan) -> Mapping[str, bytes]:
+    """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes."""
+    anatomy = plan.inputs[0].anatomy
+    for model in plan.inputs:
+        if model.checkpoint.config is not None:
+            return {"config.json": _json_file(model.checkpoint.config)}
+    derived = anatomy.family.config(anatomy)
+    return {} if derived is None else {"config.json": _json_file(derived)}
+
+
+def _json_file(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,255 @@
+"""Merge: run every step of a plan in chunks that stay in the cache, on several threads, in output order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine.reading import Fetcher, Method, fetcher
+from mergetool.errors import NonFiniteError
+from mergetool.ops.cpu import CpuOps
+from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
+
+# 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
+CHUNK = 1 << 19
+# Chunks asked of the disk ahead of the one at work: enough to keep it busy, little enough not to evict itself.
+READ_AHEAD = 16
+
+NonFinite = Literal["refuse", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Elements ``[start, start + count)`` of one step of one output tensor."""
+
+    tensor: OutputTensor
+    step: Step
+    start: int
+    count: int
+
+
+@dataclass
+class Outcome:
+    """What a run has to say beyond its output.
+
+    ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
+    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through.
+    """
+
+    capped: dict[str, int] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def memory_needed(plan: Plan, threads: int) -> int:
+    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for ``threads`` workers."""
+    windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
+    return threads * CHUNK * (4 * plan.registers + 4 + 4 * windows)
+
+
+def run(
+    plan: Plan,
+    writer: CheckpointWriter,
+    *,
+    threads: int | None = None,
+    method: Method = "auto",
+    non_finite: NonFinite = "refuse",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Outcome:
+    """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
+
+    ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written
+    depend on neither ``threads`` nor ``method``. Raises NonFiniteError for NaN or infinity in an input or from
+    overflow unless they are to be kept, and whatever reading and writing raise; after an exception nothing more is
+    written.
+    """
+    workers = _Workers(plan, writer, method, non_finite)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
+    try:
+        workers.run(threads or default_threads(), progress)
+    finally:
+        torch.set_num_threads(torch_threads)
+    return workers.outcome
+
+
+def jobs(plan: Plan) -> Iterator[Job]:
+    """The work in output order."""
+    for tensor in plan.tensors:
+        for step in tensor.steps:
+            for start in range(0, step.elements, CHUNK):
+                yield Job(tensor, step, start, min(CHUNK, step.elements - start))
+
+
+class _Workers:
+    def __init__(self, plan: Plan, writer: CheckpointWriter, method: Method, non_finite: NonFinite) -> None:
+        self.plan = plan
+        self.writer = writer
+        self.method = method
+        self.non_finite = non_finite
+        self.outcome = Outcome()
+        self._jobs = list(jobs(plan))
+        self._next = 0
+        self._moved = 0
+        self._failure: BaseException | None = None
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._files = [file for model in plan.inputs for file in model.checkpoint.files]
+
+    def run(self, threads: int, progress: Callable[[int], None]) -> None:
+        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(threads)]
+        for thread in pool:
+            thread.start()
+        try:
+            for thread in pool:
+                while thread.is_alive():
+                    thread.join(timeout=0.05)
+                    progress(self._take_moved())
+        finally:
+            # Also on Ctrl-C, which only this thread sees: the others finish their chunk and stop.
+            self._stop.set()
+            for thread in pool:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+        progress(self._take_moved())
+
+    def _take_moved(self) -> int:
+        with self._lock:
+            moved, self._moved = self._moved, 0
+        return moved
+
+    def _work(self) -> None:
+        try:
+            worker = _Worker(self, CpuOps(capacity=CHUNK, registers=self.plan.registers))
+            while not self._stop.is_set():
+                with self._lock:
+                    index, self._next = self._next, self._next + 1
+                if index >= len(self._jobs):
+                    return
+                self._announce(index + READ_AHEAD)
+                moved = worker.do(self._jobs[index])
+                with self._lock:
+                    self._moved += moved
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+
+    def _announce(self, index: int) -> None:
+        """Ask the disk for a later chunk; the first call asks for everything up to it."""
+        for later in range(READ_AHEAD if index == READ_AHEAD else index, index + 1):
+            if later < len(self._jobs):
+                job = self._jobs[later]
+                for window in job.step.windows:
+                    file, offset, size = self.place(window, job)
+                    file.will_need(offset, size)
+
+    def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
+        """The file, offset and size in bytes of a job's share of a window."""
+        file, base = self.plan.inputs[window.input].checkpoint.locate(window.tensor)
+        bits = window.dtype.bits
+        begin, end = job.start * bits // 8, -(-(job.start + job.count) * bits // 8)
+        return file, base + window.start + begin, end - begin
+
+    def new_fetcher(self) -> Fetcher:
+        return fetcher(self.method, self._files)
+
+    def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
+        with self._lock:
+            counts[tensor] = counts.get(tensor, 0) + count
+
+
+class _Worker:
+    """One thread's registers, buffers and reading method."""
+
+    def __init__(self, run: _Workers, ops: CpuOps) -> None:
+        self.run = run
+        self.ops = ops
+        self.fetcher = run.new_fetcher()
+
+    def do(self, job: Job) -> int:
+        """Compute and write one job; returns the bytes moved."""
+        places = [self.run.place(window, job) for window in job.step.windows]
+        raw = [self.fetcher.fetch(slot, *place) for slot, place in enumerate(places)]
+        dtypes = [window.dtype for window in job.step.windows]
+        bits = job.tensor.dtype.bits
+        at = (job.step.first + job.start) * bits // 8
+        if job.step.program is None:
+            if dtypes[0].blendable:
+                self._execute(COPY, raw, dtypes)
+                self._check(job, raw, dtypes)
+            out = raw[0]
+        else:
+            self._execute(job.step.program, raw, dtypes)
+            self._check(job, raw, dtypes)
+            out, beyond = self.ops.store(0, job.tensor.dtype)
+            if beyond:
+                self._beyond(job, beyond)
+        self.run.writer.write(job.tensor.name, at, out)
+        moved = len(out) + sum(size for _, _, size in places)
+        for view in raw:
+            view.release()
+        for place in places:
+            self.fetcher.release(*place)
+        return moved
+
+    def _execute(self, program: Program, raw: list[memoryview], dtypes: list[DType]) -> None:
+        ops = self.ops
+        for step in program.instructions:
+            if isinstance(step, Load):
+                ops.load(step.register, raw[step.model], dtypes[step.model])
+            elif isinstance(step, Scale):
+                ops.scale(step.register, step.factor)
+            elif isinstance(step, Subtract):
+                ops.subtract(step.register, step.other)
+            else:
+                ops.add(step.register, step.other)
+
+    def _check(self, job: Job, raw: list[memoryview], dtypes: list[DType]) -> None:
+        if self.ops.is_finite(0):
+            return
+        if self.run.non_finite == "keep":
+            count, _ = self.ops.first_non_finite(0)
+            self.run.note(self.run.outcome.non_finite, job.tensor.name, count)
+            return
+        for window, view, dtype in zip(job.step.windows, raw, dtypes, strict=True):
+            self.ops.load(0, view, dtype)
+            if not self.ops.is_finite(0):
+                model = self.run.plan.inputs[window.input].name
+                count, first = self.ops.first_non_finite(0)
+                raise NonFiniteError(
+                    f'{model}: tensor "{window.tensor}" holds NaN or infinity ({count} of the {job.count} elements '
+                    f"looked at, the first at element {window.start // dtype.itemsize + job.start + first}); "
+                    "mend the file, or pass --nonfinite keep."
+                )
+        raise NonFiniteError(
+            f'tensor "{job.tensor.name}" overflows float32 although its inputs are finite; use smaller multipliers.'
+        )
+
+    def _beyond(self, job: Job, count: int) -> None:
+        dtype = job.tensor.dtype
+        if dtype.bits == 8:
+            self.run.note(self.run.outcome.capped, job.tensor.name, count)
+        elif self.run.non_finite == "keep":
+            self.run.note(self.run.outcome.non_finite, job.tensor.name, count)
+        else:
+            raise NonFiniteError(
+                f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
+                f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
+            )

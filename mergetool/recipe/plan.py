@@ -1,0 +1,337 @@
+"""A merge resolved against real headers: what happens to every tensor, before any tensor is read.
+
+Policy, for every part (a parameter under its canonical name) of the first model:
+
+* in every model that the expression needs and blendable (a float type): **merged**;
+* selected by ``--protect`` or ``--exclude``, or not by ``--include``: **kept**, from the first model or ``--from``;
+* in ``--set`` with multiplier 0: kept from the first model;
+* missing from one of the other models: kept, and named;
+* integers, booleans and other types that cannot be blended: kept, and named;
+* of different shape in two models: an error, unless it is kept.
+
+A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not. A part that
+only other models have is left out, and named. Tensors outside the model (a bundled VAE or text encoder) are copied
+from the first model when the output keeps its layout, else left out, and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+
+from mergetool import arch
+from mergetool.arch import Anatomy, Part
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.header import Header, TensorInfo
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.errors import FamilyError, UsageError
+from mergetool.ops.program import Load, Program
+from mergetool.recipe import provenance
+from mergetool.recipe.compiler import compile_merge
+from mergetool.recipe.expression import Expression
+from mergetool.recipe.options import Options
+
+MERGED = "merged"
+COPY = Program((Load(0, 0),))
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean."""
+
+    name: str
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where one operand of a part is stored: bytes ``[start, start + elements * itemsize)`` of a stored tensor."""
+
+    input: int
+    tensor: str
+    start: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One part of one output tensor: elements ``[first, first + elements)`` of it.
+
+    ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
+    ``reason`` is ``"merged"`` or why the part is not.
+    """
+
+    part: str
+    first: int
+    elements: int
+    program: Program | None
+    windows: tuple[Window, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output file and the steps that fill it, in order."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge will do. ``tensors`` are in the order of the output file."""
+
+    expression: Expression
+    inputs: tuple[Input, ...]
+    options: Options
+    layout: str
+    prefix: str
+    tensors: tuple[OutputTensor, ...]
+    left_out: tuple[tuple[str, str], ...]  # name, reason
+    warnings: tuple[str, ...] = ()
+    header: Header = field(default_factory=lambda: Header.plan([]))
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that will be read from all inputs."""
+        return sum(
+            step.elements * window.dtype.bits // 8
+            for tensor in self.tensors
+            for step in tensor.steps
+            for window in step.windows
+        )
+
+    @property
+    def registers(self) -> int:
+        """The most float32 registers that any step needs."""
+        return max((s.program.registers for t in self.tensors for s in t.steps if s.program), default=1)
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Reason -> the output tensors with a part of that reason, in file order."""
+        found: dict[str, dict[str, None]] = {}
+        for tensor in self.tensors:
+            for step in tensor.steps:
+                found.setdefault(step.reason, {})[tensor.name] = None
+        return {reason: list(names) for reason, names in found.items()}
+
+
+def plan_merge(
+    expression: Expression, inputs: Sequence[Input], options: Options, *, fingerprints: Mapping[str, str] | None = None
+) -> Plan:
+    """Resolve ``expression`` against the opened ``inputs`` (the first model in front; ``--from`` may come last).
+
+    ``fingerprints`` maps input names to content fingerprints for the metadata; without them a placeholder of the same
+    length is planned. Raises FamilyError where models do not fit together, PatternError for a pattern that selects
+    nothing, UsageError for options that contradict each other.
+    """
+    return _Planner(expression, tuple(inputs), options).plan(fingerprints or {})
+
+
+class _Planner:
+    def __init__(self, expression: Expression, inputs: tuple[Input, ...], options: Options) -> None:
+        self.expression = expression
+        self.inputs = inputs
+        self.options = options
+        self.first = inputs[0]
+        self.family = self.first.anatomy.family
+        self.column = {model.name: i for i, model in enumerate(inputs)}
+        self.needed = [self.column[name] for name in expression.graph.models()]
+        self.keeper = self.column[options.keep_from] if options.keep_from else 0
+        self._check_families()
+        self.kept = self._kept_parts()
+        self.multiplier = self._multipliers()
+        self.programs: dict[Fraction, Program] = {}
+
+    def plan(self, fingerprints: Mapping[str, str]) -> Plan:
+        layout, prefix, outputs = self._outputs()
+        tensors = [self._tensor(prefix + name, parts) for name, parts in outputs]
+        left_out = self._only_elsewhere()
+        outside = self.first.anatomy.outside
+        if (layout, prefix) == (self.first.anatomy.layout, self.first.anatomy.prefix):
+            tensors += [self._outside(name) for name in outside]
+            tensors = self._in_file_order(tensors)
+        else:
+            left_out += [(name, f"outside the model, and the layout is not {self.first.name}'s") for name in outside]
+        metadata = provenance.metadata(
+            self.expression, [model.name for model in self.inputs], self.options, fingerprints
+        )
+        header = Header.plan(((t.name, t.dtype, t.shape) for t in tensors), metadata)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        return Plan(
+            self.expression,
+            self.inputs,
+            self.options,
+            layout,
+            prefix,
+            tuple(by_name[name] for name in header.tensors),
+            tuple(left_out),
+            tuple(self._warnings()),
+            header,
+        )
+
+    # --- choices ---------------------------------------------------------------------------------------------
+
+    def _check_families(self) -> None:
+        for other in self.inputs[1:]:
+            if other.anatomy.family is not self.family:
+                raise FamilyError(
+                    f"{other.name} is a {other.anatomy.family.name} model and {self.first.name} a {self.family.name} "
+                    "one; models of different families cannot be merged."
+                )
+
+    def _kept_parts(self) -> dict[str, str]:
+        options, anatomy = self.options, self.first.anatomy
+        kept: dict[str, str] = {}
+        if options.include:
+            chosen = frozenset[str]().union(*arch.select(options.include, anatomy).values())
+            kept |= {name: "not in --include" for name in anatomy.parts if name not in chosen}
+        for label, patterns in (("excluded", options.exclude), ("protected", options.protect)):
+            for pattern, names in (arch.select(patterns, anatomy) if patterns else {}).items():
+                kept |= dict.fromkeys(names, f"{label}: {pattern}")
+        missing = [name for name in kept if name not in self.inputs[self.keeper].anatomy.parts]
+        if missing:
+            raise FamilyError(
+                f'{self.inputs[self.keeper].name} has no tensor "{missing[0]}" to keep '
+                f"({len(missing)} in all); name another model with --from."
+            )
+        if len(kept) == len(anatomy.parts):
+            raise UsageError("every tensor is protected or excluded, so nothing would be merged.")
+        return kept
+
+    def _multipliers(self) -> dict[str, Fraction]:
+        chosen: dict[str, Fraction] = {}
+        for pattern, multiplier in self.options.multipliers:
+            for names in arch.select([pattern], self.first.anatomy).values():
+                chosen |= dict.fromkeys(names, multiplier)
+        return chosen
+
+    def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:
+        anatomy = self.first.anatomy
+        layout = self.options.layout or anatomy.layout
+        self.family.check_layout(layout)
+        if self.options.layout is None:
+            prefix = anatomy.prefix
+            stored = anatomy.stored_parts()
+            return layout, prefix, [(name.removeprefix(prefix), parts) for name, parts in stored.items()]
+        return layout, "", self.family.outputs(anatomy.parts, layout)
+
+    # --- tensors ---------------------------------------------------------------------------------------------
+
+    def _tensor(self, name: str, part_names: tuple[str, ...]) -> OutputTensor:
+        parts = [self.first.anatomy.parts[part] for part in part_names]
+        dtype = self._output_dtype(parts)
+        rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else None
+        shape = parts[0].shape if rows is None else (rows, *parts[0].shape[1:])
+        steps: list[Step] = []
+        first = 0
+        for part in parts:
+            steps.append(self._step(part, first, dtype))
+            first += part.numel
+        return OutputTensor(name, dtype, shape, tuple(steps))
+
+    def _output_dtype(self, parts: Sequence[Part]) -> DType:
+        widest = max((part.dtype for part in parts), key=lambda dtype: dtype.bits)
+        if self.options.dtype is not None and all(part.dtype.blendable for part in parts):
+            return self.options.dtype
+        return widest
+
+    def _step(self, part: Part, first: int, dtype: DType) -> Step:
+        multiplier = self.multiplier.get(part.name, Fraction(1))
+        reason = self.kept.get(part.name) or self._obstacle(part.name)
+        if reason is None and multiplier == 0:
+            reason = "--set to 0"
+        if reason is not None:
+            column = self.keeper if part.name in self.kept else 0
+            window = self._window(column, part.name)
+            kept = self.inputs[column].anatomy.parts[part.name]
+            if column and kept.shape != part.shape:
+                raise self._shape_clash(part.name, column)
+            if kept.dtype == dtype:
+                return Step(part.name, first, part.numel, None, (window,), reason)
+            return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {dtype.name}")
+        program = self._program(multiplier)
+        windows = tuple(self._window(column, part.name) for column in self._columns(program))
+        return Step(part.name, first, part.numel, self._reindexed(program), windows, MERGED)
+
+    def _obstacle(self, part: str) -> str | None:
+        """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
+        mine = self.first.anatomy.parts[part]
+        for column in self.needed:
+            theirs = self.inputs[column].anatomy.parts.get(part)
+            if theirs is None:
+                return f"not in {self.inputs[column].name}"
+            if not (theirs.dtype.blendable and mine.dtype.blendable):
+                return f"{theirs.dtype.name if mine.dtype.blendable else mine.dtype.name} is not blended"
+            if theirs.shape != mine.shape:
+                raise self._shape_clash(part, column)
+        return None
+
+    def _shape_clash(self, part: str, column: int) -> FamilyError:
+        mine, theirs = self.first.anatomy.parts[part].shape, self.inputs[column].anatomy.parts[part].shape
+        return FamilyError(
+            f'tensor "{part}" has shape {list(mine)} in {self.first.name} but {list(theirs)} in '
+            f'{self.inputs[column].name}; a merge needs equal shapes: leave it out with --exclude "{part}", '
+            "or pick models of one architecture."
+        )
+
+    def _program(self, multiplier: Fraction) -> Program:
+        if multiplier not in self.programs:
+            self.programs[multiplier] = compile_merge(self.expression, self.column, multiplier)
+        return self.programs[multiplier]
+
+    @staticmethod
+    def _columns(program: Program) -> tuple[int, ...]:
+        return tuple(step.model for step in program.instructions if isinstance(step, Load))
+
+    @classmethod
+    def _reindexed(cls, program: Program) -> Program:
+        """The program with its loads numbered 0, 1, 2...: each load has its own window."""
+        count = iter(range(len(program.instructions)))
+        return Program(tuple(Load(s.register, next(count)) if isinstance(s, Load) else s for s in program.instructions))
+
+    def _window(self, column: int, part_name: str) -> Window:
+        model = self.inputs[column]
+        part = model.anatomy.parts[part_name]
+        info = model.checkpoint.tensors[part.stored.tensor]
+        row_bytes = info.nbytes // max(1, _rows(info))
+        return Window(column, part.stored.tensor, part.stored.row * row_bytes, part.dtype)
+
+    def _outside(self, name: str) -> OutputTensor:
+        info = self.first.checkpoint.tensors[name]
+        step = Step(name, 0, prod(info.shape), None, (Window(0, name, 0, info.dtype),), "outside the model")
+        return OutputTensor(name, info.dtype, info.shape, (step,))
+
+    def _in_file_order(self, tensors: list[OutputTensor]) -> list[OutputTensor]:
+        place = {name: i for i, name in enumerate(self.first.checkpoint.tensors)}
+        return sorted(tensors, key=lambda tensor: place[tensor.name])
+
+    # --- what is said ----------------------------------------------------------------------------------------
+
+    def _only_elsewhere(self) -> list[tuple[str, str]]:
+        left_out: dict[str, str] = {}
+        for model in self.inputs[1:]:
+            for name in model.anatomy.parts:
+                if name not in self.first.anatomy.parts:
+                    left_out.setdefault(name, f"only in {model.name}")
+        return list(left_out.items())
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        for model in self.inputs:
+            narrow = {p.dtype.name for p in model.anatomy.parts.values() if p.dtype.blendable and p.dtype.bits == 8}
+            if narrow:
+                warnings.append(
+                    f"{model.name} is {'/'.join(sorted(narrow))}: its rounding is part of every difference with it"
+                )
+        if self.options.dtype is not None and self.options.dtype.name == "fp16":
+            warnings.append("fp16 output: Z-Image's activations overflow in fp16; bf16 is the safe choice")
+        return warnings
+
+
+def _rows(info: TensorInfo) -> int:
+    return info.shape[0] if info.shape else 1

@@ -1,0 +1,58 @@
+"""What a merge writes about itself into its output: enough to do it again, nothing about where or when it was done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from mergetool import __version__
+from mergetool.recipe.expression import Expression, number
+from mergetool.recipe.options import Options
+
+# A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
+FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
+
+
+def metadata(
+    expression: Expression, models: Sequence[str], options: Options, fingerprints: Mapping[str, str]
+) -> dict[str, str]:
+    """The ``__metadata__`` of a merge: recipe, inputs with their content fingerprints, and version.
+
+    ``models`` are the names as the user gave them; they are written by ``display_names``, so that no path is
+    published. ``format`` is what transformers and diffusers look for.
+    """
+    names = display_names(models)
+    recipe: dict[str, object] = {"expression": expression.render(names)}
+    for key, patterns in (("protect", options.protect), ("include", options.include), ("exclude", options.exclude)):
+        if patterns:
+            recipe[key] = list(patterns)
+    if options.multipliers:
+        recipe["set"] = [f"{pattern}={number(value)}" for pattern, value in options.multipliers]
+    if options.keep_from:
+        recipe["from"] = names[options.keep_from]
+    if options.dtype:
+        recipe["dtype"] = options.dtype.name
+    if options.layout:
+        recipe["layout"] = options.layout
+    inputs = [{"name": names[m], "fingerprint": fingerprints.get(m, FINGERPRINT_PLACEHOLDER)} for m in models]
+    return {
+        "format": "pt",
+        "mergetool.version": __version__,
+        "mergetool.recipe": json.dumps(recipe, sort_keys=True),
+        "mergetool.inputs": json.dumps(inputs, sort_keys=True),
+    }
+
+
+def display_names(names: Sequence[str]) -> dict[str, str]:
+    """Names fit for publication: a path or address becomes its last component without suffix, made unique.
+
+    Example: ``["base", "/home/me/x.safetensors"]`` gives ``{"base": "base", "/home/me/x.safetensors": "x"}``.
+    """
+    shown: dict[str, str] = {}
+    for name in names:
+        short = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors") or name
+        unique, count = short, 2
+        while unique in shown.values():
+            unique, count = f"{short}-{count}", count + 1
+        shown[name] = unique
+    return shown
