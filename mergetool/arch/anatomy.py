@@ -1,0 +1,191 @@
+"""What a checkpoint's tensor names mean: parts, where each is stored, and the family that names them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows ``[row, row + rows)`` of dimension 0 of the stored tensor ``tensor``.
+
+    A whole tensor is ``row=0, rows=shape[0]`` of its *stored* shape, and ``rows=1`` for a scalar.
+    """
+
+    tensor: str
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The smallest thing a merge or a LoRA addresses: one parameter under its canonical name.
+
+    ``name`` is the diffusers name without prefix (q, k and v apart). ``shape`` is the canonical shape: a pad
+    token is [1, D] even where the file stores [D]; the bytes are the same.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    stored: Slice
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, rounded up for the sub-byte types."""
+        return -(-self.numel * self.dtype.bits // 8)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What one file's tensor names mean; made by ``recognise``.
+
+    ``prefix`` stands before every model tensor in the file. ``parts`` maps canonical names to parts, in file
+    order. ``outside`` lists the stored tensors that are not model weights: a bundled VAE or text encoder,
+    and the markers and scales of quantised containers.
+    """
+
+    family: Family
+    layout: str
+    prefix: str
+    parts: Mapping[str, Part]
+    outside: tuple[str, ...] = ()
+
+    def stored_parts(self) -> dict[str, tuple[str, ...]]:
+        """Stored tensor name -> the parts it holds in row order; tensors in file order, prefix included."""
+        rows: dict[str, list[Part]] = {}
+        for part in self.parts.values():
+            rows.setdefault(part.stored.tensor, []).append(part)
+        return {
+            tensor: tuple(part.name for part in sorted(parts, key=lambda part: part.stored.row))
+            for tensor, parts in rows.items()
+        }
+
+
+class Family(ABC):
+    """An architecture: its layouts, its groups, and the names of its parts in each layout.
+
+    Families hold no state; there is one instance of each, so ``a.family is b.family`` compares them.
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    group_order: tuple[str, ...]
+    unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
+
+    @abstractmethod
+    def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
+        """The groups a part belongs to. Groups overlap."""
+
+    @abstractmethod
+    def stored_name(self, part: str, layout: str) -> str:
+        """The tensor that holds ``part`` in ``layout``, without prefix.
+
+        Raises UsageError for a layout the family does not have.
+        """
+
+    @abstractmethod
+    def order(self, part: str) -> tuple[object, ...]:
+        """Sort key of a part in the canonical order of the family; a total order on names."""
+
+    def outputs(self, parts: Iterable[str], layout: str) -> list[tuple[str, tuple[str, ...]]]:
+        """Stored tensors of ``layout`` in canonical order, each with the parts it holds in row order.
+
+        Every part appears exactly once, and the result does not depend on the order of ``parts``. Raises
+        UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
+        """
+        stored: dict[str, list[str]] = {}
+        for part in sorted(set(parts), key=self.order):
+            stored.setdefault(self.stored_name(part, layout), []).append(part)
+        return [(tensor, tuple(names)) for tensor, names in stored.items()]
+
+    def group_names(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The groups that hold at least one part of ``anatomy``, in the family's order, others by name."""
+        present = {group for part in anatomy.parts.values() for group in self.groups(part.name, part.shape)}
+        known = [group for group in self.group_order if group in present]
+        return (*known, *sorted(present.difference(known), key=natural_key))
+
+    def lora_module(self, part: str) -> str:
+        """The module a LoRA for ``part`` addresses: its canonical name without ``.weight``.
+
+        Example: ``layers.3.attention.to_q.weight`` gives ``layers.3.attention.to_q``. Raises ValueError for
+        a bias, a pad token, or anything else that is not a module's weight.
+        """
+        if not part.endswith(".weight"):
+            raise ValueError(f'"{part}" is not a module\'s weight, so a LoRA cannot address it')
+        return part.removesuffix(".weight")
+
+    def check_layout(self, layout: str) -> None:
+        """Raise UsageError, listing the choices, unless the family has ``layout``."""
+        if layout not in self.layouts:
+            known = " or ".join(self.layouts)
+            raise UsageError(f'The {self.name} family has no layout "{layout}"; choose {known}.')
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """How much of a file a group is: stored tensors it touches, parameters, bytes."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Sizes of a whole model and of each of its groups. Groups overlap, so they do not sum to the total."""
+
+    total: GroupSize
+    groups: tuple[GroupSize, ...]
+
+
+def describe(anatomy: Anatomy) -> Description:
+    """Sizes of the model (what is outside it not counted) and of each group it has.
+
+    A tensor counts once for a group however many of its parts are in it: the fused ``qkv`` is one tensor of
+    ``attention`` and one of ``q``; of its parameters only the q rows count for ``q``.
+    """
+    family = anatomy.family
+    members: dict[str, list[Part]] = {group: [] for group in family.group_names(anatomy)}
+    for part in anatomy.parts.values():
+        for group in family.groups(part.name, part.shape):
+            members[group].append(part)
+    return Description(
+        total=_size(family.name, anatomy.parts.values()),
+        groups=tuple(_size(group, parts) for group, parts in members.items()),
+    )
+
+
+def _size(name: str, parts: Iterable[Part]) -> GroupSize:
+    chosen = list(parts)
+    return GroupSize(
+        name=name,
+        tensors=len({part.stored.tensor for part in chosen}),
+        parameters=sum(part.numel for part in chosen),
+        nbytes=sum(part.nbytes for part in chosen),
+    )
+
+
+def is_number(component: str) -> bool:
+    """True for a path component of ASCII digits only."""
+    return component.isascii() and component.isdigit()
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts ``layers.2`` before ``layers.10``: components, numbers by value."""
+    # Numbers compare by length and then by digits: int() refuses more than 4300 digits, and a name is untrusted.
+    return tuple(
+        (0, len(c.lstrip("0")), c.lstrip("0") + "/" + c) if is_number(c) else (1, 0, c) for c in name.split(".")
+    )
