@@ -315,7 +315,7 @@ class StagedFolder(_Staged):
             self._folder_lock = system.lock_folder(self._path)
         if self._claim.old is None:
             return
-        probes = [OutputFile(self._path / f"probe-{name}.json", self.target, 0) for name in "ab"]
+        probes = [self.add(f"probe-{name}.json", 0) for name in "ab"]
         try:
             system.exchange(probes[0].path, probes[1].path)
         except OSError as error:
@@ -328,6 +328,7 @@ class StagedFolder(_Staged):
         finally:
             for probe in probes:
                 probe.abandon()
+            self._files.clear()
 
     def _finish(self) -> None:
         for file in self._files:

@@ -1,0 +1,92 @@
+"""Faults for the commit protocol, and the one checker that every fault test uses."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergetool.checkpoint import system
+
+# Every call by which an output changes the disk, or could fail before it does.
+CALLS = (
+    "open_lock",
+    "open_new",
+    "close",
+    "free_space",
+    "allocate",
+    "write_at",
+    "start_write_back",
+    "fsync",
+    "fsync_folder",
+    "copy_owner_and_mode",
+    "replace",
+    "rename_new",
+    "exchange",
+    "unlink",
+    "make_folder",
+    "remove_folder",
+    "lock_folder",
+)
+
+
+class Fault:
+    """Makes the Nth of all system calls fail; N = 0 only counts. ``fired`` is the call that failed, if any.
+
+    ``forever`` makes every later call of the same name fail too, as a full disk or a dead one does.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int, number: int, *, forever: bool = False) -> None:
+        self.calls: list[str] = []
+        self.fired: str | None = None
+        self._nth = nth
+        self._number = number
+        self._forever = forever
+        for name in CALLS:
+            monkeypatch.setattr(system, name, functools.partial(self._call, name, getattr(system, name)))
+
+    def _call(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        self.calls.append(name)
+        if len(self.calls) == self._nth or (self._forever and name == self.fired):
+            self.fired = name
+            if name == "close":
+                call(*arguments)  # a close that reports a lost write has closed nevertheless
+            raise OSError(self._number, os.strerror(self._number))
+        return call(*arguments)
+
+
+Content = bytes | dict[str, bytes] | None
+
+
+def content_of(path: Path) -> Content:
+    """The bytes of a file, those of each file of a folder, None for nothing."""
+    if path.is_dir():
+        return {entry.name: entry.read_bytes() for entry in path.iterdir()}
+    return path.read_bytes() if path.exists() else None
+
+
+def beside(target: Path) -> tuple[list[Path], list[Path]]:
+    """The temporaries and the lock files next to a target."""
+    names = sorted(target.parent.glob(".*mergetool*"))
+    locks = [path for path in names if path.name == f".{target.name}.mergetool.lock"]
+    return [path for path in names if path not in locks], locks
+
+
+def violations(target: Path, old: Content, new: Content, *, killed: bool = False, succeeded: bool = False) -> list[str]:
+    """What the commit protocol promised and a run did not keep: an empty list for a sound run."""
+    found = content_of(target)
+    temporaries, locks = beside(target)
+    broken = []
+    if found not in (old, new):
+        broken.append(f"{target.name} is neither the old nor the new output")
+    if succeeded and found != new:
+        broken.append("success was reported but the new output is not there")
+    if len(temporaries) > (1 if killed else 0):
+        broken.append(f"left behind: {[path.name for path in temporaries]}")
+    if locks and not killed:
+        broken.append("the lock file was left behind")
+    return broken
