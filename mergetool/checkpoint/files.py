@@ -325,10 +325,11 @@ class StagedFolder(_Staged):
                 f'"{self.target}" exists and this system cannot swap two folders in one step; '
                 "remove it first or choose another name."
             ) from None
-        finally:
-            for probe in probes:
-                probe.abandon()
-            self._files.clear()
+        for probe in probes:
+            probe.abandon()
+            if probe.path.exists():  # else it would be published with the others
+                raise StorageError(f'"{self.target}": removing a file of its own failed; check the disk and run again.')
+        self._files.clear()
 
     def _finish(self) -> None:
         for file in self._files:

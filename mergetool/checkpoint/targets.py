@@ -114,17 +114,18 @@ class TargetClaim:
         if self._lock is None:  # without locks nobody can tell a dead run from a living one
             return
         pattern = re.compile(re.escape(f".{self.path.name}.mergetool-") + "[0-9a-f]{16}")
-        for entry in sorted(os.scandir(self.path.parent), key=lambda entry: entry.name):
-            leftover = Path(entry.path)
-            if pattern.fullmatch(entry.name) and not entry.is_symlink() and _remove_if_dead(leftover):
+        for name in sorted(os.listdir(self.path.parent)):
+            leftover = self.path.with_name(name)
+            if pattern.fullmatch(name) and _remove_if_dead(leftover):
                 yield leftover
 
 
 def remove_model_folder(folder: Path) -> None:
     """Delete a folder that holds nothing but model files, and nothing of one that also holds others' files."""
-    for entry in os.scandir(folder):
-        if belongs_to_model_folder(entry.name) and not entry.is_dir(follow_symlinks=False):
-            system.unlink(Path(entry.path))
+    for name in sorted(os.listdir(folder)):
+        item = folder / name
+        if belongs_to_model_folder(name) and not stat.S_ISDIR(os.lstat(item).st_mode):
+            system.unlink(item)
     system.remove_folder(folder)
 
 
