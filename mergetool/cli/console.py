@@ -32,7 +32,8 @@ def printable(text: str) -> str:
     Names and metadata come out of files; printed raw they could move the cursor or disguise themselves.
     """
     return "".join(
-        c if (c.isprintable() or c == " ") and ord(c) not in _BIDI else c.encode("unicode_escape").decode() for c in text
+        c if (c.isprintable() or c == " ") and ord(c) not in _BIDI else c.encode("unicode_escape").decode()
+        for c in text
     )
 
 
@@ -145,6 +146,13 @@ def fail(sentence: str, code: int) -> NoReturn:
     """Say why on stderr and end the command."""
     print(f"mergetool: {printable(sentence)}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def choice(option: str, value: str, known: tuple[str, ...]) -> Any:
+    """``value`` when it is one of ``known``; raises UsageError, listing them, when it is not."""
+    if value not in known:
+        raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
+    return value
 
 
 def parse_size(text: str) -> int:

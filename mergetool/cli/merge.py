@@ -53,7 +53,9 @@ def merge(
         ),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Merge only these. Repeatable.", metavar="PATTERN")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Do not merge these. Repeatable.", metavar="PATTERN")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Do not merge these. Repeatable.", metavar="PATTERN")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the first model's]")
     ] = None,
@@ -79,8 +81,8 @@ def merge(
 
     if output is None and not dry_run:
         raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
-    method = _choice("--reader", reader, ("auto", "mmap", "pread"))
-    non_finite = _choice("--nonfinite", nonfinite, ("refuse", "keep"))
+    method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
+    non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
         protect=tuple(protect or ()),
         include=tuple(include or ()),
@@ -119,12 +121,6 @@ def merge(
             _print_outcome(plan, outcome, output, seconds)
 
 
-def _choice(option: str, value: str, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
-    return value
-
-
 def _multiplier(text: str) -> tuple[str, Fraction]:
     pattern, equals, number = text.rpartition("=")
     try:
@@ -156,7 +152,9 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
         if reason.startswith("not in ") and not every_tensor:
             console.heading("", f"{reason}: {console.listed(names)}")
     if plan.left_out:
-        console.heading("", f"{len(plan.left_out)} left out: " + console.listed([f"{n} ({r})" for n, r in plan.left_out]))
+        console.heading(
+            "", f"{len(plan.left_out)} left out: " + console.listed([f"{n} ({r})" for n, r in plan.left_out])
+        )
     console.heading(
         "",
         f"reads {console.size(plan.bytes_read)}, writes {console.size(plan.header.file_size)}, "

@@ -78,9 +78,7 @@ def run_merge(
         inputs=files,
         extra_files=_config_files(plan),
     ) as writer:
-        outcome = merge.run(
-            plan, writer, threads=threads, method=method, non_finite=non_finite, progress=progress
-        )
+        outcome = merge.run(plan, writer, threads=threads, method=method, non_finite=non_finite, progress=progress)
         writer.commit()
     return outcome
 

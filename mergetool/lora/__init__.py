@@ -1,1 +1,1 @@
-"""."""
+"""Low-rank differences: two checkpoints as a LoRA."""

@@ -1,0 +1,207 @@
+"""A difference LoRA: variant - base as low-rank factors, one matrix at a time.
+
+While one matrix is decomposed the next ones are read ahead, so memory is a few matrices and the factors themselves
+(280 MB for Z-Image at rank 64 in bf16).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mergetool import __version__, models
+from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine.reading import Method, fetcher
+from mergetool.errors import InputMissing, NonFiniteError
+from mergetool.lora import dialects
+from mergetool.lora.delta import Delta, read_delta, row_offset
+from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
+from mergetool.lora.svd import balanced_factors, decompose, stored_residual
+from mergetool.ops.cpu import TORCH
+from mergetool.recipe.plan import Input
+from mergetool.recipe.provenance import display_names
+
+# Bytes of matrices that are read ahead of the one at work.
+READ_AHEAD = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of one matrix.
+
+    ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
+    rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
+    ``wanted`` is the rank that the threshold would need where the cap stopped it first.
+    """
+
+    name: str
+    groups: frozenset[str]
+    shape: tuple[int, int]
+    rank: int
+    total: float
+    energy: float
+    residual: float
+    capped: bool
+    wanted: int | None
+    method: str
+
+
+@dataclass
+class Extraction:
+    """What a run found: ``layers`` in file order, and the energy of what was not decomposed, by reason."""
+
+    layers: list[Layer] = field(default_factory=list)
+    skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
+
+    @property
+    def total(self) -> float:
+        """The squared Frobenius norm of the whole difference."""
+        return sum(layer.total for layer in self.layers) + sum(sum(names.values()) for names in self.skipped.values())
+
+
+@contextmanager
+def open_diff(base: str, variant: str, options: DiffOptions) -> Iterator[Pairing]:
+    """The pairing of two models by name or path; they are closed at the end of the ``with`` block.
+
+    Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor is read.
+    """
+    with ExitStack() as stack:
+        inputs = []
+        for name in (base, variant):
+            opened = models.open_model(name)
+            stack.enter_context(opened.checkpoint)
+            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
+        yield pair_up(inputs[0], inputs[1], options)
+
+
+def extract(
+    pairing: Pairing,
+    output: Path,
+    options: DiffOptions,
+    *,
+    overwrite: bool = False,
+    method: Method = "auto",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Extraction:
+    """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
+
+    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. The bytes depend on the two models, the
+    options and the number of torch threads only. Raises NonFiniteError for NaN or infinity in an input, OutputError,
+    BusyError, StorageError or DataError.
+    """
+    if not output.parent.exists():
+        raise InputMissing(f'the folder "{output.parent}" does not exist; make it first.')
+    files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
+    found = Extraction()
+    factors: dict[str, torch.Tensor] = {}
+    read = fetcher(method, files)
+    for pair in _read_ahead(pairing):
+        delta = read_delta(pairing, pair, read, with_matrix=not pair.reason)
+        if not math.isfinite(delta.energy):
+            raise _not_finite(pairing, pair)
+        if pair.reason:
+            found.skipped.setdefault(pair.reason, {})[pair.name] = delta.energy
+        elif delta.energy == 0:
+            found.skipped.setdefault("unchanged", {})[pair.name] = 0.0
+        else:
+            found.layers.append(_decompose(pair, delta, options, factors))
+        progress(pair.base.nbytes + pair.variant.nbytes)
+    if not factors:
+        raise InputMissing(
+            f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
+            "there is nothing to write."
+        )
+    entries = [(name, options.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
+    header = Header.plan(entries, _metadata(pairing, options))
+    with CheckpointWriter.stage(output, header, overwrite=overwrite, inputs=files) as writer:
+        for name in header.tensors:
+            writer.write(name, 0, factors[name].contiguous().view(torch.uint8).numpy().reshape(-1).data)
+        writer.commit()
+    return found
+
+
+def _decompose(pair: Pair, delta: Delta, options: DiffOptions, factors: dict[str, torch.Tensor]) -> Layer:
+    assert delta.matrix is not None
+    found = decompose(
+        delta.matrix,
+        name=pair.name,
+        rank=options.rank,
+        rank_thresh=options.rank_thresh,
+        rank_max=options.rank_max,
+        seed=options.seed,
+    )
+    module = pair.name.removesuffix(".weight")
+    down_key, up_key = dialects.keys(module)
+    down, up = balanced_factors(found, TORCH[options.dtype])
+    factors[down_key], factors[up_key] = down, up
+    return Layer(
+        name=pair.name,
+        groups=pair.groups,
+        shape=(pair.base.shape[0], pair.base.shape[1]),
+        rank=found.rank,
+        total=found.total_energy,
+        energy=found.captured_energy / found.total_energy,
+        residual=stored_residual(found, down, up),
+        capped=found.capped,
+        wanted=found.rank_wanted,
+        method=found.method,
+    )
+
+
+def _read_ahead(pairing: Pairing) -> Iterator[Pair]:
+    """The pairs in order, the disk kept busy with those to come."""
+    asked, budget = 0, 0
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        for i, pair in enumerate(pairing.pairs):
+            while asked < len(pairing.pairs) and (asked <= i + 1 or budget < READ_AHEAD):
+                later = pairing.pairs[asked]
+                reader.submit(_will_need, pairing, later)
+                budget += later.base.nbytes + later.variant.nbytes
+                asked += 1
+            yield pair
+            budget -= pair.base.nbytes + pair.variant.nbytes
+
+
+def _will_need(pairing: Pairing, pair: Pair) -> None:
+    for model, part in ((pairing.variant, pair.variant), (pairing.base, pair.base)):
+        file, start = model.checkpoint.locate(part.stored.tensor)
+        file.will_need(start + row_offset(model, part), part.nbytes)
+
+
+def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
+    return NonFiniteError(
+        f'tensor "{pair.name}" holds NaN or infinity in {pairing.base.name} or {pairing.variant.name}; '
+        "mend the file, or leave the tensor out with --exclude."
+    )
+
+
+def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
+    """Provenance: what was subtracted from what, and how; no path, host or time."""
+    models_ = [pairing.base, pairing.variant]
+    names = display_names([model.name for model in models_])
+    recipe: dict[str, object] = {
+        "base": names[pairing.base.name],
+        "variant": names[pairing.variant.name],
+        "dtype": options.dtype.name,
+        "min_dim": options.min_dim,
+        "seed": options.seed,
+    }
+    recipe |= (
+        {"rank": options.rank} if options.rank else {"rank_thresh": options.rank_thresh, "rank_max": options.rank_max}
+    )
+    recipe |= {key: list(v) for key, v in (("include", options.include), ("exclude", options.exclude)) if v}
+    prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
+    return {
+        "format": "pt",
+        "mergetool.version": __version__,
+        "mergetool.diff": json.dumps(recipe, sort_keys=True),
+        "mergetool.inputs": json.dumps(prints, sort_keys=True),
+    }
