@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
@@ -115,6 +116,10 @@ class Family(ABC):
         present = {group for part in anatomy.parts.values() for group in self.groups(part.name, part.shape)}
         known = [group for group in self.group_order if group in present]
         return (*known, *sorted(present.difference(known), key=natural_key))
+
+    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
+        """The config.json that goes with the shapes of ``anatomy``; None where they do not tell."""
+        return None
 
     def lora_module(self, part: str) -> str:
         """The module a LoRA for ``part`` addresses: its canonical name without ``.weight``.

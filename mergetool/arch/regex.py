@@ -18,14 +18,14 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import PatternError
 
 MAX_NESTED_REPEATS = 3
+MAX_NESTED_GROUPS = 50  # keeps the recursion below far from Python's limit of 1000 frames
 
 
 class Regex:
     """A parsed regular expression: literals, classes, groups, ``|``, ``^ $`` and repeats in Python's syntax.
 
     Back-references, look-around, atomic groups and inline flags are refused, since they cannot be matched in
-    bounded time. Raises PatternError for those, for a malformed expression, and for repeats nested more than
-    3 deep.
+    bounded time. Raises PatternError for those, for a malformed expression, and for one nested too deep.
     """
 
     def __init__(self, text: str) -> None:
@@ -40,25 +40,27 @@ class Regex:
             ) from None
         if self._tree.state.flags & ~int(re.UNICODE):
             raise self._unsupported("an inline flag")
-        self._check(self._tree, 0)
+        self._check(self._tree, repeats=0, groups=0)
 
     def fullmatch(self, name: str) -> bool:
         """True when the expression matches the whole of ``name``."""
         return bool(_advance(self._tree, 1, _Subject(name)) >> len(name))
 
-    def _check(self, tree: Any, depth: int) -> None:
+    def _check(self, tree: Any, *, repeats: int, groups: int) -> None:
+        if repeats > MAX_NESTED_REPEATS or groups > MAX_NESTED_GROUPS:
+            raise self._unsupported(
+                f"repeats nested more than {MAX_NESTED_REPEATS} deep or groups more than {MAX_NESTED_GROUPS}"
+            )
         for op, value in tree:
             if op not in _STEPS or (op is sre.SUBPATTERN and (value[1] or value[2])):
                 raise self._unsupported(str(op).lower().replace("_", " "))
             if op in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-                if depth == MAX_NESTED_REPEATS:
-                    raise self._unsupported(f"repeats nested more than {MAX_NESTED_REPEATS} deep")
-                self._check(value[2], depth + 1)
+                self._check(value[2], repeats=repeats + 1, groups=groups)
             elif op is sre.SUBPATTERN:
-                self._check(value[3], depth)
+                self._check(value[3], repeats=repeats, groups=groups + 1)
             elif op is sre.BRANCH:
                 for branch in value[1]:
-                    self._check(branch, depth)
+                    self._check(branch, repeats=repeats, groups=groups)
             elif op is sre.AT and value not in (*_START, *_END):
                 raise self._unsupported("a word boundary")
 
@@ -73,6 +75,7 @@ class _Subject:
 
     def __init__(self, name: str) -> None:
         self.end = 1 << len(name)
+        self.last_line_end = self.end >> 1 if name.endswith("\n") else self.end  # "$" also stands before a last \n
         self.masks: dict[str, int] = {}
         for i, character in enumerate(name):
             self.masks[character] = self.masks.get(character, 0) | 1 << i
@@ -130,7 +133,9 @@ def _branch(value: tuple[None, list[Any]], at: int, subject: _Subject) -> int:
 
 
 def _anchor(where: Any, at: int, subject: _Subject) -> int:
-    return at & (1 if where in _START else subject.end)
+    if where in _START:
+        return at & 1
+    return at & (subject.end | subject.last_line_end if where is sre.AT_END else subject.end)
 
 
 def _repeat(value: tuple[int, int, Any], at: int, subject: _Subject) -> int:

@@ -9,10 +9,10 @@ Names are compared component by component: ``x_embedder.`` is a substring of ``a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
+from mergetool.arch.fused_qkv import HeadRows
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
@@ -140,6 +140,35 @@ class ZImage(Family):
                 )
         return outputs
 
+    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
+        """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
+
+        None when tensors that show a size are missing, or for heads of another width than 128: the shapes do not
+        show how such a width divides between the rotary axes.
+        """
+        shapes = {name: part.shape for name, part in anatomy.parts.items()}
+        try:
+            dim, patch = shapes["all_x_embedder.2-1.weight"]
+            (head_dim,) = shapes["noise_refiner.0.attention.norm_k.weight"]
+            (caption,) = shapes["cap_embedder.0.weight"]
+            (siglip,) = shapes.get("siglip_embedder.0.weight", (None,))
+        except (KeyError, ValueError):
+            return None
+        if head_dim != sum(REFERENCE_CONFIG["axes_dims"]):
+            return None
+        return {
+            "_class_name": "ZImageTransformer2DModel",
+            **REFERENCE_CONFIG,
+            "in_channels": patch // 4,
+            "dim": dim,
+            "n_layers": _depth(shapes, "layers"),
+            "n_refiner_layers": _depth(shapes, "noise_refiner"),
+            "n_heads": dim // head_dim,
+            "n_kv_heads": dim // head_dim,
+            "cap_feat_dim": caption,
+            "siglip_feat_dim": siglip,
+        }
+
 
 Z_IMAGE = ZImage()
 
@@ -175,7 +204,7 @@ def anatomy_of(tensors: Mapping[str, TensorInfo], prefix: str, *, source: str) -
     """
     parts: dict[str, Part] = {}
     outside = []
-    heads = _HeadRows(tensors, prefix, source)
+    heads = HeadRows(tensors, prefix, "noise_refiner.0.attention", source)
     for stored, info in tensors.items():
         name = stored.removeprefix(prefix)
         if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED or is_side_tensor(name):
@@ -192,61 +221,17 @@ def anatomy_of(tensors: Mapping[str, TensorInfo], prefix: str, *, source: str) -
     return Anatomy(Z_IMAGE, "comfyui" if comfyui else "diffusers", prefix, parts, tuple(outside))
 
 
-def _parts_of(stored: str, name: str, info: TensorInfo, heads: _HeadRows) -> list[Part]:
+def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows) -> list[Part]:
     split = _split_names(name)
     if split is None:
         shape = (1, *info.shape) if name in PAD_TOKENS and len(info.shape) == 1 else info.shape
         rows = info.shape[0] if info.shape else 1
         return [Part(_canonical_name(name), shape, info.dtype, Slice(stored, 0, rows))]
     parts, row = [], 0
-    for part, rows in zip(split, heads.of(stored, name, info), strict=True):
+    for part, rows in zip(split, heads.split(stored), strict=True):
         parts.append(Part(part, (rows, *info.shape[1:]), info.dtype, Slice(stored, row, rows)))
         row += rows
     return parts
-
-
-@dataclass(frozen=True, slots=True)
-class _HeadRows:
-    """How the rows of a fused qkv divide: H*head_dim query rows, then half of the rest each for k and v.
-
-    H*head_dim is the input width of the attention's output projection, head_dim the length of its q or k norm.
-    For Z-Image that comes to equal thirds; nothing here assumes it.
-    """
-
-    tensors: Mapping[str, TensorInfo]
-    prefix: str
-    source: str
-
-    def of(self, stored: str, name: str, info: TensorInfo) -> tuple[int, int, int]:
-        """Rows of q, k and v in the tensor ``stored``; FamilyError when its shape cannot hold them."""
-        attention = name.rpartition(".qkv.")[0]
-        width = self._size(attention, ("out.weight", "to_out.0.weight"), axis=1)
-        head = self._size(attention, ("q_norm.weight", "norm_q.weight", "k_norm.weight", "norm_k.weight"), axis=0)
-        if width is None:
-            self._refuse(stored, info, f'an output projection "{attention}.out.weight" that says how many rows are q')
-        rows = info.shape[0] if info.shape else 0
-        kv, odd = divmod(rows - width, 2)
-        if kv <= 0 or odd:
-            self._refuse(stored, info, f"{width} rows of q and an equal number each of k and v")
-        if head is not None and (not head or width % head or kv % head):
-            self._refuse(stored, info, f"whole heads of {head} rows (q {width}, k and v {kv})")
-        return width, kv, kv
-
-    def _size(self, attention: str, leaves: tuple[str, ...], *, axis: int) -> int | None:
-        for leaf in leaves:
-            info = self.tensors.get(f"{self.prefix}{attention}.{leaf}")
-            if info is not None and len(info.shape) == axis + 1:
-                return info.shape[axis]
-        # A block that lost the tensor has the heads of the others: one width runs through the whole model.
-        if attention != "noise_refiner.0.attention":
-            return self._size("noise_refiner.0.attention", leaves, axis=axis)
-        return None
-
-    def _refuse(self, stored: str, info: TensorInfo, wanted: str) -> NoReturn:
-        raise FamilyError(
-            f'"{self.source}": tensor {quoted(stored)} has shape {list(info.shape)}, which cannot be split into q, k '
-            f"and v: wanted {wanted}; the file is damaged or another architecture."
-        )
 
 
 def _in_block(components: list[str]) -> str:
@@ -287,6 +272,12 @@ def _comfyui_name(part: str) -> str:
             if tuple(components[3 : 3 + len(ours)]) == ours:
                 return ".".join([*components[:3], theirs, *components[3 + len(ours) :]])
     return part
+
+
+def _depth(names: Iterable[str], stack: str) -> int:
+    """How many numbered blocks the stack has."""
+    paths = (name.split(".", 2) for name in names)
+    return len({path[1] for path in paths if len(path) == 3 and path[0] == stack and is_number(path[1])})
 
 
 def _rank(name: str, order: tuple[str, ...]) -> int:

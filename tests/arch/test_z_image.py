@@ -144,3 +144,22 @@ def test_lora_modules_are_canonical_names_of_weights() -> None:
     for name in ("x_pad_token", "cap_embedder.1.bias"):
         with pytest.raises(ValueError, match=name):
             Z_IMAGE.lora_module(name)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, OMNI, {"dim": 256, "n_layers": 11, "n_refiner_layers": 3, "n_heads": 2, "cap_feat_dim": 40}]
+)
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
+def test_config_is_read_back_from_the_shapes(config: dict[str, object], layout: str) -> None:
+    heads = config.get("n_heads", 30)
+    derived = Z_IMAGE.config(anatomy(config, layout))
+    assert derived == {"_class_name": "ZImageTransformer2DModel", **REFERENCE_CONFIG, **config, "n_kv_heads": heads}
+    assert diffusers_shapes({k: v for k, v in derived.items() if k != "_class_name"}) == reference_shapes(
+        config, "diffusers"
+    )
+
+
+def test_no_config_is_made_up_where_the_shapes_do_not_tell() -> None:
+    assert Z_IMAGE.config(anatomy(TINY)) is None  # heads of 16: the rotary axes could be 8+4+4 or others
+    incomplete = {name: shape for name, shape in reference_shapes({}, "comfyui").items() if "x_embedder" not in name}
+    assert Z_IMAGE.config(recognise(table(incomplete), source="f")) is None

@@ -1,0 +1,92 @@
+"""An architecture nobody taught mergetool: names as they are, groups read off names and shapes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergetool.arch import Anatomy, describe, recognise
+from mergetool.arch.generic import GENERIC
+from mergetool.checkpoint.dtypes import BF16, BY_CODE
+from mergetool.checkpoint.header import Header
+from mergetool.errors import UsageError
+from tests.arch.tables import table
+
+FLUX = {
+    "img_in.weight": (8, 4),
+    "img_in.bias": (8,),
+    "double_blocks.0.img_attn.qkv.weight": (24, 8),
+    "double_blocks.0.img_attn.norm.key_norm.scale": (4,),
+    "double_blocks.10.img_mlp.0.weight": (32, 8),
+    "double_blocks.2.txt_mlp.0.bias": (32,),
+    "norm.weight": (8,),
+    "logit_scale": (),
+    "conv.weight": (8, 4, 3, 3),
+}
+
+
+def flux() -> Anatomy:
+    return recognise(table(FLUX), source="f")
+
+
+def test_every_tensor_is_a_part_under_its_own_name() -> None:
+    found = flux()
+    assert (found.family, found.layout, found.prefix) == (GENERIC, "plain", "")
+    assert {name: part.shape for name, part in found.parts.items()} == FLUX
+    assert all((part.stored.tensor, part.stored.row) == (name, 0) for name, part in found.parts.items())
+    assert found.parts["conv.weight"].stored.rows == 8
+    assert found.parts["logit_scale"].stored.rows == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ("double_blocks", {name for name in FLUX if name.startswith("double_blocks.")}),
+        ("img_in", {"img_in.weight", "img_in.bias"}),
+        ("norm", {"norm.weight", "double_blocks.0.img_attn.norm.key_norm.scale"}),
+        ("bias", {"img_in.bias", "double_blocks.2.txt_mlp.0.bias"}),
+        ("matrix", {name for name, shape in FLUX.items() if len(shape) > 1}),
+        ("attention", {name for name in FLUX if ".img_attn." in name}),
+        ("ffn", {name for name in FLUX if "_mlp." in name}),
+    ],
+)
+def test_groups(group: str, expected: set[str]) -> None:
+    assert {name for name, shape in FLUX.items() if group in GENERIC.groups(name, shape)} == expected
+
+
+def test_group_names_are_the_derived_ones_and_then_the_components() -> None:
+    found = flux()
+    assert GENERIC.group_names(found) == (
+        *("matrix", "norm", "bias", "attention", "ffn"),
+        *("conv", "double_blocks", "img_in"),
+    )
+
+
+def test_outputs_are_in_natural_order() -> None:
+    blocks = [name for name, _ in GENERIC.outputs(FLUX, "plain") if name.startswith("double_blocks.")]
+    assert [name.split(".")[1] for name in blocks] == ["0", "0", "2", "10"]
+    with pytest.raises(UsageError, match='no layout "comfyui"'):
+        GENERIC.outputs(FLUX, "comfyui")
+
+
+@given(st.lists(st.text(st.sampled_from("a.019"), max_size=8), unique=True))
+def test_outputs_take_any_names_in_any_order(names: list[str]) -> None:
+    outputs = GENERIC.outputs(names, "plain")
+    assert sorted(outputs) == sorted((name, (name,)) for name in names)
+    assert outputs == GENERIC.outputs(reversed(names), "plain")
+
+
+def test_a_number_of_any_length_sorts() -> None:
+    names = ["b." + "9" * 5000, "b." + "1" * 5001, "b.3"]
+    assert [name for name, _ in GENERIC.outputs(names, "plain")] == ["b.3", names[0], names[1]]
+
+
+def test_sub_byte_elements_count_whole_bytes() -> None:
+    tensors = Header.plan([("a.weight", BY_CODE["F4"], (3, 2)), ("b.weight", BF16, (3,))]).tensors
+    assert describe(recognise(tensors, source="f")).total.nbytes == 3 + 6
+
+
+def test_scales_are_outside() -> None:
+    found = recognise(table(FLUX | {"img_in.weight_scale": ()}), source="f")
+    assert found.outside == ("img_in.weight_scale",)
