@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 _SHOWN = 200
+_LONGEST_FILE_NAME = 255  # bytes on ext4, XFS, APFS; UTF-16 units on NTFS
+
+# What Windows opens as a device whatever the extension, also with blanks before it: "con .safetensors".
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|clock\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.|$)", re.IGNORECASE)
 
 
 def quoted(name: str) -> str:
@@ -24,3 +30,27 @@ def quoted(name: str) -> str:
     )
     rest = "" if cut is name else f"… ({len(name)} characters)"
     return f'"{shown}"{rest}'
+
+
+def why_not_plain(name: str, suffix: str) -> str | None:
+    """Why ``name`` may not name a file inside a folder, or None when it may.
+
+    A plain name ends in ``suffix`` and is one component under POSIX *and* Windows rules, wherever this runs: a
+    model made to be harmless here must not lead out of its folder there.
+
+    Example: ``why_not_plain("../x.safetensors", ".safetensors")`` is ``it has the character "/"``.
+    """
+    if not name.endswith(suffix) or name == suffix:
+        return f"it is not a name ending in {suffix}"
+    if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_FILE_NAME:
+        return f"it is longer than {_LONGEST_FILE_NAME} bytes"
+    for character in name:
+        if character in '/\\:*?"<>|' or not character.isprintable():
+            return f"it has the character {quoted(character)}"
+    if name.startswith(" "):
+        return "it starts with a blank"
+    if name.endswith((".", " ")):
+        return "it ends in a dot or a blank, which Windows drops"
+    if _DEVICE.match(name):
+        return "Windows takes it for a device"
+    return None
