@@ -1,0 +1,231 @@
+"""A model's files as named tensors, read in place: one safetensors file, or a folder of shards with its index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Self
+
+from mergetool.checkpoint import shards, strict_json
+from mergetool.checkpoint.header import MAX_HEADER, Header, TensorInfo, header_length
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.shards import ShardIndex
+from mergetool.errors import DataError, ShardIndexError
+
+MAX_CONFIG = 1_000_000
+SAMPLE = 64 * 1024
+
+_HASHED_AT_ONCE = 8 * 1024 * 1024
+_PICKLE = "is a pickle, which can run code and is never loaded; convert it to safetensors with the program that made it"
+_OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
+    (b"PK\x05\x06", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
+    *((bytes([0x80, protocol]), _PICKLE) for protocol in range(6)),
+    (b"GGUF", "is a GGUF file, which this version does not support yet; use the safetensors file of the model"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the model; fetch the model with: git lfs pull"),
+    (b"<", "is a web page, not a model; download the model again, logged in if its page asks for that"),
+)
+
+FollowLinks = Callable[[Path], Path]
+
+
+class Checkpoint:
+    """A read view over one model. Opening reads headers only; tensors are read where they lie.
+
+    ``source`` is the name the user gave. ``tensors`` maps every name to its TensorInfo in file order, shard
+    after shard; its offsets count from the data section of its own file (see `locate`). ``metadata`` is that of
+    the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json`` in
+    an opened folder. All methods may be called from several threads.
+    """
+
+    source: str
+    files: tuple[InputFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    container: Literal["safetensors", "sharded safetensors"]
+
+    def __init__(
+        self,
+        source: str,
+        parts: list[tuple[InputFile, Header]],
+        config: Mapping[str, Any] | None,
+        container: Literal["safetensors", "sharded safetensors"],
+    ) -> None:
+        self.source = source
+        self.files = tuple(file for file, _ in parts)
+        self.config = config
+        self.container = container
+        self._places = {name: (file, header.data_start) for file, header in parts for name in header.tensors}
+        self.tensors = MappingProxyType({n: info for _, header in parts for n, info in header.tensors.items()})
+        metadata: dict[str, str] = {}
+        for _, header in parts:
+            metadata = {**header.metadata, **metadata}
+        self.metadata = MappingProxyType(metadata)
+
+    @classmethod
+    def open(cls, path: str | Path, *, follow_links: FollowLinks | None = None) -> Checkpoint:
+        """The model at ``path``: a safetensors file, an ``*.index.json``, or a folder (see `shards.choose`).
+
+        What a file is, its content says, not its name. Links are followed as `InputFile.open` does. Raises
+        InputMissing when something is not there, HeaderError and ShardIndexError for broken files, DataError
+        for pickles, GGUF and other content, UsageError for a folder of several models.
+        """
+        place = Path(path)
+        folder = place.is_dir()
+        chosen = shards.choose(place) if folder else place
+        with ExitStack() as opened:
+            config = _read_config(chosen.parent, follow_links) if folder else None
+            if chosen.name.endswith(shards.INDEX_SUFFIX):
+                parts = _open_shards(chosen, follow_links, opened)
+                checkpoint = cls(str(path), parts, config, "sharded safetensors")
+            else:
+                parts = [_open_file(chosen, follow_links, opened)]
+                checkpoint = cls(str(path), parts, config, "safetensors")
+            opened.pop_all()
+        return checkpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file. Idempotent."""
+        for file in self.files:
+            file.close()
+
+    def check_unchanged(self) -> None:
+        """Raises DataError when a file changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def locate(self, name: str) -> tuple[InputFile, int]:
+        """The file a tensor is in and the absolute offset of its first byte; KeyError for an unknown name."""
+        file, data_start = self._places[name]
+        return file, data_start + self.tensors[name].begin
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """Bytes ``[start, start + size)`` of a tensor, all from ``start`` on without ``size``.
+
+        Raises KeyError for an unknown name, ValueError outside the tensor, and what `InputFile.read` raises.
+        """
+        info = self.tensors[name]
+        wanted = info.nbytes - start if size is None else size
+        if start < 0 or wanted < 0 or start + wanted > info.nbytes:
+            raise ValueError(
+                f"tensor {quoted(name)} has {info.nbytes} bytes; {start} to {start + wanted} are not in it"
+            )
+        file, offset = self.locate(name)
+        return file.read(offset + start, wanted)
+
+    def fingerprint(self) -> str:
+        """``sample-sha256:HEX`` of names, dtypes, shapes, metadata and samples of every tensor's bytes.
+
+        The samples are the first, middle and last 64 KiB; smaller tensors count whole. Of a 12 GB model that
+        reads about 70 MB, and any merge, training step or cast shows; an edit between the samples does not,
+        `sha256` finds that. It does not depend on paths, on the order of tensors or on how they are split into files.
+        """
+        samples = {name: hashlib.sha256() for name in self.tensors}
+        for name, info in self.tensors.items():
+            for start, size in _samples(info.nbytes):
+                samples[name].update(self.read(name, start, size))
+        table = [
+            [name, self.tensors[name].dtype.code, self.tensors[name].shape, samples[name].hexdigest()]
+            for name in sorted(self.tensors)
+        ]
+        canonical = json.dumps([table, sorted(self.metadata.items())], separators=(",", ":"))
+        return f"sample-sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """The SHA-256 of every file, in hex, by file name; ``progress`` is told the bytes of each step.
+
+        The same as ``sha256sum`` prints, and what model sites show; see `short_hash`.
+        """
+        buffer = bytearray(_HASHED_AT_ONCE)
+        digests = {}
+        for file in self.files:
+            digest = hashlib.sha256()
+            for offset in range(0, file.size, _HASHED_AT_ONCE):
+                view = memoryview(buffer)[: min(_HASHED_AT_ONCE, file.size - offset)]
+                file.will_need(offset + len(view), min(_HASHED_AT_ONCE, file.size - offset - len(view)))
+                file.read_into(view, offset)
+                digest.update(view)
+                if progress is not None:
+                    progress(len(view))
+            digests[file.path.name] = digest.hexdigest()
+        return digests
+
+
+def short_hash(sha256: str) -> str:
+    """The first 10 hex digits of a file's SHA-256, which model sites list as "AutoV2"."""
+    return sha256[:10]
+
+
+def _samples(size: int) -> Iterator[tuple[int, int]]:
+    if size <= 3 * SAMPLE:
+        yield 0, size
+    else:
+        yield from ((0, SAMPLE), ((size - SAMPLE) // 2, SAMPLE), (size - SAMPLE, SAMPLE))
+
+
+def _open_file(path: Path, follow_links: FollowLinks | None, opened: ExitStack) -> tuple[InputFile, Header]:
+    file = opened.enter_context(InputFile.open(path, follow_links=follow_links))
+    start = file.read(0, min(file.size, 32))
+    if not _looks_like_safetensors(start, file.size):
+        for magic, meaning in _OTHER_CONTENT:
+            if start.startswith(magic):
+                raise DataError(f'"{path}" {meaning}.')
+    length = header_length(start, file_size=file.size, source=str(path))
+    return file, Header.parse(file.read(0, 8 + length), file_size=file.size, source=str(path))
+
+
+def _looks_like_safetensors(start: bytes, file_size: int) -> bool:
+    """Asked first, because the length of a good header may be spelled like a pickle: 640 is 80 02 00 00 ...."""
+    length = int.from_bytes(start[:8], "little")
+    return 8 + length <= file_size and length <= MAX_HEADER and start[8:9] in (b"{", b" ", b"\n", b"\r", b"\t")
+
+
+def _open_shards(
+    index_path: Path, follow_links: FollowLinks | None, opened: ExitStack
+) -> list[tuple[InputFile, Header]]:
+    with InputFile.open(index_path, follow_links=follow_links) as file:
+        shards.require_index_size(file.size, str(index_path))
+        index = ShardIndex.parse(file.read(0, file.size), source=str(index_path))
+    parts = []
+    header_bytes = 0
+    for name in index.shards:
+        part = _open_file(index_path.parent / name, follow_links, opened)
+        header_bytes += part[1].data_start
+        if header_bytes > MAX_HEADER:
+            raise ShardIndexError(f'"{index_path}": the headers of its shards exceed {MAX_HEADER} bytes together.')
+        parts.append(part)
+    index.require_agreement(dict(zip(index.shards, (header for _, header in parts), strict=True)))
+    return parts
+
+
+def _read_config(folder: Path, follow_links: FollowLinks | None) -> Mapping[str, Any] | None:
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return None
+    with InputFile.open(path, follow_links=follow_links) as file:
+        if file.size > MAX_CONFIG:
+            raise DataError(
+                f'"{path}" has {file.size} bytes, but the limit for a config is {MAX_CONFIG}; move it away.'
+            )
+        try:
+            config = strict_json.loads(file.read(0, file.size))
+        except ValueError as error:
+            raise DataError(f'"{path}" has {error}; download it again.') from None
+    if not isinstance(config, dict):
+        raise DataError(f'"{path}" is not a JSON object; download it again.')
+    return MappingProxyType(config)
