@@ -24,6 +24,7 @@ from typing import Self
 
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.targets import TargetClaim, attempt, belongs_to_model_folder, remove_model_folder
 from mergetool.errors import OutputError, StorageError
 
@@ -301,8 +302,8 @@ class StagedFolder(_Staged):
 
         ``name`` must be a plain name of a kind that model folders hold, else ValueError.
         """
-        if name != Path(name).name or "\\" in name or "\0" in name or not belongs_to_model_folder(name):
-            raise ValueError(f"{name!r} is not the plain name of a model folder's file")
+        if why_not_plain(name, "") is not None or not belongs_to_model_folder(name):
+            raise ValueError(f"{quoted(name)} is not the plain name of a model folder's file")
         if self._ended:
             raise ValueError(f'"{self.target}" was already published or discarded')
         file = OutputFile(self._path / name, self.target / name, size)
