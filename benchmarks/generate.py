@@ -20,10 +20,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetool.checkpoint.writer import CheckpointWriter
+
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
-from mergetool.checkpoint.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from benchmarks.values import Block, Delta
@@ -165,7 +166,7 @@ def _write_blocks(out: CheckpointWriter, pieces: Iterator[_Piece], spec: Spec, t
             if piece is None:
                 return
             data = encode(values(piece.block, spec.seed, spec.delta), piece.dtype)
-            out.write(piece.tensor, piece.start, memoryview(data).cast("B"))
+            out.write(piece.tensor, piece.start, data.data.cast("B"))
 
     with ThreadPoolExecutor(threads) as pool:
         workers = [pool.submit(work) for _ in range(threads)]

@@ -16,16 +16,12 @@ from pathlib import Path
 MODELS = ("alkahest", "turbo", "deturbo")
 
 
-def commands() -> list[list[str]]:
-    """The commands, as a user would type them in the folder of the checkpoints."""
-    registered = [["mergetool", "models", "add", "--here", name, f"{name}.safetensors"] for name in MODELS]
-    return [
-        *registered,
-        ["mergetool", "inspect", "alkahest"],
-        ["mergetool", "merge", "alkahest + 20 * (turbo - deturbo)", "--protect", "refiner", "-o", "merged.safetensors"],
-        ["mergetool", "diff", "--base", "alkahest", "--variant", "turbo", "--rank-thresh", "0.995"]
-        + ["--exclude", "refiner", "-o", "turbo-minus-alkahest.safetensors"],
-    ]
+COMMANDS = (
+    *(f"mergetool models add --here {name} {name}.safetensors" for name in MODELS),
+    "mergetool inspect alkahest",
+    "mergetool merge 'alkahest + 20 * (turbo - deturbo)' --protect refiner -o merged.safetensors",
+    "mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner",
+)
 
 
 def main(folder: Path) -> None:
@@ -35,9 +31,9 @@ def main(folder: Path) -> None:
     print(f"$ python {shlex.join(generate[1:])}", flush=True)
     subprocess.run(generate, check=True, cwd=Path(__file__).parents[1])
     program = Path(sys.executable).with_name("mergetool")
-    for command in commands():
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        subprocess.run([str(program), *command[1:]], check=True, cwd=folder)
+    for command in COMMANDS:
+        print(f"\n$ {command}", flush=True)
+        subprocess.run([str(program), *shlex.split(command)[1:]], check=True, cwd=folder)
     print(f"\nThe files are in {folder}.")
 
 

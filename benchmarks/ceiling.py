@@ -1,0 +1,224 @@
+"""How fast this machine can copy bytes: the ceiling of every command that reads checkpoints and writes one.
+
+    python -m benchmarks.ceiling A.safetensors B.safetensors C.safetensors --output OUT
+
+Reads all inputs and writes an output of the first one's size, with no arithmetic, as fast as the machine
+allows: positioned reads into buffers that are reused, several threads so that reads and writes overlap, the
+output's blocks reserved first, one fsync at the end. `best_strategy` tries the page cache and direct I/O at several
+thread counts and keeps the fastest, so that a merge is compared with a copy that is not handicapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergetool.checkpoint import system
+
+Range = tuple[int, int]  # bytes [start, end) of a file
+
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")  # writable for root only
+PROBE_BYTES = 1 << 30  # of each input; long enough that caches of a few hundred MB do not decide
+_PAGE = 4096  # direct I/O wants offsets, lengths and addresses in whole logical blocks, which are never larger
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to copy. Direct I/O goes past the page cache, and so spares the CPU one copy of every byte."""
+
+    threads: int
+    chunk: int
+    direct_read: bool
+    direct_write: bool
+
+    def __str__(self) -> str:
+        """E.g. "4 threads x 8 MiB, direct reads, cached writes"."""
+        reads, writes = ("direct" if direct else "cached" for direct in (self.direct_read, self.direct_write))
+        return f"{self.threads} threads x {self.chunk >> 20} MiB, {reads} reads, {writes} writes"
+
+
+STRATEGIES = tuple(
+    Strategy(threads, chunk << 20, direct_read, direct_write)
+    for direct_read, direct_write in itertools.product((False, True), repeat=2)
+    for threads, chunk in ((2, 8), (4, 8), (8, 4))
+)
+
+
+def drop_caches(paths: Iterable[Path]) -> str:
+    """Empty the page cache and say how: "cold (drop_caches)" as root, else "cold (fadvise)" for these files only."""
+    if os.access(DROP_CACHES, os.W_OK):
+        os.sync()  # dirty pages cannot be dropped
+    try:
+        DROP_CACHES.write_text("3\n")
+    except OSError:
+        for path in _files(paths):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+        return "cold (fadvise)"
+    return "cold (drop_caches)"
+
+
+def warm_caches(paths: Iterable[Path]) -> str:
+    """Read the files once, so that as much of them as fits is in the page cache; returns "warm"."""
+    buffer = memoryview(bytearray(8 << 20))
+    for path in _files(paths):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return "warm"
+
+
+def copy(
+    inputs: Sequence[Path],
+    output: Path,
+    strategy: Strategy,
+    *,
+    limit: int | None = None,
+    wanted: Callable[[Path], Sequence[Range]] | None = None,
+) -> float:
+    """Seconds to read the inputs and write the first one's size to `output`, which is made anew and synced.
+
+    `limit` stops after that many bytes of each input; `wanted` names the byte ranges to read of every input but
+    the first, by default all. Raises OSError when the file system refuses the strategy (no direct I/O) or the
+    disk is full.
+    """
+    sizes = [min(path.stat().st_size, limit or 1 << 62) for path in inputs]
+    ranges = [[(0, size)] for size in sizes]
+    if wanted is not None:
+        ranges[1:] = [[(start, min(end, size)) for start, end in wanted(path) if start < size]
+                      for path, size in zip(inputs[1:], sizes[1:], strict=True)]  # fmt: skip
+    jobs = itertools.zip_longest(*(_chunks(each, strategy.chunk) for each in ranges))
+    begin = time.perf_counter()
+    with ExitStack() as stack:
+        readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
+        writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
+        system.allocate(writer, sizes[0])
+        _run(jobs, readers, writer, strategy)
+        os.ftruncate(writer, sizes[0])
+        os.fsync(writer)
+    return time.perf_counter() - begin
+
+
+def _run(jobs: Iterator[tuple[Range | None, ...]], readers: list[int], writer: int, strategy: Strategy) -> None:
+    """Do every job: read its chunk of each input, then write the first input's chunk where it came from."""
+    lock = threading.Lock()
+
+    def work() -> None:
+        with mmap.mmap(-1, strategy.chunk) as mapping, memoryview(mapping) as buffer:
+            while True:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                for fd, chunk in reversed(list(zip(readers, job, strict=True))):  # the first input last: it is written
+                    if chunk is not None:
+                        _read(fd, buffer, *chunk)
+                if job[0] is not None:
+                    _write(writer, buffer, *job[0], strategy)
+
+    with ThreadPoolExecutor(strategy.threads) as pool:
+        for worker in [pool.submit(work) for _ in range(strategy.threads)]:
+            worker.result()
+
+
+def _chunks(ranges: Sequence[Range], chunk: int) -> Iterator[Range]:
+    """Cut byte ranges into pieces of at most `chunk`, starting on page boundaries; neighbours are joined first."""
+    joined: list[list[int]] = []
+    for start, end in sorted(ranges):
+        start -= start % _PAGE
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([start, end])
+    for start, end in joined:
+        for offset in range(start, end, chunk):
+            yield offset, min(offset + chunk, end)
+
+
+def best_strategy(inputs: Sequence[Path], output: Path, *, limit: int = PROBE_BYTES) -> Strategy:
+    """The fastest of STRATEGIES on the first `limit` bytes of each input, each tried once with a cold cache."""
+    seconds: dict[Strategy, float] = {}
+    for strategy in STRATEGIES:
+        drop_caches(inputs)
+        try:
+            seconds[strategy] = copy(inputs, output, strategy, limit=limit)
+        except OSError:
+            if not (strategy.direct_read or strategy.direct_write):
+                raise  # plain I/O failed: a real error. Direct I/O is refused by some file systems.
+        finally:
+            output.unlink(missing_ok=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _open(stack: ExitStack, path: Path, flags: int, direct: bool) -> int:
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _read(fd: int, buffer: memoryview, start: int, end: int) -> None:
+    """Read bytes [start, end) of the file to the front of the buffer, in whole pages for direct I/O's sake."""
+    whole = _whole_pages(end - start)
+    done = 0
+    while done < end - start:
+        moved = os.preadv(fd, [buffer[done:whole]], start + done)
+        if moved == 0:
+            raise OSError(f"an input ended at byte {start + done} while it was copied; wanted {end}")
+        done += moved
+
+
+def _write(fd: int, buffer: memoryview, start: int, end: int, strategy: Strategy) -> None:
+    """Write the front of the buffer to [start, end), whole pages when direct: the end is cut off afterwards."""
+    count = _whole_pages(end - start) if strategy.direct_write else end - start
+    done = 0
+    while done < count:
+        done += os.pwrite(fd, buffer[done:count], start + done)
+    if not strategy.direct_write:
+        system.start_write_back(fd, start, count)
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+
+
+def main() -> None:
+    """Time every strategy whole, or only the best one with --best, and print bytes a second."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceiling", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("inputs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True, help="written, timed and deleted again")
+    parser.add_argument("--best", action="store_true", help="find the best strategy on the first GiB, then copy all")
+    parser.add_argument("--limit", type=float, metavar="GB", help="stop after this much of each input")
+    options = parser.parse_args()
+    limit = round(options.limit * 1e9) if options.limit else None
+    sizes = [min(path.stat().st_size, limit or 1 << 62) for path in options.inputs]
+    moved = sum(sizes) + sizes[0]
+    chosen = [best_strategy(options.inputs, options.output)] if options.best else STRATEGIES
+    for strategy in chosen:
+        cache = drop_caches(options.inputs)
+        try:
+            seconds = copy(options.inputs, options.output, strategy, limit=limit)
+        finally:
+            options.output.unlink(missing_ok=True)
+        print(f"{seconds:8.2f} s  {moved / 1e9 / seconds:6.2f} GB/s  {cache}  {strategy}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
