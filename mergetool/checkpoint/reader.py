@@ -40,8 +40,9 @@ class Checkpoint:
 
     ``source`` is the name the user gave. ``tensors`` maps every name to its TensorInfo in file order, shard
     after shard; its offsets count from the data section of its own file (see `locate`). ``metadata`` is that of
-    the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json`` in
-    an opened folder. All methods may be called from several threads.
+    the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json``
+    beside the files of a folder, an index, or a file with one of the names diffusers gives. All methods may be
+    called from several threads.
     """
 
     source: str
@@ -78,11 +79,13 @@ class Checkpoint:
         for pickles, GGUF and other content, UsageError for a folder of several models.
         """
         place = Path(path)
-        folder = place.is_dir()
-        chosen = shards.choose(place) if folder else place
+        is_folder = place.is_dir()
+        chosen = shards.choose(place) if is_folder else place
+        is_index = chosen.name.endswith(shards.INDEX_SUFFIX)
+        has_config = is_folder or is_index or chosen.name.startswith(shards.PREFERRED)
         with ExitStack() as opened:
-            config = _read_config(chosen.parent, follow_links) if folder else None
-            if chosen.name.endswith(shards.INDEX_SUFFIX):
+            config = _read_config(chosen.parent, follow_links) if has_config else None
+            if is_index:
                 parts = _open_shards(chosen, follow_links, opened)
                 checkpoint = cls(str(path), parts, config, "sharded safetensors")
             else:

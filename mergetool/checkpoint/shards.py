@@ -24,12 +24,12 @@ from mergetool.errors import InputMissing, ShardIndexError, UsageError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
+PREFERRED = ("diffusion_pytorch_model", "model")  # the names diffusers and transformers give
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_INDEX = 100_000_000
 MAX_SHARDS = 1_000  # the largest public models have about 200; each shard costs an open file
 
-_PREFERRED = ("diffusion_pytorch_model", "model")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_PICKLED_INDEX = tuple(suffix + INDEX_SUFFIX for suffix in _PICKLES)
+_PICKLED_INDEX = tuple(suffix + INDEX_SUFFIX for suffix in PICKLES)
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -114,28 +114,40 @@ def require_index_size(size: int, source: str) -> None:
 
 
 def choose(folder: Path) -> Path:
-    """The index or the one safetensors file that ``folder`` is about.
+    """The index or the one safetensors file that ``folder`` is about: of a diffusers pipeline, its transformer's.
 
-    Of a diffusers pipeline that is the ``transformer`` folder's. Elsewhere the only ``*.index.json``, else the
-    only ``*.safetensors``, else the one with a name diffusers or transformers gives. Raises UsageError listing
-    the candidates when several remain, InputMissing when there is none.
+    Raises what `pick` raises.
     """
     names = _files_in(folder)
     transformer = folder / "transformer"
-    if _is_real_folder(transformer) and ("model_index.json" in names or not _candidates(names)):
+    if is_pipeline(names) and _is_real_folder(transformer):
         return choose(transformer)
+    return folder / pick(names, str(folder))
+
+
+def is_pipeline(names: Sequence[str]) -> bool:
+    """True where a folder with these files is looked at for its ``transformer`` folder first."""
+    return "model_index.json" in names or not _candidates(names)
+
+
+def pick(names: Sequence[str], source: str) -> str:
+    """The name to open among a folder's file names.
+
+    It is the only ``*.index.json``, else the only ``*.safetensors``, else the one with a name that diffusers or
+    transformers gives. Raises UsageError listing the candidates when several remain, InputMissing when there is none.
+    """
     candidates = _candidates(names)
     if not candidates:
-        raise InputMissing(_nothing(folder, names))
+        raise InputMissing(_nothing(source, names))
     indices = [name for name in candidates if name.endswith(INDEX_SUFFIX)]
     for group in (indices, candidates):
         if len(group) == 1:
-            return folder / group[0]
-    for stem in _PREFERRED:
+            return group[0]
+    for stem in PREFERRED:
         for name in (f"{stem}{SUFFIX}{INDEX_SUFFIX}", f"{stem}{SUFFIX}"):
             if name in candidates:
-                return folder / name
-    raise UsageError(_ambiguous(folder, candidates))
+                return name
+    raise UsageError(_ambiguous(source, candidates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,20 +228,20 @@ def _candidates(names: Sequence[str]) -> list[str]:
     return indices + [name for name in names if name.endswith(SUFFIX)]
 
 
-def _nothing(folder: Path, names: Sequence[str]) -> str:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+def _nothing(source: str, names: Sequence[str]) -> str:
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         return (
-            f'"{folder}" holds {quoted(pickles[0])} but no .safetensors file, and pickles are never loaded; '
+            f'"{source}" holds {quoted(pickles[0])} but no .safetensors file, and pickles are never loaded; '
             "convert the model to safetensors first."
         )
-    return f'"{folder}" holds no .safetensors file and no {INDEX_SUFFIX} file; check the path.'
+    return f'"{source}" holds no .safetensors file and no {INDEX_SUFFIX} file; check the path.'
 
 
-def _ambiguous(folder: Path, candidates: Sequence[str]) -> str:
+def _ambiguous(source: str, candidates: Sequence[str]) -> str:
     shards = [match for match in map(_SHARD.fullmatch, candidates) if match]
     if len(shards) == len(candidates) and len({match["stem"] for match in shards}) == 1:
         wanted = index_name(shards[0]["stem"])
-        return f'"{folder}" holds {len(shards)} shards but not their index {quoted(wanted)}; download it too.'
+        return f'"{source}" holds {len(shards)} shards but not their index {quoted(wanted)}; download it too.'
     listed = ", ".join(map(quoted, candidates[:8])) + (", …" if len(candidates) > 8 else "")
-    return f'"{folder}" holds {len(candidates)} models ({listed}); name one of them.'
+    return f'"{source}" holds {len(candidates)} models ({listed}); name one of them.'

@@ -1,0 +1,273 @@
+"""What a MODEL argument means: a registered name, a path, or an address on the Hugging Face Hub.
+
+Names are looked up in ``mergetool.toml`` of the working folder, then in the user's ``models.toml``, then in the
+built-in catalogue. Both files have one section::
+
+    [models]
+    alkahest = "/models/alkahest.safetensors"
+    turbo = "hf://Tongyi-MAI/Z-Image-Turbo/transformer"
+
+A relative path counts from the folder of the file it is in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from mergetool import quant
+from mergetool.arch import Anatomy, recognise
+from mergetool.checkpoint import hub
+from mergetool.checkpoint.files import write_file
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.errors import DataError, InputMissing, OutputError, UsageError
+
+Scope = Literal["here", "user"]
+Origin = Literal["here", "user", "catalogue"]
+
+MAX_NAMES_FILE = 1_000_000
+
+_HEADING = "# Names for models, kept by: mergetool models add, mergetool models remove\n\n[models]\n"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_FILE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json", ".toml", ".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """One name: the path or address it stands for, and where that is written."""
+
+    name: str
+    path: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A MODEL argument as the user gave it, and the file or folder it leads to on this disk."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """An open checkpoint and what its tensor names mean; closes the checkpoint as a context manager."""
+
+    name: str
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.checkpoint.close()
+
+
+def resolve(model: str) -> ResolvedModel:
+    """Where ``model`` leads: a registered name first, else an ``hf://`` address, else a path.
+
+    A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
+    nearest name when a name is unknown, UsageError for a malformed address, DataError for an unreadable names file.
+    """
+    entry = _registry().get(model)
+    if entry is not None:
+        return ResolvedModel(model, _local(entry))
+    if model.startswith(hub.SCHEME):
+        return ResolvedModel(model, hub.fetch(model))
+    if "://" in model:
+        raise UsageError(f"{quoted(model)} is an address of a kind that is not read; hf://org/repo is one that is.")
+    if "\0" in model or not os.path.lexists(model):
+        raise InputMissing(_unknown(model))
+    return ResolvedModel(model, Path(model))
+
+
+def open_model(model: str) -> OpenedModel:
+    """Resolve, open and recognise ``model``; only headers are read.
+
+    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised file.
+    """
+    checkpoint = Checkpoint.open(resolve(model).path)
+    try:
+        quant.refuse_quantised(checkpoint.tensors, checkpoint.metadata, checkpoint.config, model)
+        return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model))
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def listing() -> tuple[Registered, ...]:
+    """Every name that can be used here, sorted, each with the meaning that wins."""
+    return tuple(sorted(_registry().values(), key=lambda entry: entry.name))
+
+
+def add(name: str, path: str, scope: Scope = "user") -> None:
+    """Let ``name`` stand for ``path``: in the user's config folder, or with scope "here" in ``./mergetool.toml``.
+
+    A name that is taken there gets the new meaning. The user's names keep absolute paths. Raises UsageError for
+    a name that could be a path, InputMissing when there is nothing at the path, OutputError when the names cannot
+    be written.
+    """
+    _require_name(name)
+    if path.startswith(hub.SCHEME):
+        meaning = str(hub.HubAddress.parse(path))
+    else:
+        place = Path(path).expanduser()
+        if not os.path.lexists(place):
+            raise InputMissing(f"{quoted(path)} does not exist; check the path.")
+        meaning = str(place.absolute() if scope == "user" else place)
+    names = _read_names(_names_file(scope))
+    _write_names(scope, {**names, name: meaning}, changed=name)
+
+
+def remove(name: str) -> None:
+    """Forget ``name``: in ``./mergetool.toml`` if it is there, else in the user's config folder.
+
+    Raises UsageError for a name that is in neither; those of the catalogue cannot be removed.
+    """
+    for scope in ("here", "user"):
+        names = dict(_read_names(_names_file(scope)))
+        if name in names:
+            del names[name]
+            _write_names(scope, names, changed=name)
+            return
+    if name in _catalogue():
+        raise UsageError(f'"{name}" is in the built-in catalogue and cannot be removed; a name you add goes before it.')
+    near = difflib.get_close_matches(name, _registry(), n=1)
+    hint = f'did you mean "{near[0]}"' if near else "see: mergetool models list"
+    raise UsageError(f"no model is registered as {quoted(name)}; {hint}.")
+
+
+def _names_file(scope: Scope) -> Path:
+    if scope == "here":
+        return Path("mergetool.toml")
+    folder = os.environ.get("MERGETOOL_CONFIG_DIR")
+    if not folder:
+        import platformdirs
+
+        folder = platformdirs.user_config_dir("mergetool")
+    return Path(folder) / "models.toml"
+
+
+def _registry() -> dict[str, Registered]:
+    """The meaning that wins for every name."""
+    registry = {name: Registered(name, path, "catalogue") for name, path in _catalogue().items()}
+    for scope in ("user", "here"):
+        for name, path in _read_names(_names_file(scope)).items():
+            registry[name] = Registered(name, path, scope)
+    return registry
+
+
+def _catalogue() -> Mapping[str, str]:
+    raw = resources.files("mergetool").joinpath("catalogue.toml").read_bytes()
+    return _parse_names(raw, "catalogue.toml")
+
+
+def _read_names(path: Path) -> Mapping[str, str]:
+    if not os.path.lexists(path):
+        return {}
+    with InputFile.open(path) as file:
+        if file.size > MAX_NAMES_FILE:
+            raise DataError(f'"{path}" has {file.size} bytes, but the limit for a file of names is {MAX_NAMES_FILE}.')
+        return _parse_names(file.read(0, file.size), str(path))
+
+
+def _parse_names(raw: bytes, source: str) -> Mapping[str, str]:
+    try:
+        root = tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: broken TOML, or not UTF-8
+        detail = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "not UTF-8, or nested too deeply"
+        raise DataError(f'"{source}" is not valid TOML ({detail}); correct it by hand.') from None
+    unknown = next((section for section in root if section != "models"), None)
+    names = root.get("models", {})
+    if unknown is not None or not isinstance(names, dict):
+        shown = "models" if unknown is None else unknown
+        raise DataError(f'"{source}" has {quoted(shown)}, where only a section [models] may stand; correct it by hand.')
+    for name, path in names.items():
+        if not isinstance(path, str) or not _NAME.fullmatch(name) or not path or "\0" in path:
+            raise DataError(
+                f'"{source}" gives the name {quoted(name)} no path in quotes, or the name has other characters than '
+                'letters, digits, ".", "-" and "_" (one with dots needs quotes); correct it by hand.'
+            )
+    return names
+
+
+def _local(entry: Registered) -> Path:
+    if entry.path.startswith(hub.SCHEME):
+        return hub.fetch(entry.path)
+    source = _names_file("here" if entry.origin == "here" else "user")
+    path = source.parent / Path(entry.path).expanduser()
+    if not os.path.lexists(path):
+        raise InputMissing(
+            f'"{entry.name}" stands for "{path}" in "{source}", but that does not exist; '
+            f"register it again with: mergetool models add {entry.name} PATH."
+        )
+    return path
+
+
+def _unknown(model: str) -> str:
+    if not _NAME.fullmatch(model) or model.endswith(_FILE_SUFFIXES):
+        return f"{quoted(model)} does not exist; check the path."
+    near = difflib.get_close_matches(model, _registry(), n=1)
+    hint = f'did you mean "{near[0]}"' if near else "see: mergetool models list"
+    return f"no model or file is named {quoted(model)}; {hint}."
+
+
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f'{quoted(name)} cannot be a name; use letters, digits, ".", "-" and "_", starting with a letter or digit.'
+        )
+    if name.lower().endswith(_FILE_SUFFIXES):
+        raise UsageError(f'"{name}" looks like a file; leave its ending out of the name.')
+    if name.startswith("lab."):
+        raise UsageError(f'"{name}" cannot be a name: those starting with "lab." are the embedded models.')
+
+
+def _write_names(scope: Scope, names: Mapping[str, str], *, changed: str) -> None:
+    """Write ``names``, of which ``changed`` is new, other or gone, and keep the rest of the file as it was."""
+    path = _names_file(scope)
+    old = path.read_text("utf-8") if os.path.lexists(path) else _HEADING
+    lines = [
+        line for line in old.rstrip("\n").split("\n") if not re.match(rf"\s*[\"']?{re.escape(changed)}[\"']?\s*=", line)
+    ]
+    if changed in names:
+        lines.append(_assignment(changed, names[changed]))
+    text = "\n".join(lines) + "\n"
+    if not _spells(text, names):  # a layout of someone's own: several lines a name, inline tables, other order
+        text = _HEADING + "".join(f"{_assignment(name, meaning)}\n" for name, meaning in sorted(names.items()))
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{quoted(names[changed])} is not a path that text can spell; rename the file.") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f'"{path.parent}" cannot be made ({error.strerror}); set MERGETOOL_CONFIG_DIR.') from None
+    write_file(path, data, overwrite=True)
+
+
+def _assignment(name: str, meaning: str) -> str:
+    """A line of TOML. JSON's escapes are all TOML's too, but JSON leaves DEL as it is and TOML must not."""
+    key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return f"{key} = {json.dumps(meaning, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+
+
+def _spells(text: str, names: Mapping[str, str]) -> bool:
+    try:
+        return _parse_names(text.encode("utf-8", "surrogatepass"), "") == names
+    except DataError:
+        return False
