@@ -44,8 +44,8 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, rounded up for the sub-byte types."""
-        return -(-self.numel * self.dtype.bits // 8)
+        """Stored bytes; the format admits whole bytes only."""
+        return self.numel * self.dtype.bits // 8
 
 
 @dataclass(frozen=True)

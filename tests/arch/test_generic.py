@@ -22,6 +22,7 @@ FLUX = {
     "double_blocks.2.txt_mlp.0.bias": (32,),
     "norm.weight": (8,),
     "logit_scale": (),
+    "img_in.scale": (),
     "conv.weight": (8, 4, 3, 3),
 }
 
@@ -43,7 +44,7 @@ def test_every_tensor_is_a_part_under_its_own_name() -> None:
     ("group", "expected"),
     [
         ("double_blocks", {name for name in FLUX if name.startswith("double_blocks.")}),
-        ("img_in", {"img_in.weight", "img_in.bias"}),
+        ("img_in", {"img_in.weight", "img_in.bias", "img_in.scale"}),
         ("norm", {"norm.weight", "double_blocks.0.img_attn.norm.key_norm.scale"}),
         ("bias", {"img_in.bias", "double_blocks.2.txt_mlp.0.bias"}),
         ("matrix", {name for name, shape in FLUX.items() if len(shape) > 1}),
