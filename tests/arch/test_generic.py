@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import Anatomy, describe, recognise
@@ -71,6 +71,7 @@ def test_outputs_are_in_natural_order() -> None:
         GENERIC.outputs(FLUX, "comfyui")
 
 
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.text(st.sampled_from("a.019"), max_size=8), unique=True))
 def test_outputs_take_any_names_in_any_order(names: list[str]) -> None:
     outputs = GENERIC.outputs(names, "plain")

@@ -6,7 +6,7 @@ Tensors are named by the layout and hold their parts in row order, so stored -> 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise
@@ -19,6 +19,7 @@ PARTS = [*reference_shapes(OMNI, "diffusers"), "norm_final.weight", "layers.0.no
 FUSED = [f"layers.11.attention.to_{x}.weight" for x in "qkv"]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.permutations(PARTS).flatmap(lambda order: st.integers(0, len(order)).map(lambda n: order[:n])))
 def test_diffusers_layout_covers_any_subset_once(parts: list[str]) -> None:
     outputs = Z_IMAGE.outputs(parts, "diffusers")
@@ -26,6 +27,7 @@ def test_diffusers_layout_covers_any_subset_once(parts: list[str]) -> None:
     assert outputs == Z_IMAGE.outputs(sorted(parts), "diffusers")
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.permutations(PARTS), st.sets(st.sampled_from(sorted(reference_shapes(OMNI, "comfyui")))))
 def test_comfyui_layout_round_trips_any_set_of_its_tensors(order: list[str], absent: set[str]) -> None:
     parts = [part for part in order if Z_IMAGE.stored_name(part, "comfyui") not in absent]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise, select
@@ -74,6 +74,7 @@ def test_stored_names_with_their_prefix_work(pattern: str, expected: set[str]) -
     assert set(select([pattern], COMFYUI)[pattern]) == expected
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 29), st.integers(0, 29))
 def test_a_range_is_its_blocks_both_ends_included(a: int, b: int) -> None:
     first, last = sorted((a, b))

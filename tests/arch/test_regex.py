@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch.regex import Regex
@@ -46,6 +46,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=200)
 @given(EXPRESSIONS, st.text(st.sampled_from("ab.0_ \n"), max_size=6))
 def test_answers_are_those_of_re(expression: str, name: str) -> None:
     try:
