@@ -61,9 +61,14 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
     console.table(
         ["group", "tensors", "parameters", "bytes", "share"],
         (
-            [g.name, str(g.tensors), console.parameters(g.parameters), console.size(g.nbytes)]
-            + [f"{100 * g.parameters / max(1, total.parameters):.1f} %"]
-            for g in description.groups
+            [
+                group.name,
+                str(group.tensors),
+                console.parameters(group.parameters),
+                console.size(group.nbytes),
+                f"{100 * group.parameters / max(1, total.parameters):.1f} %",
+            ]
+            for group in description.groups
         ),
     )
     for key, value in checkpoint.metadata.items():

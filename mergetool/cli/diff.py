@@ -1,0 +1,225 @@
+"""``mergetool diff``: the difference of two checkpoints as a LoRA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli import console
+from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+
+if TYPE_CHECKING:
+    from mergetool.lora.extract import Extraction, Layer
+    from mergetool.lora.pairs import DiffOptions, Pairing
+
+# The first of these that a matrix is in is its row of the table.
+GROUPS = ("attention", "ffn", "adaln", "embedder", "final")
+
+
+@console.command
+def diff(
+    base: Annotated[str, typer.Option(help="The model the LoRA will be loaded on.", metavar="MODEL")],
+    variant: Annotated[str, typer.Option(help="The model that base + LoRA should become.", metavar="MODEL")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="FILE.safetensors [default: VARIANT-minus-BASE.safetensors, here]"),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="The same rank for every matrix; 0 chooses by --rank-thresh.")] = 0,
+    rank_thresh: Annotated[
+        float, typer.Option(help="Share of each matrix's energy (sum of squared singular values) to keep.")
+    ] = 0.95,
+    rank_max: Annotated[int, typer.Option(help="Largest rank of a matrix; 0 for no cap.")] = 64,
+    min_dim: Annotated[int, typer.Option(help="Leave out matrices with fewer rows or columns.")] = 32,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these out. Repeatable.", metavar="PATTERN")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Take only these. Repeatable.", metavar="PATTERN")] = None,
+    dtype: Annotated[str, typer.Option(help="What the factors are stored in: bf16, fp16 or fp32.")] = "bf16",
+    seed: Annotated[int, typer.Option(help="Seed of the random starting directions.")] = 0,
+    reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be decomposed, and stop.")] = False,
+    as_json: JsonOption = False,
+    no_progress: NoProgressOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take the difference variant - base as a LoRA that ComfyUI and diffusers both load whole.
+
+    A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
+    energy of its whole spectrum, unless --rank-max stops it first, which is said.
+    """
+    from mergetool.lora.extract import extract, open_diff
+
+    options = _options(rank, rank_thresh, rank_max, min_dim, include, exclude, dtype, seed)
+    method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
+    started = time.monotonic()
+    with open_diff(base, variant, options) as pairing:
+        target = output or _default_output(base, variant)
+        if not as_json:
+            _print_pairing(pairing, verbose=verbose or dry_run)
+        if dry_run:
+            if as_json:
+                console.print_json(_pairing_json(pairing))
+            return
+        with console.progress("diff", pairing.bytes_read, shown=not (no_progress or as_json)) as bar:
+            found = extract(pairing, target, options, overwrite=overwrite, method=method, progress=bar)
+        seconds = time.monotonic() - started
+        if as_json:
+            console.print_json(_pairing_json(pairing) | _extraction_json(found, target, seconds))
+        else:
+            _print_extraction(found, options, target, seconds, verbose=verbose)
+
+
+def _options(
+    rank: int,
+    rank_thresh: float,
+    rank_max: int,
+    min_dim: int,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    dtype: str,
+    seed: int,
+) -> DiffOptions:
+    from mergetool.checkpoint.dtypes import output_dtype
+    from mergetool.lora.pairs import DiffOptions
+
+    console.choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    return DiffOptions(
+        rank=rank,
+        rank_thresh=rank_thresh,
+        rank_max=rank_max,
+        min_dim=min_dim,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        dtype=output_dtype(dtype),
+        seed=seed,
+    )
+
+
+def _default_output(base: str, variant: str) -> Path:
+    from mergetool.recipe.provenance import display_names
+
+    names = display_names([base, variant])
+    return Path(f"{names[variant]}-minus-{names[base]}.safetensors")
+
+
+def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
+    reasons: dict[str, list[str]] = {}
+    for pair in pairing.pairs:
+        reasons.setdefault(pair.reason or "decomposed", []).append(pair.name)
+    for name, reason in pairing.left_out:
+        reasons.setdefault(reason, []).append(name)
+    family = pairing.base.anatomy.family.name
+    counts = " · ".join(f"{len(names)} {reason}" for reason, names in reasons.items())
+    console.heading("pairs", f"{family}, {len(pairing.pairs) + len(pairing.left_out)} parameters · {counts}")
+    if verbose:
+        for reason, names in reasons.items():
+            for name in names:
+                console.heading("", f"{name}  {reason}")
+    elif pairing.left_out:
+        shown = [f"{name} ({reason})" for name, reason in pairing.left_out]
+        console.heading("", f"{len(shown)} left out: {console.listed(shown)}")
+
+
+def _print_extraction(found: Extraction, options: DiffOptions, target: Path, seconds: float, *, verbose: bool) -> None:
+    rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]
+    console.heading("ranks", "")
+    console.table(["group", "matrices", "rank min/med/max", "energy", "residual", "capped"], rows)
+    _print_capped(found.layers, options)
+    for reason, energies in found.skipped.items():
+        share = 100 * sum(energies.values()) / found.total if found.total else 0.0
+        names = sorted(energies, key=lambda name: -energies[name])
+        detail = "" if reason == "unchanged" else f", {share:.2g} % of the difference"
+        console.heading(
+            "", f"{len(names)} {reason}{detail}: {console.listed(names, most=len(names) if verbose else 2)}"
+        )
+    if verbose:
+        for layer in found.layers:
+            console.heading(
+                "",
+                f"{layer.name}  rank {layer.rank}  energy {layer.energy:.5f}  residual {layer.residual:.2%}  {layer.method}",
+            )
+    console.heading(
+        "done", f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   loads in ComfyUI and diffusers"
+    )
+    console.heading("next", f"mergetool inspect --help, or load {target.name} at strength 1 on the base")
+
+
+def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
+    capped = [layer for layer in layers if layer.capped]
+    if not capped:
+        return
+    wanted = [layer.wanted for layer in capped if layer.wanted is not None]
+    advice = (
+        f"--rank-max {max(wanted)} would reach {options.rank_thresh:g}"
+        if len(wanted) == len(capped)
+        else f"--rank-max 0 would reach {options.rank_thresh:g}"
+    )
+    worst = min(capped, key=lambda layer: layer.energy)
+    console.heading(
+        "", f"{len(capped)} capped at {options.rank_max}, down to {worst.energy:.4f} ({worst.name}): {advice}"
+    )
+
+
+def _by_group(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    rows: dict[str, list[Layer]] = {}
+    for group in (*GROUPS, "other"):
+        chosen = [layer for layer in layers if group == next((g for g in GROUPS if g in layer.groups), "other")]
+        if chosen:
+            rows[group] = chosen
+    return rows
+
+
+def _row(name: str, layers: Sequence[Layer], options: DiffOptions) -> list[str]:
+    ranks = sorted(layer.rank for layer in layers)
+    total = sum(layer.total for layer in layers)
+    energy = sum(layer.energy * layer.total for layer in layers) / total
+    residual = (sum(layer.residual**2 * layer.total for layer in layers) / total) ** 0.5
+    capped = sum(layer.capped for layer in layers)
+    return [
+        name,
+        str(len(layers)),
+        f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}",
+        f"{energy:.4f}",
+        f"{100 * residual:.1f} %",
+        f"{capped} at {options.rank_max}" if capped else "",
+    ]
+
+
+def _pairing_json(pairing: Pairing) -> dict[str, Any]:
+    return {
+        "base": pairing.base.name,
+        "variant": pairing.variant.name,
+        "family": pairing.base.anatomy.family.name,
+        "bytes_read": pairing.bytes_read,
+        "pairs": [{"name": pair.name, "action": pair.reason or "decomposed"} for pair in pairing.pairs],
+        "left_out": [{"name": name, "reason": reason} for name, reason in pairing.left_out],
+    }
+
+
+def _extraction_json(found: Extraction, target: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "output": str(target),
+        "bytes_written": target.stat().st_size,
+        "seconds": round(seconds, 3),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "rank": layer.rank,
+                "energy": layer.energy,
+                "residual": layer.residual,
+                "capped": layer.capped,
+                "rank_wanted": layer.wanted,
+                "method": layer.method,
+            }
+            for layer in found.layers
+        ],
+        "skipped": [
+            {"name": name, "reason": reason, "share": energy / found.total if found.total else 0.0}
+            for reason, names in found.skipped.items()
+            for name, energy in names.items()
+        ],
+    }
