@@ -135,7 +135,7 @@ class Checkpoint:
         """``sample-sha256:HEX`` of names, dtypes, shapes, metadata and samples of every tensor's bytes.
 
         The samples are the first, middle and last 64 KiB; smaller tensors count whole. Of a 12 GB model that
-        reads about 70 MB, and any merge, training step or cast shows; an edit between the samples does not,
+        reads about 55 MB, and any merge, training step or cast shows; an edit between the samples does not,
         `sha256` finds that. It does not depend on paths, on the order of tensors or on how they are split into files.
         """
         samples = {name: hashlib.sha256() for name in self.tensors}
