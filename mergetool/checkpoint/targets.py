@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -99,7 +97,7 @@ class TargetClaim:
 
     def temporary(self) -> Path:
         """A fresh name beside the target that no other run will choose."""
-        return self.path.with_name(f".{self.path.name}.mergetool-{secrets.token_hex(8)}")
+        return self.path.with_name(f".{self.path.name}.mergetool-{os.urandom(8).hex()}")
 
     def release(self) -> None:
         """Remove the lock file and let go of it. Idempotent, never raises."""
@@ -194,7 +192,7 @@ def _take_lock(path: Path) -> int | None:
             mine = _still_named(fd, path)  # else its last holder unlinked it between our open and our lock
             if mine and taken:
                 os.ftruncate(fd, 0)
-                system.write_at(fd, memoryview(f"{os.getpid()} {socket.gethostname()}\n".encode()), 0)
+                system.write_at(fd, memoryview(f"{os.getpid()} {os.uname().nodename}\n".encode()), 0)
                 return fd
         except BaseException:
             if mine:

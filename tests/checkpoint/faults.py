@@ -6,11 +6,12 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from mergetool.checkpoint import system
+
+if TYPE_CHECKING:  # half the start-up time of the programs that test_kill kills
+    import pytest
 
 # Every call by which an output changes the disk, or could fail before it does.
 CALLS = (
