@@ -45,17 +45,17 @@ class ShardIndex:
     source: str
 
     def __post_init__(self) -> None:
-        for shard in self.shards:
+        shards = self.shards
+        if len(shards) > MAX_SHARDS:
+            raise ShardIndexError(f'"{self.source}" names {len(shards)} shards, but the limit is {MAX_SHARDS}.')
+        seen: dict[str, str] = {}
+        for shard in shards:
             reason = why_not_plain(shard, SUFFIX)
             if reason is not None:
                 raise ShardIndexError(
                     f'"{self.source}" names the shard {quoted(shard)}, which is refused because {reason}; '
                     "download the model again from a source you trust."
                 )
-        if len(self.shards) > MAX_SHARDS:
-            raise ShardIndexError(f'"{self.source}" names {len(self.shards)} shards, but the limit is {MAX_SHARDS}.')
-        seen: dict[str, str] = {}
-        for shard in self.shards:
             other = seen.setdefault(unicodedata.normalize("NFC", shard).casefold(), shard)
             if other != shard:
                 raise ShardIndexError(
