@@ -25,6 +25,7 @@ from benchmarks.measure import Usage
 
 EXPRESSION = f"alkahest + {contenders.ALPHA} * (turbo - deturbo)"
 COPY = ("byte copy", "")
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = (
     *(("--threads", str(threads)) for threads in (1, 2, 4)),
     ("--reader", "mmap"),
@@ -72,15 +73,20 @@ METRICS: Mapping[str, Callable[[Series], list[float]]] = {
 }
 
 
-def line_up(strategy: ceiling.Strategy, peers: Sequence[Contender], *, variants: bool) -> list[Series]:
-    """Who runs in a round, in order: the copy, mergetool, the peers, then the variants of mergetool."""
-    plain: list[Contender] = [ByteCopy(strategy), Mergetool(), *peers]
-    series = [Series(one, warm=False) for one in plain]
-    if variants:
-        series.append(Series(ByteCopy(strategy, needed_only=True), warm=False))
-        series += [Series(Mergetool(options), warm=False) for options in VARIANTS]
-        series += [Series(one, warm=True) for one in plain[:2]]
-    return series
+def line_up(cold: ceiling.Strategy, peers: Sequence[Contender]) -> list[Series]:
+    """Who runs in a round, in order: the copy, mergetool, the peers."""
+    ours: list[Contender] = [ByteCopy(cold), Mergetool()]
+    return [Series(one, warm=False) for one in [*ours, *peers]]
+
+
+def variants(cold: ceiling.Strategy, warm: ceiling.Strategy) -> list[Series]:
+    """Who else runs with --variants: the copy of needed bytes only, mergetool's options, and a warm cache."""
+    return [
+        Series(ByteCopy(cold, needed_only=True), warm=False),
+        *(Series(Mergetool(options), warm=False) for options in VARIANTS),
+        Series(ByteCopy(warm), warm=True),
+        Series(Mergetool(), warm=True),
+    ]
 
 
 def run_round(series: Sequence[Series], models: Models, folder: Path, *, check: bool) -> None:
@@ -109,12 +115,14 @@ def _agreement(contender: Contender, files: Sequence[Path], models: Models) -> s
     return f"{found.unequal} of {found.elements} elements differ from float32, largest {found.largest:g}"
 
 
-def results(series: Sequence[Series], size: str, strategy: ceiling.Strategy) -> Iterator[provenance.Result]:
+def results(series: Sequence[Series], size: str) -> Iterator[provenance.Result]:
     """Rows: each series against the byte copy of the same cache state, and mergetool against each peer."""
     for one in series:
+        copy = copy_of(one, series)
+        how = str(copy.contender.strategy) if isinstance(copy.contender, ByteCopy) else ""
+        config = {"copy": how, "agreement": one.agreement}
         for metric in METRICS:
-            config = {"copy": str(strategy), "agreement": one.agreement}
-            yield _row(one, copy_of(one, series), metric, size, config)
+            yield _row(one, copy, metric, size, config)
     ours, rivals = pairs(series)
     for peer in rivals:
         for metric in METRICS:
@@ -177,24 +185,26 @@ def table(series: Sequence[Series], models: Models) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make the models if they are missing, run the rounds, print the table, append the rows."""
-    options = _parser().parse_args()
+    options = _parser().parse_args(arguments)
+    provenance.commit()
     models = Models.in_folder(options.dir)
     if not all(path.exists() for path in models.paths):
-        command = [sys.executable, "-m", "benchmarks.generate", "family", options.dir, "--size", options.size]
-        subprocess.run([*command, "--overwrite"], check=True)
-    rivals = contenders.peers(options.peers_python) if options.peers else []
+        command = [sys.executable, "-m", "benchmarks.generate", "family", options.dir.resolve(), "--size", options.size]
+        subprocess.run([*command, "--overwrite"], check=True, cwd=ROOT)
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.dir) as scratch:
         folder = Path(scratch)
-        strategy = ceiling.best_strategy(models.paths, folder / "probe.bin")
-        print(f"byte copy: {strategy}", file=sys.stderr)
-        series = line_up(strategy, rivals, variants=options.variants)
+        probe = folder / "probe.bin"
+        cold = ceiling.best_strategy(models.paths, probe)
+        series = line_up(cold, contenders.peers(options.peers_python) if options.peers else [])
+        if options.variants:
+            series += variants(cold, ceiling.best_strategy(models.paths, probe, warm=True))
         for number in range(options.runs):
             print(f"round {number + 1} of {options.runs}", file=sys.stderr)
             run_round(series, models, folder, check=options.check)
     print(table(series, models))
-    provenance.append(results(series, options.size, strategy), folder=options.dir, path=options.results)
+    provenance.append(results(series, options.size), folder=options.dir, path=options.results)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -103,8 +103,12 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@lru_cache(maxsize=1)
 def commit() -> str:
-    """Short hash of the checked-out commit, with "+changes" when a tracked file but the results differs."""
+    """Short hash of the checked-out commit, with "+changes" when a tracked file but the results differs.
+
+    Asked once a process: call it before a long measurement, or it names what was committed meanwhile.
+    """
     head = _git("rev-parse", "--short=10", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(_ROOT)}")
     return f"{head}+changes" if head and changed else head or "unknown"
