@@ -60,7 +60,10 @@ def test_nothing_is_at_the_target_before_publish_and_all_after(target: Path) -> 
     assert violations(target, None, NEW, succeeded=True) == []
 
 
-def test_unwritten_bytes_are_zero(target: Path) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_unwritten_bytes_are_zero(target: Path, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    if not native:
+        monkeypatch.setattr(system, "NATIVE", {})
     with StagedFile.create(target, 100_000) as staged:
         staged.write(50_000, memoryview(b"middle"))
         staged.publish()
