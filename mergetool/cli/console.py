@@ -98,7 +98,11 @@ def progress(word: str, total: int, *, shown: bool) -> Iterator[Callable[[int], 
     from tqdm import tqdm
 
     with tqdm(total=total, desc=f"{word:<7}", unit="B", unit_scale=True, ascii=" #", leave=True) as bar:
-        yield lambda moved: bar.update(moved) and None
+
+        def advance(moved: int) -> None:
+            bar.update(moved)
+
+        yield advance
 
 
 class _Ended(BaseException):

@@ -14,7 +14,7 @@ from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge
 from mergetool.engine.merge import NonFinite, Outcome
 from mergetool.engine.reading import Method
-from mergetool.errors import InputMissing
+from mergetool.errors import OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Input, Plan, plan_merge
@@ -68,7 +68,7 @@ def run_merge(
     ``output`` is then what it was before.
     """
     if not output.parent.exists():
-        raise InputMissing(f'the folder "{output.parent}" does not exist; make it first.')
+        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
     files = [file for model in plan.inputs for file in model.checkpoint.files]
     with CheckpointWriter.stage(
         output,

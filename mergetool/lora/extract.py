@@ -20,7 +20,7 @@ from mergetool import __version__, models
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.reading import Method, fetcher
-from mergetool.errors import InputMissing, NonFiniteError
+from mergetool.errors import DataError, NonFiniteError, OutputError
 from mergetool.lora import dialects
 from mergetool.lora.delta import Delta, read_delta, row_offset
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
@@ -98,7 +98,7 @@ def extract(
     BusyError, StorageError or DataError.
     """
     if not output.parent.exists():
-        raise InputMissing(f'the folder "{output.parent}" does not exist; make it first.')
+        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
@@ -115,7 +115,7 @@ def extract(
             found.layers.append(_decompose(pair, delta, options, factors))
         progress(pair.base.nbytes + pair.variant.nbytes)
     if not factors:
-        raise InputMissing(
+        raise DataError(
             f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
             "there is nothing to write."
         )

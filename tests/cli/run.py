@@ -1,0 +1,34 @@
+"""Running the real program as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a finished command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def mergetool(*arguments: object, cwd: Path, **environment: str) -> Ran:
+    """Run the installed console script in ``cwd``, with a config folder of its own there."""
+    program = Path(sys.executable).with_name("mergetool")
+    env = {**os.environ, "MERGETOOL_CONFIG_DIR": str(cwd / "config"), "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        [program, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)

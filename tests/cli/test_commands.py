@@ -1,0 +1,155 @@
+"""The commands, run as a user runs them, on real files."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from mergetool.cli.main import app
+from tests.cli.run import mergetool
+from tests.families import checkpoint
+
+MERGE = "alkahest + 20 * (turbo - deturbo)"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three registered fine-tunes."""
+    folder = tmp_path_factory.mktemp("family")
+    for seed, name in enumerate(["alkahest", "turbo", "deturbo"]):
+        checkpoint(folder / f"{name}.safetensors", variant=seed)
+        assert mergetool("models", "add", name, f"{name}.safetensors", cwd=folder).code == 0
+    return folder
+
+
+def test_help_never_imports_torch_numpy_or_the_hub() -> None:
+    code = (
+        "import sys; sys.argv = ['mergetool', '--help']\n"
+        "from mergetool.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'huggingface_hub', 'diffusers', 'transformers', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n"), done.stdout[-200:]
+
+
+def test_inspect_never_imports_torch(family: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['mergetool', 'inspect', 'alkahest.safetensors', '--hash']\n"
+        "from mergetool.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=family)
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge", "diff", "models"])
+def test_every_command_has_help(command: str, family: Path) -> None:
+    ran = mergetool(command, "--help", cwd=family)
+    assert ran.code == 0
+    assert "Usage:" in ran.out
+    assert all(option in ran.out for option in (["--json"] if command != "models" else ["add", "list", "remove"]))
+
+
+def test_every_command_is_listed_in_the_help(family: Path) -> None:
+    out = mergetool("--help", cwd=family).out
+    assert {"inspect", "merge", "diff", "models"} <= set(out.split())
+    assert len(app.registered_commands) + len(app.registered_groups) == 4
+
+
+def test_the_version_is_the_projects(family: Path) -> None:
+    version = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert mergetool("--version", cwd=family).out == f"mergetool {version}\n"
+
+
+def test_merge_writes_the_output_and_says_what_it_did(family: Path, tmp_path: Path) -> None:
+    ran = mergetool("merge", MERGE, "--protect", "refiner", "-o", tmp_path / "out.safetensors", cwd=family)
+    assert ran.code == 0, ran.err
+    assert "41 merged · 24 protected: refiner" in ran.out
+    assert "reads" in ran.out
+    assert ran.err == ""
+    with safe_open(tmp_path / "out.safetensors", "np") as opened:
+        assert len(list(opened.keys())) == 65
+
+
+def test_merge_json_is_one_object_with_the_whole_plan(family: Path, tmp_path: Path) -> None:
+    ran = mergetool("merge", MERGE, "--protect", "refiner", "-o", tmp_path / "out.safetensors", "--json", cwd=family)
+    assert ran.json["actions"] == {"merged": 41, "protected: refiner": 24}
+    assert ran.json["bytes_written"] == (tmp_path / "out.safetensors").stat().st_size
+    assert len(ran.json["tensors"]) == 65
+
+
+def test_dry_run_lists_every_tensor_and_writes_nothing(family: Path) -> None:
+    before = sorted(family.iterdir())
+    ran = mergetool("merge", MERGE, "--protect", "refiner", "--dry-run", cwd=family)
+    assert ran.code == 0
+    assert "layers.1.attention.qkv.weight  [192, 64] bf16  merged" in ran.out
+    assert "noise_refiner.0.attention.qkv.weight  [192, 64] bf16  protected: refiner" in ran.out
+    assert sorted(family.iterdir()) == before
+
+
+def test_a_second_run_gives_the_same_bytes(family: Path, tmp_path: Path) -> None:
+    digests = set()
+    for name, hash_seed, extra in (("x", "0", []), ("y", "1", ["--threads", "1"]), ("z", "2", ["--reader", "pread"])):
+        out = tmp_path / f"{name}.safetensors"
+        assert (
+            mergetool("merge", MERGE, "-o", out, *extra, cwd=family, PYTHONHASHSEED=hash_seed, TZ="Asia/Tokyo").code
+            == 0
+        )
+        digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_diff_writes_variant_minus_base_in_the_working_folder(family: Path) -> None:
+    ran = mergetool("diff", "--base", "alkahest", "--variant", "turbo", "--exclude", "refiner", cwd=family)
+    assert ran.code == 0, ran.err
+    assert "loads in ComfyUI and diffusers" in ran.out
+    with safe_open(family / "turbo-minus-alkahest.safetensors", "np") as opened:
+        keys = list(opened.keys())
+    assert keys
+    assert not any("refiner" in key for key in keys)
+    (family / "turbo-minus-alkahest.safetensors").unlink()
+
+
+def test_inspect_json_counts_parameters_and_groups(family: Path) -> None:
+    ran = mergetool("inspect", "alkahest", "--json", cwd=family)
+    assert ran.json["family"] == "Z-Image"
+    assert ran.json["tensors"] == 65
+    assert ran.json["groups"]["refiner"]["tensors"] == 24
+
+
+def test_inspect_hash_is_the_files_sha256(family: Path) -> None:
+    expected = hashlib.sha256((family / "alkahest.safetensors").read_bytes()).hexdigest()
+    ran = mergetool("inspect", "alkahest", "--hash", "--json", cwd=family)
+    assert ran.json["sha256"] == {"alkahest.safetensors": expected}
+    assert ran.json["autov2"] == {"alkahest.safetensors": expected[:10].upper()}
+
+
+def test_models_remembers_and_forgets_names(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "x.safetensors")
+    assert mergetool("models", "add", "mine", "x.safetensors", cwd=tmp_path).code == 0
+    names = {entry["name"] for entry in mergetool("models", "list", "--json", cwd=tmp_path).json["models"]}
+    assert {"mine", "z-image", "z-image-turbo"} <= names
+    assert mergetool("models", "remove", "mine", cwd=tmp_path).code == 0
+    assert mergetool("inspect", "mine", cwd=tmp_path).code == 66
+
+
+def test_output_into_a_closed_pipe_leaves_no_traceback(family: Path) -> None:
+    program = Path(sys.executable).with_name("mergetool")
+    command = f"'{program}' merge '{MERGE}' --dry-run | head -1"
+    environment = {"MERGETOOL_CONFIG_DIR": str(family / "config"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=family, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
