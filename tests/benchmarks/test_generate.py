@@ -202,9 +202,7 @@ def test_an_existing_file_is_kept_unless_overwriting(tmp_path: Path) -> None:
         assert len(file.keys()) == 65  # 3 blocks of 13, 1 of 11, 15 outside
 
 
-def test_a_failing_block_stops_every_thread_and_publishes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_block_is_raised_and_nothing_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(block: Block, seed: int, delta: Delta | None = None) -> values.Floats:
         raise ArithmeticError(block.name)
 
