@@ -94,4 +94,4 @@ def _config_files(plan: Plan) -> Mapping[str, bytes]:
 
 
 def _json_file(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(dict(value), indent=2, sort_keys=True) + "\n").encode()
