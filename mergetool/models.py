@@ -95,14 +95,16 @@ def resolve(model: str) -> ResolvedModel:
     return ResolvedModel(model, Path(model))
 
 
-def open_model(model: str) -> OpenedModel:
+def open_model(model: str, *, quantised: bool = False) -> OpenedModel:
     """Resolve, open and recognise ``model``; only headers are read.
 
-    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised file.
+    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised file unless
+    ``quantised`` says that only its names and shapes matter.
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
-        quant.refuse_quantised(checkpoint.tensors, checkpoint.metadata, checkpoint.config, model)
+        if not quantised:
+            quant.refuse_quantised(checkpoint.tensors, checkpoint.metadata, checkpoint.config, model)
         return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model))
     except BaseException:
         checkpoint.close()

@@ -25,7 +25,7 @@ def inspect(
     """Show family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show."""
     from mergetool import models
 
-    with models.open_model(model) as opened:
+    with models.open_model(model, quantised=True) as opened:
         hashes: dict[str, str] = {}
         if with_hash:
             total = sum(file.size for file in opened.checkpoint.files)
@@ -35,6 +35,13 @@ def inspect(
             console.print_json(_as_json(model, opened, hashes, verbose=verbose))
         else:
             _print(model, opened, hashes, verbose=verbose)
+
+
+def _container(opened: OpenedModel) -> str | None:
+    from mergetool import quant
+
+    found = quant.quantised_container(opened.checkpoint.tensors, opened.checkpoint.metadata, opened.checkpoint.config)
+    return None if found is None else f"{found[0]} ({found[1]})"
 
 
 def _dtypes(opened: OpenedModel) -> dict[str, int]:
@@ -53,6 +60,9 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         f"{anatomy.family.name}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
+    container = _container(opened)
+    if container:
+        console.heading("", f"{container}: this version shows it but does not merge it")
     if anatomy.prefix:
         console.heading("", f'prefix "{anatomy.prefix}"')
     console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
@@ -90,6 +100,7 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "bytes": sum(file.size for file in checkpoint.files),
         "files": [file.path.name for file in checkpoint.files],
         "container": checkpoint.container,
+        "quantised": _container(opened),
         "family": anatomy.family.name,
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,

@@ -150,7 +150,7 @@ class _Planner:
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
         layout, prefix, outputs = self._outputs()
         tensors = [self._tensor(prefix + name, parts) for name, parts in outputs]
-        left_out = self._only_elsewhere()
+        left_out = self._not_in_output()
         outside = self.first.anatomy.outside
         if (layout, prefix) == (self.first.anatomy.layout, self.first.anatomy.prefix):
             tensors += [self._outside(name) for name in outside]
@@ -218,7 +218,8 @@ class _Planner:
             prefix = anatomy.prefix
             stored = anatomy.stored_parts()
             return layout, prefix, [(name.removeprefix(prefix), parts) for name, parts in stored.items()]
-        return layout, "", self.family.outputs(anatomy.parts, layout)
+        read = [name for name in anatomy.parts if name not in self.family.unused]
+        return layout, "", self.family.outputs(read, layout)
 
     # --- tensors ---------------------------------------------------------------------------------------------
 
@@ -312,8 +313,11 @@ class _Planner:
 
     # --- what is said ----------------------------------------------------------------------------------------
 
-    def _only_elsewhere(self) -> list[tuple[str, str]]:
+    def _not_in_output(self) -> list[tuple[str, str]]:
         left_out: dict[str, str] = {}
+        if self.options.layout is not None:
+            unused = (name for name in self.first.anatomy.parts if name in self.family.unused)
+            left_out |= dict.fromkeys(unused, "never read by the model")
         for model in self.inputs[1:]:
             for name in model.anatomy.parts:
                 if name not in self.first.anatomy.parts:

@@ -491,3 +491,10 @@ def test_sha256_of_shards_is_one_for_each(sharded: Path) -> None:
 
 def test_the_short_hash_is_the_first_ten_digits() -> None:
     assert short_hash("0123456789abcdef") == "0123456789"
+
+
+def test_a_link_that_the_user_names_is_followed_anywhere(tmp_path: Path, sharded: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(sharded)
+    with Checkpoint.open(tmp_path / "elsewhere" / "link") as checkpoint, Checkpoint.open(sharded) as direct:
+        assert list(checkpoint.tensors) == list(direct.tensors)

@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mergetool.cli.main import app
 from tests.cli.run import mergetool
@@ -153,3 +155,13 @@ def test_output_into_a_closed_pipe_leaves_no_traceback(family: Path) -> None:
     )
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_inspect_names_a_quantised_container_instead_of_refusing_it(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "x.safetensors")
+    ran = mergetool("inspect", "x.safetensors", cwd=tmp_path)
+    assert ran.code == 0
+    assert "does not merge it" in ran.out

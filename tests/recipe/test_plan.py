@@ -5,9 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint import dtypes
 from mergetool.engine import job
@@ -36,7 +36,7 @@ def reason_of(plan: Plan, part: str) -> str:
     return next(step.reason for tensor in plan.tensors for step in tensor.steps if step.part == part)
 
 
-def edit(path: Path, **changes: np.ndarray | None) -> None:
+def edit(path: Path, **changes: torch.Tensor | None) -> None:
     """Rewrite a file with tensors added, replaced or (None) removed; __ stands for a dot."""
     tensors = load_file(path)
     for name, value in changes.items():
@@ -44,12 +44,6 @@ def edit(path: Path, **changes: np.ndarray | None) -> None:
         if value is not None:
             tensors[name.replace("__", ".")] = value
     save_file(tensors, path)
-
-
-def as_bf16(shape: tuple[int, ...]) -> np.ndarray:
-    import ml_dtypes
-
-    return np.ones(shape, ml_dtypes.bfloat16)
 
 
 def test_counts_of_the_real_model_family(family: Path) -> None:
@@ -112,18 +106,18 @@ def test_a_tensor_missing_from_another_model_is_kept_and_named(family: Path) -> 
 
 
 def test_a_tensor_only_another_model_has_is_left_out_and_named(family: Path) -> None:
-    edit(family / "a.safetensors", norm_final__weight=np.ones(64, np.float32))
+    edit(family / "a.safetensors", norm_final__weight=torch.ones(64))
     assert planned().left_out == (("norm_final.weight", "only in a.safetensors"),)
 
 
 def test_integers_are_never_blended(family: Path) -> None:
     for name in ("alk", "a", "b"):
-        edit(family / f"{name}.safetensors", layers__0__position_ids=np.arange(4))
+        edit(family / f"{name}.safetensors", layers__0__position_ids=torch.arange(4))
     assert reason_of(planned(), "layers.0.position_ids") == "int64 is not blended"
 
 
 def test_clashing_shapes_name_both_models_and_the_way_out(family: Path) -> None:
-    edit(family / "b.safetensors", cap_embedder__0__weight=np.ones(48, np.float32))
+    edit(family / "b.safetensors", cap_embedder__0__weight=torch.ones(48))
     with pytest.raises(
         FamilyError, match=r'"cap_embedder\.0\.weight" has shape \[64\] in alk.* \[48\] in b.*--exclude'
     ):
@@ -132,21 +126,21 @@ def test_clashing_shapes_name_both_models_and_the_way_out(family: Path) -> None:
 
 
 def test_models_of_different_families_do_not_merge(family: Path) -> None:
-    save_file({"down.weight": np.ones((4, 4), np.float32)}, family / "b.safetensors")
+    save_file({"down.weight": torch.ones(4, 4)}, family / "b.safetensors")
     with pytest.raises(FamilyError, match="different families"):
         planned()
 
 
 def test_an_unknown_architecture_merges_by_name(family: Path) -> None:
     for name in ("alk", "a", "b"):
-        save_file({"block.0.w": np.ones((4, 4), np.float32), "steps": np.arange(3)}, family / f"{name}.safetensors")
+        save_file({"block.0.w": torch.ones(4, 4), "steps": torch.arange(3)}, family / f"{name}.safetensors")
     plan = planned()
     assert reason_of(plan, "block.0.w") == "merged"
     assert reason_of(plan, "steps") == "int64 is not blended"
 
 
 def test_the_output_dtype_applies_to_floats_only(family: Path) -> None:
-    edit(family / "alk.safetensors", layers__0__position_ids=np.arange(4))
+    edit(family / "alk.safetensors", layers__0__position_ids=torch.arange(4))
     plan = planned(dtype=dtypes.F32)
     assert {t.dtype.name for t in plan.tensors} == {"fp32", "int64"}
 
@@ -157,11 +151,17 @@ def test_a_protected_tensor_in_another_dtype_is_said_to_be_rounded(family: Path)
 
 
 def test_tensors_outside_the_model_are_copied_in_the_same_layout(family: Path) -> None:
-    edit(family / "alk.safetensors", vae__decoder__weight=np.ones((2, 2), np.float32))
+    edit(family / "alk.safetensors", vae__decoder__weight=torch.ones(2, 2))
     same = planned()
     assert reason_of(same, "vae.decoder.weight") == "outside the model"
     other = planned(layout="diffusers")
     assert [name for name, _ in other.left_out] == ["vae.decoder.weight"]
+
+
+def test_a_parameter_the_model_never_reads_does_not_enter_the_other_layout(family: Path) -> None:
+    edit(family / "alk.safetensors", norm_final__weight=torch.ones(64))
+    assert reason_of(planned(), "norm_final.weight") == "not in a.safetensors"
+    assert planned(layout="diffusers").left_out == (("norm_final.weight", "never read by the model"),)
 
 
 def test_an_unknown_layout_is_refused(family: Path) -> None:
