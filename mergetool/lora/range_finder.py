@@ -107,7 +107,7 @@ class Search:
             width = self._width()
             if width is None:
                 return None
-            self.krylov.expand(width, fresh=width // 2 if self._runs(self.krylov.energies) else 0)
+            self.krylov.expand(width, fresh=width // 2 if self._repeated() else 0)
             self._history.append(self.krylov.energies)
             count = self._answer()
             if count is not None:
@@ -147,14 +147,14 @@ class Search:
             self.doubt = self._missing(refuted)
             assert goal.target is not None
             margin = goal.target - float(energies[:refuted].sum())
-            if self.doubt > max(margin / 2, self._noise) or self._hides_copies(refuted):
+            if self.doubt > max(margin / 2, self._noise):
                 return None
             return min(rank + max(self.extra, rank // 50), goal.most, len(energies))
         if len(energies) < goal.most:
-            left = goal.total - float(energies.sum())
-            return len(energies) if goal.target is None and left <= 1e-7 * goal.total else None
+            # Next to nothing left outside: the certificate will tell whether the delta has any more directions.
+            return len(energies) if goal.total - float(energies.sum()) <= self._noise else None
         self.doubt = self._missing(goal.most)
-        if self.doubt > CAP_TOLERANCE * goal.total or self._hides_copies(goal.most):
+        if self.doubt > CAP_TOLERANCE * goal.total:
             return None
         if goal.target is not None:
             margin = goal.target - float(energies[: goal.most].sum())
@@ -162,31 +162,15 @@ class Search:
                 return None
         return goal.most
 
-    def _runs(self, energies: Tensor) -> dict[int, int]:
-        """First index and length of each run of values so close and so many that more copies may be hidden.
+    def _repeated(self) -> bool:
+        """True if some value has so many copies that more may be hidden, and random directions must bring them in.
 
-        A Krylov space holds no more copies of a repeated value than its first block is wide; random directions
-        bring in the others.
+        A Krylov space holds no more copies of a repeated value than its first block is wide.
         """
-        if not self._history:
-            return {}
-        block = len(self._history[0])
+        energies = self.krylov.energies
         values = energies[energies > 1e-3 * energies[:1]]
-        ends = torch.searchsorted(-values, -values * (1 - REPEATED), right=True)
-        runs: dict[int, int] = {}
-        end = 0
-        for first, last in enumerate(ends.tolist()):
-            if first >= end and last - first >= block:
-                runs[first], end = last - first, last
-        return runs
-
-    def _hides_copies(self, count: int) -> bool:
-        """True while a repeated value above the first ``count`` may have more copies than found so far."""
-        found = [
-            {first: length for first, length in self._runs(energies).items() if first + length < count}
-            for energies in self._history[-3:]
-        ]
-        return bool(found[-1]) and not (len(found) == 3 and found[0] == found[1] == found[2])
+        copies = torch.searchsorted(-values, -values * (1 - REPEATED), right=True) - torch.arange(len(values))
+        return bool(self._history) and bool((copies >= len(self._history[0])).any())
 
     def _missing(self, count: int) -> float:
         """Estimate of the energy the best ``count`` directions hold beyond the best ``count`` of the basis.

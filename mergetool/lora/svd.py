@@ -33,9 +33,6 @@ from mergetool.lora.tail import rank_for_energy
 SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""
 
-CLOSE_TO_ALL = 1 - 1e-8
-"""A threshold above this is taken as this: float32 products tell no smaller share from rounding."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decomposition:
@@ -82,7 +79,8 @@ def decompose(
     ``rank`` > 0 keeps that many (fewer if the delta has no more). ``rank`` 0 keeps the fewest that hold the share
     ``rank_thresh`` of the delta's whole energy, at most ``rank_max`` (0: no cap). A rank found by threshold is
     certified to reach it and exceeds the fewest possible by at most 1 %, below 100 not at all. At a fixed rank or at
-    the cap the captured energy is within about 0.1 % of the delta's energy of the best.
+    the cap the captured energy is within about 0.1 % of the delta's energy of the best. A threshold of 1 keeps all
+    that is not rounding noise.
 
     ``sketch`` may be the delta in BF16 if the caller has it, for the cheap products (or the delta itself, to keep
     them in float32); by default it is made here where this CPU is fast in BF16. Random numbers depend on ``seed``
@@ -101,7 +99,7 @@ def decompose(
     short = min(delta.shape)
     goal = Goal(
         total,
-        target=None if rank else total * min(rank_thresh, CLOSE_TO_ALL),
+        target=None if rank else total * rank_thresh,
         most=min(rank or rank_max or short, short),
     )
     products = Products(delta, sketch)
@@ -139,7 +137,7 @@ def _find(products: Products, goal: Goal, seed: int, name: str) -> tuple[Project
         while (count := search.advance()) is not None:
             found = certify(products, search.krylov.strongest(count), goal, search.doubt)
             complete = len(found.energies) < count
-            if goal.fewest(found.energies) is not None or count >= goal.most or goal.target is None or complete:
+            if goal.fewest(found.energies) is not None or count >= goal.most or complete:
                 return found, "krylov"
             search.extra *= 2
     return whole_spectrum(products, goal), "gram"
