@@ -22,7 +22,7 @@ from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.reading import Method, fetcher
 from mergetool.errors import DataError, NonFiniteError, OutputError
 from mergetool.lora import dialects
-from mergetool.lora.delta import Delta, read_delta, row_offset
+from mergetool.lora.delta import Delta, DeltaReader, row_offset
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.svd import balanced_factors, decompose, stored_residual
 from mergetool.ops.cpu import TORCH
@@ -102,9 +102,9 @@ def extract(
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
-    read = fetcher(method, files)
+    reader = DeltaReader(pairing, fetcher(method, files))
     for pair in _read_ahead(pairing):
-        delta = read_delta(pairing, pair, read, with_matrix=not pair.reason)
+        delta = reader.read(pair, with_matrix=not pair.reason)
         if not math.isfinite(delta.energy):
             raise _not_finite(pairing, pair)
         if pair.reason:
@@ -137,6 +137,7 @@ def _decompose(pair: Pair, delta: Delta, options: DiffOptions, factors: dict[str
         rank_thresh=options.rank_thresh,
         rank_max=options.rank_max,
         seed=options.seed,
+        sketch=delta.sketch,
     )
     module = pair.name.removesuffix(".weight")
     down_key, up_key = dialects.keys(module)
