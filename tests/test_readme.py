@@ -1,0 +1,57 @@
+"""README's commands are run, and what README says exists, exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import mergetool
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def start_commands() -> list[str]:
+    section = README.split("<!-- start -->")[1].split("<!-- end -->")[0]
+    return [line for line in section.splitlines() if line.startswith("python3 ")]
+
+
+def test_readme_begins_with_two_commands_that_set_up_from_nothing() -> None:
+    assert len(start_commands()) == 2
+    assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for command in start_commands())
+
+
+def test_the_first_command_ends_in_a_merge_and_a_difference_lora(tmp_path: Path) -> None:
+    """Everything after the installation, with this environment's Python."""
+    command = shlex.split(start_commands()[0].rsplit("&& ", 1)[1])
+    assert command[0] == ".venv/bin/python"
+    done = subprocess.run(
+        [sys.executable, *command[1:], str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "merged.safetensors").exists()
+    assert (tmp_path / "out" / "turbo-minus-alkahest.safetensors").exists()
+
+
+def test_the_second_command_is_what_runs_these_tests() -> None:
+    assert start_commands()[1].endswith(".venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^mergetool (.+)$", README, re.MULTILINE))))
+def test_every_option_that_readme_shows_exists(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command.rstrip("\\"), comments=True)
+    shown = {word.split("=")[0] for word in words if word.startswith("-")}
+    name = words[:2] if words[0] == "models" else words[:1]
+    out = mergetool(*name, "--help", cwd=tmp_path).out
+    assert shown <= set(re.findall(r"(?<![\w-])-{1,2}[a-z][a-z-]*", out)), command
+
+
+def test_no_document_names_what_is_outside_the_project() -> None:
+    for path in ROOT.rglob("*"):
+        if path.suffix in {".md", ".py", ".toml"} and not {".venv", ".git", "quickstart"} & set(path.parts):
+            assert "../sh" + "ared" not in path.read_text(), path
