@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 
 # The first of these that a matrix is in is its row of the table.
 GROUPS = ("attention", "ffn", "adaln", "embedder", "final")
+
+EXAMPLES = """\b
+Examples:
+  mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner
+  mergetool diff --base base.safetensors --variant tuned.safetensors --rank 32 -o tuned.lora.safetensors
+  mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
+
+PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
+names ("layers.*.attention.*") or re:REGEX.
+"""
 
 
 @console.command
@@ -50,6 +61,9 @@ def diff(
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
     energy of its whole spectrum, unless --rank-max stops it first, which is said.
     """
+    # The many small products between the large ones would otherwise leave OpenMP's threads spinning against the disk
+    # reader, or against any other program: 4 times slower on a busy machine. It is read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from mergetool.lora.extract import extract, open_diff
 
     options = _options(rank, rank_thresh, rank_max, min_dim, include, exclude, dtype, seed)

@@ -13,6 +13,13 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 if TYPE_CHECKING:
     from mergetool.models import OpenedModel
 
+EXAMPLES = """\b
+Examples:
+  mergetool inspect alkahest
+  mergetool inspect out.safetensors --hash
+  mergetool inspect hf://Tongyi-MAI/Z-Image/transformer --json
+"""
+
 
 @console.command
 def inspect(

@@ -7,10 +7,7 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console
-from mergetool.cli.diff import diff
-from mergetool.cli.inspect import inspect
-from mergetool.cli.merge import merge
+from mergetool.cli import console, diff, inspect, merge
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -24,9 +21,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check said no, 2 usage, 65 bad data, 66 input missing, 73 output cannot be made, "
     "74 I/O error, 75 busy, 130 interrupted.",
 )
-app.command()(inspect)
-app.command()(merge)
-app.command()(diff)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command(epilog=merge.EXAMPLES)(merge.merge)
+app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.add_typer(models, name="models")
 
 

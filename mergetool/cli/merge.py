@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from mergetool.engine.merge import Outcome
     from mergetool.recipe.plan import Plan
 
-EXAMPLES = """Examples:
-
+EXAMPLES = """\b
+Examples:
   mergetool merge "alkahest + 20 * (artshoot - 'z-image')" --protect refiner -o out.safetensors
+  mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
+  mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
 
-  mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --protect refiner --dtype bf16 -o out.safetensors
-
-  mergetool merge "0.5*a.safetensors + 0.5*b.safetensors" --dry-run
-
-Names are registered with `mergetool models add`; paths and hf://org/repo work too. Quote what is more than
-letters, digits, dots and _. Any multiplier is allowed; differences are taken first, in float32.
+Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
+letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
+PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
+names ("layers.*.attention.*") or re:REGEX.
 """
 
 
