@@ -21,8 +21,8 @@ from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 
 # 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
 CHUNK = 1 << 19
-# Chunks asked of the disk ahead of the one at work: enough to keep it busy, little enough not to evict itself.
-READ_AHEAD = 16
+# Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
+# 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
 
 NonFinite = Literal["refuse", "keep"]
 
@@ -142,7 +142,6 @@ class _Workers:
                     index, self._next = self._next, self._next + 1
                 if index >= len(self._jobs):
                     return
-                self._announce(index + READ_AHEAD)
                 moved = worker.do(self._jobs[index])
                 with self._lock:
                     self._moved += moved
@@ -150,15 +149,6 @@ class _Workers:
             with self._lock:
                 self._failure = self._failure or error
             self._stop.set()
-
-    def _announce(self, index: int) -> None:
-        """Ask the disk for a later chunk; the first call asks for everything up to it."""
-        for later in range(READ_AHEAD if index == READ_AHEAD else index, index + 1):
-            if later < len(self._jobs):
-                job = self._jobs[later]
-                for window in job.step.windows:
-                    file, offset, size = self.place(window, job)
-                    file.will_need(offset, size)
 
     def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
         """The file, offset and size in bytes of a job's share of a window."""
