@@ -22,9 +22,7 @@ from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = tuple(
-    ceiling.Strategy(threads, 8 << 20, direct, False) for direct in (False, True) for threads in (2, 4)
-)
+STRATEGIES = tuple(ceiling.Strategy(threads, 8 << 20, direct, False) for direct in (False, True) for threads in (2, 4))
 CASES = {"thresh 0.995, cap 64": ["--rank-thresh", "0.995"], "rank 64": ["--rank", "64"]}
 
 
@@ -100,6 +98,29 @@ def _summary(found: dict[str, object]) -> str:
     return f"{len(layers)} matrices, ranks {ranks[0]} to {ranks[-1]}"
 
 
+def single_layers(sizes: Sequence[tuple[int, int]]) -> list[provenance.Result]:
+    """Every provider of `bench_diff_layer` against the thin SVD of the same matrix; errors are in `config`."""
+    from benchmarks.bench_diff_layer import layer_rows
+
+    rows = [row for m, n in sizes for row in layer_rows(m, n, [0.95])]
+    reference = {row["case"]: row["seconds"] for row in rows if row["provider"] == "torch.linalg.svd"}
+    return [
+        provenance.Result(
+            "diff layer",
+            row["case"],
+            row["provider"],
+            "seconds",
+            [row["seconds"]],
+            "s",
+            ratio_to="torch.linalg.svd",
+            ratio=row["seconds"] / reference[row["case"]],
+            cache="in memory",
+            config={name: row[name] for name in ("energy", "optimal_energy", "rank", "exact_rank")},
+        )
+        for row in rows
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the models if they are missing, run, print, and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subprocess.run(command, check=True, cwd=ROOT)
     rows = whole_pair(options.dir, options.runs, options.size)
     if options.layers:
-        from benchmarks import bench_diff_layer
-
-        rows += bench_diff_layer.results()
+        rows += single_layers([(10240, 3840), (3840, 3840)])
     for row in rows:
         ratio = "" if row.ratio is None else f"  {row.ratio:.2f} x {row.ratio_to}"
         cells = row.row()

@@ -49,7 +49,7 @@ class Strategy:
 STRATEGIES = tuple(
     Strategy(threads, chunk << 20, direct_read, direct_write)
     for direct_read, direct_write in itertools.product((False, True), repeat=2)
-    for threads, chunk in ((2, 8), (4, 8), (8, 4))
+    for threads, chunk in ((2, 1), (2, 8), (4, 8))
 )
 
 

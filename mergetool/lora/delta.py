@@ -1,13 +1,21 @@
-"""The difference of one parameter in two models, in float32, with its energy."""
+"""The differences of two models, one parameter after the other, in float32, with their energy.
+
+The next difference is read and subtracted by one background thread while the last one is decomposed. It reads both
+files front to back in pieces of 1 MB, which the kernel reads ahead of by itself: 2.7 GB/s cold on one thread here, with
+a fifth of the kernel time of announcing whole matrices (POSIX_FADV_WILLNEED, 2.0 GB/s) or of four readers (1.4 GB/s).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from mergetool.arch import Part
-from mergetool.engine.reading import Fetcher
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.engine.reading import Fetcher, Method, fetcher
 from mergetool.lora.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
 from mergetool.ops.cpu import as_tensor
@@ -34,6 +42,27 @@ class Delta:
     energy: float
 
 
+def deltas(pairing: Pairing, method: Method, files: Sequence[InputFile]) -> Iterator[tuple[Pair, Delta]]:
+    """Every pair in order with its difference, which stays valid until the next one is asked for.
+
+    Only pairs without a reason to be left out get a matrix. ``method`` auto is positioned reads: into a buffer that is
+    reused they were half again as fast as windows on a mapping, which pay for new pages at every step.
+    """
+    fetchers = [fetcher("pread" if method == "auto" else method, list(files)) for _ in range(2)]
+    readers = [DeltaReader(pairing, fetch) for fetch in fetchers]
+    # torch's thread count is a property of the thread: this one leaves the decomposition its own.
+    background = ThreadPoolExecutor(1, thread_name_prefix="delta", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        following = background.submit(readers[0].read, pairing.pairs[0])
+        for i, pair in enumerate(pairing.pairs):
+            delta = following.result()
+            if i + 1 < len(pairing.pairs):
+                following = background.submit(readers[(i + 1) % 2].read, pairing.pairs[i + 1])
+            yield pair, delta
+    finally:
+        background.shutdown(cancel_futures=True)
+
+
 class DeltaReader:
     """Reads differences one after the other into buffers that are made once.
 
@@ -49,9 +78,10 @@ class DeltaReader:
         self._other = torch.empty(CHUNK, dtype=torch.float32)
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
-    def read(self, pair: Pair, *, with_matrix: bool) -> Delta:
+    def read(self, pair: Pair) -> Delta:
         """The difference of ``pair``, each element one float32 subtraction of exactly widened values."""
         count = pair.base.numel
+        with_matrix = not pair.reason
         energy = 0.0
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
@@ -70,14 +100,14 @@ class DeltaReader:
     def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
         file, base = model.checkpoint.locate(part.stored.tensor)
         width = part.dtype.itemsize
-        offset, size = base + row_offset(model, part) + start * width, out.numel() * width
+        offset, size = base + _row_offset(model, part) + start * width, out.numel() * width
         raw = self._fetch.fetch(slot, file, offset, size)
         out.copy_(as_tensor(raw, part.dtype))
         raw.release()
         self._fetch.release(file, offset, size)
 
 
-def row_offset(model: Input, part: Part) -> int:
+def _row_offset(model: Input, part: Part) -> int:
     """Bytes from the start of the stored tensor to the part's first row: q, k and v lie inside a fused qkv."""
     info = model.checkpoint.tensors[part.stored.tensor]
     return part.stored.row * (info.nbytes // max(1, info.shape[0] if info.shape else 1))

@@ -1,7 +1,7 @@
 """A difference LoRA: variant - base as low-rank factors, one matrix at a time.
 
-While one matrix is decomposed the next ones are read ahead, so memory is a few matrices and the factors themselves
-(280 MB for Z-Image at rank 64 in bf16).
+While one matrix is decomposed the next one is read, so memory is two matrices and the factors themselves (400 MB for
+all of Z-Image at rank 64 in bf16).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,15 @@ import torch
 from mergetool import __version__, models
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine.reading import Method, fetcher
+from mergetool.engine.reading import Method
 from mergetool.errors import DataError, NonFiniteError, OutputError
 from mergetool.lora import dialects
-from mergetool.lora.delta import Delta, DeltaReader, row_offset
+from mergetool.lora.delta import Delta, deltas
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.svd import balanced_factors, decompose, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.plan import Input
 from mergetool.recipe.provenance import display_names
-
-# Bytes of matrices that are read ahead of the one at work.
-READ_AHEAD = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +98,7 @@ def extract(
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
-    reader = DeltaReader(pairing, fetcher(method, files))
-    for pair in _read_ahead(pairing):
-        delta = reader.read(pair, with_matrix=not pair.reason)
+    for pair, delta in deltas(pairing, method, files):
         if not math.isfinite(delta.energy):
             raise _not_finite(pairing, pair)
         if pair.reason:
@@ -155,26 +149,6 @@ def _decompose(pair: Pair, delta: Delta, options: DiffOptions, factors: dict[str
         wanted=found.rank_wanted,
         method=found.method,
     )
-
-
-def _read_ahead(pairing: Pairing) -> Iterator[Pair]:
-    """The pairs in order, the disk kept busy with those to come."""
-    asked, budget = 0, 0
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        for i, pair in enumerate(pairing.pairs):
-            while asked < len(pairing.pairs) and (asked <= i + 1 or budget < READ_AHEAD):
-                later = pairing.pairs[asked]
-                reader.submit(_will_need, pairing, later)
-                budget += later.base.nbytes + later.variant.nbytes
-                asked += 1
-            yield pair
-            budget -= pair.base.nbytes + pair.variant.nbytes
-
-
-def _will_need(pairing: Pairing, pair: Pair) -> None:
-    for model, part in ((pairing.variant, pair.variant), (pairing.base, pair.base)):
-        file, start = model.checkpoint.locate(part.stored.tensor)
-        file.will_need(start + row_offset(model, part), part.nbytes)
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
