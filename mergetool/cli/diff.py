@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +48,7 @@ def diff(
     include: Annotated[list[str] | None, typer.Option(help="Take only these. Repeatable.", metavar="PATTERN")] = None,
     dtype: Annotated[str, typer.Option(help="What the factors are stored in: bf16, fp16 or fp32.")] = "bf16",
     seed: Annotated[int, typer.Option(help="Seed of the random starting directions.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Matrices worked on at once [default: all cores]", min=1)] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be decomposed, and stop.")] = False,
@@ -61,9 +61,6 @@ def diff(
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
     energy of its whole spectrum, unless --rank-max stops it first, which is said.
     """
-    # The many small products between the large ones would otherwise leave OpenMP's threads spinning against the disk
-    # reader, or against any other program: 4 times slower on a busy machine. It is read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from mergetool.lora.extract import extract, open_diff
 
     options = _options(rank, rank_thresh, rank_max, min_dim, include, exclude, dtype, seed)
@@ -78,7 +75,7 @@ def diff(
                 console.print_json(_pairing_json(pairing))
             return
         with console.progress("diff", pairing.bytes_read, shown=not (no_progress or as_json)) as bar:
-            found = extract(pairing, target, options, overwrite=overwrite, method=method, progress=bar)
+            found = extract(pairing, target, options, overwrite=overwrite, threads=threads, method=method, progress=bar)
         seconds = time.monotonic() - started
         if as_json:
             console.print_json(_pairing_json(pairing) | _extraction_json(found, target, seconds))

@@ -1,21 +1,18 @@
-"""The differences of two models, one parameter after the other, in float32, with their energy.
+"""The difference of one parameter in two models, in float32, with its energy.
 
-The next difference is read and subtracted by one background thread while the last one is decomposed. It reads both
-files front to back in pieces of 1 MB, which the kernel reads ahead of by itself: 2.7 GB/s cold on one thread here, with
-a fifth of the kernel time of announcing whole matrices (POSIX_FADV_WILLNEED, 2.0 GB/s) or of four readers (1.4 GB/s).
+Files are read front to back in pieces of 1 MB by one thread, which the kernel reads ahead of by itself: 2.7 GB/s cold
+here, with a fifth of the kernel time of announcing whole matrices (POSIX_FADV_WILLNEED, 2.0 GB/s) or of four readers
+(1.4 GB/s).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from mergetool.arch import Part
-from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine.reading import Fetcher, Method, fetcher
+from mergetool.engine.reading import Fetcher
 from mergetool.lora.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
 from mergetool.ops.cpu import as_tensor
@@ -33,7 +30,7 @@ class Delta:
     """``variant - base`` of one parameter.
 
     ``matrix`` is float32 [out, in] and ``sketch`` the same rounded to bfloat16 where this CPU is fast in that, else
-    None; both are None where only the energy was asked for, and are overwritten by the next difference. ``energy`` is
+    None; both are None where only the energy was asked for, and live in the buffers that were given. ``energy`` is
     the squared Frobenius norm; it is not finite when an input is not.
     """
 
@@ -42,60 +39,50 @@ class Delta:
     energy: float
 
 
-def deltas(pairing: Pairing, method: Method, files: Sequence[InputFile]) -> Iterator[tuple[Pair, Delta]]:
-    """Every pair in order with its difference, which stays valid until the next one is asked for.
-
-    Only pairs without a reason to be left out get a matrix. ``method`` auto is positioned reads: into a buffer that is
-    reused they were half again as fast as windows on a mapping, which pay for new pages at every step.
-    """
-    fetchers = [fetcher("pread" if method == "auto" else method, list(files)) for _ in range(2)]
-    readers = [DeltaReader(pairing, fetch) for fetch in fetchers]
-    # torch's thread count is a property of the thread: this one leaves the decomposition its own.
-    background = ThreadPoolExecutor(1, thread_name_prefix="delta", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        following = background.submit(readers[0].read, pairing.pairs[0])
-        for i, pair in enumerate(pairing.pairs):
-            delta = following.result()
-            if i + 1 < len(pairing.pairs):
-                following = background.submit(readers[(i + 1) % 2].read, pairing.pairs[i + 1])
-            yield pair, delta
-    finally:
-        background.shutdown(cancel_futures=True)
-
-
-class DeltaReader:
-    """Reads differences one after the other into buffers that are made once.
+class Buffers:
+    """Room for one difference of up to ``elements``, used again and again.
 
     A fresh buffer a matrix costs more than the subtraction: 157 MB of new pages are 38 thousand page faults.
     """
 
+    def __init__(self, elements: int) -> None:
+        self.matrix = torch.empty(elements, dtype=torch.float32)
+        self.sketch = torch.empty(elements if fast_bfloat16() else 0, dtype=torch.bfloat16)
+
+
+class DeltaReader:
+    """Reads the differences of a pairing, each into the buffers it is given; for one thread."""
+
     def __init__(self, pairing: Pairing, fetch: Fetcher) -> None:
         self._pairing = pairing
         self._fetch = fetch
-        largest = max((pair.base.numel for pair in pairing.decomposed), default=0)
-        self._matrix = torch.empty(largest, dtype=torch.float32)
-        self._sketch = torch.empty(largest if fast_bfloat16() else 0, dtype=torch.bfloat16)
         self._other = torch.empty(CHUNK, dtype=torch.float32)
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
-    def read(self, pair: Pair) -> Delta:
-        """The difference of ``pair``, each element one float32 subtraction of exactly widened values."""
+    def read(self, pair: Pair, buffers: Buffers) -> Delta:
+        """The difference of ``pair``, each element one float32 subtraction of exactly widened values.
+
+        A pair with a reason to be left out gets its energy only.
+        """
         count = pair.base.numel
-        with_matrix = not pair.reason
+        wanted = not pair.reason
+        sketched = wanted and len(buffers.sketch) > 0
         energy = 0.0
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
-            difference = self._matrix[start : start + size] if with_matrix else self._scratch[:size]
+            difference = buffers.matrix[start : start + size] if wanted else self._scratch[:size]
             self._load(difference, self._pairing.variant, pair.variant, start, slot=0)
             self._load(self._other[:size], self._pairing.base, pair.base, start, slot=1)
             difference.sub_(self._other[:size])
             energy += squared_norm(difference)
-            if with_matrix and len(self._sketch):
-                self._sketch[start : start + size].copy_(difference)
-        if not with_matrix:
-            return Delta(None, None, energy)
-        sketch = self._sketch[:count].view(pair.base.shape) if len(self._sketch) else None
-        return Delta(self._matrix[:count].view(pair.base.shape), sketch, energy)
+            if sketched:
+                buffers.sketch[start : start + size].copy_(difference)
+        shape = pair.base.shape
+        return Delta(
+            buffers.matrix[:count].view(shape) if wanted else None,
+            buffers.sketch[:count].view(shape) if sketched else None,
+            energy,
+        )
 
     def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
         file, base = model.checkpoint.locate(part.stored.tensor)

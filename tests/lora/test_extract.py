@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.pairs import DiffOptions
 from mergetool.ops import oracle
 from tests.families import checkpoint
-
 
 RENAMES = {
     "to_out.0": "out",
@@ -121,6 +121,22 @@ def test_two_runs_give_the_same_bytes(family: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         diff(family, tmp_path / f"{name}.safetensors", rank_thresh=0.9)
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("method", ["mmap", "pread"])
+def test_bytes_do_not_depend_on_threads_or_reading(
+    family: Path, tmp_path: Path, threads: int, method: Literal["mmap", "pread"]
+) -> None:
+    diff(family, tmp_path / "reference.safetensors", rank_thresh=0.9)
+    options = DiffOptions(rank_thresh=0.9)
+    torch.set_num_threads(3 - min(threads, 2))
+    try:
+        with open_diff(str(family / "base.safetensors"), str(family / "variant"), options) as pairing:
+            extract(pairing, tmp_path / "lora.safetensors", options, threads=threads, method=method)
+    finally:
+        torch.set_num_threads(2)
+    assert (tmp_path / "lora.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
 
 
 def test_diffusers_uses_every_key_and_reproduces_the_variant(family: Path, tmp_path: Path) -> None:
