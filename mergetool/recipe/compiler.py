@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from mergetool.ops.program import Add, Instruction, Load, Program, Scale, Subtract
-from mergetool.recipe.expression import Expression, Model, Sum, Term
+from mergetool.recipe.expression import Expression
+from mergetool.recipe.graph import Model, Sum, Term
 
 
 def float32(value: Fraction) -> float:

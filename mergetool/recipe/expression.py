@@ -7,18 +7,12 @@ Every value has a *degree*: a model is 1, a number times it scales it, ``+`` and
 is a model, of degree 0 a difference of models; a merge must have degree 1. Degrees are exact fractions, so
 ``a/3 + b/3 + c/3`` is a model and ``0.7*a + 0.2*b`` is refused.
 
-The graph is kept in a normal form that fixes the float32 operations an engine performs, in order:
-
-* numbers that meet are multiplied exactly, and rounded to float32 once, where they meet a tensor;
-* in a sum, the same model named twice is one term;
-* in a sum, a term ``-k*y`` is paired with the nearest unpaired earlier term ``k*x`` (else the nearest later one)
-  as ``k*(x - y)``: differences are taken first and scaled afterwards, never ``k*x - k*y``.
+The graph it becomes is in the normal form of ``graph.py``.
 """
 
 from __future__ import annotations
 
 import ast
-import keyword
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +20,7 @@ from fractions import Fraction
 from math import isfinite
 
 from mergetool.errors import ExpressionError
+from mergetool.recipe.graph import Model, Sum, Term, add, normal, number, quote, render, scale
 
 MAX_TEXT = 100_000
 MAX_NODES = 10_000
@@ -33,56 +28,6 @@ MAX_DEPTH = 200
 # Beyond float32's range a multiplier turns every weight into infinity, and below it into zero.
 LARGEST_FACTOR = Fraction(2) ** 127
 SMALLEST_FACTOR = Fraction(1, 2**126)
-
-_BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One model of the expression, by the name or path it was given."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """``factor * operand``."""
-
-    factor: Fraction
-    operand: Model | Sum
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """Terms added from left to right. A single-term Sum is that term."""
-
-    terms: tuple[Term, ...]
-
-    def models(self) -> tuple[str, ...]:
-        """The model names in order of first appearance in the normal form."""
-        seen: dict[str, None] = {}
-        for term in self.terms:
-            operand = term.operand
-            for name in (operand.name,) if isinstance(operand, Model) else operand.models():
-                seen[name] = None
-        return tuple(seen)
-
-    def degree(self) -> Fraction:
-        """1 for a model, 0 for a difference of models."""
-        return sum((_degree(term) for term in self.terms), Fraction(0))
-
-    def coefficients(self) -> dict[str, Fraction]:
-        """The exact total factor of every model, zeros included."""
-        total: dict[str, Fraction] = {}
-        for term in self.terms:
-            operand = term.operand
-            inner = {operand.name: Fraction(1)} if isinstance(operand, Model) else operand.coefficients()
-            for name, factor in inner.items():
-                total[name] = total.get(name, Fraction(0)) + term.factor * factor
-        return total
-
-    def __str__(self) -> str:
-        return _render(self, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +49,7 @@ class Expression:
 
     def render(self, names: Mapping[str, str]) -> str:
         """The normal form as text, each model written as ``names`` says (itself where absent)."""
-        return _render(self.graph, names)
+        return render(self.graph, names)
 
 
 def parse(text: str, known: Collection[str] = ()) -> Expression:
@@ -127,7 +72,7 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     if isinstance(read, Fraction) or first is None:
         raise ExpressionError(f'"{source}" is a number, not a model.')
     _check_quoting(tree, source, known)
-    value = _normal(read)
+    value = normal(read)
     if not value.terms:
         raise ExpressionError(f'"{source}" cancels to nothing.')
     _check_degree(value, source)
@@ -171,9 +116,6 @@ def _check_degree(value: Sum, source: str) -> None:
 
 def _is_product(source: str) -> bool:
     return not re.search(r"[+-]", re.sub(r"\([^()]*\)", "", source))
-
-
-# --- reading -------------------------------------------------------------------------------------------------
 
 
 def _syntax_tree(source: str) -> ast.Expression:
@@ -240,7 +182,7 @@ def _read(node: ast.expr, source: str) -> Fraction | Sum:
         return _binary(node, source)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         value = _read(node.operand, source)
-        return value if isinstance(node.op, ast.UAdd) else _scale(Fraction(-1), value)
+        return value if isinstance(node.op, ast.UAdd) else scale(Fraction(-1), value)
     name = _model_name(node)
     if name is not None:
         if not name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
@@ -283,21 +225,21 @@ def _binary(node: ast.BinOp, source: str) -> Fraction | Sum:
                 return left + sign * right
             if isinstance(left, Fraction) or isinstance(right, Fraction):
                 raise ExpressionError(f"{where} adds a number to a model; numbers only multiply.")
-            signed = _scale(sign, right)
+            signed = scale(sign, right)
             assert isinstance(signed, Sum)
-            return _add(left, signed)
+            return add(left, signed)
         case ast.Mult():
             if isinstance(left, Fraction):
-                return _scale(left, right)
+                return scale(left, right)
             if isinstance(right, Fraction):
-                return _scale(right, left)
+                return scale(right, left)
             raise ExpressionError(f"{where} multiplies two models; only numbers multiply models.")
         case ast.Div():
             if not isinstance(right, Fraction):
                 raise ExpressionError(f"{where} divides by a model; only numbers divide models.")
             if right == 0:
                 raise ExpressionError(f"{where} divides by zero.")
-            return _scale(1 / right, left)
+            return scale(1 / right, left)
         case _:
             raise ExpressionError(f"{where} uses an operator that merges do not have; there are + - * /.")
 
@@ -305,79 +247,6 @@ def _binary(node: ast.BinOp, source: str) -> Fraction | Sum:
 def _snippet(node: ast.AST, source: str) -> str:
     text = ast.get_source_segment(source, node) or source
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# --- normal form ---------------------------------------------------------------------------------------------
-
-
-def _scale(factor: Fraction, value: Fraction | Sum) -> Fraction | Sum:
-    if isinstance(value, Fraction):
-        return factor * value
-    if factor == 0:
-        return Sum(())
-    if factor == 1:
-        return value
-    operand = _normal(value)
-    if not operand.terms:
-        return operand
-    if len(operand.terms) == 1:
-        term = operand.terms[0]
-        return Sum((Term(factor * term.factor, term.operand),))
-    return Sum((Term(factor, operand),))
-
-
-def _add(left: Sum, right: Sum) -> Sum:
-    """``left + right``; a sum on the right was written in parentheses and stays one operand."""
-    operand = _normal(right)
-    added = operand.terms if len(operand.terms) < 2 else (Term(Fraction(1), operand),)
-    return Sum(left.terms + added)
-
-
-def _normal(value: Sum) -> Sum:
-    paired = Sum(_pair(_collect(value.terms)))
-    if len(paired.terms) == 1:
-        only = paired.terms[0]
-        if only.factor == 1 and isinstance(only.operand, Sum):
-            return only.operand
-    return paired
-
-
-def _collect(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Add up repeated operands, exactly; one whose factors cancel disappears."""
-    totals: dict[Model | Sum, Fraction] = {}
-    for term in terms:
-        totals[term.operand] = totals.get(term.operand, Fraction(0)) + term.factor
-    return tuple(Term(factor, operand) for operand, factor in totals.items() if factor != 0)
-
-
-def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Turn ``k*x ... - k*y`` into ``k*(x - y)``, each negative term taking its nearest partner."""
-    if len(terms) == 2 and terms[0].factor == 1 and terms[1].factor == -1:
-        return terms
-    partner: dict[int, int] = {}
-    for i, term in enumerate(terms):
-        if term.factor > 0 or not isinstance(term.operand, Model):
-            continue
-        nearest = sorted(range(len(terms)), key=lambda j, i=i: (j > i, abs(j - i)))  # type: ignore[misc]
-        for j in nearest:
-            other = terms[j]
-            if isinstance(other.operand, Model) and other.factor == -term.factor and j not in partner:
-                partner[i], partner[j] = j, i
-                break
-    done: list[Term] = []
-    for i, term in enumerate(terms):
-        mate = partner.get(i)
-        if mate is None:
-            done.append(term)
-        elif i < mate:
-            x, y = (term, terms[mate]) if term.factor > 0 else (terms[mate], term)
-            done.append(Term(x.factor, Sum((Term(Fraction(1), x.operand), Term(Fraction(-1), y.operand)))))
-    return tuple(done)
-
-
-def _degree(term: Term) -> Fraction:
-    operand = term.operand
-    return term.factor * (Fraction(1) if isinstance(operand, Model) else operand.degree())
 
 
 def _check_factors(value: Sum) -> None:
@@ -389,44 +258,3 @@ def _check_factors(value: Sum) -> None:
             )
         if isinstance(term.operand, Sum):
             _check_factors(term.operand)
-
-
-# --- writing -------------------------------------------------------------------------------------------------
-
-
-def quote(name: str) -> str:
-    """A model name as it must be written in an expression: bare where that can be read back, else quoted."""
-    if _BARE_NAME.fullmatch(name) and not any(keyword.iskeyword(part) for part in name.split(".")):
-        return name
-    return repr(name)
-
-
-def number(value: Fraction) -> str:
-    """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
-        return f"{value.numerator}/{value.denominator}"
-    digits = 0
-    while (value * 10**digits).denominator != 1:
-        digits += 1
-    whole = str(abs((value * 10**digits).numerator)).rjust(digits + 1, "0")
-    return f"{'-' if value < 0 else ''}{whole[:-digits]}.{whole[-digits:]}"
-
-
-def _render(value: Sum, names: Mapping[str, str]) -> str:
-    text = ""
-    for term in value.terms:
-        size = abs(term.factor)
-        if isinstance(term.operand, Model):
-            body = quote(names.get(term.operand.name, term.operand.name))
-        else:
-            body = f"({_render(term.operand, names)})"
-        body = body if size == 1 else f"{number(size)}*{body}"
-        sign = "-" if term.factor < 0 else "+"
-        text += f" {sign} {body}" if text else body if sign == "+" else f"-{body}"
-    return text

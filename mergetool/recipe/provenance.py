@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from mergetool import __version__
-from mergetool.recipe.expression import Expression, number
+from mergetool.recipe.expression import Expression
+from mergetool.recipe.graph import number
 from mergetool.recipe.options import Options
 
 # A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergetool.errors import ExpressionError
-from mergetool.recipe.expression import MAX_TEXT, parse, quote
+from mergetool.recipe.expression import MAX_TEXT, parse
+from mergetool.recipe.graph import quote
 
 
 def normal(text: str) -> str:

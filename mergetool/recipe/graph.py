@@ -1,0 +1,178 @@
+"""The typed graph of a merge: exact factors over models, in a normal form.
+
+The normal form fixes the float32 operations that an engine performs, in order:
+
+* numbers that meet are multiplied exactly, and rounded to float32 once, where they meet a tensor;
+* in a sum, the same model named twice is one term;
+* in a sum, a term ``-k*y`` is paired with the nearest unpaired earlier term ``k*x`` (else the nearest later one)
+  as ``k*(x - y)``: differences are taken first and scaled afterwards, never ``k*x - k*y``.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+_BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of the expression, by the name or path it was given."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``factor * operand``."""
+
+    factor: Fraction
+    operand: Model | Sum
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Terms added from left to right. A single-term Sum is that term."""
+
+    terms: tuple[Term, ...]
+
+    def models(self) -> tuple[str, ...]:
+        """The model names in order of first appearance in the normal form."""
+        seen: dict[str, None] = {}
+        for term in self.terms:
+            operand = term.operand
+            for name in (operand.name,) if isinstance(operand, Model) else operand.models():
+                seen[name] = None
+        return tuple(seen)
+
+    def degree(self) -> Fraction:
+        """1 for a model, 0 for a difference of models."""
+        return sum((_degree(term) for term in self.terms), Fraction(0))
+
+    def coefficients(self) -> dict[str, Fraction]:
+        """The exact total factor of every model, zeros included."""
+        total: dict[str, Fraction] = {}
+        for term in self.terms:
+            operand = term.operand
+            inner = {operand.name: Fraction(1)} if isinstance(operand, Model) else operand.coefficients()
+            for name, factor in inner.items():
+                total[name] = total.get(name, Fraction(0)) + term.factor * factor
+        return total
+
+    def __str__(self) -> str:
+        return render(self, {})
+
+
+def scale(factor: Fraction, value: Fraction | Sum) -> Fraction | Sum:
+    """``factor * value``; a sum of several terms becomes one operand in normal form."""
+    if isinstance(value, Fraction):
+        return factor * value
+    if factor == 0:
+        return Sum(())
+    if factor == 1:
+        return value
+    operand = normal(value)
+    if not operand.terms:
+        return operand
+    if len(operand.terms) == 1:
+        term = operand.terms[0]
+        return Sum((Term(factor * term.factor, term.operand),))
+    return Sum((Term(factor, operand),))
+
+
+def add(left: Sum, right: Sum) -> Sum:
+    """``left + right``; a sum on the right was written in parentheses and stays one operand."""
+    operand = normal(right)
+    added = operand.terms if len(operand.terms) < 2 else (Term(Fraction(1), operand),)
+    return Sum(left.terms + added)
+
+
+def normal(value: Sum) -> Sum:
+    """``value`` with repeated operands added up and opposite ones paired."""
+    paired = Sum(_pair(_collect(value.terms)))
+    if len(paired.terms) == 1:
+        only = paired.terms[0]
+        if only.factor == 1 and isinstance(only.operand, Sum):
+            return only.operand
+    return paired
+
+
+def _collect(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Add up repeated operands, exactly; one whose factors cancel disappears."""
+    totals: dict[Model | Sum, Fraction] = {}
+    for term in terms:
+        totals[term.operand] = totals.get(term.operand, Fraction(0)) + term.factor
+    return tuple(Term(factor, operand) for operand, factor in totals.items() if factor != 0)
+
+
+def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Turn ``k*x ... - k*y`` into ``k*(x - y)``, each negative term taking its nearest partner."""
+    if len(terms) == 2 and terms[0].factor == 1 and terms[1].factor == -1:
+        return terms
+    partner: dict[int, int] = {}
+    for i, term in enumerate(terms):
+        if term.factor > 0 or not isinstance(term.operand, Model):
+            continue
+        nearest = sorted(range(len(terms)), key=lambda j, i=i: (j > i, abs(j - i)))  # type: ignore[misc]
+        for j in nearest:
+            other = terms[j]
+            if isinstance(other.operand, Model) and other.factor == -term.factor and j not in partner:
+                partner[i], partner[j] = j, i
+                break
+    done: list[Term] = []
+    for i, term in enumerate(terms):
+        mate = partner.get(i)
+        if mate is None:
+            done.append(term)
+        elif i < mate:
+            x, y = (term, terms[mate]) if term.factor > 0 else (terms[mate], term)
+            done.append(Term(x.factor, Sum((Term(Fraction(1), x.operand), Term(Fraction(-1), y.operand)))))
+    return tuple(done)
+
+
+def _degree(term: Term) -> Fraction:
+    operand = term.operand
+    return term.factor * (Fraction(1) if isinstance(operand, Model) else operand.degree())
+
+
+def quote(name: str) -> str:
+    """A model name as it must be written in an expression: bare where that can be read back, else quoted."""
+    if _BARE_NAME.fullmatch(name) and not any(keyword.iskeyword(part) for part in name.split(".")):
+        return name
+    return repr(name)
+
+
+def number(value: Fraction) -> str:
+    """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return f"{value.numerator}/{value.denominator}"
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+    whole = str(abs((value * 10**digits).numerator)).rjust(digits + 1, "0")
+    return f"{'-' if value < 0 else ''}{whole[:-digits]}.{whole[-digits:]}"
+
+
+def render(value: Sum, names: Mapping[str, str]) -> str:
+    """``value`` as text that reads back to it, each model written as ``names`` says (itself where absent)."""
+    text = ""
+    for term in value.terms:
+        size = abs(term.factor)
+        if isinstance(term.operand, Model):
+            body = quote(names.get(term.operand.name, term.operand.name))
+        else:
+            body = f"({render(term.operand, names)})"
+        body = body if size == 1 else f"{number(size)}*{body}"
+        sign = "-" if term.factor < 0 else "+"
+        text += f" {sign} {body}" if text else body if sign == "+" else f"-{body}"
+    return text
