@@ -22,7 +22,17 @@ from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = tuple(ceiling.Strategy(threads, 8 << 20, direct, False) for direct in (False, True) for threads in (2, 4))
+STRATEGIES = tuple(
+    ceiling.Strategy(threads, chunk << 20, direct, False)
+    for threads, chunk, direct in (
+        (1, 1, False),
+        (2, 1, False),
+        (2, 8, False),
+        (4, 8, False),
+        (2, 8, True),
+        (4, 4, True),
+    )
+)
 CASES = {"thresh 0.995, cap 64": ["--rank-thresh", "0.995"], "rank 64": ["--rank", "64"]}
 
 
@@ -37,7 +47,7 @@ def best_reading(paths: Sequence[Path]) -> ceiling.Strategy:
 
 def extraction(base: Path, variant: Path, output: Path, options: Sequence[str]) -> tuple[Usage, dict[str, object]]:
     """One run of `mergetool diff`; its JSON summary is returned too. Raises RuntimeError when it fails."""
-    models = ["--base", base, "--variant", variant, "-o", output]
+    models: list[str | Path] = ["--base", base, "--variant", variant, "-o", output]
     usage = measure([console_script(), "diff", *models, "--json", *options])
     if usage.exit_code:
         raise RuntimeError(usage.output)
@@ -46,7 +56,7 @@ def extraction(base: Path, variant: Path, output: Path, options: Sequence[str]) 
 
 def whole_pair(folder: Path, runs: int, size: str) -> list[provenance.Result]:
     """Rounds of reading and extraction, cold; prints a line each."""
-    paths = [folder / "alkahest.safetensors", folder / "turbo.safetensors"]
+    base, variant = paths = (folder / "alkahest.safetensors", folder / "turbo.safetensors")
     strategy = best_reading(paths)
     cache = ""
     reading: list[float] = []
@@ -58,7 +68,7 @@ def whole_pair(folder: Path, runs: int, size: str) -> list[provenance.Result]:
         for case, options in CASES.items():
             ceiling.drop_caches(paths)
             with tempfile.TemporaryDirectory(prefix="bench-diff-", dir=folder) as scratch:
-                usage, found = extraction(*paths, Path(scratch) / "lora.safetensors", options)
+                usage, found = extraction(base, variant, Path(scratch) / "lora.safetensors", options)
             usages[case].append(usage)
             share = usage.seconds / reading[-1]
             print(f"  {case}: {usage.seconds:.1f} s, {share:.2f} x reading, {_summary(found)}", flush=True)
