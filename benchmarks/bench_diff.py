@@ -33,7 +33,7 @@ STRATEGIES = tuple(
         (4, 4, True),
     )
 )
-CASES = {"thresh 0.995, cap 64": ["--rank-thresh", "0.995"], "rank 64": ["--rank", "64"]}
+CASES = {"thresh 0.995, cap 64": ["--rank-thresh", "0.995"]}
 
 
 def best_reading(paths: Sequence[Path]) -> ceiling.Strategy:

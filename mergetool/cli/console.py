@@ -118,11 +118,15 @@ def _on_signal(number: int, _: FrameType | None) -> NoReturn:
     raise _Ended(number)
 
 
-def catch_signals() -> None:
-    """Turn SIGINT, SIGTERM and SIGHUP into a clean stop: temporary files go, the exit code is 128 + the signal."""
+def run(app: Callable[[], object]) -> None:
+    """Run the program. SIGINT, SIGTERM and SIGHUP stop it cleanly: temporary files go, the code is 128 + the signal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _on_signal)
+    try:
+        app()
+    except _Ended as ended:  # before or after a command's own work
+        sys.exit(128 + ended.number)
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

@@ -80,7 +80,7 @@ def diff(
         if as_json:
             console.print_json(_pairing_json(pairing) | _extraction_json(found, target, seconds))
         else:
-            _print_extraction(found, options, target, seconds, verbose=verbose)
+            _print_extraction(found, options, base, target, seconds, verbose=verbose)
 
 
 def _options(
@@ -134,7 +134,9 @@ def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
         console.heading("", f"{len(shown)} left out: {console.listed(shown)}")
 
 
-def _print_extraction(found: Extraction, options: DiffOptions, target: Path, seconds: float, *, verbose: bool) -> None:
+def _print_extraction(
+    found: Extraction, options: DiffOptions, base: str, target: Path, seconds: float, *, verbose: bool
+) -> None:
     rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]
     console.heading("ranks", "")
     console.table(["group", "matrices", "rank min/med/max", "energy", "residual", "capped"], rows)
@@ -155,7 +157,7 @@ def _print_extraction(found: Extraction, options: DiffOptions, target: Path, sec
     console.heading(
         "done", f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   loads in ComfyUI and diffusers"
     )
-    console.heading("next", f"mergetool inspect --help, or load {target.name} at strength 1 on the base")
+    console.heading("next", f"load it at strength 1 on {base}; at other strengths it moves part of the way, or past")
 
 
 def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
