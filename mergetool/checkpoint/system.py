@@ -148,6 +148,23 @@ def read_ahead(fd: int, offset: int, size: int) -> None:
             return
 
 
+def forget(fd: int, offset: int, size: int) -> None:
+    """Let these bytes go from the page cache; whole pages only, a hint that never fails."""
+    if hasattr(os, "posix_fadvise"):
+        try:
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            return
+
+
+def main_memory() -> int | None:
+    """Bytes of this machine's memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def advise(address: int, size: int, advice: int) -> None:
     """``madvise`` with the GIL released (``mmap.madvise`` holds it); OSError ENOSYS where missing."""
     _native("madvise", address, size, advice)

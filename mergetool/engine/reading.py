@@ -12,6 +12,8 @@ from mergetool.checkpoint.inputs import InputFile
 
 Method = Literal["auto", "mmap", "pread"]
 
+FORGOTTEN_AT_ONCE = 64 << 20
+
 
 class Fetcher(Protocol):
     """One worker's way of reading; not shared between threads."""
@@ -34,10 +36,15 @@ class WindowFetcher:
 
 
 class PositionedFetcher:
-    """Positioned reads into buffers that are reused, one for each operand."""
+    """Positioned reads into buffers that are reused, one for each operand.
 
-    def __init__(self) -> None:
+    A ``forgetful`` one lets what it has read go from the page cache: when the files do not fit there anyway, that saves
+    the kernel the search for pages to reclaim, which took longer here than the reading.
+    """
+
+    def __init__(self, *, forgetful: bool = False) -> None:
         self._buffers: dict[int, bytearray] = {}
+        self._forgetful = forgetful
 
     def fetch(self, slot: int, file: InputFile, offset: int, size: int) -> memoryview:
         buffer = self._buffers.get(slot)
@@ -48,7 +55,10 @@ class PositionedFetcher:
         return view
 
     def release(self, file: InputFile, offset: int, size: int) -> None:
-        pass
+        # By whole aligned blocks: the kernel keeps its large folios while any page of them is still wanted.
+        boundary = (offset + size) // FORGOTTEN_AT_ONCE * FORGOTTEN_AT_ONCE
+        if self._forgetful and boundary > offset:
+            file.forget(max(0, boundary - FORGOTTEN_AT_ONCE), FORGOTTEN_AT_ONCE)
 
 
 def fetcher(method: Method, files: list[InputFile]) -> Fetcher:

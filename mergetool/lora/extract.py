@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from mergetool import __version__, models
+from mergetool.checkpoint import system
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.merge import default_threads
-from mergetool.engine.reading import Method, fetcher
+from mergetool.engine.reading import Method, PositionedFetcher, fetcher
 from mergetool.errors import DataError, NonFiniteError, OutputError
 from mergetool.lora import dialects
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
@@ -126,6 +127,12 @@ def extract(
     return found
 
 
+def _too_large(files: Sequence[InputFile]) -> bool:
+    """True when the files leave less than a quarter of the memory to everything else, so that none can stay cached."""
+    memory = system.main_memory()
+    return memory is not None and sum(file.size for file in files) > 3 * memory // 4
+
+
 @dataclass(frozen=True, slots=True)
 class _Result:
     layer: Layer
@@ -141,7 +148,9 @@ def _decomposed(
     part of another, nothing spins, and the bytes do not depend on the number of threads.
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-    reader = DeltaReader(pairing, fetcher("pread" if method == "auto" else method, list(files)))
+    reader = DeltaReader(
+        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=_too_large(files))
+    )
     free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
     for _ in range(threads + 1):
         free.put(Buffers(max(pair.base.numel for pair in pairing.decomposed)))
