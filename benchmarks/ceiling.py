@@ -28,6 +28,7 @@ Range = tuple[int, int]  # bytes [start, end) of a file
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")  # writable for root only
 PROBE_BYTES = 1 << 30  # of each input; long enough that caches of a few hundred MB do not decide
+_FORGOTTEN_AT_ONCE = 64 << 20
 _PAGE = 4096  # direct I/O wants offsets, lengths and addresses in whole logical blocks, which are never larger
 
 
@@ -115,17 +116,28 @@ def copy(
 
 
 def read(inputs: Sequence[Path], strategy: Strategy, *, limit: int | None = None) -> float:
-    """Seconds to read the inputs, or the first `limit` bytes of each, once, side by side, into reused buffers."""
+    """Seconds to read the inputs, or the first `limit` bytes of each, once, side by side, into reused buffers.
+
+    Cached reads let go of what they have read: files that do not fit in memory are otherwise slowed down by the search
+    for pages to reclaim (25 s for 24.6 GB on a 24 GB machine).
+    """
     sizes = [min(path.stat().st_size, limit or 1 << 62) for path in inputs]
     jobs = itertools.zip_longest(*(_chunks([(0, size)], strategy.chunk) for size in sizes))
     begin = time.perf_counter()
     with ExitStack() as stack:
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
-        _run(jobs, readers, None, strategy)
+        _run(jobs, readers, None, strategy, forget=not strategy.direct_read)
     return time.perf_counter() - begin
 
 
-def _run(jobs: Iterator[tuple[Range | None, ...]], readers: list[int], writer: int | None, strategy: Strategy) -> None:
+def _run(
+    jobs: Iterator[tuple[Range | None, ...]],
+    readers: list[int],
+    writer: int | None,
+    strategy: Strategy,
+    *,
+    forget: bool = False,
+) -> None:
     """Do every job: read its chunk of each input, then write the first input's chunk where it came from."""
     lock = threading.Lock()
 
@@ -139,6 +151,9 @@ def _run(jobs: Iterator[tuple[Range | None, ...]], readers: list[int], writer: i
                 for fd, chunk in reversed(list(zip(readers, job, strict=True))):  # the first input last: it is written
                     if chunk is not None:
                         _read(fd, buffer, *chunk)
+                        if forget and chunk[1] % _FORGOTTEN_AT_ONCE < strategy.chunk:
+                            end = chunk[1] // _FORGOTTEN_AT_ONCE * _FORGOTTEN_AT_ONCE
+                            system.forget(fd, max(0, end - _FORGOTTEN_AT_ONCE), _FORGOTTEN_AT_ONCE)
                 if writer is not None and job[0] is not None:
                     _write(writer, buffer, *job[0], strategy)
 

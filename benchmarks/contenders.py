@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from mergetool.checkpoint.reader import Checkpoint
-
 from benchmarks import ceiling
 from benchmarks.measure import Usage, measure
+from mergetool.checkpoint.reader import Checkpoint
 
 ALPHA = 20
 PROTECTED = "refiner"

@@ -20,11 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.checkpoint.writer import CheckpointWriter
-
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from benchmarks.values import Block, Delta
