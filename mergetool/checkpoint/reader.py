@@ -74,12 +74,12 @@ class Checkpoint:
     def open(cls, path: str | Path, *, follow_links: FollowLinks | None = None) -> Checkpoint:
         """The model at ``path``: a safetensors file, an ``*.index.json``, or a folder (see `shards.choose`).
 
-        What a file is, its content says, not its name. ``path`` itself may be a link to anywhere: the user named it.
-        Links inside a folder are followed as `InputFile.open` does. Raises
+        What a file is, its content says, not its name. A file may be a link to anywhere, since the user named it; links
+        inside a folder are followed as `InputFile.open` does. Raises
         InputMissing when something is not there, HeaderError and ShardIndexError for broken files, DataError
         for pickles, GGUF and other content, UsageError for a folder of several models.
         """
-        place = any_target(Path(path)) if Path(path).is_symlink() else Path(path)
+        place = Path(path)
         is_folder = place.is_dir()
         chosen = shards.choose(place) if is_folder else place
         is_index = chosen.name.endswith(shards.INDEX_SUFFIX)
@@ -90,7 +90,7 @@ class Checkpoint:
                 parts = _open_shards(chosen, follow_links, opened)
                 checkpoint = cls(str(path), parts, config, "sharded safetensors")
             else:
-                parts = [_open_file(chosen, follow_links, opened)]
+                parts = [_open_file(chosen, follow_links or (None if is_folder else any_target), opened)]
                 checkpoint = cls(str(path), parts, config, "safetensors")
             opened.pop_all()
         return checkpoint

@@ -91,18 +91,27 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 
 @contextmanager
 def progress(word: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes with rate and time left on stderr; gives the function that moves it on."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from tqdm import tqdm
+    """A bar of bytes with rate and time left on stderr; gives the function that moves it on.
 
-    with tqdm(total=total, desc=f"{word:<7}", unit="B", unit_scale=True, ascii=" #", leave=True) as bar:
+    Within the block a signal is acted on only when that function is called: raised anywhere, it could fall between the
+    making of a temporary file and the block that removes it.
+    """
+    _signals.deferred = True
+    try:
+        if not shown or not sys.stderr.isatty():
+            yield lambda _: _signals.check()
+            return
+        from tqdm import tqdm
 
-        def advance(moved: int) -> None:
-            bar.update(moved)
+        with tqdm(total=total, desc=f"{word:<7}", unit="B", unit_scale=True, ascii=" #", leave=True) as bar:
 
-        yield advance
+            def advance(moved: int) -> None:
+                bar.update(moved)
+                _signals.check()
+
+            yield advance
+    finally:
+        _signals.deferred = False
 
 
 class _Ended(BaseException):
@@ -113,16 +122,33 @@ class _Ended(BaseException):
         self.number = number
 
 
-def _on_signal(number: int, _: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    raise _Ended(number)
+class _Signals:
+    """Signals that ask the process to end; while ``deferred``, they wait for the next ``check``."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self._received: int | None = None
+
+    def receive(self, number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self._received = number
+        if not self.deferred:
+            self.check()
+
+    def check(self) -> None:
+        """End the command if a signal has come."""
+        if self._received is not None:
+            raise _Ended(self._received)
+
+
+_signals = _Signals()
 
 
 def run(app: Callable[[], object]) -> None:
     """Run the program. SIGINT, SIGTERM and SIGHUP stop it cleanly: temporary files go, the code is 128 + the signal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _on_signal)
+            signal.signal(getattr(signal, name), _signals.receive)
     try:
         app()
     except _Ended as ended:  # before or after a command's own work

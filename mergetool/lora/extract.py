@@ -21,10 +21,11 @@ from mergetool import __version__, models
 from mergetool.checkpoint import system
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.targets import TargetClaim
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.merge import default_threads
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher
-from mergetool.errors import DataError, NonFiniteError, OutputError
+from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
 from mergetool.lora import dialects
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
@@ -101,7 +102,11 @@ def extract(
     """
     if not output.parent.exists():
         raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
+    if output.suffix != ".safetensors":
+        raise UsageError(f'a LoRA is one file: name it "{output.name}.safetensors".')
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
+    # The header is known only when all ranks are; a target that may not be written is refused before the work.
+    TargetClaim.claim(output, 0, "file", overwrite=overwrite, inputs=files).release()
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     for pair, energy, result in _decomposed(pairing, options, files, method, threads or default_threads()):

@@ -493,8 +493,10 @@ def test_the_short_hash_is_the_first_ten_digits() -> None:
     assert short_hash("0123456789abcdef") == "0123456789"
 
 
-def test_a_link_that_the_user_names_is_followed_anywhere(tmp_path: Path, sharded: Path) -> None:
+@pytest.mark.parametrize("named", ["folder", "m-1.safetensors"])
+def test_a_link_that_the_user_names_is_followed_anywhere(tmp_path: Path, sharded: Path, named: str) -> None:
+    meant = sharded if named == "folder" else sharded / named
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "link").symlink_to(sharded)
-    with Checkpoint.open(tmp_path / "elsewhere" / "link") as checkpoint, Checkpoint.open(sharded) as direct:
+    (tmp_path / "elsewhere" / "link").symlink_to(meant)
+    with Checkpoint.open(tmp_path / "elsewhere" / "link") as checkpoint, Checkpoint.open(meant) as direct:
         assert list(checkpoint.tensors) == list(direct.tensors)

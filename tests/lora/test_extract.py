@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.errors import DataError, FamilyError, NonFiniteError, PatternError, UsageError
+from mergetool.errors import DataError, FamilyError, NonFiniteError, OutputError, PatternError, UsageError
+from mergetool.lora.delta import DeltaReader
 from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.pairs import DiffOptions
 from mergetool.ops import oracle
@@ -178,6 +179,21 @@ def pipeline_on(family: Path) -> ZImagePipeline:
         local_files_only=True,
     )
     return ZImagePipeline(None, None, None, None, transformer)  # type: ignore[arg-type]
+
+
+def test_a_target_that_exists_is_refused_before_any_work(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(b"precious")
+    monkeypatch.setattr(DeltaReader, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(OutputError, match="--overwrite"):
+        diff(family, tmp_path / "lora.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_the_output_must_be_named_as_a_file(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lora\.safetensors"):
+        diff(family, tmp_path / "lora")
 
 
 def test_equal_models_have_nothing_to_write(tmp_path: Path) -> None:
