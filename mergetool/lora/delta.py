@@ -15,14 +15,12 @@ from mergetool.arch import Part
 from mergetool.engine.reading import Fetcher
 from mergetool.lora.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
+from mergetool.lora.svd import squared_norm
 from mergetool.ops.cpu import as_tensor
 from mergetool.recipe.plan import Input
 
 # 512 Ki elements, as in the merge: the two inputs, the difference and its squares stay in the cache.
 CHUNK = 1 << 19
-# Squares are summed in float32 over runs of this length and in float64 over the runs: right to 1e-9, where one float32
-# sum over a matrix is 0.5 % too low.
-RUN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class DeltaReader:
             self._load(difference, self._pairing.variant, pair.variant, start, slot=0)
             self._load(self._other[:size], self._pairing.base, pair.base, start, slot=1)
             difference.sub_(self._other[:size])
-            energy += squared_norm(difference)
+            energy += _energy(difference)
             if sketched:
                 buffers.sketch[start : start + size].copy_(difference)
         shape = pair.base.shape
@@ -100,14 +98,7 @@ def _row_offset(model: Input, part: Part) -> int:
     return part.stored.row * (info.nbytes // max(1, info.shape[0] if info.shape else 1))
 
 
-def squared_norm(values: torch.Tensor) -> float:
-    """The sum of squares of a flat float32 tensor."""
-    whole = values.numel() // RUN * RUN
-    energy = _sum_of_squares(torch.linalg.vector_norm(values[:whole].view(-1, RUN), dim=1))
-    energy += _sum_of_squares(values[whole:])
+def _energy(values: torch.Tensor) -> float:
+    energy = squared_norm(values)
     # Squares of values below 1e-19 vanish in float32 and above 1e19 overflow: rare enough to be done again.
-    return energy if 1e-30 < energy < 1e30 else _sum_of_squares(values)
-
-
-def _sum_of_squares(values: torch.Tensor) -> float:
-    return float(values.double().square().sum())
+    return energy if 1e-30 < energy < 1e30 else float(values.double().square().sum())

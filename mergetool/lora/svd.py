@@ -95,7 +95,7 @@ def decompose(
     if exponent is None:
         return _zero(delta, name)
     delta, sketch = _prepared(delta, sketch, exponent)
-    total = _energy(delta)
+    total = squared_norm(delta)
     short = min(delta.shape)
     goal = Goal(
         total,
@@ -189,7 +189,7 @@ def _prepared(delta: Tensor, sketch: Tensor | None, exponent: int) -> tuple[Tens
     return delta, sketch
 
 
-def _energy(matrix: Tensor) -> float:
+def squared_norm(matrix: Tensor) -> float:
     """Squared Frobenius norm, right to 1e-9: float32 sums over runs of 256 values, float64 over the runs.
 
     One float32 sum over 4e7 values, as torch.linalg.vector_norm does it, is 0.5 % too low.
@@ -207,7 +207,7 @@ def _lost(products: Products, projection: Projection, total: float, captured: fl
     scaled = projection.left * projection.energies.sqrt().float()
     matrix = products.delta if products.tall else products.delta.T
     parts = zip(torch.split(matrix, 1024), torch.split(scaled, 1024), strict=True)
-    return sum(_energy(part - columns @ projection.right) for part, columns in parts)
+    return sum(squared_norm(part - columns @ projection.right) for part, columns in parts)
 
 
 def _signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
