@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mergetool import __version__, models
+from mergetool.arch import Family
 from mergetool.checkpoint import system
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
@@ -165,7 +166,7 @@ def _decomposed(
     def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> _Result | None:
         try:
             usable = delta.matrix is not None and math.isfinite(delta.energy) and delta.energy > 0
-            return _decompose(pair, delta, options) if usable else None
+            return _decompose(pair, delta, options, pairing.base.anatomy.family) if usable else None
         finally:
             free.put(buffers)
 
@@ -187,7 +188,7 @@ def _decomposed(
         workers.shutdown(cancel_futures=True)
 
 
-def _decompose(pair: Pair, delta: Delta, options: DiffOptions) -> _Result:
+def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> _Result:
     assert delta.matrix is not None
     found = decompose(
         delta.matrix,
@@ -197,8 +198,9 @@ def _decompose(pair: Pair, delta: Delta, options: DiffOptions) -> _Result:
         rank_max=options.rank_max,
         seed=options.seed,
         sketch=delta.sketch,
+        energy=delta.energy,
     )
-    down_key, up_key = dialects.keys(pair.name.removesuffix(".weight"))
+    down_key, up_key = dialects.keys(family.lora_module(pair.name))
     down, up = balanced_factors(found, TORCH[options.dtype])
     layer = Layer(
         name=pair.name,

@@ -42,6 +42,11 @@ def linear(inputs: Tensor, weights: Tensor) -> Tensor:
     return inputs @ weights.T
 
 
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right^T`` of two contiguous matrices in their own dtype, float32 or float64."""
+    return linear(left, right) if left.dtype == torch.float32 else left @ right.T
+
+
 class Products:
     """Matrix products with one delta [m, n], seen as a tall matrix A [long, short] whichever way it lies.
 
@@ -77,24 +82,23 @@ class Products:
         """columns^T @ A [b, short] in float64 from a float32 product, for float32 ``columns`` [long, b]."""
         return self._back(self.delta, columns).double()
 
-    def cheap_normal(self, rows: Tensor) -> Tensor:
-        """rows @ A^T @ A [b, short] in float64, from two cheap products."""
-        image = self._forward(self.sketch, rows.to(self.sketch.dtype))
-        return self._back(self.sketch, image).double()
+    def cheap_image(self, rows: Tensor) -> Tensor:
+        """A @ rows^T [long, b] in the dtype of the sketch, from one cheap product."""
+        return self._forward(self.sketch, rows.to(self.sketch.dtype))
 
     def cheap_back(self, columns: Tensor) -> Tensor:
         """columns^T @ A [b, short] in float64, from one cheap product."""
         return self._back(self.sketch, columns.to(self.sketch.dtype)).double()
 
 
-def orthonormal_rows(rows: Tensor, *, cutoff: float = 1e-14) -> Tensor:
+def orthonormal_rows(rows: Tensor, *, cutoff: float = 1e-14, rounds: int = 2) -> Tensor:
     """An orthonormal basis [r, n] of the row space of float64 ``rows`` [b, n], strongest direction first.
 
     From the eigenvectors of the Gram matrix (SVQB, Stathopoulos & Wu 2002): directions whose energy is below
-    ``cutoff`` times the strongest are left out, so a rank-deficient block is no special case. Twice, because
-    once loses half the digits.
+    ``cutoff`` times the strongest are left out, so a rank-deficient block is no special case. Two ``rounds``, because
+    one loses half the digits; one is enough for rows that are nearly orthonormal.
     """
-    for _ in range(2):
+    for _ in range(rounds):
         energies, vectors = torch.linalg.eigh(rows @ rows.T)
         keep = energies > max(float(energies[-1]), 1e-300) * cutoff
         rows = (vectors[:, keep] / energies[keep].sqrt()).T.flip(0) @ rows
@@ -113,9 +117,9 @@ class BlockKrylov:
         self._products = products
         self._generator = generator
         self._basis = torch.empty(0, products.short, dtype=torch.float64)
+        self._images: list[Tensor] = []  # A @ block^T, transposed, of every block of the basis
+        self._last = torch.empty(products.long, 0)  # of the last block, as it came
         self._projected = torch.empty(0, 0, dtype=torch.float64)
-        self._rest = torch.empty(0, products.short, dtype=torch.float64)
-        self._scale = 0.0
         self._vectors = self._projected
         self.energies = torch.empty(0, dtype=torch.float64)
 
@@ -130,34 +134,40 @@ class BlockKrylov:
         """``width`` directions to try next: the image of the last block outside the basis, and random ones."""
         if self.size == 0:
             return orthonormal_rows(self._products.cheap_back(self._gaussian(self._products.long, width)))
-        rest = self._rest
-        if float(rest.square().sum()) > 1e-12 * self._scale:
-            rest = orthonormal_rows(rest, cutoff=1e-10)[: width - fresh]
+        image = self._products.cheap_back(self._last)
+        rest = image - (image @ self._basis.T) @ self._basis
+        if float(rest.square().sum()) > 1e-12 * float(self.energies[0]) ** 2:
+            rest = orthonormal_rows(rest, cutoff=1e-10, rounds=1)[: width - fresh]
         else:
             rest = rest[:0]
         random = self._gaussian(width - rest.shape[0], self._products.short).double()
         return torch.cat([rest, random / self._products.short**0.5])
 
     def expand(self, width: int, fresh: int = 0) -> None:
-        """Add up to ``width`` directions, ``fresh`` of them random, and renew ``energies``: two cheap passes."""
+        """Add up to ``width`` directions, ``fresh`` of them random, and renew ``energies``: two cheap passes.
+
+        One brings the candidates, the other their images, from which the energies follow: the last block needs no third.
+        """
         width = min(width, self._products.short - self.size)
         if width == 0:
             return
         block = self._candidates(width, fresh)
-        for _ in range(2):
-            block = orthonormal_rows(block - (block @ self._basis.T) @ self._basis)
-        image = self._products.cheap_normal(block)
+        # One round each here and in _candidates keeps the basis orthonormal to 5e-15: only what lies outside the basis
+        # was a candidate, so neither step cancels.
+        block = orthonormal_rows(block - (block @ self._basis.T) @ self._basis, rounds=1)
         old, new = self.size, self.size + block.shape[0]
         self._basis = torch.cat([self._basis, block])
-        overlap = self._basis @ image.T
+        self._last = self._products.cheap_image(block)
+        # Sums of BF16 products may be float32; where products are float32, sums of theirs are not.
+        sums = torch.float32 if self._last.dtype == torch.bfloat16 else torch.float64
+        self._images.append(self._last.T.to(sums).contiguous())
+        overlap = torch.cat([gram(image, self._images[-1]) for image in self._images]).double()
         projected = torch.empty(new, new, dtype=torch.float64)
         projected[:old, :old] = self._projected
         projected[:, old:] = overlap
         projected[old:, :old] = overlap[:old].T
         projected[old:, old:] = (overlap[old:] + overlap[old:].T) / 2
         self._projected = projected
-        self._rest = image - overlap.T @ self._basis
-        self._scale = max(self._scale, float(image.square().sum()))
         energies, vectors = torch.linalg.eigh(projected)
         self.energies, self._vectors = energies.flip(0).clamp_min_(0.0), vectors.flip(1)
 
