@@ -108,6 +108,7 @@ def extract(
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
     TargetClaim.claim(output, 0, "file", overwrite=overwrite, inputs=files).release()
+    system.keep_freed_memory()
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     for pair, energy, result in _decomposed(pairing, options, files, method, threads or default_threads()):
@@ -165,12 +166,14 @@ def _decomposed(
 
     def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> _Result | None:
         try:
-            usable = delta.matrix is not None and math.isfinite(delta.energy) and delta.energy > 0
+            usable = math.isfinite(delta.energy) and delta.energy > 0
             return _decompose(pair, delta, options, pairing.base.anatomy.family) if usable else None
         finally:
             free.put(buffers)
 
-    def read(pair: Pair) -> tuple[float, Future[_Result | None]]:
+    def read(pair: Pair) -> tuple[float, Future[_Result | None] | None]:
+        if pair.reason:
+            return reader.energy(pair), None  # waits for no buffer and no worker
         buffers = free.get()
         try:
             delta = reader.read(pair, buffers)
@@ -182,14 +185,13 @@ def _decomposed(
     try:
         for pair, started in [(pair, reading.submit(read, pair)) for pair in pairing.pairs]:
             energy, result = started.result()
-            yield pair, energy, result.result()
+            yield pair, energy, result.result() if result else None
     finally:
         reading.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
 
 
 def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> _Result:
-    assert delta.matrix is not None
     found = decompose(
         delta.matrix,
         name=pair.name,

@@ -70,13 +70,17 @@ class Projection:
 
 def project(products: Products, rows: Tensor) -> Projection:
     """The exact singular value decomposition of A rows^T rows, for orthonormal float64 ``rows`` [k, short]."""
-    image = products.image(rows).double()
-    energies, turn = torch.linalg.eigh(image.T @ image)
+    image = products.image(rows)
+    exact = image.double()
+    energies, turn = torch.linalg.eigh(exact.T @ exact)
     energies, turn = energies.flip(0).clamp_min_(0.0), turn.flip(1)
     kept = int((energies > energies[0] * ZERO**2).sum())
     energies, turn = energies[:kept], turn[:, :kept]
-    left = image @ (turn / energies.sqrt())
-    return Projection(left.float(), energies, (turn.T @ rows).float())
+    turned = turn / energies.sqrt()
+    # Rounding to float32 is magnified by the ratio of the largest to the smallest singular value.
+    steep = kept > 0 and float(energies[-1]) < 1e-3 * float(energies[0])
+    left = (exact @ turned).float() if steep else image @ turned.float()
+    return Projection(left, energies, turn.T.float() @ rows.float())
 
 
 def truncate(projection: Projection, rank: int) -> Projection:
@@ -97,6 +101,7 @@ class Search:
         self._shape = (products.long, products.short)
         self._history: list[Tensor] = []
         self._noise = goal.total * products.cheap_error
+        self._still = goal.total * products.cheap_rise
         self.doubt = math.inf
         self.extra = 2
 
@@ -147,7 +152,7 @@ class Search:
             self.doubt = self._missing(refuted)
             assert goal.target is not None
             margin = goal.target - float(energies[:refuted].sum())
-            if self.doubt > max(margin / 2, self._noise):
+            if self.doubt > max(margin / 2, self._still):
                 return None
             return min(rank + max(self.extra, rank // 50), goal.most, len(energies))
         if len(energies) < goal.most:
@@ -158,7 +163,7 @@ class Search:
             return None
         if goal.target is not None:
             margin = goal.target - float(energies[: goal.most].sum())
-            if self.doubt > max(margin, self._noise):
+            if self.doubt > max(margin, self._still):
                 return None
         return goal.most
 

@@ -111,7 +111,7 @@ def decompose(
         target=None if rank else total * rank_thresh,
         most=min(rank or rank_max or short, short),
     )
-    products = Products(delta, sketch)
+    products = Products(delta, sketch, total)
     projection, method = _find(products, goal, seed, name)
     kept = goal.fewest(projection.energies)
     capped = goal.target is not None and kept is None and len(projection.energies) >= goal.most < short

@@ -16,7 +16,7 @@ from mergetool.errors import NonFiniteError, UsageError
 from mergetool.lora import krylov, svd
 from mergetool.lora.krylov import BlockKrylov, Products, orthonormal_rows
 from mergetool.lora.range_finder import project
-from mergetool.lora.svd import Decomposition, balanced_factors, decompose, stored_residual
+from mergetool.lora.svd import Decomposition, balanced_factors, decompose, squared_norm, stored_residual
 from mergetool.lora.tail import noise_count, noise_edge, rank_for_energy
 
 Float64 = NDArray[np.float64]
@@ -466,14 +466,14 @@ def test_orthonormal_rows_of_nearly_dependent_rows() -> None:
 def test_projection_drops_directions_that_the_delta_does_not_have() -> None:
     delta = planted("low rank").delta
     rows = orthonormal_rows(torch.randn(40, 199, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
-    assert len(project(Products(delta, delta), rows).energies) == 5
+    assert len(project(Products(delta, delta, squared_norm(delta)), rows).energies) == 5
 
 
 @pytest.mark.parametrize("lies", ["tall", "wide"])
 def test_krylov_energies_rise_to_the_true_ones_from_below(lies: str) -> None:
     known = planted("power law")
     delta = known.delta if lies == "tall" else known.delta.T.contiguous()
-    space = BlockKrylov(Products(delta, delta), torch.Generator().manual_seed(4))
+    space = BlockKrylov(Products(delta, delta, squared_norm(delta)), torch.Generator().manual_seed(4))
     before = torch.zeros(16, dtype=torch.float64)
     for _ in range(5):
         space.expand(16)
@@ -486,7 +486,7 @@ def test_krylov_energies_rise_to_the_true_ones_from_below(lies: str) -> None:
 def test_krylov_basis_grows_past_an_exhausted_space() -> None:
     # The identity maps every block onto itself: all that is new has to be random.
     delta = torch.eye(60)
-    space = BlockKrylov(Products(delta, delta), torch.Generator().manual_seed(4))
+    space = BlockKrylov(Products(delta, delta, squared_norm(delta)), torch.Generator().manual_seed(4))
     for _ in range(4):
         space.expand(20)
     assert space.size == 60
