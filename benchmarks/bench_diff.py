@@ -54,11 +54,11 @@ def extraction(base: Path, variant: Path, output: Path, options: Sequence[str]) 
     return usage, json.loads(usage.output)
 
 
-def whole_pair(folder: Path, runs: int, size: str) -> list[provenance.Result]:
+def whole_pair(folder: Path, runs: int) -> list[provenance.Result]:
     """Rounds of reading and extraction, cold; prints a line each."""
     base, variant = paths = (folder / "alkahest.safetensors", folder / "turbo.safetensors")
     strategy = best_reading(paths)
-    cache = ""
+    size, cache = provenance.size_name(base), ""
     reading: list[float] = []
     usages: dict[str, list[Usage]] = {case: [] for case in CASES}
     for number in range(runs):
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (options.dir / "turbo.safetensors").exists():
         command = [sys.executable, "-m", "benchmarks.generate", "family", options.dir.resolve(), "--size", options.size]
         subprocess.run(command, check=True, cwd=ROOT)
-    rows = whole_pair(options.dir, options.runs, options.size)
+    rows = whole_pair(options.dir, options.runs)
     if options.layers:
         rows += single_layers([(10240, 3840), (3840, 3840)])
     for row in rows:

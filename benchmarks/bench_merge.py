@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"round {number + 1} of {options.runs}", file=sys.stderr)
             run_round(series, models, folder, check=options.check)
     print(table(series, models))
-    provenance.append(results(series, options.size), folder=options.dir, path=options.results)
+    provenance.append(results(series, provenance.size_name(models.paths[0])), folder=options.dir, path=options.results)
 
 
 def _parser() -> argparse.ArgumentParser:

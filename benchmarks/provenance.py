@@ -186,3 +186,12 @@ def _short(cell: Any) -> Any:
     if cell is None:
         return ""
     return float(f"{cell:.5g}") if isinstance(cell, float) else cell
+
+
+def size_name(model: Path) -> str:
+    """What a result calls the size of a model file: "full" from 12 GB, else its megabytes.
+
+    Of the file that was measured, not of an option: models made at another size may lie in the folder already.
+    """
+    size = model.stat().st_size
+    return "full" if size > 12e9 else f"{size / 1e6:.0f} MB"
