@@ -755,5 +755,6 @@ def test_every_call_that_changes_the_disk_can_be_made_to_fail() -> None:
         "try_lock",
         "forget",
         "main_memory",
+        "keep_freed_memory",
     }
     assert {name for name in public if not name.startswith("_")} == {*CALLS, *harmless, "explain", "explained"}
