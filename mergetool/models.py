@@ -1,4 +1,4 @@
-"""What a MODEL argument means: a registered name, a path, or an address on the Hugging Face Hub.
+"""What a MODEL argument means: an embedded model, a registered name, a path, or an address on the Hugging Face Hub.
 
 Names are looked up in ``mergetool.toml`` of the working folder, then in the user's ``models.toml``, then in the
 built-in catalogue. Both files have one section::
@@ -37,6 +37,9 @@ Scope = Literal["here", "user"]
 Origin = Literal["here", "user", "catalogue"]
 
 MAX_NAMES_FILE = 1_000_000
+
+EMBEDDED = Path(__file__).parent / "lab" / "data"
+"""The pipeline folders of the embedded models; ``lab.base`` is the folder ``base`` in it."""
 
 _HEADING = "# Names for models, kept by: mergetool models add, mergetool models remove\n\n[models]\n"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -78,11 +81,13 @@ class OpenedModel:
 
 
 def resolve(model: str) -> ResolvedModel:
-    """Where ``model`` leads: a registered name first, else an ``hf://`` address, else a path.
+    """Where ``model`` leads: ``lab.NAME``, else a registered name, else an ``hf://`` address, else a path.
 
     A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
     nearest name when a name is unknown, UsageError for a malformed address, DataError for an unreadable names file.
     """
+    if model.startswith("lab."):
+        return ResolvedModel(model, _embedded(model))
     entry = _registry().get(model)
     if entry is not None:
         return ResolvedModel(model, _local(entry))
@@ -151,6 +156,17 @@ def remove(name: str) -> None:
     near = difflib.get_close_matches(name, _registry(), n=1)
     hint = f'did you mean "{near[0]}"' if near else "see: mergetool models list"
     raise UsageError(f"no model is registered as {quoted(name)}; {hint}.")
+
+
+def embedded() -> tuple[str, ...]:
+    """The names of the embedded models, each with its ``lab.``."""
+    return tuple(sorted(f"lab.{path.parent.name}" for path in EMBEDDED.glob("*/model_index.json")))
+
+
+def _embedded(model: str) -> Path:
+    if model not in embedded():
+        raise InputMissing(f"no embedded model is named {quoted(model)}; there are {', '.join(embedded())}.")
+    return EMBEDDED / model.removeprefix("lab.")
 
 
 def _names_file(scope: Scope) -> Path:

@@ -143,8 +143,8 @@ class ZImage(Family):
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
         """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
 
-        None when tensors that show a size are missing, or for heads of another width than 128: the shapes do not
-        show how such a width divides between the rotary axes.
+        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do
+        not show how a width divides between the rotary axes.
         """
         shapes = {name: part.shape for name, part in anatomy.parts.items()}
         try:
@@ -154,11 +154,12 @@ class ZImage(Family):
             (siglip,) = shapes.get("siglip_embedder.0.weight", (None,))
         except (KeyError, ValueError):
             return None
-        if head_dim != sum(REFERENCE_CONFIG["axes_dims"]):
+        if head_dim not in AXES:
             return None
         return {
             "_class_name": "ZImageTransformer2DModel",
             **REFERENCE_CONFIG,
+            "axes_dims": list(AXES[head_dim]),
             "in_channels": patch // 4,
             "dim": dim,
             "n_layers": _depth(shapes, "layers"),
@@ -285,6 +286,9 @@ def _rank(name: str, order: tuple[str, ...]) -> int:
 
 
 # transformer/config.json of Z-Image, Z-Image-Turbo and their fine-tunes; Omni has siglip_feat_dim 1152.
+AXES: Mapping[int, tuple[int, int, int]] = {128: (32, 48, 48), 32: (8, 12, 12)}
+"""Head width -> how it divides between the rotary axes: of the real model, and of the embedded ones."""
+
 REFERENCE_CONFIG: Mapping[str, Any] = {
     "all_patch_size": [2],
     "all_f_patch_size": [1],

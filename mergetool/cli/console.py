@@ -90,8 +90,8 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 
 
 @contextmanager
-def progress(word: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes with rate and time left on stderr; gives the function that moves it on.
+def progress(word: str, total: int, *, shown: bool, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, or of another ``unit``, with rate and time left on stderr; gives the function that moves it on.
 
     Within the block a signal is acted on only when that function is called: raised anywhere, it could fall between the
     making of a temporary file and the block that removes it.
@@ -103,7 +103,7 @@ def progress(word: str, total: int, *, shown: bool) -> Iterator[Callable[[int], 
             return
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=f"{word:<7}", unit="B", unit_scale=True, ascii=" #", leave=True) as bar:
+        with tqdm(total=total, desc=f"{word:<7}", unit=unit, unit_scale=unit == "B", ascii=" #", leave=True) as bar:
 
             def advance(moved: int) -> None:
                 bar.update(moved)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console, diff, inspect, merge
+from mergetool.cli import console, diff, inspect, merge, sample
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
+app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.add_typer(models, name="models")
 
 

@@ -1,0 +1,252 @@
+"""From checkpoints and folders to the modules that the sampler runs: transformer, text encoder, VAE."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergetool import models
+from mergetool.arch import Anatomy, Part
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
+from mergetool.ops.cpu import as_tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedLora:
+    """A LoRA file and the strength it is added at; any finite number."""
+
+    path: Path
+    strength: float
+
+    @classmethod
+    def parse(cls, text: str) -> WeightedLora:
+        """``PATH`` or ``PATH:STRENGTH``, the strength 1 when left out. Raises UsageError for a strength that is no number."""
+        path, colon, strength = text.rpartition(":")
+        if not colon or (len(path) == 1 and path.isalpha()):  # no colon, or that of a drive letter
+            return cls(Path(text), 1.0)
+        try:
+            return cls(Path(path), float(strength))
+        except ValueError:
+            raise UsageError(f'"{text}" is no LoRA with a strength; write PATH:0.8.') from None
+
+
+def load_transformer(
+    model: str, *, dtype: torch.dtype, device: str, loras: Sequence[WeightedLora] = ()
+) -> ZImageTransformer2DModel:
+    """The Z-Image transformer of a MODEL of any layout, prefix and float dtype, with LoRAs added to its weights.
+
+    Weights are read part by part straight into their place, so memory is the model at ``dtype``. Raises what
+    `models.open_model` raises, and FamilyError for a model that is not Z-Image or whose tensors are not all there.
+    """
+    from diffusers import ZImageTransformer2DModel
+
+    with models.open_model(model) as opened:
+        config = _config(model, opened.checkpoint, opened.anatomy)
+        with _quiet(), torch.device("meta"):
+            built = ZImageTransformer2DModel.from_config(config)
+        wanted = {name: tuple(parameter.shape) for name, parameter in built.state_dict().items()}
+        parts = {name: part for name, part in opened.anatomy.parts.items() if name not in opened.anatomy.family.unused}
+        _require_equal(model, wanted, parts)
+        state = {name: _read(opened.checkpoint, part).to(dtype) for name, part in parts.items()}
+    for lora in loras:
+        _add_lora(state, lora, model)
+    built.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    return built.eval().requires_grad_(False)
+
+
+def _config(model: str, checkpoint: Checkpoint, anatomy: Anatomy) -> Mapping[str, Any]:
+    stored = checkpoint.config
+    if stored is not None and stored.get("_class_name") == "ZImageTransformer2DModel":
+        return dict(stored)
+    if anatomy.family.name != "z-image":
+        raise FamilyError(f"{model} is a {anatomy.family.name} model; only Z-Image models are sampled.")
+    config = anatomy.family.config(anatomy)
+    if config is None:
+        raise FamilyError(
+            f"{model} does not show the shape of its transformer; put the config.json of its architecture beside it."
+        )
+    return config
+
+
+def _require_equal(model: str, wanted: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> None:
+    missing = [name for name in wanted if name not in parts]
+    extra = [name for name in parts if name not in wanted]
+    if missing or extra:
+        what = f'lacks "{missing[0]}"' if missing else f'has "{extra[0]}"'
+        count = len(missing) + len(extra) - 1
+        raise FamilyError(
+            f"{model} {what}{f' and {count} more' if count else ''} "
+            f"{'that' if missing else 'which'} a Z-Image transformer {'needs' if missing else 'does not know'}; "
+            "it cannot be sampled."
+        )
+    for name, shape in wanted.items():
+        if parts[name].shape != shape:
+            raise FamilyError(
+                f'tensor "{name}" of {model} is {list(parts[name].shape)}, its config needs {list(shape)}.'
+            )
+
+
+def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
+    """A part in its stored dtype, memory of its own."""
+    info = checkpoint.tensors[part.stored.tensor]
+    row = info.nbytes // max(1, info.shape[0] if info.shape else 1)
+    raw = checkpoint.read(part.stored.tensor, part.stored.row * row, part.nbytes)
+    return as_tensor(memoryview(raw), part.dtype).clone().view(part.shape)
+
+
+def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: str) -> None:
+    """Add strength * up @ down to the weights, in float32 with one rounding. Raises FamilyError for a key without place."""
+    from mergetool.lora import dialects
+
+    with Checkpoint.open(lora.path) as file:
+        pairs = dialects.read_pairs(file.tensors, source=str(lora.path))
+        for module, (down_key, up_key) in pairs.items():
+            name = f"{module}.weight"
+            if name not in state:
+                raise FamilyError(
+                    f'"{lora.path}" changes "{module}", which {model} does not have; it is a LoRA for another model.'
+                )
+            down, up = (_whole(file, key).float() for key in (down_key, up_key))
+            weight = state[name]
+            if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+                raise FamilyError(
+                    f'"{lora.path}" changes "{module}" by {up.shape[0]} x {down.shape[1]} values, but it has '
+                    f"{' x '.join(map(str, weight.shape))} in {model}; it is a LoRA for another model."
+                )
+            state[name] = (weight.float() + lora.strength * (up @ down)).to(weight.dtype)
+
+
+def _whole(file: Checkpoint, name: str) -> Tensor:
+    info = file.tensors[name]
+    return as_tensor(memoryview(file.read(name)), info.dtype).clone().view(info.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Where the parts beside the transformer are: folders as diffusers and transformers save them, or a VAE file."""
+
+    text_encoder: Path
+    tokenizer: Path
+    vae: Path
+
+    @classmethod
+    def find(
+        cls, model: str, *, pipeline: str | None = None, text_encoder: Path | None = None, vae: Path | None = None
+    ) -> Components:
+        """For a MODEL: those named, else those of ``pipeline``, else those beside its transformer, else the embedded ones
+        where they fit. Raises InputMissing, saying which is missing and the option that names it.
+        """
+        folder = (
+            pipeline_folder(models.resolve(pipeline).path) if pipeline else pipeline_folder(models.resolve(model).path)
+        )
+        if pipeline and folder is None:
+            raise InputMissing(f'"{pipeline}" is no pipeline folder: it has no model_index.json.')
+        if folder is None and not (text_encoder and vae) and _fits_the_embedded(model):
+            folder = models.EMBEDDED / "base"
+        tokenizer = None
+        if text_encoder is not None:
+            tokenizer = (
+                text_encoder if (text_encoder / "tokenizer_config.json").exists() else text_encoder.parent / "tokenizer"
+            )
+        elif folder is not None:
+            text_encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        if vae is None and folder is not None:
+            vae = folder / "vae"
+        return cls(
+            _required(text_encoder, model, "text encoder", "--text-encoder FOLDER"),
+            _required(tokenizer, model, "tokenizer", "--text-encoder FOLDER, with a tokenizer in it or beside it"),
+            _required(vae, model, "VAE", "--vae FILE"),
+        )
+
+
+def _required(place: Path | None, model: str, what: str, option: str) -> Path:
+    if place is None or not place.exists():
+        found = f'"{place}" does not exist' if place else f"{model} comes without one"
+        raise InputMissing(f"no {what}: {found}; name it with {option}, or all parts with --pipeline FOLDER.")
+    return place
+
+
+def pipeline_folder(path: Path) -> Path | None:
+    """The pipeline folder that a model's path is or lies in."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "model_index.json").is_file():
+            return folder
+    return None
+
+
+def _fits_the_embedded(model: str) -> bool:
+    with models.open_model(model) as opened:
+        part = opened.anatomy.parts.get("cap_embedder.0.weight")
+    config = json.loads((models.EMBEDDED / "base" / "transformer" / "config.json").read_text())
+    return part is not None and part.shape == (config["cap_feat_dim"],)
+
+
+def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The text encoder and its tokenizer. Raises DataError when the folders do not hold them."""
+    from transformers import AutoModel, AutoTokenizer
+
+    with _quiet(), _readable(components.text_encoder, "text encoder"):
+        encoder = AutoModel.from_pretrained(components.text_encoder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f'"{components.tokenizer}" has no chat template; take the tokenizer of the model\'s own repository.'
+        )
+    return encoder.eval().requires_grad_(False), tokenizer
+
+
+def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE, from a diffusers folder or a single file. Raises DataError when it is something else."""
+    from diffusers import AutoencoderKL
+
+    with _quiet(), _readable(components.vae, "VAE"):
+        if components.vae.is_dir():
+            vae = AutoencoderKL.from_pretrained(components.vae, torch_dtype=dtype, local_files_only=True)
+        else:
+            config = Path(__file__).parent / "configs" / "vae"
+            vae = AutoencoderKL.from_single_file(str(components.vae), config=str(config), torch_dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Turn what the libraries raise for a folder that holds something else into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise DataError(f'"{path}" is not a readable {what} ({reason}).') from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' advice and progress bars on the way."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(levels[0])
+        transformers.utils.logging.set_verbosity(levels[1])

@@ -1,0 +1,105 @@
+"""Pictures for people: PNG files that carry their parameters, and labelled contact sheets."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+Pictures = NDArray[np.uint8]
+
+SMALLEST_SIDE = 128
+"""Pictures in a sheet are enlarged by whole factors to at least this many pixels."""
+
+LARGEST_SIDE = 512
+_GAP = 6
+_INK, _PAPER = (30, 30, 34), (250, 250, 248)
+
+
+def png(picture: Pictures, parameters: Mapping[str, Any]) -> bytes:
+    """A PNG of a picture uint8 [height, width, 3], with its parameters twice in the metadata.
+
+    ``parameters`` is the text that web interfaces of this field read and write (prompt, negative prompt, one line of
+    "Steps: ..., CFG scale: ..."); ``mergetool`` is all of them as JSON.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", infotext(parameters))
+    info.add_itxt("mergetool", json.dumps(parameters, sort_keys=True))
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def infotext(parameters: Mapping[str, Any]) -> str:
+    """The parameters of one picture as the one-line text of web interfaces; cfg is theirs, guidance + 1."""
+    first, second = parameters.get("first"), parameters.get("second")
+    stage = first or second
+    lines = [str(parameters["prompt"])]
+    if parameters.get("negative"):
+        lines.append(f"Negative prompt: {parameters['negative']}")
+    width, height = parameters["size"]
+    pairs: dict[str, Any] = {}
+    if stage:
+        pairs = {"Steps": stage["steps"], "Sampler": "Euler", "CFG scale": f"{stage['guidance'] + 1:g}"}
+    pairs |= {"Seed": parameters["seed"], "Size": f"{width}x{height}"}
+    if stage:
+        pairs |= {"Model": stage["model"], "Shift": f"{stage['shift']:g}"}
+    if first and second:
+        pairs |= {
+            "Refiner": second["model"],
+            "Denoising strength": f"{second['strength']:g}",
+            "Refiner steps": second["evaluations"],
+            "Refiner start sigma": f"{second['start_sigma']:.4f}",
+            "Refiner seed": parameters["refine_seed"],
+        }
+    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def sheet(
+    rows: Sequence[Sequence[Pictures]], across: Sequence[str], down: Sequence[str], *, title: str = ""
+) -> Image.Image:
+    """A contact sheet: pictures in ``rows``, a label above each column and beside each row.
+
+    Pictures are uint8 [height, width, 3], all of one size; labels may be empty.
+    """
+    height, width = rows[0][0].shape[:2]
+    factor = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    shrink = min(1.0, LARGEST_SIDE / max(height * factor, width * factor))
+    cell = (round(width * factor * shrink), round(height * factor * shrink))
+    font = ImageFont.load_default(13)
+    margin = max((round(font.getlength(_cut(label, font, 220))) for label in down), default=0)
+    left = margin + 2 * _GAP if margin else _GAP
+    columns = max(len(row) for row in rows)
+    top = _GAP + (24 if title else 0) + (20 if any(across) else 0)
+    size = (left + columns * (cell[0] + _GAP), top + len(rows) * (cell[1] + _GAP))
+    canvas = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text(
+            (_GAP, _GAP), _cut(title, ImageFont.load_default(15), size[0] - 2 * _GAP), _INK, ImageFont.load_default(15)
+        )
+    for column, label in enumerate(across):
+        draw.text((left + column * (cell[0] + _GAP), top - 19), _cut(label, font, cell[0]), _INK, font)
+    resampling = Image.Resampling.NEAREST if shrink == 1.0 else Image.Resampling.LANCZOS
+    for line, (row, label) in enumerate(zip(rows, list(down) + [""] * (len(rows) - len(down)), strict=True)):
+        y = top + line * (cell[1] + _GAP)
+        draw.text((_GAP, y + cell[1] // 2 - 8), _cut(label, font, 220), _INK, font)
+        for column, picture in enumerate(row):
+            tile = Image.fromarray(picture).resize(cell, resampling)
+            canvas.paste(tile, (left + column * (cell[0] + _GAP), y))
+    return canvas
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The text, cut off with an ellipsis where it would be wider than ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

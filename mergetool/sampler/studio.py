@@ -1,0 +1,274 @@
+"""Prompts in, pictures out: the stages of sampling over shared parts, one large module in memory at a time.
+
+studio = Studio(Components.find("lab.base"))
+shots = [Shot("a blue circle on a gold background", seed=7)]
+latents = studio.first_stage(Stage("lab.base", steps=30, guidance=3.0, shift=6.0), shots, (64, 64))
+latents = studio.second_stage(Refinement("lab.turbo", steps=4, shift=3.0, strength=0.15), shots, latents)
+studio.decode(latents)                                   # uint8 [1, 64, 64, 3]
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergetool.errors import DataError, UsageError
+from mergetool.sampler import load
+from mergetool.sampler.denoise import bring_to, denoise, starting_noise
+from mergetool.sampler.load import Components, WeightedLora
+from mergetool.sampler.schedule import StrengthMeaning, levels, refinement_levels
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+
+Pictures = NDArray[np.uint8]
+
+TOKENS_AT_ONCE = 4096
+"""Pictures are sampled together up to this many latent tokens: 64 of the embedded models, one of 1024 x 1024."""
+
+MAX_CAPTION = 512
+"""Tokens of a prompt that are read; diffusers' limit for Z-Image."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One picture to make. ``refine_prompt`` and ``refine_seed`` are the second stage's; by default the prompt again and
+    the seed after this one, so that the two stages' noises are independent.
+    """
+
+    prompt: str
+    seed: int = 0
+    negative: str = ""
+    refine_prompt: str | None = None
+    refine_seed: int | None = None
+
+    @property
+    def second_prompt(self) -> str:
+        return self.prompt if self.refine_prompt is None else self.refine_prompt
+
+    @property
+    def second_seed(self) -> int:
+        return self.seed + 1 if self.refine_seed is None else self.refine_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A model and how to sample it; ``guidance`` is diffusers' (ComfyUI's cfg less 1), 0 for none."""
+
+    model: str
+    steps: int = 30
+    guidance: float = 0.0
+    shift: float = 3.0
+    loras: tuple[WeightedLora, ...] = ()
+
+    def levels(self) -> tuple[float, ...]:
+        return levels(self.steps, self.shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement(Stage):
+    """A second stage: noise is added up to the level that ``strength`` names, and taken away again."""
+
+    steps: int = 4
+    strength: float = 0.15
+    strength_as: StrengthMeaning = "comfyui"
+
+    def levels(self) -> tuple[float, ...]:
+        return refinement_levels(self.steps, self.shift, self.strength, self.strength_as)
+
+
+@dataclass
+class Studio:
+    """The parts that both stages share, and the device and dtype all run in.
+
+    The text encoder, each transformer and the VAE are loaded when they are needed; on a GPU only one is there at a time.
+    """
+
+    components: Components
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    _captions: dict[str, Tensor] = field(default_factory=dict)
+    _vae: AutoencoderKL | None = None
+    _transformer: tuple[Stage, ZImageTransformer2DModel] | None = None
+
+    # ---- text
+
+    def captions(self, prompts: Sequence[str]) -> list[Tensor]:
+        """What the transformer reads of each prompt, [tokens, width]; every prompt is encoded once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._captions]
+        if new:
+            self._release()
+            encoder, tokenizer = load.load_text_encoder(self.components, dtype=self.dtype)
+            encoder.to(self.device)
+            for start in range(0, len(new), 32):
+                part = new[start : start + 32]
+                self._captions |= zip(part, self._encode(encoder, tokenizer, part), strict=True)
+            del encoder
+            self._collect()
+        return [self._captions[prompt] for prompt in prompts]
+
+    @torch.no_grad()
+    def _encode(
+        self, encoder: torch.nn.Module, tokenizer: Callable[..., object], prompts: Sequence[str]
+    ) -> list[Tensor]:
+        texts = [
+            tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            for prompt in prompts
+        ]
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_CAPTION, return_tensors="pt")
+        mask = inputs.attention_mask.bool().to(self.device)  # type: ignore[attr-defined]
+        states = encoder(
+            input_ids=inputs.input_ids.to(self.device),  # type: ignore[attr-defined]
+            attention_mask=mask,
+            output_hidden_states=True,
+        ).hidden_states[-2]
+        return [state[kept] for state, kept in zip(states, mask, strict=True)]
+
+    # ---- pictures
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The VAE, on the CPU until it is used."""
+        if self._vae is None:
+            self._vae = load.load_vae(self.components, dtype=self.dtype)
+        return self._vae
+
+    @property
+    def reduction(self) -> int:
+        """Pixels a side of one latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Pictures:
+        """Pictures uint8 [n, height, width, 3] of scaled latents."""
+        self._release()
+        vae = self.vae.to(self.device)
+        made = []
+        for latent in torch.split(latents, _together(*latents.shape[2:])):
+            unscaled = latent.to(self.device, self.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+            picture = vae.decode(unscaled, return_dict=False)[0].float().cpu()
+            # As diffusers' image processor does it: to 0..1, clamped, and rounded.
+            made.append(((picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
+        vae.to("cpu")
+        return np.concatenate(made)
+
+    @torch.no_grad()
+    def encode(self, pictures: Pictures) -> Tensor:
+        """Scaled latents float32 of pictures uint8 [n, height, width, 3]: the means of the VAE's posterior."""
+        self._release()
+        vae = self.vae.to(self.device)
+        made = []
+        height, width = (side // self.reduction for side in pictures.shape[1:3])
+        for picture in torch.split(torch.from_numpy(pictures), _together(height, width)):
+            wanted = picture.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+            posterior = vae.encode(wanted.to(self.dtype), return_dict=False)[0]
+            made.append((posterior.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor)
+        vae.to("cpu")
+        return torch.cat(made).cpu()
+
+    # ---- stages
+
+    def first_stage(
+        self, stage: Stage, shots: Sequence[Shot], size: tuple[int, int], *, progress: Progress = lambda _: None
+    ) -> Tensor:
+        """Latents float32 of every shot from pure noise, for pictures of ``size`` = (width, height) pixels.
+
+        Raises UsageError for a size that the model has no whole tokens for; see also `load.load_transformer`.
+        """
+        channels = int(self.vae.config.latent_channels)
+        noise = starting_noise([shot.seed for shot in shots], (channels, *self._latent_size(size)))
+        return self._run(stage, [shot.prompt for shot in shots], shots, noise, progress)
+
+    def second_stage(
+        self, stage: Refinement, shots: Sequence[Shot], latents: Tensor, *, progress: Progress = lambda _: None
+    ) -> Tensor:
+        """``latents`` of the shots brought to the level of the stage's strength, and denoised by its model."""
+        noise = starting_noise(
+            [shot.second_seed for shot in shots], (latents.shape[1], latents.shape[2], latents.shape[3])
+        )
+        noised = bring_to(latents, noise, stage.levels()[0])
+        return self._run(stage, [shot.second_prompt for shot in shots], shots, noised, progress)
+
+    def _run(
+        self, stage: Stage, prompts: Sequence[str], shots: Sequence[Shot], start: Tensor, progress: Progress
+    ) -> Tensor:
+        captions = self.captions(prompts)
+        negatives = self.captions([shot.negative for shot in shots]) if stage.guidance > 0 else captions
+        transformer = self._load(stage)
+        if transformer.config.in_channels != start.shape[1]:
+            raise DataError(
+                f"{stage.model} works on {transformer.config.in_channels} latent channels, the VAE makes {start.shape[1]}; "
+                "they belong to different families: name the model's own with --pipeline or --vae."
+            )
+        if captions[0].shape[1] != transformer.config.cap_feat_dim:
+            raise DataError(
+                f"{stage.model} reads captions of width {transformer.config.cap_feat_dim}, the text encoder writes "
+                f"{captions[0].shape[1]}; they belong to different families: name the model's own with --text-encoder."
+            )
+        made = []
+        together = _together(*start.shape[2:])
+        for begin in range(0, len(shots), together):
+            part = slice(begin, begin + together)
+            made.append(
+                denoise(
+                    transformer,
+                    start[part].to(self.device),
+                    stage.levels(),
+                    captions[part],
+                    negatives[part],
+                    stage.guidance,
+                    step_done=functools.partial(progress, len(start[part])),
+                ).cpu()
+            )
+        return torch.cat(made)
+
+    def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        unit = 2 * self.reduction
+        for side in size:
+            if side < unit or side % unit:
+                raise UsageError(f"--size {size[0]}x{size[1]}: both sides are multiples of {unit} for this model.")
+        return size[1] // self.reduction, size[0] // self.reduction
+
+    # ---- memory
+
+    def _load(self, stage: Stage) -> ZImageTransformer2DModel:
+        """The stage's transformer; kept until another module needs the memory."""
+        if self._transformer is None or (self._transformer[0].model, self._transformer[0].loras) != (
+            stage.model,
+            stage.loras,
+        ):
+            self._release()
+            built = load.load_transformer(stage.model, dtype=self.dtype, device=self.device, loras=stage.loras)
+            self._transformer = (stage, built)
+        return self._transformer[1]
+
+    def _release(self) -> None:
+        """Let go of the transformer where memory is dear; a small one on the CPU stays."""
+        if self._transformer is None:
+            return
+        small = sum(parameter.numel() for parameter in self._transformer[1].parameters()) < 100_000_000
+        if not small:
+            self._transformer = None
+            self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _together(height: int, width: int) -> int:
+    """How many latents of this size go through a model at once; a token is 2 x 2 of their values."""
+    return max(1, TOKENS_AT_ONCE // max(1, height * width // 4))
