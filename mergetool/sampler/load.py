@@ -215,10 +215,10 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
 
     with _quiet(), _readable(components.vae, "VAE"):
         if components.vae.is_dir():
-            vae = AutoencoderKL.from_pretrained(components.vae, torch_dtype=dtype, local_files_only=True)
+            vae = AutoencoderKL.from_pretrained(components.vae, dtype=dtype, local_files_only=True)
         else:
             config = Path(__file__).parent / "configs" / "vae"
-            vae = AutoencoderKL.from_single_file(str(components.vae), config=str(config), torch_dtype=dtype)
+            vae = AutoencoderKL.from_single_file(str(components.vae), config=str(config), dtype=dtype)
     return vae.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergetool.errors import UsageError
 
@@ -26,7 +27,7 @@ def levels(steps: int, shift: float) -> tuple[float, ...]:
     _require_steps(steps)
     if not 0 < shift < 1e6:
         raise UsageError(f"--shift is a positive number, not {shift:g}.")
-    even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+    even = _even(steps)
     shifted = shift * even / (1 + (shift - 1) * even)
     return (*(float(level) for level in shifted.astype(np.float32)), 0.0)
 
@@ -51,6 +52,14 @@ def refinement_levels(steps: int, shift: float, strength: float, meaning: Streng
     if total > MOST_STEPS:
         raise UsageError(f"--strength {strength:g} makes a schedule of {total} steps; {MOST_STEPS} is the limit.")
     return levels(total, shift)[-steps - 1 :]
+
+
+def _even(steps: int) -> NDArray[np.float32]:
+    """1 to 1/steps as torch.linspace gives them to the last bit: from both ends, one rounding to float32 each."""
+    index = np.arange(steps)
+    last = np.float32(1.0 / steps)
+    step = float((last - np.float32(1.0)) / np.float32(max(1, steps - 1)))
+    return np.where(index < steps // 2, 1.0 + step * index, float(last) - step * (steps - 1 - index)).astype(np.float32)
 
 
 def _require_steps(steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -98,8 +99,8 @@ def sheet(
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """The text, cut off with an ellipsis where it would be wider than ``width`` pixels."""
+    text = text.splitlines()[0][:500] if text else ""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fits = bisect.bisect_left(range(len(text)), True, key=lambda count: font.getlength(text[:count] + "…") > width)
+    return text[: fits - 1] + "…"

@@ -43,7 +43,7 @@ class Stages:
 
     def load(self, name: str) -> ZImagePipeline:
         """A member, in float32."""
-        return ZImagePipeline.from_pretrained(self.folder / name, torch_dtype=torch.float32)
+        return ZImagePipeline.from_pretrained(self.folder / name, dtype=torch.float32)
 
     def save(self, name: str, pipeline: ZImagePipeline) -> None:
         pipeline.register_modules(scheduler=models.scheduler(SHIFTS[name]))
@@ -91,7 +91,7 @@ class Stages:
     def base(self) -> None:
         steps, seed = 3000, 2
         torch.manual_seed(seed)
-        vae = AutoencoderKL.from_pretrained(self.folder / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(self.folder / "vae", dtype=torch.float32)
         tokenizer = models.tokenizer(self.folder / "tokenizer")
         pipeline = ZImagePipeline(
             scheduler=models.scheduler(SHIFTS["base"]),
