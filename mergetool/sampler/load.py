@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergetool import models
 from mergetool.arch import Anatomy, Part
+from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.ops.cpu import as_tensor
@@ -72,7 +73,7 @@ def _config(model: str, checkpoint: Checkpoint, anatomy: Anatomy) -> Mapping[str
     stored = checkpoint.config
     if stored is not None and stored.get("_class_name") == "ZImageTransformer2DModel":
         return dict(stored)
-    if anatomy.family.name != "z-image":
+    if anatomy.family is not Z_IMAGE:
         raise FamilyError(f"{model} is a {anatomy.family.name} model; only Z-Image models are sampled.")
     config = anatomy.family.config(anatomy)
     if config is None:
@@ -132,7 +133,8 @@ def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: str) -> None:
 
 def _whole(file: Checkpoint, name: str) -> Tensor:
     info = file.tensors[name]
-    return as_tensor(memoryview(file.read(name)), info.dtype).clone().view(info.shape)
+    raw = file.read(name)  # by name: the tensor over it does not keep it alive
+    return as_tensor(memoryview(raw), info.dtype).clone().view(info.shape)
 
 
 @dataclass(frozen=True, slots=True)
