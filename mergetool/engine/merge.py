@@ -6,13 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.reading import Fetcher, Method, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
@@ -23,6 +22,14 @@ from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 CHUNK = 1 << 19
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
+
+
+class Output(Protocol):
+    """Where a run's bytes go: a CheckpointWriter, or something that compares them with a file's."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Take the bytes [start, start + len(data)) of tensor ``name``; called from several threads."""
+
 
 NonFinite = Literal["refuse", "keep"]
 
@@ -64,7 +71,7 @@ def memory_needed(plan: Plan, threads: int) -> int:
 
 def run(
     plan: Plan,
-    writer: CheckpointWriter,
+    writer: Output,
     *,
     threads: int | None = None,
     method: Method = "auto",
@@ -97,7 +104,7 @@ def jobs(plan: Plan) -> Iterator[Job]:
 
 
 class _Workers:
-    def __init__(self, plan: Plan, writer: CheckpointWriter, method: Method, non_finite: NonFinite) -> None:
+    def __init__(self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite) -> None:
         self.plan = plan
         self.writer = writer
         self.method = method

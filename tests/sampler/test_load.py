@@ -91,7 +91,9 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, key: str, shape: tu
 
 
 def test_a_lora_of_another_dialect_is_refused_by_its_key(tmp_path: Path) -> None:
-    save_file({"lora_unet_layers_0_attention_to_q.lora_down.weight": torch.zeros(4, 96)}, tmp_path / "kohya.safetensors")
+    save_file(
+        {"lora_unet_layers_0_attention_to_q.lora_down.weight": torch.zeros(4, 96)}, tmp_path / "kohya.safetensors"
+    )
     with pytest.raises(DataError, match="lora_unet_layers_0"):
         loaded("lab.base", torch.float32, WeightedLora(tmp_path / "kohya.safetensors", 1.0))
 
@@ -104,7 +106,10 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         loaded(tmp_path / "torn.safetensors")
 
 
-@pytest.mark.parametrize(("text", "path", "strength"), [("a.safetensors:0.8", "a.safetensors", 0.8), ("b", "b", 1.0), ("dir/c.st:-2", "dir/c.st", -2.0)])
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [("a.safetensors:0.8", "a.safetensors", 0.8), ("b", "b", 1.0), ("dir/c.st:-2", "dir/c.st", -2.0)],
+)
 def test_lora_arguments(text: str, path: str, strength: float) -> None:
     assert WeightedLora.parse(text) == WeightedLora(Path(path), strength)
 
