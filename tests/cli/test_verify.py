@@ -23,7 +23,7 @@ def merged(tmp_path: Path) -> Path:
 def test_a_sound_merge_passes(merged: Path) -> None:
     ran = mergetool("verify", merged.name, cwd=merged.parent)
     assert (ran.code, ran.err) == (0, "")
-    assert "recipe  alk + 20 * (a - b)" in ran.out
+    assert "recipe  alk + 20*(a - b)" in ran.out
     assert "\nsound   " in ran.out
 
 

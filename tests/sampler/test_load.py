@@ -115,7 +115,7 @@ def test_lora_arguments(text: str, path: str, strength: float) -> None:
 
 
 def test_a_strength_that_is_no_number_is_refused() -> None:
-    with pytest.raises(UsageError, match="PATH:0.8"):
+    with pytest.raises(UsageError, match=r"PATH:0\.8"):
         WeightedLora.parse("a.safetensors:strong")
 
 
