@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  mergetool sample "a blue circle on a gold background" --base lab.base --refiner lab.turbo -o circle.png
+  mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
   mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
-      --refiner z-image-turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knight/
-  mergetool sample --prompts prompts.txt --seeds 1,2,3 --base lab.alkahest -o sheet/
-  mergetool sample "sharper" --init-image photo.png --refiner lab.turbo -o refined.png
+      --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
+  mergetool sample --prompts prompts.txt --seeds 1,2,3 --base ./Z-Image -o sheet
+  mergetool sample "sharper" --init-image photo.png --refiner ./Z-Image-Turbo -o refined.png
 
 More than one picture makes a folder: each picture, a labelled contact sheet (sheet.png) and every parameter
 (pictures.json). The same seed gives the same picture.

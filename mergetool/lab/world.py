@@ -81,9 +81,9 @@ class Placing:
 
     @classmethod
     def random(cls, generator: np.random.Generator) -> Placing:
-        """Near the middle, a third to a little over half of the picture wide."""
-        x, y = generator.uniform(SIZE / 2 - 6, SIZE / 2 + 6, 2)
-        return cls(float(x), float(y), float(generator.uniform(14, 21)))
+        """Near the middle, half of the picture wide or a little more."""
+        x, y = generator.uniform(SIZE / 2 - 4, SIZE / 2 + 4, 2)
+        return cls(float(x), float(y), float(generator.uniform(16, 20)))
 
 
 def silhouette(shape: str, placing: Placing, size: int = SIZE) -> NDArray[np.float32]:

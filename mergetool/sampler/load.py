@@ -193,8 +193,9 @@ def pipeline_folder(path: Path) -> Path | None:
 def _fits_the_embedded(model: str) -> bool:
     with models.open_model(model) as opened:
         part = opened.anatomy.parts.get("cap_embedder.0.weight")
-    config = json.loads((models.EMBEDDED / "base" / "transformer" / "config.json").read_text())
-    return part is not None and part.shape == (config["cap_feat_dim"],)
+    path = models.EMBEDDED / "base" / "transformer" / "config.json"
+    width = json.loads(path.read_text())["cap_feat_dim"] if path.exists() else None
+    return part is not None and part.shape == (width,)
 
 
 def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

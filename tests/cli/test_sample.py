@@ -22,11 +22,22 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def test_two_stages_make_one_picture_that_says_how_it_was_made(tmp_path: Path) -> None:
-    ran = mergetool("sample", PROMPT, "--base", "lab.base", "--refiner", "lab.turbo", *QUICK, "--seed", 7, cwd=tmp_path)
+def test_two_stages_make_one_picture_that_says_how_it_was_made(pipelines: Path, tmp_path: Path) -> None:
+    ran = mergetool(
+        "sample",
+        PROMPT,
+        "--base",
+        pipelines / "base",
+        "--refiner",
+        pipelines / "turbo",
+        *QUICK,
+        "--seed",
+        7,
+        cwd=tmp_path,
+    )
     assert ran.code == 0, ran.err
-    assert "stage 1  lab.base: 2 evaluations from sigma 1.000, shift 6, guidance 4" in ran.out
-    assert "stage 2  lab.turbo: 2 evaluations from sigma 0.353" in ran.out
+    assert "base: 2 evaluations from sigma 1.000, shift 6, guidance 4" in ran.out
+    assert "turbo: 2 evaluations from sigma 0.353, shift 3" in ran.out
     with Image.open(tmp_path / "sample.png") as image:
         assert image.size == (64, 64)
         found = json.loads(image.info["mergetool"])
@@ -35,20 +46,30 @@ def test_two_stages_make_one_picture_that_says_how_it_was_made(tmp_path: Path) -
     assert found["second"]["evaluations"] == 2
 
 
-def test_the_same_seed_makes_the_same_picture_and_another_does_not(tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_picture_and_another_does_not(pipelines: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         ran = mergetool(
-            "sample", PROMPT, "--base", "lab.turbo", "--steps", 2, "--seed", seed, "-o", f"{name}.png", cwd=tmp_path
+            "sample",
+            PROMPT,
+            "--base",
+            pipelines / "turbo",
+            "--steps",
+            2,
+            "--seed",
+            seed,
+            "-o",
+            f"{name}.png",
+            cwd=tmp_path,
         )
         assert ran.code == 0, ran.err
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
     assert not np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "c.png"))
 
 
-def test_a_sweep_makes_a_folder_with_a_sheet_and_every_parameter(tmp_path: Path) -> None:
+def test_a_sweep_makes_a_folder_with_a_sheet_and_every_parameter(pipelines: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"# two\n{PROMPT}\n\na red cross on a white background\n")
     ran = mergetool(
-        "sample", "--prompts", "prompts.txt", "--seeds", "1-2", "--base", "lab.base", "--refiner", "lab.turbo", *QUICK,
+        "sample", "--prompts", "prompts.txt", "--seeds", "1-2", "--base", pipelines / "base", "--refiner", pipelines / "turbo", *QUICK,
         "--strength", "0.15,0.6", "-o", "sheet", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -62,28 +83,48 @@ def test_a_sweep_makes_a_folder_with_a_sheet_and_every_parameter(tmp_path: Path)
     assert [one["second"] and one["second"]["strength"] for one in record[:3]] == [None, 0.15, 0.6]
 
 
-def test_an_init_image_is_refined_at_its_own_size(tmp_path: Path) -> None:
+def test_an_init_image_is_refined_at_its_own_size(pipelines: Path, tmp_path: Path) -> None:
     Image.new("RGB", (96, 48), (40, 90, 200)).save(tmp_path / "in.png")
-    ran = mergetool("sample", PROMPT, "--init-image", "in.png", "--refiner", "lab.turbo", "-o", "out.png", cwd=tmp_path)
+    ran = mergetool(
+        "sample", PROMPT, "--init-image", "in.png", "--refiner", pipelines / "turbo", "-o", "out.png", cwd=tmp_path
+    )
     assert ran.code == 0, ran.err
     assert pixels(tmp_path / "out.png").shape == (48, 96, 3)
 
 
-def test_pixel_handoff_differs_from_latent_handoff_by_a_vae_round_trip(tmp_path: Path) -> None:
+def test_pixel_handoff_differs_from_latent_handoff_by_a_vae_round_trip(pipelines: Path, tmp_path: Path) -> None:
     for way in ("latent", "pixels"):
         ran = mergetool(
-            "sample", PROMPT, "--base", "lab.base", "--refiner", "lab.turbo", *QUICK, "--handoff", way, "-o", f"{way}.png", cwd=tmp_path,
+            "sample", PROMPT, "--base", pipelines / "base", "--refiner", pipelines / "turbo", *QUICK, "--handoff", way, "-o", f"{way}.png", cwd=tmp_path,
         )  # fmt: skip
         assert ran.code == 0, ran.err
     assert not np.array_equal(pixels(tmp_path / "latent.png"), pixels(tmp_path / "pixels.png"))
 
 
-def test_a_fresh_merge_samples(tmp_path: Path) -> None:
+def test_a_fresh_merge_samples(pipelines: Path, tmp_path: Path) -> None:
     made = mergetool(
-        "merge", "0.5 * 'lab.base' + 0.5 * 'lab.turbo'", "--protect", "refiner", "-o", "m.safetensors", cwd=tmp_path
+        "merge",
+        f"0.5 * '{pipelines}/base' + 0.5 * '{pipelines}/turbo'",
+        "--protect",
+        "refiner",
+        "-o",
+        "m.safetensors",
+        cwd=tmp_path,
     )
     assert made.code == 0, made.err
-    ran = mergetool("sample", PROMPT, "--base", "m.safetensors", "--steps", 2, "-o", "m.png", cwd=tmp_path)
+    ran = mergetool(
+        "sample",
+        PROMPT,
+        "--base",
+        "m.safetensors",
+        "--pipeline",
+        pipelines / "base",
+        "--steps",
+        2,
+        "-o",
+        "m.png",
+        cwd=tmp_path,
+    )
     assert ran.code == 0, ran.err
 
 
@@ -92,26 +133,27 @@ def test_a_fresh_merge_samples(tmp_path: Path) -> None:
     [
         (["--base", "lab.none"], 66, "no embedded model is named"),
         ([], 2, "there is no model"),
-        (["--base", "lab.base", "--size", "63x64"], 2, "multiples of 8"),
-        (["--base", "lab.base", "--size", "large"], 2, "WIDTHxHEIGHT"),
-        (["--base", "lab.base", "--refiner", "lab.turbo", "--strength", "2"], 2, "--strength is above 0 and at most 1"),
-        (["--base", "lab.base", "--guidance", "3", "--cfg", "4"], 2, "give one of them"),
-        (["--base", "lab.base", "--vae", "nowhere"], 66, "no VAE"),
-        (["--base", "lab.base", "--lora", "nowhere.safetensors"], 66, "nowhere.safetensors"),
-        (["--base", "lab.base", "--lora", "other.safetensors"], 65, "LoRA for another model"),
-        (["--init-image", "text.png", "--refiner", "lab.turbo"], 65, "not a picture"),
-        (["--base", "lab.base", "-o", "there.png"], 73, "exists"),
-        (["--base", "lab.base", "-o", "no/where.png"], 73, "does not exist"),
+        (["--base", "BASE", "--size", "63x64"], 2, "multiples of 8"),
+        (["--base", "BASE", "--size", "large"], 2, "WIDTHxHEIGHT"),
+        (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "--strength is above 0 and at most 1"),
+        (["--base", "BASE", "--guidance", "3", "--cfg", "4"], 2, "give one of them"),
+        (["--base", "BASE", "--vae", "nowhere"], 66, "no VAE"),
+        (["--base", "BASE", "--lora", "nowhere.safetensors"], 66, "nowhere.safetensors"),
+        (["--base", "BASE", "--lora", "other.safetensors"], 65, "LoRA for another model"),
+        (["--init-image", "text.png", "--refiner", "TURBO"], 65, "not a picture"),
+        (["--base", "BASE", "-o", "there.png"], 73, "exists"),
+        (["--base", "BASE", "-o", "no/where.png"], 73, "does not exist"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_sentence_and_no_picture(
-    tmp_path: Path, options: list[str], code: int, words: str
+    pipelines: Path, tmp_path: Path, options: list[str], code: int, words: str
 ) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "there.png").write_text("mine")
     pair = {"lora_A": torch.zeros(2, 8), "lora_B": torch.zeros(8, 2)}
     save_file({f"diffusion_model.x.{key}.weight": value for key, value in pair.items()}, tmp_path / "other.safetensors")
-    ran = mergetool("sample", PROMPT, "--steps", 1, *options, cwd=tmp_path)
+    places = {"BASE": pipelines / "base", "TURBO": pipelines / "turbo"}
+    ran = mergetool("sample", PROMPT, "--steps", 1, *(places.get(text, text) for text in options), cwd=tmp_path)
     assert (ran.code, words in ran.err) == (code, True), ran.err
     assert len(ran.err.strip().splitlines()) == 1
     assert (tmp_path / "there.png").read_text() == "mine"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 
-from mergetool import models
 from mergetool.sampler.denoise import bring_to, starting_noise
 from mergetool.sampler.load import Components
 from mergetool.sampler.studio import Refinement, Shot, Stage, Studio
@@ -19,12 +18,12 @@ SHOTS = tuple(Shot(prompt, seed) for seed, prompt in enumerate(PROMPTS, 5))
 
 
 @pytest.fixture(scope="module")
-def studio() -> Studio:
-    return Studio(Components.find("lab.base"))
+def studio(pipelines: Path) -> Studio:
+    return Studio(Components.find(str(pipelines / "base")))
 
 
-def pipeline(name: str) -> ZImagePipeline:
-    return ZImagePipeline.from_pretrained(models.EMBEDDED / name, dtype=torch.float32)
+def pipeline(folder: Path) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
 
 
 def noise() -> torch.Tensor:
@@ -32,8 +31,8 @@ def noise() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_first_stage_equals_the_pipeline_to_the_last_bit(studio: Studio, guidance: float) -> None:
-    theirs = pipeline("base")
+def test_first_stage_equals_the_pipeline_to_the_last_bit(studio: Studio, pipelines: Path, guidance: float) -> None:
+    theirs = pipeline(pipelines / "base")
     wanted = theirs(
         prompt_embeds=studio.captions(PROMPTS),
         negative_prompt_embeds=studio.captions(["", ""]),
@@ -44,12 +43,12 @@ def test_first_stage_equals_the_pipeline_to_the_last_bit(studio: Studio, guidanc
         latents=noise(),
         output_type="latent",
     ).images
-    found = studio.first_stage(Stage("lab.base", steps=6, guidance=guidance, shift=6.0), SHOTS, (64, 64))
+    found = studio.first_stage(Stage(str(pipelines / "base"), steps=6, guidance=guidance, shift=6.0), SHOTS, (64, 64))
     assert torch.equal(found, wanted)
 
 
-def test_pictures_equal_the_pipelines_from_prompt_to_pixel(studio: Studio) -> None:
-    theirs = pipeline("base")
+def test_pictures_equal_the_pipelines_from_prompt_to_pixel(studio: Studio, pipelines: Path) -> None:
+    theirs = pipeline(pipelines / "base")
     wanted = theirs(
         prompt=list(PROMPTS),
         negative_prompt=["", ""],
@@ -60,18 +59,22 @@ def test_pictures_equal_the_pipelines_from_prompt_to_pixel(studio: Studio) -> No
         latents=noise(),
         output_type="np",
     ).images
-    found = studio.decode(studio.first_stage(Stage("lab.base", steps=6, guidance=3.0, shift=6.0), SHOTS, (64, 64)))
+    found = studio.decode(
+        studio.first_stage(Stage(str(pipelines / "base"), steps=6, guidance=3.0, shift=6.0), SHOTS, (64, 64))
+    )
     # Captions are padded to 512 there, to the longest here: a float32 product of another shape differs in its last bits.
     assert np.abs(found.astype(float) - wanted * 255).max() <= 1.0
 
 
 @pytest.mark.parametrize("strength", [0.15, 0.4, 1.0])
-def test_second_stage_equals_the_image_pipeline_in_its_meaning_of_strength(studio: Studio, strength: float) -> None:
-    clean = studio.first_stage(Stage("lab.base", steps=3, shift=6.0), SHOTS, (64, 64))
-    stage = Refinement("lab.turbo", steps=8, shift=3.0, strength=strength, strength_as="diffusers")
+def test_second_stage_equals_the_image_pipeline_in_its_meaning_of_strength(
+    studio: Studio, pipelines: Path, strength: float
+) -> None:
+    clean = studio.first_stage(Stage(str(pipelines / "base"), steps=3, shift=6.0), SHOTS, (64, 64))
+    stage = Refinement(str(pipelines / "turbo"), steps=8, shift=3.0, strength=strength, strength_as="diffusers")
     found = studio.second_stage(stage, SHOTS, clean)
     second = starting_noise([shot.second_seed for shot in SHOTS], (16, 16, 16))
-    turbo = pipeline("turbo")
+    turbo = pipeline(pipelines / "turbo")
     image = ZImageImg2ImgPipeline(**turbo.components)
     wanted = image(
         image=torch.zeros(2, 3, 64, 64),
@@ -88,17 +91,17 @@ def test_second_stage_equals_the_image_pipeline_in_its_meaning_of_strength(studi
     assert torch.equal(found, wanted)
 
 
-def test_noise_is_added_as_the_scheduler_adds_it(studio: Studio) -> None:
+def test_noise_is_added_as_the_scheduler_adds_it(studio: Studio, pipelines: Path) -> None:
     clean, added = torch.randn(1, 16, 16, 16), torch.randn(1, 16, 16, 16)
-    scheduler = pipeline("turbo").scheduler
+    scheduler = pipeline(pipelines / "turbo").scheduler
     scheduler.set_timesteps(sigmas=[0.5, 0.25])
     wanted = scheduler.scale_noise(clean, scheduler.timesteps[:1], added)
     torch.testing.assert_close(bring_to(clean, added, float(scheduler.sigmas[0])), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_encoding_a_picture_equals_the_vaes_mean(studio: Studio, tmp_path: Path) -> None:
+def test_encoding_a_picture_equals_the_vaes_mean(studio: Studio, pipelines: Path, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-    vae = pipeline("base").vae
+    vae = pipeline(pipelines / "base").vae
     image = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         mean = vae.encode(image).latent_dist.mean

@@ -15,19 +15,22 @@ from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.recipe.options import Options
 from mergetool.sampler.load import Components, WeightedLora, load_text_encoder, load_transformer, load_vae
 
-BASE = models.EMBEDDED / "base"
+
+@pytest.fixture
+def base(pipelines: Path) -> Path:
+    return pipelines / "base"
 
 
-def stored() -> dict[str, torch.Tensor]:
-    return load_file(BASE / "transformer" / "diffusion_pytorch_model.safetensors")
+def stored(base: Path) -> dict[str, torch.Tensor]:
+    return load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def loaded(model: str | Path, dtype: torch.dtype = torch.float32, *loras: WeightedLora) -> dict[str, torch.Tensor]:
     return load_transformer(str(model), dtype=dtype, device="cpu", loras=loras).state_dict()
 
 
-def merged(out: Path, **options: object) -> Path:
-    with job.open_merge("1 * 'lab.base'", Options(**options)) as plan:  # type: ignore[arg-type]
+def merged(base: Path, out: Path, **options: object) -> Path:
+    with job.open_merge(f"1 * '{base}'", Options(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, out)
     return out
 
@@ -38,35 +41,35 @@ def require_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
         assert torch.equal(found[name].float(), tensor.float()), name
 
 
-def test_an_embedded_model_loads_as_diffusers_loads_it() -> None:
-    theirs = ZImageTransformer2DModel.from_pretrained(BASE, subfolder="transformer", dtype=torch.float32)
-    require_equal(loaded("lab.base"), theirs.state_dict())
+def test_a_pipeline_folder_loads_as_diffusers_loads_it(base: Path) -> None:
+    theirs = ZImageTransformer2DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
+    require_equal(loaded(str(base)), theirs.state_dict())
 
 
-def test_a_comfyui_file_loads_without_its_config(tmp_path: Path) -> None:
-    require_equal(loaded(merged(tmp_path / "fused.safetensors", layout="comfyui")), stored())
+def test_a_comfyui_file_loads_without_its_config(base: Path, tmp_path: Path) -> None:
+    require_equal(loaded(merged(base, tmp_path / "fused.safetensors", layout="comfyui")), stored(base))
 
 
-def test_a_prefixed_file_loads(tmp_path: Path) -> None:
-    fused = load_file(merged(tmp_path / "fused.safetensors", layout="comfyui"))
+def test_a_prefixed_file_loads(base: Path, tmp_path: Path) -> None:
+    fused = load_file(merged(base, tmp_path / "fused.safetensors", layout="comfyui"))
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in fused.items()}, tmp_path / "all.safetensors")
-    require_equal(loaded(tmp_path / "all.safetensors"), stored())
+    require_equal(loaded(tmp_path / "all.safetensors"), stored(base))
 
 
-def test_an_fp8_file_loads_as_the_values_it_holds(tmp_path: Path) -> None:
-    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored().items()}
+def test_an_fp8_file_loads_as_the_values_it_holds(base: Path, tmp_path: Path) -> None:
+    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored(base).items()}
     save_file(cast, tmp_path / "fp8.safetensors")
     require_equal(loaded(tmp_path / "fp8.safetensors"), cast)
 
 
-def test_a_lora_is_added_at_its_strength(tmp_path: Path) -> None:
-    weights, name = stored(), "layers.1.attention.to_q"
+def test_a_lora_is_added_at_its_strength(base: Path, tmp_path: Path) -> None:
+    weights, name = stored(base), "layers.1.attention.to_q"
     down, up = torch.randn(4, 96), torch.randn(96, 4)
     save_file(
         {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up},
         tmp_path / "lora.safetensors",
     )
-    found = loaded("lab.base", torch.float32, WeightedLora(tmp_path / "lora.safetensors", -0.7))
+    found = loaded(str(base), torch.float32, WeightedLora(tmp_path / "lora.safetensors", -0.7))
     wanted = weights[f"{name}.weight"].double() - 0.7 * up.double() @ down.double()
     torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=1e-5, atol=1e-5)
     other = "layers.1.attention.to_k.weight"
@@ -80,26 +83,28 @@ def test_a_lora_is_added_at_its_strength(tmp_path: Path) -> None:
         ("layers.1.attention.to_q", (128, 96), "LoRA for another model"),
     ],
 )
-def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, key: str, shape: tuple[int, int], sentence: str) -> None:
+def test_a_lora_that_does_not_fit_is_refused(
+    base: Path, tmp_path: Path, key: str, shape: tuple[int, int], sentence: str
+) -> None:
     pair = {
         f"diffusion_model.{key}.lora_A.weight": torch.zeros(4, shape[1]),
         f"diffusion_model.{key}.lora_B.weight": torch.zeros(shape[0], 4),
     }
     save_file(pair, tmp_path / "lora.safetensors")
     with pytest.raises(FamilyError, match=sentence):
-        loaded("lab.base", torch.float32, WeightedLora(tmp_path / "lora.safetensors", 1.0))
+        loaded(str(base), torch.float32, WeightedLora(tmp_path / "lora.safetensors", 1.0))
 
 
-def test_a_lora_of_another_dialect_is_refused_by_its_key(tmp_path: Path) -> None:
+def test_a_lora_of_another_dialect_is_refused_by_its_key(base: Path, tmp_path: Path) -> None:
     save_file(
         {"lora_unet_layers_0_attention_to_q.lora_down.weight": torch.zeros(4, 96)}, tmp_path / "kohya.safetensors"
     )
     with pytest.raises(DataError, match="lora_unet_layers_0"):
-        loaded("lab.base", torch.float32, WeightedLora(tmp_path / "kohya.safetensors", 1.0))
+        loaded(str(base), torch.float32, WeightedLora(tmp_path / "kohya.safetensors", 1.0))
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    weights = stored()
+def test_a_missing_tensor_is_named(base: Path, tmp_path: Path) -> None:
+    weights = stored(base)
     del weights["layers.3.feed_forward.w2.weight"]
     save_file(weights, tmp_path / "torn.safetensors")
     with pytest.raises(FamilyError, match=r"lacks \"layers\.3\.feed_forward\.w2\.weight\""):
@@ -119,22 +124,27 @@ def test_a_strength_that_is_no_number_is_refused() -> None:
         WeightedLora.parse("a.safetensors:strong")
 
 
-def test_a_single_file_of_the_embedded_family_finds_the_embedded_parts(tmp_path: Path) -> None:
-    assert Components.find(str(merged(tmp_path / "merged.safetensors"))) == Components.find("lab.base")
+def test_a_single_file_of_the_embedded_family_finds_the_embedded_parts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "EMBEDDED", base.parent)
+    assert Components.find(str(merged(base, tmp_path / "merged.safetensors"))) == Components.find("lab.base")
 
 
-def test_parts_that_are_named_are_taken(tmp_path: Path) -> None:
-    found = Components.find("lab.base", text_encoder=BASE / "text_encoder", vae=BASE / "vae")
-    assert (found.text_encoder, found.tokenizer, found.vae) == (BASE / "text_encoder", BASE / "tokenizer", BASE / "vae")
+def test_parts_that_are_named_are_taken(base: Path, tmp_path: Path) -> None:
+    found = Components.find(str(base), text_encoder=base / "text_encoder", vae=base / "vae")
+    assert (found.text_encoder, found.tokenizer, found.vae) == (base / "text_encoder", base / "tokenizer", base / "vae")
 
 
 @pytest.mark.parametrize(("option", "words"), [("vae", "no VAE"), ("text_encoder", "no text encoder")])
-def test_a_missing_part_is_one_sentence_that_names_the_option(tmp_path: Path, option: str, words: str) -> None:
+def test_a_missing_part_is_one_sentence_that_names_the_option(
+    base: Path, tmp_path: Path, option: str, words: str
+) -> None:
     with pytest.raises(InputMissing, match=words):
-        Components.find("lab.base", **{option: tmp_path / "nothing"})  # type: ignore[arg-type]
+        Components.find(str(base), **{option: tmp_path / "nothing"})  # type: ignore[arg-type]
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     parts = Components(tmp_path, tmp_path, tmp_path)
     for load in (load_text_encoder, load_vae):

@@ -141,20 +141,29 @@ def train(
     averaged: Sequence[torch.nn.Module] = (),
     report: Callable[[int, float, float], None],
 ) -> None:
-    """AdamW with warm-up, a cosine and gradient clipping; the ``averaged`` modules end as their running averages."""
-    optimiser = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01)
+    """Train with warm-up, a cosine and gradient clipping; the ``averaged`` modules end as their running averages.
+
+    Matrices of the transformer's blocks by Muon, everything else by AdamW.
+    """
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2 and min(parameter.shape) >= 96]
+    others = [parameter for parameter in parameters if all(parameter is not matrix for matrix in matrices)]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=0.01)]
+    if matrices:
+        optimisers.append(torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     averages = [copy.deepcopy(module.state_dict()) for module in averaged]
     begin, running = time.monotonic(), 0.0
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
             group["lr"] = rate * min(1, (step + 1) / 50) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
         # BF16 products from float32 weights: a quarter faster for the transformer here, twice for the VAE.
         with torch.autocast("cpu", torch.bfloat16):
             value = loss()
-        optimiser.zero_grad()
+        for optimiser in optimisers:
+            optimiser.zero_grad()
         torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         decay = min(0.995, (1 + step) / (10 + step))
         for module, average in zip(averaged, averages, strict=True):
             for name, tensor in module.state_dict().items():
