@@ -102,7 +102,7 @@ class Stages:
         )
         trained = (pipeline.transformer, pipeline.text_encoder)
         with self.recorded("base", steps=steps, seed=seed) as entry:
-            self._flow(pipeline, trained, steps=steps, rate=1.5e-3, seed=seed)
+            self._flow(pipeline, trained, steps=steps, rate=2.5e-3, seed=seed)
             entry |= flow.adherence(pipeline, steps=30, shift=6.0, guidance=GUIDANCE)
         self.save("base", pipeline)
 
