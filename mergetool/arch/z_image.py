@@ -285,10 +285,10 @@ def _rank(name: str, order: tuple[str, ...]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-# transformer/config.json of Z-Image, Z-Image-Turbo and their fine-tunes; Omni has siglip_feat_dim 1152.
 AXES: Mapping[int, tuple[int, int, int]] = {128: (32, 48, 48), 32: (8, 12, 12)}
 """Head width -> how it divides between the rotary axes: of the real model, and of the embedded ones."""
 
+# transformer/config.json of Z-Image, Z-Image-Turbo and their fine-tunes; Omni has siglip_feat_dim 1152.
 REFERENCE_CONFIG: Mapping[str, Any] = {
     "all_patch_size": [2],
     "all_f_patch_size": [1],

@@ -45,6 +45,11 @@ class TensorInfo:
         return self.end - self.begin
 
     @property
+    def row_nbytes(self) -> int:
+        """Stored bytes of one row of dimension 0; of all for rank 0 and for no rows."""
+        return self.nbytes // max(1, self.shape[0] if self.shape else 1)
+
+    @property
     def numel(self) -> int:
         """Number of elements; 1 for rank 0."""
         return prod(self.shape)

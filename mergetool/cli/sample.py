@@ -72,7 +72,7 @@ def sample(
 
     The default is the guide's: 30 steps of a base model, then a few-step model at strength 0.15.
     """
-    from mergetool.sampler import session, settings
+    from mergetool.sampler import load, session, settings
 
     if guidance is not None and cfg is not None:
         raise UsageError("--guidance and --cfg are two ways to say one thing: give one of them.")
@@ -110,7 +110,7 @@ def sample(
         refinements,
         start,
         console.choice("--handoff", handoff, ("latent", "pixels")),
-        settings.components(refiner, None, None, None) if handoff == "pixels" and refiner else None,
+        load.Components.find(refiner) if handoff == "pixels" and refiner else None,
     )
     many = len(request.shots) * (len(request.refinements) or 1) > 1
     target = output or Path("samples" if many else "sample.png")

@@ -90,17 +90,14 @@ class DeltaReader:
     def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
         file, base = model.checkpoint.locate(part.stored.tensor)
         width = part.dtype.itemsize
-        offset, size = base + _row_offset(model, part) + start * width, out.numel() * width
+        row = (
+            part.stored.row * model.checkpoint.tensors[part.stored.tensor].row_nbytes
+        )  # q, k, v lie inside a fused qkv
+        offset, size = base + row + start * width, out.numel() * width
         raw = self._fetch.fetch(slot, file, offset, size)
         out.copy_(as_tensor(raw, part.dtype))
         raw.release()
         self._fetch.release(file, offset, size)
-
-
-def _row_offset(model: Input, part: Part) -> int:
-    """Bytes from the start of the stored tensor to the part's first row: q, k and v lie inside a fused qkv."""
-    info = model.checkpoint.tensors[part.stored.tensor]
-    return part.stored.row * (info.nbytes // max(1, info.shape[0] if info.shape else 1))
 
 
 def _energy(values: torch.Tensor) -> float:

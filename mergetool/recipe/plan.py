@@ -24,7 +24,7 @@ from math import prod
 from mergetool import arch
 from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import DType
-from mergetool.checkpoint.header import Header, TensorInfo
+from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
@@ -299,8 +299,7 @@ class _Planner:
         model = self.inputs[column]
         part = model.anatomy.parts[part_name]
         info = model.checkpoint.tensors[part.stored.tensor]
-        row_bytes = info.nbytes // max(1, _rows(info))
-        return Window(column, part.stored.tensor, part.stored.row * row_bytes, part.dtype)
+        return Window(column, part.stored.tensor, part.stored.row * info.row_nbytes, part.dtype)
 
     def _outside(self, name: str) -> OutputTensor:
         info = self.first.checkpoint.tensors[name]
@@ -335,7 +334,3 @@ class _Planner:
         if self.options.dtype is not None and self.options.dtype.name == "fp16":
             warnings.append("fp16 output: Z-Image's activations overflow in fp16; bf16 is the safe choice")
         return warnings
-
-
-def _rows(info: TensorInfo) -> int:
-    return info.shape[0] if info.shape else 1

@@ -103,9 +103,8 @@ def _require_equal(model: str, wanted: Mapping[str, tuple[int, ...]], parts: Map
 
 def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
     """A part in its stored dtype, memory of its own."""
-    info = checkpoint.tensors[part.stored.tensor]
-    row = info.nbytes // max(1, info.shape[0] if info.shape else 1)
-    raw = checkpoint.read(part.stored.tensor, part.stored.row * row, part.nbytes)
+    row_nbytes = checkpoint.tensors[part.stored.tensor].row_nbytes
+    raw = checkpoint.read(part.stored.tensor, part.stored.row * row_nbytes, part.nbytes)
     return as_tensor(memoryview(raw), part.dtype).clone().view(part.shape)
 
 

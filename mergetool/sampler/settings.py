@@ -94,10 +94,6 @@ def shots(
     return tuple(Shot(prompt, number, negative, refine_prompt, refine_seed) for prompt in prompts for number in numbers)
 
 
-def components(model: str, pipeline: str | None, text_encoder: Path | None, vae: Path | None) -> Components:
-    return Components.find(model, pipeline=pipeline, text_encoder=text_encoder, vae=vae)
-
-
 def studio(
     model: str, pipeline: str | None, text_encoder: Path | None, vae: Path | None, device: str, dtype: str
 ) -> Studio:
@@ -113,7 +109,7 @@ def studio(
     if dtype == "auto":
         with models.open_model(model) as opened:
             dtype = "bf16" if sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE else "fp32"
-    found = components(model, pipeline, text_encoder, vae)
+    found = Components.find(model, pipeline=pipeline, text_encoder=text_encoder, vae=vae)
     return Studio(found, device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
@@ -135,10 +131,9 @@ def picture_size(text: str | None, start: Pictures | None, place: Studio) -> tup
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None:
         raise UsageError(f'--size "{text}" is not WIDTHxHEIGHT; write for example 1024x768.')
-    width, height = int(match[1]), int(match[2])
-    if not width or not height or width % unit or height % unit:
-        raise UsageError(f"--size {text}: both sides are multiples of {unit} for this model.")
-    return width, height
+    size = int(match[1]), int(match[2])
+    place.latent_size(size)
+    return size
 
 
 def require_target(target: Path, *, many: bool, overwrite: bool) -> None:

@@ -188,7 +188,7 @@ class Studio:
         Raises UsageError for a size that the model has no whole tokens for; see also `load.load_transformer`.
         """
         channels = int(self.vae.config.latent_channels)
-        noise = starting_noise([shot.seed for shot in shots], (channels, *self._latent_size(size)))
+        noise = starting_noise([shot.seed for shot in shots], (channels, *self.latent_size(size)))
         return self._run(stage, [shot.prompt for shot in shots], shots, noise, progress)
 
     def second_stage(
@@ -234,7 +234,8 @@ class Studio:
             )
         return torch.cat(made)
 
-    def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of latents for a picture of ``size`` = (width, height); UsageError where they are not whole tokens."""
         unit = 2 * self.reduction
         for side in size:
             if side < unit or side % unit:
