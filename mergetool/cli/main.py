@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console, diff, inspect, merge, sample, verify
+from mergetool.cli import console, demo, diff, inspect, merge, sample, verify
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
 
 

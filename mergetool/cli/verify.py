@@ -1,8 +1,9 @@
-"""``mergetool verify``: is a merge what its recipe says?"""
+"""``mergetool verify``: is a merge what its recipe says, and does it make pictures?"""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,14 +13,17 @@ from mergetool.cli.console import JsonOption, NoProgressOption
 from mergetool.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
+    from mergetool.verify.pictures import PicturesReport
     from mergetool.verify.weights import WeightsReport
 
 EXAMPLES = """\b
 Examples:
   mergetool verify out.safetensors
-  mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --json
+  mergetool verify out.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --report out.html
+  mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --no-images --json
 
 Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is.
+Without --images or --no-images, pictures are made where that takes minutes: on a GPU, or for a small model.
 """
 
 
@@ -29,33 +33,111 @@ def verify(
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="Where an input is now. Repeatable.", metavar="NAME=MODEL")
     ] = None,
+    with_images: Annotated[
+        bool | None, typer.Option("--images/--no-images", help="Make pictures, or stop after the weights.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write all of it as one HTML page.", metavar="FILE.html")] = None,
+    refiner: Annotated[
+        str | None, typer.Option(help="The model of the second stage [embedded: lab.turbo]", metavar="MODEL")
+    ] = None,
+    strength: Annotated[
+        str, typer.Option(help="Of the second stage; several: 0.1,0.15,0.25. The first is judged.")
+    ] = "0.15",
+    strength_as: Annotated[str, typer.Option(help="What strength means: comfyui or diffusers.")] = "comfyui",
+    refine_steps: Annotated[int, typer.Option(help="Steps of the second stage.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the first stage.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance of the first stage, as diffusers counts it.")] = 3.0,
+    shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the first model's, else 6]")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a prompt a line [default: 4 of mergetool's; embedded: 12]")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds for every prompt: 1,2,3 or 1-8.", metavar="LIST")] = "0",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]")] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP model, to score how pictures fit prompts.")
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Folder to take text encoder and VAE from.", metavar="MODEL")
+    ] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="File or folder of the VAE.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
-    """Derive every tensor of a merge again from its recorded recipe and inputs, and compare byte by byte.
+    """Derive every tensor of a merge again from its recipe, then look at its pictures beside its parents'.
 
-    Nothing is written. Exit code 1 when anything is not what the recipe says.
+    Weights first: byte by byte, NaN, protected tensors, distances from the parents. Then the same prompts and seeds for
+    the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
+    Nothing is written but the report. Exit code 1 when a check says no.
     """
+    from mergetool.verify import looking, pictures
+    from mergetool.verify import report as page
+    from mergetool.verify.scores import clip_scorer
     from mergetool.verify.weights import check_weights
 
     started = time.monotonic()
+    shown = not (no_progress or as_json)
+    if report is not None:
+        page.require_target(report, overwrite=overwrite)
     places = dict(_place(text) for text in inputs or ())
-    with console.progress("verify", 100, shown=not (no_progress or as_json), unit="%") as bar:
-        shown = 0
+    with console.progress("weights", 100, shown=shown, unit="%") as bar:
+        percent = 0
 
         def advance(done: int, total: int) -> None:
-            nonlocal shown
-            bar(100 * done // total - shown)
-            shown = 100 * done // total
+            nonlocal percent
+            bar(100 * done // total - percent)
+            percent = 100 * done // total
 
-        report = check_weights(output, inputs=places, threads=threads, progress=advance)
+        weights = check_weights(output, inputs=places, threads=threads, progress=advance)
+    looked, left_out = None, "--no-images"
+    if with_images is not False:
+        wish = looking.Wish(
+            steps,
+            guidance,
+            shift,
+            refiner,
+            strength,
+            strength_as,
+            refine_steps,
+            prompts,
+            seeds,
+            size,
+            pipeline,
+            text_encoder,
+            vae,
+            console.choice("--device", device, ("auto", "cpu", "cuda")),
+        )
+        try:
+            studio, look = looking.plan(output, weights.parents[weights.first], wish, patient=bool(with_images))
+        except looking.NotLookedAt as reason:
+            left_out = str(reason)
+        else:
+            left_out = ""
+            scorer = None if clip is None else clip_scorer(clip)
+            asked = pictures.evaluations(look, len(weights.parents))
+            with console.progress("look", asked, shown=shown, unit="step") as bar:
+                looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
+    if report is not None:
+        page.write(report, page.render(Path(output).name, weights, looked, left_out=left_out))
+    passed = weights.sound and (looked is None or looked.passed)
     if as_json:
-        console.print_json(_json(report))
+        console.print_json(
+            _json(weights)
+            | {"pictures": None if looked is None else pictures.summary(looked), "left_out": left_out, "passed": passed}
+        )
     else:
-        _print(report, time.monotonic() - started)
-    if not report.sound:
+        _print(weights, time.monotonic() - started)
+        _print_pictures(looked, left_out)
+        if report is not None:
+            console.heading("report", str(report))
+    if not weights.sound:
         raise CheckFailed(f"{output} is not what its recipe says.")
+    if not passed:
+        said = [verdict.name for verdict in looked.verdicts if not verdict.passed] if looked else []
+        raise CheckFailed(f"{output} does not make the pictures it should ({', '.join(said)}).")
 
 
 def _place(text: str) -> tuple[str, str]:
@@ -66,22 +148,60 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
+    from mergetool.verify.distances import relative
+
     console.heading("recipe", report.expression)
     for what, names in (
         ("changed since they were merged", report.changed),
         ("missing, or of another shape or dtype", report.missing),
         ("not in the recipe", report.extra),
         ("not what the recipe says", [f"{name} (from byte {at})" for name, at in report.differing.items()]),
+        ("with NaN or infinity", [f"{name} ({count})" for name, count in report.non_finite.items()]),
     ):
         if names:
             console.heading("", f"{len(names)} {what}: {console.listed(names)}")
+    for parent, found in report.distances.items():
+        console.heading("", f"{100 * relative(found):.3g} % from {parent}, in the norm of all weights")
     compared = (
         f"{report.merged} merged and {report.kept} kept tensors, {console.size(report.bytes_compared)} derived again"
     )
     console.heading("sound" if report.sound else "UNSOUND", f"{compared}  {seconds:.1f} s")
 
 
+def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
+    if looked is None:
+        console.heading("look", f"no pictures: {left_out}")
+        return
+    look = looked.look
+    asked = console.plural(len(look.shots), "picture")
+    console.heading("look", f"{asked} of each model, {look.first.steps} steps at guidance {look.first.guidance:g}")
+    for second in look.refinements:
+        reached = second.levels()
+        console.heading(
+            "",
+            f"then {second.model}: {console.plural(len(reached) - 1, 'evaluation')} from sigma {reached[0]:.3f} "
+            f"(strength {second.strength:g}, {second.strength_as})",
+        )
+    adherence = any(column.adherence is not None for column in looked.columns)
+    console.table(
+        ["pictures of", *(["adherence"] if adherence else []), "noise", "collapsed"],
+        [
+            [
+                column.label,
+                *([f"{100 * (column.adherence or 0):.0f} %"] if adherence else []),
+                str(sum(m.noise for m in column.measures)),
+                str(sum(m.collapsed for m in column.measures)),
+            ]
+            for column in looked.columns
+        ],
+    )
+    for verdict in looked.verdicts:
+        console.heading("ok" if verdict.passed else "NO", f"{verdict.name}: {verdict.sentence}")
+
+
 def _json(report: WeightsReport) -> dict[str, Any]:
+    from mergetool.verify.distances import relative
+
     return {
         "sound": report.sound,
         "expression": report.expression,
@@ -92,4 +212,6 @@ def _json(report: WeightsReport) -> dict[str, Any]:
         "missing": report.missing,
         "extra": report.extra,
         "differing": report.differing,
+        "non_finite": report.non_finite,
+        "distances": {parent: relative(found) for parent, found in report.distances.items()},
     }

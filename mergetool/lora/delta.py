@@ -81,6 +81,16 @@ class DeltaReader:
             energy += _energy(difference)
         return energy
 
+    def energies(self, pair: Pair) -> tuple[float, float]:
+        """The energies of the base's parameter and of the difference."""
+        of_base = of_delta = 0.0
+        for start in range(0, pair.base.numel, CHUNK):
+            difference = self._scratch[: min(CHUNK, pair.base.numel - start)]
+            self._subtract(pair, start, difference)
+            of_delta += _energy(difference)
+            of_base += _energy(self._other[: difference.numel()])
+        return of_base, of_delta
+
     def _subtract(self, pair: Pair, start: int, out: torch.Tensor) -> None:
         other = self._other[: out.numel()]
         self._load(out, self._pairing.variant, pair.variant, start, slot=0)

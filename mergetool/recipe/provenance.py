@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 from mergetool import __version__
+from mergetool.checkpoint import dtypes
+from mergetool.errors import DataError, MergetoolError
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.graph import number
 from mergetool.recipe.options import Options
@@ -42,6 +47,47 @@ def metadata(
         "mergetool.recipe": json.dumps(recipe, sort_keys=True),
         "mergetool.inputs": json.dumps(inputs, sort_keys=True),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a merge wrote about itself: expression, options, and the fingerprint of each input by its recorded name."""
+
+    expression: str
+    options: Options
+    fingerprints: Mapping[str, str]
+
+
+def read(stored: Mapping[str, str], source: str) -> Recorded:
+    """The record in a checkpoint's metadata. Raises DataError where there is none, or a damaged one."""
+    if "mergetool.recipe" not in stored or "mergetool.inputs" not in stored:
+        raise DataError(f"{source} carries no recipe: it was not made by mergetool merge, or lost its metadata since.")
+    try:
+        recipe = json.loads(stored["mergetool.recipe"])
+        recorded = {entry["name"]: entry["fingerprint"] for entry in json.loads(stored["mergetool.inputs"])}
+        if not isinstance(recipe["expression"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{source} carries a damaged recipe in its metadata; it cannot be verified.") from None
+    return Recorded(recipe["expression"], _options(recipe), recorded)
+
+
+def _options(recipe: Mapping[str, Any]) -> Options:
+    try:
+        return Options(
+            protect=tuple(recipe.get("protect", ())),
+            include=tuple(recipe.get("include", ())),
+            exclude=tuple(recipe.get("exclude", ())),
+            multipliers=tuple(
+                (pattern, Fraction(value))
+                for pattern, _, value in (text.rpartition("=") for text in recipe.get("set", ()))
+            ),
+            keep_from=recipe.get("from"),
+            dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
+            layout=recipe.get("layout"),
+        )
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, MergetoolError) as error:
+        raise DataError(f"the recorded options are damaged ({error}); the file cannot be verified.") from None
 
 
 def display_names(names: Sequence[str]) -> dict[str, str]:

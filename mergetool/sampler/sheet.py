@@ -19,6 +19,7 @@ SMALLEST_SIDE = 128
 
 LARGEST_SIDE = 512
 _GAP = 6
+_WIDEST_LABEL = 300
 _INK, _PAPER = (30, 30, 34), (250, 250, 248)
 
 
@@ -74,7 +75,7 @@ def sheet(
     shrink = min(1.0, LARGEST_SIDE / max(height * factor, width * factor))
     cell = (round(width * factor * shrink), round(height * factor * shrink))
     font = ImageFont.load_default(13)
-    margin = max((round(font.getlength(_cut(label, font, 220))) for label in down), default=0)
+    margin = max((round(font.getlength(_cut(label, font, _WIDEST_LABEL))) for label in down), default=0)
     left = margin + 2 * _GAP if margin else _GAP
     columns = max(len(row) for row in rows)
     top = _GAP + (24 if title else 0) + (20 if any(across) else 0)
@@ -90,7 +91,7 @@ def sheet(
     resampling = Image.Resampling.NEAREST if shrink == 1.0 else Image.Resampling.LANCZOS
     for line, (row, label) in enumerate(zip(rows, list(down) + [""] * (len(rows) - len(down)), strict=True)):
         y = top + line * (cell[1] + _GAP)
-        draw.text((_GAP, y + cell[1] // 2 - 8), _cut(label, font, 220), _INK, font)
+        draw.text((_GAP, y + cell[1] // 2 - 8), _cut(label, font, _WIDEST_LABEL), _INK, font)
         for column, picture in enumerate(row):
             tile = Image.fromarray(picture).resize(cell, resampling)
             canvas.paste(tile, (left + column * (cell[0] + _GAP), y))

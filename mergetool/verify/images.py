@@ -26,6 +26,13 @@ TILES = 8
 HISTOGRAM = 6
 WINDOW = 8
 
+# Calibrated on the embedded family; docs/verification.md has the counts of false alarms and misses.
+LEAST_STRUCTURE = 0.4
+LEAST_CONTRAST = 12.0
+MOST_CLIPPED = 0.5
+MOST_COLOUR_DRIFT = 0.35
+MOST_STRUCTURAL_DRIFT = 0.35
+
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -36,6 +43,16 @@ class Measures:
     structure: float
     contrast: float
     clipped: float
+
+    @property
+    def noise(self) -> bool:
+        """Whether the picture has no structure: what varies in it is finer than its tiles."""
+        return self.structure < LEAST_STRUCTURE and not self.collapsed
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the picture is flat, or burnt to the ends of the scale."""
+        return self.contrast < LEAST_CONTRAST or self.clipped > MOST_CLIPPED
 
 
 def measure(picture: Picture) -> Measures:
@@ -66,6 +83,11 @@ def structural_distance(one: Picture, other: Picture) -> float:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     ssim = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (spread + c2))
     return float(1 - ssim.mean())
+
+
+def drifted(one: Picture, other: Picture) -> bool:
+    """Whether two pictures, one made from the other, are no longer the same picture."""
+    return colour_distance(one, other) > MOST_COLOUR_DRIFT or structural_distance(one, other) > MOST_STRUCTURAL_DRIFT
 
 
 def psnr(one: Picture, other: Picture) -> float:

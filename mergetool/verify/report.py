@@ -1,0 +1,146 @@
+"""One self-contained HTML page: verdicts, contact sheets, heat map, numbers and the recipe, for a phone or a printer."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mergetool import __version__
+from mergetool.checkpoint.files import write_file
+from mergetool.errors import OutputError
+from mergetool.sampler import sheet
+from mergetool.verify import distances, pictures, plots
+from mergetool.verify.pictures import PicturesReport
+from mergetool.verify.weights import WeightsReport
+
+JPEG_FROM = 256
+"""Pictures with a longer side than this go into the page as JPEG."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading over each column, then rows of text; the first column is a name, the others are numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, left_out: str = "") -> str:
+    """The page of one verification. ``left_out`` says why there are no pictures."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(resources.files(__package__).joinpath("templates/report.html.j2").read_text())
+    first = weights.distances.get(weights.first, [])
+    return template.render(
+        name=name,
+        version=__version__,
+        passed=weights.sound and (looked is None or looked.passed),
+        weights=weights,
+        found=_damage(weights),
+        verdicts=() if looked is None else looked.verdicts,
+        left_out=left_out,
+        distances=_distances(weights),
+        heat_map=plots.heat_map(first) if first else "",
+        columns=None if looked is None else _columns(looked),
+        measures="" if looked is None else plots.measures(looked.columns),
+        sheet="" if looked is None else _sheet(looked),
+        look=None if looked is None else looked.look,
+        record=json.dumps(_record(weights, looked), indent=1),
+    )
+
+
+def require_target(path: Path, *, overwrite: bool) -> None:
+    """Raises OutputError, before any work, when the page cannot be written there."""
+    if not path.parent.exists():
+        raise OutputError(f'the folder "{path.parent}" does not exist; make it first.')
+    if path.is_dir():
+        raise OutputError(f'"{path}" is a folder; name a file, as in --report {path}/report.html.')
+    if path.exists() and not overwrite:
+        raise OutputError(f'"{path}" exists; choose another place with --report, or replace it with --overwrite.')
+
+
+def write(path: Path, text: str) -> None:
+    """Write the page, complete or not at all."""
+    write_file(path, text.encode(), overwrite=True)
+
+
+def _damage(weights: WeightsReport) -> list[tuple[str, list[str]]]:
+    kinds = (
+        ("inputs that changed since they were merged", weights.changed),
+        ("tensors missing, or of another shape or dtype", weights.missing),
+        ("tensors that are not in the recipe", weights.extra),
+        ("tensors that are not what the recipe says", list(weights.differing)),
+        ("tensors with NaN or infinity", list(weights.non_finite)),
+    )
+    return [(what, names) for what, names in kinds if names]
+
+
+def _distances(weights: WeightsReport) -> Table:
+    """The relative distance from each parent, by group."""
+    every = [distance for found in weights.distances.values() for distance in found]
+    groups = [g for g in ("refiner", "layers", "embedder", "final") if any(g in d.groups for d in every)]
+    rows = [
+        [
+            parent,
+            _percent(distances.relative(found)),
+            *(_percent(distances.relative(found, functools.partial(_in_group, group))) for group in groups),
+        ]
+        for parent, found in weights.distances.items()
+    ]
+    return Table(["distance from", "all", *groups], rows)
+
+
+def _in_group(group: str, distance: distances.Distance) -> bool:
+    return group in distance.groups
+
+
+def _percent(value: float) -> str:
+    return "0" if value == 0 else f"{100 * value:.3g} %"
+
+
+def _columns(looked: PicturesReport) -> Table:
+    rows = []
+    for column in looked.columns:
+        count = len(column.measures)
+        rows.append(
+            [
+                column.label,
+                "–" if column.adherence is None else f"{100 * column.adherence:.0f} %",
+                *([] if column.scores is None else [f"{sum(column.scores) / count:.3f}"]),
+                f"{sum(m.structure for m in column.measures) / count:.2f}",
+                f"{sum(m.contrast for m in column.measures) / count:.0f}",
+                f"{sum(m.noise for m in column.measures)}",
+                f"{sum(m.collapsed for m in column.measures)}",
+            ]
+        )
+    scored = ["score"] if any(column.scores is not None for column in looked.columns) else []
+    return Table(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
+
+
+def _sheet(looked: PicturesReport) -> str:
+    """The contact sheet as a data URI: a row for each shot, a column for each model and stage."""
+    rows = list(zip(*(column.pictures for column in looked.columns), strict=True))
+    down = [f"{shot.prompt} ({shot.seed})" for shot in looked.look.shots]
+    image = sheet.sheet(rows, [column.label for column in looked.columns], down)
+    out = io.BytesIO()
+    kind = "JPEG" if max(looked.look.size) > JPEG_FROM else "PNG"
+    image.save(out, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _record(weights: WeightsReport, looked: PicturesReport | None) -> dict[str, Any]:
+    return {
+        "expression": weights.expression,
+        "parents": list(weights.parents),
+        "sound": weights.sound,
+        "bytes_compared": weights.bytes_compared,
+        "pictures": None if looked is None else pictures.summary(looked),
+    }
