@@ -1,0 +1,380 @@
+"""What the embedded family shows about merges and two stages: every table and sheet of docs/lab.md, from one script.
+
+    python -m benchmarks.bench_lab [--pictures 200] [--only adherence,bridge,calibration,lora,handoff]
+
+Tables are written between their markers in docs/lab.md, sheets to docs/pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.provenance import commit, machine
+from mergetool.engine import job
+from mergetool.lab import checker, world
+from mergetool.lora.extract import extract, open_diff
+from mergetool.lora.pairs import DiffOptions
+from mergetool.recipe.options import Options
+from mergetool.sampler import sheet
+from mergetool.sampler.load import Components, WeightedLora
+from mergetool.sampler.schedule import StrengthMeaning
+from mergetool.sampler.studio import Pictures, Refinement, Shot, Stage, Studio
+from mergetool.verify import images
+from mergetool.verify.pictures import ALLOWED
+
+DOCS = Path(__file__).parents[1] / "docs"
+SIZE = (world.SIZE, world.SIZE)
+GUIDANCE = 3.0
+STRENGTHS = (0.10, 0.15, 0.25, 0.40, 0.60)
+IN_SHEET = 6
+VERIFIED_TOGETHER = 12
+"""Pictures that one run of ``mergetool verify`` judges by default."""
+
+MULTIPLIERS, CHOSEN = ("1", "1.5", "2"), "1.5"
+
+Row = Sequence[str]
+
+
+def merges(multiplier: str) -> dict[str, tuple[str, bool]]:
+    """Name -> expression and whether the refiners are protected."""
+    striped, hollow = f"{multiplier}*(lab.striped - lab.base)", f"{multiplier}*(lab.hollow - lab.deturbo)"
+    return {
+        "naive 1:1": ("0.5*lab.base + 0.5*lab.turbo", False),
+        "naive 1:1, refiners of base": ("0.5*lab.base + 0.5*lab.turbo", True),
+        "alkahest + base's fine-tune": (f"lab.alkahest + {striped}", True),
+        "alkahest + turbo's fine-tune": (f"lab.alkahest + {hollow}", True),
+        "alkahest + both": (f"lab.alkahest + {striped} + {hollow}", True),
+    }
+
+
+class Lab:
+    """Pictures of the embedded models and of merges of them, for one set of prompts and seeds."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.folder = folder
+        chosen = np.random.default_rng(1).integers(len(world.SCENES), size=count)
+        self.scenes = [world.SCENES[i] for i in chosen]
+        self.shots = [Shot(scene.prompt, seed=2 * number) for number, scene in enumerate(self.scenes)]
+        self.studio = Studio(Components.find("lab.base"))
+
+    def latents(self, stage: Stage) -> Tensor:
+        return self.studio.first_stage(stage, self.shots, SIZE)
+
+    def pictures(self, stage: Stage) -> Pictures:
+        return self.studio.decode(self.latents(stage))
+
+    def refined(self, latents: Tensor, strength: float, meaning: StrengthMeaning = "comfyui") -> Tensor:
+        return self.studio.second_stage(refinement(strength, meaning), self.shots, latents)
+
+    def merged(self, name: str, expression: str, *, protected: bool) -> str:
+        """The path of a merge."""
+        path = self.folder / f"{re.sub('[^a-z0-9]+', '-', name)}.safetensors"
+        with job.open_merge(expression, Options(protect=("refiner",) if protected else ())) as plan:
+            job.run_merge(plan, path, overwrite=True)
+        return str(path)
+
+    def read(self, made: Pictures) -> list[checker.Reading]:
+        return [checker.read(picture) for picture in made]
+
+    def adherence(self, made: Pictures) -> float:
+        return share(r.matches(s) for r, s in zip(self.read(made), self.scenes, strict=True))
+
+
+def many_steps(model: str, shift: float, *, loras: tuple[WeightedLora, ...] = ()) -> Stage:
+    return Stage(model, 30, GUIDANCE, shift, loras)
+
+
+def few_steps(model: str, shift: float = 3.0, *, loras: tuple[WeightedLora, ...] = ()) -> Stage:
+    return Stage(model, 4, 0.0, shift, loras)
+
+
+def refinement(strength: float, meaning: StrengthMeaning = "comfyui") -> Refinement:
+    return Refinement("lab.turbo", 4, 0.0, 3.0, (), strength, meaning)
+
+
+def share(found: object) -> float:
+    return float(np.mean(list(found)))  # type: ignore[call-overload]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# ---- the tables
+
+
+def adherence(lab: Lab) -> None:
+    """Base, turbo, and the two in a row: adherence, and how far the second stage goes from the first."""
+    rows: list[Row] = []
+    shown: dict[str, Pictures] = {}
+    first = lab.latents(many_steps("lab.base", 6.0))
+    base = lab.studio.decode(first)
+
+    def add(name: str, evaluations: str, sigma: str, made: Pictures, reference: Pictures | None) -> None:
+        drift = "" if reference is None else f"{np.mean(list(map(images.structural_distance, reference, made))):.3f}"
+        colour = "" if reference is None else f"{np.mean(list(map(images.colour_distance, reference, made))):.3f}"
+        rows.append([name, evaluations, sigma, percent(lab.adherence(made)), drift, colour])
+        shown[name] = made
+
+    add("base, 30 steps", "30 × 2", "1", base, None)
+    add("base, 4 steps", "4 × 2", "1", lab.pictures(Stage("lab.base", 4, GUIDANCE, 6.0)), base)
+    add("turbo, 4 steps", "4", "1", lab.pictures(few_steps("lab.turbo")), base)
+    for meaning in ("comfyui", "diffusers"):
+        for strength in STRENGTHS:
+            levels = refinement(strength, meaning).levels()
+            made = lab.studio.decode(lab.refined(first, strength, meaning))
+            add(
+                f"base, then turbo at {strength:.2f} ({meaning})",
+                f"30 × 2 + {len(levels) - 1}",
+                f"{levels[0]:.3f}",
+                made,
+                base,
+            )
+    head = ["pictures of", "evaluations", "start sigma", "adherence", "structural distance", "colour distance"]
+    write_table("adherence", head, rows, lab)
+    names = ["base, 30 steps", "turbo, 4 steps", *(n for n in shown if "comfyui" in n)]
+    labels = ["base, 30 steps", "turbo, 4 steps", *(f"then turbo {s:.2f}" for s in STRENGTHS)]
+    write_sheet("two-stages", lab, [shown[name] for name in names], labels)
+
+
+def bridge(lab: Lab) -> None:
+    """The bridge story: what each fine-tune adds, and what of it arrives."""
+    models = {
+        "base": ("lab.base", 6.0),
+        "turbo (4 steps)": ("lab.turbo", 3.0),
+        "deturbo": ("lab.deturbo", 3.0),
+        "striped, a fine-tune of base": ("lab.striped", 6.0),
+        "hollow, a fine-tune of turbo": ("lab.hollow", 3.0),
+    }
+    rows: list[Row] = []
+    sheets: dict[str, Pictures] = {}
+
+    def add(name: str, stage: Stage, multiplier: str = "") -> None:
+        made = lab.pictures(stage)
+        readings, measures = lab.read(made), [images.measure(picture) for picture in made]
+        rows.append(
+            [
+                name,
+                multiplier,
+                percent(lab.adherence(made)),
+                percent(share(r.striped for r in readings)),
+                percent(share(r.hollow for r in readings)),
+                percent(share(m.noise or m.collapsed for m in measures)),
+            ]
+        )
+        sheets[f"{name} {multiplier}".strip()] = made
+
+    for name, (model, shift) in models.items():
+        add(name, few_steps(model) if model == "lab.turbo" else many_steps(model, shift))
+    for name, (expression, protected) in merges("1").items():
+        if name.startswith("naive"):
+            add(name, many_steps(lab.merged(name, expression, protected=protected), 3.0))
+    add("alkahest", many_steps("lab.alkahest", 3.0))
+    for multiplier in MULTIPLIERS:
+        for name, (expression, protected) in merges(multiplier).items():
+            if not name.startswith("naive"):
+                add(name, many_steps(lab.merged(name, expression, protected=protected), 3.0), f"× {multiplier}")
+    head = ["pictures of", "multiplier", "adherence", "striped", "hollow", "noise or collapsed"]
+    write_table("bridge", head, rows, lab)
+    write_sheet("family", lab, list(sheets.values())[:5], ["base", "turbo", "deturbo", "striped", "hollow"])
+    chosen = [name for name in sheets if name.startswith("naive") or name == "alkahest" or f"× {CHOSEN}" in name]
+    labels = ["naive 1:1", "refiners kept", "alkahest", "+ striped", "+ hollow", "+ both"]
+    write_sheet("bridge", lab, [sheets[name] for name in chosen], labels)
+
+
+def calibration(lab: Lab) -> None:
+    """How often each measurement says no, for pictures that are right and for pictures that are not."""
+    rows: list[Row] = []
+    generator = np.random.default_rng(5)
+    naive = merges(CHOSEN)
+
+    def stage_of(name: str, expression: str, *, protected: bool) -> Stage:
+        return many_steps(lab.merged(name, expression, protected=protected), 3.0)
+
+    good: dict[str, Callable[[], Pictures]] = {
+        "base": lambda: lab.pictures(many_steps("lab.base", 6.0)),
+        "turbo": lambda: lab.pictures(few_steps("lab.turbo")),
+        "alkahest": lambda: lab.pictures(many_steps("lab.alkahest", 3.0)),
+    }
+    for name, (expression, protected) in naive.items():
+        if not name.startswith("naive"):
+            good[name] = lambda n=name, e=expression, p=protected: lab.pictures(stage_of(n, e, protected=p))  # type: ignore[misc]
+    bad: dict[str, Callable[[], Pictures]] = {
+        "naive 1:1": lambda: lab.pictures(stage_of("naive 1:1", naive["naive 1:1"][0], protected=False)),
+        "alkahest + both, × 40": lambda: lab.pictures(
+            stage_of("too much", merges("40")["alkahest + both"][0], protected=True)
+        ),
+        "refiners of turbo in base": lambda: lab.pictures(
+            stage_of("foreign refiners", "lab.base + 1*(lab.turbo - lab.base)", protected=True)
+        ),
+        "noise in the latents": lambda: lab.studio.decode(torch.from_numpy(noise_like(lab, generator))),
+        "white noise": lambda: generator.integers(0, 256, (len(lab.shots), *SIZE, 3)).astype(np.uint8),
+        "nearly flat": lambda: generator.integers(100, 110, (len(lab.shots), *SIZE, 3)).astype(np.uint8),
+    }
+    for kind, sources in (("right", good), ("wrong", bad)):
+        for name, make in sources.items():
+            made = make()
+            measures = [images.measure(picture) for picture in made]
+            right = [r.matches(s) for r, s in zip(lab.read(made), lab.scenes, strict=True)]
+            noise, collapsed = [m.noise for m in measures], [m.collapsed for m in measures]
+            rejected = share(rejections(noise, collapsed, right))
+            rows.append(
+                [
+                    kind,
+                    name,
+                    str(len(made)),
+                    str(sum(noise)),
+                    str(sum(collapsed)),
+                    str(len(right) - sum(right)),
+                    percent(rejected),
+                ]
+            )
+    head = [
+        "",
+        "pictures of",
+        "number",
+        "noise",
+        "collapsed",
+        "not adherent",
+        f"rejected, {VERIFIED_TOGETHER} at a time",
+    ]
+    write_table("calibration", head, rows, lab)
+
+
+def noise_like(lab: Lab, generator: np.random.Generator) -> np.ndarray:
+    """Latents of unit variance that no model has seen."""
+    side = world.SIZE // lab.studio.reduction
+    return generator.standard_normal((len(lab.shots), 16, side, side)).astype(np.float32)
+
+
+def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence[bool]) -> list[bool]:
+    """Whether ``verify`` would say no, for every run of pictures as long as its default, against a parent at 100 %."""
+    found = []
+    for start in range(0, len(noise) - VERIFIED_TOGETHER + 1, VERIFIED_TOGETHER):
+        part = slice(start, start + VERIFIED_TOGETHER)
+        found.append(
+            share(noise[part]) > ALLOWED or share(collapsed[part]) > ALLOWED or share(right[part]) < 1 - ALLOWED
+        )
+    return found
+
+
+def lora(lab: Lab) -> None:
+    """The difference LoRA of turbo against alkahest, at strengths, beside the full difference."""
+    path = lab.folder / "turbo-minus-alkahest.safetensors"
+    options = DiffOptions(rank_thresh=0.995, exclude=("refiner",))
+    with open_diff("lab.alkahest", "lab.turbo", options) as pairing:
+        done = extract(pairing, path, options)
+    rows: list[Row] = []
+    columns: list[Pictures] = []
+    strengths = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
+    for strength in strengths:
+        full = lab.merged(f"full-{strength}", f"lab.alkahest + {strength}*(lab.turbo - lab.alkahest)", protected=True)
+        row = [f"{strength:g}"]
+        for stage in (few_steps, lambda model, **kind: many_steps(model, 3.0, **kind)):
+            by_lora = lab.pictures(stage("lab.alkahest", loras=(WeightedLora(path, strength),)))
+            by_merge = lab.pictures(stage(full))
+            gap = np.median([images.psnr(a, b) for a, b in zip(by_lora, by_merge, strict=True)])
+            row += [percent(lab.adherence(by_lora)), percent(lab.adherence(by_merge)), f"{gap:.1f} dB"]
+            if stage is few_steps:
+                columns.append(by_lora)
+        rows.append(row)
+    kept = sum(layer.energy * layer.total for layer in done.layers) / sum(layer.total for layer in done.layers)
+    off = sum(layer.residual**2 * layer.total for layer in done.layers) / sum(layer.total for layer in done.layers)
+    head = ["strength", "4 steps: LoRA", "full", "PSNR", "30 steps: LoRA", "full", "PSNR"]
+    note = (
+        f"{len(done.layers)} matrices, energy {kept:.4f}, residual of the stored factors {percent(off**0.5)}, "
+        f"{path.stat().st_size / 1e6:.2f} MB, {sum(layer.capped for layer in done.layers)} capped at rank {options.rank_max}."
+    )
+    write_table("lora", head, rows, lab, note)
+    write_sheet("lora", lab, columns, [f"LoRA × {strength:g}" for strength in strengths])
+
+
+def handoff(lab: Lab) -> None:
+    """Latents handed over as they are, and through pixels."""
+    first = lab.latents(many_steps("lab.base", 6.0))
+    rows: list[Row] = []
+    for strength in STRENGTHS:
+        direct = lab.studio.decode(lab.refined(first, strength))
+        begin = time.perf_counter()
+        again = lab.studio.encode(lab.studio.decode(first))
+        lost = time.perf_counter() - begin
+        begin = time.perf_counter()
+        refined = lab.refined(again, strength)
+        refining = time.perf_counter() - begin
+        through = lab.studio.decode(refined)
+        between = np.median([images.psnr(a, b) for a, b in zip(direct, through, strict=True)])
+        rows.append(
+            [
+                f"{strength:.2f}",
+                percent(lab.adherence(direct)),
+                percent(lab.adherence(through)),
+                f"{between:.1f} dB",
+                f"{1000 * lost / len(lab.shots):.0f} ms",
+                f"{1000 * refining / len(lab.shots):.0f} ms",
+            ]
+        )
+    base = lab.studio.decode(first)
+    trip = lab.studio.decode(lab.studio.encode(base))
+    loss = np.median([images.psnr(a, b) for a, b in zip(base, trip, strict=True)])
+    head = ["strength", "latents", "pixels", "PSNR between", "saved a picture", "second stage a picture"]
+    write_table("handoff", head, rows, lab, f"One trip through the VAE and back alone: {loss:.1f} dB.")
+
+
+# ---- where they go
+
+
+def write_table(name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str = "") -> None:
+    """Put a table between its markers in docs/lab.md, with where and from how many pictures it was measured."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+    source = f"{len(lab.shots)} pictures each · commit {commit()} · {machine(DOCS)} · torch {torch.__version__}"
+    text = "\n".join(["", *lines, "", *([note, ""] if note else []), f"<sub>{source}</sub>", ""])
+    path = DOCS / "lab.md"
+    page = path.read_text()
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"{path} has no place for the table {name}")
+    path.write_text(pattern.sub(lambda found: found[1] + text + found[2], page))
+    print(f"\n{name}\n" + "\n".join(lines) + (f"\n{note}" if note else ""), flush=True)
+
+
+def write_sheet(name: str, lab: Lab, columns: Sequence[Pictures], labels: Sequence[str]) -> None:
+    rows = [[column[row] for column in columns] for row in range(IN_SHEET)]
+    path = DOCS / "pictures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.sheet(rows, labels, [scene.prompt for scene in lab.scenes[:IN_SHEET]]).save(path, optimize=True)
+
+
+TABLES: Mapping[str, Callable[[Lab], None]] = {
+    "adherence": adherence,
+    "bridge": bridge,
+    "calibration": calibration,
+    "lora": lora,
+    "handoff": handoff,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--only", default=",".join(TABLES))
+    options = parser.parse_args(arguments)
+    commit()
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(options.pictures, Path(folder))
+        for name in options.only.split(","):
+            begin = time.monotonic()
+            TABLES[name](lab)
+            print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
