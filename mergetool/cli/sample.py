@@ -21,6 +21,8 @@ Examples:
   mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
   mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
       --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
+  mergetool sample "a knight" --base z_image.safetensors --text-encoder qwen_3_4b.safetensors --tokenizer ./tokenizer \\
+      --vae ae.safetensors -o knight.png
   mergetool sample --prompts prompts.txt --seeds 1,2,3 --base ./Z-Image -o sheet
   mergetool sample "sharper" --init-image photo.png --refiner ./Z-Image-Turbo -o refined.png
 
@@ -60,7 +62,8 @@ def sample(
     pipeline: Annotated[
         str | None, typer.Option(help="Folder to take text encoder and VAE from.", metavar="MODEL")
     ] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder or file of the text encoder.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer [default: in it or beside it]")] = None,
     vae: Annotated[Path | None, typer.Option(help="File or folder of the VAE.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or auto: fp32 for small models, bf16 for large.")] = "auto",
@@ -97,11 +100,12 @@ def sample(
     )
     studio = settings.studio(
         base or refiner or "",
-        pipeline,
-        text_encoder,
-        vae,
-        console.choice("--device", device, ("auto", "cpu", "cuda")),
-        dtype,
+        pipeline=pipeline,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        vae=vae,
+        device=console.choice("--device", device, ("auto", "cpu", "cuda")),
+        dtype=dtype,
     )
     request = session.Request(
         shots,

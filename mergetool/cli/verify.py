@@ -59,7 +59,8 @@ def verify(
     pipeline: Annotated[
         str | None, typer.Option(help="Folder to take text encoder and VAE from.", metavar="MODEL")
     ] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder or file of the text encoder.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer [default: in it or beside it]")] = None,
     vae: Annotated[Path | None, typer.Option(help="File or folder of the VAE.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
@@ -107,6 +108,7 @@ def verify(
             size,
             pipeline,
             text_encoder,
+            tokenizer,
             vae,
             console.choice("--device", device, ("auto", "cpu", "cuda")),
         )

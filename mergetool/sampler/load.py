@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergetool import models
+from mergetool import models, quant
 from mergetool.arch import Anatomy, Part
 from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.reader import Checkpoint
@@ -138,7 +138,9 @@ def _whole(file: Checkpoint, name: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Where the parts beside the transformer are: folders as diffusers and transformers save them, or a VAE file."""
+    """Where the parts beside the transformer are: folders as diffusers and transformers save them, or single files of the
+    text encoder and the VAE. A single file is read with the config.json beside it, else with that of the real Z-Image's.
+    """
 
     text_encoder: Path
     tokenizer: Path
@@ -146,7 +148,13 @@ class Components:
 
     @classmethod
     def find(
-        cls, model: str, *, pipeline: str | None = None, text_encoder: Path | None = None, vae: Path | None = None
+        cls,
+        model: str,
+        *,
+        pipeline: str | None = None,
+        text_encoder: Path | None = None,
+        tokenizer: Path | None = None,
+        vae: Path | None = None,
     ) -> Components:
         """For a MODEL: those named, else those of ``pipeline``, else those beside its transformer, else the embedded ones
         where they fit. Raises InputMissing, saying which is missing and the option that names it.
@@ -158,18 +166,17 @@ class Components:
             raise InputMissing(f'"{pipeline}" is no pipeline folder: it has no model_index.json.')
         if folder is None and not (text_encoder and vae) and _fits_the_embedded(model):
             folder = models.EMBEDDED / "base"
-        tokenizer = None
-        if text_encoder is not None:
-            tokenizer = (
-                text_encoder if (text_encoder / "tokenizer_config.json").exists() else text_encoder.parent / "tokenizer"
-            )
-        elif folder is not None:
-            text_encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        if text_encoder is not None and tokenizer is None:
+            inside = (text_encoder / "tokenizer_config.json").exists()
+            tokenizer = text_encoder if inside else text_encoder.parent / "tokenizer"
+        if folder is not None:
+            text_encoder = text_encoder or folder / "text_encoder"
+            tokenizer = tokenizer or folder / "tokenizer"
         if vae is None and folder is not None:
             vae = folder / "vae"
         return cls(
-            _required(text_encoder, model, "text encoder", "--text-encoder FOLDER"),
-            _required(tokenizer, model, "tokenizer", "--text-encoder FOLDER, with a tokenizer in it or beside it"),
+            _required(text_encoder, model, "text encoder", "--text-encoder FOLDER or FILE"),
+            _required(tokenizer, model, "tokenizer", "--tokenizer FOLDER"),
             _required(vae, model, "VAE", "--vae FILE"),
         )
 
@@ -202,13 +209,46 @@ def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[Pr
     from transformers import AutoModel, AutoTokenizer
 
     with _quiet(), _readable(components.text_encoder, "text encoder"):
-        encoder = AutoModel.from_pretrained(components.text_encoder, dtype=dtype, local_files_only=True)
+        if components.text_encoder.is_dir():
+            encoder = AutoModel.from_pretrained(components.text_encoder, dtype=dtype, local_files_only=True)
+        else:
+            encoder = _single_text_encoder(components.text_encoder, dtype)
+    with _quiet(), _readable(components.tokenizer, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, local_files_only=True)
     if tokenizer.chat_template is None:
         raise DataError(
             f'"{components.tokenizer}" has no chat template; take the tokenizer of the model\'s own repository.'
         )
     return encoder.eval().requires_grad_(False), tokenizer
+
+
+def _single_text_encoder(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A text encoder of one file under transformers' names, with or without ``model.`` before them."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(_config_folder(path, "text_encoder"), local_files_only=True)
+    with torch.device("meta"):
+        built = AutoModel.from_config(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    with Checkpoint.open(path) as file:
+        quant.refuse_quantised(file.tensors, file.metadata, file.config, str(path))
+        names = {name.removeprefix("model."): name for name in file.tensors}
+        torn = [n for n, shape in wanted.items() if n not in names or file.tensors[names[n]].shape != shape]
+        if torn:
+            raise DataError(
+                f'"{path}" lacks "{torn[0]}", or has it in another shape{f", and {len(torn) - 1} more" if torn[1:] else ""}; '
+                f"it is not a text encoder of {config.num_hidden_layers} layers and width {config.hidden_size}."
+            )
+        state = {name: _whole(file, names[name]).to(dtype) for name in wanted}
+    built.load_state_dict(state, assign=True)
+    # What is not stored, the rotary frequencies, is computed by the constructor; on "meta" it has no values.
+    built.rotary_emb = type(built.rotary_emb)(config=config)
+    return built
+
+
+def _config_folder(path: Path, part: str) -> Path:
+    """Where the config.json of a single file is."""
+    return path.parent if (path.parent / "config.json").is_file() else Path(__file__).parent / "configs" / part
 
 
 def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
@@ -219,7 +259,7 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
         if components.vae.is_dir():
             vae = AutoencoderKL.from_pretrained(components.vae, dtype=dtype, local_files_only=True)
         else:
-            config = Path(__file__).parent / "configs" / "vae"
+            config = _config_folder(components.vae, "vae")
             vae = AutoencoderKL.from_single_file(str(components.vae), config=str(config), dtype=dtype)
     return vae.eval().requires_grad_(False)
 

@@ -95,7 +95,14 @@ def shots(
 
 
 def studio(
-    model: str, pipeline: str | None, text_encoder: Path | None, vae: Path | None, device: str, dtype: str
+    model: str,
+    *,
+    pipeline: str | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
+    vae: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Studio:
     """The shared parts for a model. Raises UsageError for a device that is not there, InputMissing for missing parts."""
     if not model:
@@ -109,7 +116,7 @@ def studio(
     if dtype == "auto":
         with models.open_model(model) as opened:
             dtype = "bf16" if sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE else "fp32"
-    found = Components.find(model, pipeline=pipeline, text_encoder=text_encoder, vae=vae)
+    found = Components.find(model, pipeline=pipeline, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
     return Studio(found, device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 

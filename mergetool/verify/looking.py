@@ -45,6 +45,7 @@ class Wish:
     size: str | None = None
     pipeline: str | None = None
     text_encoder: Path | None = None
+    tokenizer: Path | None = None
     vae: Path | None = None
     device: str = "auto"
 
@@ -72,9 +73,16 @@ def plan(output: str, parent: str, wish: Wish, *, patient: bool) -> tuple[Studio
     large one without a GPU. Raises UsageError and InputMissing as the sampler's settings do.
     """
     try:
-        studio = settings.studio(output, wish.pipeline, wish.text_encoder, wish.vae, wish.device, "auto")
+        studio = settings.studio(
+            output,
+            pipeline=wish.pipeline,
+            text_encoder=wish.text_encoder,
+            tokenizer=wish.tokenizer,
+            vae=wish.vae,
+            device=wish.device,
+        )
     except InputMissing as error:
-        if patient or wish.pipeline or wish.text_encoder or wish.vae:
+        if patient or wish.pipeline or wish.text_encoder or wish.tokenizer or wish.vae:
             raise
         raise NotLookedAt(str(error)) from None
     if not patient and studio.device == "cpu" and _nbytes(output) > settings.LARGE:

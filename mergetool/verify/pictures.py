@@ -96,10 +96,12 @@ def check_pictures(
     ``parents`` maps names to MODEL arguments. Raises what the sampler raises.
     """
     columns: list[Column] = []
+    prompts = [shot.prompt for shot in look.shots]
     for name, model in (*parents.items(), (output, output)):
         rows = session.make(studio, look.request(model), progress=progress)
         for index, made in enumerate(zip(*rows, strict=True)):
-            columns.append(_column(name, look, index, made, scorer))
+            label = name if index == 0 else f"{name} + {look.refinements[index - 1].strength:g}"
+            columns.append(observe(name, label, made, prompts, scorer=scorer))
     return PicturesReport(look, tuple(columns), judge(columns, output))
 
 
@@ -108,12 +110,13 @@ def evaluations(look: Look, parents: int) -> int:
     return (parents + 1) * look.request(look.first.model).evaluations
 
 
-def _column(name: str, look: Look, index: int, made: Sequence[Made], scorer: Scorer | None) -> Column:
-    label = name if index == 0 else f"{name} + {look.refinements[index - 1].strength:g}"
-    pictures = [one.picture for one in made]
-    prompts = [shot.prompt for shot in look.shots]
-    scores = None if scorer is None else tuple(scorer(pictures, prompts))
-    return Column(name, label, tuple(made), tuple(map(images.measure, pictures)), _adherent(pictures, prompts), scores)
+def observe(
+    model: str, label: str, made: Sequence[Made], prompts: Sequence[str], *, scorer: Scorer | None = None
+) -> Column:
+    """Measure pictures of one model after one stage."""
+    shown = [one.picture for one in made]
+    scores = None if scorer is None else tuple(scorer(shown, prompts))
+    return Column(model, label, tuple(made), tuple(map(images.measure, shown)), _adherent(shown, prompts), scores)
 
 
 def _adherent(pictures: Sequence[Pictures], prompts: Sequence[str]) -> tuple[bool, ...] | None:
@@ -126,8 +129,8 @@ def _adherent(pictures: Sequence[Pictures], prompts: Sequence[str]) -> tuple[boo
 
 
 def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
-    """The verdicts on the columns of ``output``, in the light of the other columns, its parents'."""
-    own = [column for column in columns if column.model == output]
+    """The verdicts on the first stage and the first second stage of ``output``, in the light of its parents' columns."""
+    own = [column for column in columns if column.model == output][:2]
     others = [column for column in columns if column.model != output]
     found = [
         _share("noise", "without structure", [[m.noise for m in column.measures] for column in own]),
@@ -138,8 +141,9 @@ def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
         found.append(_share("drift", "another picture after the second stage", [[images.drifted(*p) for p in pairs]]))
     for name, value in (("adherence", _adherence), ("score", _score)):
         mine, theirs = [value(column) for column in own], [value(column) for column in others]
-        if mine[0] is not None:
-            found.append(_against_parents(name, mine[0], [v for v in theirs if v is not None]))
+        known = [v for v in mine if v is not None]
+        if known:
+            found.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
     return tuple(found)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from mergetool import models
 from mergetool.engine import job
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.recipe.options import Options
+from mergetool.sampler import load
 from mergetool.sampler.load import Components, WeightedLora, load_text_encoder, load_transformer, load_vae
+from tests.pipelines import as_single_file
 
 
 @pytest.fixture
@@ -147,6 +150,52 @@ def test_a_missing_part_is_one_sentence_that_names_the_option(
 def test_a_folder_that_holds_something_else_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     parts = Components(tmp_path, tmp_path, tmp_path)
-    for load in (load_text_encoder, load_vae):
+    for loading in (load_text_encoder, load_vae):
         with pytest.raises(DataError, match="is not a readable"):
-            load(parts, dtype=torch.float32)
+            loading(parts, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_text_encoder_of_one_file_writes_what_its_folder_does(base: Path, tmp_path: Path, prefix: str) -> None:
+    whole = load_file(base / "text_encoder" / "model.safetensors")
+    save_file(
+        {prefix + name.removeprefix("model."): tensor for name, tensor in whole.items()}, tmp_path / "qwen.safetensors"
+    )
+    shutil.copy(base / "text_encoder" / "config.json", tmp_path)
+    words = torch.tensor([[5, 6, 7]])
+    single, folder = (
+        load_text_encoder(Components(place, base / "tokenizer", base / "vae"), dtype=torch.float32)[0]
+        for place in (tmp_path / "qwen.safetensors", base / "text_encoder")
+    )
+    found, wanted = (
+        encoder(input_ids=words, output_hidden_states=True).hidden_states[-2] for encoder in (single, folder)
+    )
+    assert torch.equal(found, wanted)
+
+
+def test_a_text_encoder_of_one_file_without_its_config_is_taken_for_the_real_one(base: Path, tmp_path: Path) -> None:
+    shutil.copy(base / "text_encoder" / "model.safetensors", tmp_path / "qwen.safetensors")
+    with pytest.raises(DataError, match="not a text encoder of 36 layers and width 2560"):
+        load_text_encoder(
+            Components(tmp_path / "qwen.safetensors", base / "tokenizer", base / "vae"), dtype=torch.float32
+        )
+
+
+def test_a_vae_of_one_file_decodes_as_its_folder_does(base: Path, tmp_path: Path) -> None:
+    folder = load_vae(Components.find(str(base)), dtype=torch.float32)
+    save_file(as_single_file(folder.state_dict(), blocks=3), tmp_path / "ae.safetensors")
+    shutil.copy(base / "vae" / "config.json", tmp_path)
+    single = load_vae(Components(base, base, tmp_path / "ae.safetensors"), dtype=torch.float32)
+    latents = torch.randn(1, 16, 4, 4)
+    assert torch.equal(single.decode(latents).sample, folder.decode(latents).sample)
+
+
+@pytest.mark.long
+def test_the_bundled_config_is_that_of_the_real_vae(base: Path, tmp_path: Path) -> None:
+    config = AutoencoderKL.load_config(Path(load.__file__).parent / "configs" / "vae")
+    torch.manual_seed(0)
+    built = AutoencoderKL.from_config(config)
+    assert sum(parameter.numel() for parameter in built.parameters()) == 83_819_683
+    save_file(as_single_file(built.state_dict(), blocks=4), tmp_path / "ae.safetensors")
+    found = load_vae(Components(base, base, tmp_path / "ae.safetensors"), dtype=torch.float32)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in built.state_dict().items())
