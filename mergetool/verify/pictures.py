@@ -165,7 +165,7 @@ def _share(name: str, what: str, failing: Sequence[Sequence[bool]]) -> Verdict:
 def _against_parents(name: str, value: float, parents: Sequence[float]) -> Verdict:
     best = max(parents, default=1.0)
     limit = KEPT_ADHERENCE * best
-    return Verdict(name, value >= limit, value, limit, f"{value:.3g}, the best parent {best:.3g}")
+    return Verdict(name, value >= limit and value > 0, value, limit, f"{value:.3g}, the best parent {best:.3g}")
 
 
 def summary(report: PicturesReport) -> dict[str, Any]:

@@ -48,3 +48,56 @@ def test_an_input_that_moved_is_named_and_can_be_given(merged: Path) -> None:
 def test_inputs_are_pairs(merged: Path) -> None:
     ran = mergetool("verify", merged.name, "--input", "a", cwd=merged.parent)
     assert (ran.code, "NAME=MODEL" in ran.err) == (2, True)
+
+
+def test_a_merge_without_text_encoder_says_that_no_pictures_were_made(merged: Path) -> None:
+    ran = mergetool("verify", merged.name, cwd=merged.parent)
+    assert ran.code == 0
+    assert "no pictures: no text encoder" in ran.out
+    asked = mergetool("verify", merged.name, "--images", cwd=merged.parent)
+    assert (asked.code, "--text-encoder" in asked.err) == (66, True)
+
+
+@pytest.fixture
+def random_merge(pipelines: Path, tmp_path: Path) -> Path:
+    """A merge whose parents have random weights: sound, and without any picture."""
+    for name in ("base", "turbo"):
+        mergetool("models", "add", name, pipelines / name, cwd=tmp_path)
+    ran = mergetool("merge", "0.5*base + 0.5*turbo", "-o", "out.safetensors", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    return tmp_path / "out.safetensors"
+
+
+def test_a_merge_that_makes_no_pictures_fails_though_its_weights_are_sound(random_merge: Path) -> None:
+    prompts = random_merge.with_name("prompts.txt")
+    prompts.write_text("a red circle on a white background\na blue square on a gold background\n")
+    # fmt: off
+    ran = mergetool(
+        "verify", random_merge.name, "--pipeline", "base", "--refiner", "turbo", "--steps", 2, "--refine-steps", 1,
+        "--prompts", prompts.name, "--seeds", "1,2", "--report", "page.html", cwd=random_merge.parent,
+    )
+    # fmt: on
+    assert ran.code == 1, ran.err
+    assert "\nsound   " in ran.out
+    assert "4 pictures of each model, 2 steps at guidance 3" in ran.out
+    assert "then turbo: 1 evaluation from sigma" in ran.out
+    assert "\nNO      adherence: 0" in ran.out
+    assert "adherence" in ran.err
+    page = random_merge.with_name("page.html").read_text()
+    assert page.count("<svg") == 2
+    assert "failed" in page
+
+
+def test_weights_alone_are_checked_on_request(random_merge: Path) -> None:
+    ran = mergetool("verify", random_merge.name, "--no-images", "--json", cwd=random_merge.parent)
+    assert ran.code == 0
+    assert (ran.json["sound"], ran.json["pictures"], ran.json["left_out"]) == (True, None, "--no-images")
+    assert 0 < ran.json["distances"]["base"] < 1
+
+
+def test_a_report_is_not_overwritten_unasked(merged: Path) -> None:
+    merged.with_name("page.html").write_text("mine")
+    ran = mergetool("verify", merged.name, "--report", "page.html", cwd=merged.parent)
+    assert (ran.code, merged.with_name("page.html").read_text()) == (73, "mine")
+    assert mergetool("verify", merged.name, "--report", "page.html", "--overwrite", cwd=merged.parent).code == 0
+    assert "passed" in merged.with_name("page.html").read_text()
