@@ -26,16 +26,24 @@ def test_readme_begins_with_two_commands_that_set_up_from_nothing() -> None:
     assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for command in start_commands())
 
 
-def test_the_first_command_ends_in_a_merge_and_a_difference_lora(tmp_path: Path) -> None:
-    """Everything after the installation, with this environment's Python."""
+def test_the_first_command_tells_the_story_and_ends_in_a_report(tmp_path: Path) -> None:
+    """Everything after the installation, with this environment's program."""
     command = shlex.split(start_commands()[0].rsplit("&& ", 1)[1])
-    assert command[0] == ".venv/bin/python"
+    assert command[:2] == [".venv/bin/mergetool", "demo"]
     done = subprocess.run(
-        [sys.executable, *command[1:], str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
+        [Path(sys.executable).with_name("mergetool"), *command[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "merged.safetensors").exists()
-    assert (tmp_path / "out" / "turbo-minus-alkahest.safetensors").exists()
+    out = tmp_path / "demo"
+    assert done.stdout.startswith(f"report  {out / 'report.html'}")
+    assert "<title>bridge.safetensors: passed</title>" in (out / "report.html").read_text()
+    assert "<title>naive.safetensors: failed</title>" in (out / "naive.html").read_text()
+    for name in ("bridge.safetensors", "turbo-minus-alkahest.safetensors", "strengths/sheet.png", "lora/sheet.png"):
+        assert (out / name).stat().st_size > 10_000, name
 
 
 def test_the_second_command_is_what_runs_these_tests() -> None:
@@ -58,5 +66,5 @@ def test_every_option_that_readme_shows_exists(command: str, tmp_path: Path) -> 
 
 def test_no_document_names_what_is_outside_the_project() -> None:
     for path in ROOT.rglob("*"):
-        if path.suffix in {".md", ".py", ".toml"} and not {".venv", ".git", "quickstart"} & set(path.parts):
+        if path.suffix in {".md", ".py", ".toml"} and not {".venv", ".git", "demo"} & set(path.parts):
             assert "../sh" + "ared" not in path.read_text(), path
