@@ -23,6 +23,7 @@ Examples:
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
+  mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
@@ -171,7 +172,7 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
-    console.heading("next", f"mergetool inspect {output}")
+    console.heading("next", f"mergetool verify {output}")
 
 
 def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:

@@ -34,14 +34,15 @@ def add(
 @models.command("list")
 @console.command
 def list_(as_json: JsonOption = False) -> None:
-    """List registered names and the built-in catalogue."""
+    """List registered names, the built-in catalogue and the embedded models."""
     from mergetool import models as registry
 
-    entries = registry.listing()
+    entries = [(entry.name, entry.path, str(entry.origin)) for entry in registry.listing()]
+    entries += [(name, str(registry.resolve(name).path), "embedded") for name in registry.embedded()]
     if as_json:
-        console.print_json({"models": [{"name": e.name, "path": e.path, "from": e.origin} for e in entries]})
+        console.print_json({"models": [dict(zip(("name", "path", "from"), entry, strict=True)) for entry in entries]})
         return
-    console.table(["name", "path", "from"], ([e.name, e.path, e.origin] for e in entries), left=3)
+    console.table(["name", "path", "from"], (list(entry) for e in entries), left=3)
 
 
 @models.command("remove")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool sample "a blue circle on a gold background" --base lab.base --refiner lab.turbo -o circle.png
   mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
   mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
       --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
