@@ -42,7 +42,7 @@ def list_(as_json: JsonOption = False) -> None:
     if as_json:
         console.print_json({"models": [dict(zip(("name", "path", "from"), entry, strict=True)) for entry in entries]})
         return
-    console.table(["name", "path", "from"], (list(entry) for e in entries), left=3)
+    console.table(["name", "path", "from"], entries, left=3)
 
 
 @models.command("remove")
