@@ -11,6 +11,7 @@ import argparse
 import re
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -65,19 +66,23 @@ class Lab:
         self.scenes = [world.SCENES[i] for i in chosen]
         self.shots = [Shot(scene.prompt, seed=2 * number) for number, scene in enumerate(self.scenes)]
         self.studio = Studio(Components.find("lab.base"))
+        self._made: dict[Stage, Pictures] = {}
 
     def latents(self, stage: Stage) -> Tensor:
         return self.studio.first_stage(stage, self.shots, SIZE)
 
     def pictures(self, stage: Stage) -> Pictures:
-        return self.studio.decode(self.latents(stage))
+        """What a stage draws; several tables look at the same pictures."""
+        if stage not in self._made:
+            self._made[stage] = self.studio.decode(self.latents(stage))
+        return self._made[stage]
 
     def refined(self, latents: Tensor, strength: float, meaning: StrengthMeaning = "comfyui") -> Tensor:
         return self.studio.second_stage(refinement(strength, meaning), self.shots, latents)
 
-    def merged(self, name: str, expression: str, *, protected: bool) -> str:
+    def merged(self, expression: str, *, protected: bool) -> str:
         """The path of a merge."""
-        path = self.folder / f"{re.sub('[^a-z0-9]+', '-', name)}.safetensors"
+        path = self.folder / f"{zlib.crc32(f'{expression}{protected}'.encode()):08x}.safetensors"
         with job.open_merge(expression, Options(protect=("refiner",) if protected else ())) as plan:
             job.run_merge(plan, path, overwrite=True)
         return str(path)
@@ -177,12 +182,12 @@ def bridge(lab: Lab) -> None:
         add(name, few_steps(model) if model == "lab.turbo" else many_steps(model, shift))
     for name, (expression, protected) in merges("1").items():
         if name.startswith("naive"):
-            add(name, many_steps(lab.merged(name, expression, protected=protected), 3.0))
+            add(name, many_steps(lab.merged(expression, protected=protected), 3.0))
     add("alkahest", many_steps("lab.alkahest", 3.0))
     for multiplier in MULTIPLIERS:
         for name, (expression, protected) in merges(multiplier).items():
             if not name.startswith("naive"):
-                add(name, many_steps(lab.merged(name, expression, protected=protected), 3.0), f"× {multiplier}")
+                add(name, many_steps(lab.merged(expression, protected=protected), 3.0), f"× {multiplier}")
     head = ["pictures of", "multiplier", "adherence", "striped", "hollow", "noise or collapsed"]
     write_table("bridge", head, rows, lab)
     write_sheet("family", lab, list(sheets.values())[:5], ["base", "turbo", "deturbo", "striped", "hollow"])
@@ -197,8 +202,8 @@ def calibration(lab: Lab) -> None:
     generator = np.random.default_rng(5)
     naive = merges(CHOSEN)
 
-    def stage_of(name: str, expression: str, *, protected: bool) -> Stage:
-        return many_steps(lab.merged(name, expression, protected=protected), 3.0)
+    def stage_of(expression: str, *, protected: bool) -> Stage:
+        return many_steps(lab.merged(expression, protected=protected), 3.0)
 
     good: dict[str, Callable[[], Pictures]] = {
         "base": lambda: lab.pictures(many_steps("lab.base", 6.0)),
@@ -207,14 +212,12 @@ def calibration(lab: Lab) -> None:
     }
     for name, (expression, protected) in naive.items():
         if not name.startswith("naive"):
-            good[name] = lambda n=name, e=expression, p=protected: lab.pictures(stage_of(n, e, protected=p))  # type: ignore[misc]
+            good[name] = lambda e=expression, p=protected: lab.pictures(stage_of(e, protected=p))  # type: ignore[misc]
     bad: dict[str, Callable[[], Pictures]] = {
-        "naive 1:1": lambda: lab.pictures(stage_of("naive 1:1", naive["naive 1:1"][0], protected=False)),
-        "alkahest + both, × 40": lambda: lab.pictures(
-            stage_of("too much", merges("40")["alkahest + both"][0], protected=True)
-        ),
+        "naive 1:1": lambda: lab.pictures(stage_of(naive["naive 1:1"][0], protected=False)),
+        "alkahest + both, × 40": lambda: lab.pictures(stage_of(merges("40")["alkahest + both"][0], protected=True)),
         "refiners of turbo in base": lambda: lab.pictures(
-            stage_of("foreign refiners", "lab.base + 1*(lab.turbo - lab.base)", protected=True)
+            stage_of("lab.base + 1*(lab.turbo - lab.base)", protected=True)
         ),
         "noise in the latents": lambda: lab.studio.decode(torch.from_numpy(noise_like(lab, generator))),
         "white noise": lambda: generator.integers(0, 256, (len(lab.shots), *SIZE, 3)).astype(np.uint8),
@@ -277,7 +280,7 @@ def lora(lab: Lab) -> None:
     columns: list[Pictures] = []
     strengths = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
     for strength in strengths:
-        full = lab.merged(f"full-{strength}", f"lab.alkahest + {strength}*(lab.turbo - lab.alkahest)", protected=True)
+        full = lab.merged(f"lab.alkahest + {strength}*(lab.turbo - lab.alkahest)", protected=True)
         row = [f"{strength:g}"]
         for stage in (few_steps, lambda model, **kind: many_steps(model, 3.0, **kind)):
             by_lora = lab.pictures(stage("lab.alkahest", loras=(WeightedLora(path, strength),)))

@@ -18,16 +18,35 @@ def drawn(seed: int) -> Picture:
     return render(SCENES[generator.integers(len(SCENES))], Placing.random(generator))
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-def test_white_noise_has_the_structure_of_its_tiles(size: int) -> None:
-    # A tile of n independent values keeps 1/n of their variance.
-    assert measure(noise(0, size)).structure == pytest.approx(64 / size**2, rel=0.35)
+@pytest.mark.parametrize("size", [64, 128, 250])
+def test_white_noise_has_no_structure(size: int) -> None:
+    found = measure(noise(0, size))
+    assert abs(found.structure) < 0.15  # 240 pairs of tiles of 3 values: a standard error of 0.04
+    assert found.noise
+
+
+def test_structure_is_the_correlation_of_neighbouring_tiles() -> None:
+    picture = noise(3, 32)
+    tiles = picture.astype(np.float64).reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    centred = tiles - tiles.mean(axis=(0, 1))
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return float(one.ravel() @ other.ravel() / np.linalg.norm(one) / np.linalg.norm(other))
+
+    wanted = max(cosine(centred[1:], centred[:-1]), cosine(centred[:, 1:], centred[:, :-1]))
+    assert measure(picture).structure == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_stripes_are_no_noise(turned: bool) -> None:
+    scenes = [render(scene, Placing(32, 32, 18), striped=True, hollow=True) for scene in SCENES[::20]]
+    assert not any(measure(np.ascontiguousarray(p.swapaxes(0, 1)) if turned else p).noise for p in scenes)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_drawn_picture_has_structure_and_contrast(seed: int) -> None:
     found = measure(drawn(seed))
-    assert found.structure > 0.6
+    assert found.structure > 0.75
     assert found.contrast > 15
 
 
