@@ -1,6 +1,6 @@
 """What the embedded family shows about merges and two stages: every table and sheet of docs/lab.md, from one script.
 
-    python -m benchmarks.bench_lab [--pictures 200] [--only adherence,bridge,calibration,lora,handoff]
+    python -m benchmarks.bench_lab [--pictures 200] [--only members,adherence,bridge,calibration,lora,handoff]
 
 Tables are written between their markers in docs/lab.md, sheets to docs/pictures.
 """
@@ -8,6 +8,7 @@ Tables are written between their markers in docs/lab.md, sheets to docs/pictures
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tempfile
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import commit, machine
+from mergetool import models
 from mergetool.engine import job
 from mergetool.lab import checker, world
 from mergetool.lora.extract import extract, open_diff
@@ -117,6 +119,36 @@ def percent(value: float) -> str:
 # ---- the tables
 
 
+ORIGINS = {
+    "vae": "nothing; it is in every member",
+    "base": "nothing, with its text encoder",
+    "turbo": "base, with new refiners; four steps of a recorded path for twenty of base's with guidance",
+    "deturbo": "turbo, without distillation",
+    "striped": "base, on striped grounds",
+    "hollow": "turbo, on hollow shapes",
+    "alkahest": "the 1:1 merge of base and deturbo, refiners frozen",
+}
+
+
+def members(lab: Lab) -> None:
+    """What the training recorded about itself."""
+    record = json.loads((models.EMBEDDED / "record.json").read_text())
+    rows = [
+        [
+            name,
+            origin,
+            f"{record[name]['steps']:,}",
+            f"{record[name]['loss'][-1][1]:.3f}",
+            f"{record[name]['seconds'] / 60:.0f} min",
+        ]
+        for name, origin in ORIGINS.items()
+    ]
+    size = sum(path.stat().st_size for path in models.EMBEDDED.rglob("*") if path.is_file()) / 1e6
+    total = sum(record[name]["seconds"] for name in ORIGINS) / 60
+    note = f"All folders together: {size:.1f} MB. All training: {total:.0f} minutes on {record['base']['machine']}."
+    write_table("members", ["", "trained on from", "steps", "last loss", "time"], rows, lab, note)
+
+
 def adherence(lab: Lab) -> None:
     """Base, turbo, and the two in a row: adherence, and how far the second stage goes from the first."""
     rows: list[Row] = []
@@ -153,7 +185,7 @@ def adherence(lab: Lab) -> None:
 
 def bridge(lab: Lab) -> None:
     """The bridge story: what each fine-tune adds, and what of it arrives."""
-    models = {
+    family = {
         "base": ("lab.base", 6.0),
         "turbo (4 steps)": ("lab.turbo", 3.0),
         "deturbo": ("lab.deturbo", 3.0),
@@ -178,7 +210,7 @@ def bridge(lab: Lab) -> None:
         )
         sheets[f"{name} {multiplier}".strip()] = made
 
-    for name, (model, shift) in models.items():
+    for name, (model, shift) in family.items():
         add(name, few_steps(model) if model == "lab.turbo" else many_steps(model, shift))
     for name, (expression, protected) in merges("1").items():
         if name.startswith("naive"):
@@ -216,7 +248,7 @@ def calibration(lab: Lab) -> None:
     bad: dict[str, Callable[[], Pictures]] = {
         "naive 1:1": lambda: lab.pictures(stage_of(naive["naive 1:1"][0], protected=False)),
         "alkahest + both, × 40": lambda: lab.pictures(stage_of(merges("40")["alkahest + both"][0], protected=True)),
-        "refiners of turbo in base": lambda: lab.pictures(
+        "turbo with the refiners of base": lambda: lab.pictures(
             stage_of("lab.base + 1*(lab.turbo - lab.base)", protected=True)
         ),
         "noise in the latents": lambda: lab.studio.decode(torch.from_numpy(noise_like(lab, generator))),
@@ -339,10 +371,10 @@ def write_table(name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str =
     """Put a table between its markers in docs/lab.md, with where and from how many pictures it was measured."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     source = f"{len(lab.shots)} pictures each · commit {commit()} · {machine(DOCS)} · torch {torch.__version__}"
-    text = "\n".join(["", *lines, "", *([note, ""] if note else []), f"<sub>{source}</sub>", ""])
+    text = "\n".join([*lines, "", *([note, ""] if note else []), f"<sub>{source}</sub>", ""])
     path = DOCS / "lab.md"
     page = path.read_text()
-    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
         raise SystemExit(f"{path} has no place for the table {name}")
     path.write_text(pattern.sub(lambda found: found[1] + text + found[2], page))
@@ -357,6 +389,7 @@ def write_sheet(name: str, lab: Lab, columns: Sequence[Pictures], labels: Sequen
 
 
 TABLES: Mapping[str, Callable[[Lab], None]] = {
+    "members": members,
     "adherence": adherence,
     "bridge": bridge,
     "calibration": calibration,
