@@ -123,6 +123,10 @@ def save(folder: Path, pipeline: ZImagePipeline) -> None:
     staged = folder.with_name(folder.name + ".new")
     shutil.rmtree(staged, ignore_errors=True)
     pipeline.to(torch.bfloat16).save_pretrained(staged)
+    for path in staged.rglob("*.json"):  # where a member was loaded from is nobody's business
+        stored = json.loads(path.read_text())
+        if stored.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(stored, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     staged.rename(folder)
 
