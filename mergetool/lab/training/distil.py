@@ -23,12 +23,17 @@ SUBSTEPS = 5
 """The teacher's steps to one of the student's."""
 
 
+def noise_levels() -> Tensor:
+    """The teacher's levels [21]: the student's four steps, each in SUBSTEPS even parts."""
+    coarse = flow.grid(STEPS, SHIFT)
+    parts = [torch.linspace(a, b, SUBSTEPS + 1)[:-1] for a, b in itertools.pairwise(coarse)]
+    return torch.cat([*parts, coarse[-1:]])
+
+
 @torch.no_grad()
 def record(pipeline: ZImagePipeline, count: int, *, guidance: float, seed: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Paths [count, 21, 16, 16, 16] of the pipeline's transformer, their noise levels [21], and their captions."""
-    coarse = flow.grid(STEPS, SHIFT)
-    parts = [torch.linspace(a, b, SUBSTEPS + 1)[:-1] for a, b in itertools.pairwise(coarse)]
-    sigmas = torch.cat([*parts, coarse[-1:]])
+    sigmas = noise_levels()
     every = flow.captions(pipeline, [*(scene.prompt for scene in SCENES), ""])
     chosen = np.random.default_rng(seed).integers(len(SCENES), size=count)
     texts = [every[i] for i in chosen]
