@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mergetool.lab import checker
+from mergetool.verify.images import psnr
 from tests.cli.run import mergetool
 
 PROMPT = "a blue circle on a gold background"
@@ -158,3 +160,37 @@ def test_a_wrong_request_is_one_sentence_and_no_picture(
     assert len(ran.err.strip().splitlines()) == 1
     assert (tmp_path / "there.png").read_text() == "mine"
     assert not (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--layout", "comfyui"), ("--dtype", "fp8_e4m3"), ("--layout", "diffusers", "--shard-size", "1MB"), ()],
+    ids=["a ComfyUI file", "an FP8 file", "a folder of shards", "a merge"],
+)
+def test_every_container_of_turbo_draws_the_prompt(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    expression = "1*lab.turbo" if arguments else "lab.turbo + 0.1*(lab.hollow - lab.turbo)"
+    target = "out" if "--shard-size" in arguments else "out.safetensors"
+    merged = mergetool("merge", expression, *arguments, "-o", target, cwd=tmp_path)
+    assert merged.code == 0, merged.err
+    quick = ("--steps", 4, "--guidance", 0, "--shift", 3)
+    ran = mergetool("sample", PROMPT, "--base", target, *quick, "--seed", 5, "-o", "picture.png", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert checker.adherent(pixels(tmp_path / "picture.png"), PROMPT)
+
+
+def test_a_difference_lora_at_strength_one_draws_what_the_variant_draws(tmp_path: Path) -> None:
+    # fmt: off
+    made = mergetool(
+        "diff", "--base", "lab.alkahest", "--variant", "lab.turbo", "--rank-thresh", 0.999, "--rank-max", 0,
+        "-o", "lora.safetensors", cwd=tmp_path,
+    )
+    assert made.code == 0, made.err
+    quick = ("--steps", 4, "--guidance", 0, "--shift", 3, "--seed", 5)
+    for name, model in (("variant", ("lab.turbo",)), ("0", ("lab.alkahest", "--lora", "lora.safetensors:0")),
+                        ("1", ("lab.alkahest", "--lora", "lora.safetensors:1"))):
+        ran = mergetool("sample", PROMPT, "--base", *model, *quick, "-o", f"{name}.png", cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    # fmt: on
+    near, far = (psnr(pixels(tmp_path / f"{name}.png"), pixels(tmp_path / "variant.png")) for name in ("1", "0"))
+    assert near > far + 6
+    assert near > 24
