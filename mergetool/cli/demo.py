@@ -36,7 +36,7 @@ STEPS: tuple[tuple[str, str, int], ...] = (
     ("What the bridge model is", "inspect lab.alkahest", 0),
     (
         "Averaging two models whose refiners differ gives no pictures, and verify says so",
-        "merge '0.5*lab.base + 0.5*lab.turbo' -o naive.safetensors",
+        "merge '0.5*lab.turbo + 0.5*lab.base' -o naive.safetensors",
         0,
     ),
     ("", "verify naive.safetensors --strength 0.15 --report naive.html", 1),

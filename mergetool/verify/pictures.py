@@ -137,14 +137,27 @@ def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
         _share("collapsed", "flat or burnt", [[m.collapsed for m in column.measures] for column in own]),
     ]
     if len(own) > 1:
-        pairs = zip(own[0].pictures, own[1].pictures, strict=True)
-        found.append(_share("drift", "another picture after the second stage", [[images.drifted(*p) for p in pairs]]))
+        found.append(_drift(columns, output))
     for name, value in (("adherence", _adherence), ("score", _score)):
         mine, theirs = [value(column) for column in own], [value(column) for column in others]
         known = [v for v in mine if v is not None]
         if known:
             found.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
     return tuple(found)
+
+
+def _drift(columns: Sequence[Column], output: str) -> Verdict:
+    """A second stage takes some of a model's character away, from its parents' pictures too: a merge fails when it drifts
+    in clearly more of its pictures than any parent does.
+    """
+    drifted: dict[str, list[bool]] = {}
+    for model in dict.fromkeys(column.model for column in columns):
+        first, second = [column.pictures for column in columns if column.model == model][:2]
+        drifted[model] = [images.drifted(*pair) for pair in zip(first, second, strict=True)]
+    own = drifted.pop(output)
+    limit = ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0)
+    sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
+    return Verdict("drift", float(np.mean(own)) <= limit, float(np.mean(own)), limit, sentence)
 
 
 def _adherence(column: Column) -> float | None:

@@ -68,6 +68,12 @@ def test_a_second_stage_that_makes_other_pictures_is_drift() -> None:
     assert "drift" in failed(judge(columns, "out"))
 
 
+def test_drift_that_a_parent_shows_as_well_is_no_fault_of_the_merge() -> None:
+    turned = drawn([*CHOSEN[1:], CHOSEN[0]])
+    parent = [column("parent", drawn()), column("parent", turned)]
+    assert "drift" not in failed(judge([*parent, column("out", drawn()), column("out", turned)], "out"))
+
+
 def test_only_the_merges_own_pictures_are_judged() -> None:
     assert failed(judge([column("parent", random(0, 256)), column("out", drawn())], "out")) == set()
 
