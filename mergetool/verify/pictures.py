@@ -152,8 +152,9 @@ def _drift(columns: Sequence[Column], output: str) -> Verdict:
     """
     drifted: dict[str, list[bool]] = {}
     for model in dict.fromkeys(column.model for column in columns):
-        first, second = [column.pictures for column in columns if column.model == model][:2]
-        drifted[model] = [images.drifted(*pair) for pair in zip(first, second, strict=True)]
+        stages = [column.pictures for column in columns if column.model == model][:2]
+        if len(stages) == 2:
+            drifted[model] = [images.drifted(*pair) for pair in zip(*stages, strict=True)]
     own = drifted.pop(output)
     limit = ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0)
     sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
