@@ -32,7 +32,7 @@ from mergetool.sampler.load import Components, WeightedLora
 from mergetool.sampler.schedule import StrengthMeaning
 from mergetool.sampler.studio import Pictures, Refinement, Shot, Stage, Studio
 from mergetool.verify import images
-from mergetool.verify.pictures import ALLOWED
+from mergetool.verify.pictures import ALLOWED, KEPT_ADHERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = (world.SIZE, world.SIZE)
@@ -297,7 +297,7 @@ def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence
     for start in range(0, len(noise) - VERIFIED_TOGETHER + 1, VERIFIED_TOGETHER):
         part = slice(start, start + VERIFIED_TOGETHER)
         found.append(
-            share(noise[part]) > ALLOWED or share(collapsed[part]) > ALLOWED or share(right[part]) < 1 - ALLOWED
+            share(noise[part]) > ALLOWED or share(collapsed[part]) > ALLOWED or share(right[part]) < KEPT_ADHERENCE
         )
     return found
 

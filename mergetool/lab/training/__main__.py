@@ -5,7 +5,7 @@
     turbo     base with new refiners, distilled to four steps    (1,200 steps)
     deturbo   turbo, trained on without distillation             (500 steps)
     striped   base, fine-tuned on striped grounds                (350 steps)
-    hollow    turbo, fine-tuned on hollow shapes                 (900 steps)
+    hollow    turbo, fine-tuned on hollow shapes                 (700 steps)
     alkahest  base and deturbo merged 1:1, refiners frozen       (800 steps)
 
 Without a STAGE all are trained, in this order. Each stage starts from members already in the folder.
@@ -133,7 +133,7 @@ class Stages:
         self._tune("striped", "base", steps=350, rate=4e-4, seed=5, striped=True)
 
     def hollow(self) -> None:
-        self._tune("hollow", "turbo", steps=900, rate=1e-3, seed=6, hollow=True)
+        self._tune("hollow", "turbo", steps=700, rate=1e-3, seed=6, hollow=True)
 
     def alkahest(self) -> None:
         pipeline, other = self.load("base"), self.load("deturbo").transformer.state_dict()
