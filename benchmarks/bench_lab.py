@@ -8,6 +8,7 @@ Tables are written between their markers in docs/lab.md, sheets to docs/pictures
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import tempfile
@@ -42,21 +43,30 @@ IN_SHEET = 6
 VERIFIED_TOGETHER = 12
 """Pictures that one run of ``mergetool verify`` judges by default."""
 
-MULTIPLIERS, CHOSEN = ("1", "1.5", "2"), "1.5"
-
 Row = Sequence[str]
 
+STRIPED, HOLLOW = "(lab.striped - lab.base)", "(lab.hollow - lab.deturbo)"
 
-def merges(multiplier: str) -> dict[str, tuple[str, bool]]:
-    """Name -> expression and whether the refiners are protected."""
-    striped, hollow = f"{multiplier}*(lab.striped - lab.base)", f"{multiplier}*(lab.hollow - lab.deturbo)"
-    return {
-        "naive 1:1": ("0.5*lab.base + 0.5*lab.turbo", False),
-        "naive 1:1, refiners of base": ("0.5*lab.base + 0.5*lab.turbo", True),
-        "alkahest + base's fine-tune": (f"lab.alkahest + {striped}", True),
-        "alkahest + turbo's fine-tune": (f"lab.alkahest + {hollow}", True),
-        "alkahest + both": (f"lab.alkahest + {striped} + {hollow}", True),
-    }
+NAIVE = "0.5*lab.turbo + 0.5*lab.base"
+
+CARRIED = {
+    "+ striped": f"lab.alkahest + 1.25*{STRIPED}",
+    "+ hollow": f"lab.alkahest + 2*{HOLLOW}",
+    "+ both": f"lab.alkahest + 1.25*{STRIPED} + 0.5*{HOLLOW}",
+}
+"""Merges that verify should pass, by their labels in a sheet."""
+
+BRIDGED = (
+    f"lab.alkahest + 1*{STRIPED}",
+    CARRIED["+ striped"],
+    f"lab.alkahest + 1.5*{STRIPED}",
+    f"lab.alkahest + 1*{HOLLOW}",
+    CARRIED["+ hollow"],
+    f"lab.alkahest + 2.5*{HOLLOW}",
+    CARRIED["+ both"],
+    f"lab.alkahest + 1*{STRIPED} + 1.5*{HOLLOW}",
+    "lab.alkahest + 2*(lab.hollow - lab.turbo)",
+)
 
 
 class Lab:
@@ -69,6 +79,12 @@ class Lab:
         self.shots = [Shot(scene.prompt, seed=2 * number) for number, scene in enumerate(self.scenes)]
         self.studio = Studio(Components.find("lab.base"))
         self._made: dict[Stage, Pictures] = {}
+
+    def fewer(self, count: int) -> Lab:
+        """The first ``count`` prompts and seeds, for what takes long."""
+        part = copy.copy(self)
+        part.scenes, part.shots, part._made = self.scenes[:count], self.shots[:count], {}
+        return part
 
     def latents(self, stage: Stage) -> Tensor:
         return self.studio.first_stage(stage, self.shots, SIZE)
@@ -183,112 +199,86 @@ def adherence(lab: Lab) -> None:
     write_sheet("two-stages", lab, [shown[name] for name in names], labels)
 
 
+def merge_stage(lab: Lab, expression: str, *, protected: bool = True) -> Stage:
+    return many_steps(lab.merged(expression, protected=protected), 3.0)
+
+
 def bridge(lab: Lab) -> None:
     """The bridge story: what each fine-tune adds, and what of it arrives."""
-    family = {
-        "base": ("lab.base", 6.0),
-        "turbo (4 steps)": ("lab.turbo", 3.0),
-        "deturbo": ("lab.deturbo", 3.0),
-        "striped, a fine-tune of base": ("lab.striped", 6.0),
-        "hollow, a fine-tune of turbo": ("lab.hollow", 3.0),
-    }
     rows: list[Row] = []
-    sheets: dict[str, Pictures] = {}
+    sheets: list[Pictures] = []
 
-    def add(name: str, stage: Stage, multiplier: str = "") -> None:
+    def add(name: str, stage: Stage) -> Pictures:
         made = lab.pictures(stage)
-        readings, measures = lab.read(made), [images.measure(picture) for picture in made]
+        readings = lab.read(made)
         rows.append(
             [
                 name,
-                multiplier,
                 percent(lab.adherence(made)),
                 percent(share(r.striped for r in readings)),
                 percent(share(r.hollow for r in readings)),
-                percent(share(m.noise or m.collapsed for m in measures)),
             ]
         )
-        sheets[f"{name} {multiplier}".strip()] = made
+        return made
 
-    for name, (model, shift) in family.items():
-        add(name, few_steps(model) if model == "lab.turbo" else many_steps(model, shift))
-    for name, (expression, protected) in merges("1").items():
-        if name.startswith("naive"):
-            add(name, many_steps(lab.merged(expression, protected=protected), 3.0))
-    add("alkahest", many_steps("lab.alkahest", 3.0))
-    for multiplier in MULTIPLIERS:
-        for name, (expression, protected) in merges(multiplier).items():
-            if not name.startswith("naive"):
-                add(name, many_steps(lab.merged(expression, protected=protected), 3.0), f"× {multiplier}")
-    head = ["pictures of", "multiplier", "adherence", "striped", "hollow", "noise or collapsed"]
-    write_table("bridge", head, rows, lab)
-    write_sheet("family", lab, list(sheets.values())[:5], ["base", "turbo", "deturbo", "striped", "hollow"])
-    chosen = [name for name in sheets if name.startswith("naive") or name == "alkahest" or f"× {CHOSEN}" in name]
-    labels = ["naive 1:1", "refiners kept", "alkahest", "+ striped", "+ hollow", "+ both"]
-    write_sheet("bridge", lab, [sheets[name] for name in chosen], labels)
+    family = [
+        add("base, 30 steps", many_steps("lab.base", 6.0)),
+        add("turbo, 4 steps without guidance", few_steps("lab.turbo")),
+        add("deturbo", many_steps("lab.deturbo", 3.0)),
+        add("striped, a fine-tune of base", many_steps("lab.striped", 6.0)),
+        add("hollow, a fine-tune of turbo", many_steps("lab.hollow", 3.0)),
+    ]
+    write_sheet("family", lab, family, ["base", "turbo", "deturbo", "striped", "hollow"])
+    sheets.append(add(f"`{NAIVE}`", merge_stage(lab, NAIVE, protected=False)))
+    add(f"`{NAIVE}`, refiners of turbo", merge_stage(lab, NAIVE))
+    kept = "0.5*lab.base + 0.5*lab.turbo"
+    sheets.append(add(f"`{kept}`, refiners of base", merge_stage(lab, kept)))
+    sheets.append(add("alkahest", many_steps("lab.alkahest", 3.0)))
+    for expression in BRIDGED:
+        add(f"`{expression}`", merge_stage(lab, expression))
+    sheets += [lab.pictures(merge_stage(lab, expression)) for expression in CARRIED.values()]
+    write_table("bridge", ["pictures of", "adherence", "striped", "hollow"], rows, lab)
+    write_sheet("bridge", lab, sheets, ["naive 1:1", "refiners kept", "alkahest", *CARRIED])
 
 
 def calibration(lab: Lab) -> None:
     """How often each measurement says no, for pictures that are right and for pictures that are not."""
     rows: list[Row] = []
     generator = np.random.default_rng(5)
-    naive = merges(CHOSEN)
-
-    def stage_of(expression: str, *, protected: bool) -> Stage:
-        return many_steps(lab.merged(expression, protected=protected), 3.0)
-
-    good: dict[str, Callable[[], Pictures]] = {
-        "base": lambda: lab.pictures(many_steps("lab.base", 6.0)),
-        "turbo": lambda: lab.pictures(few_steps("lab.turbo")),
-        "alkahest": lambda: lab.pictures(many_steps("lab.alkahest", 3.0)),
+    shape = (len(lab.shots), *SIZE, 3)
+    kinds = {
+        "right": {
+            "base": lab.pictures(many_steps("lab.base", 6.0)),
+            "turbo": lab.pictures(few_steps("lab.turbo")),
+            "alkahest": lab.pictures(many_steps("lab.alkahest", 3.0)),
+            "striped": lab.pictures(many_steps("lab.striped", 6.0)),
+            "hollow": lab.pictures(many_steps("lab.hollow", 3.0)),
+            **{f"alkahest {name}": lab.pictures(merge_stage(lab, e)) for name, e in CARRIED.items()},
+        },
+        "wrong": {
+            f"`{NAIVE}`": lab.pictures(merge_stage(lab, NAIVE, protected=False)),
+            "alkahest + both, tenfold": lab.pictures(merge_stage(lab, f"lab.alkahest + 12.5*{STRIPED} + 5*{HOLLOW}")),
+            "noise in the latents": lab.studio.decode(noise_like(lab, generator)),
+            "white noise": generator.integers(0, 256, shape).astype(np.uint8),
+            "nearly flat": generator.integers(100, 110, shape).astype(np.uint8),
+        },
     }
-    for name, (expression, protected) in naive.items():
-        if not name.startswith("naive"):
-            good[name] = lambda e=expression, p=protected: lab.pictures(stage_of(e, protected=p))  # type: ignore[misc]
-    bad: dict[str, Callable[[], Pictures]] = {
-        "naive 1:1": lambda: lab.pictures(stage_of(naive["naive 1:1"][0], protected=False)),
-        "alkahest + both, × 40": lambda: lab.pictures(stage_of(merges("40")["alkahest + both"][0], protected=True)),
-        "turbo with the refiners of base": lambda: lab.pictures(
-            stage_of("lab.base + 1*(lab.turbo - lab.base)", protected=True)
-        ),
-        "noise in the latents": lambda: lab.studio.decode(torch.from_numpy(noise_like(lab, generator))),
-        "white noise": lambda: generator.integers(0, 256, (len(lab.shots), *SIZE, 3)).astype(np.uint8),
-        "nearly flat": lambda: generator.integers(100, 110, (len(lab.shots), *SIZE, 3)).astype(np.uint8),
-    }
-    for kind, sources in (("right", good), ("wrong", bad)):
-        for name, make in sources.items():
-            made = make()
+    for kind, sources in kinds.items():
+        for name, made in sources.items():
             measures = [images.measure(picture) for picture in made]
             right = [r.matches(s) for r, s in zip(lab.read(made), lab.scenes, strict=True)]
             noise, collapsed = [m.noise for m in measures], [m.collapsed for m in measures]
-            rejected = share(rejections(noise, collapsed, right))
-            rows.append(
-                [
-                    kind,
-                    name,
-                    str(len(made)),
-                    str(sum(noise)),
-                    str(sum(collapsed)),
-                    str(len(right) - sum(right)),
-                    percent(rejected),
-                ]
-            )
-    head = [
-        "",
-        "pictures of",
-        "number",
-        "noise",
-        "collapsed",
-        "not adherent",
-        f"rejected, {VERIFIED_TOGETHER} at a time",
-    ]
+            runs = rejections(noise, collapsed, right)
+            counts = [sum(noise), sum(collapsed), len(right) - sum(right)]
+            rows.append([kind, name, str(len(made)), *map(str, counts), f"{sum(runs)} of {len(runs)}"])
+    head = ["", "pictures of", "number", "noise", "collapsed", "not adherent", "runs of verify that say no"]
     write_table("calibration", head, rows, lab)
 
 
-def noise_like(lab: Lab, generator: np.random.Generator) -> np.ndarray:
+def noise_like(lab: Lab, generator: np.random.Generator) -> Tensor:
     """Latents of unit variance that no model has seen."""
     side = world.SIZE // lab.studio.reduction
-    return generator.standard_normal((len(lab.shots), 16, side, side)).astype(np.float32)
+    return torch.from_numpy(generator.standard_normal((len(lab.shots), 16, side, side)).astype(np.float32))
 
 
 def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence[bool]) -> list[bool]:
@@ -305,12 +295,13 @@ def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence
 def lora(lab: Lab) -> None:
     """The difference LoRA of turbo against alkahest, at strengths, beside the full difference."""
     path = lab.folder / "turbo-minus-alkahest.safetensors"
-    options = DiffOptions(rank_thresh=0.995, exclude=("refiner",))
+    options = DiffOptions(rank_thresh=0.995, rank_max=0, exclude=("refiner",))
     with open_diff("lab.alkahest", "lab.turbo", options) as pairing:
         done = extract(pairing, path, options)
     rows: list[Row] = []
     columns: list[Pictures] = []
     strengths = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
+    lab = lab.fewer(64)
     for strength in strengths:
         full = lab.merged(f"lab.alkahest + {strength}*(lab.turbo - lab.alkahest)", protected=True)
         row = [f"{strength:g}"]
@@ -327,7 +318,8 @@ def lora(lab: Lab) -> None:
     head = ["strength", "4 steps: LoRA", "full", "PSNR", "30 steps: LoRA", "full", "PSNR"]
     note = (
         f"{len(done.layers)} matrices, energy {kept:.4f}, residual of the stored factors {percent(off**0.5)}, "
-        f"{path.stat().st_size / 1e6:.2f} MB, {sum(layer.capped for layer in done.layers)} capped at rank {options.rank_max}."
+        f"ranks {min(layer.rank for layer in done.layers)} to {max(layer.rank for layer in done.layers)}, "
+        f"{path.stat().st_size / 1e6:.2f} MB."
     )
     write_table("lora", head, rows, lab, note)
     write_sheet("lora", lab, columns, [f"LoRA × {strength:g}" for strength in strengths])

@@ -42,7 +42,7 @@ STEPS: tuple[tuple[str, str, int], ...] = (
     ("", "verify naive.safetensors --strength 0.15 --report naive.html", 1),
     (
         "What two fine-tunes learned, one of base and one of turbo, carried over to the bridge in one pass",
-        "merge 'lab.alkahest + 1.5*(lab.striped - lab.base) + 1.5*(lab.hollow - lab.deturbo)' "
+        "merge 'lab.alkahest + 1.25*(lab.striped - lab.base) + 0.5*(lab.hollow - lab.deturbo)' "
         "--protect refiner -o bridge.safetensors",
         0,
     ),
