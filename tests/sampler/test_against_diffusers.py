@@ -9,12 +9,19 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 
+from mergetool import models
 from mergetool.sampler.denoise import bring_to, starting_noise
 from mergetool.sampler.load import Components
 from mergetool.sampler.studio import Refinement, Shot, Stage, Studio
 
 PROMPTS = ("a blue circle on a gold background", "a red cross on a white background")
 SHOTS = tuple(Shot(prompt, seed) for seed, prompt in enumerate(PROMPTS, 5))
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Path:
+    """The embedded models: trained weights, so that pictures are of something."""
+    return models.EMBEDDED
 
 
 @pytest.fixture(scope="module")
