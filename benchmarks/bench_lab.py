@@ -33,6 +33,7 @@ from mergetool.sampler.load import Components, WeightedLora
 from mergetool.sampler.schedule import StrengthMeaning
 from mergetool.sampler.studio import Pictures, Refinement, Shot, Stage, Studio
 from mergetool.verify import images
+from mergetool.verify.looking import EMBEDDED_PROMPTS
 from mergetool.verify.pictures import ALLOWED, KEPT_ADHERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -40,8 +41,8 @@ SIZE = (world.SIZE, world.SIZE)
 GUIDANCE = 3.0
 STRENGTHS = (0.10, 0.15, 0.25, 0.40, 0.60)
 IN_SHEET = 6
-VERIFIED_TOGETHER = 12
-"""Pictures that one run of ``mergetool verify`` judges by default."""
+DRAWS = 1000
+"""Runs of ``verify`` that are drawn from the pictures of a kind."""
 
 Row = Sequence[str]
 
@@ -270,8 +271,8 @@ def calibration(lab: Lab) -> None:
             noise, collapsed = [m.noise for m in measures], [m.collapsed for m in measures]
             runs = rejections(noise, collapsed, right)
             counts = [sum(noise), sum(collapsed), len(right) - sum(right)]
-            rows.append([kind, name, str(len(made)), *map(str, counts), f"{sum(runs)} of {len(runs)}"])
-    head = ["", "pictures of", "number", "noise", "collapsed", "not adherent", "runs of verify that say no"]
+            rows.append([kind, name, str(len(made)), *map(str, counts), percent(runs)])
+    head = ["", "pictures of", "number", "noise", "collapsed", "not adherent", f"verify of {EMBEDDED_PROMPTS} says no"]
     write_table("calibration", head, rows, lab)
 
 
@@ -281,15 +282,15 @@ def noise_like(lab: Lab, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(generator.standard_normal((len(lab.shots), 16, side, side)).astype(np.float32))
 
 
-def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence[bool]) -> list[bool]:
-    """Whether ``verify`` would say no, for every run of pictures as long as its default, against a parent at 100 %."""
+def rejections(noise: Sequence[bool], collapsed: Sequence[bool], right: Sequence[bool]) -> float:
+    """How often ``verify`` would say no: over draws of as many pictures as it looks at, against a parent at 100 %."""
+    generator = np.random.default_rng(0)
     found = []
-    for start in range(0, len(noise) - VERIFIED_TOGETHER + 1, VERIFIED_TOGETHER):
-        part = slice(start, start + VERIFIED_TOGETHER)
-        found.append(
-            share(noise[part]) > ALLOWED or share(collapsed[part]) > ALLOWED or share(right[part]) < KEPT_ADHERENCE
-        )
-    return found
+    for _ in range(DRAWS):
+        part = generator.choice(len(noise), EMBEDDED_PROMPTS, replace=False)
+        counts = [float(np.mean(np.asarray(kind)[part])) for kind in (noise, collapsed, right)]
+        found.append(counts[0] > ALLOWED or counts[1] > ALLOWED or counts[2] < KEPT_ADHERENCE)
+    return share(found)
 
 
 def lora(lab: Lab) -> None:

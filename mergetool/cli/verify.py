@@ -49,7 +49,7 @@ def verify(
     guidance: Annotated[float, typer.Option(help="Guidance of the first stage, as diffusers counts it.")] = 3.0,
     shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the first model's, else 6]")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a prompt a line [default: 4 of mergetool's; embedded: 12]")
+        Path | None, typer.Option(help="A file with a prompt a line [default: 4 of mergetool's; embedded: 36]")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds for every prompt: 1,2,3 or 1-8.", metavar="LIST")] = "0",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]")] = None,

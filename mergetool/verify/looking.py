@@ -22,7 +22,7 @@ PROMPTS = (
 )
 """For models whose prompts can be anything."""
 
-EMBEDDED_PROMPTS = 12
+EMBEDDED_PROMPTS = 36
 
 
 class NotLookedAt(MergetoolError):

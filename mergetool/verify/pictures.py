@@ -26,7 +26,7 @@ from mergetool.verify.looking import Look
 ALLOWED = 0.25
 """Largest share of a merge's pictures that may fail a verdict."""
 
-KEPT_ADHERENCE = 0.8
+KEPT_ADHERENCE = 0.75
 """Least adherence of a merge, as a share of its best parent's."""
 
 Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]

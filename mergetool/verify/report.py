@@ -25,6 +25,9 @@ from mergetool.verify.weights import WeightsReport
 JPEG_FROM = 256
 """Pictures with a longer side than this go into the page as JPEG."""
 
+SHEET_ROWS = 12
+"""Shots that the page shows; all are measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -53,6 +56,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         measures="" if looked is None else plots.measures(looked.columns),
         sheet="" if looked is None else _sheet(looked),
         look=None if looked is None else looked.look,
+        sheet_rows=SHEET_ROWS,
         record=json.dumps(_record(weights, looked), indent=1),
     )
 
@@ -127,8 +131,8 @@ def _columns(looked: PicturesReport) -> Table:
 
 def _sheet(looked: PicturesReport) -> str:
     """The contact sheet as a data URI: a row for each shot, a column for each model and stage."""
-    rows = list(zip(*(column.pictures for column in looked.columns), strict=True))
-    down = [f"{shot.prompt} ({shot.seed})" for shot in looked.look.shots]
+    rows = list(zip(*(column.pictures[:SHEET_ROWS] for column in looked.columns), strict=True))
+    down = [f"{shot.prompt} ({shot.seed})" for shot in looked.look.shots[:SHEET_ROWS]]
     image = sheet.sheet(rows, [column.label for column in looked.columns], down)
     out = io.BytesIO()
     kind = "JPEG" if max(looked.look.size) > JPEG_FROM else "PNG"
