@@ -35,7 +35,7 @@ REPORT = "report.html"
 STEPS: tuple[tuple[str, str, int], ...] = (
     ("What the bridge model is", "inspect lab.alkahest", 0),
     (
-        "Averaging two models whose refiners differ gives no pictures, and verify says so",
+        "Averaging two models whose refiners differ loses what the prompts ask for, and verify says so",
         "merge '0.5*lab.turbo + 0.5*lab.base' -o naive.safetensors",
         0,
     ),
@@ -58,7 +58,7 @@ STEPS: tuple[tuple[str, str, int], ...] = (
         0,
     ),
     (
-        "The difference of turbo as a LoRA, which lets the bridge draw in four steps",
+        "The difference of turbo as a LoRA, and four steps with it",
         "diff --base lab.alkahest --variant lab.turbo --rank-thresh 0.995 --exclude refiner "
         "-o turbo-minus-alkahest.safetensors",
         0,
