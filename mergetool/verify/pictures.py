@@ -156,7 +156,7 @@ def _drift(columns: Sequence[Column], output: str) -> Verdict:
         if len(stages) == 2:
             drifted[model] = [images.drifted(*pair) for pair in zip(*stages, strict=True)]
     own = drifted.pop(output)
-    limit = ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0)
+    limit = min(1.0, ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0))
     sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
     return Verdict("drift", float(np.mean(own)) <= limit, float(np.mean(own)), limit, sentence)
 

@@ -37,7 +37,8 @@ def heat_map(found: Sequence[Distance]) -> str:
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"].with_extremes(under="#d9d9d9", bad="white")
     norm = LogNorm(vmin=low, vmax=max(high, low * 1.01))
-    shown = axes.pcolormesh(np.where(cells > 0, cells, cells * 0), cmap=colours, norm=norm, edgecolors="white")
+    drawn = np.where(cells == 0, low / 2, cells)  # below the scale, where zero itself has no place
+    shown = axes.pcolormesh(drawn, cmap=colours, norm=norm, edgecolors="white")
     axes.set_xticks(np.arange(len(kinds)) + 0.5, kinds, fontsize=8)
     axes.set_yticks(np.arange(len(blocks)) + 0.5, blocks, fontsize=7)
     axes.invert_yaxis()

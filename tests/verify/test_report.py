@@ -110,6 +110,13 @@ def test_numbers_of_the_page_are_those_measured() -> None:
     assert "from sigma 0.353" in texts.replace("\n", " ")
 
 
+def test_in_the_heat_map_a_block_without_change_is_grey_and_others_are_not() -> None:
+    page = report.render("out.safetensors", weights(), None)
+    cells = re.findall(r'<path d="[^"]*"[^>]*style="fill: (#[0-9a-f]{6}); stroke: #ffffff', page)
+    assert len(cells) == 2
+    assert cells.count("#d9d9d9") == 1
+
+
 def test_without_pictures_the_page_says_why() -> None:
     page = Page(report.render("out.safetensors", weights(), None, left_out="there is no GPU"))
     assert any("No pictures: there is no GPU" in text for text in page.texts)
