@@ -197,11 +197,14 @@ def pipeline_folder(path: Path) -> Path | None:
 
 
 def _fits_the_embedded(model: str) -> bool:
-    with models.open_model(model) as opened:
-        part = opened.anatomy.parts.get("cap_embedder.0.weight")
+    """Whether a model has the widths of the embedded ones, of the captions it reads and of its own."""
     path = models.EMBEDDED / "base" / "transformer" / "config.json"
-    width = json.loads(path.read_text())["cap_feat_dim"] if path.exists() else None
-    return part is not None and part.shape == (width,)
+    if not path.exists():
+        return False
+    config = json.loads(path.read_text("utf-8"))
+    with models.open_model(model) as opened:
+        part = opened.anatomy.parts.get("cap_embedder.1.weight")
+    return part is not None and part.shape == (config["dim"], config["cap_feat_dim"])
 
 
 def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
