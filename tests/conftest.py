@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import checkpoint
+
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -16,3 +18,12 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers and transformers warn on saving
         return family(tmp_path_factory.mktemp("pipelines"))
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three fine-tunes of one base, ``alk``, ``a`` and ``b``, as files in the working folder."""
+    for seed, name in enumerate(["alk", "a", "b"]):
+        checkpoint(tmp_path / f"{name}.safetensors", variant=seed)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

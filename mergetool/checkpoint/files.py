@@ -16,6 +16,7 @@ Only `system`, `targets` and this module open for writing, rename or unlink.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,7 @@ class OutputFile:
             raise ValueError(f'"{self._shown}" has {self.size} bytes; bytes {offset} to {offset + size} are outside')
 
 
-class _Staged:
+class _Staged(ABC):
     """What a staged file and a staged folder share: a claim that ends with `publish` or `discard`."""
 
     def __init__(self, claim: TargetClaim) -> None:
@@ -198,15 +199,16 @@ class _Staged:
             self._abandon()
             self._claim.release()
 
-    def _finish(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _finish(self) -> None: ...
 
-    def _rename(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _rename(self) -> None: ...
 
-    def _abandon(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _abandon(self) -> None: ...
 
+    @abstractmethod
     def _delete_replaced(self) -> None:
         """Delete what the rename put aside."""
 
@@ -251,6 +253,9 @@ class StagedFile(_Staged):
 
     def _finish(self) -> None:
         self._file.finish()
+
+    def _delete_replaced(self) -> None:
+        """Nothing: the rename replaced the old file itself."""
 
     def _rename(self) -> None:
         if self._claim.old is None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
@@ -22,6 +23,16 @@ R = TypeVar("R")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 NoProgressOption = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor instead of counts.")]
+
+PipelineOption = Annotated[
+    str | None, typer.Option("--pipeline", help="Folder to take text encoder and VAE from.", metavar="MODEL")
+]
+TextEncoderOption = Annotated[Path | None, typer.Option("--text-encoder", help="Folder or file of the text encoder.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Its tokenizer [default: in it or beside it]")
+]
+VaeOption = Annotated[Path | None, typer.Option("--vae", help="File or folder of the VAE.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}
 

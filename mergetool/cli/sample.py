@@ -60,13 +60,11 @@ def sample(
     lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --base. Repeatable.")] = None,
     refine_lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --refiner. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
-    pipeline: Annotated[
-        str | None, typer.Option(help="Folder to take text encoder and VAE from.", metavar="MODEL")
-    ] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder or file of the text encoder.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer [default: in it or beside it]")] = None,
-    vae: Annotated[Path | None, typer.Option(help="File or folder of the VAE.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    pipeline: console.PipelineOption = None,
+    text_encoder: console.TextEncoderOption = None,
+    tokenizer: console.TokenizerOption = None,
+    vae: console.VaeOption = None,
+    device: console.DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or auto: fp32 for small models, bf16 for large.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing pictures.")] = False,
     as_json: JsonOption = False,

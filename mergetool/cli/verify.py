@@ -56,13 +56,11 @@ def verify(
     clip: Annotated[
         Path | None, typer.Option(help="Folder of a CLIP model, to score how pictures fit prompts.")
     ] = None,
-    pipeline: Annotated[
-        str | None, typer.Option(help="Folder to take text encoder and VAE from.", metavar="MODEL")
-    ] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder or file of the text encoder.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer [default: in it or beside it]")] = None,
-    vae: Annotated[Path | None, typer.Option(help="File or folder of the VAE.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    pipeline: console.PipelineOption = None,
+    text_encoder: console.TextEncoderOption = None,
+    tokenizer: console.TokenizerOption = None,
+    vae: console.VaeOption = None,
+    device: console.DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     as_json: JsonOption = False,

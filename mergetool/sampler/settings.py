@@ -114,10 +114,15 @@ def studio(
     if dtype not in ("auto", "fp32", "bf16"):
         raise UsageError(f'--dtype is one of auto, fp32, bf16, not "{dtype}".')
     if dtype == "auto":
-        with models.open_model(model) as opened:
-            dtype = "bf16" if sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE else "fp32"
+        dtype = "bf16" if is_large(model) else "fp32"
     found = Components.find(model, pipeline=pipeline, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
     return Studio(found, device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def is_large(model: str) -> bool:
+    """Whether a model's weights are more than LARGE."""
+    with models.open_model(model) as opened:
+        return sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE
 
 
 def picture_size(text: str | None, start: Pictures | None, place: Studio) -> tuple[int, int]:

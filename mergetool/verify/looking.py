@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,7 @@ class Look:
 
     def request(self, model: str) -> Request:
         """The look at ``model``."""
-        first = self.first
-        stage = Stage(model, first.steps, first.guidance, first.shift)
-        return Request(self.shots, self.size, stage, self.refinements)
+        return Request(self.shots, self.size, dataclasses.replace(self.first, model=model), self.refinements)
 
 
 def plan(output: str, parent: str, wish: Wish, *, patient: bool) -> tuple[Studio, Look]:
@@ -85,7 +84,7 @@ def plan(output: str, parent: str, wish: Wish, *, patient: bool) -> tuple[Studio
         if patient or wish.pipeline or wish.text_encoder or wish.tokenizer or wish.vae:
             raise
         raise NotLookedAt(str(error)) from None
-    if not patient and studio.device == "cpu" and _nbytes(output) > settings.LARGE:
+    if not patient and studio.device == "cpu" and settings.is_large(output):
         raise NotLookedAt("there is no GPU, and a model of this size takes hours without one; --images takes them.")
     shift = wish.shift or settings.own_shift(parent)
     first = settings.stage(output, wish.steps, wish.guidance, shift, ())
@@ -111,8 +110,3 @@ def _default_prompts(studio: Studio) -> tuple[str, ...]:
         return PROMPTS
     chosen = np.random.default_rng(0).permutation(len(world.SCENES))[:EMBEDDED_PROMPTS]
     return tuple(world.SCENES[i].prompt for i in chosen)
-
-
-def _nbytes(model: str) -> int:
-    with models.open_model(model) as opened:
-        return sum(part.nbytes for part in opened.anatomy.parts.values())

@@ -5,6 +5,8 @@ Inherit from ``OpsContract`` and give ``make`` to hold a new implementation to i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import pytest
 
@@ -65,11 +67,11 @@ def _arithmetic(ops: Ops, step: object) -> None:
             ops.subtract(register, other)
 
 
-class OpsContract:
+class OpsContract(ABC):
     """Subclasses give ``make(capacity, registers)``."""
 
-    def make(self, capacity: int, registers: int) -> Ops:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self, capacity: int, registers: int) -> Ops: ...
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("dtype", BLENDED, ids=lambda d: d.name)

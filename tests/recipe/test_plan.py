@@ -14,17 +14,8 @@ from mergetool.engine import job
 from mergetool.errors import ExpressionError, FamilyError, InputMissing, PatternError, UsageError
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan
-from tests.families import checkpoint
 
 MERGE = "'alk.safetensors' + 20*('a.safetensors' - 'b.safetensors')"
-
-
-@pytest.fixture
-def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for seed, name in enumerate(["alk", "a", "b"]):
-        checkpoint(tmp_path / f"{name}.safetensors", variant=seed)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def planned(text: str = MERGE, **options: object) -> Plan:

@@ -19,14 +19,6 @@ from tests.families import checkpoint
 PROTECTED = Options(protect=("refiner",))
 
 
-@pytest.fixture
-def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for seed, name in enumerate(["alk", "a", "b"]):
-        checkpoint(tmp_path / f"{name}.safetensors", variant=seed)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def merge(output: Path, options: Options = PROTECTED) -> Path:
     with job.open_merge("'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')", options) as plan:
         job.run_merge(plan, output)
