@@ -151,15 +151,8 @@ def _print(report: WeightsReport, seconds: float) -> None:
     from mergetool.verify.distances import relative
 
     console.heading("recipe", report.expression)
-    for what, names in (
-        ("changed since they were merged", report.changed),
-        ("missing, or of another shape or dtype", report.missing),
-        ("not in the recipe", report.extra),
-        ("not what the recipe says", [f"{name} (from byte {at})" for name, at in report.differing.items()]),
-        ("with NaN or infinity", [f"{name} ({count})" for name, count in report.non_finite.items()]),
-    ):
-        if names:
-            console.heading("", f"{len(names)} {what}: {console.listed(names)}")
+    for what, names in report.damage():
+        console.heading("", f"{len(names)} {what}: {console.listed(names)}")
     for parent, found in report.distances.items():
         console.heading("", f"{100 * relative(found):.3g} % from {parent}, in the norm of all weights")
     compared = (

@@ -18,7 +18,7 @@ from mergetool import __version__
 from mergetool.checkpoint.files import write_file
 from mergetool.errors import OutputError
 from mergetool.sampler import sheet
-from mergetool.verify import distances, pictures, plots
+from mergetool.verify import distances, pictures
 from mergetool.verify.pictures import PicturesReport
 from mergetool.verify.weights import WeightsReport
 
@@ -39,6 +39,8 @@ class Table:
 
 def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, left_out: str = "") -> str:
     """The page of one verification. ``left_out`` says why there are no pictures."""
+    from mergetool.verify import plots  # matplotlib takes half a second, which only a page is worth
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("templates/report.html.j2").read_text())
     first = weights.distances.get(weights.first, [])
@@ -47,7 +49,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         version=__version__,
         passed=weights.sound and (looked is None or looked.passed),
         weights=weights,
-        found=_damage(weights),
+        found=weights.damage(),
         verdicts=() if looked is None else looked.verdicts,
         left_out=left_out,
         distances=_distances(weights),
@@ -74,17 +76,6 @@ def require_target(path: Path, *, overwrite: bool) -> None:
 def write(path: Path, text: str) -> None:
     """Write the page, complete or not at all."""
     write_file(path, text.encode(), overwrite=True)
-
-
-def _damage(weights: WeightsReport) -> list[tuple[str, list[str]]]:
-    kinds = (
-        ("inputs that changed since they were merged", weights.changed),
-        ("tensors missing, or of another shape or dtype", weights.missing),
-        ("tensors that are not in the recipe", weights.extra),
-        ("tensors that are not what the recipe says", list(weights.differing)),
-        ("tensors with NaN or infinity", list(weights.non_finite)),
-    )
-    return [(what, names) for what, names in kinds if names]
 
 
 def _distances(weights: WeightsReport) -> Table:

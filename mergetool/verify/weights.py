@@ -48,10 +48,21 @@ class WeightsReport:
     non_finite: dict[str, int] = field(default_factory=dict)
     distances: dict[str, list[Distance]] = field(default_factory=dict)
 
+    def damage(self) -> list[tuple[str, list[str]]]:
+        """What is wrong, in words, each with the inputs or tensors it is wrong with."""
+        kinds = (
+            ("changed since they were merged", self.changed),
+            ("missing, or of another shape or dtype", self.missing),
+            ("not in the recipe", self.extra),
+            ("not what the recipe says", [f"{name} (from byte {at})" for name, at in self.differing.items()]),
+            ("with NaN or infinity", [f"{name} ({count})" for name, count in self.non_finite.items()]),
+        )
+        return [(what, names) for what, names in kinds if names]
+
     @property
     def sound(self) -> bool:
         """Every tensor is there, finite, and what the recipe says, from the inputs that were recorded."""
-        return not (self.changed or self.missing or self.extra or self.differing or self.non_finite)
+        return not self.damage()
 
 
 def check_weights(
