@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,7 @@ def sheet(
     factor = max(1, -(-SMALLEST_SIDE // min(height, width)))
     shrink = min(1.0, LARGEST_SIDE / max(height * factor, width * factor))
     cell = (round(width * factor * shrink), round(height * factor * shrink))
-    font = ImageFont.load_default(13)
+    font = _font(13)
     margin = max((round(font.getlength(_cut(label, font, _WIDEST_LABEL))) for label in down), default=0)
     left = margin + 2 * _GAP if margin else _GAP
     columns = max(len(row) for row in rows)
@@ -83,9 +85,7 @@ def sheet(
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text(
-            (_GAP, _GAP), _cut(title, ImageFont.load_default(15), size[0] - 2 * _GAP), _INK, ImageFont.load_default(15)
-        )
+        draw.text((_GAP, _GAP), _cut(title, _font(15), size[0] - 2 * _GAP), _INK, _font(15))
     for column, label in enumerate(across):
         draw.text((left + column * (cell[0] + _GAP), top - 19), _cut(label, font, cell[0]), _INK, font)
     resampling = Image.Resampling.NEAREST if shrink == 1.0 else Image.Resampling.LANCZOS
@@ -98,7 +98,15 @@ def sheet(
     return canvas
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib brings it: it has Latin, Greek, Cyrillic and symbols, where Pillow's own draws boxes."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, cut off with an ellipsis where it would be wider than ``width`` pixels."""
     text = text.splitlines()[0][:500] if text else ""
     if font.getlength(text) <= width:

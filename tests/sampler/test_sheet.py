@@ -74,3 +74,12 @@ def test_a_sheet_holds_every_picture_in_its_place() -> None:
 def test_a_long_label_does_not_widen_the_sheet() -> None:
     short, long = (sheet([[picture()]], [label], [label]).size for label in ("a" * 60, "a" * 6000))
     assert short == long
+
+
+def test_labels_are_drawn_in_more_than_ascii() -> None:
+    """Every character of its own looks unlike the box that stands for a missing one."""
+    missing, *drawn = (
+        np.asarray(sheet([[picture()]], [character], [])).tobytes() for character in ("\U000f0000", "×", "é", "Ж", "λ")
+    )
+    assert missing not in drawn
+    assert len(set(drawn)) == len(drawn)
