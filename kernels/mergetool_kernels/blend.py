@@ -24,8 +24,7 @@ from mergetool_kernels.formats import (
     decode,
     encode,
     largest,
-    power_of_two,
-    spacing_exponent,
+    spacing,
     uniform_bits,
 )
 
@@ -95,17 +94,26 @@ def _pick(INDEX: tl.constexpr, r0, r1, r2, r3):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _operand(values, scales, index, inside, KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr,
-             GROUP: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip  # type: ignore[no-untyped-def]
-    """Float32 of one operand's elements."""
-    value = decode(tl.load(values + index, mask=inside, other=0, eviction_policy="evict_first"), KIND, NATIVE)
+def _load(pointer, index, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    if EVEN:
+        return tl.load(pointer + index)
+    else:
+        return tl.load(pointer + index, mask=inside, other=0)
+
+
+@triton.jit
+def _operand(values, scales, start, index, inside, KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr,
+             GROUP: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip  # type: ignore[no-untyped-def]
+    """Float32 of the operand's elements ``start + index``."""
+    value = decode(_load(values + start, index, inside, EVEN), KIND, NATIVE)
     if SCALED == PER_TENSOR:
         value = value * tl.load(scales)
     elif SCALED == PER_ROW:
-        value = value * tl.load(scales + index // COLUMNS, mask=inside, other=0)
+        value = value * _load(scales, (start + index) // COLUMNS, inside, EVEN)
     elif SCALED == PER_BLOCK:
-        place = (index // COLUMNS) * ((COLUMNS + GROUP - 1) // GROUP) + (index % COLUMNS) // GROUP
-        value = value * tl.load(scales + place, mask=inside, other=0)
+        groups: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
+        place = (start + index) // COLUMNS * groups + (start + index) % COLUMNS // GROUP
+        value = value * _load(scales, place, inside, EVEN)
     return value
 
 
@@ -114,83 +122,93 @@ def blend_kernel(
     values, scales, factors, out, inverse_scale, counts, sums, key0, key1, first, n,
     PROGRAM: tl.constexpr, KINDS: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     OUT: tl.constexpr, OUT_SCALED: tl.constexpr, OUT_COLUMNS: tl.constexpr, ROUNDING: tl.constexpr,
-    BASE: tl.constexpr, COUNT: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    BASE: tl.constexpr, COUNT: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip  # type: ignore[no-untyped-def]
-    """``out[i] = encode(program(values[:][i]))`` for ``i < n``, and a row of counts and sums for each block."""
-    block = tl.program_id(0)
-    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < n
-    r0 = tl.zeros((BLOCK,), tl.float32)
-    r1 = r0
-    r2 = r0
-    r3 = r0
-    base = r0
-    for step in tl.static_range(len(PROGRAM)):  # (operation, register, argument)
-        if PROGRAM[step][0] == LOAD:
-            value = _operand(
-                values[PROGRAM[step][2]], scales[PROGRAM[step][2]], index, inside, KINDS[PROGRAM[step][2]],
-                SCALED[PROGRAM[step][2]], COLUMNS[PROGRAM[step][2]], GROUPS[PROGRAM[step][2]], NATIVE,
-            )  # fmt: skip
-            if PROGRAM[step][2] == BASE:
-                base = value
-        elif PROGRAM[step][0] == SCALE:
-            value = _pick(PROGRAM[step][1], r0, r1, r2, r3) * factors[PROGRAM[step][2]]
-        elif PROGRAM[step][0] == ADD:
-            value = _pick(PROGRAM[step][1], r0, r1, r2, r3) + _pick(PROGRAM[step][2], r0, r1, r2, r3)
-        else:
-            value = _pick(PROGRAM[step][1], r0, r1, r2, r3) - _pick(PROGRAM[step][2], r0, r1, r2, r3)
-        if PROGRAM[step][1] == 0:
-            r0 = value
-        elif PROGRAM[step][1] == 1:
-            r1 = value
-        elif PROGRAM[step][1] == 2:
-            r2 = value
-        else:
-            r3 = value
-    scaled = r0
-    if OUT_SCALED == PER_TENSOR:
-        inverse = tl.load(inverse_scale)
-        scaled = r0 * inverse
-    elif OUT_SCALED == PER_ROW:
-        inverse = tl.load(inverse_scale + index // OUT_COLUMNS, mask=inside, other=0)
-        scaled = r0 * inverse
-    random = tl.zeros((BLOCK,), tl.uint32)
-    if ROUNDING == STOCHASTIC:
-        random = uniform_bits(first + index, key0, key1)
-    stored = encode(scaled, random, OUT, ROUNDING, NATIVE)
-    tl.store(out + index, stored, mask=inside)
-    if COUNT:
-        finite = tl.abs(r0) < float("inf")
-        row = counts + block.to(tl.int64) * 5
-        tl.store(row, tl.sum((inside & (finite == 0)).to(tl.int32)))
-        # Beyond the range: FP8 that was cut to its largest value, or a finite value that became infinite.
-        if OUT == 3 or OUT == 4:
-            beyond = inside & (tl.abs(scaled) > largest(OUT))
-        else:
-            beyond = inside & finite & ((tl.abs(decode(stored, OUT, NATIVE)) < float("inf")) == 0)
-        tl.store(row + 1, tl.sum(beyond.to(tl.int32)))
-        if BASE >= 0:
-            if OUT_SCALED != UNSCALED:
-                plain = base * inverse
+    """``out[i] = encode(program(values[:][i]))`` for ``i < n``; each block has TILES tiles, and a row of counts and sums."""
+    lane = tl.arange(0, BLOCK)
+    block = tl.program_id(0).to(tl.int64)
+    tally = tl.zeros((BLOCK,), tl.int32)  # five counts of at most TILES, six bits each
+    energy = tl.zeros((BLOCK,), tl.float32)
+    projection = tl.zeros((BLOCK,), tl.float32)
+    for tile in tl.static_range(TILES):
+        start = (block * TILES + tile) * BLOCK
+        inside = start + lane < n
+        r0 = tl.zeros((BLOCK,), tl.float32)
+        r1 = r0
+        r2 = r0
+        r3 = r0
+        base = r0
+        for step in tl.static_range(len(PROGRAM)):  # (operation, register, argument)
+            if PROGRAM[step][0] == LOAD:
+                value = _operand(
+                    values[PROGRAM[step][2]], scales[PROGRAM[step][2]], start, lane, inside, KINDS[PROGRAM[step][2]],
+                    SCALED[PROGRAM[step][2]], COLUMNS[PROGRAM[step][2]], GROUPS[PROGRAM[step][2]], EVEN, NATIVE,
+                )  # fmt: skip
+                if PROGRAM[step][2] == BASE:
+                    base = value
+            elif PROGRAM[step][0] == SCALE:
+                value = _pick(PROGRAM[step][1], r0, r1, r2, r3) * factors[PROGRAM[step][2]]
+            elif PROGRAM[step][0] == ADD:
+                value = _pick(PROGRAM[step][1], r0, r1, r2, r3) + _pick(PROGRAM[step][2], r0, r1, r2, r3)
             else:
+                value = _pick(PROGRAM[step][1], r0, r1, r2, r3) - _pick(PROGRAM[step][2], r0, r1, r2, r3)
+            if PROGRAM[step][1] == 0:
+                r0 = value
+            elif PROGRAM[step][1] == 1:
+                r1 = value
+            elif PROGRAM[step][1] == 2:
+                r2 = value
+            else:
+                r3 = value
+        scaled = r0
+        if OUT_SCALED == PER_TENSOR:
+            inverse = tl.load(inverse_scale)
+            scaled = r0 * inverse
+        elif OUT_SCALED == PER_ROW:
+            inverse = _load(inverse_scale, (start + lane) // OUT_COLUMNS, inside, EVEN)
+            scaled = r0 * inverse
+        random = tl.zeros((BLOCK,), tl.uint32)
+        if ROUNDING == STOCHASTIC:
+            random = uniform_bits(first + start + lane, key0, key1)
+        stored = encode(scaled, random, OUT, ROUNDING, NATIVE)
+        if EVEN:
+            tl.store(out + start + lane, stored)
+        else:
+            tl.store(out + start + lane, stored, mask=inside)
+        if COUNT:
+            finite = tl.abs(r0) < float("inf")
+            tally += (inside & (finite == 0)).to(tl.int32)
+            # Beyond the range: FP8 that was cut to its largest value, or a finite value that became infinite.
+            if OUT == 3 or OUT == 4:
+                beyond = tl.abs(scaled) > largest(OUT)
+            else:
+                beyond = finite & ((tl.abs(decode(stored, OUT, NATIVE)) < float("inf")) == 0)
+            tally += (inside & beyond).to(tl.int32) << 6
+            if BASE >= 0:
                 plain = base
-            untouched = decode(encode(plain, random, OUT, NEAREST, NATIVE), OUT, NATIVE)
-            came = decode(stored, OUT, NATIVE)
-            delta = tl.where(inside, r0 - base, 0.0)
-            moved = delta != 0.0
-            half_ulp = power_of_two(tl.maximum(spacing_exponent(plain, OUT) - 1, -149))
-            size = tl.abs(delta)
-            change = came - untouched
-            if OUT_SCALED != UNSCALED:
-                size = size * inverse
-                change = change / inverse
-            tl.store(row + 2, tl.sum(moved.to(tl.int32)))
-            tl.store(row + 3, tl.sum((moved & (came == untouched)).to(tl.int32)))
-            tl.store(row + 4, tl.sum((moved & (size < half_ulp)).to(tl.int32)))
-            exact = tl.where(finite, delta, 0.0).to(tl.float64)
-            kept = tl.where(moved & finite, change, 0.0).to(tl.float64)
-            tl.store(sums + block.to(tl.int64) * 2, tl.sum(exact * exact))
-            tl.store(sums + block.to(tl.int64) * 2 + 1, tl.sum(exact * kept))
+                if OUT_SCALED != UNSCALED:
+                    plain = base * inverse
+                untouched = decode(encode(plain, random, OUT, NEAREST, NATIVE), OUT, NATIVE)
+                came = decode(stored, OUT, NATIVE)
+                delta = tl.where(inside & finite, r0 - base, 0.0)
+                size = tl.abs(delta)
+                change = tl.where(delta != 0.0, came - untouched, 0.0)
+                if OUT_SCALED != UNSCALED:
+                    size = size * inverse
+                    change = change / inverse
+                moved = delta != 0.0
+                tally += moved.to(tl.int32) << 12
+                tally += (moved & (came == untouched)).to(tl.int32) << 18
+                tally += (moved & (size < spacing(plain, OUT, -1))).to(tl.int32) << 24
+                energy += delta * delta
+                projection += delta * change
+    if COUNT:
+        for field in tl.static_range(5):
+            tl.store(counts + block * 5 + field, tl.sum((tally >> (6 * field)) & 63))
+        if BASE >= 0:
+            tl.store(sums + block * 2, tl.sum(energy.to(tl.float64)))
+            tl.store(sums + block * 2 + 1, tl.sum(projection.to(tl.float64)))
 
 
 def native_formats(device: torch.device) -> bool:
@@ -213,6 +231,7 @@ def blend(
     native: bool | None = None,
     block: int = 2048,
     warps: int = 8,
+    tiles: int | None = None,
 ) -> Result:
     """Run ``program`` over the ``operands`` and store its register 0 in ``out``, all of n elements on one device.
 
@@ -232,7 +251,8 @@ def blend(
         raise ValueError(f"a launch takes {INPUTS} operands and {REGISTERS} registers")
     native = native_formats(out.device) if native is None else native
     branch: Branch = "native" if native else "integer" if out.device.type == "cuda" else "interpreter"
-    blocks = triton.cdiv(n, block)
+    tiles = tiles or (8 if count else 1)
+    blocks = triton.cdiv(n, block * tiles)
     counts = torch.zeros(blocks, _COUNTS, dtype=torch.int32, device=out.device) if count else None
     sums = torch.zeros(blocks, _SUMS, dtype=torch.float64, device=out.device) if count else None
     if n == 0:
@@ -263,7 +283,9 @@ def blend(
         BASE=-1 if base is None else base,
         COUNT=count,
         NATIVE=native,
+        EVEN=n % (block * tiles) == 0,
         BLOCK=block,
+        TILES=tiles,
         num_warps=warps,
         enable_fp_fusion=False,
     )

@@ -111,56 +111,44 @@ def largest(KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def mantissa_bits(KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    if KIND == F16:
-        return 10
-    elif KIND == BF16:
-        return 7
-    elif KIND == E4M3:
-        return 3
-    elif KIND == E5M2:
-        return 2
-    else:
-        return 23
-
-
-@triton.jit
-def spacing_exponent(value, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """log2 of the distance between neighbours of the stored type at |value|, as an int32; that of its subnormals below."""
-    bits = value.to(tl.uint32, bitcast=True)
-    exponent = ((bits >> 23) & 0xFF).to(tl.int32) - 127
+def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The distance between neighbours of the stored type at |value| (among its subnormals: theirs), times 2^SHIFT."""
     if KIND == E4M3:
-        least = -6
-    elif KIND == F16 or KIND == E5M2:
-        least = -14
+        least: tl.constexpr = 2.0**-6
+        scale: tl.constexpr = 2.0 ** (SHIFT - 3)
+    elif KIND == E5M2:
+        least: tl.constexpr = 2.0**-14
+        scale: tl.constexpr = 2.0 ** (SHIFT - 2)
+    elif KIND == F16:
+        least: tl.constexpr = 2.0**-14
+        scale: tl.constexpr = 2.0 ** (SHIFT - 10)
+    elif KIND == BF16:
+        least: tl.constexpr = 2.0**-126
+        scale: tl.constexpr = 2.0 ** (SHIFT - 7)
     else:
-        least = -126
-    return tl.maximum(exponent, least) - mantissa_bits(KIND)
-
-
-@triton.jit
-def power_of_two(exponent):  # type: ignore[no-untyped-def]
-    """2^exponent in float32, subnormal results included; exponent from -149 to 127."""
-    normal = ((exponent + 127).to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    tiny = (tl.full([], 1, tl.uint32) << tl.maximum(exponent + 149, 0).to(tl.uint32)).to(tl.float32, bitcast=True)
-    return tl.where(exponent >= -126, normal, tiny)
+        least: tl.constexpr = 2.0**-126
+        scale: tl.constexpr = 2.0 ** (SHIFT - 23)
+    power = (value.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(power, least) * scale
 
 
 @triton.jit
 def _stochastic(value, random, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``value`` moved to a neighbour in the stored type, upwards with the probability of its fraction, to 2^-24."""
+    """``value`` moved to a neighbour in the stored type, away from zero with the probability of its fraction, to 2^-24."""
     size = tl.abs(value)
     inside = size < largest(KIND)
-    exponent = spacing_exponent(value, KIND)
-    # Two exact steps: 2^-exponent alone may be beyond float32.
-    half = exponent // 2
-    steps = (tl.where(inside, size, 0.0) * power_of_two(-half)) * power_of_two(half - exponent)
-    below = tl.floor(steps)
-    threshold = (random >> 8).to(tl.float32) * 5.9604644775390625e-08
-    chosen = below + tl.where(threshold < steps - below, 1.0, 0.0)
-    moved = (chosen * power_of_two(half)) * power_of_two(exponent - half)
-    sign = value.to(tl.uint32, bitcast=True) & 0x80000000
-    moved = (moved.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    bits = value.to(tl.uint32, bitcast=True)
+    if KIND == BF16:
+        # The same choice on the bits: those that are cut off, plus random ones, carry over or not.
+        moved = ((bits + (0xFFFF - (random >> 16))) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        ulp = spacing(size, KIND, 0)
+        inverse = (0x7F000000 - ulp.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / ulp, a power of two
+        steps = size * inverse
+        below = tl.floor(steps)
+        threshold = (random >> 8).to(tl.float32) * 5.9604644775390625e-08
+        chosen = (below + tl.where(threshold < steps - below, 1.0, 0.0)) * ulp
+        moved = (chosen.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
     return tl.where(inside, moved, value)
 
 
