@@ -72,7 +72,7 @@ class Result:
     """What a launch leaves on the device, besides the output.
 
     ``counts`` [blocks, 5] int32 and ``sums`` [blocks, 2] float64 hold a row for every block of elements; sum over
-    them. ``counts`` is None unless they were asked for; without a base only its first two columns mean something.
+    them. They are None unless they were asked for; without a base only the first two counts are more than 0.
     ``branch`` is the way the formats were converted.
     """
 
@@ -216,6 +216,11 @@ def native_formats(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def fits(program: Sequence[tuple[int, int, int]], operands: Sequence[Operand]) -> bool:
+    """Whether one launch can take this program."""
+    return len(operands) <= INPUTS and max(register for _, register, _ in program) < REGISTERS
+
+
 def blend(
     program: Sequence[tuple[int, int, int]],
     operands: Sequence[Operand],
@@ -247,14 +252,15 @@ def blend(
     n = out.numel()
     if any(operand.values.numel() != n for operand in operands):
         raise ValueError(f"operands of {[o.values.numel() for o in operands]} elements for an output of {n}")
-    if len(operands) > INPUTS or max(register for _, register, _ in program) >= REGISTERS:
+    if not fits(program, operands):
         raise ValueError(f"a launch takes {INPUTS} operands and {REGISTERS} registers")
     native = native_formats(out.device) if native is None else native
     branch: Branch = "native" if native else "integer" if out.device.type == "cuda" else "interpreter"
     tiles = tiles or (8 if count else 1)
     blocks = triton.cdiv(n, block * tiles)
-    counts = torch.zeros(blocks, _COUNTS, dtype=torch.int32, device=out.device) if count else None
-    sums = torch.zeros(blocks, _SUMS, dtype=torch.float64, device=out.device) if count else None
+    # The kernel writes every row, so nothing needs to be cleared.
+    counts = torch.empty(blocks, _COUNTS, dtype=torch.int32, device=out.device) if count else None
+    sums = torch.empty(blocks, _SUMS, dtype=torch.float64, device=out.device) if count and base is not None else None
     if n == 0:
         return Result(counts, sums, branch)
     key = stochastic_key or 0

@@ -12,14 +12,20 @@ import torch
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.engine.device import CPU, Device, free_memory
 from mergetool.engine.reading import Fetcher, Method, fetcher
-from mergetool.errors import NonFiniteError
+from mergetool.errors import DeviceError, NonFiniteError
+from mergetool.ops.contract import Ops
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.program import Load, Program, Scale, Subtract
 from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 
 # 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
 CHUNK = 1 << 19
+# On a GPU: 24 MB of three bf16 operands. Smaller chunks pay for launches and Python, larger ones for pinned memory.
+GPU_CHUNK = 1 << 22
+# Threads that feed a GPU, a processor: each waits for its own chunk, so another one must be copying meanwhile.
+FEEDERS = 2
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
 
@@ -49,11 +55,13 @@ class Outcome:
     """What a run has to say beyond its output.
 
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through.
+    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that
+    the GPU had no memory for and the CPU computed.
     """
 
     capped: dict[str, int] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
+    off_device: dict[str, int] = field(default_factory=dict)
 
 
 def default_threads() -> int:
@@ -63,10 +71,35 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def memory_needed(plan: Plan, threads: int) -> int:
-    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for ``threads`` workers."""
+def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) -> int:
+    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for these workers."""
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
-    return threads * CHUNK * (4 * plan.registers + 4 + 4 * windows)
+    on_cpu = CHUNK * (4 * plan.registers + 4 + 4 * windows)
+    if not device.is_gpu:
+        return (threads or default_threads()) * on_cpu
+    workers, chunk = feeders(plan, threads, device)
+    return workers * (chunk * _element(plan) + on_cpu)
+
+
+def feeders(plan: Plan, threads: int | None, device: Device) -> tuple[int, int]:
+    """How many threads feed the GPUs, and the elements of a chunk, within the memory the device is allowed."""
+    wanted = FEEDERS * (threads or default_threads())
+    room = min(device.memory or free_memory(name) * 4 // 5 for name in device.names) * len(device.names)
+    chunk = GPU_CHUNK
+    while chunk > CHUNK and chunk * _element(plan) * len(device.names) > room:
+        chunk //= 2
+    return max(1, min(wanted, room // (chunk * _element(plan)))), chunk
+
+
+def _element(plan: Plan) -> int:
+    """Bytes that one element of the output needs at most, operands and result, on the device and pinned."""
+    widths = [
+        sum(window.dtype.bits for window in step.windows) + tensor.dtype.bits
+        for tensor in plan.tensors
+        for step in tensor.steps
+        if step.program is not None
+    ]
+    return max(widths, default=16) // 8
 
 
 def run(
@@ -76,41 +109,53 @@ def run(
     threads: int | None = None,
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
+    device: Device = CPU,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
     ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written
-    depend on neither ``threads`` nor ``method``. Raises NonFiniteError for NaN or infinity in an input or from
-    overflow unless they are to be kept, and whatever reading and writing raise; after an exception nothing more is
+    depend on ``threads``, ``method`` and ``device`` in nothing. Raises NonFiniteError for NaN or infinity in an input or from
+    overflow unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an exception nothing more is
     written.
     """
-    workers = _Workers(plan, writer, method, non_finite)
+    workers = _Workers(plan, writer, method, non_finite, device, threads)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
-        workers.run(threads or default_threads(), progress)
+        workers.run(progress)
     finally:
         torch.set_num_threads(torch_threads)
     return workers.outcome
 
 
-def jobs(plan: Plan) -> Iterator[Job]:
+def jobs(plan: Plan, chunk: int = CHUNK) -> Iterator[Job]:
     """The work in output order."""
     for tensor in plan.tensors:
         for step in tensor.steps:
-            for start in range(0, step.elements, CHUNK):
-                yield Job(tensor, step, start, min(CHUNK, step.elements - start))
+            yield from pieces(Job(tensor, step, 0, step.elements), chunk)
+
+
+def pieces(job: Job, chunk: int = CHUNK) -> Iterator[Job]:
+    """A job cut into chunks."""
+    for start in range(job.start, job.start + job.count, chunk):
+        yield Job(job.tensor, job.step, start, min(chunk, job.start + job.count - start))
 
 
 class _Workers:
-    def __init__(self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite) -> None:
+    def __init__(
+        self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite, device: Device, threads: int | None
+    ) -> None:
         self.plan = plan
         self.writer = writer
         self.method = method
         self.non_finite = non_finite
+        self.device = device
         self.outcome = Outcome()
-        self._jobs = list(jobs(plan))
+        self.threads, self.chunk = threads or default_threads(), CHUNK
+        if device.is_gpu:
+            self.threads, self.chunk = feeders(plan, threads, device)
+        self._jobs = list(jobs(plan, self.chunk))
         self._next = 0
         self._moved = 0
         self._failure: BaseException | None = None
@@ -118,8 +163,8 @@ class _Workers:
         self._lock = threading.Lock()
         self._files = [file for model in plan.inputs for file in model.checkpoint.files]
 
-    def run(self, threads: int, progress: Callable[[int], None]) -> None:
-        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(threads)]
+    def run(self, progress: Callable[[int], None]) -> None:
+        pool = [threading.Thread(target=self._work, args=[i], name=f"merge-{i}") for i in range(self.threads)]
         for thread in pool:
             thread.start()
         try:
@@ -141,9 +186,9 @@ class _Workers:
             moved, self._moved = self._moved, 0
         return moved
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         try:
-            worker = _Worker(self, CpuOps(capacity=CHUNK, registers=self.plan.registers))
+            worker = self._worker(number)
             while not self._stop.is_set():
                 with self._lock:
                     index, self._next = self._next, self._next + 1
@@ -156,6 +201,11 @@ class _Workers:
             with self._lock:
                 self._failure = self._failure or error
             self._stop.set()
+
+    def _worker(self, number: int) -> _Worker | _GpuWorker:
+        if self.device.is_gpu:
+            return _GpuWorker(self, self.device.names[number % len(self.device.names)])
+        return _Worker(self, CpuOps(capacity=CHUNK, registers=self.plan.registers))
 
     def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
         """The file, offset and size in bytes of a job's share of a window."""
@@ -175,7 +225,7 @@ class _Workers:
 class _Worker:
     """One thread's registers, buffers and reading method."""
 
-    def __init__(self, run: _Workers, ops: CpuOps) -> None:
+    def __init__(self, run: _Workers, ops: Ops) -> None:
         self.run = run
         self.ops = ops
         self.fetcher = run.new_fetcher()
@@ -194,8 +244,8 @@ class _Worker:
             out = raw[0]
         else:
             self._execute(job.step.program, raw, dtypes)
-            self._check(job, raw, dtypes)
             out, beyond = self.ops.store(0, job.tensor.dtype)
+            self._check(job, raw, dtypes)
             if beyond:
                 self._beyond(job, beyond)
         self.run.writer.write(job.tensor.name, at, out)
@@ -250,3 +300,41 @@ class _Worker:
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
                 f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
             )
+
+
+class _GpuWorker:
+    """One thread that feeds a GPU; copies, and what the device has no room for, are the CPU's."""
+
+    def __init__(self, run: _Workers, device: str) -> None:
+        self.run = run
+        self._device = device
+        self._on_device: _Worker | None = None
+        self._on_cpu: _Worker | None = None
+
+    def do(self, job: Job) -> int:
+        """Compute and write one job; returns the bytes moved."""
+        if job.step.program is None:
+            return self._by_cpu(job)
+        try:
+            return self._by_device(job)
+        except torch.OutOfMemoryError:
+            self._on_device = None
+            torch.cuda.empty_cache()
+            self.run.note(self.run.outcome.off_device, job.tensor.name, job.count)
+            return self._by_cpu(job)
+        except torch.AcceleratorError as error:
+            reason = str(error).partition("\n")[0]
+            raise DeviceError(f"the GPU {self._device} failed ({reason}); --device cpu gives the same bytes.") from None
+
+    def _by_device(self, job: Job) -> int:
+        from mergetool.ops.cuda import CudaOps
+
+        if self._on_device is None:
+            ops = CudaOps(capacity=self.run.chunk, registers=self.run.plan.registers, device=self._device)
+            self._on_device = _Worker(self.run, ops)
+        return self._on_device.do(job)
+
+    def _by_cpu(self, job: Job) -> int:
+        if self._on_cpu is None:
+            self._on_cpu = _Worker(self.run, CpuOps(capacity=CHUNK, registers=self.run.plan.registers))
+        return sum(self._on_cpu.do(piece) for piece in pieces(job))
