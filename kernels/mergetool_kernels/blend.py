@@ -131,7 +131,7 @@ def blend_kernel(
     tally = tl.zeros((BLOCK,), tl.int32)  # five counts of at most TILES, six bits each
     energy = tl.zeros((BLOCK,), tl.float32)
     projection = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         start = (block * TILES + tile) * BLOCK
         inside = start + lane < n
         r0 = tl.zeros((BLOCK,), tl.float32)
@@ -191,9 +191,11 @@ def blend_kernel(
                     plain = base * inverse
                 untouched = decode(encode(plain, random, OUT, NEAREST, NATIVE), OUT, NATIVE)
                 came = decode(stored, OUT, NATIVE)
-                delta = tl.where(inside & finite, r0 - base, 0.0)
+                change = came - untouched
+                known = inside & finite & (tl.abs(change) < float("inf"))
+                delta = tl.where(known, r0 - base, 0.0)
+                change = tl.where(known, change, 0.0)
                 size = tl.abs(delta)
-                change = tl.where(delta != 0.0, came - untouched, 0.0)
                 if OUT_SCALED != UNSCALED:
                     size = size * inverse
                     change = change / inverse

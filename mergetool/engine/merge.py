@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,19 +13,22 @@ import torch
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.device import CPU, Device, free_memory
-from mergetool.engine.reading import Fetcher, Method, fetcher
+from mergetool.engine.movements import Movements
+from mergetool.engine.reading import Fetcher, Method, PositionedFetcher, fetcher
 from mergetool.errors import DeviceError, NonFiniteError
 from mergetool.ops.contract import Ops
 from mergetool.ops.cpu import CpuOps
+from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
 from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 
 # 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
 CHUNK = 1 << 19
+# Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
+ROWS_CHUNK = 1 << 22
 # On a GPU: 24 MB of three bf16 operands. Smaller chunks pay for launches and Python, larger ones for pinned memory.
 GPU_CHUNK = 1 << 22
-# Threads that feed a GPU, a processor: each waits for its own chunk, so another one must be copying meanwhile.
-FEEDERS = 2
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
 
@@ -48,6 +51,7 @@ class Job:
     step: Step
     start: int
     count: int
+    rounding: Rounding
 
 
 @dataclass
@@ -55,13 +59,15 @@ class Outcome:
     """What a run has to say beyond its output.
 
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that
-    the GPU had no memory for and the CPU computed.
+    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
+    had no memory for and the CPU computed. ``movements`` is what became of
+    the first model's elements, where they were merged and the run measured.
     """
 
     capped: dict[str, int] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
     off_device: dict[str, int] = field(default_factory=dict)
+    movements: Movements = field(default_factory=Movements)
 
 
 def default_threads() -> int:
@@ -72,9 +78,11 @@ def default_threads() -> int:
 
 
 def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) -> int:
-    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for these workers."""
+    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own."""
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
-    on_cpu = CHUNK * (4 * plan.registers + 4 + 4 * windows)
+    elements = max((job.count for job in jobs(plan)), default=0)
+    feedback = 6 if plan.options.rounding == "error-feedback" else 0
+    on_cpu = elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 2_000_000
     if not device.is_gpu:
         return (threads or default_threads()) * on_cpu
     workers, chunk = feeders(plan, threads, device)
@@ -82,17 +90,16 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
 
 
 def feeders(plan: Plan, threads: int | None, device: Device) -> tuple[int, int]:
-    """How many threads feed the GPUs, and the elements of a chunk, within the memory the device is allowed."""
-    wanted = FEEDERS * (threads or default_threads())
+    """How many threads feed the GPUs, and the elements of a chunk, within the memory that may be taken of each."""
     room = min(device.memory or free_memory(name) * 4 // 5 for name in device.names) * len(device.names)
     chunk = GPU_CHUNK
     while chunk > CHUNK and chunk * _element(plan) * len(device.names) > room:
         chunk //= 2
-    return max(1, min(wanted, room // (chunk * _element(plan)))), chunk
+    return max(1, min(threads or default_threads(), room // (chunk * _element(plan)))), chunk
 
 
 def _element(plan: Plan) -> int:
-    """Bytes that one element of the output needs at most, operands and result, on the device and pinned."""
+    """Bytes that one element of the output needs at most on the device, and as many pinned: operands and result."""
     widths = [
         sum(window.dtype.bits for window in step.windows) + tensor.dtype.bits
         for tensor in plan.tensors
@@ -110,16 +117,18 @@ def run(
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
+    measured: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
-    ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written
-    depend on ``threads``, ``method`` and ``device`` in nothing. Raises NonFiniteError for NaN or infinity in an input or from
-    overflow unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an exception nothing more is
-    written.
+    ``measured`` says whether movements are wanted. ``progress`` is called from this thread with the bytes read and
+    written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
+    the energies' last digits depend on the device. Raises NonFiniteError for NaN or infinity in an input or from overflow
+    unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
+    exception nothing more is written.
     """
-    workers = _Workers(plan, writer, method, non_finite, device, threads)
+    workers = _Workers(plan, writer, method, non_finite, device, threads, measured=measured)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
@@ -129,33 +138,59 @@ def run(
     return workers.outcome
 
 
-def jobs(plan: Plan, chunk: int = CHUNK) -> Iterator[Job]:
-    """The work in output order."""
+def jobs(plan: Plan, size: int = CHUNK) -> Iterator[Job]:
+    """The work in output order, in chunks of ``size`` elements, or of whole rows where those are needed."""
+    options = plan.options
     for tensor in plan.tensors:
+        row = tensor.shape[-1] if tensor.shape else 1
+        key = stream_key(options.seed, tensor.name)
         for step in tensor.steps:
-            yield from pieces(Job(tensor, step, 0, step.elements), chunk)
+            whole_rows = options.rounding == "error-feedback" and step.program is not None
+            # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
+            rows = min(row, step.elements)
+            chunk = max(1, ROWS_CHUNK // rows) * rows if whole_rows and rows else size
+            for start in range(0, step.elements, chunk):
+                rounding: Rounding = NEAREST
+                if options.rounding == "stochastic":
+                    rounding = Stochastic(key, step.first + start)
+                elif whole_rows:
+                    rounding = ErrorFeedback(rows)
+                yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
 
 
-def pieces(job: Job, chunk: int = CHUNK) -> Iterator[Job]:
-    """A job cut into chunks."""
-    for start in range(job.start, job.start + job.count, chunk):
-        yield Job(job.tensor, job.step, start, min(chunk, job.start + job.count - start))
+def pieces(job: Job) -> Iterator[Job]:
+    """A GPU's job in chunks for the CPU."""
+    for start in range(0, job.count, CHUNK):
+        rounding = job.rounding
+        if isinstance(rounding, Stochastic):
+            rounding = replace(rounding, first=rounding.first + start)
+        yield Job(job.tensor, job.step, job.start + start, min(CHUNK, job.count - start), rounding)
 
 
 class _Workers:
     def __init__(
-        self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite, device: Device, threads: int | None
+        self,
+        plan: Plan,
+        writer: Output,
+        method: Method,
+        non_finite: NonFinite,
+        device: Device,
+        threads: int | None,
+        *,
+        measured: bool,
     ) -> None:
         self.plan = plan
         self.writer = writer
         self.method = method
         self.non_finite = non_finite
-        self.device = device
+        self.measured = measured
         self.outcome = Outcome()
+        self.device = device
         self.threads, self.chunk = threads or default_threads(), CHUNK
         if device.is_gpu:
             self.threads, self.chunk = feeders(plan, threads, device)
         self._jobs = list(jobs(plan, self.chunk))
+        self._movements: dict[int, Movement] = {}
         self._next = 0
         self._moved = 0
         self._failure: BaseException | None = None
@@ -180,6 +215,10 @@ class _Workers:
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
+        self.outcome.movements = Movements.of(
+            ((self._jobs[i].tensor.name, self._jobs[i].step.part), movement)
+            for i, movement in sorted(self._movements.items())
+        )
 
     def _take_moved(self) -> int:
         with self._lock:
@@ -194,9 +233,11 @@ class _Workers:
                     index, self._next = self._next, self._next + 1
                 if index >= len(self._jobs):
                     return
-                moved = worker.do(self._jobs[index])
+                moved, movement = worker.do(self._jobs[index])
                 with self._lock:
                     self._moved += moved
+                    if movement is not None:
+                        self._movements[index] = movement
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -205,7 +246,11 @@ class _Workers:
     def _worker(self, number: int) -> _Worker | _GpuWorker:
         if self.device.is_gpu:
             return _GpuWorker(self, self.device.names[number % len(self.device.names)])
-        return _Worker(self, CpuOps(capacity=CHUNK, registers=self.plan.registers))
+        return self.cpu_worker(max((job.count for job in self._jobs), default=0))
+
+    def cpu_worker(self, capacity: int) -> _Worker:
+        ops = CpuOps(capacity=capacity, registers=self.plan.registers + 1)
+        return _Worker(self, ops, fetcher(self.method, self._files))
 
     def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
         """The file, offset and size in bytes of a job's share of a window."""
@@ -213,9 +258,6 @@ class _Workers:
         bits = window.dtype.bits
         begin, end = job.start * bits // 8, -(-(job.start + job.count) * bits // 8)
         return file, base + window.start + begin, end - begin
-
-    def new_fetcher(self) -> Fetcher:
-        return fetcher(self.method, self._files)
 
     def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
         with self._lock:
@@ -225,18 +267,19 @@ class _Workers:
 class _Worker:
     """One thread's registers, buffers and reading method."""
 
-    def __init__(self, run: _Workers, ops: Ops) -> None:
+    def __init__(self, run: _Workers, ops: Ops, fetcher: Fetcher) -> None:
         self.run = run
         self.ops = ops
-        self.fetcher = run.new_fetcher()
+        self.fetcher = fetcher
 
-    def do(self, job: Job) -> int:
-        """Compute and write one job; returns the bytes moved."""
+    def do(self, job: Job) -> tuple[int, Movement | None]:
+        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
         places = [self.run.place(window, job) for window in job.step.windows]
         raw = [self.fetcher.fetch(slot, *place) for slot, place in enumerate(places)]
         dtypes = [window.dtype for window in job.step.windows]
         bits = job.tensor.dtype.bits
         at = (job.step.first + job.start) * bits // 8
+        movement = None
         if job.step.program is None:
             if dtypes[0].blendable:
                 self._execute(COPY, raw, dtypes)
@@ -244,7 +287,13 @@ class _Worker:
             out = raw[0]
         else:
             self._execute(job.step.program, raw, dtypes)
-            out, beyond = self.ops.store(0, job.tensor.dtype)
+            first = None
+            if job.step.base is not None and self.run.measured:
+                first = self.run.plan.registers
+                self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
+            out, beyond = self.ops.store(0, job.tensor.dtype, job.rounding, first)
+            if first is not None:
+                movement = self.ops.measure(0, first, job.tensor.dtype)
             self._check(job, raw, dtypes)
             if beyond:
                 self._beyond(job, beyond)
@@ -254,7 +303,7 @@ class _Worker:
             view.release()
         for place in places:
             self.fetcher.release(*place)
-        return moved
+        return moved, movement
 
     def _execute(self, program: Program, raw: list[memoryview], dtypes: list[DType]) -> None:
         ops = self.ops
@@ -303,7 +352,7 @@ class _Worker:
 
 
 class _GpuWorker:
-    """One thread that feeds a GPU; copies, and what the device has no room for, are the CPU's."""
+    """One thread that feeds a GPU. Copies, error feedback and what the device has no room for are the CPU's."""
 
     def __init__(self, run: _Workers, device: str) -> None:
         self.run = run
@@ -311,9 +360,9 @@ class _GpuWorker:
         self._on_device: _Worker | None = None
         self._on_cpu: _Worker | None = None
 
-    def do(self, job: Job) -> int:
-        """Compute and write one job; returns the bytes moved."""
-        if job.step.program is None:
+    def do(self, job: Job) -> tuple[int, Movement | None]:
+        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
+        if job.step.program is None or isinstance(job.rounding, ErrorFeedback):
             return self._by_cpu(job)
         try:
             return self._by_device(job)
@@ -326,15 +375,21 @@ class _GpuWorker:
             reason = str(error).partition("\n")[0]
             raise DeviceError(f"the GPU {self._device} failed ({reason}); --device cpu gives the same bytes.") from None
 
-    def _by_device(self, job: Job) -> int:
+    def _by_device(self, job: Job) -> tuple[int, Movement | None]:
         from mergetool.ops.cuda import CudaOps
 
         if self._on_device is None:
-            ops = CudaOps(capacity=self.run.chunk, registers=self.run.plan.registers, device=self._device)
-            self._on_device = _Worker(self.run, ops)
+            ops = CudaOps(capacity=self.run.chunk, registers=self.run.plan.registers + 1, device=self._device)
+            # Read straight into pinned memory. Windows would save no copy here, and giving them back costs every thread of
+            # the process a flush of its translations.
+            self._on_device = _Worker(self.run, ops, PositionedFetcher(ops.room))
         return self._on_device.do(job)
 
-    def _by_cpu(self, job: Job) -> int:
+    def _by_cpu(self, job: Job) -> tuple[int, Movement | None]:
         if self._on_cpu is None:
-            self._on_cpu = _Worker(self.run, CpuOps(capacity=CHUNK, registers=self.run.plan.registers))
-        return sum(self._on_cpu.do(piece) for piece in pieces(job))
+            capacity = max(CHUNK, job.count if isinstance(job.rounding, ErrorFeedback) else 0)
+            self._on_cpu = self.run.cpu_worker(capacity)
+        parts = [job] if isinstance(job.rounding, ErrorFeedback) else list(pieces(job))
+        done = [self._on_cpu.do(part) for part in parts]
+        movements = [movement for _, movement in done if movement is not None]
+        return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
