@@ -13,7 +13,8 @@ from mergetool.cli import console
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
-    from mergetool.lora.extract import Extraction, Layer
+    from mergetool.lora.extract import Extraction
+    from mergetool.lora.layer import Layer
     from mergetool.lora.pairs import DiffOptions, Pairing
 
 # The first of these that a matrix is in is its row of the table.

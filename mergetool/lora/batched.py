@@ -27,13 +27,13 @@ from mergetool.lora.range_finder import CAP_TOLERANCE, LARGEST_BASIS, ZERO, Goal
 from mergetool.lora.svd import (
     SMALL,
     Decomposition,
+    Method,
     check_options,
     conclude,
     goal_for,
     named_seed,
     safe_exponent,
     scaled_by,
-    squared_norm,
     zero_decomposition,
 )
 from mergetool.lora.tail import rank_for_energy
@@ -166,7 +166,7 @@ class _Search:
         cheap = self._sketch.dtype == torch.bfloat16
         self._coarse = 2.0**-5 / self._short**0.5 if cheap else 0.0  # twice what BF16 products make of an energy
 
-    def run(self) -> Iterator[tuple[int, Products, Projection, str]]:
+    def run(self) -> Iterator[tuple[int, Products, Projection, Method]]:
         """Place in the batch, its products, its directions and the method, in no particular order."""
         waiting = {self._first_width(): list(range(len(self._deltas)))}
         while waiting:
@@ -308,7 +308,8 @@ def _whitening(gram: Tensor) -> Tensor:
     scaled = gram * scale[:, :, None] * scale[:, None, :] + 1e-13 * identity
     factor = torch.linalg.cholesky_ex(scaled).L
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return (inverse * scale[:, None, :]).mT
+    turn: Tensor = (inverse * scale[:, None, :]).mT
+    return turn
 
 
 def _smallest_energy(gram: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ def balanced_factors(found: Decomposition, dtype: torch.dtype) -> tuple[Tensor, 
     rounded ``down`` by least squares, min ||U S V^T - up @ down||_F, and rounded. Raises NonFiniteError when a
     value does not fit ``dtype``.
     """
-    work = _precision(found, dtype)
+    work = working_precision(found, dtype)
     root = found.singular_values.sqrt()
     right = found.right.to(work)
     down = (root.to(work)[:, None] * right).to(dtype)
@@ -286,7 +286,7 @@ def stored_residual(found: Decomposition, down: Tensor, up: Tensor) -> float:
     """
     if found.rank == 0:
         return 0.0 if found.total_energy == 0.0 else 1.0
-    work = _precision(found, down.dtype)
+    work = working_precision(found, down.dtype)
     right, rows, columns = found.right.to(work), down.to(work), up.to(work)
     inside = rows @ right.T
     outside = rows - inside @ right
@@ -295,7 +295,7 @@ def stored_residual(found: Decomposition, down: Tensor, up: Tensor) -> float:
     return math.sqrt(max(float(missed) + float(added) + found.lost_energy, 0.0) / found.total_energy)
 
 
-def _precision(found: Decomposition, dtype: torch.dtype) -> torch.dtype:
+def working_precision(found: Decomposition, dtype: torch.dtype) -> torch.dtype:
     """The dtype to work in for factors of ``dtype``: float32 where its error, 2^-24, is far below their rounding.
 
     Float64 took 25 ms more for each 10240 x 3840 matrix. It is kept for float32 factors, and for singular values whose
