@@ -34,7 +34,7 @@ from mergetool.lora import batched, dialects
 from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.factors import factors_of
 from mergetool.lora.layer import Layer
-from mergetool.lora.on_device import Uploads, free_memory, in_batches, solve_all
+from mergetool.lora.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
 from mergetool.lora.pairs import DiffOptions, Pairing
 from mergetool.lora.svd import SMALL
 
@@ -63,10 +63,10 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def read_only(pairing: Pairing, device: torch.device) -> int:
+def read_only(pairing: Pairing, device: torch.device, readers: int = READERS) -> int:
     """Upload every batch as an extraction does and drop it; returns the bytes."""
     batches = in_batches(pairing.decomposed, free_memory(device))
-    with closing(Uploads(pairing, batches, device).run()) as running:
+    with closing(Uploads(pairing, batches, device, readers).run()) as running:
         for upload in running:
             upload.wait(None)
             upload.release(torch.cuda.current_stream(device) if device.type == "cuda" else None)
@@ -84,6 +84,12 @@ def solve_only(pairing: Pairing, device: torch.device) -> None:
 def timed_runs(pairing: Pairing, clock: Clock, folder: Path, runs: int) -> tuple[Extraction, int]:
     """One round to warm up, then ``runs`` of reading, solving and extracting in turn; returns the last extraction."""
     found, size = Extraction(), 0
+    read_only(pairing, clock.device)
+    for readers in (2, 4, 8, 12, 16):
+        own = Clock(clock.device)
+        with own("read"):
+            size = read_only(pairing, clock.device, readers)
+        print(f"reading with {readers:2} threads: {size / own.seconds['read'][0] / 1e9:.1f} GB/s", flush=True)
     for number in range(runs + 1):
         prefix = "" if number else "first "
         with clock(prefix + "read"):
@@ -129,7 +135,6 @@ def stages(pairing: Pairing, clock: Clock) -> None:
 
 
 def _stages_of(base: torch.Tensor, variant: torch.Tensor, names: list[str], clock: Clock) -> None:
-    from mergetool.lora.on_device import subtract
 
     with clock("subtract"):
         deltas = torch.empty(base.shape, device=base.device)

@@ -14,6 +14,7 @@ missed 4e-4 of the energy of the best 64 directions of a 3840 x 3840 matrix; wit
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -103,18 +104,32 @@ def decompose_batch(
     return [found[i] for i in range(len(names))]
 
 
+class _Ieee:
+    """Who needs IEEE products now, and what to go back to when nobody does: torch's switches are the process's."""
+
+    lock = threading.Lock()
+    users = 0
+    before: tuple[str, bool] = ("highest", True)
+
+
 @contextmanager
 def ieee_float32() -> Iterator[None]:
     """Float32 products without TF32, and BF16 products without BF16 partial sums, whatever the caller has set."""
-    precision = torch.get_float32_matmul_precision()
-    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    matmul = torch.backends.cuda.matmul
+    with _Ieee.lock:
+        if _Ieee.users == 0:
+            _Ieee.before = torch.get_float32_matmul_precision(), matmul.allow_bf16_reduced_precision_reduction
+            torch.set_float32_matmul_precision("highest")
+            matmul.allow_bf16_reduced_precision_reduction = False
+        _Ieee.users += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+        with _Ieee.lock:
+            _Ieee.users -= 1
+            if _Ieee.users == 0:
+                torch.set_float32_matmul_precision(_Ieee.before[0])
+                matmul.allow_bf16_reduced_precision_reduction = _Ieee.before[1]
 
 
 def squared_norms(deltas: Tensor) -> list[float]:

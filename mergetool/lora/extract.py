@@ -115,8 +115,12 @@ def extract(
     entries = [(name, options.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
     header = Header.plan(entries, early.result() if early else _metadata(pairing, options))
     with CheckpointWriter.stage(output, header, overwrite=overwrite, inputs=files) as writer:
-        for name in header.tensors:
+
+        def write(name: str) -> None:
             writer.write(name, 0, factors[name].contiguous().view(torch.uint8).numpy().reshape(-1).data)
+
+        with ThreadPoolExecutor(threads or default_threads(), "write") as pool:
+            list(pool.map(write, header.tensors))
         writer.commit()
     return found
 

@@ -33,6 +33,7 @@ WORKERS = 2
 """Batches decomposed at once: while one waits for its eigenvectors from the CPU, the device works on the other."""
 
 READERS = 8
+"""Threads that read files; each holds two page-locked buffers of 16 MB."""
 
 MOST_ELEMENTS = 320 << 20
 """Elements of a batch: 8 matrices of 10240 x 3840. Larger ones gain nothing and leave more to do after the last byte."""
@@ -51,7 +52,10 @@ def choose(device: str) -> torch.device | None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes of device memory that a run may use where nobody says: four fifths of what is free."""
-    return torch.cuda.mem_get_info(device)[0] * 4 // 5 if device.type == "cuda" else 4 << 30
+    if device.type != "cuda":
+        return 4 << 30
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, from an earlier run
+    return (torch.cuda.mem_get_info(device)[0] + kept) * 4 // 5
 
 
 @dataclass(frozen=True, slots=True)
