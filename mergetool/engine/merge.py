@@ -76,7 +76,7 @@ def memory_needed(plan: Plan, threads: int) -> int:
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
     elements = max((job.count for job in jobs(plan)), default=0)
     feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    return threads * (elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 2_000_000)
+    return threads * (elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 6_000_000)
 
 
 def run(
@@ -134,6 +134,7 @@ class _Workers:
         self.non_finite = non_finite
         self.measured = measured
         self.outcome = Outcome()
+        self.registers = plan.registers
         self._jobs = list(jobs(plan))
         self._movements: dict[int, Movement] = {}
         self._next = 0
@@ -173,7 +174,7 @@ class _Workers:
     def _work(self) -> None:
         try:
             capacity = max((job.count for job in self._jobs), default=0)
-            worker = _Worker(self, CpuOps(capacity=capacity, registers=self.plan.registers + 1))
+            worker = _Worker(self, CpuOps(capacity=capacity, registers=self.registers + 1))
             while not self._stop.is_set():
                 with self._lock:
                     index, self._next = self._next, self._next + 1
@@ -232,7 +233,7 @@ class _Worker:
             if beyond:
                 self._beyond(job, beyond)
             if job.step.base is not None and self.run.measured:
-                first = self.run.plan.registers
+                first = self.run.registers  # one more than any program needs
                 self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
                 movement = self.ops.measure(0, first, job.tensor.dtype)
         self.run.writer.write(job.tensor.name, at, out)
