@@ -82,7 +82,7 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
     elements = max((job.count for job in jobs(plan)), default=0)
     feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    on_cpu = elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 2_000_000
+    on_cpu = elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 6_000_000
     if not device.is_gpu:
         return (threads or default_threads()) * on_cpu
     workers, chunk = feeders(plan, threads, device)
@@ -189,6 +189,7 @@ class _Workers:
         self.threads, self.chunk = threads or default_threads(), CHUNK
         if device.is_gpu:
             self.threads, self.chunk = feeders(plan, threads, device)
+        self.registers = plan.registers
         self._jobs = list(jobs(plan, self.chunk))
         self._movements: dict[int, Movement] = {}
         self._next = 0
@@ -249,7 +250,7 @@ class _Workers:
         return self.cpu_worker(max((job.count for job in self._jobs), default=0))
 
     def cpu_worker(self, capacity: int) -> _Worker:
-        ops = CpuOps(capacity=capacity, registers=self.plan.registers + 1)
+        ops = CpuOps(capacity=capacity, registers=self.registers + 1)
         return _Worker(self, ops, fetcher(self.method, self._files))
 
     def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
@@ -289,7 +290,7 @@ class _Worker:
             self._execute(job.step.program, raw, dtypes)
             first = None
             if job.step.base is not None and self.run.measured:
-                first = self.run.plan.registers
+                first = self.run.registers  # one more than any program needs
                 self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
             out, beyond = self.ops.store(0, job.tensor.dtype, job.rounding, first)
             if first is not None:
@@ -379,7 +380,7 @@ class _GpuWorker:
         from mergetool.ops.cuda import CudaOps
 
         if self._on_device is None:
-            ops = CudaOps(capacity=self.run.chunk, registers=self.run.plan.registers + 1, device=self._device)
+            ops = CudaOps(capacity=self.run.chunk, registers=self.run.registers + 1, device=self._device)
             # Read straight into pinned memory. Windows would save no copy here, and giving them back costs every thread of
             # the process a flush of its translations.
             self._on_device = _Worker(self.run, ops, PositionedFetcher(ops.room))

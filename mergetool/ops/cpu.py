@@ -62,7 +62,7 @@ class CpuOps:
     """The ``Ops`` contract over torch tensors in main memory.
 
     Holds ``registers`` float32 vectors of ``capacity`` elements and one output buffer: about
-    ``capacity * (4 * registers + 4)`` bytes, and 1.5 MB to work in.
+    ``capacity * (4 * registers + 4)`` bytes, and 6 MB to work in.
     """
 
     def __init__(self, *, capacity: int, registers: int) -> None:
