@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -12,11 +12,11 @@ import torch
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine.device import CPU, Device, free_memory
+from mergetool.engine import gpu
+from mergetool.engine.device import CPU, Device
 from mergetool.engine.movements import Movements
-from mergetool.engine.reading import Fetcher, Method, PositionedFetcher, fetcher
-from mergetool.errors import DeviceError, NonFiniteError
-from mergetool.ops.contract import Ops
+from mergetool.engine.reading import Fetcher, Method, fetcher
+from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
@@ -27,8 +27,6 @@ from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 CHUNK = 1 << 19
 # Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
 ROWS_CHUNK = 1 << 22
-# On a GPU: 24 MB of three bf16 operands. Smaller chunks pay for launches and Python, larger ones for pinned memory.
-GPU_CHUNK = 1 << 22
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
 
@@ -83,30 +81,8 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
     elements = max((job.count for job in jobs(plan)), default=0)
     feedback = 6 if plan.options.rounding == "error-feedback" else 0
     on_cpu = elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 6_000_000
-    if not device.is_gpu:
-        return (threads or default_threads()) * on_cpu
-    workers, chunk = feeders(plan, threads, device)
-    return workers * (chunk * _element(plan) + on_cpu)
-
-
-def feeders(plan: Plan, threads: int | None, device: Device) -> tuple[int, int]:
-    """How many threads feed the GPUs, and the elements of a chunk, within the memory that may be taken of each."""
-    room = min(device.memory or free_memory(name) * 4 // 5 for name in device.names) * len(device.names)
-    chunk = GPU_CHUNK
-    while chunk > CHUNK and chunk * _element(plan) * len(device.names) > room:
-        chunk //= 2
-    return max(1, min(threads or default_threads(), room // (chunk * _element(plan)))), chunk
-
-
-def _element(plan: Plan) -> int:
-    """Bytes that one element of the output needs at most on the device, and as many pinned: operands and result."""
-    widths = [
-        sum(window.dtype.bits for window in step.windows) + tensor.dtype.bits
-        for tensor in plan.tensors
-        for step in tensor.steps
-        if step.program is not None
-    ]
-    return max(widths, default=16) // 8
+    pinned = len(device.names) * gpu.room(plan, device).pinned if device.is_gpu else 0
+    return (threads or default_threads()) * on_cpu + pinned
 
 
 def run(
@@ -186,13 +162,16 @@ class _Workers:
         self.measured = measured
         self.outcome = Outcome()
         self.device = device
-        self.threads, self.chunk = threads or default_threads(), CHUNK
-        if device.is_gpu:
-            self.threads, self.chunk = feeders(plan, threads, device)
+        self.threads = threads or default_threads()
         self.registers = plan.registers
-        self._jobs = list(jobs(plan, self.chunk))
+        self._room = gpu.room(plan, device) if device.is_gpu else None
+        self._jobs = list(jobs(plan, self._room.chunk if self._room else CHUNK))
+        on_gpu = [device.is_gpu and gpu.suits(job) for job in self._jobs]
+        self._for_cpu = iter([i for i, suited in enumerate(on_gpu) if not suited])
+        self._for_gpu = iter([i for i, suited in enumerate(on_gpu) if suited])
+        self._spare: _Worker | None = None
+        self._redoing = threading.Lock()
         self._movements: dict[int, Movement] = {}
-        self._next = 0
         self._moved = 0
         self._failure: BaseException | None = None
         self._stop = threading.Event()
@@ -200,7 +179,8 @@ class _Workers:
         self._files = [file for model in plan.inputs for file in model.checkpoint.files]
 
     def run(self, progress: Callable[[int], None]) -> None:
-        pool = [threading.Thread(target=self._work, args=[i], name=f"merge-{i}") for i in range(self.threads)]
+        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self.threads)]
+        pool += [threading.Thread(target=self._drive, args=[name], name=f"merge-{name}") for name in self.device.names]
         for thread in pool:
             thread.start()
         try:
@@ -226,31 +206,62 @@ class _Workers:
             moved, self._moved = self._moved, 0
         return moved
 
-    def _work(self, number: int) -> None:
+    def _work(self) -> None:
         try:
-            worker = self._worker(number)
-            while not self._stop.is_set():
-                with self._lock:
-                    index, self._next = self._next, self._next + 1
-                if index >= len(self._jobs):
-                    return
-                moved, movement = worker.do(self._jobs[index])
-                with self._lock:
-                    self._moved += moved
-                    if movement is not None:
-                        self._movements[index] = movement
+            worker = None
+            while (taken := self._take(self._for_cpu)) is not None:
+                index, job = taken
+                worker = worker or self._cpu_worker()
+                for part in self._parts(job):
+                    self._done(index, job, *worker.do(part))
         except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
-            self._stop.set()
+            self._fail(error)
 
-    def _worker(self, number: int) -> _Worker | _GpuWorker:
-        if self.device.is_gpu:
-            return _GpuWorker(self, self.device.names[number % len(self.device.names)])
-        return self.cpu_worker(max((job.count for job in self._jobs), default=0))
+    def _drive(self, name: str) -> None:
+        assert self._room is not None
+        tasks = gpu.Tasks(lambda: self._take(self._for_gpu), self._redo, self._done, self._off_device, self._fail)
+        try:
+            gpu.Driver(self.plan, self.writer.write, tasks, name, self._room, measured=self.measured).work()
+        except BaseException as error:
+            self._fail(error)
 
-    def cpu_worker(self, capacity: int) -> _Worker:
-        ops = CpuOps(capacity=capacity, registers=self.registers + 1)
+    def _take(self, queue: Iterator[int]) -> tuple[int, Job] | None:
+        with self._lock:
+            index = None if self._stop.is_set() else next(queue, None)
+            return None if index is None else (index, self._jobs[index])
+
+    def _done(self, index: int, job: Job, moved: int, movement: Movement | None, capped: int = 0) -> None:
+        with self._lock:
+            self._moved += moved
+            if movement is not None:
+                self._movements[index] = movement
+        if capped:
+            self.note(self.outcome.capped, job.tensor.name, capped)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure = self._failure or error
+        self._stop.set()
+
+    def _off_device(self, job: Job) -> None:
+        self.note(self.outcome.off_device, job.tensor.name, job.count)
+
+    def _redo(self, job: Job) -> tuple[int, Movement | None]:
+        """A GPU's job by the CPU, one at a time."""
+        with self._redoing:
+            self._spare = self._spare or self._cpu_worker()
+            done = [self._spare.do(part) for part in pieces(job)]
+        movements = [movement for _, movement in done if movement is not None]
+        return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
+
+    @staticmethod
+    def _parts(job: Job) -> Iterable[Job]:
+        """A job in chunks for the CPU; arithmetic jobs of a run without a GPU are that already."""
+        return pieces(job) if job.step.program is None else [job]
+
+    def _cpu_worker(self) -> _Worker:
+        capacity = max((job.count for job in self._jobs if isinstance(job.rounding, ErrorFeedback)), default=0)
+        ops = CpuOps(capacity=max(CHUNK, capacity), registers=self.registers + 1)
         return _Worker(self, ops, fetcher(self.method, self._files))
 
     def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
@@ -268,7 +279,7 @@ class _Workers:
 class _Worker:
     """One thread's registers, buffers and reading method."""
 
-    def __init__(self, run: _Workers, ops: Ops, fetcher: Fetcher) -> None:
+    def __init__(self, run: _Workers, ops: CpuOps, fetcher: Fetcher) -> None:
         self.run = run
         self.ops = ops
         self.fetcher = fetcher
@@ -350,47 +361,3 @@ class _Worker:
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
                 f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
             )
-
-
-class _GpuWorker:
-    """One thread that feeds a GPU. Copies, error feedback and what the device has no room for are the CPU's."""
-
-    def __init__(self, run: _Workers, device: str) -> None:
-        self.run = run
-        self._device = device
-        self._on_device: _Worker | None = None
-        self._on_cpu: _Worker | None = None
-
-    def do(self, job: Job) -> tuple[int, Movement | None]:
-        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
-        if job.step.program is None or isinstance(job.rounding, ErrorFeedback):
-            return self._by_cpu(job)
-        try:
-            return self._by_device(job)
-        except torch.OutOfMemoryError:
-            self._on_device = None
-            torch.cuda.empty_cache()
-            self.run.note(self.run.outcome.off_device, job.tensor.name, job.count)
-            return self._by_cpu(job)
-        except torch.AcceleratorError as error:
-            reason = str(error).partition("\n")[0]
-            raise DeviceError(f"the GPU {self._device} failed ({reason}); --device cpu gives the same bytes.") from None
-
-    def _by_device(self, job: Job) -> tuple[int, Movement | None]:
-        from mergetool.ops.cuda import CudaOps
-
-        if self._on_device is None:
-            ops = CudaOps(capacity=self.run.chunk, registers=self.run.registers + 1, device=self._device)
-            # Read straight into pinned memory. Windows would save no copy here, and giving them back costs every thread of
-            # the process a flush of its translations.
-            self._on_device = _Worker(self.run, ops, PositionedFetcher(ops.room))
-        return self._on_device.do(job)
-
-    def _by_cpu(self, job: Job) -> tuple[int, Movement | None]:
-        if self._on_cpu is None:
-            capacity = max(CHUNK, job.count if isinstance(job.rounding, ErrorFeedback) else 0)
-            self._on_cpu = self.run.cpu_worker(capacity)
-        parts = [job] if isinstance(job.rounding, ErrorFeedback) else list(pieces(job))
-        done = [self._on_cpu.do(part) for part in parts]
-        movements = [movement for _, movement in done if movement is not None]
-        return sum(moved for moved, _ in done), Movement.total(movements) if movements else None

@@ -23,7 +23,7 @@ from mergetool.lora.batched import decompose_batch, squared_norms
 from mergetool.lora.factors import factors_of
 from mergetool.lora.layer import Result
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
-from mergetool.lora.upload import Uploader
+from mergetool.engine.upload import Uploader
 from mergetool.ops.cpu import TORCH
 
 Solved = tuple[Pair, float, Result | None]
@@ -240,6 +240,8 @@ def solve_all(
 
     Raises what reading and decomposing raise.
     """
+    # torch loads its linear algebra at the first call, and fails if two threads make that call.
+    torch.linalg.cholesky_ex(torch.eye(2, device=device))
     solver = Solver(pairing, options, alone)
     uploads = Uploads(pairing, in_batches(pairing.decomposed, memory), device)
     working: deque[Future[list[Solved]]] = deque()

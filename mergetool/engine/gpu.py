@@ -1,0 +1,237 @@
+"""Merge on a GPU: reading, copying in, arithmetic, copying out and writing, each going on while the others do.
+
+Many threads read (and wait for the disk), one launches: Python's lock lets only one thread of a process act at a time, and
+with sixteen that each did a whole job, an H100 was fed at 15 GB/s where its readers alone reach 29.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergetool.engine.device import Device, free_memory
+from mergetool.engine.upload import Uploader
+from mergetool.errors import DeviceError
+from mergetool.ops.movement import Movement
+from mergetool.ops.program import Load, Scale, Subtract
+from mergetool.ops.rounding import ErrorFeedback
+from mergetool.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from mergetool.engine.merge import Job
+    from mergetool.ops.cuda import CudaOps
+
+CHUNK = 1 << 23
+"""Elements of a job: 16 MB of bf16 an operand. Of 2 Mi, 4 Mi and 8 Mi the larger ones were faster."""
+
+SLOTS = 6
+"""Jobs under way at once: some being read, one computing, some being written."""
+
+READERS = 16
+WRITERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much a GPU holds of a merge: ``slots`` jobs of at most ``chunk`` elements, of ``element`` bytes each."""
+
+    slots: int
+    chunk: int
+    element: int
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of page-locked host memory, at most."""
+        return self.slots * self.chunk * 4 + readers() * Uploader.PINNED
+
+
+def readers() -> int:
+    """How many threads read: more than this machine's processors where they are few, since they wait for the disk."""
+    from mergetool.engine.merge import default_threads
+
+    return max(4, min(READERS, default_threads()))
+
+
+def room(plan: Plan, device: Device) -> Room:
+    """What fits into the memory that may be taken of each GPU; no slot at all where not even a small job does."""
+    widths = [
+        sum(window.dtype.bits for window in step.windows) + tensor.dtype.bits
+        for tensor in plan.tensors
+        for step in tensor.steps
+        if step.program is not None
+    ]
+    element = max(widths, default=16) // 8
+    allowed = min(device.memory or free_memory(name) * 4 // 5 for name in device.names)
+    chunk = CHUNK
+    while chunk > 1 << 16 and 3 * chunk * element > allowed:
+        chunk //= 2
+    return Room(min(SLOTS, allowed // (chunk * element)), chunk, element)
+
+
+def suits(job: Job) -> bool:
+    """Whether a GPU does this job: arithmetic of plain floats. Copies and what goes element by element are the CPU's."""
+    return job.step.program is not None and not isinstance(job.rounding, ErrorFeedback)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a driver needs of the run it works for; called from its threads."""
+
+    take: Callable[[], tuple[int, Job] | None]
+    redo: Callable[[Job], tuple[int, Movement | None]]
+    done: Callable[[int, Job, int, Movement | None, int], None]  # index, job, bytes moved, movement, capped
+    off_device: Callable[[Job], None]
+    fail: Callable[[BaseException], None]
+
+
+@dataclass
+class _Slot:
+    """Device memory for one job: its operands, and what computes on them."""
+
+    ops: CudaOps
+    operands: Tensor  # uint8
+    files: list[Future[None]] = field(default_factory=list)
+
+
+class Driver:
+    """One GPU's share of a run, from one launching thread."""
+
+    def __init__(self, plan: Plan, write: Callable[[str, int, memoryview], None], tasks: Tasks, name: str, room: Room,
+                 *, measured: bool) -> None:  # fmt: skip
+        self._plan = plan
+        self._write = write
+        self._tasks = tasks
+        self._name = name
+        self._room = room
+        self._measured = measured
+        self._registers = plan.registers
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+
+    def work(self) -> None:
+        """Do jobs until there are none left, or the run stops; raises DeviceError when the GPU fails."""
+        try:
+            self._work()
+        except torch.AcceleratorError as error:
+            raise failure(self._name, error) from None
+
+    def _work(self) -> None:
+        reading: deque[tuple[_Slot, int, Job]] = deque()
+        more = self._allocate() > 0
+        if not more:
+            self._without_device()
+            return
+        with (
+            ThreadPoolExecutor(WRITERS, "write") as writers,
+            Uploader(torch.device(self._name), readers()) as uploader,
+        ):
+            while True:
+                while more and (not reading or not self._free.empty()):
+                    slot = self._free.get()
+                    taken = self._tasks.take()
+                    if taken is None:
+                        more = False
+                        break
+                    self._read(slot, taken[1], uploader)
+                    reading.append((slot, *taken))
+                if not reading:
+                    return
+                slot, index, job = reading.popleft()
+                try:
+                    self._launch(slot, job, uploader)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    self._tasks.off_device(job)
+                    self._tasks.done(index, job, *self._tasks.redo(job), 0)
+                    self._free.put(slot)
+                else:
+                    writers.submit(self._finish, slot, index, job)
+
+    def _allocate(self) -> int:
+        """As many slots as there is memory for; returns their number."""
+        from mergetool.ops.cuda import CudaOps
+
+        made = 0
+        try:
+            for _ in range(self._room.slots):
+                size = self._room.chunk * self._room.element + 16 * 16  # each operand begins at a multiple of 16
+                operands = torch.empty(size, dtype=torch.uint8, device=self._name)
+                ops = CudaOps(capacity=self._room.chunk, registers=self._registers + 1, device=self._name)
+                self._free.put(_Slot(ops, operands))
+                made += 1
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return made
+
+    def _without_device(self) -> None:
+        while (taken := self._tasks.take()) is not None:
+            self._tasks.off_device(taken[1])
+            self._tasks.done(*taken, *self._tasks.redo(taken[1]), 0)
+
+    def _read(self, slot: _Slot, job: Job, uploader: Uploader) -> None:
+        slot.files, at = [], 0
+        for window in job.step.windows:
+            file, base = self._plan.inputs[window.input].checkpoint.locate(window.tensor)
+            width = window.dtype.itemsize
+            target = slot.operands[at : at + job.count * width]
+            slot.files += uploader.upload(file, base + window.start + job.start * width, target)
+            at += -(-target.numel() // 16) * 16  # vector loads need it
+
+    def _launch(self, slot: _Slot, job: Job, uploader: Uploader) -> None:
+        for future in slot.files:
+            future.result()
+        uploader.finish_before(slot.ops.stream)
+        operands, at = [], 0
+        for window in job.step.windows:
+            size = job.count * window.dtype.itemsize
+            operands.append((slot.operands[at : at + size], window.dtype))
+            at += -(-size // 16) * 16
+        assert job.step.program is not None
+        assert not isinstance(job.rounding, ErrorFeedback)
+        ops, first = slot.ops, None
+        for step in job.step.program.instructions:
+            if isinstance(step, Load):
+                ops.take(step.register, *operands[step.model])
+            elif isinstance(step, Scale):
+                ops.scale(step.register, step.factor)
+            elif isinstance(step, Subtract):
+                ops.subtract(step.register, step.other)
+            else:
+                ops.add(step.register, step.other)
+        if self._measured and job.step.base is not None:
+            first = self._registers
+            ops.take(first, *operands[job.step.base])
+        ops.launch(0, job.tensor.dtype, job.rounding, first)
+
+    def _finish(self, slot: _Slot, index: int, job: Job) -> None:
+        try:
+            out, beyond = slot.ops.collect()
+            narrow = job.tensor.dtype.bits == 8
+            if not slot.ops.is_finite(0) or (beyond and not narrow):
+                # The CPU says which model, which element, and whether to keep it.
+                moved, movement, beyond = *self._tasks.redo(job), 0
+            else:
+                at = (job.step.first + job.start) * job.tensor.dtype.itemsize
+                self._write(job.tensor.name, at, out)
+                moved = len(out) + sum(job.count * window.dtype.itemsize for window in job.step.windows)
+                measured = self._measured and job.step.base is not None
+                movement = slot.ops.measure(0, self._registers, job.tensor.dtype) if measured else None
+            self._tasks.done(index, job, moved, movement, beyond)
+        except torch.AcceleratorError as error:
+            self._tasks.fail(failure(self._name, error))
+        except BaseException as error:
+            self._tasks.fail(error)
+        finally:
+            self._free.put(slot)
+
+
+def failure(name: str, error: Exception) -> DeviceError:
+    """The sentence for a GPU that stopped working."""
+    reason = str(error).partition("\n")[0]
+    return DeviceError(f"the GPU {name} failed ({reason}); --device cpu gives the same bytes.")
