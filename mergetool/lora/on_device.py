@@ -23,7 +23,7 @@ from mergetool.lora.batched import decompose_batch, squared_norms
 from mergetool.lora.factors import factors_of
 from mergetool.lora.layer import Result
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
-from mergetool.engine.upload import Uploader
+from mergetool.lora.upload import Uploader
 from mergetool.ops.cpu import TORCH
 
 Solved = tuple[Pair, float, Result | None]

@@ -15,15 +15,12 @@ from torch import Tensor
 
 from mergetool.checkpoint.inputs import InputFile
 
-CHUNK = 8 << 20
+CHUNK = 16 << 20
 """Bytes a thread reads at once; each has two buffers of that size, one being filled while the other is copied."""
 
 
 class Uploader:
     """Copies pieces of files to tensors on one device; ``threads`` read at once. For use by one thread, in a ``with`` block."""
-
-    PINNED = 2 * CHUNK
-    """Page-locked bytes of each thread."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self._device = device
