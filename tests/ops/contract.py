@@ -221,6 +221,12 @@ class OpsContract(ABC):
         values = between(dtypes.BF16, 1000, 5)
         assert rounded(self.make(1000, 1), values, dtypes.F32, how) == (values.tobytes(), 0)
 
+    @pytest.mark.parametrize("how", [Stochastic(7, 0), ErrorFeedback(1), ErrorFeedback(1000)], ids=str)
+    def test_storing_leaves_the_register_as_it_is(self, how: Rounding) -> None:
+        ops, values = self.make(1000, 1), between(dtypes.BF16, 1000, 13)
+        rounded(ops, values, dtypes.BF16, how)
+        assert bytes(ops.store(0, dtypes.F32)[0]) == values.tobytes()
+
     def test_stochastic_rounding_to_bf16_adds_a_random_lower_half(self) -> None:
         values, how = between(dtypes.BF16, 1000, 6), Stochastic(stream_key(0, "x"), 9)
         wanted = (values.view(np.uint32) + (0xFFFF - (oracle.random_bits(how, 1000) >> 16))) >> 16
