@@ -15,7 +15,11 @@ from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.engine.merge import Outcome
+    from mergetool.engine.movements import Movements
+    from mergetool.ops.movement import Movement
     from mergetool.recipe.plan import Plan
+
+WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
 EXAMPLES = """\b
 Examples:
@@ -23,6 +27,7 @@ Examples:
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
+  mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -64,6 +69,14 @@ def merge(
     layout: Annotated[
         str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
     ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="nearest, stochastic (small changes come through on average) or error-feedback (each rounding error goes "
+            "to the row's next element). Only where the result is rounded."
+        ),
+    ] = "nearest",
+    seed: Annotated[int, typer.Option(help="Seed of --rounding stochastic: the same seed, the same bytes.", min=0)] = 0,
     shard_size: Annotated[
         str | None, typer.Option(help="Write a folder of shards no larger than this, as in 5GB.", metavar="SIZE")
     ] = None,
@@ -84,6 +97,7 @@ def merge(
     from mergetool.engine import device as devices
     from mergetool.engine import job
     from mergetool.engine import merge as engine
+    from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
     if output is None and not dry_run:
@@ -98,6 +112,8 @@ def merge(
         keep_from=keep_from,
         dtype=job.output_dtype(dtype),
         layout=layout,
+        rounding=console.choice("--rounding", rounding, MODES),
+        seed=seed,
     )
     started = time.monotonic()
     gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
@@ -126,7 +142,7 @@ def merge(
             )
         seconds = time.monotonic() - started
         if as_json:
-            console.print_json(_plan_json(plan, memory) | _outcome_json(outcome, output, seconds))
+            console.print_json(_plan_json(plan, memory) | _outcome_json(plan, outcome, output, seconds))
         else:
             _print_outcome(plan, outcome, output, seconds)
 
@@ -184,7 +200,36 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+    _print_rounding(plan, outcome.movements)
     console.heading("next", f"mergetool verify {output}")
+
+
+def _print_rounding(plan: Plan, movements: Movements) -> None:
+    """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
+    dtypes = {tensor.dtype.name for tensor in plan.tensors if tensor.dtype.blendable and tensor.dtype.bits < 32}
+    total = movements.total
+    if not (dtypes and total.moved):
+        return
+    to, mode = "/".join(sorted(dtypes)), plan.options.rounding
+    if mode == "nearest" and total.projection < WORTH_ADVICE:
+        lost = _percent(1 - total.projection)
+        console.heading("delta", f"rounding to {to} lost {lost} of the delta; --rounding stochastic keeps it")
+    else:
+        how = "" if mode == "nearest" else f"{mode} "
+        console.heading("delta", f"{_percent(total.projection)} of the delta came through {how}rounding to {to}")
+    console.table(
+        ["group", "moved", "left no trace", "below half a unit", "came through"],
+        [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
+    )
+
+
+def _rounding_row(name: str, movement: Movement) -> list[str]:
+    shares = (movement.eaten / movement.moved, movement.below_half_ulp / movement.moved, movement.projection)
+    return [name, console.parameters(movement.moved), *map(_percent, shares)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
@@ -212,11 +257,29 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     }
 
 
-def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def _movement_json(movement: Movement) -> dict[str, Any]:
+    return {
+        "moved": movement.moved,
+        "eaten": movement.eaten,
+        "below_half_ulp": movement.below_half_ulp,
+        "delta_energy": movement.delta_energy,
+        "projection": movement.projection,
+    }
+
+
+def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+    movements = outcome.movements
     return {
         "output": str(output),
         "seconds": round(seconds, 3),
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),
+        "rounding": {
+            "mode": plan.options.rounding,
+            "seed": plan.options.seed,
+            "total": _movement_json(movements.total),
+            "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
+            "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},
+        },
     }

@@ -76,7 +76,7 @@ def error_feedback(values: Tensor, stored: Tensor, dtype: DType, rounding: Error
     element of 1092 rows of 3840 (AMD EPYC 9004). Needs ``4 + itemsize`` bytes an element while it runs.
     """
     with _ONE_LOOP:
-        sums = values.view(-1, rounding.row).t().contiguous()
+        sums = values.view(-1, rounding.row).t().clone(memory_format=torch.contiguous_format)
         columns = torch.empty(sums.shape, dtype=stored.dtype)
         carry, back = torch.zeros(sums.shape[1]), torch.empty(sums.shape[1])
         # What is carried is at most half a spacing, so that below half the largest value nothing can go out of range.
