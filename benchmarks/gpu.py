@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = ["--results", str(options.results)]
     models = ["--size", options.size, "--dir", str(options.dir)]
     parts = {
-        "contract tests": ["pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
+        "contract tests": ["pytest", "tests/ops", "tests/engine", "tests/lora", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
         "kernels": ["benchmarks.bench_kernels", *results],
         "merge": ["benchmarks.bench_merge_gpu", *models, "--keep", *results],
         "extraction": ["benchmarks.bench_diff_gpu", *models, "--runs", "3", *results],
