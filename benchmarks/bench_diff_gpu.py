@@ -377,7 +377,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             good = attempted("judging", lambda: print_verdicts(judge(pairing, found, lora, device)), False)
             good &= attempted("stages", lambda: stages(pairing, clock) is None, False)
         shapes = counts(reference_shapes(SIZES[options.size], "diffusers"))
-        others = attempted("rivals", lambda: rivals(shapes, clock, options.svd_seconds), {})
+        none: dict[str, tuple[float, str]] = {}
+        others = attempted("rivals", lambda: rivals(shapes, clock, options.svd_seconds), none)
         rows = results(provenance.size_name(paths[0]), clock, bytes_read, others, gpu)
         provenance.append(rows, folder=folder, path=options.results)
     finally:
