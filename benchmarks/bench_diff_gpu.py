@@ -106,8 +106,8 @@ def timed_runs(pairing: Pairing, clock: Clock, folder: Path, runs: int) -> tuple
     return found, size
 
 
-def stages(pairing: Pairing, clock: Clock) -> None:
-    """Time a batch's stages on the device one by one, for one full batch of each shape; scale to all matrices."""
+def stages(pairing: Pairing, clock: Clock) -> dict[str, float]:
+    """Time a batch's stages on the device one by one, for one full batch of each shape; seconds of all matrices."""
     device = clock.device
     largest: dict[tuple[int, ...], list[int]] = {}
     batches = in_batches(pairing.decomposed, free_memory(device))
@@ -134,7 +134,7 @@ def stages(pairing: Pairing, clock: Clock) -> None:
         print(f"  {size:3} x {'x'.join(map(str, shape)):12} {cells}", flush=True)
         del base, variant, low
     print("  all, s:            ", "  ".join(f"{name} {seconds:.2f}" for name, seconds in scaled.items()), flush=True)
-    clock.seconds |= {f"stage {name}": [seconds] for name, seconds in scaled.items()}
+    return scaled
 
 
 def _stages_of(base: torch.Tensor, variant: torch.Tensor, names: list[str], clock: Clock) -> None:
@@ -375,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"peak device memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
             lora = folder / "lora.safetensors"
             good = attempted("judging", lambda: print_verdicts(judge(pairing, found, lora, device)), False)
-            good &= attempted("stages", lambda: stages(pairing, clock) is None, False)
+            good &= attempted("stages", lambda: bool(stages(pairing, clock)), False)
         shapes = counts(reference_shapes(SIZES[options.size], "diffusers"))
         none: dict[str, tuple[float, str]] = {}
         others = attempted("rivals", lambda: rivals(shapes, clock, options.svd_seconds), none)
