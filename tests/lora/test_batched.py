@@ -198,6 +198,20 @@ def test_filtered_steps_find_more_than_plain_ones(monkeypatch: pytest.MonkeyPatc
     assert filtered < 0.2 * missed(batched._iterate(known.delta[None], start, 8, warm=False))
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7])
+def test_certificate_of_columns_that_are_nearly_one_is_orthonormal(apart: float) -> None:
+    delta = planted("power law", *SHAPE).delta[None]
+    columns = torch.randn(1, 320, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    columns[..., 6:] = columns[..., :6] + apart * columns[..., 6:]
+    found = batched._certify(delta, columns)
+    there = found.energies[0] > 0
+    right, identity = found.right[0, :, there].double(), torch.eye(int(there.sum()), dtype=torch.float64)
+    assert int(there.sum()) >= 6
+    torch.testing.assert_close(right.T @ right, identity, rtol=0, atol=1e-6)
+    span = torch.linalg.qr(found.right[0, :, there].double())[0]
+    assert float(found.energies.sum()) == pytest.approx(float((delta[0].double() @ span).square().sum()), rel=1e-6)
+
+
 def test_doubt_covers_what_is_missing() -> None:
     known = noisy_layer()
     columns = torch.randn(1, 1000, 96, generator=torch.Generator().manual_seed(0))
