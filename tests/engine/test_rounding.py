@@ -157,7 +157,7 @@ def test_a_finite_value_that_bf16_cannot_hold_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_file({"x.weight": np.array([1, 3.4e38], np.float32)}, "model.safetensors")
-    with pytest.raises(NonFiniteError, match="1 of 2 elements are beyond bf16's largest value 3.38953e"):
+    with pytest.raises(NonFiniteError, match=r"1 of 2 elements are beyond bf16's largest value 3\.38953e"):
         run(tmp_path / "out.safetensors", "1*'model.safetensors'", rounding=rounding, dtype=dtypes.BF16)
 
 
