@@ -19,7 +19,7 @@ from torch import Tensor
 from mergetool_kernels.formats import (
     E4M3,
     E5M2,
-    F16,
+    F32,
     KIND,
     NEAREST,
     STOCHASTIC,
@@ -76,8 +76,8 @@ class Result:
 
     ``counts`` [blocks, 5] int32 and ``sums`` [blocks, 2] float64 hold a row for every block of elements; sum over
     them. They are None unless they were asked for; without a base only the first two counts are more than 0.
-    BEYOND counts elements that FP8 cut to its largest value, or that are infinite in FP16. ``branch`` is the way the
-    formats were converted.
+    BEYOND counts elements that FP8 cut to its largest value, and finite ones that became infinite in FP16 or BF16.
+    ``branch`` is the way the formats were converted.
     """
 
     counts: Tensor | None
@@ -185,8 +185,9 @@ def blend_kernel(
             tally += (inside & (finite == 0)).to(tl.int32)
             if OUT == E4M3 or OUT == E5M2:
                 tally += (inside & (tl.abs(scaled) > largest(OUT))).to(tl.int32) << 6
-            elif OUT == F16:
-                tally += (inside & (tl.abs(decode(stored, OUT, NATIVE)) == float("inf"))).to(tl.int32) << 6
+            elif OUT != F32:
+                infinite = tl.abs(decode(stored, OUT, NATIVE)) == float("inf")
+                tally += (inside & finite & infinite).to(tl.int32) << 6
             if BASE >= 0:
                 plain = base
                 if OUT_SCALED != UNSCALED:

@@ -72,8 +72,8 @@ def merge(
     rounding: Annotated[
         str,
         typer.Option(
-            help="nearest, stochastic (small changes come through on average) or error-feedback (each rounding error goes "
-            "to the row's next element). Only where the result is rounded."
+            help="nearest, stochastic (a change too small to be stored comes through on average) or error-feedback (an "
+            "element's rounding error goes to the next in its row)."
         ),
     ] = "nearest",
     seed: Annotated[int, typer.Option(help="Seed of --rounding stochastic: the same seed, the same bytes.", min=0)] = 0,

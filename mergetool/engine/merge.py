@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.dtypes import F16, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
@@ -357,7 +357,8 @@ class _Worker:
         elif self.run.non_finite == "keep":
             self.run.note(self.run.outcome.non_finite, job.tensor.name, count)
         else:
+            way_out = "write bf16 with --dtype bf16" if dtype is F16 else "use smaller multipliers"
             raise NonFiniteError(
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
-                f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
+                f"{dtype.largest:g}; {way_out}, or pass --nonfinite keep."
             )

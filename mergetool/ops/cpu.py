@@ -8,6 +8,7 @@ with fresh temporaries (AMD EPYC 9005, 1 MB chunks).
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -69,6 +70,7 @@ class CpuOps:
         self._buffers = [torch.empty(capacity, dtype=torch.float32) for _ in range(registers)]
         self._views = list(self._buffers)
         self._loaded: list[DType | None] = [None] * registers  # the dtype of a register that holds just what was loaded
+        self._squares: list[float | None] = [None] * registers  # the sum of a register's squares, once it was asked for
         self._out = torch.empty(capacity * 8, dtype=torch.uint8)  # memory that only fp64 touches the second half of
         self._scratch = Scratch()
 
@@ -76,25 +78,22 @@ class CpuOps:
         source = as_tensor(raw, dtype)
         self._views[register] = self._buffers[register][: source.numel()]
         self._widen(source, dtype, self._views[register])
-        self._loaded[register] = dtype
+        self._changed(register, dtype)
 
     def scale(self, register: int, factor: float) -> None:
         self._views[register].mul_(factor)
-        self._loaded[register] = None
+        self._changed(register)
 
     def add(self, register: int, other: int) -> None:
         self._views[register].add_(self._views[other])
-        self._loaded[register] = None
+        self._changed(register)
 
     def subtract(self, register: int, other: int) -> None:
         self._views[register].sub_(self._views[other])
-        self._loaded[register] = None
+        self._changed(register)
 
     def is_finite(self, register: int) -> bool:
-        values = self._views[register]
-        # A dot product is 20 times faster than isfinite().all() and is finite unless an element is not, or the squares
-        # overflow; only then is every element looked at.
-        return bool(torch.isfinite(torch.dot(values, values))) or bool(torch.isfinite(values).all())
+        return math.isfinite(self._square(register)) or bool(torch.isfinite(self._views[register]).all())
 
     def first_non_finite(self, register: int) -> tuple[int, int]:
         bad = ~torch.isfinite(self._views[register])
@@ -104,13 +103,14 @@ class CpuOps:
         self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
     ) -> tuple[memoryview, int]:
         values, stored = self._views[register], self._stored(register, dtype)
+        safe = dtype.largest > 2.0**64 and math.isfinite(self._square(register))
         match rounding:
             case Stochastic() if not holds(dtype, dtypes.F32):
-                beyond = cpu_rounding.stochastic(values, stored, dtype, rounding, self._scratch)
+                beyond = cpu_rounding.stochastic(values, stored, dtype, rounding, self._scratch, safe=safe)
             case ErrorFeedback() if not holds(dtype, dtypes.F32):
                 beyond = cpu_rounding.error_feedback(values, stored, dtype, rounding)
             case _:
-                beyond = cpu_rounding.nearest(values, stored, dtype)
+                beyond = cpu_rounding.nearest(values, stored, dtype, safe=safe)
         return stored.view(torch.uint8).numpy().data, beyond
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:
@@ -153,6 +153,20 @@ class CpuOps:
         np.less(np.abs(delta[:count], out=delta[:count]), half[:count], out=mask)
         below = int(np.count_nonzero(np.logical_and(moved, mask, out=mask)))
         return Movement(int(np.count_nonzero(moved)), eaten, below, energy, kept)
+
+    def _changed(self, register: int, loaded: DType | None = None) -> None:
+        self._loaded[register], self._squares[register] = loaded, None
+
+    def _square(self, register: int) -> float:
+        """The sum of a register's squares: finite unless an element is not, or is 2**64 or larger.
+
+        A dot product is 20 times faster than isfinite().all(); only where it is not finite is every element looked at.
+        """
+        found = self._squares[register]
+        if found is None:
+            values = self._views[register]
+            found = self._squares[register] = float(torch.dot(values, values))
+        return found
 
     def _stored(self, register: int, dtype: DType) -> torch.Tensor:
         return self._out[: self._views[register].numel() * dtype.itemsize].view(TORCH[dtype])

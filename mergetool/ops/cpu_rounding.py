@@ -42,14 +42,22 @@ class Scratch:
         self.masks = np.empty((2, BLOCK), np.bool_)
 
 
-def nearest(values: Tensor, stored: Tensor, dtype: DType) -> int:
-    """Round float32 ``values`` to nearest even into ``stored``; returns how many were beyond the range."""
+def nearest(values: Tensor, stored: Tensor, dtype: DType, *, safe: bool = False) -> int:
+    """Round float32 ``values`` to nearest even into ``stored``; returns how many were beyond the range.
+
+    ``safe`` says that none is near its end, which saves a look at each.
+    """
     stored.copy_(within(values, dtype))
-    return _beyond(values, stored, dtype)
+    return 0 if safe else _beyond(values, stored, dtype)
 
 
-def stochastic(values: Tensor, stored: Tensor, dtype: DType, rounding: Stochastic, scratch: Scratch) -> int:
-    """Round float32 ``values`` stochastically into ``stored``; returns how many were beyond the range."""
+def stochastic(
+    values: Tensor, stored: Tensor, dtype: DType, rounding: Stochastic, scratch: Scratch, *, safe: bool = False
+) -> int:
+    """Round float32 ``values`` stochastically into ``stored``; returns how many were beyond the range.
+
+    ``safe`` says that none is near its end, which saves a look at each.
+    """
     count, at = values.numel(), 0
     while at < count:
         index = rounding.first + at
@@ -61,11 +69,11 @@ def stochastic(values: Tensor, stored: Tensor, dtype: DType, rounding: Stochasti
         else:
             _stochastic_any(block, target, dtype, scratch)
         at = stop
-    # Zero times an element is not zero where it is NaN or infinite; a square overflows long before bf16 does.
-    if dtype is not dtypes.BF16 or not bool(torch.isfinite(torch.dot(values, values))):
-        outside = ~(values.abs() < dtype.largest)
-        if bool(outside.any()):
-            stored[outside] = within(values[outside], dtype).to(stored.dtype)
+    if safe:
+        return 0
+    outside = ~(values.abs() < dtype.largest)
+    if bool(outside.any()):
+        stored[outside] = within(values[outside], dtype).to(stored.dtype)
     return _beyond(values, stored, dtype)
 
 
@@ -94,7 +102,7 @@ def error_feedback(values: Tensor, stored: Tensor, dtype: DType, rounding: Error
         # As integers: torch has no blocked transposition for FP8.
         bits = _INTEGERS[dtype.itemsize]
         stored.view(bits).view(-1, rounding.row).copy_(columns.view(bits).t())
-        return 0 if safe else _beyond(sums, stored, dtype)
+        return 0 if safe else _beyond(sums, columns, dtype)
 
 
 def random_bits(key: int, first: int, bits: Words, spare: Words) -> None:
@@ -159,4 +167,4 @@ def within(values: Tensor, dtype: DType) -> Tensor:
 def _beyond(values: Tensor, stored: Tensor, dtype: DType) -> int:
     if dtype in SATURATING:
         return int((values.abs() > dtype.largest).sum())
-    return int(torch.isinf(stored).sum()) if dtype is dtypes.F16 else 0
+    return int((torch.isinf(stored) & ~torch.isinf(values)).sum())

@@ -13,6 +13,7 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, merge
 from mergetool.engine.merge import Outcome
+from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, ErrorFeedback, Nearest, Rounding, Stochastic, stream_key
@@ -148,6 +149,16 @@ def test_the_first_model_is_read_where_the_expression_does_not_need_it(family: P
     assert stored(family / "out.safetensors", FUSED) == stored(family / "a.safetensors", FUSED)
     wanted = oracle.measure(result, first, stored(family / "out.safetensors", FUSED), dtypes.BF16)
     assert_equal(outcome.movements.tensors()[FUSED], wanted)
+
+
+@pytest.mark.parametrize("rounding", MODES)
+def test_a_finite_value_that_bf16_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"x.weight": np.array([1, 3.4e38], np.float32)}, "model.safetensors")
+    with pytest.raises(NonFiniteError, match=r"1 of 2 elements are beyond bf16's largest value 3\.38953e"):
+        run(tmp_path / "out.safetensors", "1*'model.safetensors'", rounding=rounding, dtype=dtypes.BF16)
 
 
 def test_a_model_with_itself_moves_nothing(family: Path) -> None:
