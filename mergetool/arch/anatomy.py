@@ -10,6 +10,7 @@ from typing import Any
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
+from mergetool.quant.encoding import Encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,15 @@ class Part:
     """The smallest thing a merge or a LoRA addresses: one parameter under its canonical name.
 
     ``name`` is the diffusers name without prefix (q, k and v apart). ``shape`` is the canonical shape: a pad
-    token is [1, D] even where the file stores [D]; the bytes are the same.
+    token is [1, D] even where the file stores [D]; the bytes are the same. ``encoding`` is that of the whole stored
+    weight where it is quantised; ``dtype`` is then what its values are read as, float32.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     stored: Slice
+    encoding: Encoding | None = None
 
     @property
     def numel(self) -> int:
@@ -44,7 +47,10 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes; the format admits whole bytes only."""
+        """Stored bytes, with the scales of a quantised weight; the format admits whole bytes only."""
+        if self.encoding is not None:
+            rows = self.stored.rows if len(self.encoding.shape) > 1 else 1
+            return sum(span.size for span in self.encoding.spans(0, min(rows, self.encoding.rows)))
         return self.numel * self.dtype.bits // 8
 
 
