@@ -12,14 +12,19 @@ import torch
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.engine.movements import Movements
 from mergetool.engine.reading import Fetcher, Method, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
+from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
 from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
 
 # 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
 CHUNK = 1 << 19
+# Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
+ROWS_CHUNK = 1 << 22
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
 
@@ -42,6 +47,7 @@ class Job:
     step: Step
     start: int
     count: int
+    rounding: Rounding
 
 
 @dataclass
@@ -49,11 +55,13 @@ class Outcome:
     """What a run has to say beyond its output.
 
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through.
+    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through. ``movements`` is what became of
+    the first model's elements, where they were merged and the run measured.
     """
 
     capped: dict[str, int] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
+    movements: Movements = field(default_factory=Movements)
 
 
 def default_threads() -> int:
@@ -66,7 +74,9 @@ def default_threads() -> int:
 def memory_needed(plan: Plan, threads: int) -> int:
     """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for ``threads`` workers."""
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
-    return threads * CHUNK * (4 * plan.registers + 4 + 4 * windows)
+    elements = max((job.count for job in jobs(plan)), default=0)
+    feedback = 6 if plan.options.rounding == "error-feedback" else 0
+    return threads * (elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 2_000_000)
 
 
 def run(
@@ -76,16 +86,17 @@ def run(
     threads: int | None = None,
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
+    measured: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
-    ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written
-    depend on neither ``threads`` nor ``method``. Raises NonFiniteError for NaN or infinity in an input or from
+    ``measured`` says whether movements are wanted. ``progress`` is called from this thread with the bytes read and
+    written since the last call. Neither the bytes written nor the movements depend on ``threads`` or ``method``. Raises NonFiniteError for NaN or infinity in an input or from
     overflow unless they are to be kept, and whatever reading and writing raise; after an exception nothing more is
     written.
     """
-    workers = _Workers(plan, writer, method, non_finite)
+    workers = _Workers(plan, writer, method, non_finite, measured=measured)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
@@ -96,21 +107,35 @@ def run(
 
 
 def jobs(plan: Plan) -> Iterator[Job]:
-    """The work in output order."""
+    """The work in output order, in chunks that depend on the plan alone."""
+    options = plan.options
     for tensor in plan.tensors:
+        row = tensor.shape[-1] if tensor.shape else 1
+        key = stream_key(options.seed, tensor.name)
         for step in tensor.steps:
-            for start in range(0, step.elements, CHUNK):
-                yield Job(tensor, step, start, min(CHUNK, step.elements - start))
+            whole_rows = options.rounding == "error-feedback" and step.program is not None
+            # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
+            rows = min(row, step.elements)
+            chunk = max(1, ROWS_CHUNK // rows) * rows if whole_rows and rows else CHUNK
+            for start in range(0, step.elements, chunk):
+                rounding: Rounding = NEAREST
+                if options.rounding == "stochastic":
+                    rounding = Stochastic(key, step.first + start)
+                elif whole_rows:
+                    rounding = ErrorFeedback(rows)
+                yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
 
 
 class _Workers:
-    def __init__(self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite) -> None:
+    def __init__(self, plan: Plan, writer: Output, method: Method, non_finite: NonFinite, *, measured: bool) -> None:
         self.plan = plan
         self.writer = writer
         self.method = method
         self.non_finite = non_finite
+        self.measured = measured
         self.outcome = Outcome()
         self._jobs = list(jobs(plan))
+        self._movements: dict[int, Movement] = {}
         self._next = 0
         self._moved = 0
         self._failure: BaseException | None = None
@@ -135,6 +160,10 @@ class _Workers:
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
+        self.outcome.movements = Movements.of(
+            ((self._jobs[i].tensor.name, self._jobs[i].step.part), movement)
+            for i, movement in sorted(self._movements.items())
+        )
 
     def _take_moved(self) -> int:
         with self._lock:
@@ -143,15 +172,18 @@ class _Workers:
 
     def _work(self) -> None:
         try:
-            worker = _Worker(self, CpuOps(capacity=CHUNK, registers=self.plan.registers))
+            capacity = max((job.count for job in self._jobs), default=0)
+            worker = _Worker(self, CpuOps(capacity=capacity, registers=self.plan.registers + 1))
             while not self._stop.is_set():
                 with self._lock:
                     index, self._next = self._next, self._next + 1
                 if index >= len(self._jobs):
                     return
-                moved = worker.do(self._jobs[index])
+                moved, movement = worker.do(self._jobs[index])
                 with self._lock:
                     self._moved += moved
+                    if movement is not None:
+                        self._movements[index] = movement
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -180,13 +212,14 @@ class _Worker:
         self.ops = ops
         self.fetcher = run.new_fetcher()
 
-    def do(self, job: Job) -> int:
-        """Compute and write one job; returns the bytes moved."""
+    def do(self, job: Job) -> tuple[int, Movement | None]:
+        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
         places = [self.run.place(window, job) for window in job.step.windows]
         raw = [self.fetcher.fetch(slot, *place) for slot, place in enumerate(places)]
         dtypes = [window.dtype for window in job.step.windows]
         bits = job.tensor.dtype.bits
         at = (job.step.first + job.start) * bits // 8
+        movement = None
         if job.step.program is None:
             if dtypes[0].blendable:
                 self._execute(COPY, raw, dtypes)
@@ -195,16 +228,20 @@ class _Worker:
         else:
             self._execute(job.step.program, raw, dtypes)
             self._check(job, raw, dtypes)
-            out, beyond = self.ops.store(0, job.tensor.dtype)
+            out, beyond = self.ops.store(0, job.tensor.dtype, job.rounding)
             if beyond:
                 self._beyond(job, beyond)
+            if job.step.base is not None and self.run.measured:
+                first = self.run.plan.registers
+                self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
+                movement = self.ops.measure(0, first, job.tensor.dtype)
         self.run.writer.write(job.tensor.name, at, out)
         moved = len(out) + sum(size for _, _, size in places)
         for view in raw:
             view.release()
         for place in places:
             self.fetcher.release(*place)
-        return moved
+        return moved, movement
 
     def _execute(self, program: Program, raw: list[memoryview], dtypes: list[DType]) -> None:
         ops = self.ops

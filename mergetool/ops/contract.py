@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.ops.movement import Movement
+from mergetool.ops.rounding import NEAREST, Rounding
 
 
 class Ops(Protocol):
@@ -33,9 +35,16 @@ class Ops(Protocol):
     def first_non_finite(self, register: int) -> tuple[int, int]:
         """How many elements of a register are NaN or infinite, and the index of the first one."""
 
-    def store(self, register: int, dtype: DType) -> tuple[memoryview, int]:
-        """Round a register to ``dtype``, to nearest even; also the number of elements beyond the dtype's range.
+    def store(self, register: int, dtype: DType, rounding: Rounding = NEAREST) -> tuple[memoryview, int]:
+        """Round a register to ``dtype``; also the number of elements beyond the dtype's range.
 
-        Elements beyond the range become infinity in fp16, bf16 and fp32, and the largest finite value of their sign
-        in the FP8 types, which have no (e4m3) or no useful (e5m2) infinity. The view is valid until the next call.
+        fp32 and fp64 take every float32 as it is, whatever the rounding. Elements beyond the range become infinity in fp16
+        and bf16 (counted in fp16), and the largest finite value of their sign in the FP8 types, which have no (e4m3) or no
+        useful (e5m2) infinity. The view is valid until the next ``store``.
+        """
+
+    def measure(self, register: int, first: int, dtype: DType) -> Movement:
+        """How far the last ``store``, of this register to this dtype, moved from what the register ``first`` holds.
+
+        Counts are exact; the energies are sums in float64 over sums in float32 of at most 1024 elements.
         """

@@ -16,6 +16,10 @@ import torch
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
+from mergetool.ops import cpu_rounding
+from mergetool.ops.cpu_rounding import BLOCK, Floats, Scratch
+from mergetool.ops.movement import Movement
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, holds
 
 TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
     {
@@ -27,7 +31,12 @@ TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
         dtypes.F8_E5M2: torch.float8_e5m2,
     }
 )
-_SATURATING = (dtypes.F8_E4M3, dtypes.F8_E5M2)
+# What every FP8 code means: looking it up takes 0.55 ns an element, torch's conversion of e4m3 2.9.
+_CODES = {dtype: torch.arange(256, dtype=torch.uint8).view(TORCH[dtype]).float() for dtype in cpu_rounding.SATURATING}
+# Sums of so many products are taken in float32, further ones in float64: 1e-9 from all in float64 on 512 Ki elements, at a
+# sixth of its time.
+_RUN = 1024
+_LEAST = 2.0**-100  # below it products that underflow in float32 could matter
 
 
 def as_tensor(raw: memoryview, dtype: DType) -> torch.Tensor:
@@ -53,27 +62,33 @@ class CpuOps:
     """The ``Ops`` contract over torch tensors in main memory.
 
     Holds ``registers`` float32 vectors of ``capacity`` elements and one output buffer: about
-    ``capacity * (4 * registers + 4)`` bytes.
+    ``capacity * (4 * registers + 4)`` bytes, and 1.5 MB to work in.
     """
 
     def __init__(self, *, capacity: int, registers: int) -> None:
         self._buffers = [torch.empty(capacity, dtype=torch.float32) for _ in range(registers)]
         self._views = list(self._buffers)
-        self._out = torch.empty(capacity * 4, dtype=torch.uint8)
+        self._loaded: list[DType | None] = [None] * registers  # the dtype of a register that holds just what was loaded
+        self._out = torch.empty(capacity * 8, dtype=torch.uint8)  # memory that only fp64 touches the second half of
+        self._scratch = Scratch()
 
     def load(self, register: int, raw: memoryview, dtype: DType) -> None:
         source = as_tensor(raw, dtype)
         self._views[register] = self._buffers[register][: source.numel()]
-        self._views[register].copy_(source)
+        self._widen(source, dtype, self._views[register])
+        self._loaded[register] = dtype
 
     def scale(self, register: int, factor: float) -> None:
         self._views[register].mul_(factor)
+        self._loaded[register] = None
 
     def add(self, register: int, other: int) -> None:
         self._views[register].add_(self._views[other])
+        self._loaded[register] = None
 
     def subtract(self, register: int, other: int) -> None:
         self._views[register].sub_(self._views[other])
+        self._loaded[register] = None
 
     def is_finite(self, register: int) -> bool:
         values = self._views[register]
@@ -85,17 +100,84 @@ class CpuOps:
         bad = ~torch.isfinite(self._views[register])
         return int(bad.sum()), int(bad.to(torch.uint8).argmax())
 
-    def store(self, register: int, dtype: DType) -> tuple[memoryview, int]:
-        values = self._views[register]
-        out = self._out[: values.numel() * dtype.itemsize]
-        rounded = out.view(TORCH[dtype])
-        beyond = 0
-        if dtype in _SATURATING:
-            limit = dtype.largest
-            beyond = int((values.abs() > limit).sum())
-            rounded.copy_(values.clamp(-limit, limit))
+    def store(self, register: int, dtype: DType, rounding: Rounding = NEAREST) -> tuple[memoryview, int]:
+        values, stored = self._views[register], self._stored(register, dtype)
+        match rounding:
+            case Stochastic() if not holds(dtype, dtypes.F32):
+                beyond = cpu_rounding.stochastic(values, stored, dtype, rounding, self._scratch)
+            case ErrorFeedback() if not holds(dtype, dtypes.F32):
+                beyond = cpu_rounding.error_feedback(values, stored, dtype, rounding)
+            case _:
+                beyond = cpu_rounding.nearest(values, stored, dtype)
+        return stored.view(torch.uint8).numpy().data, beyond
+
+    def measure(self, register: int, first: int, dtype: DType) -> Movement:
+        result, base = self._views[register], self._views[first]
+        stored = self._stored(register, dtype)
+        loaded = self._loaded[first]
+        exact = loaded is not None and holds(dtype, loaded)
+        with np.errstate(all="ignore"):
+            return Movement.total(
+                self._measure_block(result[block], base[block], stored[block], dtype, exact=exact)
+                for block in (slice(at, at + BLOCK) for at in range(0, result.numel(), BLOCK))
+            )
+
+    def _measure_block(
+        self, result: torch.Tensor, base: torch.Tensor, stored: torch.Tensor, dtype: DType, *, exact: bool
+    ) -> Movement:
+        count = result.numel()
+        padded = -(-count // _RUN) * _RUN
+        work = self._scratch.tensors[:, :count]
+        change, delta, size, half = self._scratch.floats[1:5, :padded]
+        moved, mask = self._scratch.masks[:, :count]
+
+        # change = q - p: what is stored, less what would be if the delta were 0
+        self._widen(stored, dtype, work[1])
+        if exact:
+            before = base
         else:
-            rounded.copy_(values)
-            if dtype is dtypes.F16:
-                beyond = int(torch.isinf(rounded).sum())
-        return out.numpy().data, beyond
+            before = work[2]
+            self._widen(cpu_rounding.within(base, dtype).to(TORCH[dtype]), dtype, before)
+        np.subtract(change[:count], before.numpy(), out=change[:count])
+        np.subtract(result.numpy(), base.numpy(), out=delta[:count])
+        change[count:] = delta[count:] = 0
+        energy, kept = _dot(delta, delta), _dot(delta, change)
+        if not (_LEAST < energy < np.inf and np.isfinite(kept)):
+            return _measure_again(delta[:count], change[:count], base.numpy(), dtype)
+
+        np.not_equal(delta[:count], 0, out=moved)
+        np.equal(change[:count], 0, out=mask)
+        eaten = int(np.count_nonzero(np.logical_and(moved, mask, out=mask)))
+        cpu_rounding.half_spacings(base.numpy(), dtype, work[4])
+        np.less(np.abs(delta[:count], out=size[:count]), half[:count], out=mask)
+        below = int(np.count_nonzero(np.logical_and(moved, mask, out=mask)))
+        return Movement(int(np.count_nonzero(moved)), eaten, below, energy, kept)
+
+    def _stored(self, register: int, dtype: DType) -> torch.Tensor:
+        return self._out[: self._views[register].numel() * dtype.itemsize].view(TORCH[dtype])
+
+    def _widen(self, stored: torch.Tensor, dtype: DType, out: torch.Tensor) -> None:
+        """Stored elements as float32."""
+        if dtype not in _CODES:
+            out.copy_(stored)
+            return
+        codes = stored.view(torch.uint8)
+        for at in range(0, codes.numel(), BLOCK):
+            index = self._scratch.tensors[0].view(torch.int32)[: min(BLOCK, codes.numel() - at)]
+            torch.index_select(_CODES[dtype], 0, index.copy_(codes[at : at + BLOCK]), out=out[at : at + BLOCK])
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    """The dot product of two vectors of whole runs."""
+    return float(np.vecdot(a.reshape(-1, _RUN), b.reshape(-1, _RUN)).sum(dtype=np.float64))
+
+
+def _measure_again(delta: Floats, change: Floats, base: Floats, dtype: DType) -> Movement:
+    """The same figures of the finite elements only, in float64, where squares of float32 neither overflow nor vanish."""
+    finite = np.isfinite(delta) & np.isfinite(change)
+    half = torch.empty(len(base))
+    cpu_rounding.half_spacings(base, dtype, half)
+    moved = finite & (delta != 0)
+    d, g = delta[moved].astype(np.float64), change[moved].astype(np.float64)
+    below = np.abs(d) < half.numpy()[moved]
+    return Movement(len(d), int((g == 0).sum()), int(below.sum()), float(d @ d), float(d @ g))

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
+from mergetool.ops.movement import Movement
 from mergetool.ops.program import Add, Load, Program, Scale
+from mergetool.ops.rounding import FORMATS, ErrorFeedback, Nearest, Rounding, Stochastic
 
 Floats = npt.NDArray[Any]
 
@@ -68,6 +70,84 @@ def run(program: Program, inputs: Sequence[Floats], precision: type[np.floating[
             else:
                 registers[step.register] = registers[step.register] - registers[step.other]
     return registers[0]
+
+
+def store(values: Floats, dtype: DType, rounding: Rounding) -> bytes:
+    """Float32 values rounded to a stored dtype as ``rounding`` says; fp32 holds them all."""
+    if dtype is dtypes.F32 or isinstance(rounding, Nearest):
+        return encode(values, dtype)
+    exact = np.ascontiguousarray(values, dtype=np.float32)
+    if isinstance(rounding, Stochastic):
+        return _stochastic(exact, dtype, rounding)
+    return _error_feedback(exact, dtype, rounding)
+
+
+def random_bits(rounding: Stochastic, count: int) -> npt.NDArray[np.uint32]:
+    """32 random bits for each of ``count`` elements, by the definition in ``Stochastic``, in Python's integers."""
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    low, high = rounding.key % 2**32, rounding.key >> 32
+    bits = []
+    for i in range(rounding.first, rounding.first + count):
+        word = mix((i + low) % 2**32)
+        bits.append(mix(word ^ (high + (i >> 32) * 0x9E3779B9) % 2**32))
+    return np.array(bits, np.uint32)
+
+
+def spacing(values: Floats, dtype: DType) -> Floats:
+    """The distance of neighbouring numbers of ``dtype`` around each finite value, in float64."""
+    shape = FORMATS[dtype]
+    exponent = np.frexp(np.abs(values.astype(np.float64)))[1] - 1
+    exponent = np.where(values == 0, shape.smallest, np.maximum(exponent, shape.smallest))
+    return np.exp2((exponent - shape.mantissa).astype(np.float64))
+
+
+def _stochastic(values: npt.NDArray[np.float32], dtype: DType, rounding: Stochastic) -> bytes:
+    draws = (random_bits(rounding, len(values)) >> np.uint32(8)) * 2.0**-24
+    inside = np.abs(values) < dtype.largest
+    size = np.abs(np.where(inside, values, 0).astype(np.float64))
+    step = spacing(np.where(inside, values, 0), dtype)
+    whole, rest = np.divmod(size / step, 1)
+    grown = np.copysign((whole + (draws < rest)) * step, values)
+    return encode(np.where(inside, grown.astype(np.float32), values), dtype)
+
+
+def _error_feedback(values: npt.NDArray[np.float32], dtype: DType, rounding: ErrorFeedback) -> bytes:
+    stored = b""
+    for row in values.reshape(-1, rounding.row):
+        carried = np.float32(0)
+        for value in row:
+            with np.errstate(all="ignore"):
+                wanted = np.float32(value + carried)
+                code = encode(np.array([wanted]), dtype)
+                carried = np.float32(wanted - decode(code, dtype)[0])
+            capped = dtype.bits == 8 and abs(wanted) > dtype.largest
+            if capped or not np.isfinite(carried):
+                carried = np.float32(0)
+            stored += code
+    return stored
+
+
+def measure(result: Floats, first: Floats, stored: bytes, dtype: DType) -> Movement:
+    """The figures of ``Movement`` for float32 ``result`` and ``first``, by their definition, in float64."""
+    with np.errstate(all="ignore"):
+        d = (result.astype(np.float32) - first.astype(np.float32)).astype(np.float64)
+        kept = decode(stored, dtype) - decode(encode(first, dtype), dtype)
+    counted = np.isfinite(d) & np.isfinite(kept) & (d != 0)
+    d, kept, half = d[counted], kept[counted], spacing(first, dtype)[counted] / 2
+    return Movement(
+        moved=len(d),
+        eaten=int((kept == 0).sum()),
+        below_half_ulp=int((np.abs(d) < half).sum()),
+        delta_energy=float((d * d).sum()),
+        kept_energy=float((d * kept).sum()),
+    )
 
 
 def encode(values: Floats, dtype: DType) -> bytes:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.errors import UsageError
+from mergetool.ops.rounding import MODES, Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +15,9 @@ class Options:
     """What the user asked for besides the expression.
 
     ``keep_from`` names the model of kept tensors, ``multipliers`` are the ``--set GROUP=MULT`` pairs in order (a later
-    one wins), ``dtype`` and ``layout`` are the output's, None for the first model's.
+    one wins), ``dtype`` and ``layout`` are the output's, None for the first model's. ``rounding`` is how every element that is
+    not copied becomes the output's dtype, ``seed`` that of stochastic rounding. Raises UsageError for a rounding that
+    does not exist, a negative seed, and a seed for what is not random.
     """
 
     protect: tuple[str, ...] = ()
@@ -23,3 +27,15 @@ class Options:
     keep_from: str | None = None
     dtype: DType | None = None
     layout: str | None = None
+    rounding: Mode = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounding not in MODES:
+            raise UsageError(f'"{self.rounding}" is not a rounding; choose one of {", ".join(MODES)}.')
+        if type(self.seed) is not int or self.seed < 0:
+            raise UsageError(f"a seed is a whole number from 0, not {self.seed!r}.")
+        if self.seed and self.rounding != "stochastic":
+            raise UsageError(
+                f"{self.rounding} rounding draws no random numbers; leave the seed out, or round stochastically."
+            )

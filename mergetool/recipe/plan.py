@@ -61,7 +61,8 @@ class Step:
     """One part of one output tensor: elements ``[first, first + elements)`` of it.
 
     ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
-    ``reason`` is ``"merged"`` or why the part is not.
+    ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the first model's elements, which what is
+    merged is measured against; the program may not need it.
     """
 
     part: str
@@ -70,6 +71,7 @@ class Step:
     program: Program | None
     windows: tuple[Window, ...]
     reason: str
+    base: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +258,11 @@ class _Planner:
                 return Step(part.name, first, part.numel, None, (window,), reason)
             return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {dtype.name}")
         program = self._program(multiplier)
-        windows = tuple(self._window(column, part.name) for column in self._columns(program))
-        return Step(part.name, first, part.numel, self._reindexed(program), windows, MERGED)
+        columns = self._columns(program)
+        if 0 not in columns:
+            columns += (0,)
+        windows = tuple(self._window(column, part.name) for column in columns)
+        return Step(part.name, first, part.numel, self._reindexed(program), windows, MERGED, columns.index(0))
 
     def _obstacle(self, part: str) -> str | None:
         """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""

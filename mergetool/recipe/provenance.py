@@ -40,6 +40,10 @@ def metadata(
         recipe["dtype"] = options.dtype.name
     if options.layout:
         recipe["layout"] = options.layout
+    if options.rounding != "nearest":
+        recipe["rounding"] = options.rounding
+    if options.rounding == "stochastic":
+        recipe["seed"] = options.seed
     inputs = [{"name": names[m], "fingerprint": fingerprints.get(m, FINGERPRINT_PLACEHOLDER)} for m in models]
     return {
         "format": "pt",
@@ -85,6 +89,8 @@ def _options(recipe: Mapping[str, Any]) -> Options:
             keep_from=recipe.get("from"),
             dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
             layout=recipe.get("layout"),
+            rounding=recipe.get("rounding", "nearest"),
+            seed=recipe.get("seed", 0),
         )
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, MergetoolError) as error:
         raise DataError(f"the recorded options are damaged ({error}); the file cannot be verified.") from None

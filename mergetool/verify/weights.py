@@ -108,7 +108,7 @@ def check_weights(
             progress(min(moved, total), total)
 
         if not (report.missing or report.extra):
-            outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", progress=advance)
+            outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measured=False, progress=advance)
             report.non_finite = outcome.non_finite
         result = Input(output, opened.checkpoint, opened.anatomy)
         for model in found:

@@ -1,0 +1,45 @@
+"""What a merge did to the first model, by tensor and by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mergetool.ops.movement import Movement
+from mergetool.recipe.plan import Plan
+
+
+@dataclass(frozen=True)
+class Movements:
+    """The ``Movement`` of every merged part of every output tensor, in file order."""
+
+    parts: Mapping[tuple[str, str], Movement] = field(default_factory=dict)  # (output tensor, part)
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[tuple[str, str], Movement]]) -> Movements:
+        """The sums over chunks of parts."""
+        found: dict[tuple[str, str], list[Movement]] = {}
+        for place, movement in chunks:
+            found.setdefault(place, []).append(movement)
+        return cls({place: Movement.total(movements) for place, movements in found.items()})
+
+    @property
+    def total(self) -> Movement:
+        """The sum over everything."""
+        return Movement.total(self.parts.values())
+
+    def tensors(self) -> dict[str, Movement]:
+        """By output tensor, in file order."""
+        members: dict[str, list[Movement]] = {}
+        for (tensor, _), movement in self.parts.items():
+            members.setdefault(tensor, []).append(movement)
+        return {tensor: Movement.total(found) for tensor, found in members.items()}
+
+    def groups(self, plan: Plan) -> dict[str, Movement]:
+        """By group of the first model, in its family's order. Groups overlap, so they do not add up to the total."""
+        anatomy = plan.inputs[0].anatomy
+        members: dict[str, list[Movement]] = {group: [] for group in anatomy.family.group_names(anatomy)}
+        for (_, part), movement in self.parts.items():
+            for group in anatomy.family.groups(part, anatomy.parts[part].shape):
+                members[group].append(movement)
+        return {group: Movement.total(found) for group, found in members.items() if found}
