@@ -49,8 +49,7 @@ class Part:
     def nbytes(self) -> int:
         """Stored bytes, with the scales of a quantised weight; the format admits whole bytes only."""
         if self.encoding is not None:
-            rows = self.stored.rows if len(self.encoding.shape) > 1 else 1
-            return sum(span.size for span in self.encoding.spans(0, min(rows, self.encoding.rows)))
+            return sum(span.size for span in self.encoding.spans(0, self.numel // self.encoding.width))
         return self.numel * self.dtype.bits // 8
 
 
@@ -59,8 +58,8 @@ class Anatomy:
     """What one file's tensor names mean; made by ``recognise``.
 
     ``prefix`` stands before every model tensor in the file. ``parts`` maps canonical names to parts, in file
-    order. ``outside`` lists the stored tensors that are not model weights: a bundled VAE or text encoder,
-    and the markers and scales of quantised containers.
+    order. ``outside`` lists the stored tensors that are not of the model: a bundled VAE or text encoder. ``sides``
+    lists the markers and scales of the model's quantised weights.
     """
 
     family: Family
@@ -68,6 +67,7 @@ class Anatomy:
     prefix: str
     parts: Mapping[str, Part]
     outside: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
 
     def stored_parts(self) -> dict[str, tuple[str, ...]]:
         """Stored tensor name -> the parts it holds in row order; tensors in file order, prefix included."""

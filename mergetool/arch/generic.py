@@ -61,7 +61,7 @@ GENERIC = Generic()
 
 
 def anatomy_of(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> Anatomy:
-    """Every tensor as a part under its stored name; markers and scales of quantised containers outside."""
+    """Every tensor as a part under its stored name; markers and scales of quantised weights beside."""
     parts = {
         name: Part(
             name, info.shape, info.dtype, Slice(name, 0, info.shape[0] if info.shape else 1), encodings.get(name)
@@ -69,5 +69,5 @@ def anatomy_of(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encodi
         for name, info in tensors.items()
         if not is_side_tensor(name)
     }
-    outside = tuple(name for name in tensors if name not in parts)
-    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, outside=outside)
+    sides = tuple(name for name in tensors if name not in parts)
+    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, sides=sides)

@@ -230,7 +230,9 @@ def _shapes_by_vectors(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[s
     try:
         caption, patch, dim = (tensors[prefix + name].shape[0] for name in vectors)
         head = tensors[f"{prefix}noise_refiner.0.attention.{norm}.weight"].shape[0]
-        siglip = tensors[f"{prefix}siglip_embedder.0.weight"].shape[0] if _has(tensors, prefix, "siglip_embedder") else None
+        siglip = (
+            tensors[f"{prefix}siglip_embedder.0.weight"].shape[0] if _has(tensors, prefix, "siglip_embedder") else None
+        )
     except (KeyError, IndexError):
         return {}
     if not 0 < head <= dim:
@@ -261,12 +263,16 @@ def anatomy_of(
     when a fused tensor cannot be split, or two tensors hold the same part.
     """
     parts: dict[str, Part] = {}
-    outside = []
+    outside: list[str] = []
+    sides: list[str] = []
     heads = HeadRows(tensors, prefix, "noise_refiner.0.attention", source)
     for stored, info in tensors.items():
         name = stored.removeprefix(prefix)
-        if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED or is_side_tensor(name):
+        if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED:
             outside.append(stored)
+            continue
+        if is_side_tensor(name):
+            sides.append(stored)
             continue
         for part in _parts_of(stored, name, info, heads, encodings.get(stored)):
             if part.name in parts:
@@ -276,12 +282,11 @@ def anatomy_of(
                 )
             parts[part.name] = part
     comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
-    return Anatomy(Z_IMAGE, "comfyui" if comfyui else "diffusers", prefix, parts, tuple(outside))
+    layout = "comfyui" if comfyui else "diffusers"
+    return Anatomy(Z_IMAGE, layout, prefix, parts, tuple(outside), tuple(sides))
 
 
-def _parts_of(
-    stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None
-) -> list[Part]:
+def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None) -> list[Part]:
     split = _split_names(name)
     if split is None:
         shape = (1, *info.shape) if name in PAD_TOKENS and len(info.shape) == 1 else info.shape

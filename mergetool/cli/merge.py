@@ -135,8 +135,10 @@ def _multiplier(text: str) -> tuple[str, Fraction]:
 
 
 def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+    from mergetool.quant import is_side_tensor
+
     family = plan.inputs[0].anatomy.family.name
-    dtypes = "/".join(sorted({t.dtype.code for t in plan.tensors if t.dtype.blendable}))
+    dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
     count = sum(step.elements for tensor in plan.tensors for step in tensor.steps)
     console.heading(
         "plan",
@@ -147,7 +149,7 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     if every_tensor:
         for tensor in plan.tensors:
             reasons = dict.fromkeys(step.reason for step in tensor.steps)
-            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.dtype.name}  {', '.join(reasons)}")
+            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.stored_as}  {', '.join(reasons)}")
     reasons_of = plan.reasons()
     console.heading("", " · ".join(f"{len(names)} {reason}" for reason, names in reasons_of.items()))
     for reason, names in reasons_of.items():
@@ -189,7 +191,7 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
             {
                 "name": tensor.name,
                 "shape": list(tensor.shape),
-                "dtype": tensor.dtype.name,
+                "dtype": tensor.stored_as,
                 "steps": [{"part": step.part, "action": step.reason} for step in tensor.steps],
             }
             for tensor in plan.tensors

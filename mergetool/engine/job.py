@@ -17,7 +17,8 @@ from mergetool.engine.reading import Method
 from mergetool.errors import OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
-from mergetool.recipe.plan import Input, Plan, plan_merge
+from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.steps import Input
 
 # Anonymous memory of a process that has imported torch and opened three models, before it works.
 BASE_MEMORY = 220_000_000

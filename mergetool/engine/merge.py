@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
-from mergetool.checkpoint.dtypes import DType
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.dtypes import F32, DType
+from mergetool.engine import quantising
 from mergetool.engine.movements import Movements
-from mergetool.engine.reading import Fetcher, Method, fetcher
+from mergetool.engine.quantising import Phases, Piece, Weight
+from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
-from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
+from mergetool.quant.encoding import Floats, Octets
+from mergetool.recipe.options import Options
+from mergetool.recipe.plan import Plan
+from mergetool.recipe.steps import COPY, OutputTensor, Step
 
 # 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
 CHUNK = 1 << 19
@@ -41,13 +47,35 @@ NonFinite = Literal["refuse", "keep"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Elements ``[start, start + count)`` of one step of one output tensor."""
+    """Elements ``[start, start + count)`` of one step of one output tensor.
+
+    Those of a quantised tensor are only collected, in the phase that fills it.
+    """
 
     tensor: OutputTensor
     step: Step
     start: int
     count: int
     rounding: Rounding
+    phase: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """A piece of a quantised output tensor, to be encoded, or before that to have its scale searched for."""
+
+    piece: Piece
+    rounding: Rounding
+    phase: int
+    searching: bool = False
+
+    @property
+    def count(self) -> int:
+        """Elements, padding included."""
+        return self.piece.stored * -(-self.piece.tensor.shape[1] // _WIDEST_BLOCK) * _WIDEST_BLOCK
+
+
+_WIDEST_BLOCK = 32
 
 
 @dataclass
@@ -74,9 +102,21 @@ def default_threads() -> int:
 def memory_needed(plan: Plan, threads: int) -> int:
     """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own, for ``threads`` workers."""
     windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
+    decoded = max(
+        (sum(w.encoding is not None for w in step.windows) for tensor in plan.tensors for step in tensor.steps),
+        default=0,
+    )
     elements = max((job.count for job in jobs(plan)), default=0)
     feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    return threads * (elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 2_000_000)
+    held = largest_weight(plan)
+    encoding = 16 if held else 0
+    each = 4 * (plan.registers + 1) + 4 + 4 * windows + 6 * decoded + feedback + encoding
+    return 4 * held + threads * (elements * each + 2_000_000)
+
+
+def largest_weight(plan: Plan) -> int:
+    """Elements of the largest output tensor that is quantised, whose float32 values are held; 0 where none is."""
+    return max((tensor.shape[0] * tensor.shape[1] for tensor in plan.tensors if tensor.quantiser), default=0)
 
 
 def run(
@@ -106,24 +146,48 @@ def run(
     return workers.outcome
 
 
-def jobs(plan: Plan) -> Iterator[Job]:
-    """The work in output order, in chunks that depend on the plan alone."""
-    options = plan.options
+def jobs(plan: Plan) -> Iterator[Job | Quantise]:
+    """The work in output order, in chunks that depend on the plan alone; phases are numbered from 0."""
+    phase = 0
     for tensor in plan.tensors:
-        row = tensor.shape[-1] if tensor.shape else 1
-        key = stream_key(options.seed, tensor.name)
-        for step in tensor.steps:
-            whole_rows = options.rounding == "error-feedback" and step.program is not None
-            # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
-            rows = min(row, step.elements)
-            chunk = max(1, ROWS_CHUNK // rows) * rows if whole_rows and rows else CHUNK
-            for start in range(0, step.elements, chunk):
-                rounding: Rounding = NEAREST
-                if options.rounding == "stochastic":
-                    rounding = Stochastic(key, step.first + start)
-                elif whole_rows:
-                    rounding = ErrorFeedback(rows)
-                yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
+        if tensor.quantiser is None:
+            yield from _chunks(tensor, plan.options)
+            continue
+        for job in _chunks(tensor, plan.options):
+            yield replace(job, phase=phase)
+        for searching in (True, False) if plan.options.scale_search else (False,):
+            phase += 1
+            for piece in quantising.pieces(tensor, ROWS_CHUNK if plan.options.rounding == "error-feedback" else CHUNK):
+                yield Quantise(piece, _rounding_of(piece, plan.options), phase, searching)
+        phase += 1
+
+
+def _rounding_of(piece: Piece, options: Options) -> Rounding:
+    assert piece.tensor.quantiser is not None
+    width = piece.tensor.quantiser.padded((piece.tensor.shape[0], piece.tensor.shape[1]))[1]
+    if options.rounding == "stochastic":
+        return Stochastic(stream_key(options.seed, piece.tensor.name), piece.row * width)
+    return ErrorFeedback(width) if options.rounding == "error-feedback" else NEAREST
+
+
+def _chunks(tensor: OutputTensor, options: Options) -> Iterator[Job]:
+    row = tensor.shape[-1] if tensor.shape else 1
+    key = stream_key(options.seed, tensor.name)
+    for step in tensor.steps:
+        rounded = step.program is not None and tensor.quantiser is None
+        whole_rows = options.rounding == "error-feedback" and rounded
+        # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
+        rows = min(row, step.elements)
+        chunk = max(1, ROWS_CHUNK // rows) * rows if whole_rows and rows else CHUNK
+        if not whole_rows and rows and any(window.encoding for window in step.windows):
+            chunk = max(1, CHUNK // rows) * rows  # no row is decoded twice
+        for start in range(0, step.elements, chunk):
+            rounding: Rounding = NEAREST
+            if options.rounding == "stochastic":
+                rounding = Stochastic(key, step.first + start)
+            elif whole_rows:
+                rounding = ErrorFeedback(rows)
+            yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
 
 
 class _Workers:
@@ -134,7 +198,10 @@ class _Workers:
         self.non_finite = non_finite
         self.measured = measured
         self.outcome = Outcome()
-        self._jobs = list(jobs(plan))
+        self._jobs: list[Job | Quantise] = list(jobs(plan))
+        sizes = Counter(job.phase for job in self._jobs if job.phase is not None)
+        self.phases = Phases([sizes[phase] for phase in range(len(sizes))])
+        self.weight = Weight(largest_weight(plan))
         self._movements: dict[int, Movement] = {}
         self._next = 0
         self._moved = 0
@@ -145,6 +212,9 @@ class _Workers:
 
     def run(self, threads: int, progress: Callable[[int], None]) -> None:
         pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(threads)]
+        for tensor in self.plan.tensors:
+            if tensor.constant is not None:
+                self.writer.write(tensor.name, 0, memoryview(tensor.constant))
         for thread in pool:
             thread.start()
         try:
@@ -154,15 +224,16 @@ class _Workers:
                     progress(self._take_moved())
         finally:
             # Also on Ctrl-C, which only this thread sees: the others finish their chunk and stop.
-            self._stop.set()
+            self._end()
             for thread in pool:
                 thread.join()
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
         self.outcome.movements = Movements.of(
-            ((self._jobs[i].tensor.name, self._jobs[i].step.part), movement)
-            for i, movement in sorted(self._movements.items())
+            ((job.tensor.name, job.step.part), self._movements[i])
+            for i, job in enumerate(self._jobs)
+            if isinstance(job, Job) and i in self._movements
         )
 
     def _take_moved(self) -> int:
@@ -187,17 +258,14 @@ class _Workers:
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
-            self._stop.set()
+            self._end()
 
-    def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
-        """The file, offset and size in bytes of a job's share of a window."""
-        file, base = self.plan.inputs[window.input].checkpoint.locate(window.tensor)
-        bits = window.dtype.bits
-        begin, end = job.start * bits // 8, -(-(job.start + job.count) * bits // 8)
-        return file, base + window.start + begin, end - begin
+    def _end(self) -> None:
+        self._stop.set()
+        self.phases.stop()
 
-    def new_fetcher(self) -> Fetcher:
-        return fetcher(self.method, self._files)
+    def new_reader(self) -> ValueReader:
+        return ValueReader(fetcher(self.method, self._files))
 
     def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
         with self._lock:
@@ -210,13 +278,25 @@ class _Worker:
     def __init__(self, run: _Workers, ops: CpuOps) -> None:
         self.run = run
         self.ops = ops
-        self.fetcher = run.new_fetcher()
+        self.reader = run.new_reader()
 
-    def do(self, job: Job) -> tuple[int, Movement | None]:
-        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
-        places = [self.run.place(window, job) for window in job.step.windows]
-        raw = [self.fetcher.fetch(slot, *place) for slot, place in enumerate(places)]
-        dtypes = [window.dtype for window in job.step.windows]
+    def do(self, job: Job | Quantise) -> tuple[int, Movement | None]:
+        """Do one job; returns the bytes read and written, and what it did to the first model."""
+        if job.phase is None:
+            assert isinstance(job, Job)
+            return self._compute(job)
+        if not self.run.phases.enter(job.phase):
+            return 0, None
+        done = self._compute(job) if isinstance(job, Job) else self._quantise(job)
+        self.run.phases.leave(job.phase)
+        return done
+
+    def _compute(self, job: Job) -> tuple[int, Movement | None]:
+        fetched = [
+            self.reader.fetch(slot, self.run.plan.inputs[window.input].checkpoint, window, job.start, job.count)
+            for slot, window in enumerate(job.step.windows)
+        ]
+        raw, dtypes = [found.view for found in fetched], [found.dtype for found in fetched]
         bits = job.tensor.dtype.bits
         at = (job.step.first + job.start) * bits // 8
         movement = None
@@ -228,6 +308,8 @@ class _Worker:
         else:
             self._execute(job.step.program, raw, dtypes)
             self._check(job, raw, dtypes)
+            if job.phase is not None:
+                return self._collect(job, fetched), None
             out, beyond = self.ops.store(0, job.tensor.dtype, job.rounding)
             if beyond:
                 self._beyond(job, beyond)
@@ -236,12 +318,33 @@ class _Worker:
                 self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
                 movement = self.ops.measure(0, first, job.tensor.dtype)
         self.run.writer.write(job.tensor.name, at, out)
-        moved = len(out) + sum(size for _, _, size in places)
-        for view in raw:
-            view.release()
-        for place in places:
-            self.fetcher.release(*place)
-        return moved, movement
+        return len(out) + self._release(fetched), movement
+
+    def _collect(self, job: Job, fetched: list[Fetched]) -> int:
+        values, _ = self.ops.store(0, F32)
+        self.run.weight.fill(job.tensor, job.step.first + job.start, np.frombuffer(values, np.float32))
+        return self._release(fetched)
+
+    def _release(self, fetched: list[Fetched]) -> int:
+        for found in fetched:
+            self.reader.release(found)
+        return sum(found.nbytes for found in fetched)
+
+    def _quantise(self, job: Quantise) -> tuple[int, Movement | None]:
+        weight, piece = self.run.weight, job.piece
+        assert piece.tensor.quantiser is not None
+
+        def round_to(values: Floats, dtype: DType) -> Octets:
+            self.ops.load(0, np.ascontiguousarray(values).data.cast("B"), F32)
+            out, _ = self.ops.store(0, dtype, job.rounding)
+            return np.frombuffer(out, np.uint8).reshape(values.shape)
+
+        if job.searching:
+            weight.search(piece, round_to)
+            return 0, None
+        scale = weight.scale(piece.tensor)
+        raw = quantising.encode(piece.tensor.quantiser, weight.rows(piece), piece, scale, round_to)
+        return quantising.write(piece, raw, scale, self.run.writer.write), None
 
     def _execute(self, program: Program, raw: list[memoryview], dtypes: list[DType]) -> None:
         ops = self.ops

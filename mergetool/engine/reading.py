@@ -6,9 +6,16 @@ only safe way, since a file cut short under a mapping ends the process.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+
+from mergetool.checkpoint.dtypes import F32, DType
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.quant.encoding import Floats
+from mergetool.recipe.steps import Window
 
 Method = Literal["auto", "mmap", "pread"]
 
@@ -68,3 +75,73 @@ def fetcher(method: Method, files: list[InputFile]) -> Fetcher:
     if method == "mmap" or all(file.can_map for file in files):
         return WindowFetcher()
     return PositionedFetcher()
+
+
+Place = tuple[InputFile, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Elements in reach: ``view`` holds them as ``dtype``; ``places`` are the stored bytes they came from."""
+
+    view: memoryview
+    dtype: DType
+    places: tuple[Place, ...]
+    raw: tuple[memoryview, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes read."""
+        return sum(size for _, _, size in self.places)
+
+
+class ValueReader:
+    """One worker's way to the elements of windows: plain ones as they are stored, quantised ones decoded to float32.
+
+    Decoded rows go into one buffer a slot, which is reused.
+    """
+
+    def __init__(self, fetch: Fetcher) -> None:
+        self._fetch = fetch
+        self._decoded: dict[int, Floats] = {}
+
+    def fetch(self, slot: int, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Fetched:
+        """Elements ``[start, start + count)`` of a window; valid until `release`, or the next fetch into the same slot."""
+        if window.encoding is not None:
+            return self._decode(slot, checkpoint, window, start, count)
+        file, base = checkpoint.locate(window.tensor)
+        bits = window.dtype.bits
+        begin, end = start * bits // 8, -(-(start + count) * bits // 8)
+        place = (file, base + window.start + begin, end - begin)
+        raw = self._fetch.fetch(_SPANS * slot, *place)
+        return Fetched(raw, window.dtype, (place,), (raw,))
+
+    def release(self, fetched: Fetched) -> None:
+        """The elements are no longer needed."""
+        for view in {id(view): view for view in (fetched.view, *fetched.raw)}.values():
+            view.release()
+        for place in fetched.places:
+            self._fetch.release(*place)
+
+    def _decode(self, slot: int, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Fetched:
+        encoding = window.encoding
+        assert encoding is not None
+        first, last = start // encoding.width, -(-(start + count) // encoding.width)
+        places: list[Place] = []
+        for span in encoding.spans(window.row + first, last - first):
+            file, base = checkpoint.locate(span.tensor)
+            places.append((file, base + span.start, span.size))
+        raw = tuple(self._fetch.fetch(_SPANS * slot + i, *place) for i, place in enumerate(places))
+        out = self._buffer(slot, (last - first) * encoding.width)
+        encoding.decode(raw, window.row + first, last - first, out.reshape(-1, encoding.width))
+        values = out[start - first * encoding.width :][:count]
+        return Fetched(values.data.cast("B"), F32, tuple(places), raw)
+
+    def _buffer(self, slot: int, size: int) -> Floats:
+        buffer = self._decoded.get(slot)
+        if buffer is None or len(buffer) < size:
+            buffer = self._decoded[slot] = np.empty(size, np.float32)
+        return buffer[:size]
+
+
+_SPANS = 8

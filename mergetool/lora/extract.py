@@ -32,8 +32,8 @@ from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.svd import balanced_factors, decompose, stored_residual
 from mergetool.ops.cpu import TORCH
-from mergetool.recipe.plan import Input
 from mergetool.recipe.provenance import display_names
+from mergetool.recipe.steps import Input
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ METADATA = "_quantization_metadata"
 MARKER = "comfy_quant"
 MOST_MARKER_BYTES = 65536
 
-_OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+CURRENT_NAMES: Mapping[str, str] = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 _SCALES = frozenset({"weight_scale", "weight_scale_2", "pre_quant_scale"})
-_LAYER_LEAVES = frozenset({*_OLD_NAMES, *_SCALES, "input_scale", MARKER})
+_LAYER_LEAVES = frozenset({*CURRENT_NAMES, *_SCALES, "input_scale", MARKER})
 _CODEBOOK = frozenset({"weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"})
 _BITSANDBYTES = frozenset({"SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"})
 _SVDQUANT = frozenset({"qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth_factor", "smooth_factor_orig"})
@@ -166,7 +166,7 @@ def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str,
             continue
         name = stored.removesuffix(leaf).removesuffix(".").removesuffix(".weight")
         sides = layers.setdefault(name, {})
-        current = _OLD_NAMES.get(leaf, leaf)
+        current = CURRENT_NAMES.get(leaf, leaf)
         if current in sides:
             raise DataError(
                 f'"{source}": tensors {quoted(sides[current][0])} and {quoted(stored)} both scale layer {quoted(name)}, '

@@ -39,13 +39,13 @@ class Quantiser(ABC):
     def entries(self, layer: str, shape: tuple[int, int]) -> list[Entry]:
         """Name, dtype and shape of every tensor that ``layer``'s weight becomes."""
         padded = self.padded(shape)
-        marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self._marker()),))
+        marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self.marker()),))
         scale = [(f"{layer}.{self._tensor_scale_leaf}", F32, ())] if self._tensor_scale_leaf else []
         return [*((f"{layer}.{leaf}", dtype, size) for leaf, dtype, size in self._stored(padded)), *scale, marker]
 
     def constants(self, layer: str, scale: np.float32) -> dict[str, bytes]:
         """The tensors of ``layer`` that do not depend on its rows: the marker, and the tensor's scale where there is one."""
-        constants = {f"{layer}.comfy_quant": self._marker()}
+        constants = {f"{layer}.comfy_quant": self.marker()}
         if self._tensor_scale_leaf:
             constants[f"{layer}.{self._tensor_scale_leaf}"] = np.float32(scale).tobytes()
         return constants
@@ -70,7 +70,8 @@ class Quantiser(ABC):
     def _tensor_scale_leaf(self) -> str | None:
         return None
 
-    def _marker(self) -> bytes:
+    def marker(self) -> bytes:
+        """The bytes of a layer's ``.comfy_quant``."""
         return json.dumps(dict(self.config)).encode()
 
 
