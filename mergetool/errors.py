@@ -12,6 +12,7 @@
     │   └── NonFiniteError      NaN or infinity where a finite number is needed
     ├── InputMissing      66    an input does not exist or may not be opened
     ├── OutputError       73    the output cannot be made at the place asked for
+    ├── DeviceError       70    a GPU failed while it worked
     ├── StorageError      74    reading or writing failed
     ├── BusyError         75    another run holds the output
     └── Interrupted      130    the user asked to stop
@@ -80,6 +81,12 @@ class OutputError(MergetoolError):
     """The output cannot be made at the place asked for."""
 
     exit_code = 73
+
+
+class DeviceError(MergetoolError):
+    """A GPU failed while it worked."""
+
+    exit_code = 70
 
 
 class StorageError(MergetoolError):

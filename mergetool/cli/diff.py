@@ -13,7 +13,8 @@ from mergetool.cli import console
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
-    from mergetool.lora.extract import Extraction, Layer
+    from mergetool.lora.extract import Extraction
+    from mergetool.lora.layer import Layer
     from mergetool.lora.pairs import DiffOptions, Pairing
 
 # The first of these that a matrix is in is its row of the table.
@@ -50,6 +51,10 @@ def diff(
     seed: Annotated[int, typer.Option(help="Seed of the random starting directions.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Matrices worked on at once [default: all cores]", min=1)] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
+    device: console.DeviceOption = "auto",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="GPU memory to use, e.g. 6GB [default: 80 % of what is free]", metavar="SIZE")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be decomposed, and stop.")] = False,
     as_json: JsonOption = False,
@@ -61,10 +66,13 @@ def diff(
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
     energy of its whole spectrum, unless --rank-max stops it first, which is said.
     """
+    from mergetool.lora import on_device
     from mergetool.lora.extract import extract, open_diff
 
     options = _options(rank, rank_thresh, rank_max, min_dim, include, exclude, dtype, seed)
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
+    target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))
+    memory = console.parse_size(gpu_memory) if gpu_memory else 0
     started = time.monotonic()
     with open_diff(base, variant, options) as pairing:
         target = output or _default_output(base, variant)
@@ -75,7 +83,17 @@ def diff(
                 console.print_json(_pairing_json(pairing))
             return
         with console.progress("diff", pairing.bytes_read, shown=not (no_progress or as_json)) as bar:
-            found = extract(pairing, target, options, overwrite=overwrite, threads=threads, method=method, progress=bar)
+            found = extract(
+                pairing,
+                target,
+                options,
+                overwrite=overwrite,
+                threads=threads,
+                method=method,
+                device=target_device,
+                memory=memory,
+                progress=bar,
+            )
         seconds = time.monotonic() - started
         if as_json:
             console.print_json(_pairing_json(pairing) | _extraction_json(found, target, seconds))

@@ -14,7 +14,7 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.engine.merge import Outcome
+    from mergetool.engine.worker import Outcome
     from mergetool.recipe.plan import Plan
 
 EXAMPLES = """\b
@@ -68,6 +68,10 @@ def merge(
         str | None, typer.Option(help="Write a folder of shards no larger than this, as in 5GB.", metavar="SIZE")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER; same bytes.")] = "auto",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Most memory to take of each GPU [default: 80 % of what is free]", metavar="SIZE")
+    ] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -77,8 +81,9 @@ def merge(
     verbose: VerboseOption = False,
 ) -> None:
     """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
+    from mergetool.engine import device as devices
     from mergetool.engine import job
-    from mergetool.engine import merge as engine
+    from mergetool.engine.memory import memory_needed
     from mergetool.recipe.options import Options
 
     if output is None and not dry_run:
@@ -95,9 +100,11 @@ def merge(
         layout=layout,
     )
     started = time.monotonic()
+    gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
     shard_bytes = console.parse_size(shard_size) if shard_size else None
     with job.open_merge(expression, options, fingerprints=not dry_run) as plan:
-        memory = job.BASE_MEMORY + engine.memory_needed(plan, threads or engine.default_threads())
+        on = devices.choose(device, work=plan.bytes_read, memory=gpu_bytes)
+        memory = job.BASE_MEMORY + memory_needed(plan, threads, on)
         if not as_json:
             _print_plan(plan, memory, every_tensor=dry_run or verbose)
         if dry_run or output is None:
@@ -114,6 +121,7 @@ def merge(
                 threads=threads,
                 method=method,
                 non_finite=non_finite,
+                device=on,
                 progress=bar,
             )
         seconds = time.monotonic() - started
@@ -170,7 +178,11 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
 
 def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
     console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
-    for counts, what in ((outcome.capped, "beyond the dtype and capped"), (outcome.non_finite, "NaN or infinite")):
+    for counts, what in (
+        (outcome.capped, "beyond the dtype and capped"),
+        (outcome.non_finite, "NaN or infinite"),
+        (outcome.off_device, "computed by the CPU, since the GPU had no memory left"),
+    ):
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
@@ -208,4 +220,5 @@ def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
+        "off_device": dict(sorted(outcome.off_device.items())),
     }

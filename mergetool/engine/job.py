@@ -12,8 +12,9 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge
-from mergetool.engine.merge import NonFinite, Outcome
+from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
+from mergetool.engine.worker import NonFinite, Outcome
 from mergetool.errors import OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
@@ -60,6 +61,7 @@ def run_merge(
     threads: int | None = None,
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
+    device: Device = CPU,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
@@ -79,7 +81,9 @@ def run_merge(
         inputs=files,
         extra_files=_config_files(plan),
     ) as writer:
-        outcome = merge.run(plan, writer, threads=threads, method=method, non_finite=non_finite, progress=progress)
+        outcome = merge.run(
+            plan, writer, threads=threads, method=method, non_finite=non_finite, device=device, progress=progress
+        )
         writer.commit()
     return outcome
 

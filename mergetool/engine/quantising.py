@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergetool.quant.encoding import Floats, Octets
+from mergetool.quant.encoding import Encoding, Floats, Octets
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
 from mergetool.recipe.steps import OutputTensor
-
-# Encoded in pieces of about as many elements as are computed at once, and of whole tiles of rows.
-PIECE = 1 << 19
 
 SCALE_STEPS = tuple(2.0 ** (eighth / 8) for eighth in range(-2, 8))
 """What `--scale-search` multiplies the scale by amax with. Over an octave FP8's rounding error repeats itself; below 1 the largest values are cut."""
@@ -35,13 +32,22 @@ class Piece:
     stored: int
 
 
-def pieces(tensor: OutputTensor, elements: int = PIECE) -> list[Piece]:
+def pieces(tensor: OutputTensor, elements: int) -> list[Piece]:
     """A quantised tensor in pieces of about ``elements``: whole tiles of rows, the last one with the padding."""
+    rows, (stored, columns) = tensor.shape[0], padded(tensor)
+    height = max(1, elements // columns // PIECE_ROWS) * PIECE_ROWS
+    return [Piece(tensor, row, min(height, rows - row), min(height, stored - row)) for row in range(0, rows, height)]
+
+
+def padded(tensor: OutputTensor) -> tuple[int, int]:
+    """The rows and columns that a quantised tensor is stored with."""
+    return quantiser_of(tensor).padded((tensor.shape[0], tensor.shape[1]))
+
+
+def quantiser_of(tensor: OutputTensor) -> Quantiser:
+    """The container of a tensor that is quantised."""
     assert tensor.quantiser is not None
-    rows, columns = tensor.shape
-    padded = tensor.quantiser.padded((rows, columns))
-    height = max(1, elements // padded[1] // PIECE_ROWS) * PIECE_ROWS
-    return [Piece(tensor, row, min(height, rows - row), min(height, padded[0] - row)) for row in range(0, rows, height)]
+    return tensor.quantiser
 
 
 class Phases:
@@ -100,8 +106,7 @@ class Weight:
 
     def scale(self, tensor: OutputTensor) -> np.float32:
         """The tensor's scale: by its largest value, or the one of least squared error where that was searched for."""
-        assert tensor.quantiser is not None
-        scale = tensor.quantiser.scale(np.float32(self._amax[tensor.name]))
+        scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
         found = self._errors.get(tensor.name)
         if not found:
             return scale
@@ -112,12 +117,11 @@ class Weight:
     def search(self, piece: Piece, round_to: Round) -> None:
         """Note the squared error of a piece for every candidate scale."""
         tensor = piece.tensor
-        assert tensor.quantiser is not None
-        scale = tensor.quantiser.scale(np.float32(self._amax[tensor.name]))
+        scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
         errors = []
         for step in SCALE_STEPS:
             candidate = np.float32(scale * np.float32(step))
-            raw = encode(tensor.quantiser, self.rows(piece), piece, candidate, round_to)
+            raw = encode(self.rows(piece), piece, candidate, round_to)
             errors.append(squared_error(self.rows(piece), decode(piece, raw, candidate)))
         with self._lock:
             self._errors.setdefault(tensor.name, {})[piece.row] = errors
@@ -132,23 +136,19 @@ class Weight:
         return best / by_amax if by_amax else None
 
 
-def encode(
-    quantiser: Quantiser, values: Floats, piece: Piece, scale: np.float32, round_to: Round
-) -> tuple[Octets, ...]:
+def encode(values: Floats, piece: Piece, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
     """What ``values`` [rows, columns] of a piece are stored as, padding included."""
-    columns = quantiser.padded((piece.tensor.shape[0], piece.tensor.shape[1]))[1]
-    if (piece.stored, columns) != values.shape:
-        padded = np.zeros((piece.stored, columns), np.float32)
-        padded[: values.shape[0], : values.shape[1]] = values
-        values = padded
-    return quantiser.encode(values, scale, round_to)
+    stored = (piece.stored, padded(piece.tensor)[1])
+    if stored != values.shape:
+        larger = np.zeros(stored, np.float32)
+        larger[: values.shape[0], : values.shape[1]] = values
+        values = larger
+    return quantiser_of(piece.tensor).encode(values, scale, round_to)
 
 
 def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
     """The values that a piece of a file with these bytes would be read as."""
-    tensor = piece.tensor
-    assert tensor.quantiser is not None
-    encoding = tensor.quantiser.encoding(tensor.layer, (tensor.shape[0], tensor.shape[1]))
+    encoding = _encoding(piece.tensor)
     spans = encoding.spans(piece.row, piece.rows)
     stored = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in raw]
     views = [part.data[: span.size] for part, span in zip(stored, spans, strict=False)]
@@ -161,18 +161,19 @@ def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
 
 def write(piece: Piece, raw: Sequence[Octets], scale: np.float32, put: Callable[[str, int, memoryview], None]) -> int:
     """Hand a piece's bytes to ``put(name, start, data)``, with the first piece also what the tensor has once; returns bytes."""
-    tensor = piece.tensor
-    assert tensor.quantiser is not None
-    encoding = tensor.quantiser.encoding(tensor.layer, (tensor.shape[0], tensor.shape[1]))
-    written = 0
-    for part, span in zip(raw, encoding.spans(piece.row, piece.stored), strict=False):
+    tensor, written = piece.tensor, 0
+    for part, span in zip(raw, _encoding(tensor).spans(piece.row, piece.stored), strict=False):
         put(span.tensor, span.start, np.ascontiguousarray(part).data.cast("B"))
         written += part.nbytes
     if piece.row == 0:
-        for name, data in tensor.quantiser.constants(tensor.layer, scale).items():
+        for name, data in quantiser_of(tensor).constants(tensor.layer, scale).items():
             put(name, 0, memoryview(data))
             written += len(data)
     return written
+
+
+def _encoding(tensor: OutputTensor) -> Encoding:
+    return quantiser_of(tensor).encoding(tensor.layer, (tensor.shape[0], tensor.shape[1]))
 
 
 def squared_error(values: Floats, stored: Floats) -> float:

@@ -24,37 +24,17 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.targets import TargetClaim
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine.merge import default_threads
+from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher
 from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
-from mergetool.lora import dialects
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
+from mergetool.lora.layer import Layer, Result
+from mergetool.lora.on_device import Solved, free_memory, solve_all
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.svd import balanced_factors, decompose, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.provenance import display_names
 from mergetool.recipe.steps import Input
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What became of one matrix.
-
-    ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
-    rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
-    ``wanted`` is the rank that the threshold would need where the cap stopped it first.
-    """
-
-    name: str
-    groups: frozenset[str]
-    shape: tuple[int, int]
-    rank: int
-    total: float
-    energy: float
-    residual: float
-    capped: bool
-    wanted: int | None
-    method: str
 
 
 @dataclass
@@ -93,12 +73,16 @@ def extract(
     overwrite: bool = False,
     threads: int | None = None,
     method: Method = "auto",
+    device: torch.device | None = None,
+    memory: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
     Factors are named by ``dialects.keys`` and stored in ``options.dtype``. ``threads`` is how many matrices are worked
-    on at once (default: one a core); the bytes do not depend on it. Raises NonFiniteError for NaN or infinity in an input, OutputError,
+    on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
+    values, which differ with device and batch. Raises NonFiniteError for NaN or infinity in an input, OutputError,
     BusyError, StorageError or DataError.
     """
     if not output.parent.exists():
@@ -109,27 +93,34 @@ def extract(
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
     TargetClaim.claim(output, 0, "file", overwrite=overwrite, inputs=files).release()
     system.keep_freed_memory()
-    found = Extraction()
-    factors: dict[str, torch.Tensor] = {}
-    for pair, energy, result in _decomposed(pairing, options, files, method, threads or default_threads()):
-        if not math.isfinite(energy):
-            raise _not_finite(pairing, pair)
-        if result is not None:
-            found.layers.append(result.layer)
-            factors |= result.factors
-        else:
-            found.skipped.setdefault(pair.reason or "unchanged", {})[pair.name] = energy
-        progress(pair.base.nbytes + pair.variant.nbytes)
+    with ThreadPoolExecutor(1, "metadata") as background:
+        # Beside a device nothing else needs this processor: 0.3 s for two models of 12 GB.
+        early = None if device is None else background.submit(_metadata, pairing, options)
+        solved = []
+        for pair, energy, result in (
+            _decomposed(pairing, pairing.pairs, options, files, method, threads or default_threads())
+            if device is None
+            else _on_device(pairing, options, files, device, memory or free_memory(device))
+        ):
+            if not math.isfinite(energy):
+                raise _not_finite(pairing, pair)
+            solved.append((pair, energy, result))
+            progress(pair.base.nbytes + pair.variant.nbytes)
+    found, factors = _in_order(pairing, solved)
     if not factors:
         raise DataError(
             f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
             "there is nothing to write."
         )
     entries = [(name, options.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
-    header = Header.plan(entries, _metadata(pairing, options))
+    header = Header.plan(entries, early.result() if early else _metadata(pairing, options))
     with CheckpointWriter.stage(output, header, overwrite=overwrite, inputs=files) as writer:
-        for name in header.tensors:
+
+        def write(name: str) -> None:
             writer.write(name, 0, factors[name].contiguous().view(torch.uint8).numpy().reshape(-1).data)
+
+        with ThreadPoolExecutor(threads or default_threads(), "write") as pool:
+            list(pool.map(write, header.tensors))
         writer.commit()
     return found
 
@@ -140,16 +131,44 @@ def _too_large(files: Sequence[InputFile]) -> bool:
     return memory is not None and sum(file.size for file in files) > 3 * memory // 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    layer: Layer
-    factors: dict[str, torch.Tensor]
+def _in_order(pairing: Pairing, solved: Sequence[Solved]) -> tuple[Extraction, dict[str, torch.Tensor]]:
+    """What was found, and the tensors to store, in the order of the pairs."""
+    found = Extraction()
+    factors: dict[str, torch.Tensor] = {}
+    place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
+    for pair, energy, result in sorted(solved, key=lambda one: place[one[0].name]):
+        if result is not None:
+            found.layers.append(result.layer)
+            factors |= result.factors
+        else:
+            found.skipped.setdefault(pair.reason or "unchanged", {})[pair.name] = energy
+    return found, factors
+
+
+def _on_device(
+    pairing: Pairing, options: DiffOptions, files: Sequence[InputFile], device: torch.device, memory: int
+) -> Iterator[Solved]:
+    """Every pair, the matrices by way of ``device`` and the rest, of which only the energy is wanted, here."""
+    others = [pair for pair in pairing.pairs if pair.reason]
+
+    def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
+        return list(_decomposed(pairing, pairs, options, files, "pread", 1)) if pairs else []
+
+    with ThreadPoolExecutor(1, "others") as background:
+        skipped = background.submit(on_cpu, others)
+        yield from solve_all(pairing, options, device, memory, alone=lambda pair: on_cpu([pair])[0])
+        yield from skipped.result()
 
 
 def _decomposed(
-    pairing: Pairing, options: DiffOptions, files: Sequence[InputFile], method: Method, threads: int
-) -> Iterator[tuple[Pair, float, _Result | None]]:
-    """Every pair in order with its energy, and its result where it has one.
+    pairing: Pairing,
+    pairs: Sequence[Pair],
+    options: DiffOptions,
+    files: Sequence[InputFile],
+    method: Method,
+    threads: int,
+) -> Iterator[Solved]:
+    """Every one of ``pairs`` in order with its energy, and its result where it has one.
 
     One thread reads, ``threads`` decompose a matrix each, with torch's own threads off: no matrix waits for the serial
     part of another, nothing spins, and the bytes do not depend on the number of threads.
@@ -160,18 +179,18 @@ def _decomposed(
     )
     free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
     for _ in range(threads + 1):
-        free.put(Buffers(max(pair.base.numel for pair in pairing.decomposed)))
+        free.put(Buffers(max((pair.base.numel for pair in pairs if not pair.reason), default=0)))
     reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
     workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
 
-    def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> _Result | None:
+    def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> Result | None:
         try:
             usable = math.isfinite(delta.energy) and delta.energy > 0
             return _decompose(pair, delta, options, pairing.base.anatomy.family) if usable else None
         finally:
             free.put(buffers)
 
-    def read(pair: Pair) -> tuple[float, Future[_Result | None] | None]:
+    def read(pair: Pair) -> tuple[float, Future[Result | None] | None]:
         if pair.reason:
             return reader.energy(pair), None  # waits for no buffer and no worker
         buffers = free.get()
@@ -183,7 +202,7 @@ def _decomposed(
         return delta.energy, workers.submit(decompose_into_factors, pair, delta, buffers)
 
     try:
-        for pair, started in [(pair, reading.submit(read, pair)) for pair in pairing.pairs]:
+        for pair, started in [(pair, reading.submit(read, pair)) for pair in pairs]:
             energy, result = started.result()
             yield pair, energy, result.result() if result else None
     finally:
@@ -191,7 +210,7 @@ def _decomposed(
         workers.shutdown(cancel_futures=True)
 
 
-def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> _Result:
+def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> Result:
     found = decompose(
         delta.matrix,
         name=pair.name,
@@ -202,21 +221,8 @@ def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -
         sketch=delta.sketch,
         energy=delta.energy,
     )
-    down_key, up_key = dialects.keys(family.lora_module(pair.name))
     down, up = balanced_factors(found, TORCH[options.dtype])
-    layer = Layer(
-        name=pair.name,
-        groups=pair.groups,
-        shape=(pair.base.shape[0], pair.base.shape[1]),
-        rank=found.rank,
-        total=found.total_energy,
-        energy=found.captured_energy / found.total_energy,
-        residual=stored_residual(found, down, up),
-        capped=found.capped,
-        wanted=found.rank_wanted,
-        method=found.method,
-    )
-    return _Result(layer, {down_key: down, up_key: up})
+    return Result.of(pair, found, down, up, stored_residual(found, down, up), family)
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:

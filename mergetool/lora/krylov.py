@@ -36,7 +36,8 @@ def linear(inputs: Tensor, weights: Tensor) -> Tensor:
     By oneDNN where torch has it: 223 GFLOP/s a core for 10240 x 3840 times 64 on an AMD EPYC 9005, where the BLAS behind
     ``@`` (MKL) reaches 75 there. Both are IEEE float32.
     """
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+    here = inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if here and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weights, None, "none", [], "")
         return product
     return inputs @ weights.T

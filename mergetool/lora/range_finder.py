@@ -235,7 +235,7 @@ def whole_spectrum(products: Products, goal: Goal) -> Projection:
     Cubic in the short side, whatever the rank: about 10 s for 10240 x 3840, where torch.linalg.svd takes 14 to 20.
     """
     matrix, short = products.delta, products.short
-    gram = torch.zeros(short, short, dtype=torch.float64)
+    gram = torch.zeros(short, short, dtype=torch.float64, device=matrix.device)
     for part in torch.split(matrix, 1024, dim=0 if products.tall else 1):
         exact = part.double()
         gram += exact.T @ exact if products.tall else exact @ exact.T

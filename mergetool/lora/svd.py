@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,9 @@ from mergetool.lora.tail import rank_for_energy
 
 SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""
+
+
+Method = Literal["zero", "krylov", "subspace", "gram"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +60,7 @@ class Decomposition:
     lost_energy: float
     capped: bool
     rank_wanted: int | None
-    method: Literal["zero", "krylov", "gram"]
+    method: Method
     passes: int
 
     @property
@@ -90,36 +94,46 @@ def decompose(
 
     Raises NonFiniteError for NaN or infinity in the delta, UsageError for a wrong option.
     """
-    _check_options(rank, rank_thresh, rank_max)
+    check_options(rank, rank_thresh, rank_max)
     if delta.ndim != 2 or delta.dtype != torch.float32 or delta.device.type != "cpu":
         raise TypeError(f"a delta is a float32 matrix on the CPU, not {tuple(delta.shape)} {delta.dtype}")
     delta = delta.contiguous()
     total = squared_norm(delta) if energy is None else energy
-    exponent = _exponent(delta, total, name)
+    exponent = safe_exponent(delta, total, name)
     if exponent is None:
-        return _zero(delta, name)
+        return zero_decomposition(delta, name)
     if exponent:
-        delta, sketch = _scaled(delta, exponent), None
+        delta, sketch = scaled_by(delta, exponent), None
         total = squared_norm(delta)
     if sketch is None:
         sketch = delta.bfloat16() if fast_bfloat16() else delta
     if sketch.shape != delta.shape:
         raise TypeError(f"the sketch is {tuple(sketch.shape)}, the delta {tuple(delta.shape)}")
-    short = min(delta.shape)
-    goal = Goal(
-        total,
-        target=None if rank else total * rank_thresh,
-        most=min(rank or rank_max or short, short),
-    )
+    goal = goal_for(delta.shape, total, rank, rank_thresh, rank_max)
     products = Products(delta, sketch, total)
     projection, method = _find(products, goal, seed, name)
+    return conclude(products, projection, goal, name, exponent, method)
+
+
+def goal_for(shape: Sequence[int], total: float, rank: int, rank_thresh: float, rank_max: int) -> Goal:
+    """What the options of ``decompose`` ask of a delta of ``shape`` with the energy ``total``."""
+    short = min(shape)
+    return Goal(total, target=None if rank else total * rank_thresh, most=min(rank or rank_max or short, short))
+
+
+def conclude(
+    products: Products, projection: Projection, goal: Goal, name: str, exponent: int, method: Method
+) -> Decomposition:
+    """The decomposition that ``projection`` is for ``goal``, of a delta that was scaled by 2^-``exponent``.
+
+    The energies of the projection are on the CPU, its vectors on any device.
+    """
+    total, shape = products.total, (products.long, products.short)
     kept = goal.fewest(projection.energies)
-    capped = goal.target is not None and kept is None and len(projection.energies) >= goal.most < short
+    capped = goal.target is not None and kept is None and len(projection.energies) >= goal.most < products.short
     wanted = None
     if capped and goal.target is not None:
-        wanted = rank_for_energy(projection.energies[: goal.most].numpy(), total, goal.target, (products.long, short))[
-            1
-        ]
+        wanted = rank_for_energy(projection.energies[: goal.most].numpy(), total, goal.target, shape)[1]
     projection = truncate(projection, kept or goal.most)
     captured = float(projection.energies.sum())
     left, right = projection.left, projection.right.T
@@ -142,7 +156,7 @@ def decompose(
 
 def _find(products: Products, goal: Goal, seed: int, name: str) -> tuple[Projection, Literal["krylov", "gram"]]:
     if products.short > SMALL:
-        search = Search(products, goal, _generator(seed, name))
+        search = Search(products, goal, torch.Generator().manual_seed(named_seed(seed, name)))
         while (count := search.advance()) is not None:
             found = certify(products, search.krylov.strongest(count), goal, search.doubt)
             complete = len(found.energies) < count
@@ -152,20 +166,25 @@ def _find(products: Products, goal: Goal, seed: int, name: str) -> tuple[Project
     return whole_spectrum(products, goal), "gram"
 
 
-def _check_options(rank: int, rank_thresh: float, rank_max: int) -> None:
+def check_options(rank: int, rank_thresh: float, rank_max: int) -> None:
+    """Raises UsageError for options of ``decompose`` that cannot be meant."""
     if rank < 0 or rank_max < 0:
         raise UsageError(f"a rank is 0 (automatic, no cap) or more, not {min(rank, rank_max)}")
     if not 0.0 < rank_thresh <= 1.0:
         raise UsageError(f"--rank-thresh is the share of energy to keep, above 0 and up to 1, not {rank_thresh}")
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def named_seed(seed: int, name: str) -> int:
+    """The seed of the random numbers for the tensor ``name``, 64 bits."""
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")
 
 
-def _exponent(delta: Tensor, energy: float, name: str) -> int | None:
-    """The power of two at the delta's largest magnitude, 0 if products are safe as they are; None for all zero."""
+def safe_exponent(delta: Tensor, energy: float, name: str) -> int | None:
+    """The power of two at the delta's largest magnitude, 0 if products are safe as they are; None for all zero.
+
+    Raises NonFiniteError for NaN or infinity.
+    """
     if delta.numel() == 0:
         return None
     # The largest square lies between the mean square and the sum; so a look at every value is seldom needed.
@@ -187,7 +206,7 @@ def _exponent(delta: Tensor, energy: float, name: str) -> int | None:
     return 0 if abs(exponent) <= 30 else exponent
 
 
-def _scaled(delta: Tensor, exponent: int) -> Tensor:
+def scaled_by(delta: Tensor, exponent: int) -> Tensor:
     """The delta with its largest magnitude near 1, exactly: two steps, since 2^-exponent may not be a float32."""
     half = -exponent // 2
     return delta * 2.0**half * 2.0 ** (-exponent - half)
@@ -208,7 +227,7 @@ def _lost(products: Products, projection: Projection, total: float, captured: fl
     """Energy outside the kept directions: the difference, or where that would cancel, summed up directly."""
     if total - captured > 1e-6 * total:
         return total - captured
-    scaled = projection.left * projection.energies.sqrt().float()
+    scaled = projection.left * projection.energies.sqrt().float().to(projection.left.device)
     matrix = products.delta if products.tall else products.delta.T
     parts = zip(torch.split(matrix, 1024), torch.split(scaled, 1024), strict=True)
     return sum(squared_norm(part - columns @ projection.right) for part, columns in parts)
@@ -216,16 +235,17 @@ def _lost(products: Products, projection: Projection, total: float, captured: fl
 
 def _signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Flip pairs of columns so that the largest entry of each left one by magnitude (ties: first) is positive."""
-    largest = left.abs().argmax(dim=0, keepdim=True) if left.numel() else torch.zeros(1, 0, dtype=torch.long)
+    largest = left.abs().argmax(dim=0, keepdim=True) if left.numel() else left.new_zeros(1, 0, dtype=torch.long)
     signs = left.gather(0, largest).sign()
     return (left * signs).contiguous(), right * signs
 
 
-def _zero(delta: Tensor, name: str) -> Decomposition:
+def zero_decomposition(delta: Tensor, name: str) -> Decomposition:
+    """What a delta of zeros, or without elements, decomposes into."""
     m, n = delta.shape
     empty = torch.empty(0, dtype=torch.float64)
     return Decomposition(
-        name, torch.empty(m, 0), empty, torch.empty(0, n), 0.0, 0.0, 0.0, False, None, method="zero", passes=1
+        name, delta.new_empty(m, 0), empty, delta.new_empty(0, n), 0.0, 0.0, 0.0, False, None, method="zero", passes=1
     )
 
 
@@ -236,7 +256,7 @@ def balanced_factors(found: Decomposition, dtype: torch.dtype) -> tuple[Tensor, 
     rounded ``down`` by least squares, min ||U S V^T - up @ down||_F, and rounded. Raises NonFiniteError when a
     value does not fit ``dtype``.
     """
-    work = _precision(found, dtype)
+    work = working_precision(found, dtype)
     root = found.singular_values.sqrt()
     right = found.right.to(work)
     down = (root.to(work)[:, None] * right).to(dtype)
@@ -266,7 +286,7 @@ def stored_residual(found: Decomposition, down: Tensor, up: Tensor) -> float:
     """
     if found.rank == 0:
         return 0.0 if found.total_energy == 0.0 else 1.0
-    work = _precision(found, down.dtype)
+    work = working_precision(found, down.dtype)
     right, rows, columns = found.right.to(work), down.to(work), up.to(work)
     inside = rows @ right.T
     outside = rows - inside @ right
@@ -275,7 +295,7 @@ def stored_residual(found: Decomposition, down: Tensor, up: Tensor) -> float:
     return math.sqrt(max(float(missed) + float(added) + found.lost_energy, 0.0) / found.total_energy)
 
 
-def _precision(found: Decomposition, dtype: torch.dtype) -> torch.dtype:
+def working_precision(found: Decomposition, dtype: torch.dtype) -> torch.dtype:
     """The dtype to work in for factors of ``dtype``: float32 where its error, 2^-24, is far below their rounding.
 
     Float64 took 25 ms more for each 10240 x 3840 matrix. It is kept for float32 factors, and for singular values whose

@@ -35,8 +35,12 @@ class Ops(Protocol):
     def first_non_finite(self, register: int) -> tuple[int, int]:
         """How many elements of a register are NaN or infinite, and the index of the first one."""
 
-    def store(self, register: int, dtype: DType, rounding: Rounding = NEAREST) -> tuple[memoryview, int]:
+    def store(
+        self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
+    ) -> tuple[memoryview, int]:
         """Round a register to ``dtype``; also the number of elements beyond the dtype's range.
+
+        ``first`` names the register that ``measure`` will be asked about; the chunk's last load went there.
 
         fp32 and fp64 take every float32 as it is, whatever the rounding. Elements beyond the range become infinity in fp16
         and bf16 (counted in fp16), and the largest finite value of their sign in the FP8 types, which have no (e4m3) or no

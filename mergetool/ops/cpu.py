@@ -62,7 +62,7 @@ class CpuOps:
     """The ``Ops`` contract over torch tensors in main memory.
 
     Holds ``registers`` float32 vectors of ``capacity`` elements and one output buffer: about
-    ``capacity * (4 * registers + 4)`` bytes, and 1.5 MB to work in.
+    ``capacity * (4 * registers + 4)`` bytes, and 6 MB to work in.
     """
 
     def __init__(self, *, capacity: int, registers: int) -> None:
@@ -100,7 +100,9 @@ class CpuOps:
         bad = ~torch.isfinite(self._views[register])
         return int(bad.sum()), int(bad.to(torch.uint8).argmax())
 
-    def store(self, register: int, dtype: DType, rounding: Rounding = NEAREST) -> tuple[memoryview, int]:
+    def store(
+        self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
+    ) -> tuple[memoryview, int]:
         values, stored = self._views[register], self._stored(register, dtype)
         match rounding:
             case Stochastic() if not holds(dtype, dtypes.F32):

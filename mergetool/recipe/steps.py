@@ -37,6 +37,13 @@ class Window:
     encoding: Encoding | None = None
     row: int = 0
 
+    @property
+    def first_element(self) -> int:
+        """The index of its first element in the stored tensor."""
+        if self.encoding is not None:
+            return self.row * self.encoding.width
+        return self.start // self.dtype.itemsize
+
     def nbytes(self, elements: int) -> int:
         """Stored bytes of its first ``elements``, scales included."""
         if self.encoding is not None:

@@ -1,0 +1,75 @@
+"""Which processor does the arithmetic, and how much of its memory: the CPU, or CUDA GPUs through Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from mergetool.errors import UsageError
+
+WORTH_STARTING = 1_000_000_000
+"""Bytes to read from which ``auto`` starts a GPU: its driver and kernels take 2 to 4 seconds to come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """``names`` are torch device names, none for the CPU; ``memory`` is the most bytes to take of each, 0: four fifths of
+    what is free."""
+
+    names: tuple[str, ...] = ()
+    memory: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        return bool(self.names)
+
+
+CPU = Device()
+
+
+def choose(name: str, *, work: int, memory: int = 0) -> Device:
+    """The device that ``--device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
+
+    ``auto`` takes GPUs when there are some, Triton can be imported and ``work`` bytes are worth it, else the CPU; the
+    output is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
+    """
+    if name == "cpu" or (name == "auto" and work < WORTH_STARTING):
+        return CPU
+    if name not in ("auto", "cuda") and not (name.startswith("cuda:") and name[5:].isdecimal()):
+        raise UsageError(f'--device "{name}" is not auto, cpu, cuda or cuda:NUMBER.')
+    missing = _obstacle(name)
+    if missing is None:
+        return Device(_gpus(name), memory)
+    if name == "auto":
+        return CPU
+    raise UsageError(f"--device {name} needs {missing}; --device cpu gives the same bytes.")
+
+
+def _obstacle(name: str) -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "a CUDA GPU, and a torch that is built for it" + (
+            "" if torch.version.cuda else f" (this one, {torch.__version__}, is not)"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which is missing (pip install triton)"
+    if importlib.util.find_spec("mergetool_kernels") is None:
+        return "the package mergetool_kernels, which is part of mergetool but missing here"
+    wanted = name.partition(":")[2]
+    if wanted and int(wanted) >= torch.cuda.device_count():
+        return f"GPU {wanted}, but there are {torch.cuda.device_count()}, counted from 0"
+    return None
+
+
+def _gpus(name: str) -> tuple[str, ...]:
+    import torch
+
+    return (name,) if ":" in name else tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+
+
+def free_memory(name: str) -> int:
+    """Bytes of a GPU that nobody holds."""
+    import torch
+
+    return torch.cuda.mem_get_info(name)[0]

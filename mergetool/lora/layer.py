@@ -1,0 +1,61 @@
+"""What becomes of one matrix of a difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mergetool.arch import Family
+from mergetool.lora import dialects
+from mergetool.lora.pairs import Pair
+from mergetool.lora.svd import Decomposition
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of one matrix.
+
+    ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
+    rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
+    ``wanted`` is the rank that the threshold would need where the cap stopped it first.
+    """
+
+    name: str
+    groups: frozenset[str]
+    shape: tuple[int, int]
+    rank: int
+    total: float
+    energy: float
+    residual: float
+    capped: bool
+    wanted: int | None
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A layer and its two tensors by the names they are stored under."""
+
+    layer: Layer
+    factors: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, pair: Pair, found: Decomposition, down: torch.Tensor, up: torch.Tensor, residual: float, family: Family
+    ) -> Result:
+        """The result of ``pair`` whose stored factors are ``down`` and ``up``."""
+        down_key, up_key = dialects.keys(family.lora_module(pair.name))
+        layer = Layer(
+            name=pair.name,
+            groups=pair.groups,
+            shape=(pair.base.shape[0], pair.base.shape[1]),
+            rank=found.rank,
+            total=found.total_energy,
+            energy=found.captured_energy / found.total_energy,
+            residual=residual,
+            capped=found.capped,
+            wanted=found.rank_wanted,
+            method=found.method,
+        )
+        return cls(layer, {down_key: down, up_key: up})
