@@ -15,7 +15,7 @@ from torch import Tensor
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.cpu import TORCH, CpuOps
 from mergetool.ops.movement import Movement
-from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Nearest, Rounding, Stochastic
 
 _LEAST, _MOST = 1e-30, 1e30
 """Energies of a chunk between which squares in float32 neither vanish nor overflow."""
@@ -33,46 +33,44 @@ class CudaOps:
         self._capacity = capacity
         self._registers = registers
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # A thread that waits must sleep: by default it would spin on the core that another one's copy needs.
-        self._done = torch.cuda.Event(blocking=True) if self._stream is not None else None
+        self._done = torch.cuda.Event(blocking=True) if self.stream is not None else None
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # pinned and on the device, of each slot; -1 is the result
         self._program: list[tuple[int, int, int]] = []
         self._factors: list[float] = []
         self._operands: list[Tensor] = []
         self._dtypes: list[DType] = []
-        self._slots: list[int] = []
+        self._figures: list[Tensor | None] = []
+        self._result = torch.empty(0, dtype=torch.uint8)
         self._rounding: Rounding = NEAREST
         self._counts: list[int] | None = None
         self._movement: Movement | None = None
         self.branches: set[blend.Branch] = set()
         """The ways that launches converted the stored formats, for tests."""
 
-    def room(self, slot: int, size: int) -> memoryview:
-        """``size`` bytes of pinned memory to read a chunk's operand into; ``load`` then has nothing to copy."""
-        return self._buffer(slot, size)[0].numpy().data
-
     def load(self, register: int, raw: memoryview, dtype: DType) -> None:
         if register == 0:
             self._wait()  # an abandoned chunk's copies still read the pinned buffers
-            self._program, self._factors, self._operands, self._dtypes, self._slots = [], [], [], [], []
+        slot = 0 if register == 0 else len(self._operands)
+        pinned, on_device = self._buffer(slot, len(raw))
+        if len(raw):
+            np.copyto(pinned.numpy(), np.frombuffer(raw, np.uint8))
+        with torch.cuda.stream(self.stream):
+            on_device.copy_(pinned, non_blocking=True)
+        self.take(register, on_device, dtype)
+
+    def take(self, register: int, stored: Tensor, dtype: DType) -> None:
+        """Set a register from stored bytes, uint8, that are on the device already, or will be when the stream gets there."""
+        if register == 0:
+            self._program, self._factors, self._operands, self._dtypes = [], [], [], []
             self._counts = self._movement = None
-        source = np.frombuffer(raw, np.uint8)
-        slot = next((s for s, (pinned, _) in self._buffers.items() if pinned.data_ptr() == source.ctypes.data), None)
-        if slot is None or not len(source):
-            slot = max((s for s in self._slots), default=-1) + 1
-            np.copyto(self._buffer(slot, len(source))[0].numpy(), source)
-        if slot in self._slots:
-            operand = self._slots.index(slot)
-        else:
-            operand = len(self._operands)
-            pinned, on_device = self._buffer(slot, len(source))
-            with torch.cuda.stream(self._stream):
-                on_device.copy_(pinned, non_blocking=True)
-            self._slots.append(slot)
-            self._operands.append(on_device.view(TORCH[dtype]))
+        place = next((i for i, held in enumerate(self._operands) if held.data_ptr() == stored.data_ptr()), None)
+        if place is None:
+            place = len(self._operands)
+            self._operands.append(stored.view(TORCH[dtype]))
             self._dtypes.append(dtype)
-        self._program.append((blend.LOAD.value, register, operand))
+        self._program.append((blend.LOAD.value, register, place))
 
     def scale(self, register: int, factor: float) -> None:
         self._program.append((blend.SCALE.value, register, len(self._factors)))
@@ -96,20 +94,26 @@ class CudaOps:
     def store(
         self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
     ) -> tuple[memoryview, int]:
-        self._rounding = rounding
         if isinstance(rounding, ErrorFeedback):
+            self._rounding = rounding
             return self._replay().store(register, dtype, rounding)
+        self.launch(register, dtype, rounding, first)
+        return self.collect()
+
+    def launch(self, register: int, dtype: DType, rounding: Nearest | Stochastic, first: int | None = None) -> None:
+        """Start what ``store`` does and return at once; `collect` waits for it."""
+        self._rounding = rounding
         program, base = list(self._program), None
         if first is not None:
             base = program.pop()[2]
         operands = [blend.Operand(values) for values in self._operands]
-        pinned, on_device = self._buffer(-1, self._operands[0].numel() * dtype.itemsize)
         if register or not blend.fits(program, operands):
             program, operands = [(blend.LOAD.value, 0, 0)], [blend.Operand(self._values(register))]
             if base is not None:
                 operands.append(blend.Operand(self._operands[base]))
                 base = 1
-        with torch.cuda.stream(self._stream):
+        pinned, on_device = self._buffer(-1, self._operands[0].numel() * dtype.itemsize)
+        with torch.cuda.stream(self.stream):
             result = blend.blend(
                 program,
                 operands,
@@ -120,18 +124,25 @@ class CudaOps:
                 base=base,
             )
             pinned.copy_(on_device, non_blocking=True)
-            figures = [
+            self._figures = [
                 None if part is None else part.to("cpu", non_blocking=True) for part in (result.counts, result.sums)
             ]
-        self._wait()
-        counts, sums = figures
-        assert counts is not None
+            if self._done is not None:
+                self._done.record(self.stream)
+        self._result = pinned
         self.branches.add(result.branch)
-        self._counts = counts.sum(0).tolist()
+
+    def collect(self) -> tuple[memoryview, int]:
+        """What `launch` stored and how many elements were beyond the range, when it is done."""
+        if self._done is not None:
+            self._done.synchronize()
+        counts, sums = self._figures
+        assert counts is not None
+        self._counts = counts.numpy().sum(axis=0).tolist()
         if sums is not None:
-            energy, kept = sums.sum(0).tolist()
+            energy, kept = sums.numpy().sum(axis=0).tolist()
             self._movement = Movement(*self._counts[blend.MOVED :], energy, kept)
-        return pinned.numpy().data, self._counts[blend.BEYOND]
+        return self._result.numpy().data, self._counts[blend.BEYOND]
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:
         if self._movement is not None and _LEAST < self._movement.delta_energy < _MOST:
@@ -157,8 +168,8 @@ class CudaOps:
         return cpu
 
     def _wait(self) -> None:
-        if self._stream is not None and self._done is not None:
-            self._done.record(self._stream)
+        if self.stream is not None and self._done is not None:
+            self._done.record(self.stream)
             self._done.synchronize()
 
     def _buffer(self, slot: int, size: int) -> tuple[Tensor, Tensor]:
@@ -167,14 +178,14 @@ class CudaOps:
         if held is None or held[0].numel() < size:
             # Whole capacities of 1, 2, 4 or 8 bytes an element, so that the first chunk decides.
             width = 1 << max(0, -(-size // self._capacity) - 1).bit_length()
-            pinned = torch.empty(self._capacity * width, dtype=torch.uint8, pin_memory=self._stream is not None)
+            pinned = torch.empty(self._capacity * width, dtype=torch.uint8, pin_memory=self.stream is not None)
             held = self._buffers[slot] = (pinned, torch.empty_like(pinned, device=self._device))
         return held[0][:size], held[1][:size]
 
     def _values(self, register: int) -> Tensor:
         """A register's float32 values, by one torch operation an instruction: any depth, any number of operands."""
         values: dict[int, Tensor] = {}
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             for operation, target, argument in self._program:
                 if operation == blend.LOAD.value:
                     values[target] = self._operands[argument].float()
