@@ -11,7 +11,7 @@ from mergetool import models
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine import merge
+from mergetool.engine import merge, noise
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.worker import NonFinite, Outcome
@@ -49,7 +49,9 @@ def open_merge(text: str, options: Options | None = None, *, fingerprints: bool 
             stack.enter_context(opened.checkpoint)
             inputs.append(Input(name, opened.checkpoint, opened.anatomy))
         prints = {model.name: model.checkpoint.fingerprint() for model in inputs} if fingerprints else None
-        yield plan_merge(expression, inputs, options, fingerprints=prints)
+        found = {model.name: noise.measure(model) for model in inputs} if fingerprints else {}
+        shares = {name: share for name, share in found.items() if share is not None}
+        yield plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
 
 
 def run_merge(

@@ -174,6 +174,13 @@ class Encoding(ABC):
         return out
 
     @abstractmethod
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The distance between neighbouring codes at each stored value of the rows, for [rows, padded width] or broadcasting to it.
+
+        ``raw`` is as for `decode`. What was rounded to such codes carries noise of about a twelfth of its square an element.
+        """
+
+    @abstractmethod
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]: ...
 
     @abstractmethod

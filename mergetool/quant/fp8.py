@@ -43,6 +43,17 @@ def widen(codes: Octets, dtype: DType, out: Floats, scale: np.float32 | Floats |
         _restore_specials(codes, dtype, out)
 
 
+def spacing(codes: Octets, dtype: DType, scale: Floats | np.float32) -> Floats:
+    """The distance between neighbouring codes at each code, times ``scale``."""
+    mantissa = _MANTISSA[dtype]
+    powers = np.maximum(codes & np.uint8(0x7F - (1 << mantissa) + 1), np.uint8(1 << mantissa))
+    out = np.empty(codes.shape, np.float32)
+    widen(powers, dtype, out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out *= np.float32(2.0**-mantissa) * scale
+    return out
+
+
 def _mask(dtype: DType) -> np.uint32:
     mantissa = _MANTISSA[dtype]
     return np.uint32(0x80000000 | (0x7F << (23 - mantissa)))

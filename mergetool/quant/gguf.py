@@ -51,6 +51,15 @@ class GgufBlocks(Encoding):
         with np.errstate(over="ignore", invalid="ignore"):
             out[:] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[self.kind.name]).reshape(rows, -1)
 
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The range of 32 values over the steps that the type's bits allow: about what its scale is."""
+        out = np.empty((rows, self.padded[1]), np.float32)
+        self._decode(raw, row, rows, out)
+        blocks = out.reshape(rows, -1, min(32, self.kind.block))
+        bits = int(next(letter for letter in self.kind.name + "4" if letter.isdigit()))
+        step = (blocks.max(axis=2) - blocks.min(axis=2)) / np.float32(2**bits - 1)
+        return np.repeat(step, blocks.shape[2], axis=1)
+
     @property
     def _row_nbytes(self) -> int:
         return self.padded[1] // self.kind.block * self.kind.nbytes

@@ -69,6 +69,10 @@ class Int8(Encoding):
             np.copyto(out, codes)
         out *= floats(raw[1], self.scale_dtype)[:, None]
 
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The scale; a rotation leaves the size of the noise as it is."""
+        return floats(raw[1], self.scale_dtype)[:, None]
+
 
 @cache
 def hadamard(size: int) -> Floats:

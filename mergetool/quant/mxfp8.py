@@ -17,7 +17,7 @@ from mergetool.checkpoint.dtypes import BY_CODE, F8_E4M3
 from mergetool.quant import block_scales
 from mergetool.quant.block_scales import tiled
 from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, Span, beside, column_factor, rounded_up
-from mergetool.quant.fp8 import widen
+from mergetool.quant.fp8 import spacing, widen
 from mergetool.quant.quantiser import Entry, Quantiser, Round
 
 U8, E8M0 = BY_CODE["U8"], BY_CODE["F8_E8M0"]
@@ -55,10 +55,20 @@ class Mxfp8(Encoding):
         return Span(self.tensor, row * width, rows * width), scales
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
+        codes, scales = self._codes(raw, row, rows)
+        widen(codes, F8_E4M3, out.reshape(codes.shape), scales)
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The spacing of FP8 numbers times the block's scale."""
+        codes, scales = self._codes(raw, row, rows)
+        return spacing(codes, F8_E4M3, scales).reshape(rows, -1)
+
+    def _codes(self, raw: Sequence[memoryview], row: int, rows: int) -> tuple[Octets, Floats]:
+        """Codes [rows, blocks, 32] and scales [rows, blocks, 1]."""
         blocks = self.padded[1] // BLOCK
-        scale = power_of_two(np.ascontiguousarray(block_scales.untiled(raw[1], row, rows, blocks)))
-        values = out.reshape(rows, blocks, BLOCK)
-        widen(np.frombuffer(raw[0], np.uint8).reshape(values.shape), F8_E4M3, values, scale[:, :, None])
+        exponents = np.ascontiguousarray(block_scales.untiled(raw[1], row, rows, blocks))
+        codes = np.frombuffer(raw[0], np.uint8).reshape(rows, blocks, BLOCK)
+        return codes, power_of_two(exponents)[:, :, None]
 
 
 def power_of_two(exponents: Octets) -> Floats:

@@ -30,6 +30,9 @@ LARGEST = 6.0
 # Twice a magnitude -> its code.
 _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], np.uint8)
 
+# Magnitude -> its step. Between steps a and b, as at 2 and 4, noise is that of the step whose square is a^2 - ab + b^2.
+_STEPS = np.array([0.5, 0.5, 0.5, 0.5, 0.75**0.5, 1, 3**0.5, 2], np.float32)
+
 # Byte -> its two values, in column order, moved as one 8-byte item: 0.4 ns an element.
 _BYTES = np.arange(256)
 _HIGH_FIRST = np.stack([E2M1[_BYTES >> 4], E2M1[_BYTES & 15]], axis=1).view(np.float64).ravel()
@@ -72,15 +75,26 @@ class Nvfp4(Encoding):
         return Span(self.tensor, row * packed, rows * packed), scales, Span(self.tensor_scale, 0, 4)
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
-        blocks = self.padded[1] // BLOCK
         pairs = _HIGH_FIRST if self.comfyui else _LOW_FIRST
         np.take(pairs, np.frombuffer(raw[0], np.uint8).reshape(rows, -1), out=out.view(np.float64), mode="clip")
+        values = out.reshape(rows, -1, BLOCK)
+        values *= self._scales(raw, row, rows)[:, :, None]
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """0.5 to 2, by the magnitude of the code, times the block's scale."""
+        packed = np.frombuffer(raw[0], np.uint8).reshape(rows, -1)
+        steps = np.stack([_STEPS[packed & 7], _STEPS[packed >> 4 & 7]], axis=2).reshape(rows, -1, BLOCK)
+        steps = steps if not self.comfyui else steps.reshape(rows, -1, 2)[:, :, ::-1].reshape(steps.shape)
+        return (steps * self._scales(raw, row, rows)[:, :, None]).reshape(rows, -1)
+
+    def _scales(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """What the codes of each block are multiplied by, [rows, blocks]."""
+        blocks = self.padded[1] // BLOCK
         codes = block_scales.untiled(raw[1], row, rows, blocks) if self.comfyui else np.frombuffer(raw[1], np.uint8)
         scale = np.empty((rows, blocks), np.float32)
         widen(np.ascontiguousarray(codes).reshape(rows, blocks), F8_E4M3, scale)
         scale *= np.frombuffer(raw[2], "<f4")[0]
-        values = out.reshape(rows, blocks, BLOCK)
-        values *= scale[:, :, None]
+        return scale
 
 
 def encoding_of(layer: Layer) -> Nvfp4:

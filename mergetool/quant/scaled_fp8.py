@@ -16,7 +16,7 @@ import numpy as np
 
 from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, F32, DType
 from mergetool.quant.encoding import SCALE_DTYPES, Encoding, Floats, Layer, Octets, Span, beside, column_factor, floats
-from mergetool.quant.fp8 import widen
+from mergetool.quant.fp8 import spacing, widen
 from mergetool.quant.quantiser import Entry, Quantiser, Round, positive
 
 FORMATS = {"float8_e4m3fn": F8_E4M3, "float8_e5m2": F8_E5M2}
@@ -53,17 +53,25 @@ class ScaledFp8(Encoding):
         return Span(self.tensor, row * width, rows * width), Span(self.scale, first * size, (last - first) * size)
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
-        codes = np.frombuffer(raw[0], np.uint8).reshape(rows, -1)
+        codes, scales = self._codes(raw, row, rows)
+        widen(codes, self.dtype, out.reshape(codes.shape), scales)
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The spacing of FP8 numbers times the scale."""
+        codes, scales = self._codes(raw, row, rows)
+        return spacing(codes, self.dtype, scales).reshape(rows, -1)
+
+    def _codes(self, raw: Sequence[memoryview], row: int, rows: int) -> tuple[Octets, Floats | np.float32]:
+        """Codes [rows, blocks, columns of a block], and scales that broadcast against them."""
         across, along = self.grid
+        codes = np.frombuffer(raw[0], np.uint8).reshape(rows, along, -1)
         scales = floats(raw[1], self.scale_dtype).reshape(-1, along)
         if self.grid == (1, 1):
-            widen(codes, self.dtype, out, scales[0, 0])
-            return
+            return codes, scales[0, 0]
         if across > 1:
             block = self.padded[0] // across
             scales = scales[np.arange(row, row + rows) // block - row // block]
-        blocks = out.reshape(rows, along, -1)
-        widen(codes.reshape(blocks.shape), self.dtype, blocks, np.broadcast_to(scales, (rows, along))[:, :, None])
+        return codes, np.broadcast_to(scales, (rows, along))[:, :, None]
 
 
 def encoding_of(layer: Layer) -> ScaledFp8:
