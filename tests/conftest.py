@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.families import checkpoint
+
+if not torch.cuda.is_available():  # before any kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,13 @@ class Job:
 
     @property
     def capacity(self) -> int:
-        """Elements to make room for."""
-        return self.count
+        """Elements that the CPU makes room for: a job that is larger than `CHUNK` it does in pieces, unless it is of whole rows."""
+        return self.count if self.phase is not None or self.is_of_rows else min(self.count, CHUNK)
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it must not be cut."""
+        return isinstance(self.rounding, ErrorFeedback) or any(window.encoding for window in self.step.windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,11 @@ def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
         phase += 1
 
 
-def smaller(job: Job) -> Iterator[Job]:
-    """A GPU's job in chunks for the CPU."""
+def pieces(job: Job) -> Iterator[Job]:
+    """A job in chunks for the CPU, where it is larger and can be cut."""
+    if job.phase is not None or job.is_of_rows:
+        yield job
+        return
     for start in range(0, job.count, CHUNK):
         rounding = job.rounding
         if isinstance(rounding, Stochastic):

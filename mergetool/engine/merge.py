@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
-from mergetool.engine.jobs import CHUNK, Job, jobs
-from mergetool.engine.memory import default_threads, feeders, largest_weight
+from mergetool.engine.jobs import Job, Quantise, jobs, pieces
+from mergetool.engine.memory import default_threads, largest_weight
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weight
 from mergetool.engine.reading import Method
-from mergetool.engine.worker import GpuWorker, NonFinite, Outcome, Output, Run, Worker
+from mergetool.engine.worker import Done, NonFinite, Outcome, Output, Run, Worker
 from mergetool.ops.movement import Movement
 from mergetool.recipe.plan import Plan
 
@@ -64,25 +65,20 @@ class _Workers:
         measured: bool,
     ) -> None:
         self._device = device
-        self._threads, chunk = threads or default_threads(), CHUNK
-        if device.is_gpu:
-            self._threads, chunk = feeders(plan, threads, device)
-        self._jobs = list(jobs(plan, chunk if device.is_gpu else None))
+        self._threads = threads or default_threads()
+        self._room = gpu.room(plan, device) if device.is_gpu else None
+        self._jobs = list(jobs(plan, self._room.chunk if self._room else None))
         sizes = Counter(job.phase for job in self._jobs if job.phase is not None)
         self._phases = Phases([sizes[phase] for phase in range(len(sizes))])
-        self.shared = Run(
-            plan,
-            writer,
-            method,
-            non_finite,
-            measured,
-            registers=plan.registers,
-            capacity=max((job.capacity for job in self._jobs), default=0),
-            gpu_chunk=chunk,
-            weight=Weight(largest_weight(plan)),
-        )
+        on_gpu = [device.is_gpu and gpu.suits(job) for job in self._jobs]
+        self._for_cpu = iter([i for i, suited in enumerate(on_gpu) if not suited])
+        self._for_gpu = iter([i for i, suited in enumerate(on_gpu) if suited])
+        self._capacity = max((job.capacity for job in self._jobs), default=0)
+        self._spare: Worker | None = None
+        self._redoing = threading.Lock()
+        weight = Weight(largest_weight(plan))
+        self.shared = Run(plan, writer, method, non_finite, measured, plan.registers, weight)
         self._movements: dict[int, Movement] = {}
-        self._next = 0
         self._moved = 0
         self._failure: BaseException | None = None
         self._stop = threading.Event()
@@ -92,7 +88,8 @@ class _Workers:
         for tensor in self.shared.plan.tensors:
             if tensor.constant is not None:
                 self.shared.writer.write(tensor.name, 0, memoryview(tensor.constant))
-        pool = [threading.Thread(target=self._work, args=[i], name=f"merge-{i}") for i in range(self._threads)]
+        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self._threads)]
+        pool += [threading.Thread(target=self._drive, args=[name], name=f"merge-{name}") for name in self._device.names]
         for thread in pool:
             thread.start()
         try:
@@ -124,30 +121,62 @@ class _Workers:
             moved, self._moved = self._moved, 0
         return moved
 
-    def _work(self, number: int) -> None:
+    def _work(self) -> None:
         try:
-            worker = self._worker(number)
-            while not self._stop.is_set():
-                with self._lock:
-                    index, self._next = self._next, self._next + 1
-                if index >= len(self._jobs):
-                    return
-                job = self._jobs[index]
+            worker = None
+            while (taken := self._take(self._for_cpu)) is not None:
+                index, job = taken
+                worker = worker or Worker(self.shared, self._capacity)
                 if job.phase is not None and not self._phases.enter(job.phase):
                     return
-                moved, movement = worker.do(job)
+                for part in pieces(job) if isinstance(job, Job) else [job]:
+                    self._done(index, job, *worker.do(part))
                 if job.phase is not None:
                     self._phases.leave(job.phase)
-                with self._lock:
-                    self._moved += moved
-                    if movement is not None:
-                        self._movements[index] = movement
         except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
-            self._end()
+            self._fail(error)
 
-    def _worker(self, number: int) -> Worker | GpuWorker:
-        if self._device.is_gpu:
-            return GpuWorker(self.shared, self._device.names[number % len(self._device.names)])
-        return Worker.on_cpu(self.shared, self.shared.capacity)
+    def _drive(self, name: str) -> None:
+        assert self._room is not None
+        tasks = gpu.Tasks(self._take_plain, self._redo, self._done, self._off_device, self._fail)
+        plan, write = self.shared.plan, self.shared.writer.write
+        try:
+            gpu.Driver(plan, write, tasks, name, self._room, measured=self.shared.measured).work()
+        except BaseException as error:
+            self._fail(error)
+
+    def _take(self, queue: Iterator[int]) -> tuple[int, Job | Quantise] | None:
+        with self._lock:
+            index = None if self._stop.is_set() else next(queue, None)
+            return None if index is None else (index, self._jobs[index])
+
+    def _take_plain(self) -> tuple[int, Job] | None:
+        taken = self._take(self._for_gpu)
+        if taken is None:
+            return None
+        assert isinstance(taken[1], Job)
+        return taken[0], taken[1]
+
+    def _done(self, index: int, job: Job | Quantise, moved: int, movement: Movement | None, capped: int = 0) -> None:
+        with self._lock:
+            self._moved += moved
+            if movement is not None:
+                self._movements[index] = movement
+        if capped and isinstance(job, Job):
+            self.shared.note(self.shared.outcome.capped, job.tensor.name, capped)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure = self._failure or error
+        self._end()
+
+    def _off_device(self, job: Job) -> None:
+        self.shared.note(self.shared.outcome.off_device, job.tensor.name, job.count)
+
+    def _redo(self, job: Job) -> Done:
+        """A GPU's job by the CPU, one at a time."""
+        with self._redoing:
+            self._spare = self._spare or Worker(self.shared, self._capacity)
+            done = [self._spare.do(part) for part in pieces(job)]
+        movements = [movement for _, movement in done if movement is not None]
+        return sum(moved for moved, _ in done), Movement.total(movements) if movements else None

@@ -6,7 +6,6 @@ only safe way, since a file cut short under a mapping ends the process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -50,22 +49,17 @@ class PositionedFetcher:
     the kernel the search for pages to reclaim, which took longer here than the reading.
     """
 
-    def __init__(self, room: Callable[[int, int], memoryview] | None = None, *, forgetful: bool = False) -> None:
-        """``room`` gives ``size`` bytes for a slot, valid until it is asked for the slot again."""
+    def __init__(self, *, forgetful: bool = False) -> None:
         self._buffers: dict[int, bytearray] = {}
-        self._room = room or self._own
         self._forgetful = forgetful
 
     def fetch(self, slot: int, file: InputFile, offset: int, size: int) -> memoryview:
-        view = self._room(slot, size)
-        file.read_into(view, offset)
-        return view
-
-    def _own(self, slot: int, size: int) -> memoryview:
         buffer = self._buffers.get(slot)
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[slot] = bytearray(size)
-        return memoryview(buffer)[:size]
+        view = memoryview(buffer)[:size]
+        file.read_into(view, offset)
+        return view
 
     def release(self, file: InputFile, offset: int, size: int) -> None:
         # By whole aligned blocks: the kernel keeps its large folios while any page of them is still wanted.

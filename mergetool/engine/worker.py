@@ -1,4 +1,4 @@
-"""One thread of a run: it fetches, computes, quantises and writes its jobs, on the CPU or on a GPU."""
+"""One thread of a run on the CPU: it fetches, computes, quantises and writes its jobs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from mergetool.checkpoint.dtypes import F32, DType
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine import jobs, quantising
+from mergetool.engine import quantising
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Weight
-from mergetool.engine.reading import Fetched, Fetcher, Method, PositionedFetcher, ValueReader, fetcher
-from mergetool.errors import DeviceError, NonFiniteError
-from mergetool.ops.contract import Ops
+from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
+from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
-from mergetool.ops.rounding import ErrorFeedback
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import COPY
@@ -66,8 +63,6 @@ class Run:
     non_finite: NonFinite
     measured: bool
     registers: int
-    capacity: int
-    gpu_chunk: int
     weight: Weight
     outcome: Outcome = field(default_factory=Outcome)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,16 +81,11 @@ class Run:
 class Worker:
     """One thread's registers, buffers and reading method."""
 
-    def __init__(self, run: Run, ops: Ops, fetch: Fetcher) -> None:
+    def __init__(self, run: Run, capacity: int) -> None:
+        """With room for jobs of ``capacity`` elements."""
         self._run = run
-        self._ops = ops
-        self._reader = ValueReader(fetch)
-
-    @classmethod
-    def on_cpu(cls, run: Run, capacity: int) -> Worker:
-        """A worker with room for jobs of ``capacity`` elements."""
-        ops = CpuOps(capacity=capacity, registers=run.registers + 1)
-        return cls(run, ops, fetcher(run.method, run.files))
+        self._ops = CpuOps(capacity=capacity, registers=run.registers + 1)
+        self._reader = ValueReader(fetcher(run.method, run.files))
 
     def do(self, job: Job | Quantise) -> Done:
         """Do one job."""
@@ -203,60 +193,3 @@ class Worker:
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
                 f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
             )
-
-
-class GpuWorker:
-    """One thread that feeds a GPU.
-
-    Copies, error feedback, quantised weights and what the device has no room for are the CPU's.
-    """
-
-    def __init__(self, run: Run, device: str) -> None:
-        self._run = run
-        self._device = device
-        self._on_device: Worker | None = None
-        self._on_cpu: Worker | None = None
-
-    def do(self, job: Job | Quantise) -> Done:
-        """Do one job. Raises DeviceError for a GPU that fails."""
-        if isinstance(job, Quantise) or _is_for_the_cpu(job):
-            return self._by_cpu(job)
-        try:
-            return self._by_device(job)
-        except torch.OutOfMemoryError:
-            self._on_device = None
-            torch.cuda.empty_cache()
-            self._run.note(self._run.outcome.off_device, job.tensor.name, job.count)
-            return self._by_cpu(job)
-        except torch.AcceleratorError as error:
-            reason = str(error).partition("\n")[0]
-            raise DeviceError(f"the GPU {self._device} failed ({reason}); --device cpu gives the same bytes.") from None
-
-    def _by_device(self, job: Job) -> Done:
-        from mergetool.ops.cuda import CudaOps
-
-        if self._on_device is None:
-            ops = CudaOps(capacity=self._run.gpu_chunk, registers=self._run.registers + 1, device=self._device)
-            # Read straight into pinned memory. Windows would save no copy here, and giving them back costs every thread of
-            # the process a flush of its translations.
-            self._on_device = Worker(self._run, ops, PositionedFetcher(ops.room))
-        return self._on_device.do(job)
-
-    def _by_cpu(self, job: Job | Quantise) -> Done:
-        whole = isinstance(job, Quantise) or isinstance(job.rounding, ErrorFeedback)
-        if self._on_cpu is None:
-            self._on_cpu = Worker.on_cpu(self._run, self._run.capacity)
-        if whole or isinstance(job, Quantise):
-            return self._on_cpu.do(job)
-        done = [self._on_cpu.do(part) for part in jobs.smaller(job)]
-        movements = [movement for _, movement in done if movement is not None]
-        return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
-
-
-def _is_for_the_cpu(job: Job) -> bool:
-    return (
-        job.step.program is None
-        or job.phase is not None
-        or isinstance(job.rounding, ErrorFeedback)
-        or any(window.encoding is not None for window in job.step.windows)
-    )

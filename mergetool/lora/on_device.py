@@ -240,6 +240,8 @@ def solve_all(
 
     Raises what reading and decomposing raise.
     """
+    # torch loads its linear algebra at the first call, and fails if two threads make that call.
+    torch.linalg.cholesky_ex(torch.eye(2, device=device))
     solver = Solver(pairing, options, alone)
     uploads = Uploads(pairing, in_batches(pairing.decomposed, memory), device)
     working: deque[Future[list[Solved]]] = deque()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from mergetool_kernels import blend
 from torch import Tensor
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.cpu import TORCH, CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Nearest, Rounding, Stochastic
+from mergetool_kernels import blend
 
 _LEAST, _MOST = 1e-30, 1e30
 """Energies of a chunk between which squares in float32 neither vanish nor overflow."""
