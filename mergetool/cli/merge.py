@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, ScaleSearchOption, VerboseOption
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ Examples:
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -61,6 +62,8 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the first model's]")
     ] = None,
+    quant: QuantOption = None,
+    scale_search: ScaleSearchOption = False,
     layout: Annotated[
         str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
     ] = None,
@@ -98,6 +101,8 @@ def merge(
         keep_from=keep_from,
         dtype=job.output_dtype(dtype),
         layout=layout,
+        quant=quant,
+        scale_search=scale_search,
     )
     started = time.monotonic()
     gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
@@ -186,6 +191,8 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+    if outcome.search_gain is not None:
+        console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
     console.heading("next", f"mergetool verify {output}")
 
 
@@ -218,6 +225,7 @@ def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, A
     return {
         "output": str(output),
         "seconds": round(seconds, 3),
+        "search_gain": outcome.search_gain,
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),

@@ -64,12 +64,13 @@ def run_merge(
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
+    compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
 
     ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
-    and, where one is known, a config.json. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
+    and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
     ``output`` is then what it was before.
     """
     if not output.parent.exists():
@@ -84,7 +85,14 @@ def run_merge(
         extra_files=_config_files(plan),
     ) as writer:
         outcome = merge.run(
-            plan, writer, threads=threads, method=method, non_finite=non_finite, device=device, progress=progress
+            plan,
+            writer,
+            threads=threads,
+            method=method,
+            non_finite=non_finite,
+            device=device,
+            compared=compared,
+            progress=progress,
         )
         writer.commit()
     return outcome

@@ -10,6 +10,7 @@ import torch
 
 from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise, jobs, pieces
 from mergetool.engine.memory import default_threads, largest_weight
 from mergetool.engine.movements import Movements
@@ -32,17 +33,20 @@ def run(
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measured: bool = True,
+    compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
-    ``measured`` says whether movements are wanted. ``progress`` is called from this thread with the bytes read and
+    ``measured`` says whether movements are wanted, ``compared`` whether what storing changed is. ``progress`` is called from this thread with the bytes read and
     written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
     the energies' last digits depend on the device. Raises NonFiniteError for NaN or infinity in an input or from overflow
     unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
     exception nothing more is written.
     """
+    device = CPU if compared else device
     workers = _Workers(plan, writer, method, non_finite, device, threads, measured=measured)
+    workers.shared.compared = compared
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
@@ -110,6 +114,11 @@ class _Workers:
             for i, job in enumerate(self._jobs)
             if isinstance(job, Job) and i in self._movements
         )
+        self.shared.outcome.errors = {
+            tensor.name: Fidelity.total(self.shared.errors[tensor.name])
+            for tensor in self.shared.plan.tensors
+            if tensor.name in self.shared.errors
+        }
         self.shared.outcome.search_gain = self.shared.weight.search_gain()
 
     def _end(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from mergetool.checkpoint.dtypes import F32, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
+from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Weight
@@ -43,7 +44,8 @@ class Outcome:
     value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
     had no memory for and the CPU computed. ``movements`` is what became of
     the first model's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
-    scales that were searched for, over that of the scales by amax.
+    scales that were searched for, over that of the scales by amax; ``errors`` is what storing changed in every tensor that was
+    rounded, where the run compared.
     """
 
     capped: dict[str, int] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Outcome:
     off_device: dict[str, int] = field(default_factory=dict)
     movements: Movements = field(default_factory=Movements)
     search_gain: float | None = None
+    errors: dict[str, Fidelity] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Run:
     measured: bool
     registers: int
     weight: Weight
+    compared: bool = False
     outcome: Outcome = field(default_factory=Outcome)
+    errors: dict[str, list[Fidelity]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -76,6 +81,13 @@ class Run:
         """Add to one of the outcome's counts."""
         with self.lock:
             counts[tensor] = counts.get(tensor, 0) + count
+
+    def compare(self, tensor: str, values: Floats, stored: Floats | None) -> None:
+        """Note what storing changed in some elements of a tensor."""
+        if stored is not None:
+            found = Fidelity.of(values, stored)
+            with self.lock:
+                self.errors.setdefault(tensor, []).append(found)
 
 
 class Worker:
@@ -116,7 +128,9 @@ class Worker:
 
     def _result(self, job: Job, program: Program, fetched: list[Fetched]) -> tuple[memoryview, Movement | None]:
         self._execute(program, fetched)
-        first, movement = None, None
+        first, movement, values = None, None, None
+        if self._run.compared:
+            values = np.frombuffer(self._ops.store(0, F32)[0], np.float32).copy()
         if job.step.base is not None and self._run.measured:
             first = self._run.registers  # one more than any program needs
             self._ops.load(first, fetched[job.step.base].view, fetched[job.step.base].dtype)
@@ -126,6 +140,8 @@ class Worker:
         self._check(job, fetched)
         if beyond:
             self._beyond(job, beyond)
+        if values is not None:
+            self._run.compare(job.tensor.name, values, read_back(out, job.tensor.dtype))
         return out, movement
 
     def _write(self, job: Job, out: memoryview) -> int:
@@ -145,6 +161,8 @@ class Worker:
             return 0, None
         scale = weight.scale(piece.tensor)
         raw = quantising.encode(weight.rows(piece), piece, scale, round_to)
+        if self._run.compared:
+            self._run.compare(piece.tensor.name, weight.rows(piece), quantising.decode(piece, raw, scale))
         return quantising.write(piece, raw, scale, self._run.writer.write), None
 
     def _execute(self, program: Program, fetched: list[Fetched]) -> None:
