@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mergetool.quant.encoding import Encoding, Floats, Octets
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
@@ -95,7 +96,8 @@ class Weight:
     def fill(self, tensor: OutputTensor, start: int, values: Floats) -> None:
         """Take elements ``[start, start + len(values))``."""
         self._values[start : start + len(values)] = values
-        largest = float(max(values.max(), -values.min())) if len(values) else 0.0
+        low, high = torch.aminmax(torch.from_numpy(values))
+        largest = float(max(high, -low))
         with self._lock:
             self._amax[tensor.name] = max(largest, self._amax.get(tensor.name, 0.0))
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from mergetool.checkpoint.dtypes import F32, DType
+from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
 from mergetool.engine.fidelity import Fidelity, read_back
@@ -113,12 +113,11 @@ class Worker:
             if fetched[0].dtype.blendable:
                 self._execute(COPY, fetched)
                 self._check(job, fetched)
-            written = self._write(job, fetched[0].view)
+            written = self._write(job, fetched[0].raw[0])
         elif job.phase is not None:
             self._execute(job.step.program, fetched)
-            values, _ = self._ops.store(0, F32)
             self._check(job, fetched)
-            self._run.weight.fill(job.tensor, job.step.first + job.start, np.frombuffer(values, np.float32))
+            self._run.weight.fill(job.tensor, job.step.first + job.start, self._ops.room(0, job.count))
         else:
             out, movement = self._result(job, job.step.program, fetched)
             written = self._write(job, out)
@@ -130,10 +129,10 @@ class Worker:
         self._execute(program, fetched)
         first, movement, values = None, None, None
         if self._run.compared:
-            values = np.frombuffer(self._ops.store(0, F32)[0], np.float32).copy()
+            values = self._ops.room(0, job.count).copy()
         if job.step.base is not None and self._run.measured:
             first = self._run.registers  # one more than any program needs
-            self._ops.load(first, fetched[job.step.base].view, fetched[job.step.base].dtype)
+            self._load(first, fetched[job.step.base])
         out, beyond = self._ops.store(0, job.tensor.dtype, job.rounding, first)
         if first is not None:
             movement = self._ops.measure(0, first, job.tensor.dtype)
@@ -152,7 +151,7 @@ class Worker:
         weight, piece = self._run.weight, job.piece
 
         def round_to(values: Floats, dtype: DType) -> Octets:
-            self._ops.load(0, np.ascontiguousarray(values).data.cast("B"), F32)
+            np.copyto(self._ops.room(0, values.size), values.reshape(-1))
             out, _ = self._ops.store(0, dtype, job.rounding)
             return np.frombuffer(out, np.uint8).reshape(values.shape)
 
@@ -169,13 +168,19 @@ class Worker:
         ops = self._ops
         for step in program.instructions:
             if isinstance(step, Load):
-                ops.load(step.register, fetched[step.model].view, fetched[step.model].dtype)
+                self._load(step.register, fetched[step.model])
             elif isinstance(step, Scale):
                 ops.scale(step.register, step.factor)
             elif isinstance(step, Subtract):
                 ops.subtract(step.register, step.other)
             else:
                 ops.add(step.register, step.other)
+
+    def _load(self, register: int, found: Fetched) -> None:
+        if found.is_plain:
+            self._ops.load(register, found.raw[0], found.dtype)
+        else:
+            found.decode(self._ops.room(register, found.count))
 
     def _check(self, job: Job, fetched: list[Fetched]) -> None:
         if self._ops.is_finite(0):
@@ -186,7 +191,7 @@ class Worker:
             self._run.note(outcome.non_finite, job.tensor.name, count)
             return
         for window, found in zip(job.step.windows, fetched, strict=True):
-            self._ops.load(0, found.view, found.dtype)
+            self._load(0, found)
             if not self._ops.is_finite(0):
                 model = self._run.plan.inputs[window.input].name
                 count, first = self._ops.first_non_finite(0)

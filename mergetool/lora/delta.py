@@ -100,7 +100,10 @@ class DeltaReader:
 
     def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
         found = self._values.fetch(slot, model.checkpoint, window_of(slot, model, part), start, out.numel())
-        out.copy_(as_tensor(found.view, found.dtype))
+        if found.is_plain:
+            out.copy_(as_tensor(found.raw[0], found.dtype))
+        else:
+            found.decode(out.numpy())
         self._values.release(found)
 
 

@@ -44,6 +44,11 @@ class Scratch:
 
 def nearest(values: Tensor, stored: Tensor, dtype: DType) -> int:
     """Round float32 ``values`` to nearest even into ``stored``; returns how many were beyond the range."""
+    if dtype in SATURATING and values.numel():
+        low, high = torch.aminmax(values)  # a seventh of the time of counting; NaN compares as not within
+        if -dtype.largest <= float(low) and float(high) <= dtype.largest:
+            stored.copy_(values)
+            return 0
     stored.copy_(within(values, dtype))
     return _beyond(values, stored, dtype)
 
