@@ -131,10 +131,15 @@ def _encoding(
             "in the file; download it again, or use the unquantised original."
         )
     layer = Layer(source, name, weight, sides, config)
+    if "weight_scale_2" in sides and weight.dtype is not BY_CODE["U8"]:
+        layer.refuse(f'has a weight of {weight.dtype.code} and a "weight_scale_2"', "U8, as nvfp4 is,")
     if config is not None:
         form = config.get("format")
         if not isinstance(form, str) or form not in _BY_FORMAT:
             raise _refusal(source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(name)}")
+        if form != "int8_tensorwise" and int8.rotation(layer) is not None:
+            # ComfyUI would not undo it; programs that make such files do.
+            layer.refuse('has the key "convrot"', "a format that knows rotations (int8_tensorwise)")
         return _BY_FORMAT[form](layer)
     if weight.dtype in (F8_E4M3, F8_E5M2):
         for marker, info in old.items():

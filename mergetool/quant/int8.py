@@ -95,16 +95,25 @@ def encoding_of(layer: Layer) -> Int8:
     return Int8(layer.tensor, beside(layer), shape, shape, factor, scale, info.dtype, info.numel, group)
 
 
-def _group(layer: Layer, columns: int) -> int:
-    """The rotation's group size, 0 for none. ComfyUI reads both keys from the marker or from "params" in it."""
+def rotation(layer: Layer) -> object:
+    """The group size that a layer's marker says it is rotated by, whatever it is; None for a layer that is not rotated.
+
+    ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
+    """
     config = layer.config or {}
     inner = config.get("params")
     params = inner if isinstance(inner, dict) else {}
     rotated = config.get("convrot", params.get("convrot", False))
-    size = config.get("convrot_groupsize", params.get("convrot_groupsize", DEFAULT_GROUP))
     if type(rotated) is not bool:
         layer.refuse('has a "convrot" that is neither true nor false', "one of them")
-    if not rotated:
+    size: object = config.get("convrot_groupsize", params.get("convrot_groupsize", DEFAULT_GROUP))
+    return size if rotated else None
+
+
+def _group(layer: Layer, columns: int) -> int:
+    """The rotation's group size, 0 for none; raises DataError for one that does not fit."""
+    size = rotation(layer)
+    if size is None:
         return 0
     if type(size) is not int or size not in GROUP_SIZES or columns % size:
         layer.refuse(
