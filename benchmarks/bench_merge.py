@@ -1,6 +1,7 @@
 """How fast is a merge of three checkpoints, against a plain byte copy and against other tools?
 
     python -m benchmarks.bench_merge --dir DIR --size full --runs 3 --peers-python VENV/bin/python
+    python -m benchmarks.bench_merge --dir FP8 --size full --runs 3 --quant fp8-scaled
 
 Computes alkahest + 20 * (turbo - deturbo) on models that `benchmarks.generate` made (and makes them if DIR has
 none). Every contender runs once a round, in turn, the page cache emptied before each, the output deleted after it:
@@ -192,12 +193,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = Models.in_folder(options.dir)
     if not all(path.exists() for path in models.paths):
         command = [sys.executable, "-m", "benchmarks.generate", "family", options.dir.resolve(), "--size", options.size]
+        command += ["--dtype", options.quant] if options.quant else []
         subprocess.run([*command, "--overwrite"], check=True, cwd=ROOT)
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.dir) as scratch:
         folder = Path(scratch)
         probe = folder / "probe.bin"
         cold = ceiling.best_strategy(models.paths, probe)
-        series = line_up(cold, contenders.peers(options.peers_python) if options.peers else [])
+        if options.quant:
+            quant = ("--quant", options.quant)
+            series = [Series(ByteCopy(cold), warm=False), Series(Mergetool(quant), warm=False)]
+        else:
+            series = line_up(cold, contenders.peers(options.peers_python) if options.peers else [])
         if options.variants:
             series += variants(cold, ceiling.best_strategy(models.paths, probe, warm=True))
         for number in range(options.runs):
@@ -214,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", choices=("tiny", "small", "medium", "full"), default="small", help="of models to make"
     )
+    parser.add_argument("--quant", choices=("fp8-scaled",), help="inputs and output in this container; no peers")
     parser.add_argument("--runs", type=int, default=3, help="rounds")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="PYTHON",

@@ -19,14 +19,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
+import numpy as np
+
+from mergetool import quant
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.quant.quantiser import Entry
 
 if TYPE_CHECKING:
     from benchmarks.values import Block, Delta
+
+Stored = tuple[DType, tuple[int, ...], list[tuple[str, tuple[int, ...]]]]
+"""A stored tensor's dtype and shape, and its parts with theirs."""
 
 FAMILY_SEEDS: Mapping[str, int] = {"alkahest": 101, "turbo": 102, "deturbo": 103}
 
@@ -66,7 +74,9 @@ SIZES: Mapping[str, dict[str, Any]] = {
 class Spec:
     """What to write. ``delta`` None is the base itself; ``shard_size`` in bytes makes a folder of shards.
 
-    With dtype fp8_e4m3 only the matrices are FP8 and the rest stays BF16, as published FP8 files are made.
+    With dtype fp8_e4m3 only the matrices are FP8 and the rest stays BF16, as published FP8 files are made. ``scaled`` makes the
+    matrices of attention and feed-forward outside the refiners ComfyUI's scaled FP8, each with a scale that its largest value
+    would have, to about 20 %; ``dtype`` is then that of the rest.
     """
 
     config: Mapping[str, Any] = field(default_factory=lambda: SIZES["full"])
@@ -76,6 +86,7 @@ class Spec:
     delta: Delta | None = None
     prefix: str = ""
     shard_size: int | None = None
+    scaled: bool = False
 
 
 def generate(target: Path, spec: Spec, *, threads: int | None = None, overwrite: bool = False) -> int:
@@ -86,7 +97,10 @@ def generate(target: Path, spec: Spec, *, threads: int | None = None, overwrite:
     `overwrite` is false, UsageError for a layout Z-Image does not have.
     """
     stored = _stored_tensors(spec)
-    header = Header.plan(((name, dtype, shape) for name, (dtype, shape, _) in stored.items()), {"format": "pt"})
+    constants = _constants(stored, spec)
+    entries = [(name, dtype, shape) for name, (dtype, shape, _) in stored.items()]
+    entries += [entry for entry, _ in constants.values()]
+    header = Header.plan(entries, {"format": "pt"})
     config = (json.dumps(spec.config, indent=2, sort_keys=True) + "\n").encode()
     target.parent.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter.stage(
@@ -96,7 +110,9 @@ def generate(target: Path, spec: Spec, *, threads: int | None = None, overwrite:
         shard_size=spec.shard_size,
         extra_files={} if target.suffix == ".safetensors" else {"config.json": config},
     ) as out:
-        _write_blocks(out, _pieces(header, stored), spec, threads or os.cpu_count() or 1)
+        for name, (_, data) in constants.items():
+            out.write(name, 0, memoryview(data))
+        _write_blocks(out, _pieces(header, stored, spec), spec, threads or os.cpu_count() or 1)
         out.commit()
     return header.data_size
 
@@ -121,9 +137,10 @@ class _Piece:
     tensor: str
     start: int
     dtype: DType
+    scale: float
 
 
-def _stored_tensors(spec: Spec) -> dict[str, tuple[DType, tuple[int, ...], list[tuple[str, tuple[int, ...]]]]]:
+def _stored_tensors(spec: Spec) -> dict[str, Stored]:
     """Stored name -> its dtype, its shape, and its parts (name, shape) in row order; in file order."""
     canonical = reference_shapes(spec.config, "diffusers")
     shapes = reference_shapes(spec.config, spec.layout)
@@ -132,22 +149,48 @@ def _stored_tensors(spec: Spec) -> dict[str, tuple[DType, tuple[int, ...], list[
         shape = shapes[name]
         matrix = len(shape) == 2 and name.endswith(".weight")
         dtype = BF16 if spec.dtype == F8_E4M3 and not matrix else spec.dtype
+        if spec.scaled and _is_scaled(parts):
+            dtype = F8_E4M3
         stored[spec.prefix + name] = (dtype, shape, [(part, canonical[part]) for part in parts])
     return stored
 
 
-def _pieces(
-    header: Header, stored: Mapping[str, tuple[DType, tuple[int, ...], list[tuple[str, tuple[int, ...]]]]]
-) -> Iterator[_Piece]:
+def _is_scaled(parts: Sequence[str]) -> bool:
+    groups = Z_IMAGE.groups(parts[0], ())
+    return bool(groups & {"attention", "ffn"}) and not groups & {"refiner", "norm"}
+
+
+def _scale(tensor: str, spec: Spec) -> float:
+    """Another one for every tensor and model, so that no two of them can be mistaken for each other."""
+    seed = 0 if spec.delta is None else spec.delta.seed
+    return 0.1 / 448 * (1 + crc32(f"{tensor} {seed}".encode()) % 64 / 256)
+
+
+def _constants(stored: Mapping[str, Stored], spec: Spec) -> dict[str, tuple[Entry, bytes]]:
+    """Scales and markers by name, each with what the header says of it."""
+    constants: dict[str, tuple[Entry, bytes]] = {}
+    for name, (_, shape, parts) in stored.items():
+        if spec.scaled and _is_scaled([part for part, _ in parts]):
+            quantiser, layer = quant.quantiser("fp8-scaled"), name.removesuffix(".weight")
+            entries = {entry[0]: entry for entry in quantiser.entries(layer, (shape[0], shape[1]))}
+            made = quantiser.constants(layer, np.float32(_scale(name, spec)))
+            constants |= {other: (entries[other], data) for other, data in made.items()}
+    return constants
+
+
+def _pieces(header: Header, stored: Mapping[str, Stored], spec: Spec) -> Iterator[_Piece]:
     """Every block of every tensor, in the order of the file."""
     from benchmarks.values import blocks
 
     for tensor in header.tensors:
+        if tensor not in stored:
+            continue
         dtype, _, parts = stored[tensor]
+        scaled = spec.scaled and _is_scaled([part for part, _ in parts])
         start = 0
         for name, shape in parts:
             for block in blocks(name, shape):
-                yield _Piece(block, tensor, start, dtype)
+                yield _Piece(block, tensor, start, dtype, _scale(tensor, spec) if scaled else 1.0)
                 start += block.rows * block.columns * dtype.itemsize
 
 
@@ -164,7 +207,10 @@ def _write_blocks(out: CheckpointWriter, pieces: Iterator[_Piece], spec: Spec, t
                 piece = next(pieces, None)
             if piece is None:
                 return
-            data = encode(values(piece.block, spec.seed, spec.delta), piece.dtype)
+            made = values(piece.block, spec.seed, spec.delta)
+            if piece.scale != 1:
+                made /= np.float32(piece.scale)
+            data = encode(made, piece.dtype)
             out.write(piece.tensor, piece.start, data.data.cast("B"))
 
     with ThreadPoolExecutor(threads) as pool:
@@ -187,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spec = Spec(
         config=SIZES[options.size],
         layout=options.layout,
-        dtype=OUTPUT[options.dtype],
+        dtype=BF16 if options.dtype == "fp8-scaled" else OUTPUT[options.dtype],
+        scaled=options.dtype == "fp8-scaled",
         seed=options.seed,
         prefix=options.prefix,
         shard_size=round(options.shard_size * 1e9) if options.shard_size else None,
@@ -216,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, help="the folder (family), or the file or folder of shards (model)")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--layout", choices=Z_IMAGE.layouts, default="comfyui")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp8_e4m3"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp8_e4m3", "fp8-scaled"), default="bf16")
     parser.add_argument("--prefix", default="", help='before every tensor name, e.g. "model.diffusion_model."')
     parser.add_argument("--shard-size", type=float, metavar="GB", help="write a folder of shards of at most this size")
     parser.add_argument("--seed", type=int, default=0, help="of the base weights")

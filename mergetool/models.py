@@ -100,17 +100,17 @@ def resolve(model: str) -> ResolvedModel:
     return ResolvedModel(model, Path(model))
 
 
-def open_model(model: str, *, quantised: bool = False) -> OpenedModel:
-    """Resolve, open and recognise ``model``; only headers are read.
+def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
+    """Resolve, open and recognise ``model``, whatever container it is in; only headers and markers are read.
 
-    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised file unless
-    ``quantised`` says that only its names and shapes matter.
+    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised container that is not
+    read (see `quant.encodings`) unless ``names_only`` says that only names and stored shapes matter.
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
-        if not quantised:
-            quant.refuse_quantised(checkpoint.tensors, checkpoint.metadata, checkpoint.config, model)
-        return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model))
+        refused = names_only and quant.refused_container(checkpoint.tensors, checkpoint.config) is not None
+        encodings = {} if refused else quant.encodings_of(checkpoint, model)
+        return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model, encodings=encodings))
     except BaseException:
         checkpoint.close()
         raise

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
+from mergetool.quant.encoding import Encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,15 @@ class Part:
     """The smallest thing a merge or a LoRA addresses: one parameter under its canonical name.
 
     ``name`` is the diffusers name without prefix (q, k and v apart). ``shape`` is the canonical shape: a pad
-    token is [1, D] even where the file stores [D]; the bytes are the same.
+    token is [1, D] even where the file stores [D]; the bytes are the same. ``encoding`` is that of the whole stored
+    weight where it is quantised; ``dtype`` is then what its values are read as, float32.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     stored: Slice
+    encoding: Encoding | None = None
 
     @property
     def numel(self) -> int:
@@ -44,7 +47,9 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes; the format admits whole bytes only."""
+        """Stored bytes, with the scales of a quantised weight; the format admits whole bytes only."""
+        if self.encoding is not None:
+            return sum(span.size for span in self.encoding.spans(0, self.numel // self.encoding.width))
         return self.numel * self.dtype.bits // 8
 
 
@@ -53,8 +58,8 @@ class Anatomy:
     """What one file's tensor names mean; made by ``recognise``.
 
     ``prefix`` stands before every model tensor in the file. ``parts`` maps canonical names to parts, in file
-    order. ``outside`` lists the stored tensors that are not model weights: a bundled VAE or text encoder,
-    and the markers and scales of quantised containers.
+    order. ``outside`` lists the stored tensors that are not of the model: a bundled VAE or text encoder. ``sides``
+    lists the markers and scales of the model's quantised weights.
     """
 
     family: Family
@@ -62,6 +67,7 @@ class Anatomy:
     prefix: str
     parts: Mapping[str, Part]
     outside: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
 
     def stored_parts(self) -> dict[str, tuple[str, ...]]:
         """Stored tensor name -> the parts it holds in row order; tensors in file order, prefix included."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, natural_key
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.quant.containers import is_side_tensor
+from mergetool.quant.encoding import Encoding
 
 _ATTENTION = frozenset(
     {"attention", "attn", "attn1", "attn2", "self_attention", "self_attn", "cross_attention", "cross_attn"}
@@ -59,12 +60,14 @@ class Generic(Family):
 GENERIC = Generic()
 
 
-def anatomy_of(tensors: Mapping[str, TensorInfo]) -> Anatomy:
-    """Every tensor as a part under its stored name; markers and scales of quantised containers outside."""
+def anatomy_of(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> Anatomy:
+    """Every tensor as a part under its stored name; markers and scales of quantised weights beside."""
     parts = {
-        name: Part(name, info.shape, info.dtype, Slice(name, 0, info.shape[0] if info.shape else 1))
+        name: Part(
+            name, info.shape, info.dtype, Slice(name, 0, info.shape[0] if info.shape else 1), encodings.get(name)
+        )
         for name, info in tensors.items()
         if not is_side_tensor(name)
     }
-    outside = tuple(name for name in tensors if name not in parts)
-    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, outside=outside)
+    sides = tuple(name for name in tensors if name not in parts)
+    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, sides=sides)

@@ -17,6 +17,7 @@ from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 from mergetool.quant.containers import is_side_tensor
+from mergetool.quant.encoding import Encoding
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"})
@@ -197,21 +198,83 @@ def find_prefix(tensors: Mapping[str, TensorInfo], *, source: str) -> str | None
     return found[0] if found else None
 
 
-def anatomy_of(tensors: Mapping[str, TensorInfo], prefix: str, *, source: str) -> Anatomy:
+def unpadded(
+    tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], prefix: str, *, source: str
+) -> dict[str, Encoding]:
+    """``encodings`` with the true shapes of weights that their container pads to whole blocks.
+
+    The model's vectors, which are never quantised, show its sizes. Raises FamilyError for a padded weight that no matrix
+    of such a model becomes.
+    """
+    found = dict(encodings)
+    for name, shape in _shapes_by_vectors(tensors, prefix).items():
+        encoding = encodings.get(name)
+        if encoding is None or encoding.shape == shape:
+            continue
+        if encoding.fits(shape):
+            found[name] = encoding.cropped(shape)
+        elif encoding.pads:
+            raise FamilyError(
+                f'"{source}": tensor {quoted(name)} holds {list(encoding.padded)} values as {encoding.label}, where a matrix '
+                f"of {list(shape)} is wanted by the model's other tensors; use the unquantised original."
+            )
+    return found
+
+
+def _shapes_by_vectors(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Stored name -> shape of every matrix, derived from the vectors of the file; empty where one of them is missing."""
+    comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
+    layout, norm = ("comfyui", "k_norm") if comfyui else ("diffusers", "norm_k")
+    final = "final_layer" if comfyui else "all_final_layer.2-1"
+    vectors = ("cap_embedder.0.weight", f"{final}.linear.bias", "noise_refiner.0.attention_norm1.weight")
+    try:
+        caption, patch, dim = (tensors[prefix + name].shape[0] for name in vectors)
+        head = tensors[f"{prefix}noise_refiner.0.attention.{norm}.weight"].shape[0]
+        siglip = (
+            tensors[f"{prefix}siglip_embedder.0.weight"].shape[0] if _has(tensors, prefix, "siglip_embedder") else None
+        )
+    except (KeyError, IndexError):
+        return {}
+    if not 0 < head <= dim:
+        return {}
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    config = {
+        "dim": dim,
+        "n_heads": dim // head,
+        "cap_feat_dim": caption,
+        "in_channels": patch // 4,
+        "n_layers": _depth(names, "layers"),
+        "n_refiner_layers": _depth(names, "noise_refiner"),
+        "siglip_feat_dim": siglip,
+    }
+    return {prefix + name: shape for name, shape in reference_shapes(config, layout).items() if len(shape) == 2}
+
+
+def _has(tensors: Mapping[str, TensorInfo], prefix: str, module: str) -> bool:
+    return f"{prefix}{module}.0.weight" in tensors
+
+
+def anatomy_of(
+    tensors: Mapping[str, TensorInfo], prefix: str, encodings: Mapping[str, Encoding], *, source: str
+) -> Anatomy:
     """The parts of the Z-Image transformer under ``prefix``, whichever layout its names are in.
 
     Missing and extra tensors are no error here: what to do about them is a merge's policy. Raises FamilyError
     when a fused tensor cannot be split, or two tensors hold the same part.
     """
     parts: dict[str, Part] = {}
-    outside = []
+    outside: list[str] = []
+    sides: list[str] = []
     heads = HeadRows(tensors, prefix, "noise_refiner.0.attention", source)
     for stored, info in tensors.items():
         name = stored.removeprefix(prefix)
-        if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED or is_side_tensor(name):
+        if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED:
             outside.append(stored)
             continue
-        for part in _parts_of(stored, name, info, heads):
+        if is_side_tensor(name):
+            sides.append(stored)
+            continue
+        for part in _parts_of(stored, name, info, heads, encodings.get(stored)):
             if part.name in parts:
                 raise FamilyError(
                     f'"{source}": tensors {quoted(parts[part.name].stored.tensor)} and {quoted(stored)} both hold '
@@ -219,18 +282,19 @@ def anatomy_of(tensors: Mapping[str, TensorInfo], prefix: str, *, source: str) -
                 )
             parts[part.name] = part
     comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
-    return Anatomy(Z_IMAGE, "comfyui" if comfyui else "diffusers", prefix, parts, tuple(outside))
+    layout = "comfyui" if comfyui else "diffusers"
+    return Anatomy(Z_IMAGE, layout, prefix, parts, tuple(outside), tuple(sides))
 
 
-def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows) -> list[Part]:
+def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None) -> list[Part]:
     split = _split_names(name)
     if split is None:
         shape = (1, *info.shape) if name in PAD_TOKENS and len(info.shape) == 1 else info.shape
         rows = info.shape[0] if info.shape else 1
-        return [Part(_canonical_name(name), shape, info.dtype, Slice(stored, 0, rows))]
+        return [Part(_canonical_name(name), shape, info.dtype, Slice(stored, 0, rows), encoding)]
     parts, row = [], 0
     for part, rows in zip(split, heads.split(stored), strict=True):
-        parts.append(Part(part, (rows, *info.shape[1:]), info.dtype, Slice(stored, row, rows)))
+        parts.append(Part(part, (rows, *info.shape[1:]), info.dtype, Slice(stored, row, rows), encoding))
         row += rows
     return parts
 

@@ -1,17 +1,18 @@
-"""A model's files as named tensors, read in place: one safetensors file, or a folder of shards with its index."""
+"""A model's files as named tensors, read in place: a safetensors or GGUF file, or a folder of shards with its index."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
-from mergetool.checkpoint import shards, strict_json
+from mergetool.checkpoint import gguf, shards, strict_json
+from mergetool.checkpoint.gguf import GgufHeader, Packed
 from mergetool.checkpoint.header import MAX_HEADER, Header, TensorInfo, header_length
 from mergetool.checkpoint.inputs import InputFile, any_target
 from mergetool.checkpoint.names import quoted
@@ -27,12 +28,12 @@ _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
     (b"PK\x05\x06", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
     *((bytes([0x80, protocol]), _PICKLE) for protocol in range(6)),
-    (b"GGUF", "is a GGUF file, which this version does not support yet; use the safetensors file of the model"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the model; fetch the model with: git lfs pull"),
     (b"<", "is a web page, not a model; download the model again, logged in if its page asks for that"),
 )
 
 FollowLinks = Callable[[Path], Path]
+Container = Literal["safetensors", "sharded safetensors", "GGUF"]
 
 
 class Checkpoint:
@@ -41,8 +42,8 @@ class Checkpoint:
     ``source`` is the name the user gave. ``tensors`` maps every name to its TensorInfo in file order, shard
     after shard; its offsets count from the data section of its own file (see `locate`). ``metadata`` is that of
     the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json``
-    beside the files of a folder, an index, or a file with one of the names diffusers gives. All methods may be
-    called from several threads.
+    beside the files of a folder, an index, or a file with one of the names diffusers gives. ``packed`` has the tensors of a
+    GGUF file that are blocks, which appear as bytes in ``tensors``. All methods may be called from several threads.
     """
 
     source: str
@@ -50,14 +51,15 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None
-    container: Literal["safetensors", "sharded safetensors"]
+    container: Container
+    packed: Mapping[str, Packed]
 
     def __init__(
         self,
         source: str,
-        parts: list[tuple[InputFile, Header]],
+        parts: Sequence[tuple[InputFile, Header | GgufHeader]],
         config: Mapping[str, Any] | None,
-        container: Literal["safetensors", "sharded safetensors"],
+        container: Container,
     ) -> None:
         self.source = source
         self.files = tuple(file for file, _ in parts)
@@ -69,15 +71,23 @@ class Checkpoint:
         for _, header in parts:
             metadata = {**header.metadata, **metadata}
         self.metadata = MappingProxyType(metadata)
+        self.packed = MappingProxyType(
+            {
+                name: kind
+                for _, header in parts
+                if isinstance(header, GgufHeader)
+                for name, kind in header.packed.items()
+            }
+        )
 
     @classmethod
     def open(cls, path: str | Path, *, follow_links: FollowLinks | None = None) -> Checkpoint:
-        """The model at ``path``: a safetensors file, an ``*.index.json``, or a folder (see `shards.choose`).
+        """The model at ``path``: a safetensors or GGUF file, an ``*.index.json``, or a folder (see `shards.choose`).
 
         What a file is, its content says, not its name. A file may be a link to anywhere, since the user named it; links
         inside a folder are followed as `InputFile.open` does. Raises
         InputMissing when something is not there, HeaderError and ShardIndexError for broken files, DataError
-        for pickles, GGUF and other content, UsageError for a folder of several models.
+        for pickles and other content, UsageError for a folder of several models.
         """
         place = Path(path)
         is_folder = place.is_dir()
@@ -87,11 +97,11 @@ class Checkpoint:
         with ExitStack() as opened:
             config = _read_config(chosen.parent, follow_links) if has_config else None
             if is_index:
-                parts = _open_shards(chosen, follow_links, opened)
-                checkpoint = cls(str(path), parts, config, "sharded safetensors")
+                checkpoint = cls(str(path), _open_shards(chosen, follow_links, opened), config, "sharded safetensors")
             else:
-                parts = [_open_file(chosen, follow_links or (None if is_folder else any_target), opened)]
-                checkpoint = cls(str(path), parts, config, "safetensors")
+                part = _open_single(chosen, follow_links or (None if is_folder else any_target), opened)
+                kind: Container = "GGUF" if isinstance(part[1], GgufHeader) else "safetensors"
+                checkpoint = cls(str(path), [part], config, kind)
             opened.pop_all()
         return checkpoint
 
@@ -187,15 +197,28 @@ def _samples(size: int) -> Iterator[tuple[int, int]]:
         yield from ((0, SAMPLE), ((size - SAMPLE) // 2, SAMPLE), (size - SAMPLE, SAMPLE))
 
 
+def _open_single(
+    path: Path, follow_links: FollowLinks | None, opened: ExitStack
+) -> tuple[InputFile, Header | GgufHeader]:
+    file = opened.enter_context(InputFile.open(path, follow_links=follow_links))
+    if file.read(0, min(file.size, len(gguf.MAGIC))) == gguf.MAGIC:
+        return file, GgufHeader.read(file.read, file_size=file.size, source=str(path))
+    return file, _header_of(file, path)
+
+
 def _open_file(path: Path, follow_links: FollowLinks | None, opened: ExitStack) -> tuple[InputFile, Header]:
     file = opened.enter_context(InputFile.open(path, follow_links=follow_links))
+    return file, _header_of(file, path)
+
+
+def _header_of(file: InputFile, path: Path) -> Header:
     start = file.read(0, min(file.size, 32))
     if not _looks_like_safetensors(start, file.size):
         for magic, meaning in _OTHER_CONTENT:
             if start.startswith(magic):
                 raise DataError(f'"{path}" {meaning}.')
     length = header_length(start, file_size=file.size, source=str(path))
-    return file, Header.parse(file.read(0, 8 + length), file_size=file.size, source=str(path))
+    return Header.parse(file.read(0, 8 + length), file_size=file.size, source=str(path))
 
 
 def _looks_like_safetensors(start: bytes, file_size: int) -> bool:

@@ -34,6 +34,18 @@ TokenizerOption = Annotated[
 VaeOption = Annotated[Path | None, typer.Option("--vae", help="File or folder of the VAE.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
+QuantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        help="fp8-scaled, int8, nvfp4 or mxfp8: container of the large matrices, as ComfyUI loads it.",
+        metavar="CONTAINER",
+    ),
+]
+ScaleSearchOption = Annotated[
+    bool, typer.Option("--scale-search", help="Search each tensor's scale for the least squared error.")
+]
+
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}
 
 

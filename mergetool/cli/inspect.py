@@ -32,7 +32,7 @@ def inspect(
     """Show family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show."""
     from mergetool import models
 
-    with models.open_model(model, quantised=True) as opened:
+    with models.open_model(model, names_only=True) as opened:
         hashes: dict[str, str] = {}
         if with_hash:
             total = sum(file.size for file in opened.checkpoint.files)
@@ -44,11 +44,18 @@ def inspect(
             _print(model, opened, hashes, verbose=verbose)
 
 
-def _container(opened: OpenedModel) -> str | None:
+def _refused(opened: OpenedModel) -> str | None:
+    """A container that is shown but not read, and what shows it."""
     from mergetool import quant
 
-    found = quant.quantised_container(opened.checkpoint.tensors, opened.checkpoint.metadata, opened.checkpoint.config)
+    found = quant.refused_container(opened.checkpoint.tensors, opened.checkpoint.config)
     return None if found is None else f"{found[0]} ({found[1]})"
+
+
+def _quantised(opened: OpenedModel) -> dict[str, int]:
+    """Container -> how many of the model's stored weights are in it."""
+    encodings = {part.stored.tensor: part.encoding for part in opened.anatomy.parts.values() if part.encoding}
+    return dict(Counter(encoding.label for encoding in encodings.values()).most_common())
 
 
 def _dtypes(opened: OpenedModel) -> dict[str, int]:
@@ -67,9 +74,11 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         f"{anatomy.family.name}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
-    container = _container(opened)
-    if container:
-        console.heading("", f"{container}: this version shows it but does not merge it")
+    refused = _refused(opened)
+    if refused:
+        console.heading("", f"{refused}: it is shown but cannot be read; use the unquantised original")
+    for label, count in _quantised(opened).items():
+        console.heading("", f"{console.plural(count, 'weight')} quantised: {label}")
     if anatomy.prefix:
         console.heading("", f'prefix "{anatomy.prefix}"')
     console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
@@ -107,7 +116,8 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "bytes": sum(file.size for file in checkpoint.files),
         "files": [file.path.name for file in checkpoint.files],
         "container": checkpoint.container,
-        "quantised": _container(opened),
+        "quantised": _quantised(opened),
+        "refused": _refused(opened),
         "family": anatomy.family.name,
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,

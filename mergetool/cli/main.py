@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console, demo, diff, inspect, merge, sample, verify
+from mergetool.cli import console, convert, demo, diff, inspect, merge, sample, verify
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=demo.EXAMPLES)(demo.demo)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, ScaleSearchOption, VerboseOption
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.engine.merge import Outcome
     from mergetool.engine.movements import Movements
+    from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
     from mergetool.recipe.plan import Plan
 
@@ -28,6 +28,7 @@ Examples:
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -66,6 +67,8 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the first model's]")
     ] = None,
+    quant: QuantOption = None,
+    scale_search: ScaleSearchOption = False,
     layout: Annotated[
         str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
     ] = None,
@@ -96,7 +99,7 @@ def merge(
     """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
     from mergetool.engine import device as devices
     from mergetool.engine import job
-    from mergetool.engine import merge as engine
+    from mergetool.engine.memory import memory_needed
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
@@ -114,13 +117,15 @@ def merge(
         layout=layout,
         rounding=console.choice("--rounding", rounding, MODES),
         seed=seed,
+        quant=quant,
+        scale_search=scale_search,
     )
     started = time.monotonic()
     gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
     shard_bytes = console.parse_size(shard_size) if shard_size else None
     with job.open_merge(expression, options, fingerprints=not dry_run) as plan:
         on = devices.choose(device, work=plan.bytes_read, memory=gpu_bytes)
-        memory = job.BASE_MEMORY + engine.memory_needed(plan, threads, on)
+        memory = job.BASE_MEMORY + memory_needed(plan, threads, on)
         if not as_json:
             _print_plan(plan, memory, every_tensor=dry_run or verbose)
         if dry_run or output is None:
@@ -159,8 +164,10 @@ def _multiplier(text: str) -> tuple[str, Fraction]:
 
 
 def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+    from mergetool.quant import is_side_tensor
+
     family = plan.inputs[0].anatomy.family.name
-    dtypes = "/".join(sorted({t.dtype.code for t in plan.tensors if t.dtype.blendable}))
+    dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
     count = sum(step.elements for tensor in plan.tensors for step in tensor.steps)
     console.heading(
         "plan",
@@ -171,7 +178,7 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     if every_tensor:
         for tensor in plan.tensors:
             reasons = dict.fromkeys(step.reason for step in tensor.steps)
-            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.dtype.name}  {', '.join(reasons)}")
+            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.stored_as}  {', '.join(reasons)}")
     reasons_of = plan.reasons()
     console.heading("", " · ".join(f"{len(names)} {reason}" for reason, names in reasons_of.items()))
     for reason, names in reasons_of.items():
@@ -201,6 +208,8 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
     _print_rounding(plan, outcome.movements)
+    if outcome.search_gain is not None:
+        console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
     console.heading("next", f"mergetool verify {output}")
 
 
@@ -246,7 +255,7 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
             {
                 "name": tensor.name,
                 "shape": list(tensor.shape),
-                "dtype": tensor.dtype.name,
+                "dtype": tensor.stored_as,
                 "steps": [{"part": step.part, "action": step.reason} for step in tensor.steps],
             }
             for tensor in plan.tensors
@@ -272,6 +281,7 @@ def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) ->
     return {
         "output": str(output),
         "seconds": round(seconds, 3),
+        "search_gain": outcome.search_gain,
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),

@@ -24,7 +24,7 @@ from mergetool.ops.rounding import ErrorFeedback
 from mergetool.recipe.plan import Plan
 
 if TYPE_CHECKING:
-    from mergetool.engine.merge import Job
+    from mergetool.engine.jobs import Job, Quantise
     from mergetool.ops.cuda import CudaOps
 
 CHUNK = 1 << 24
@@ -56,7 +56,7 @@ class Room:
 
 def readers() -> int:
     """How many threads read: more than this machine's processors where they are few, since they wait for the disk."""
-    from mergetool.engine.merge import default_threads
+    from mergetool.engine.memory import default_threads
 
     return max(4, min(READERS, default_threads()))
 
@@ -77,9 +77,15 @@ def room(plan: Plan, device: Device) -> Room:
     return Room(min(SLOTS, allowed // (chunk * element)), chunk, element)
 
 
-def suits(job: Job) -> bool:
-    """Whether a GPU does this job: arithmetic of plain floats. Copies and what goes element by element are the CPU's."""
-    return job.step.program is not None and not isinstance(job.rounding, ErrorFeedback)
+def suits(job: Job | Quantise) -> bool:
+    """Whether a GPU does this job: arithmetic of plain floats.
+
+    Copies, what goes element by element, and quantised weights, read or written, are the CPU's.
+    """
+    if job.phase is not None or isinstance(job.rounding, ErrorFeedback):
+        return False
+    step = job.step
+    return step.program is not None and not any(window.encoding for window in step.windows)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from mergetool import models
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine import merge
+from mergetool.engine import merge, noise
 from mergetool.engine.device import CPU, Device
-from mergetool.engine.merge import NonFinite, Outcome
 from mergetool.engine.reading import Method
+from mergetool.engine.worker import NonFinite, Outcome
 from mergetool.errors import OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
-from mergetool.recipe.plan import Input, Plan, plan_merge
+from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.steps import Input
 
 # Anonymous memory of a process that has imported torch and opened three models, before it works.
 BASE_MEMORY = 220_000_000
@@ -48,7 +49,9 @@ def open_merge(text: str, options: Options | None = None, *, fingerprints: bool 
             stack.enter_context(opened.checkpoint)
             inputs.append(Input(name, opened.checkpoint, opened.anatomy))
         prints = {model.name: model.checkpoint.fingerprint() for model in inputs} if fingerprints else None
-        yield plan_merge(expression, inputs, options, fingerprints=prints)
+        found = {model.name: noise.measure(model) for model in inputs} if fingerprints else {}
+        shares = {name: share for name, share in found.items() if share is not None}
+        yield plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
 
 
 def run_merge(
@@ -61,12 +64,13 @@ def run_merge(
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
+    compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
 
     ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
-    and, where one is known, a config.json. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
+    and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
     ``output`` is then what it was before.
     """
     if not output.parent.exists():
@@ -81,7 +85,14 @@ def run_merge(
         extra_files=_config_files(plan),
     ) as writer:
         outcome = merge.run(
-            plan, writer, threads=threads, method=method, non_finite=non_finite, device=device, progress=progress
+            plan,
+            writer,
+            threads=threads,
+            method=method,
+            non_finite=non_finite,
+            device=device,
+            compared=compared,
+            progress=progress,
         )
         writer.commit()
     return outcome

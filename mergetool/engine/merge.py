@@ -1,88 +1,27 @@
-"""Merge: run every step of a plan in chunks that stay in the cache, on several threads, in output order."""
+"""Merge: run every job of a plan on several threads, in output order."""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 
-from mergetool.checkpoint.dtypes import F16, DType
-from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.fidelity import Fidelity
+from mergetool.engine.jobs import Job, Quantise, jobs, pieces
+from mergetool.engine.memory import default_threads, largest_weight
 from mergetool.engine.movements import Movements
-from mergetool.engine.reading import Fetcher, Method, fetcher
-from mergetool.errors import NonFiniteError
-from mergetool.ops.cpu import CpuOps
+from mergetool.engine.quantising import Phases, Weight
+from mergetool.engine.reading import Method
+from mergetool.engine.worker import Done, NonFinite, Outcome, Output, Run, Worker
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Load, Program, Scale, Subtract
-from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
-from mergetool.recipe.plan import COPY, OutputTensor, Plan, Step, Window
+from mergetool.recipe.plan import Plan
 
-# 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
-CHUNK = 1 << 19
-# Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
-ROWS_CHUNK = 1 << 22
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
-
-
-class Output(Protocol):
-    """Where a run's bytes go: a CheckpointWriter, or something that compares them with a file's."""
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Take the bytes [start, start + len(data)) of tensor ``name``; called from several threads."""
-
-
-NonFinite = Literal["refuse", "keep"]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Elements ``[start, start + count)`` of one step of one output tensor."""
-
-    tensor: OutputTensor
-    step: Step
-    start: int
-    count: int
-    rounding: Rounding
-
-
-@dataclass
-class Outcome:
-    """What a run has to say beyond its output.
-
-    ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
-    had no memory for and the CPU computed. ``movements`` is what became of
-    the first model's elements, where they were merged and the run measured.
-    """
-
-    capped: dict[str, int] = field(default_factory=dict)
-    non_finite: dict[str, int] = field(default_factory=dict)
-    off_device: dict[str, int] = field(default_factory=dict)
-    movements: Movements = field(default_factory=Movements)
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
-
-
-def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) -> int:
-    """Bytes of anonymous memory that ``run`` allocates, over the interpreter's own."""
-    windows = max((len(step.windows) for tensor in plan.tensors for step in tensor.steps), default=1)
-    elements = max((job.count for job in jobs(plan)), default=0)
-    feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    on_cpu = elements * (4 * (plan.registers + 1) + 4 + 4 * windows + feedback) + 6_000_000
-    pinned = len(device.names) * gpu.room(plan, device).pinned if device.is_gpu else 0
-    return (threads or default_threads()) * on_cpu + pinned
 
 
 def run(
@@ -94,53 +33,27 @@ def run(
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measured: bool = True,
+    compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
-    ``measured`` says whether movements are wanted. ``progress`` is called from this thread with the bytes read and
+    ``measured`` says whether movements are wanted, ``compared`` whether what storing changed is. ``progress`` is called from this thread with the bytes read and
     written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
     the energies' last digits depend on the device. Raises NonFiniteError for NaN or infinity in an input or from overflow
     unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
     exception nothing more is written.
     """
+    device = CPU if compared else device
     workers = _Workers(plan, writer, method, non_finite, device, threads, measured=measured)
+    workers.shared.compared = compared
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
         workers.run(progress)
     finally:
         torch.set_num_threads(torch_threads)
-    return workers.outcome
-
-
-def jobs(plan: Plan, size: int = CHUNK) -> Iterator[Job]:
-    """The work in output order, in chunks of ``size`` elements, or of whole rows where those are needed."""
-    options = plan.options
-    for tensor in plan.tensors:
-        row = tensor.shape[-1] if tensor.shape else 1
-        key = stream_key(options.seed, tensor.name)
-        for step in tensor.steps:
-            whole_rows = options.rounding == "error-feedback" and step.program is not None
-            # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
-            rows = min(row, step.elements)
-            chunk = max(1, ROWS_CHUNK // rows) * rows if whole_rows and rows else size
-            for start in range(0, step.elements, chunk):
-                rounding: Rounding = NEAREST
-                if options.rounding == "stochastic":
-                    rounding = Stochastic(key, step.first + start)
-                elif whole_rows:
-                    rounding = ErrorFeedback(rows)
-                yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
-
-
-def pieces(job: Job) -> Iterator[Job]:
-    """A GPU's job in chunks for the CPU."""
-    for start in range(0, job.count, CHUNK):
-        rounding = job.rounding
-        if isinstance(rounding, Stochastic):
-            rounding = replace(rounding, first=rounding.first + start)
-        yield Job(job.tensor, job.step, job.start + start, min(CHUNK, job.count - start), rounding)
+    return workers.shared.outcome
 
 
 class _Workers:
@@ -155,32 +68,32 @@ class _Workers:
         *,
         measured: bool,
     ) -> None:
-        self.plan = plan
-        self.writer = writer
-        self.method = method
-        self.non_finite = non_finite
-        self.measured = measured
-        self.outcome = Outcome()
-        self.device = device
-        self.threads = threads or default_threads()
-        self.registers = plan.registers
+        self._device = device
+        self._threads = threads or default_threads()
         self._room = gpu.room(plan, device) if device.is_gpu else None
-        self._jobs = list(jobs(plan, self._room.chunk if self._room else CHUNK))
+        self._jobs = list(jobs(plan, self._room.chunk if self._room else None))
+        sizes = Counter(job.phase for job in self._jobs if job.phase is not None)
+        self._phases = Phases([sizes[phase] for phase in range(len(sizes))])
         on_gpu = [device.is_gpu and gpu.suits(job) for job in self._jobs]
         self._for_cpu = iter([i for i, suited in enumerate(on_gpu) if not suited])
         self._for_gpu = iter([i for i, suited in enumerate(on_gpu) if suited])
-        self._spare: _Worker | None = None
+        self._capacity = max((job.capacity for job in self._jobs), default=0)
+        self._spare: Worker | None = None
         self._redoing = threading.Lock()
+        weight = Weight(largest_weight(plan))
+        self.shared = Run(plan, writer, method, non_finite, measured, plan.registers, weight)
         self._movements: dict[int, Movement] = {}
         self._moved = 0
         self._failure: BaseException | None = None
         self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._files = [file for model in plan.inputs for file in model.checkpoint.files]
+        self._lock = self.shared.lock
 
     def run(self, progress: Callable[[int], None]) -> None:
-        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self.threads)]
-        pool += [threading.Thread(target=self._drive, args=[name], name=f"merge-{name}") for name in self.device.names]
+        for tensor in self.shared.plan.tensors:
+            if tensor.constant is not None:
+                self.shared.writer.write(tensor.name, 0, memoryview(tensor.constant))
+        pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self._threads)]
+        pool += [threading.Thread(target=self._drive, args=[name], name=f"merge-{name}") for name in self._device.names]
         for thread in pool:
             thread.start()
         try:
@@ -190,16 +103,27 @@ class _Workers:
                     progress(self._take_moved())
         finally:
             # Also on Ctrl-C, which only this thread sees: the others finish their chunk and stop.
-            self._stop.set()
+            self._end()
             for thread in pool:
                 thread.join()
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
-        self.outcome.movements = Movements.of(
-            ((self._jobs[i].tensor.name, self._jobs[i].step.part), movement)
-            for i, movement in sorted(self._movements.items())
+        self.shared.outcome.movements = Movements.of(
+            ((job.tensor.name, job.step.part), self._movements[i])
+            for i, job in enumerate(self._jobs)
+            if isinstance(job, Job) and i in self._movements
         )
+        self.shared.outcome.errors = {
+            tensor.name: Fidelity.total(self.shared.errors[tensor.name])
+            for tensor in self.shared.plan.tensors
+            if tensor.name in self.shared.errors
+        }
+        self.shared.outcome.search_gain = self.shared.weight.search_gain()
+
+    def _end(self) -> None:
+        self._stop.set()
+        self._phases.stop()
 
     def _take_moved(self) -> int:
         with self._lock:
@@ -211,154 +135,57 @@ class _Workers:
             worker = None
             while (taken := self._take(self._for_cpu)) is not None:
                 index, job = taken
-                worker = worker or self._cpu_worker()
-                for part in self._parts(job):
+                worker = worker or Worker(self.shared, self._capacity)
+                if job.phase is not None and not self._phases.enter(job.phase):
+                    return
+                for part in pieces(job) if isinstance(job, Job) else [job]:
                     self._done(index, job, *worker.do(part))
+                if job.phase is not None:
+                    self._phases.leave(job.phase)
         except BaseException as error:
             self._fail(error)
 
     def _drive(self, name: str) -> None:
         assert self._room is not None
-        tasks = gpu.Tasks(lambda: self._take(self._for_gpu), self._redo, self._done, self._off_device, self._fail)
+        tasks = gpu.Tasks(self._take_plain, self._redo, self._done, self._off_device, self._fail)
+        plan, write = self.shared.plan, self.shared.writer.write
         try:
-            gpu.Driver(self.plan, self.writer.write, tasks, name, self._room, measured=self.measured).work()
+            gpu.Driver(plan, write, tasks, name, self._room, measured=self.shared.measured).work()
         except BaseException as error:
             self._fail(error)
 
-    def _take(self, queue: Iterator[int]) -> tuple[int, Job] | None:
+    def _take(self, queue: Iterator[int]) -> tuple[int, Job | Quantise] | None:
         with self._lock:
             index = None if self._stop.is_set() else next(queue, None)
             return None if index is None else (index, self._jobs[index])
 
-    def _done(self, index: int, job: Job, moved: int, movement: Movement | None, capped: int = 0) -> None:
+    def _take_plain(self) -> tuple[int, Job] | None:
+        taken = self._take(self._for_gpu)
+        if taken is None:
+            return None
+        assert isinstance(taken[1], Job)
+        return taken[0], taken[1]
+
+    def _done(self, index: int, job: Job | Quantise, moved: int, movement: Movement | None, capped: int = 0) -> None:
         with self._lock:
             self._moved += moved
             if movement is not None:
                 self._movements[index] = movement
-        if capped:
-            self.note(self.outcome.capped, job.tensor.name, capped)
+        if capped and isinstance(job, Job):
+            self.shared.note(self.shared.outcome.capped, job.tensor.name, capped)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure = self._failure or error
-        self._stop.set()
+        self._end()
 
     def _off_device(self, job: Job) -> None:
-        self.note(self.outcome.off_device, job.tensor.name, job.count)
+        self.shared.note(self.shared.outcome.off_device, job.tensor.name, job.count)
 
-    def _redo(self, job: Job) -> tuple[int, Movement | None]:
+    def _redo(self, job: Job) -> Done:
         """A GPU's job by the CPU, one at a time."""
         with self._redoing:
-            self._spare = self._spare or self._cpu_worker()
+            self._spare = self._spare or Worker(self.shared, self._capacity)
             done = [self._spare.do(part) for part in pieces(job)]
         movements = [movement for _, movement in done if movement is not None]
         return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
-
-    @staticmethod
-    def _parts(job: Job) -> Iterable[Job]:
-        """A job in chunks for the CPU; arithmetic jobs of a run without a GPU are that already."""
-        return pieces(job) if job.step.program is None else [job]
-
-    def _cpu_worker(self) -> _Worker:
-        capacity = max((job.count for job in self._jobs if isinstance(job.rounding, ErrorFeedback)), default=0)
-        ops = CpuOps(capacity=max(CHUNK, capacity), registers=self.registers + 1)
-        return _Worker(self, ops, fetcher(self.method, self._files))
-
-    def place(self, window: Window, job: Job) -> tuple[InputFile, int, int]:
-        """The file, offset and size in bytes of a job's share of a window."""
-        file, base = self.plan.inputs[window.input].checkpoint.locate(window.tensor)
-        bits = window.dtype.bits
-        begin, end = job.start * bits // 8, -(-(job.start + job.count) * bits // 8)
-        return file, base + window.start + begin, end - begin
-
-    def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
-        with self._lock:
-            counts[tensor] = counts.get(tensor, 0) + count
-
-
-class _Worker:
-    """One thread's registers, buffers and reading method."""
-
-    def __init__(self, run: _Workers, ops: CpuOps, fetcher: Fetcher) -> None:
-        self.run = run
-        self.ops = ops
-        self.fetcher = fetcher
-
-    def do(self, job: Job) -> tuple[int, Movement | None]:
-        """Compute and write one job; returns the bytes read and written, and what it did to the first model."""
-        places = [self.run.place(window, job) for window in job.step.windows]
-        raw = [self.fetcher.fetch(slot, *place) for slot, place in enumerate(places)]
-        dtypes = [window.dtype for window in job.step.windows]
-        bits = job.tensor.dtype.bits
-        at = (job.step.first + job.start) * bits // 8
-        movement = None
-        if job.step.program is None:
-            if dtypes[0].blendable:
-                self._execute(COPY, raw, dtypes)
-                self._check(job, raw, dtypes)
-            out = raw[0]
-        else:
-            self._execute(job.step.program, raw, dtypes)
-            first = None
-            if job.step.base is not None and self.run.measured:
-                first = self.run.registers  # one more than any program needs
-                self.ops.load(first, raw[job.step.base], dtypes[job.step.base])
-            out, beyond = self.ops.store(0, job.tensor.dtype, job.rounding, first)
-            if first is not None:
-                movement = self.ops.measure(0, first, job.tensor.dtype)
-            self._check(job, raw, dtypes)
-            if beyond:
-                self._beyond(job, beyond)
-        self.run.writer.write(job.tensor.name, at, out)
-        moved = len(out) + sum(size for _, _, size in places)
-        for view in raw:
-            view.release()
-        for place in places:
-            self.fetcher.release(*place)
-        return moved, movement
-
-    def _execute(self, program: Program, raw: list[memoryview], dtypes: list[DType]) -> None:
-        ops = self.ops
-        for step in program.instructions:
-            if isinstance(step, Load):
-                ops.load(step.register, raw[step.model], dtypes[step.model])
-            elif isinstance(step, Scale):
-                ops.scale(step.register, step.factor)
-            elif isinstance(step, Subtract):
-                ops.subtract(step.register, step.other)
-            else:
-                ops.add(step.register, step.other)
-
-    def _check(self, job: Job, raw: list[memoryview], dtypes: list[DType]) -> None:
-        if self.ops.is_finite(0):
-            return
-        if self.run.non_finite == "keep":
-            count, _ = self.ops.first_non_finite(0)
-            self.run.note(self.run.outcome.non_finite, job.tensor.name, count)
-            return
-        for window, view, dtype in zip(job.step.windows, raw, dtypes, strict=True):
-            self.ops.load(0, view, dtype)
-            if not self.ops.is_finite(0):
-                model = self.run.plan.inputs[window.input].name
-                count, first = self.ops.first_non_finite(0)
-                raise NonFiniteError(
-                    f'{model}: tensor "{window.tensor}" holds NaN or infinity ({count} of the {job.count} elements '
-                    f"looked at, the first at element {window.start // dtype.itemsize + job.start + first}); "
-                    "mend the file, or pass --nonfinite keep."
-                )
-        raise NonFiniteError(
-            f'tensor "{job.tensor.name}" overflows float32 although its inputs are finite; use smaller multipliers.'
-        )
-
-    def _beyond(self, job: Job, count: int) -> None:
-        dtype = job.tensor.dtype
-        if dtype.bits == 8:
-            self.run.note(self.run.outcome.capped, job.tensor.name, count)
-        elif self.run.non_finite == "keep":
-            self.run.note(self.run.outcome.non_finite, job.tensor.name, count)
-        else:
-            way_out = "write bf16 with --dtype bf16" if dtype is F16 else "use smaller multipliers"
-            raise NonFiniteError(
-                f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
-                f"{dtype.largest:g}; {way_out}, or pass --nonfinite keep."
-            )

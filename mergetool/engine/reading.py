@@ -6,9 +6,16 @@ only safe way, since a file cut short under a mapping ends the process.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+
+from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.quant.encoding import Encoding, Floats
+from mergetool.recipe.steps import Window
 
 Method = Literal["auto", "mmap", "pread"]
 
@@ -68,3 +75,86 @@ def fetcher(method: Method, files: list[InputFile]) -> Fetcher:
     if method == "mmap" or all(file.can_map for file in files):
         return WindowFetcher()
     return PositionedFetcher()
+
+
+Place = tuple[InputFile, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """``count`` elements in reach from ``start`` of a window on: ``raw`` are the stored bytes, from ``places``."""
+
+    window: Window
+    start: int
+    count: int
+    places: tuple[Place, ...]
+    raw: tuple[memoryview, ...]
+
+    @property
+    def dtype(self) -> DType:
+        """What the elements are, or are decoded to."""
+        return self.window.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``raw[0]`` holds the elements as ``dtype``."""
+        return self.window.encoding is None
+
+    def decode(self, out: Floats) -> None:
+        """Write the values of a quantised window's elements into ``out`` [count]."""
+        encoding = self.window.encoding
+        assert encoding is not None
+        first, last = _rows(encoding, self.start, self.count)
+        begin, size = self.start - first * encoding.width, (last - first) * encoding.width
+        whole = out if size == self.count else np.empty(size, np.float32)
+        encoding.decode(self.raw, self.window.row + first, last - first, whole.reshape(-1, encoding.width))
+        if whole is not out:
+            out[:] = whole[begin : begin + self.count]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes read."""
+        return sum(size for _, _, size in self.places)
+
+
+class ValueReader:
+    """One worker's way to the elements of windows, wherever their bytes lie."""
+
+    def __init__(self, fetch: Fetcher) -> None:
+        self._fetch = fetch
+
+    def fetch(self, slot: int, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Fetched:
+        """Elements ``[start, start + count)`` of a window; valid until `release`, or the next fetch into the same slot."""
+        places = self._places(checkpoint, window, start, count)
+        raw = tuple(self._fetch.fetch(_SPANS * slot + i, *place) for i, place in enumerate(places))
+        return Fetched(window, start, count, places, raw)
+
+    def release(self, fetched: Fetched) -> None:
+        """The elements are no longer needed."""
+        for view in fetched.raw:
+            view.release()
+        for place in fetched.places:
+            self._fetch.release(*place)
+
+    @staticmethod
+    def _places(checkpoint: Checkpoint, window: Window, start: int, count: int) -> tuple[Place, ...]:
+        encoding = window.encoding
+        if encoding is None:
+            file, base = checkpoint.locate(window.tensor)
+            bits = window.dtype.bits
+            begin, end = start * bits // 8, -(-(start + count) * bits // 8)
+            return ((file, base + window.start + begin, end - begin),)
+        first, last = _rows(encoding, start, count)
+        places = []
+        for span in encoding.spans(window.row + first, last - first):
+            file, base = checkpoint.locate(span.tensor)
+            places.append((file, base + span.start, span.size))
+        return tuple(places)
+
+
+def _rows(encoding: Encoding, start: int, count: int) -> tuple[int, int]:
+    """The rows that elements ``[start, start + count)`` lie in, first and behind the last."""
+    return start // encoding.width, -(-(start + count) // encoding.width)
+
+
+_SPANS = 8

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from mergetool.arch import Part
-from mergetool.engine.reading import Fetcher
+from mergetool.engine.reading import Fetcher, ValueReader
 from mergetool.lora.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.svd import squared_norm
 from mergetool.ops.cpu import as_tensor
-from mergetool.recipe.plan import Input
+from mergetool.recipe.steps import Input, window_of
 
 # 256 Ki elements: the two inputs, the difference and its squares stay in the cache. Twice as many took 2 % longer,
 # half as many 8 %.
@@ -55,7 +55,7 @@ class DeltaReader:
 
     def __init__(self, pairing: Pairing, fetch: Fetcher) -> None:
         self._pairing = pairing
-        self._fetch = fetch
+        self._values = ValueReader(fetch)
         self._other = torch.empty(CHUNK, dtype=torch.float32)
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
@@ -99,15 +99,12 @@ class DeltaReader:
         out.sub_(other)
 
     def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
-        file, base = model.checkpoint.locate(part.stored.tensor)
-        width = part.dtype.itemsize
-        # q, k, v lie inside a fused qkv
-        row = part.stored.row * model.checkpoint.tensors[part.stored.tensor].row_nbytes
-        offset, size = base + row + start * width, out.numel() * width
-        raw = self._fetch.fetch(slot, file, offset, size)
-        out.copy_(as_tensor(raw, part.dtype))
-        raw.release()
-        self._fetch.release(file, offset, size)
+        found = self._values.fetch(slot, model.checkpoint, window_of(slot, model, part), start, out.numel())
+        if found.is_plain:
+            out.copy_(as_tensor(found.raw[0], found.dtype))
+        else:
+            found.decode(out.numpy())
+        self._values.release(found)
 
 
 def _energy(values: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.targets import TargetClaim
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine.merge import default_threads
+from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher
 from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
@@ -33,8 +33,8 @@ from mergetool.lora.on_device import Solved, free_memory, solve_all
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.svd import balanced_factors, decompose, stored_residual
 from mergetool.ops.cpu import TORCH
-from mergetool.recipe.plan import Input
 from mergetool.recipe.provenance import display_names
+from mergetool.recipe.steps import Input
 
 
 @dataclass

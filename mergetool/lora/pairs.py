@@ -19,7 +19,7 @@ from mergetool import arch
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, DType
 from mergetool.errors import FamilyError, UsageError
-from mergetool.recipe.plan import Input
+from mergetool.recipe.steps import Input
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mergetool.checkpoint import dtypes
@@ -79,6 +80,13 @@ class CpuOps:
         self._views[register] = self._buffers[register][: source.numel()]
         self._widen(source, dtype, self._views[register])
         self._changed(register, dtype)
+
+    def room(self, register: int, count: int) -> npt.NDArray[np.float32]:
+        """The first ``count`` elements of a register, which becomes that long, for the caller to fill or read."""
+        self._views[register] = self._buffers[register][:count]
+        self._loaded[register] = None
+        values: npt.NDArray[np.float32] = self._views[register].numpy()
+        return values
 
     def scale(self, register: int, factor: float) -> None:
         self._views[register].mul_(factor)

@@ -1,5 +1,17 @@
-"""Quantised containers: which one a file is, and whether this version reads it."""
+"""Quantised containers, one file each: which weights of a file are in one, and their values as float32."""
 
-from mergetool.quant.containers import is_side_tensor, quantised_container, refuse_quantised
+from mergetool.quant.containers import encodings, encodings_of, is_side_tensor, refused_container
+from mergetool.quant.encoding import Encoding, Span
+from mergetool.quant.output import quantiser
+from mergetool.quant.quantiser import Quantiser
 
-__all__ = ["is_side_tensor", "quantised_container", "refuse_quantised"]
+__all__ = [
+    "Encoding",
+    "Quantiser",
+    "Span",
+    "encodings",
+    "encodings_of",
+    "is_side_tensor",
+    "quantiser",
+    "refused_container",
+]

@@ -15,7 +15,8 @@ class Options:
     """What the user asked for besides the expression.
 
     ``keep_from`` names the model of kept tensors, ``multipliers`` are the ``--set GROUP=MULT`` pairs in order (a later
-    one wins), ``dtype`` and ``layout`` are the output's, None for the first model's. ``rounding`` is how every element that is
+    one wins), ``dtype`` and ``layout`` are the output's, None for the first model's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
+    the output's large matrices, None for plain floats, ``scale_search`` whether its tensor scales are searched for. ``rounding`` is how every element that is
     not copied becomes the output's dtype, ``seed`` that of stochastic rounding. Raises UsageError for a rounding that
     does not exist, a negative seed, and a seed for what is not random.
     """
@@ -27,6 +28,9 @@ class Options:
     keep_from: str | None = None
     dtype: DType | None = None
     layout: str | None = None
+    quant: str | None = None
+    scale_search: bool = False
+    prefix: str | None = None
     rounding: Mode = "nearest"
     seed: int = 0
 

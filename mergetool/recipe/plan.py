@@ -9,79 +9,33 @@ Policy, for every part (a parameter under its canonical name) of the first model
 * integers, booleans and other types that cannot be blended: kept, and named;
 * of different shape in two models: an error, unless it is kept.
 
-A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not. A part that
+A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not; a quantised weight is
+copied, with its scales, when the output's container is its own. Without ``--quant`` quantised weights become BF16. A part that
 only other models have is left out, and named. Tensors outside the model (a bundled VAE or text encoder) are copied
 from the first model when the output keeps its layout, else left out, and named.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
+from types import MappingProxyType
 
-from mergetool import arch
-from mergetool.arch import Anatomy, Part
-from mergetool.checkpoint.dtypes import DType
+from mergetool import arch, quant
+from mergetool.arch import Part
+from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
-from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
-from mergetool.recipe import provenance
+from mergetool.quant import is_side_tensor
+from mergetool.recipe import provenance, quantised
 from mergetool.recipe.compiler import compile_merge
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.options import Options
-
-MERGED = "merged"
-COPY = Program((Load(0, 0),))
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean."""
-
-    name: str
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Where one operand of a part is stored: bytes ``[start, start + elements * itemsize)`` of a stored tensor."""
-
-    input: int
-    tensor: str
-    start: int
-    dtype: DType
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One part of one output tensor: elements ``[first, first + elements)`` of it.
-
-    ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
-    ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the first model's elements, which what is
-    merged is measured against; the program may not need it.
-    """
-
-    part: str
-    first: int
-    elements: int
-    program: Program | None
-    windows: tuple[Window, ...]
-    reason: str
-    base: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """One tensor of the output file and the steps that fill it, in order."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    steps: tuple[Step, ...]
+from mergetool.recipe.steps import COPY, MERGED, Input, OutputTensor, Step, Window, window_of
 
 
 @dataclass(frozen=True)
@@ -102,10 +56,7 @@ class Plan:
     def bytes_read(self) -> int:
         """Tensor bytes that will be read from all inputs."""
         return sum(
-            step.elements * window.dtype.bits // 8
-            for tensor in self.tensors
-            for step in tensor.steps
-            for window in step.windows
+            window.nbytes(step.elements) for tensor in self.tensors for step in tensor.steps for window in step.windows
         )
 
     @property
@@ -118,24 +69,34 @@ class Plan:
         found: dict[str, dict[str, None]] = {}
         for tensor in self.tensors:
             for step in tensor.steps:
-                found.setdefault(step.reason, {})[tensor.name] = None
+                if not is_side_tensor(tensor.name):
+                    found.setdefault(step.reason, {})[tensor.name] = None
         return {reason: list(names) for reason, names in found.items()}
 
 
 def plan_merge(
-    expression: Expression, inputs: Sequence[Input], options: Options, *, fingerprints: Mapping[str, str] | None = None
+    expression: Expression,
+    inputs: Sequence[Input],
+    options: Options,
+    *,
+    fingerprints: Mapping[str, str] | None = None,
+    noise: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
     """Resolve ``expression`` against the opened ``inputs`` (the first model in front; ``--from`` may come last).
 
     ``fingerprints`` maps input names to content fingerprints for the metadata; without them a placeholder of the same
-    length is planned. Raises FamilyError where models do not fit together, PatternError for a pattern that selects
+    length is planned. ``noise`` maps the names of quantised inputs to the share of rounding noise in their weights, for
+    the warnings. Raises FamilyError where models do not fit together, PatternError for a pattern that selects
     nothing, UsageError for options that contradict each other.
     """
-    return _Planner(expression, tuple(inputs), options).plan(fingerprints or {})
+    return _Planner(expression, tuple(inputs), options, noise).plan(fingerprints or {})
 
 
 class _Planner:
-    def __init__(self, expression: Expression, inputs: tuple[Input, ...], options: Options) -> None:
+    def __init__(
+        self, expression: Expression, inputs: tuple[Input, ...], options: Options, noise: Mapping[str, float]
+    ) -> None:
+        self.noise = noise
         self.expression = expression
         self.inputs = inputs
         self.options = options
@@ -148,21 +109,29 @@ class _Planner:
         self.kept = self._kept_parts()
         self.multiplier = self._multipliers()
         self.programs: dict[Fraction, Program] = {}
+        self.quantiser = quant.quantiser(options.quant) if options.quant else None
+        self.is_quantised = (
+            quantised.is_quantised(self.first.anatomy, self.quantiser) if self.quantiser else lambda _: False
+        )
 
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
         layout, prefix, outputs = self._outputs()
-        tensors = [self._tensor(prefix + name, parts) for name, parts in outputs]
+        tensors = [tensor for name, parts in outputs for tensor in self._tensors(prefix + name, parts)]
         left_out = self._not_in_output()
         outside = self.first.anatomy.outside
         if (layout, prefix) == (self.first.anatomy.layout, self.first.anatomy.prefix):
             tensors += [self._outside(name) for name in outside]
-            tensors = self._in_file_order(tensors)
         else:
-            left_out += [(name, f"outside the model, and the layout is not {self.first.name}'s") for name in outside]
+            left_out += [
+                (name, f"outside the model, and layout or prefix are not {self.first.name}'s") for name in outside
+            ]
+        copied = {w.tensor for tensor in tensors for step in tensor.steps for w in step.windows if w.input == 0}
+        left_out += [(n, "scale or marker of codes") for n in self.first.anatomy.sides if n not in copied]
         metadata = provenance.metadata(
             self.expression, [model.name for model in self.inputs], self.options, fingerprints
         )
-        header = Header.plan(((t.name, t.dtype, t.shape) for t in tensors), metadata)
+        tensors = self._in_file_order(tensors) if layout == self.first.anatomy.layout else tensors
+        header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), metadata)
         by_name = {tensor.name: tensor for tensor in tensors}
         return Plan(
             self.expression,
@@ -170,7 +139,7 @@ class _Planner:
             self.options,
             layout,
             prefix,
-            tuple(by_name[name] for name in header.tensors),
+            tuple(by_name[name] for name in header.tensors if name in by_name),
             tuple(left_out),
             tuple(self._warnings()),
             header,
@@ -214,49 +183,59 @@ class _Planner:
 
     def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:
         anatomy = self.first.anatomy
-        layout = self.options.layout or anatomy.layout
+        wanted = self.options.layout
+        if self.quantiser is not None:
+            wanted = quantised.layout_of(anatomy, wanted)
+        layout = wanted or anatomy.layout
         self.family.check_layout(layout)
-        if self.options.layout is None:
+        if wanted is None and self.options.prefix is None:
             prefix = anatomy.prefix
             stored = anatomy.stored_parts()
             return layout, prefix, [(name.removeprefix(prefix), parts) for name, parts in stored.items()]
         read = [name for name in anatomy.parts if name not in self.family.unused]
-        return layout, "", self.family.outputs(read, layout)
+        return layout, self.options.prefix or "", self.family.outputs(read, layout)
 
     # --- tensors ---------------------------------------------------------------------------------------------
 
-    def _tensor(self, name: str, part_names: tuple[str, ...]) -> OutputTensor:
+    def _tensors(self, name: str, part_names: tuple[str, ...]) -> list[OutputTensor]:
+        """The output tensor ``name``, or what an untouched quantised one is copied as."""
         parts = [self.first.anatomy.parts[part] for part in part_names]
-        dtype = self._output_dtype(parts)
+        quantiser = self.quantiser if self.is_quantised(parts) else None
+        dtype = F32 if quantiser else self._output_dtype(parts)
         rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else None
         shape = parts[0].shape if rows is None else (rows, *parts[0].shape[1:])
         steps: list[Step] = []
         first = 0
         for part in parts:
-            steps.append(self._step(part, first, dtype))
+            steps.append(self._step(part, first, dtype, quantiser))
             first += part.numel
-        return OutputTensor(name, dtype, shape, tuple(steps))
+        whole = quantised.copied(name, parts, steps, self.inputs, quantiser) if quantiser else None
+        return whole or [OutputTensor(name, dtype, shape, tuple(steps), quantiser)]
 
     def _output_dtype(self, parts: Sequence[Part]) -> DType:
-        widest = max((part.dtype for part in parts), key=lambda dtype: dtype.bits)
+        stored = [BF16 if part.encoding is not None else part.dtype for part in parts]
+        widest = max(stored, key=lambda dtype: dtype.bits)
         if self.options.dtype is not None and all(part.dtype.blendable for part in parts):
             return self.options.dtype
         return widest
 
-    def _step(self, part: Part, first: int, dtype: DType) -> Step:
+    def _step(self, part: Part, first: int, dtype: DType, quantiser: quant.Quantiser | None) -> Step:
         multiplier = self.multiplier.get(part.name, Fraction(1))
         reason = self.kept.get(part.name) or self._obstacle(part.name)
         if reason is None and multiplier == 0:
             reason = "--set to 0"
+        if reason is None and self._program(multiplier) == COPY:  # of the first model itself
+            reason = "copied"
         if reason is not None:
             column = self.keeper if part.name in self.kept else 0
             window = self._window(column, part.name)
             kept = self.inputs[column].anatomy.parts[part.name]
             if column and kept.shape != part.shape:
                 raise self._shape_clash(part.name, column)
-            if kept.dtype == dtype:
+            if kept.dtype == dtype and kept.encoding is None and quantiser is None:
                 return Step(part.name, first, part.numel, None, (window,), reason)
-            return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {dtype.name}")
+            stored = quantiser.quant if quantiser else dtype.name
+            return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {stored}")
         program = self._program(multiplier)
         columns = self._columns(program)
         if 0 not in columns:
@@ -301,10 +280,7 @@ class _Planner:
         return Program(tuple(Load(s.register, next(count)) if isinstance(s, Load) else s for s in program.instructions))
 
     def _window(self, column: int, part_name: str) -> Window:
-        model = self.inputs[column]
-        part = model.anatomy.parts[part_name]
-        info = model.checkpoint.tensors[part.stored.tensor]
-        return Window(column, part.stored.tensor, part.stored.row * info.row_nbytes, part.dtype)
+        return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part_name])
 
     def _outside(self, name: str) -> OutputTensor:
         info = self.first.checkpoint.tensors[name]
@@ -313,13 +289,20 @@ class _Planner:
 
     def _in_file_order(self, tensors: list[OutputTensor]) -> list[OutputTensor]:
         place = {name: i for i, name in enumerate(self.first.checkpoint.tensors)}
-        return sorted(tensors, key=lambda tensor: place[tensor.name])
+        return sorted(tensors, key=lambda tensor: place.get(tensor.name, len(place)))
+
+    @property
+    def _outputs_are_relaid(self) -> bool:
+        layout, prefix = self.options.layout, self.options.prefix
+        if self.quantiser is not None:
+            layout = quantised.layout_of(self.first.anatomy, layout)
+        return layout is not None or prefix is not None
 
     # --- what is said ----------------------------------------------------------------------------------------
 
     def _not_in_output(self) -> list[tuple[str, str]]:
         left_out: dict[str, str] = {}
-        if self.options.layout is not None:
+        if self._outputs_are_relaid:
             unused = (name for name in self.first.anatomy.parts if name in self.family.unused)
             left_out |= dict.fromkeys(unused, "never read by the model")
         for model in self.inputs[1:]:
@@ -331,11 +314,32 @@ class _Planner:
     def _warnings(self) -> list[str]:
         warnings = []
         for model in self.inputs:
-            narrow = {p.dtype.name for p in model.anatomy.parts.values() if p.dtype.blendable and p.dtype.bits == 8}
+            narrow = Counter(
+                p.encoding.label if p.encoding else p.dtype.name
+                for p in model.anatomy.parts.values()
+                if p.encoding or (p.dtype.blendable and p.dtype.bits == 8)
+            )
             if narrow:
-                warnings.append(
-                    f"{model.name} is {'/'.join(sorted(narrow))}: its rounding is part of every difference with it"
+                share = self.noise.get(model.name)
+                noise = (
+                    "its rounding" if share is None else f"its rounding noise, {100 * share:.2g} % of those weights,"
                 )
+                warnings.append(f"{model.name} is {', '.join(narrow)}: {noise} is part of every difference with it")
+        kept = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
+        if kept and self.quantiser is None and self.options.dtype is None:
+            warnings.append(
+                f"{self.first.name}'s quantised weights become bf16; --quant {kept.pop()} writes its container"
+            )
+        if self.quantiser is not None:
+            warnings.append(self._what_is_quantised())
         if self.options.dtype is not None and self.options.dtype.name == "fp16":
             warnings.append("fp16 output: Z-Image's activations overflow in fp16; bf16 is the safe choice")
         return warnings
+
+    def _what_is_quantised(self) -> str:
+        assert self.quantiser is not None
+        chosen = [part for part in self.first.anatomy.parts.values() if self.is_quantised([part])]
+        share = sum(part.numel for part in chosen) / sum(part.numel for part in self.first.anatomy.parts.values())
+        follows = any(part.encoding is not None and part.encoding.quant for part in chosen)
+        which = f"the weights that {self.first.name} has quantised" if follows else quantised.POLICY
+        return f"{self.quantiser.quant}: {which}, {100 * share:.1f} % of the parameters; the rest keeps its dtype"

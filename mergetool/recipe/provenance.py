@@ -40,6 +40,12 @@ def metadata(
         recipe["dtype"] = options.dtype.name
     if options.layout:
         recipe["layout"] = options.layout
+    if options.quant:
+        recipe["quant"] = options.quant
+    if options.scale_search:
+        recipe["scale_search"] = True
+    if options.prefix is not None:
+        recipe["prefix"] = options.prefix
     if options.rounding != "nearest":
         recipe["rounding"] = options.rounding
     if options.rounding == "stochastic":
@@ -89,6 +95,9 @@ def _options(recipe: Mapping[str, Any]) -> Options:
             keep_from=recipe.get("from"),
             dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
             layout=recipe.get("layout"),
+            quant=recipe.get("quant"),
+            scale_search=recipe.get("scale_search", False) is True,
+            prefix=recipe.get("prefix"),
             rounding=recipe.get("rounding", "nearest"),
             seed=recipe.get("seed", 0),
         )

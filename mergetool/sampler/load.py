@@ -20,6 +20,7 @@ from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.ops.cpu import as_tensor
+from mergetool.quant import Encoding
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
@@ -102,7 +103,10 @@ def _require_equal(model: str, wanted: Mapping[str, tuple[int, ...]], parts: Map
 
 
 def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
-    """A part in its stored dtype, memory of its own."""
+    """A part in its stored dtype, float32 where it is quantised, memory of its own."""
+    if part.encoding is not None:
+        rows = part.numel // part.encoding.width
+        return torch.from_numpy(part.encoding.values(checkpoint.read, part.stored.row, rows)).view(part.shape)
     row_nbytes = checkpoint.tensors[part.stored.tensor].row_nbytes
     raw = checkpoint.read(part.stored.tensor, part.stored.row * row_nbytes, part.nbytes)
     return as_tensor(memoryview(raw), part.dtype).clone().view(part.shape)
@@ -130,7 +134,9 @@ def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: str) -> None:
             state[name] = (weight.float() + lora.strength * (up @ down)).to(weight.dtype)
 
 
-def _whole(file: Checkpoint, name: str) -> Tensor:
+def _whole(file: Checkpoint, name: str, encoding: Encoding | None = None) -> Tensor:
+    if encoding is not None:
+        return torch.from_numpy(encoding.values(file.read)).view(encoding.shape)
     info = file.tensors[name]
     raw = file.read(name)  # by name: the tensor over it does not keep it alive
     return as_tensor(memoryview(raw), info.dtype).clone().view(info.shape)
@@ -234,15 +240,16 @@ def _single_text_encoder(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         built = AutoModel.from_config(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     with Checkpoint.open(path) as file:
-        quant.refuse_quantised(file.tensors, file.metadata, file.config, str(path))
+        encodings = quant.encodings_of(file, str(path))
         names = {name.removeprefix("model."): name for name in file.tensors}
-        torn = [n for n, shape in wanted.items() if n not in names or file.tensors[names[n]].shape != shape]
+        shapes = {n: (encodings[s] if s in encodings else file.tensors[s]).shape for n, s in names.items()}
+        torn = [n for n, shape in wanted.items() if shapes.get(n) != shape]
         if torn:
             raise DataError(
                 f'"{path}" lacks "{torn[0]}", or has it in another shape{f", and {len(torn) - 1} more" if torn[1:] else ""}; '
                 f"it is not a text encoder of {config.num_hidden_layers} layers and width {config.hidden_size}."
             )
-        state = {name: _whole(file, names[name]).to(dtype) for name in wanted}
+        state = {name: _whole(file, names[name], encodings.get(names[name])).to(dtype) for name in wanted}
     built.load_state_dict(state, assign=True)
     # What is not stored, the rotary frequencies, is computed by the constructor; on "meta" it has no values.
     built.rotary_emb = type(built.rotary_emb)(config=config)

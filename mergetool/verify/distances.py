@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mergetool.engine.reading import fetcher
 from mergetool.lora.delta import DeltaReader
 from mergetool.lora.pairs import Pair, Pairing
-from mergetool.recipe.plan import Input
+from mergetool.recipe.steps import Input
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from mergetool.engine import merge
 from mergetool.errors import InputMissing
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
-from mergetool.recipe.plan import MERGED, Input, Plan, plan_merge
+from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.steps import MERGED, Input
 from mergetool.verify import distances
 from mergetool.verify.distances import Distance
 

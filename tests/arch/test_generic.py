@@ -89,6 +89,6 @@ def test_sub_byte_elements_count_whole_bytes() -> None:
     assert describe(recognise(tensors, source="f")).total.nbytes == 3 + 6
 
 
-def test_scales_are_outside() -> None:
+def test_scales_are_beside_the_weights() -> None:
     found = recognise(table(FLUX | {"img_in.weight_scale": ()}), source="f")
-    assert found.outside == ("img_in.weight_scale",)
+    assert found.sides == ("img_in.weight_scale",)

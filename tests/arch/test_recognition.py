@@ -36,9 +36,9 @@ def test_bundled_models_are_outside_without_a_prefix_too() -> None:
     assert found.outside == ("vae.encoder.conv_in.weight",)
 
 
-def test_markers_and_scales_are_outside() -> None:
+def test_markers_and_scales_are_beside_the_weights() -> None:
     found = recognise(z_image() | table({"scaled_fp8": (0,), "layers.0.feed_forward.w1.scale_weight": ()}), source="f")
-    assert found.outside == ("scaled_fp8", "layers.0.feed_forward.w1.scale_weight")
+    assert found.sides == ("scaled_fp8", "layers.0.feed_forward.w1.scale_weight")
 
 
 def test_missing_and_extra_tensors_are_left_to_the_merge() -> None:

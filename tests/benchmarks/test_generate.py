@@ -229,3 +229,18 @@ def test_memory_stays_bounded_while_a_large_file_is_written(tmp_path: Path) -> N
     assert usage.exit_code == 0, usage.output
     assert size > 270e6
     assert usage.peak_anon < 100e6
+
+
+def test_scaled_fp8_has_the_values_of_bf16_to_the_precision_of_fp8(tmp_path: Path) -> None:
+    from mergetool import models
+
+    generate(tmp_path / "scaled.safetensors", replace(TINY, scaled=True))
+    generate(tmp_path / "plain.safetensors", TINY)
+    plain = load_file(tmp_path / "plain.safetensors")
+    with models.open_model(str(tmp_path / "scaled.safetensors")) as opened:
+        encodings = {p.stored.tensor: p.encoding for p in opened.anatomy.parts.values() if p.encoding}
+        assert len(encodings) == 2 * 5
+        for name, encoding in encodings.items():
+            wanted = plain[name].float().numpy()
+            error = np.abs(encoding.values(opened.checkpoint.read) - wanted)
+            assert (error <= 2**-4 * 1.01 * np.abs(wanted) + 1e-6).all()

@@ -259,7 +259,6 @@ def test_a_header_whose_length_looks_like_a_pickle_opens(tmp_path: Path, protoco
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(100), "GGUF file, which this version does not support yet"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>" + bytes(50), "web page"),
         (b"", "has 0 bytes"),

@@ -66,8 +66,8 @@ def test_every_command_has_help(command: str, family: Path) -> None:
 
 def test_every_command_is_listed_in_the_help(family: Path) -> None:
     out = mergetool("--help", cwd=family).out
-    assert {"inspect", "merge", "diff", "sample", "verify", "demo", "models"} <= set(out.split())
-    assert len(app.registered_commands) + len(app.registered_groups) == 7
+    assert {"inspect", "merge", "convert", "diff", "sample", "verify", "demo", "models"} <= set(out.split())
+    assert len(app.registered_commands) + len(app.registered_groups) == 8
 
 
 def test_the_version_is_the_projects(family: Path) -> None:
@@ -182,8 +182,9 @@ def test_output_into_a_closed_pipe_leaves_no_traceback(family: Path) -> None:
 def test_inspect_names_a_quantised_container_instead_of_refusing_it(tmp_path: Path) -> None:
     checkpoint(tmp_path / "x.safetensors")
     tensors = load_file(tmp_path / "x.safetensors")
-    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    tensors["layers.0.feed_forward.w1.wscales"] = torch.zeros(2)
     save_file(tensors, tmp_path / "x.safetensors")
     ran = mergetool("inspect", "x.safetensors", cwd=tmp_path)
     assert ran.code == 0
-    assert "does not merge it" in ran.out
+    assert "SVDQuant" in ran.out
+    assert "use the unquantised original" in ran.out

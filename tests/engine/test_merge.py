@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine import job, merge
+from mergetool.engine import job, jobs
 from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
 from mergetool.recipe.options import Options
@@ -94,7 +94,7 @@ def test_bytes_do_not_depend_on_threads_or_reading(family: Path, threads: int, m
 
 def test_bytes_do_not_depend_on_the_chunk_size(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = run(BRIDGE, family / "reference.safetensors")
-    monkeypatch.setattr(merge, "CHUNK", 1000)
+    monkeypatch.setattr(jobs, "CHUNK", 1000)
     assert digest(run(BRIDGE, family / "out.safetensors")) == digest(reference)
 
 

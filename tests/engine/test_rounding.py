@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine import job, merge
-from mergetool.engine.merge import Outcome
+from mergetool.engine import job, jobs
+from mergetool.engine.worker import Outcome
 from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
@@ -79,8 +79,8 @@ def test_bytes_and_counts_do_not_depend_on_the_chunks(
     family: Path, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(family / "whole.safetensors", rounding=rounding)
-    monkeypatch.setattr(merge, "CHUNK", 1000)
-    monkeypatch.setattr(merge, "ROWS_CHUNK", 500)
+    monkeypatch.setattr(jobs, "CHUNK", 1000)
+    monkeypatch.setattr(jobs, "ROWS_CHUNK", 500)
     parts = run(family / "parts.safetensors", rounding=rounding)
     assert (family / "parts.safetensors").read_bytes() == (family / "whole.safetensors").read_bytes()
     assert parts.movements.total.eaten == whole.movements.total.eaten

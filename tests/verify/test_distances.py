@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mergetool import models
-from mergetool.recipe.plan import Input
+from mergetool.recipe.steps import Input
 from mergetool.verify import distances
 from tests.families import checkpoint
 

@@ -1,0 +1,121 @@
+"""A plan cut into jobs: chunks that stay in the cache, in output order, by the plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mergetool.engine import quantising
+from mergetool.engine.quantising import Piece
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
+from mergetool.recipe.options import Options
+from mergetool.recipe.plan import Plan
+from mergetool.recipe.steps import OutputTensor, Step
+
+# 512 Ki elements: 1 MB of bf16 an operand, 2 MB a register. Larger chunks leave the cache, smaller ones pay for calls.
+CHUNK = 1 << 19
+# Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
+ROWS_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Elements ``[start, start + count)`` of one step of one output tensor.
+
+    With a ``phase`` they belong to a quantised tensor and are only collected.
+    """
+
+    tensor: OutputTensor
+    step: Step
+    start: int
+    count: int
+    rounding: Rounding
+    phase: int | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Elements that the CPU makes room for: a job that is larger than `CHUNK` it does in pieces, unless it is of whole rows."""
+        return self.count if self.phase is not None or self.is_of_rows else min(self.count, CHUNK)
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it must not be cut."""
+        return isinstance(self.rounding, ErrorFeedback) or any(window.encoding for window in self.step.windows)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """A piece of a quantised output tensor, to be encoded, or before that to have its scale searched for."""
+
+    piece: Piece
+    rounding: Rounding
+    phase: int
+    searching: bool
+
+    @property
+    def capacity(self) -> int:
+        """Elements to make room for, padding included."""
+        return self.piece.stored * quantising.padded(self.piece.tensor)[1]
+
+
+def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
+    """The work in output order, in chunks of ``size`` elements (`CHUNK` without it), or of whole rows where those are needed.
+
+    A quantised tensor's jobs are in phases, numbered from 0 over the whole plan: none of a phase may begin before the last of the
+    phase before it has ended.
+    """
+    options, phase = plan.options, 0
+    for tensor in plan.tensors:
+        if tensor.quantiser is None:
+            yield from _chunks(tensor, options, size or CHUNK)
+            continue
+        for job in _chunks(tensor, options, CHUNK):
+            yield replace(job, phase=phase)
+        height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
+        for searching in (True, False) if options.scale_search else (False,):
+            phase += 1
+            for piece in quantising.pieces(tensor, height):
+                yield Quantise(piece, _rounding(piece, options), phase, searching)
+        phase += 1
+
+
+def pieces(job: Job) -> Iterator[Job]:
+    """A job in chunks for the CPU, where it is larger and can be cut."""
+    if job.phase is not None or job.is_of_rows:
+        yield job
+        return
+    for start in range(0, job.count, CHUNK):
+        rounding = job.rounding
+        if isinstance(rounding, Stochastic):
+            rounding = replace(rounding, first=rounding.first + start)
+        yield replace(job, start=job.start + start, count=min(CHUNK, job.count - start), rounding=rounding)
+
+
+def _chunks(tensor: OutputTensor, options: Options, size: int) -> Iterator[Job]:
+    row = tensor.shape[-1] if tensor.shape else 1
+    key = stream_key(options.seed, tensor.name)
+    for step in tensor.steps:
+        rounded = step.program is not None and tensor.quantiser is None
+        whole_rows = options.rounding == "error-feedback" and rounded
+        # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
+        rows = min(row, step.elements)
+        chunk = size
+        if rows and whole_rows:
+            chunk = max(1, ROWS_CHUNK // rows) * rows
+        elif rows and any(window.encoding for window in step.windows):
+            chunk = max(1, CHUNK // rows) * rows  # no row is decoded twice
+        for start in range(0, step.elements, chunk):
+            rounding: Rounding = NEAREST
+            if options.rounding == "stochastic":
+                rounding = Stochastic(key, step.first + start)
+            elif whole_rows:
+                rounding = ErrorFeedback(rows)
+            yield Job(tensor, step, start, min(chunk, step.elements - start), rounding)
+
+
+def _rounding(piece: Piece, options: Options) -> Rounding:
+    """How a piece's codes are rounded: by their place in the stored tensor, padding included."""
+    width = quantising.padded(piece.tensor)[1]
+    if options.rounding == "stochastic":
+        return Stochastic(stream_key(options.seed, piece.tensor.name), piece.row * width)
+    return ErrorFeedback(width) if options.rounding == "error-feedback" else NEAREST

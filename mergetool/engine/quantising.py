@@ -1,0 +1,184 @@
+"""Quantised output: one weight at a time is collected in float32, then encoded piece by piece.
+
+A tensor's scale depends on its largest value, so nothing can be encoded before all of it is known. Its float32 values wait in one buffer, the
+largest weight's size, rather than being computed twice: for scaled FP8 that would decode every input twice. Threads pass through the phases of a
+weight together (fill, with a search: search, encode), each waiting for the last job of the phase before.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mergetool.quant.encoding import Encoding, Floats, Octets
+from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
+from mergetool.recipe.steps import OutputTensor
+
+SCALE_STEPS = tuple(2.0 ** (eighth / 8) for eighth in range(-2, 8))
+"""What `--scale-search` multiplies the scale by amax with. Over an octave FP8's rounding error repeats itself; below 1 the largest values are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``[row, row + rows)`` of a quantised output tensor, with ``stored`` rows including padding."""
+
+    tensor: OutputTensor
+    row: int
+    rows: int
+    stored: int
+
+
+def pieces(tensor: OutputTensor, elements: int) -> list[Piece]:
+    """A quantised tensor in pieces of about ``elements``: whole tiles of rows, the last one with the padding."""
+    rows, (stored, columns) = tensor.shape[0], padded(tensor)
+    height = max(1, elements // columns // PIECE_ROWS) * PIECE_ROWS
+    return [Piece(tensor, row, min(height, rows - row), min(height, stored - row)) for row in range(0, rows, height)]
+
+
+def padded(tensor: OutputTensor) -> tuple[int, int]:
+    """The rows and columns that a quantised tensor is stored with."""
+    return quantiser_of(tensor).padded((tensor.shape[0], tensor.shape[1]))
+
+
+def quantiser_of(tensor: OutputTensor) -> Quantiser:
+    """The container of a tensor that is quantised."""
+    assert tensor.quantiser is not None
+    return tensor.quantiser
+
+
+class Phases:
+    """Lets jobs of phase n begin when every job of the phases before it has ended; ``sizes[n]`` is how many phase n has."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._left = list(sizes)
+        self._current = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def enter(self, phase: int) -> bool:
+        """Wait for the phase; False when the run was stopped meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._current >= phase)
+            return not self._stopped
+
+    def leave(self, phase: int) -> None:
+        """One job of the phase has ended."""
+        with self._changed:
+            self._left[phase] -= 1
+            while self._current < len(self._left) and self._left[self._current] == 0:
+                self._current += 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let everyone go."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+class Weight:
+    """The float32 values of the weight whose turn it is, and what is known of its scale.
+
+    ``capacity`` is the largest weight's elements. Filled, searched and encoded by several threads, each its own part.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._values = np.empty(capacity, np.float32)
+        self._amax: dict[str, float] = {}
+        self._errors: dict[str, dict[int, list[float]]] = {}
+        self._lock = threading.Lock()
+
+    def fill(self, tensor: OutputTensor, start: int, values: Floats) -> None:
+        """Take elements ``[start, start + len(values))``."""
+        self._values[start : start + len(values)] = values
+        low, high = torch.aminmax(torch.from_numpy(values))
+        largest = float(max(high, -low))
+        with self._lock:
+            self._amax[tensor.name] = max(largest, self._amax.get(tensor.name, 0.0))
+
+    def rows(self, piece: Piece) -> Floats:
+        """The true values [rows, columns] of a piece."""
+        columns = piece.tensor.shape[1]
+        return self._values[piece.row * columns :][: piece.rows * columns].reshape(piece.rows, columns)
+
+    def scale(self, tensor: OutputTensor) -> np.float32:
+        """The tensor's scale: by its largest value, or the one of least squared error where that was searched for."""
+        scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
+        found = self._errors.get(tensor.name)
+        if not found:
+            return scale
+        sums = [math.fsum(errors) for errors in zip(*found.values(), strict=True)]
+        best = min(range(len(sums)), key=lambda i: (sums[i], SCALE_STEPS[i] != 1))
+        return np.float32(scale * np.float32(SCALE_STEPS[best]))
+
+    def search(self, piece: Piece, round_to: Round) -> None:
+        """Note the squared error of a piece for every candidate scale."""
+        tensor = piece.tensor
+        scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
+        errors = []
+        for step in SCALE_STEPS:
+            candidate = np.float32(scale * np.float32(step))
+            raw = encode(self.rows(piece), piece, candidate, round_to)
+            errors.append(squared_error(self.rows(piece), decode(piece, raw, candidate)))
+        with self._lock:
+            self._errors.setdefault(tensor.name, {})[piece.row] = errors
+
+    def search_gain(self) -> float | None:
+        """The squared error of all searched weights over that of their amax scales; None where nothing was searched."""
+        best = by_amax = 0.0
+        for found in self._errors.values():
+            sums = [math.fsum(errors) for errors in zip(*found.values(), strict=True)]
+            best += min(sums)
+            by_amax += sums[SCALE_STEPS.index(1.0)]
+        return best / by_amax if by_amax else None
+
+
+def encode(values: Floats, piece: Piece, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
+    """What ``values`` [rows, columns] of a piece are stored as, padding included."""
+    stored = (piece.stored, padded(piece.tensor)[1])
+    if stored != values.shape:
+        larger = np.zeros(stored, np.float32)
+        larger[: values.shape[0], : values.shape[1]] = values
+        values = larger
+    return quantiser_of(piece.tensor).encode(values, scale, round_to)
+
+
+def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
+    """The values that a piece of a file with these bytes would be read as."""
+    encoding = _encoding(piece.tensor)
+    spans = encoding.spans(piece.row, piece.rows)
+    stored = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in raw]
+    views = [part.data[: span.size] for part, span in zip(stored, spans, strict=False)]
+    if len(spans) > len(raw):
+        views.append(memoryview(np.float32(scale).tobytes()))
+    out = np.empty((piece.rows, encoding.width), np.float32)
+    encoding.decode(views, piece.row, piece.rows, out)
+    return out
+
+
+def write(piece: Piece, raw: Sequence[Octets], scale: np.float32, put: Callable[[str, int, memoryview], None]) -> int:
+    """Hand a piece's bytes to ``put(name, start, data)``, with the first piece also what the tensor has once; returns bytes."""
+    tensor, written = piece.tensor, 0
+    for part, span in zip(raw, _encoding(tensor).spans(piece.row, piece.stored), strict=False):
+        put(span.tensor, span.start, np.ascontiguousarray(part).data.cast("B"))
+        written += part.nbytes
+    if piece.row == 0:
+        for name, data in quantiser_of(tensor).constants(tensor.layer, scale).items():
+            put(name, 0, memoryview(data))
+            written += len(data)
+    return written
+
+
+def _encoding(tensor: OutputTensor) -> Encoding:
+    return quantiser_of(tensor).encoding(tensor.layer, (tensor.shape[0], tensor.shape[1]))
+
+
+def squared_error(values: Floats, stored: Floats) -> float:
+    """The sum of squared differences, added in float64."""
+    difference = np.subtract(stored, values).reshape(-1)
+    return float(np.einsum("i,i->", difference, difference, dtype=np.float64))

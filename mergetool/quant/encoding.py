@@ -1,0 +1,214 @@
+"""How one quantised weight lies in a file, and how its rows become float32 again.
+
+Every container is a file of this package with one class over this interface. Nothing here reads a file: an `Encoding` says which
+bytes it needs (`spans`) and turns them into values (`decode`), so that the same code serves windows and positioned reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
+from mergetool.checkpoint.header import TensorInfo
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError
+
+Floats = npt.NDArray[np.float32]
+Octets = npt.NDArray[np.uint8]
+
+SCALE_DTYPES: tuple[DType, ...] = (F32, BF16, F16)
+"""What a scale that is a plain float may be stored as; each widens to float32 exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``[start, start + size)`` of the stored tensor ``tensor``."""
+
+    tensor: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module of a file as its header shows it: the weight and what lies beside it.
+
+    ``name`` is the module's, without ``.weight``. ``sides`` maps the last component of a side tensor, under its current name
+    (``weight_scale`` for the old ``scale_weight``), to the stored name and its TensorInfo. ``config`` is what the file says about
+    the layer: the JSON in ``.comfy_quant`` or the entry of ``_quantization_metadata``; None where it says nothing.
+    """
+
+    source: str
+    name: str
+    weight: TensorInfo
+    sides: Mapping[str, tuple[str, TensorInfo]]
+    config: Mapping[str, Any] | None
+
+    @property
+    def tensor(self) -> str:
+        """The stored weight's name."""
+        return f"{self.name}.weight"
+
+    def side(self, leaf: str, *dtypes: DType) -> tuple[str, TensorInfo]:
+        """The stored name and TensorInfo of a side tensor; raises DataError where it is missing or of another dtype."""
+        if leaf not in self.sides:
+            self.refuse(f'has no "{leaf}"', "one beside the weight")
+        name, info = self.sides[leaf]
+        if info.dtype not in dtypes:
+            self.refuse(f'has a "{leaf}" of {info.dtype.code}', " or ".join(dtype.code for dtype in dtypes))
+        return name, info
+
+    def matrix(self, *dtypes: DType) -> tuple[int, int]:
+        """The stored weight's rows and columns; raises DataError for another rank, another dtype, or no elements."""
+        if self.weight.dtype not in dtypes or len(self.weight.shape) != 2 or 0 in self.weight.shape:
+            wanted = " or ".join(dtype.code for dtype in dtypes)
+            self.refuse(f"has a weight of {self.weight.dtype.code} {list(self.weight.shape)}", f"a matrix of {wanted}")
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def refuse(self, found: str, wanted: str) -> NoReturn:
+        """Raise the one sentence for a layer that contradicts itself."""
+        said = self.config.get("format") if self.config else None
+        marked = f" is marked {quoted(str(said)[:40])} and" if said is not None else ""
+        raise DataError(
+            f'"{self.source}": layer {quoted(self.name)}{marked} {found}, where {wanted} is wanted; '
+            "the file is damaged or half converted: use the unquantised original."
+        )
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """One quantised weight: the stored tensors it is made of, and its values.
+
+    ``tensor`` is the stored weight and ``beside`` every other stored tensor that belongs to it: scales, marker. ``shape`` is the true
+    shape; ``padded`` is that of the values stored, which some containers round up to whole blocks. ``columns`` is the per-column
+    factor ``pre_quant_scale`` that ComfyUI applies to the layer's input, which comes to the same as multiplying the weight by it.
+    """
+
+    tensor: str
+    beside: tuple[str, ...]
+    shape: tuple[int, ...]
+    padded: tuple[int, int]
+    columns: tuple[str, DType] | None
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The container, for people: ``scaled FP8 (e4m3)``."""
+
+    @property
+    def quant(self) -> str | None:
+        """The output container of the same kind, as ``--quant`` names it; None where that cannot be written."""
+        return None
+
+    @property
+    def rows(self) -> int:
+        """True rows; 1 for a vector."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def width(self) -> int:
+        """True elements of a row."""
+        return self.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every stored tensor of the weight, the weight itself first."""
+        return (self.tensor, *self.beside)
+
+    def cropped(self, shape: tuple[int, ...]) -> Self:
+        """The same weight with its true shape, which padding hid; raises ValueError for one that is larger than the padded."""
+        if len(shape) != 2 or any(true > held for true, held in zip(shape, self.padded, strict=True)):
+            raise ValueError(f"{list(shape)} does not lie in {list(self.padded)}")
+        return replace(self, shape=shape)
+
+    @property
+    def pads(self) -> bool:
+        """Whether the container pads a weight to whole blocks, so that the file alone does not tell its shape."""
+        return False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of ``shape`` would be padded to what is stored."""
+        return shape == self.padded
+
+    def spans(self, row: int, rows: int) -> tuple[Span, ...]:
+        """The stored bytes that the true rows ``[row, row + rows)`` are decoded from."""
+        spans = self._spans(row, rows)
+        if self.columns is not None:
+            tensor, dtype = self.columns
+            spans = (*spans, Span(tensor, 0, self.padded[1] * dtype.itemsize))
+        return spans
+
+    def decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
+        """Write the values of rows ``[row, row + rows)`` into ``out`` [rows, width], exactly ``code * scale`` in float32.
+
+        ``raw`` are the bytes of `spans`, in that order.
+        """
+        if not rows:
+            return
+        if self.width == self.padded[1]:
+            values = out
+            self._decode(raw, row, rows, out)
+        else:
+            values = np.empty((rows, self.padded[1]), np.float32)
+            self._decode(raw, row, rows, values)
+        if self.columns is not None:
+            values *= floats(raw[-1], self.columns[1])
+        if values is not out:
+            out[:] = values[:, : self.width]
+
+    def values(self, read: Callable[[str, int, int], bytes], row: int = 0, rows: int | None = None) -> Floats:
+        """The values of rows ``[row, row + rows)``, of all from ``row`` on without ``rows``: float32 [rows, width].
+
+        ``read(tensor, start, size)`` gives stored bytes, as `Checkpoint.read` does.
+        """
+        count = self.rows - row if rows is None else rows
+        out = np.empty((count, self.width), np.float32)
+        raw = [memoryview(read(span.tensor, span.start, span.size)) for span in self.spans(row, count)]
+        self.decode(raw, row, count, out)
+        return out
+
+    @abstractmethod
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The distance between neighbouring codes at each stored value of the rows, for [rows, padded width] or broadcasting to it.
+
+        ``raw`` is as for `decode`. What was rounded to such codes carries noise of about a twelfth of its square an element.
+        """
+
+    @abstractmethod
+    def _spans(self, row: int, rows: int) -> tuple[Span, ...]: ...
+
+    @abstractmethod
+    def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None: ...
+
+
+def column_factor(layer: Layer, width: int) -> tuple[str, DType] | None:
+    """The layer's ``pre_quant_scale`` for a weight of ``width`` columns; raises DataError for one of another shape."""
+    if "pre_quant_scale" not in layer.sides:
+        return None
+    name, info = layer.side("pre_quant_scale", *SCALE_DTYPES)
+    if info.shape != (width,):
+        layer.refuse(f'has a "pre_quant_scale" of shape {list(info.shape)}', f"[{width}]")
+    return name, info.dtype
+
+
+def beside(layer: Layer) -> tuple[str, ...]:
+    """The stored names of everything beside a layer's weight."""
+    return tuple(name for name, _ in layer.sides.values())
+
+
+def floats(raw: memoryview, dtype: DType) -> Floats:
+    """Stored plain floats (F32, F16, BF16) as float32, exactly."""
+    if dtype is BF16:
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.frombuffer(raw, "<f4" if dtype is F32 else "<f2").astype(np.float32)
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    """The next multiple of ``multiple`` from ``size`` on."""
+    return -(-size // multiple) * multiple

@@ -1,0 +1,148 @@
+"""ComfyUI's ``int8_tensorwise``: 8-bit integers with one scale a tensor or a row, plain or rotated (ConvRot).
+
+    w = q * scale                            plain
+    w = (q_groups @ H) * scale               rotated: H is the normalised regular Hadamard matrix of the group size
+
+H is the Kronecker power of [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] over its norm, symmetric and its own inverse. Sums of signed codes are whole
+numbers below 2^24 and the norm is a power of two, so the rotation is exact in float32 in any order and the scale is the only rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mergetool.checkpoint.dtypes import BY_CODE, F32, DType
+from mergetool.quant.encoding import (
+    SCALE_DTYPES,
+    Encoding,
+    Floats,
+    Layer,
+    Octets,
+    Span,
+    beside,
+    column_factor,
+    floats,
+)
+from mergetool.quant.quantiser import Entry, Quantiser, Round
+
+I8 = BY_CODE["I8"]
+GROUP_SIZES = (4, 16, 64, 256, 1024, 4096)
+DEFAULT_GROUP = 256
+
+
+@dataclass(frozen=True)
+class Int8(Encoding):
+    """Integers [N, K]; ``scales`` is 1 or the number of rows, ``group`` the columns that were rotated together, 0 for none."""
+
+    scale: str
+    scale_dtype: DType
+    scales: int
+    group: int
+
+    @property
+    def label(self) -> str:
+        """Container, and whether it is rotated."""
+        return f"int8 rotated by {self.group} (ConvRot)" if self.group else "int8"
+
+    @property
+    def quant(self) -> str | None:
+        """``int8`` for one that is not rotated."""
+        return None if self.group or self.columns is not None else "int8"
+
+    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
+        width, size = self.padded[1], self.scale_dtype.itemsize
+        scale = Span(self.scale, 0, size) if self.scales == 1 else Span(self.scale, row * size, rows * size)
+        return Span(self.tensor, row * width, rows * width), scale
+
+    def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
+        codes = np.frombuffer(raw[0], np.int8).reshape(rows, -1)
+        if self.group:
+            np.matmul(
+                codes.reshape(-1, self.group).astype(np.float32), hadamard(self.group), out=out.reshape(-1, self.group)
+            )
+        else:
+            np.copyto(out, codes)
+        out *= floats(raw[1], self.scale_dtype)[:, None]
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """The scale; a rotation leaves the size of the noise as it is."""
+        return floats(raw[1], self.scale_dtype)[:, None]
+
+
+@cache
+def hadamard(size: int) -> Floats:
+    """The normalised regular Hadamard matrix of a size that is a power of 4; exact in float32."""
+    step = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32) / 2
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.kron(matrix, step)
+    return matrix
+
+
+def encoding_of(layer: Layer) -> Int8:
+    """The layer as int8; raises DataError where its tensors and its marker contradict each other."""
+    rows, columns = shape = layer.matrix(I8)
+    scale, info = layer.side("weight_scale", *SCALE_DTYPES)
+    if info.numel != 1 and info.shape not in ((rows,), (rows, 1)):
+        layer.refuse(f"has a scale of shape {list(info.shape)}", f"one float, [{rows}] or [{rows}, 1]")
+    group = _group(layer, columns)
+    factor = column_factor(layer, columns)
+    return Int8(layer.tensor, beside(layer), shape, shape, factor, scale, info.dtype, info.numel, group)
+
+
+def rotation(layer: Layer) -> object:
+    """The group size that a layer's marker says it is rotated by, whatever it is; None for a layer that is not rotated.
+
+    ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
+    """
+    config = layer.config or {}
+    inner = config.get("params")
+    params = inner if isinstance(inner, dict) else {}
+    rotated = config.get("convrot", params.get("convrot", False))
+    if type(rotated) is not bool:
+        layer.refuse('has a "convrot" that is neither true nor false', "one of them")
+    size: object = config.get("convrot_groupsize", params.get("convrot_groupsize", DEFAULT_GROUP))
+    return size if rotated else None
+
+
+def _group(layer: Layer, columns: int) -> int:
+    """The rotation's group size, 0 for none; raises DataError for one that does not fit."""
+    size = rotation(layer)
+    if size is None:
+        return 0
+    if type(size) is not int or size not in GROUP_SIZES or columns % size:
+        layer.refuse(
+            f"is rotated by groups of {str(size)[:20]} for {columns} columns", "a power of 4 that divides them"
+        )
+    return size
+
+
+class Int8Quantiser(Quantiser):
+    """ComfyUI's ``int8_tensorwise`` with one scale a row: scale = the row's amax / 127, code = round(w / scale), ties to even."""
+
+    quant = "int8"
+    config: Mapping[str, Any] = {"format": "int8_tensorwise"}
+
+    def encoding(self, layer: str, shape: tuple[int, int]) -> Int8:
+        """Not rotated."""
+        scale = f"{layer}.weight_scale"
+        return Int8(f"{layer}.weight", (scale, f"{layer}.comfy_quant"), shape, shape, None, scale, F32, shape[0], 0)
+
+    def scale(self, amax: np.float32) -> np.float32:
+        """1: every row has its own."""
+        return np.float32(1)
+
+    def encode(self, values: Floats, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
+        """Integers [rows, columns] and the rows' scales. Integers are always rounded to nearest."""
+        scales = np.maximum(np.abs(values).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
+        codes = np.rint(values / scales)
+        np.clip(codes, -128, 127, out=codes)
+        return codes.astype(np.int8).view(np.uint8), scales.view(np.uint8)
+
+    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+        return [("weight", I8, padded), ("weight_scale", F32, (padded[0], 1))]

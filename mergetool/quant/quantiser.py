@@ -1,0 +1,82 @@
+"""Writing a quantised weight: the tensors it becomes, and its codes from float32 values.
+
+A weight is quantised in pieces of `PIECE_ROWS` rows, after its largest magnitude is known. Rounding to FP8 is done by the caller, whose way of
+rounding then holds for every container that stores FP8.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mergetool.checkpoint.dtypes import BY_CODE, F32, DType
+from mergetool.quant.block_scales import TILE_ROWS
+from mergetool.quant.encoding import Encoding, Floats, Octets, rounded_up
+
+PIECE_ROWS = TILE_ROWS
+
+Entry = tuple[str, DType, tuple[int, ...]]
+Round = Callable[[Floats, DType], Octets]
+"""Rounds float32 values [rows, columns] to the codes of an FP8 dtype, saturating; gives as many bytes of the same shape."""
+
+
+class Quantiser(ABC):
+    """An output container; stateless. ``quant`` is its name for ``--quant``, ``multiple`` what both sides of a weight are padded to."""
+
+    quant: str
+    multiple: int = 1
+    config: Mapping[str, Any]
+    """What ``.comfy_quant`` says of every layer."""
+
+    def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the values stored for a weight of ``shape``."""
+        return rounded_up(shape[0], self.multiple), rounded_up(shape[1], self.multiple)
+
+    def entries(self, layer: str, shape: tuple[int, int]) -> list[Entry]:
+        """Name, dtype and shape of every tensor that ``layer``'s weight becomes."""
+        padded = self.padded(shape)
+        marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self.marker()),))
+        scale = [(f"{layer}.{self._tensor_scale_leaf}", F32, ())] if self._tensor_scale_leaf else []
+        return [*((f"{layer}.{leaf}", dtype, size) for leaf, dtype, size in self._stored(padded)), *scale, marker]
+
+    def constants(self, layer: str, scale: np.float32) -> dict[str, bytes]:
+        """The tensors of ``layer`` that do not depend on its rows: the marker, and the tensor's scale where there is one."""
+        constants = {f"{layer}.comfy_quant": self.marker()}
+        if self._tensor_scale_leaf:
+            constants[f"{layer}.{self._tensor_scale_leaf}"] = np.float32(scale).tobytes()
+        return constants
+
+    @abstractmethod
+    def encoding(self, layer: str, shape: tuple[int, int]) -> Encoding:
+        """How the written weight is read; its spans are what `encode` gives, then the tensor's scale."""
+
+    @abstractmethod
+    def scale(self, amax: np.float32) -> np.float32:
+        """The tensor's scale for a largest magnitude; 1 where the container has none, and for a weight of zeros."""
+
+    @abstractmethod
+    def encode(self, values: Floats, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
+        """The codes, and the scales of rows or blocks where there are some, of consecutive rows [rows, padded columns]."""
+
+    @abstractmethod
+    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+        """Leaf, dtype and shape of what `encode` gives, whole."""
+
+    @property
+    def _tensor_scale_leaf(self) -> str | None:
+        return None
+
+    def marker(self) -> bytes:
+        """The bytes of a layer's ``.comfy_quant``."""
+        return json.dumps(dict(self.config)).encode()
+
+
+def positive(scale: np.float32) -> np.float32:
+    """A scale that can be divided by: that of a weight of zeros is 1, and none is below float32's normal numbers."""
+    if scale == 0:
+        return np.float32(1)
+    return np.float32(max(scale, np.finfo(np.float32).tiny))

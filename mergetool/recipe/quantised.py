@@ -1,0 +1,91 @@
+"""Which weights of an output are quantised, and when a quantised weight can be copied as it is.
+
+With ``--quant`` these become quantised: where the first model's file is in a container that can be written, the weights that it has
+quantised; else the matrices of attention and feed-forward with both sides of at least 64, outside the refiners. Everything else stays in high precision:
+norms, biases, pad tokens, embedders, modulations, the final layer, and refiners, whose change alters a merge's pictures most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+from mergetool.arch import Anatomy, Part
+from mergetool.checkpoint.dtypes import BY_CODE
+from mergetool.errors import UsageError
+from mergetool.quant import Quantiser
+from mergetool.quant.containers import CURRENT_NAMES
+from mergetool.recipe.steps import Input, OutputTensor, Step, Window
+
+SMALLEST_SIDE = 64
+QUANTISED_GROUPS = frozenset({"attention", "ffn"})
+PRECISE_GROUPS = frozenset({"refiner", "siglip", "norm", "adaln", "embedder", "pad", "final"})
+POLICY = f"matrices of attention and feed-forward with sides of at least {SMALLEST_SIDE}, refiners apart"
+ONE_TENSOR_LAYOUTS: Mapping[str, str] = {"Z-Image": "comfyui"}
+"""Family -> the layout that quantised files must have: ComfyUI does not join the scales of q, k and v."""
+
+
+def is_quantised(anatomy: Anatomy, quantiser: Quantiser) -> Callable[[Sequence[Part]], bool]:
+    """A function that tells whether a tensor of these parts becomes quantised in the output.
+
+    Raises UsageError when none of the model's would.
+    """
+    follows = any(part.encoding is not None and part.encoding.quant for part in anatomy.parts.values())
+
+    def chosen(parts: Sequence[Part]) -> bool:
+        if not all(part.name.endswith(".weight") and len(part.shape) == 2 and part.dtype.blendable for part in parts):
+            return False
+        if follows:
+            return any(part.encoding is not None for part in parts)
+        groups = frozenset[str]().union(*(anatomy.family.groups(part.name, part.shape) for part in parts))
+        sides = [size for part in parts for size in part.shape]
+        return bool(groups & QUANTISED_GROUPS) and not groups & PRECISE_GROUPS and min(sides) >= SMALLEST_SIDE
+
+    if not any(chosen([part]) for part in anatomy.parts.values()):
+        raise UsageError(
+            f"--quant {quantiser.quant} would quantise no tensor: it takes {POLICY}; leave --quant out, or choose an FP8 dtype with --dtype."
+        )
+    return chosen
+
+
+def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
+    """The layout of a quantised output, None for the first model's own; raises UsageError for one it cannot have."""
+    needed = ONE_TENSOR_LAYOUTS.get(anatomy.family.name)
+    if needed is None:
+        return wanted
+    if wanted not in (None, needed):
+        raise UsageError(
+            f"quantised files are written in the {needed} layout only; leave out --layout {wanted}, or --quant."
+        )
+    return needed if wanted or anatomy.layout != needed else None
+
+
+def copied(
+    name: str, parts: Sequence[Part], steps: Sequence[Step], inputs: Sequence[Input], quantiser: Quantiser
+) -> list[OutputTensor] | None:
+    """The stored tensors of an untouched weight under its output name, scales and all; None where it has to be written anew.
+
+    It is untouched when every part of it is kept, from one model, whose file has exactly these parts in one weight of the output's container.
+    """
+    columns = {step.windows[0].input for step in steps if step.base is None}
+    if len(columns) != 1 or any(step.base is not None for step in steps):
+        return None
+    model = inputs[columns.pop()]
+    kept = [model.anatomy.parts[part.name] for part in parts]
+    encoding = kept[0].encoding
+    if encoding is None or encoding.quant != quantiser.quant or any(part.encoding is not encoding for part in kept):
+        return None
+    if kept[0].stored.row != 0 or sum(part.stored.rows for part in kept) != encoding.rows:
+        return None
+    layer, reason = name.removesuffix(".weight"), steps[0].reason
+    tensors = []
+    for stored in encoding.tensors:
+        leaf = stored.rpartition(".")[2]
+        info = model.checkpoint.tensors[stored]
+        window = Window(steps[0].windows[0].input, stored, 0, info.dtype)
+        step = Step(parts[0].name, 0, prod(info.shape), None, (window,), reason)
+        tensors.append(OutputTensor(f"{layer}.{CURRENT_NAMES.get(leaf, leaf)}", info.dtype, info.shape, (step,)))
+    if not any(tensor.name == f"{layer}.comfy_quant" for tensor in tensors):
+        marker = quantiser.marker()
+        tensors.append(OutputTensor(f"{layer}.comfy_quant", BY_CODE["U8"], (len(marker),), (), constant=marker))
+    return tensors

@@ -1,0 +1,109 @@
+"""What a plan is made of: the inputs, where their elements are, and the steps that fill each output tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergetool.arch import Anatomy, Part
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.ops.program import Load, Program
+from mergetool.quant import Encoding, Quantiser
+
+MERGED = "merged"
+COPY = Program((Load(0, 0),))
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean."""
+
+    name: str
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where one operand of a part is stored: bytes ``[start, start + elements * itemsize)`` of a stored tensor.
+
+    Of a quantised weight the rows from ``row`` on, as ``encoding`` decodes them, float32; ``start`` is then 0.
+    """
+
+    input: int
+    tensor: str
+    start: int
+    dtype: DType
+    encoding: Encoding | None = None
+    row: int = 0
+
+    @property
+    def first_element(self) -> int:
+        """The index of its first element in the stored tensor."""
+        if self.encoding is not None:
+            return self.row * self.encoding.width
+        return self.start // self.dtype.itemsize
+
+    def nbytes(self, elements: int) -> int:
+        """Stored bytes of its first ``elements``, scales included."""
+        if self.encoding is not None:
+            return sum(span.size for span in self.encoding.spans(self.row, elements // self.encoding.width))
+        return elements * self.dtype.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One part of one output tensor: elements ``[first, first + elements)`` of it.
+
+    ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
+    ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the first model's elements, which what is
+    merged is measured against; the program may not need it.
+    """
+
+    part: str
+    first: int
+    elements: int
+    program: Program | None
+    windows: tuple[Window, ...]
+    reason: str
+    base: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output file and the steps that fill it, in order.
+
+    With a ``quantiser`` it is a whole weight: the steps give its float32 values, of ``shape``, and it becomes the stored
+    tensors of ``entries``. A tensor with ``constant`` bytes has no steps.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    steps: tuple[Step, ...]
+    quantiser: Quantiser | None = None
+    constant: bytes | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Its dtype, or the container it is quantised to, as ``--dtype`` and ``--quant`` name them."""
+        return self.quantiser.quant if self.quantiser else self.dtype.name
+
+    @property
+    def layer(self) -> str:
+        """The module whose weight this is."""
+        return self.name.removesuffix(".weight")
+
+    def entries(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        """Name, dtype and shape of every stored tensor."""
+        if self.quantiser is None:
+            return [(self.name, self.dtype, self.shape)]
+        return self.quantiser.entries(self.layer, (self.shape[0], self.shape[1]))
+
+
+def window_of(column: int, model: Input, part: Part) -> Window:
+    """Where the elements of a part are; ``column`` is the model's place among the inputs."""
+    stored = part.stored
+    if part.encoding is not None:
+        return Window(column, stored.tensor, 0, part.dtype, part.encoding, stored.row)
+    return Window(column, stored.tensor, stored.row * model.checkpoint.tensors[stored.tensor].row_nbytes, part.dtype)
