@@ -134,6 +134,22 @@ def half_spacings(values: Floats, dtype: DType, spacing: Tensor) -> None:
     spacing.clamp_min_(2.0**shape.smallest).mul_(2.0 ** (-shape.mantissa - 1))
 
 
+def below_half_spacing(moves: Tensor, values: Tensor, dtype: DType, room: Tensor, found: npt.NDArray[np.bool_]) -> None:
+    """Set ``found`` where a finite move is smaller than half the spacing of ``dtype``'s numbers at the value it starts from.
+
+    A float32 with an odd last bit lies alone in the middle of the numbers that are rounded to it, ties going to its even
+    neighbours: half a float32 spacing and more moves it, anything less does not. ``values`` become such numbers, and
+    ``room`` is overwritten.
+    """
+    shape = FORMATS[dtype]
+    if shape.smallest > FORMATS[dtypes.F32].smallest:
+        values.abs_().clamp_min_(2.0**shape.smallest)
+    words = values.numpy().view(np.uint32)
+    np.bitwise_or(words, np.uint32(1), out=words)
+    torch.add(values, moves, alpha=2.0 ** (shape.mantissa - 23), out=room)
+    np.equal(room.numpy(), values.numpy(), out=found)
+
+
 def _stochastic_bf16(values: Tensor, stored: Tensor, scratch: Scratch) -> None:
     """bf16 is the upper half of a float32: a carry out of the lower half plus a random number rounds it up."""
     bits = scratch.words[0, : values.numel()]
