@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mergetool.checkpoint import system
 from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.fidelity import Fidelity
@@ -45,6 +46,7 @@ def run(
     exception nothing more is written.
     """
     device = CPU if compared else device
+    system.keep_freed_memory()  # quantising makes megabytes of values at a time
     workers = _Workers(plan, writer, method, non_finite, device, threads, measured=measured)
     workers.shared.compared = compared
     torch_threads = torch.get_num_threads()
