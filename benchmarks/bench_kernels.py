@@ -67,7 +67,7 @@ def models(dtype: torch.dtype, elements: int) -> list[Tensor]:
     found = []
     for _ in range(3):
         out = torch.empty(elements, dtype=dtype, device="cuda")
-        for part in out.split(1 << 26):
+        for part in torch.split(out, 1 << 26):
             part.copy_((torch.randn(len(part), device="cuda", generator=generator) * spread).clamp(-448, 448))
         found.append(out)
     return found

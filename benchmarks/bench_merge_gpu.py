@@ -58,7 +58,7 @@ class Copies:
         self._host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
         self._back = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
         self._on_device = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=device)
-        self._out = torch.cuda.Stream(device)
+        self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def pinned(self, size: int) -> None:
         """``size`` bytes from page-locked memory to the device, nothing read."""

@@ -114,20 +114,20 @@ def largest(KIND: tl.constexpr):
 def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):
     """The distance between neighbours of the stored type at |value| (among its subnormals: theirs), times 2^SHIFT."""
     if KIND == E4M3:
-        least: tl.constexpr = 2.0**-6
-        scale: tl.constexpr = 2.0 ** (SHIFT - 3)
+        least = 2.0**-6
+        scale = 2.0 ** (SHIFT - 3)
     elif KIND == E5M2:
-        least: tl.constexpr = 2.0**-14
-        scale: tl.constexpr = 2.0 ** (SHIFT - 2)
+        least = 2.0**-14
+        scale = 2.0 ** (SHIFT - 2)
     elif KIND == F16:
-        least: tl.constexpr = 2.0**-14
-        scale: tl.constexpr = 2.0 ** (SHIFT - 10)
+        least = 2.0**-14
+        scale = 2.0 ** (SHIFT - 10)
     elif KIND == BF16:
-        least: tl.constexpr = 2.0**-126
-        scale: tl.constexpr = 2.0 ** (SHIFT - 7)
+        least = 2.0**-126
+        scale = 2.0 ** (SHIFT - 7)
     else:
-        least: tl.constexpr = 2.0**-126
-        scale: tl.constexpr = 2.0 ** (SHIFT - 23)
+        least = 2.0**-126
+        scale = 2.0 ** (SHIFT - 23)
     power = (value.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.maximum(power, least) * scale
 

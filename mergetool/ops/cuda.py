@@ -33,9 +33,9 @@ class CudaOps:
         self._capacity = capacity
         self._registers = registers
         self._device = torch.device(device)
-        self.stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # A thread that waits must sleep: by default it would spin on the core that another one's copy needs.
-        self._done = torch.cuda.Event(blocking=True) if self.stream is not None else None
+        self._done = torch.cuda.Event(blocking=True) if self.stream is not None else None  # type: ignore[no-untyped-call]
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # pinned and on the device, of each slot; -1 is the result
         self._program: list[tuple[int, int, int]] = []
         self._factors: list[float] = []
@@ -144,7 +144,8 @@ class CudaOps:
         self._counts = counts.numpy().sum(axis=0).tolist()
         if sums is not None:
             energy, kept = sums.numpy().sum(axis=0).tolist()
-            self._movement = Movement(*map(int, self._counts[blend.MOVED :]), energy, kept)
+            moved, eaten, below = self._counts[blend.MOVED :]
+            self._movement = Movement(moved, eaten, below, energy, kept)
         return self._result.numpy().data, self._counts[blend.BEYOND]
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:
