@@ -28,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = ["--results", str(options.results)]
     models = ["--size", options.size, "--dir", str(options.dir)]
+    test = ["pytest", "-q", "-p", "no:cacheprovider", "-m"]
     parts = {
-        "contract tests": ["pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
+        "arithmetic": [*test, "not long", "tests/ops/test_cuda.py", "tests/engine/test_gpu.py"],
+        "decomposition": [*test, "gpu", "tests/lora/test_batched.py", "tests/lora/test_on_device.py"],
         "kernels": ["benchmarks.bench_kernels", *results],
         "merge": ["benchmarks.bench_merge_gpu", *models, "--keep", *results],
         "extraction": ["benchmarks.bench_diff_gpu", *models, "--runs", "3", *results],

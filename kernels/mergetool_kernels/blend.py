@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mergetool_kernels.formats import (
+    E4M3,
+    E5M2,
+    F32,
     KIND,
     NEAREST,
     STOCHASTIC,
@@ -73,6 +76,7 @@ class Result:
 
     ``counts`` [blocks, 5] int32 and ``sums`` [blocks, 2] float64 hold a row for every block of elements; sum over
     them. They are None unless they were asked for; without a base only the first two counts are more than 0.
+    BEYOND counts elements that FP8 cut to its largest value, and finite ones that became infinite in FP16 or BF16.
     ``branch`` is the way the formats were converted.
     """
 
@@ -179,12 +183,11 @@ def blend_kernel(
         if COUNT:
             finite = tl.abs(r0) < float("inf")
             tally += (inside & (finite == 0)).to(tl.int32)
-            # Beyond the range: FP8 that was cut to its largest value, or a finite value that became infinite.
-            if OUT == 3 or OUT == 4:
-                beyond = tl.abs(scaled) > largest(OUT)
-            else:
-                beyond = finite & ((tl.abs(decode(stored, OUT, NATIVE)) < float("inf")) == 0)
-            tally += (inside & beyond).to(tl.int32) << 6
+            if OUT == E4M3 or OUT == E5M2:
+                tally += (inside & (tl.abs(scaled) > largest(OUT))).to(tl.int32) << 6
+            elif OUT != F32:
+                infinite = tl.abs(decode(stored, OUT, NATIVE)) == float("inf")
+                tally += (inside & finite & infinite).to(tl.int32) << 6
             if BASE >= 0:
                 plain = base
                 if OUT_SCALED != UNSCALED:

@@ -14,8 +14,12 @@ from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, Sca
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
+    from mergetool.ops.movement import Movement
     from mergetool.recipe.plan import Plan
+
+WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +28,7 @@ Examples:
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
+  mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -67,6 +72,14 @@ def merge(
     layout: Annotated[
         str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
     ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="nearest, stochastic (a change too small to be stored comes through on average) or error-feedback (an "
+            "element's rounding error goes to the next in its row)."
+        ),
+    ] = "nearest",
+    seed: Annotated[int, typer.Option(help="Seed of --rounding stochastic: the same seed, the same bytes.", min=0)] = 0,
     shard_size: Annotated[
         str | None, typer.Option(help="Write a folder of shards no larger than this, as in 5GB.", metavar="SIZE")
     ] = None,
@@ -87,6 +100,7 @@ def merge(
     from mergetool.engine import device as devices
     from mergetool.engine import job
     from mergetool.engine.memory import memory_needed
+    from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
     if output is None and not dry_run:
@@ -103,6 +117,8 @@ def merge(
         layout=layout,
         quant=quant,
         scale_search=scale_search,
+        rounding=console.choice("--rounding", rounding, MODES),
+        seed=seed,
     )
     started = time.monotonic()
     gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
@@ -131,7 +147,7 @@ def merge(
             )
         seconds = time.monotonic() - started
         if as_json:
-            console.print_json(_plan_json(plan, memory) | _outcome_json(outcome, output, seconds))
+            console.print_json(_plan_json(plan, memory) | _outcome_json(plan, outcome, output, seconds))
         else:
             _print_outcome(plan, outcome, output, seconds)
 
@@ -193,7 +209,36 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
+    _print_rounding(plan, outcome.movements)
     console.heading("next", f"mergetool verify {output}")
+
+
+def _print_rounding(plan: Plan, movements: Movements) -> None:
+    """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
+    dtypes = {tensor.dtype.name for tensor in plan.tensors if tensor.dtype.blendable and tensor.dtype.bits < 32}
+    total = movements.total
+    if not (dtypes and total.moved):
+        return
+    to, mode = "/".join(sorted(dtypes)), plan.options.rounding
+    if mode == "nearest" and total.projection < WORTH_ADVICE:
+        lost = _percent(1 - total.projection)
+        console.heading("delta", f"rounding to {to} lost {lost} of the delta; --rounding stochastic keeps it")
+    else:
+        how = "" if mode == "nearest" else f"{mode} "
+        console.heading("delta", f"{_percent(total.projection)} of the delta came through {how}rounding to {to}")
+    console.table(
+        ["group", "moved", "left no trace", "below half a unit", "came through"],
+        [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
+    )
+
+
+def _rounding_row(name: str, movement: Movement) -> list[str]:
+    shares = (movement.eaten / movement.moved, movement.below_half_ulp / movement.moved, movement.projection)
+    return [name, console.parameters(movement.moved), *map(_percent, shares)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
@@ -221,7 +266,18 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     }
 
 
-def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def _movement_json(movement: Movement) -> dict[str, Any]:
+    return {
+        "moved": movement.moved,
+        "eaten": movement.eaten,
+        "below_half_ulp": movement.below_half_ulp,
+        "delta_energy": movement.delta_energy,
+        "projection": movement.projection,
+    }
+
+
+def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+    movements = outcome.movements
     return {
         "output": str(output),
         "seconds": round(seconds, 3),
@@ -229,4 +285,11 @@ def _outcome_json(outcome: Outcome, output: Path, seconds: float) -> dict[str, A
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),
+        "rounding": {
+            "mode": plan.options.rounding,
+            "seed": plan.options.seed,
+            "total": _movement_json(movements.total),
+            "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
+            "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},
+        },
     }

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 CHUNK = 1 << 24
 """Elements of a job: 32 MB of bf16 an operand. Of 2 Mi to 16 Mi each larger one was faster: less Python for each byte."""
 
-SLOTS = 4
-"""Jobs under way at once: being read, computed, written, and one between."""
+SLOTS = 6
+"""Jobs under way at once: some being read, one computed, some written. Six took 1.72 s where four took 2.03 (H100, 16 cores)."""
 
-PIECE = 8 << 20
+PIECE = 16 << 20
 """Bytes that one thread reads at once."""
 
 READERS = 16

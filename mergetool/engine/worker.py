@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.dtypes import F16, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
 from mergetool.engine.fidelity import Fidelity, read_back
@@ -212,7 +212,8 @@ class Worker:
         elif self._run.non_finite == "keep":
             self._run.note(outcome.non_finite, job.tensor.name, count)
         else:
+            way_out = "write bf16 with --dtype bf16" if dtype is F16 else "use smaller multipliers"
             raise NonFiniteError(
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
-                f"{dtype.largest:g}; write bf16 with --dtype bf16, or pass --nonfinite keep."
+                f"{dtype.largest:g}; {way_out}, or pass --nonfinite keep."
             )

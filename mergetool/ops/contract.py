@@ -42,9 +42,9 @@ class Ops(Protocol):
 
         ``first`` names the register that ``measure`` will be asked about; the chunk's last load went there.
 
-        fp32 and fp64 take every float32 as it is, whatever the rounding. Elements beyond the range become infinity in fp16
-        and bf16 (counted in fp16), and the largest finite value of their sign in the FP8 types, which have no (e4m3) or no
-        useful (e5m2) infinity. The view is valid until the next ``store``.
+        fp32 and fp64 take every float32 as it is, whatever the rounding. Finite elements beyond the range become infinity in
+        fp16 and bf16, and all elements beyond it the largest finite value of their sign in the FP8 types, which have no
+        (e4m3) or no useful (e5m2) infinity. The view is valid until the next ``store``.
         """
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:

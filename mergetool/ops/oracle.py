@@ -176,5 +176,5 @@ def _nearest_small_float(values: npt.NDArray[np.float64], dtype: DType) -> bytes
     above = np.clip(np.searchsorted(table, size), 1, len(table) - 1)
     low, high = table[above - 1], table[above]
     up = (high - size < size - low) | ((high - size == size - low) & (above % 2 == 0))
-    chosen = np.where(up, above, above - 1).astype(np.uint8)
+    chosen = np.where(np.isnan(values), 0x7F, np.where(up, above, above - 1)).astype(np.uint8)
     return (chosen | np.where(np.signbit(values), 0x80, 0).astype(np.uint8)).tobytes()

@@ -197,6 +197,8 @@ def test_no_output_is_a_usage_error(family: Path) -> None:
         ([MERGE, "--reader", "psychic"], ["pread"]),
         ([MERGE, "--shard-size", "big"], ["300MB"]),
         ([MERGE, "--layout", "sideways"], ["diffusers"]),
+        ([MERGE, "--rounding", "up"], ["nearest", "error-feedback"]),
+        ([MERGE, "--seed", "3"], ["draws no random numbers"]),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(family: Path, arguments: list[str], words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -66,7 +67,7 @@ def test_every_command_has_help(command: str, family: Path) -> None:
 def test_every_command_is_listed_in_the_help(family: Path) -> None:
     out = mergetool("--help", cwd=family).out
     assert {"inspect", "merge", "diff", "sample", "verify", "demo", "models"} <= set(out.split())
-    assert len(app.registered_commands) + len(app.registered_groups) == 7
+    assert len(app.registered_commands) + len(app.registered_groups) == 8
 
 
 def test_the_version_is_the_projects(family: Path) -> None:
@@ -89,6 +90,27 @@ def test_merge_json_is_one_object_with_the_whole_plan(family: Path, tmp_path: Pa
     assert ran.json["actions"] == {"merged": 41, "protected: refiner": 24}
     assert ran.json["bytes_written"] == (tmp_path / "out.safetensors").stat().st_size
     assert len(ran.json["tensors"]) == 65
+
+
+def test_merge_says_what_rounding_took_and_which_rounding_keeps_it(family: Path, tmp_path: Path) -> None:
+    small = "alkahest + 0.01 * (turbo - deturbo)"
+    near = mergetool("merge", small, "-o", tmp_path / "near.safetensors", cwd=family)
+    assert re.search(r"delta   rounding to bf16 lost \d\d\.\d % of the delta; --rounding stochastic keeps it", near.out)
+    kept = mergetool("merge", small, "--rounding", "stochastic", "-o", tmp_path / "kept.safetensors", cwd=family)
+    assert re.search(r"delta   [\d.]+ % of the delta came through stochastic rounding to bf16", kept.out)
+    shares = re.search(r"^ +ffn +[\d.]+ k +([\d.]+) % +([\d.]+) % +([\d.]+) %$", kept.out, re.MULTILINE)
+    assert shares
+    assert 95 < float(shares[3]) < 105
+
+
+def test_merge_json_has_the_figures_of_every_group_and_tensor(family: Path, tmp_path: Path) -> None:
+    ran = mergetool("merge", MERGE, "--protect", "refiner", "-o", tmp_path / "out.safetensors", "--json", cwd=family)
+    rounding = ran.json["rounding"]
+    assert (rounding["mode"], rounding["seed"]) == ("nearest", 0)
+    assert rounding["total"]["moved"] == sum(figures["moved"] for figures in rounding["tensors"].values())
+    assert len(rounding["tensors"]) == 41
+    assert {"ffn", "attention", "layers"} <= set(rounding["groups"])
+    assert 0.9 < rounding["groups"]["ffn"]["projection"] < 1.1
 
 
 def test_dry_run_lists_every_tensor_and_writes_nothing(family: Path) -> None:

@@ -28,7 +28,7 @@ FEW = (
 
 @pytest.fixture(autouse=True)
 def _overflow_is_meant() -> Iterator[None]:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         yield
 
 

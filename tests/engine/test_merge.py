@@ -146,6 +146,22 @@ def test_output_reads_with_the_safetensors_library(family: Path) -> None:
     assert len({model["fingerprint"] for model in inputs}) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        (Options(), {}),
+        (Options(rounding="stochastic"), {"rounding": "stochastic", "seed": 0}),
+        (Options(rounding="error-feedback"), {"rounding": "error-feedback"}),
+    ],
+    ids=lambda value: str(getattr(value, "rounding", "")),
+)
+def test_the_recipe_records_the_rounding(family: Path, options: Options, recorded: dict[str, object]) -> None:
+    out = run(BRIDGE, family / "out.safetensors", options)
+    with safe_open(out, "np") as opened:
+        recipe = json.loads(opened.metadata()["mergetool.recipe"])
+    assert {key: recipe[key] for key in ("rounding", "seed") if key in recipe} == recorded
+
+
 def test_metadata_names_no_folder(family: Path) -> None:
     with job.open_merge(f"'{family}/alk.safetensors' + 2*('{family}/a.safetensors' - 'b.safetensors')") as plan:
         job.run_merge(plan, family / "out.safetensors")

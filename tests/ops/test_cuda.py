@@ -24,7 +24,7 @@ class TestCudaOps(OpsContract):
 class TestInterpretedCudaOps(OpsContract):
     @pytest.fixture(autouse=True)
     def _overflow_is_meant(self) -> Iterator[None]:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             yield
 
     def make(self, capacity: int, registers: int) -> Ops:

@@ -173,3 +173,23 @@ def test_the_degree_is_checked_before_a_file_is_opened() -> None:
 def test_the_header_has_the_size_that_the_run_will_write(family: Path) -> None:
     with job.open_merge(MERGE, fingerprints=False) as dry, job.open_merge(MERGE) as real:
         assert dry.header.file_size == real.header.file_size
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rounding": "up"}, "nearest, stochastic, error-feedback"),
+        ({"rounding": "stochastic", "seed": -1}, "whole number from 0"),
+        ({"rounding": "error-feedback", "seed": 5}, "draws no random numbers"),
+    ],
+)
+def test_a_rounding_that_makes_no_sense_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Options(**options)  # type: ignore[arg-type]
+
+
+def test_the_first_models_elements_are_planned_to_be_read_even_where_they_are_not_added(family: Path) -> None:
+    plan = planned("0*'alk.safetensors' + 'a.safetensors'")
+    steps = [step for tensor in plan.tensors for step in tensor.steps]
+    assert all(step.windows[step.base].input == 0 for step in steps if step.base is not None)
+    assert plan.bytes_read == 2 * plan.header.data_size

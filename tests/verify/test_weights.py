@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mergetool.checkpoint import dtypes
 from mergetool.engine import job
 from mergetool.errors import DataError, InputMissing, MergetoolError
 from mergetool.recipe.options import Options
@@ -41,6 +42,8 @@ def rewritten(path: Path, change: Callable[[dict[str, object]], None], **metadat
         PROTECTED,
         Options(layout="diffusers"),
         Options(multipliers=(("attention", Fraction(1, 2)),), exclude=("layers.0",)),
+        Options(rounding="stochastic", seed=77, dtype=dtypes.F8_E4M3),
+        Options(rounding="error-feedback", layout="diffusers"),
     ],
 )
 def test_a_fresh_merge_is_sound(family: Path, options: Options) -> None:
@@ -49,6 +52,27 @@ def test_a_fresh_merge_is_sound(family: Path, options: Options) -> None:
     assert found.merged > 0
     with safe_open(family / "out.safetensors", "pt") as file:
         assert found.merged + found.kept == len(list(file.keys()))
+
+
+def with_seed(out: Path, seed: str) -> Path:
+    """A stochastically rounded merge whose recipe says another seed than it was made with."""
+    merge(out, Options(rounding="stochastic", seed=3))
+    with safe_open(out, "pt") as file:
+        recipe = file.metadata()["mergetool.recipe"]
+    assert '"seed": 3' in recipe
+    rewritten(out, lambda tensors: None, **{"mergetool.recipe": recipe.replace('"seed": 3', f'"seed": {seed}')})
+    return out
+
+
+def test_the_recorded_seed_is_part_of_what_the_bytes_should_be(family: Path) -> None:
+    assert check_weights(str(with_seed(family / "3.safetensors", "3"))).sound
+    assert check_weights(str(with_seed(family / "4.safetensors", "4"))).differing
+
+
+@pytest.mark.parametrize("seed", ['"3"', "-3", "true", "3.0"])
+def test_a_damaged_seed_is_named(family: Path, seed: str) -> None:
+    with pytest.raises(DataError, match="seed"):
+        check_weights(str(with_seed(family / "out.safetensors", seed)))
 
 
 def test_every_byte_is_compared(family: Path) -> None:

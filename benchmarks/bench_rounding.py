@@ -1,0 +1,207 @@
+"""What rounding lets through of a small delta, by merges of real files, and what measuring it costs.
+
+    python -m benchmarks.bench_rounding                    the table of docs/rounding.md, seconds
+    python -m benchmarks.bench_rounding --cost DIR         also merges DIR's alkahest, turbo and deturbo with and without
+
+The base lies on the grid of the output's dtype, as a model does that is merged in its own dtype. The delta is Gaussian;
+its root mean square is 0.1, 1 or 10 times half the spacing of the dtype at the base's element ("each"), or that times the
+root mean square of all half spacings, the same for large and small weights ("even"), as training makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.provenance import Result, append, commit, machine, median_ratio, size_name, torch_version
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine import job, merge
+from mergetool.ops import oracle
+from mergetool.ops.movement import Movement
+from mergetool.ops.rounding import MODES, Mode
+from mergetool.recipe.options import Options
+
+PAGE = Path(__file__).parents[1] / "docs" / "rounding.md"
+OUTPUTS = (dtypes.BF16, dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2)
+SIZES = (0.1, 1.0, 10.0)
+SPREADS = ("each", "even")
+SHAPE = (512, 3840)
+TENSOR = "layers.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One merge: how the summary describes what became of the delta, and how the oracle does."""
+
+    output: DType
+    spread: str
+    size: float  # root mean square of the delta, in half spacings
+    mode: Mode
+    summary: Movement
+    truth: Movement
+
+
+def cases(folder: Path, shape: tuple[int, int] = SHAPE, outputs: Sequence[DType] = OUTPUTS) -> Iterator[Case]:
+    """Merge a base and a fine-tune of it for every output dtype, delta, and rounding."""
+    random = np.random.default_rng(0)
+    count = shape[0] * shape[1]
+    for output in outputs:
+        raw = oracle.encode(0.02 * random.standard_normal(count), output)
+        base = oracle.decode(raw, output).astype(np.float32)
+        _write(folder / "base.safetensors", output, shape, raw)
+        half = oracle.spacing(base, output) / 2
+        for spread, size in product(SPREADS, SIZES):
+            scale = half if spread == "each" else np.sqrt(np.mean(half**2))
+            tuned = (base + size * scale * random.standard_normal(count)).astype(np.float32)
+            _write(folder / "tuned.safetensors", dtypes.F32, shape, tuned.tobytes())
+            for mode in MODES:
+                summary, truth = _merged(folder, output, mode, base, tuned)
+                yield Case(output, spread, size, mode, summary, truth)
+
+
+def _merged(
+    folder: Path, output: DType, mode: Mode, base: NDArray[np.float32], tuned: NDArray[np.float32]
+) -> tuple[Movement, Movement]:
+    out = folder / "out.safetensors"
+    text = f"'{folder}/base.safetensors' + ('{folder}/tuned.safetensors' - '{folder}/base.safetensors')"
+    with job.open_merge(text, Options(rounding=mode)) as plan:
+        summary = job.run_merge(plan, out, overwrite=True).movements.total
+    with Checkpoint.open(out) as merged:
+        stored = merged.read(TENSOR)
+    return summary, oracle.measure(base + (tuned - base), base, stored, output)
+
+
+def _write(path: Path, dtype: DType, shape: tuple[int, int], raw: bytes) -> None:
+    with CheckpointWriter.stage(path, Header.plan([(TENSOR, dtype, shape)]), overwrite=True) as writer:
+        writer.write(TENSOR, 0, memoryview(raw))
+        writer.commit()
+
+
+def table(found: Sequence[Case]) -> list[str]:
+    """The lines of the table, one for each output dtype and delta; every figure is the oracle's."""
+    head = ["output", "spread", "half units", "below half a unit", "left no trace", *(f"{mode}" for mode in MODES)]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for delta in dict.fromkeys((case.output, case.spread, case.size) for case in found):
+        row = [case.truth for case in found if (case.output, case.spread, case.size) == delta]
+        nearest = row[0]
+        lines.append(
+            [
+                delta[0].name,
+                delta[1],
+                f"{delta[2]:g}",
+                *(
+                    f"{100 * share:.1f} %"
+                    for share in (
+                        nearest.below_half_ulp / nearest.moved,
+                        nearest.eaten / nearest.moved,
+                        *(truth.projection for truth in row),
+                    )
+                ),
+            ]
+        )
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def disagreement(found: Sequence[Case]) -> float:
+    """The largest difference of a share that came through, as a merge says it, from the oracle's; counts must be equal.
+
+    Raises ValueError where a count is not.
+    """
+    for case in found:
+        counts = [(m.moved, m.eaten, m.below_half_ulp) for m in (case.summary, case.truth)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"{case}: counted {counts[0]}, the oracle {counts[1]}")
+    return max(abs(case.summary.projection - case.truth.projection) for case in found)
+
+
+def costs(folder: Path, runs: int) -> list[Result]:
+    """Seconds of merges of the models in ``folder`` from a warm cache: plain, measured, and with the other roundings."""
+    files = [folder / f"{name}.safetensors" for name in ("alkahest", "turbo", "deturbo")]
+    text = "'{}' + 20*('{}' - '{}')".format(*files)
+    ways: dict[str, tuple[Mode, bool]] = {"unmeasured": ("nearest", False), **{mode: (mode, True) for mode in MODES}}
+    wall: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(runs + 1):
+        for way, (mode, measured) in ways.items():
+            began, used = time.perf_counter(), time.process_time()
+            _merge(text, folder / "out.safetensors", mode, measured=measured)
+            if turn:  # the first turn warms the cache
+                wall[way].append(time.perf_counter() - began)
+                cpu[way].append(time.process_time() - used)
+    (folder / "out.safetensors").unlink()
+    size = size_name(files[0])
+    return [
+        Result(
+            "rounding",
+            size,
+            way,
+            metric,
+            seconds[way],
+            "s",
+            "unmeasured",
+            ratio,
+            cache="warm",
+            config={"expression": text},
+        )
+        for metric, seconds in (("seconds", wall), ("cpu_seconds", cpu))
+        for way in ways
+        for ratio in [median_ratio(seconds[way], seconds["unmeasured"])]
+    ]
+
+
+def _merge(text: str, output: Path, mode: Mode, *, measured: bool) -> None:
+    with (
+        job.open_merge(text, Options(rounding=mode), fingerprints=False) as plan,
+        CheckpointWriter.stage(output, plan.header, overwrite=True) as writer,
+    ):
+        merge.run(plan, writer, measured=measured)
+        writer.commit()
+
+
+def write_page(name: str, lines: Sequence[str], page: Path = PAGE) -> None:
+    """Put lines between the markers ``name`` of docs/rounding.md. Raises ValueError where it has none."""
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = page.read_text()
+    if not pattern.search(text):
+        raise ValueError(f"{page} has no place for the table {name}")
+    page.write_text(pattern.sub(lambda found: found[1] + "\n".join([*lines, ""]) + found[2], text))
+    print("\n".join(lines), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cost", type=Path, metavar="DIR", help="also time merges of DIR's models")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args(arguments)
+    where = f"<sub>commit {commit()} · {machine(PAGE.parent)} · torch {torch_version()}</sub>"
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(cases(Path(folder)))
+    note = f"The merges' own summaries: the same counts, shares within {disagreement(found):.0e}."
+    write_page("deltas", [*table(found), "", note, "", where])
+    if options.cost:
+        results = costs(options.cost, options.runs)
+        append(results, folder=options.cost)
+        lines = ["| merge | seconds | ratio | CPU seconds | ratio |", "| --- | ---: | ---: | ---: | ---: |"]
+        for wall, cpu in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
+            cells = [f"{cell:.2f}" for r in (wall, cpu) for cell in (float(np.median(r.values)), r.ratio or 1.0)]
+            lines.append("| " + " | ".join([wall.provider, *cells]) + " |")
+        load = f"{results[0].case} models, {os.cpu_count()} threads, load {os.getloadavg()[0]:.1f}"
+        write_page("cost", [*lines, "", load, "", where])
+
+
+if __name__ == "__main__":
+    main()
