@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -129,38 +129,36 @@ def disagreement(found: Sequence[Case]) -> float:
 
 
 def costs(folder: Path, runs: int) -> list[Result]:
-    """Seconds of merges of the models in ``folder`` from a warm cache: plain, measured, and with the other roundings."""
+    """Seconds of merges of the models in ``folder``, unmeasured and by every rounding: from a warm cache, and from the disk."""
     files = [folder / f"{name}.safetensors" for name in ("alkahest", "turbo", "deturbo")]
     text = "'{}' + 20*('{}' - '{}')".format(*files)
     ways: dict[str, tuple[Mode, bool]] = {"unmeasured": ("nearest", False), **{mode: (mode, True) for mode in MODES}}
-    wall: dict[str, list[float]] = {way: [] for way in ways}
-    cpu: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(runs + 1):
-        for way, (mode, measured) in ways.items():
+    results = []
+    for cache in ("warm", "cold (fadvise)"):
+        wall: dict[str, list[float]] = {way: [] for way in ways}
+        cpu: dict[str, list[float]] = {way: [] for way in ways}
+        for turn, (way, (mode, measured)) in product(range(runs + 1), ways.items()):
+            if cache != "warm":
+                _forget(files)
             began, used = time.perf_counter(), time.process_time()
             _merge(text, folder / "out.safetensors", mode, measured=measured)
             if turn:  # the first turn warms the cache
                 wall[way].append(time.perf_counter() - began)
                 cpu[way].append(time.process_time() - used)
+        for metric, seconds in (("seconds", wall), ("cpu_seconds", cpu)):
+            for way, values in seconds.items():
+                ratio = median_ratio(values, seconds["unmeasured"])
+                row = Result("rounding", size_name(files[0]), way, metric, values, "s", "unmeasured", ratio, cache)
+                results.append(replace(row, config={"expression": text.replace(f"{folder}/", "")}))
     (folder / "out.safetensors").unlink()
-    size = size_name(files[0])
-    return [
-        Result(
-            "rounding",
-            size,
-            way,
-            metric,
-            seconds[way],
-            "s",
-            "unmeasured",
-            ratio,
-            cache="warm",
-            config={"expression": text},
-        )
-        for metric, seconds in (("seconds", wall), ("cpu_seconds", cpu))
-        for way in ways
-        for ratio in [median_ratio(seconds[way], seconds["unmeasured"])]
-    ]
+    return results
+
+
+def _forget(files: Sequence[Path]) -> None:
+    """Let the page cache go of whole files."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _merge(text: str, output: Path, mode: Mode, *, measured: bool) -> None:
@@ -195,11 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cost:
         results = costs(options.cost, options.runs)
         append(results, folder=options.cost)
-        lines = ["| merge | seconds | ratio | CPU seconds | ratio |", "| --- | ---: | ---: | ---: | ---: |"]
-        for wall, cpu in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
-            cells = [f"{cell:.2f}" for r in (wall, cpu) for cell in (float(np.median(r.values)), r.ratio or 1.0)]
-            lines.append("| " + " | ".join([wall.provider, *cells]) + " |")
-        load = f"{results[0].case} models, {os.cpu_count()} threads, load {os.getloadavg()[0]:.1f}"
+        seconds = {(r.provider, r.cache, r.metric): r for r in results}
+        lines = ["| merge | warm | ratio | CPU | ratio | cold | ratio |", "| --- " + "| ---: " * 6 + "|"]
+        for way in dict.fromkeys(r.provider for r in results):
+            cells = [f"| {way}"]
+            for place in (("warm", "seconds"), ("warm", "cpu_seconds"), ("cold (fadvise)", "seconds")):
+                row = seconds[(way, *place)]
+                cells += [f"{float(np.median(row.values)):.2f} s", f"{row.ratio:.2f}"]
+            lines.append(" | ".join(cells) + " |")
+        load = f"Three {results[0].case} models, {os.cpu_count()} threads, medians of {options.runs} interleaved runs; load {os.getloadavg()[0]:.1f}"
         write_page("cost", [*lines, "", load, "", where])
 
 

@@ -86,7 +86,7 @@ class Result:
 
 
 @triton.jit
-def _pick(INDEX: tl.constexpr, r0, r1, r2, r3):  # type: ignore[no-untyped-def]
+def _pick(INDEX: tl.constexpr, r0, r1, r2, r3):
     if INDEX == 0:
         return r0
     elif INDEX == 1:
@@ -98,7 +98,7 @@ def _pick(INDEX: tl.constexpr, r0, r1, r2, r3):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(pointer, index, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(pointer, index, inside, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointer + index)
     else:
@@ -107,7 +107,7 @@ def _load(pointer, index, inside, EVEN: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def _operand(values, scales, start, index, inside, KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr,
-             GROUP: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip  # type: ignore[no-untyped-def]
+             GROUP: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Float32 of the operand's elements ``start + index``."""
     value = decode(_load(values + start, index, inside, EVEN), KIND, NATIVE)
     if SCALED == PER_TENSOR:
@@ -128,7 +128,7 @@ def blend_kernel(
     OUT: tl.constexpr, OUT_SCALED: tl.constexpr, OUT_COLUMNS: tl.constexpr, ROUNDING: tl.constexpr,
     BASE: tl.constexpr, COUNT: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """``out[i] = encode(program(values[:][i]))`` for ``i < n``; each block has TILES tiles, and a row of counts and sums."""
     lane = tl.arange(0, BLOCK)
     block = tl.program_id(0).to(tl.int64)

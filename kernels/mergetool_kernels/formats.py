@@ -50,7 +50,7 @@ def carrier(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def decode(raw, KIND: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode(raw, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Float32 of stored bits (or of float32 and float64 values as they are)."""
     if KIND == F32:
         value = raw
@@ -76,7 +76,7 @@ def decode(raw, KIND: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def mix(x):  # type: ignore[no-untyped-def]
+def mix(x):
     """A bijection of 32-bit words that leaves no visible pattern ("lowbias32", C. Wellons, 2018)."""
     x = x ^ (x >> 16)
     x = x * tl.full([], 0x7FEB352D, tl.uint32)
@@ -86,7 +86,7 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def uniform_bits(index, key0, key1):  # type: ignore[no-untyped-def]
+def uniform_bits(index, key0, key1):
     """32 random bits for each int64 element index, a pure function of it and the two 32-bit halves of a key."""
     low = index.to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
@@ -96,7 +96,7 @@ def uniform_bits(index, key0, key1):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def largest(KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def largest(KIND: tl.constexpr):
     """The largest finite value of a stored type."""
     if KIND == F16:
         return 65504.0
@@ -111,7 +111,7 @@ def largest(KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):
     """The distance between neighbours of the stored type at |value| (among its subnormals: theirs), times 2^SHIFT."""
     if KIND == E4M3:
         least: tl.constexpr = 2.0**-6
@@ -133,7 +133,7 @@ def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _stochastic(value, random, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _stochastic(value, random, KIND: tl.constexpr):
     """``value`` moved to a neighbour in the stored type, away from zero with the probability of its fraction, to 2^-24."""
     size = tl.abs(value)
     inside = size < largest(KIND)
@@ -153,7 +153,7 @@ def _stochastic(value, random, KIND: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _fp8(value, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fp8(value, KIND: tl.constexpr):
     """Bits of float32 rounded to FP8, to nearest even, saturating."""
     sign = (value.to(tl.uint32, bitcast=True) >> 24) & 0x80
     size = tl.minimum(tl.abs(value), largest(KIND))
@@ -173,7 +173,7 @@ def _fp8(value, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def encode(value, random, KIND: tl.constexpr, ROUNDING: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def encode(value, random, KIND: tl.constexpr, ROUNDING: tl.constexpr, NATIVE: tl.constexpr):
     """Stored bits of float32 values; ``random`` is looked at only when rounding is STOCHASTIC."""
     if ROUNDING == STOCHASTIC and KIND != F32:
         value = _stochastic(value, random, KIND)

@@ -27,8 +27,8 @@ Examples:
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
-  mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -115,10 +115,10 @@ def merge(
         keep_from=keep_from,
         dtype=job.output_dtype(dtype),
         layout=layout,
-        quant=quant,
-        scale_search=scale_search,
         rounding=console.choice("--rounding", rounding, MODES),
         seed=seed,
+        quant=quant,
+        scale_search=scale_search,
     )
     started = time.monotonic()
     gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
@@ -207,9 +207,9 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+    _print_rounding(plan, outcome.movements)
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
-    _print_rounding(plan, outcome.movements)
     console.heading("next", f"mergetool verify {output}")
 
 

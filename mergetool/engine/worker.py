@@ -117,7 +117,7 @@ class Worker:
         elif job.phase is not None:
             self._execute(job.step.program, fetched)
             self._check(job, fetched)
-            self._run.weight.fill(job.tensor, job.step.first + job.start, self._ops.room(0, job.count))
+            self._run.weight.fill(job.tensor, job.step.first + job.start, self._ops.values(0))
         else:
             out, movement = self._result(job, job.step.program, fetched)
             written = self._write(job, out)
@@ -129,7 +129,7 @@ class Worker:
         self._execute(program, fetched)
         first, movement, values = None, None, None
         if self._run.compared:
-            values = self._ops.room(0, job.count).copy()
+            values = self._ops.values(0).copy()
         if job.step.base is not None and self._run.measured:
             first = self._run.registers  # one more than any program needs
             self._load(first, fetched[job.step.base])

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mergetool.checkpoint import dtypes
@@ -34,8 +33,8 @@ TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
         dtypes.F8_E5M2: torch.float8_e5m2,
     }
 )
-# Sums of so many products are taken in float32, further ones in float64: within 1e-9 of float64 throughout on 512 Ki elements, in a
-# sixth of its time.
+# Sums of so many products are taken in float32, further ones in float64: within 1e-9 of float64 throughout on 512 Ki
+# elements, in a sixth of its time.
 _RUN = 1024
 _LEAST = 2.0**-100  # below it products that underflow in float32 could matter
 
@@ -69,47 +68,48 @@ class CpuOps:
     def __init__(self, *, capacity: int, registers: int) -> None:
         self._buffers = [torch.empty(capacity, dtype=torch.float32) for _ in range(registers)]
         self._views = list(self._buffers)
-        self._loaded: list[DType | None] = [None] * registers  # the dtype of a register that holds just what was loaded
+        self._raw: list[tuple[memoryview, DType] | None] = [None] * registers  # what is loaded, until it is used
         self._squares: list[float | None] = [None] * registers  # the sum of a register's squares, once it was asked for
         self._out = torch.empty(capacity * 8, dtype=torch.uint8)  # memory that only fp64 touches the second half of
         self._scratch = Scratch()
 
     def load(self, register: int, raw: memoryview, dtype: DType) -> None:
-        source = as_tensor(raw, dtype)
-        self._views[register] = self._buffers[register][: source.numel()]
-        self._widen(source, dtype, self._views[register])
-        self._changed(register, dtype)
+        self._views[register] = self._buffers[register][: raw.nbytes // dtype.itemsize]
+        self._raw[register] = raw, dtype
+        self._squares[register] = None
 
-    def room(self, register: int, count: int) -> npt.NDArray[np.float32]:
-        """The first ``count`` elements of a register, which becomes that long, for the caller to fill or read."""
+    def room(self, register: int, count: int) -> Floats:
+        """A register's first ``count`` elements, which becomes that long, for the caller to fill."""
         self._views[register] = self._buffers[register][:count]
-        self._changed(register)
-        values: npt.NDArray[np.float32] = self._views[register].numpy()
+        self._raw[register] = self._squares[register] = None
+        room: Floats = self._views[register].numpy()
+        return room
+
+    def values(self, register: int) -> Floats:
+        """A register's elements, float32, valid until it changes."""
+        values: Floats = self._values(register).numpy()
         return values
 
     def scale(self, register: int, factor: float) -> None:
-        self._views[register].mul_(factor)
-        self._changed(register)
+        self._changing(register).mul_(factor)
 
     def add(self, register: int, other: int) -> None:
-        self._views[register].add_(self._views[other])
-        self._changed(register)
+        self._changing(register).add_(self._values(other))
 
     def subtract(self, register: int, other: int) -> None:
-        self._views[register].sub_(self._views[other])
-        self._changed(register)
+        self._changing(register).sub_(self._values(other))
 
     def is_finite(self, register: int) -> bool:
-        return math.isfinite(self._square(register)) or bool(torch.isfinite(self._views[register]).all())
+        return math.isfinite(self._square(register)) or bool(torch.isfinite(self._values(register)).all())
 
     def first_non_finite(self, register: int) -> tuple[int, int]:
-        bad = ~torch.isfinite(self._views[register])
+        bad = ~torch.isfinite(self._values(register))
         return int(bad.sum()), int(bad.to(torch.uint8).argmax())
 
     def store(
         self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
     ) -> tuple[memoryview, int]:
-        values, stored = self._views[register], self._stored(register, dtype)
+        values, stored = self._values(register), self._stored(register, dtype)
         safe = dtype.largest > 2.0**64 and math.isfinite(self._square(register))
         match rounding:
             case Stochastic() if not holds(dtype, dtypes.F32):
@@ -121,30 +121,34 @@ class CpuOps:
         return stored.view(torch.uint8).numpy().data, beyond
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:
-        result, base = self._views[register], self._views[first]
-        stored = self._stored(register, dtype)
-        loaded = self._loaded[first]
-        exact = loaded is not None and holds(dtype, loaded)
+        result, stored = self._values(register), self._stored(register, dtype)
+        # What was only loaded is widened block by block: that stays in the cache, and takes no register.
+        raw = self._raw[first]
+        base, base_dtype = (self._views[first], dtypes.F32) if raw is None else (as_tensor(*raw), raw[1])
+        exact = holds(dtype, base_dtype)
         with np.errstate(all="ignore"):
             return Movement.total(
-                self._measure_block(result[block], base[block], stored[block], dtype, exact=exact)
+                self._measure_block(result[block], (base[block], base_dtype), (stored[block], dtype), exact=exact)
                 for block in (slice(at, at + BLOCK) for at in range(0, result.numel(), BLOCK))
             )
 
     def _measure_block(
-        self, result: torch.Tensor, base: torch.Tensor, stored: torch.Tensor, dtype: DType, *, exact: bool
+        self, result: torch.Tensor, base: tuple[torch.Tensor, DType], stored: tuple[torch.Tensor, DType], *, exact: bool
     ) -> Movement:
-        count = result.numel()
+        """``Movement`` of one block; ``exact`` says that the output's dtype holds every element of the base."""
+        count, dtype = result.numel(), stored[1]
         padded = -(-count // _RUN) * _RUN
-        change, delta, half = self._scratch.floats[1:4, :padded]
+        tensors = self._scratch.tensors[:, :count]
+        x = self._scratch.floats[1, :count]
+        change, delta = self._scratch.floats[2:4, :padded]
         moved, mask = self._scratch.masks[:, :count]
-        x = base.numpy()
 
         # change = q - p: what is stored, less what would be stored if the delta were 0
-        self._widen(stored, dtype, self._scratch.tensors[1, :count])
+        self._widen(*base, tensors[1])
+        self._widen(*stored, tensors[2])
         before = x
         if not exact:
-            self._widen(cpu_rounding.within(base, dtype).to(TORCH[dtype]), dtype, self._scratch.tensors[2, :count])
+            self._widen(cpu_rounding.within(tensors[1], dtype).to(TORCH[dtype]), dtype, tensors[3])
             before = delta[:count]
         np.subtract(change[:count], before, out=change[:count])
         np.subtract(result.numpy(), x, out=delta[:count])
@@ -153,16 +157,24 @@ class CpuOps:
         if not (_LEAST < energy < np.inf and np.isfinite(kept)):
             return _measure_again(delta[:count], change[:count], x, dtype)
 
-        np.not_equal(delta[:count], 0, out=moved)
+        moves = int(np.count_nonzero(np.not_equal(delta[:count], 0, out=moved)))
         np.equal(change[:count], 0, out=mask)
         eaten = int(np.count_nonzero(np.logical_and(moved, mask, out=mask)))
-        cpu_rounding.half_spacings(x, dtype, self._scratch.tensors[3, :count])
-        np.less(np.abs(delta[:count], out=delta[:count]), half[:count], out=mask)
-        below = int(np.count_nonzero(np.logical_and(moved, mask, out=mask)))
-        return Movement(int(np.count_nonzero(moved)), eaten, below, energy, kept)
+        cpu_rounding.below_half_spacing(tensors[3], tensors[1], dtype, tensors[2], mask)
+        below = int(np.count_nonzero(mask)) - (count - moves)
+        return Movement(moves, eaten, below, energy, kept)
 
-    def _changed(self, register: int, loaded: DType | None = None) -> None:
-        self._loaded[register], self._squares[register] = loaded, None
+    def _values(self, register: int) -> torch.Tensor:
+        """A register's float32 values; what was loaded is widened when it is first asked for."""
+        raw = self._raw[register]
+        if raw is not None:
+            self._widen(as_tensor(*raw), raw[1], self._views[register])
+            self._raw[register] = None
+        return self._views[register]
+
+    def _changing(self, register: int) -> torch.Tensor:
+        self._squares[register] = None
+        return self._values(register)
 
     def _square(self, register: int) -> float:
         """The sum of a register's squares: finite unless an element is not, or is 2**64 or larger.
@@ -171,7 +183,7 @@ class CpuOps:
         """
         found = self._squares[register]
         if found is None:
-            values = self._views[register]
+            values = self._values(register)
             found = self._squares[register] = float(torch.dot(values, values))
         return found
 

@@ -47,13 +47,14 @@ def nearest(values: Tensor, stored: Tensor, dtype: DType, *, safe: bool = False)
 
     ``safe`` says that none is near its end, which saves a look at each.
     """
-    if dtype in SATURATING and values.numel():
+    if dtype in SATURATING and values.numel() and not safe:
         low, high = torch.aminmax(values)  # a seventh of the time of counting; NaN compares as not within
-        if -dtype.largest <= float(low) and float(high) <= dtype.largest:
-            stored.copy_(values)
-            return 0
+        safe = -dtype.largest <= float(low) and float(high) <= dtype.largest
+    if safe:
+        stored.copy_(values)
+        return 0
     stored.copy_(within(values, dtype))
-    return 0 if safe else _beyond(values, stored, dtype)
+    return _beyond(values, stored, dtype)
 
 
 def stochastic(
@@ -78,7 +79,9 @@ def stochastic(
         return 0
     outside = ~(values.abs() < dtype.largest)
     if bool(outside.any()):
-        stored[outside] = within(values[outside], dtype).to(stored.dtype)
+        # As integers: torch does not fill FP8 where only one element is meant.
+        bits = _INTEGERS[dtype.itemsize]
+        stored.view(bits)[outside] = within(values[outside], dtype).to(stored.dtype).view(bits)
     return _beyond(values, stored, dtype)
 
 
@@ -131,6 +134,22 @@ def half_spacings(values: Floats, dtype: DType, spacing: Tensor) -> None:
     shape = FORMATS[dtype]
     np.bitwise_and(values.view(np.uint32), EXPONENT, out=spacing.numpy().view(np.uint32))
     spacing.clamp_min_(2.0**shape.smallest).mul_(2.0 ** (-shape.mantissa - 1))
+
+
+def below_half_spacing(moves: Tensor, values: Tensor, dtype: DType, room: Tensor, found: npt.NDArray[np.bool_]) -> None:
+    """Set ``found`` where a finite move is smaller than half the spacing of ``dtype``'s numbers at the value it starts from.
+
+    A float32 with an odd last bit lies alone in the middle of the numbers that are rounded to it, ties going to its even
+    neighbours: half a float32 spacing and more moves it, anything less does not. ``values`` become such numbers, and
+    ``room`` is overwritten.
+    """
+    shape = FORMATS[dtype]
+    if shape.smallest > FORMATS[dtypes.F32].smallest:
+        values.abs_().clamp_min_(2.0**shape.smallest)
+    words = values.numpy().view(np.uint32)
+    np.bitwise_or(words, np.uint32(1), out=words)
+    torch.add(values, moves, alpha=2.0 ** (shape.mantissa - 23), out=room)
+    np.equal(room.numpy(), values.numpy(), out=found)
 
 
 def _stochastic_bf16(values: Tensor, stored: Tensor, scratch: Scratch) -> None:

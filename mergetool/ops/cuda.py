@@ -144,7 +144,7 @@ class CudaOps:
         self._counts = counts.numpy().sum(axis=0).tolist()
         if sums is not None:
             energy, kept = sums.numpy().sum(axis=0).tolist()
-            self._movement = Movement(*self._counts[blend.MOVED :], energy, kept)
+            self._movement = Movement(*map(int, self._counts[blend.MOVED :]), energy, kept)
         return self._result.numpy().data, self._counts[blend.BEYOND]
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:

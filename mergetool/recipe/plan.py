@@ -224,7 +224,7 @@ class _Planner:
         reason = self.kept.get(part.name) or self._obstacle(part.name)
         if reason is None and multiplier == 0:
             reason = "--set to 0"
-        if reason is None and self._program(multiplier) == COPY:  # loads the first model, and that is all
+        if reason is None and self._program(multiplier) == COPY:  # of the first model itself
             reason = "copied"
         if reason is not None:
             column = self.keeper if part.name in self.kept else 0

@@ -66,7 +66,7 @@ def test_every_command_has_help(command: str, family: Path) -> None:
 
 def test_every_command_is_listed_in_the_help(family: Path) -> None:
     out = mergetool("--help", cwd=family).out
-    assert {"inspect", "merge", "diff", "sample", "verify", "demo", "models"} <= set(out.split())
+    assert {"inspect", "merge", "convert", "diff", "sample", "verify", "demo", "models"} <= set(out.split())
     assert len(app.registered_commands) + len(app.registered_groups) == 8
 
 
