@@ -79,7 +79,9 @@ def stochastic(
         return 0
     outside = ~(values.abs() < dtype.largest)
     if bool(outside.any()):
-        stored[outside] = within(values[outside], dtype).to(stored.dtype)
+        # As integers: torch does not fill FP8 where only one element is meant.
+        bits = _INTEGERS[dtype.itemsize]
+        stored.view(bits)[outside] = within(values[outside], dtype).to(stored.dtype).view(bits)
     return _beyond(values, stored, dtype)
 
 

@@ -32,12 +32,13 @@ from tests.families import checkpoint
 from tests.quant.ggml import Q
 from tests.quant.models import CONTAINERS, as_gguf, is_large, quantised
 
+MERGED = "'alk.safetensors' + 3*('a.safetensors' - 'b.safetensors')"
 MERGE = "'q.safetensors' + 3*('a.safetensors' - 'b.safetensors')"
 WIDE = {"dim": 256, "n_heads": 8, "axes_dims": [8, 12, 12]}
 
 
 def run(text: str, output: Path, **options: object) -> Path:
-    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(MERGED, Options(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, output)
     return output
 
@@ -119,8 +120,7 @@ def test_a_quantised_output_loads_in_comfy_kitchen_and_is_its_own_quantisation_o
     family: Path, quant: str
 ) -> None:
     alk, a, b = (values(family / f"{name}.safetensors") for name in ("alk", "a", "b"))
-    text = "'alk.safetensors' + 3*('a.safetensors' - 'b.safetensors')"
-    out = run(text, family / "out.safetensors", quant=quant)
+    out = run(MERGED, family / "out.safetensors", quant=quant)
     layers = [name.removesuffix(".comfy_quant") for name in load_file(out) if name.endswith(".comfy_quant")]
     assert len(layers) == 2 * 5  # qkv, out, w1, w2, w3 of the main layers; not the refiners
     for layer in layers:
@@ -207,11 +207,10 @@ def test_bytes_do_not_depend_on_the_chunk_size(family: Path, container: str, mon
 
 
 def test_a_searched_scale_is_never_worse_than_amax(family: Path) -> None:
-    text = "'alk.safetensors' + 3*('a.safetensors' - 'b.safetensors')"
     alk, a, b = (values(family / f"{name}.safetensors") for name in ("alk", "a", "b"))
     gains = {}
     for search in (False, True):
-        with job.open_merge(text, Options(quant="fp8-scaled", scale_search=search)) as plan:
+        with job.open_merge(MERGED, Options(quant="fp8-scaled", scale_search=search)) as plan:
             outcome = job.run_merge(plan, family / "out.safetensors", overwrite=True)
         total = 0.0
         for name in alk:
@@ -264,3 +263,23 @@ def test_verify_derives_a_quantised_merge_again(family: Path) -> None:
 def test_a_large_share_of_the_model_is_quantised(family: Path) -> None:
     tensors = load_file(family / "alk.safetensors")
     assert sum(is_large(name, tensor) for name, tensor in tensors.items()) == 20
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "error-feedback"])
+def test_scaled_fp8_takes_every_rounding_on_the_value_over_the_scale(family: Path, rounding: str) -> None:
+    out = {}
+    for mode in ("nearest", rounding):
+        out[mode] = run(MERGED, family / f"{mode}.safetensors", quant="fp8-scaled", rounding=mode)
+    alk, a, b = (values(family / f"{name}.safetensors") for name in ("alk", "a", "b"))
+    name = "layers.1.feed_forward.w1.weight"
+    exact = alk[name] + np.float32(3) * (a[name] - b[name])
+    found = {mode: loaded(path, name.removesuffix(".weight"), "fp8-scaled", exact.shape) for mode, path in out.items()}
+    scale = float(load_file(out[rounding])["layers.1.feed_forward.w1.weight_scale"])
+    assert not np.array_equal(found[rounding], found["nearest"])
+    step = np.maximum(np.abs(exact), 2**-6 * scale) / 8
+    error = found[rounding].astype(np.float64) - exact
+    if rounding == "stochastic":
+        assert (np.abs(error) <= step * 1.001).all()
+        assert abs(error.mean()) < 4 * step.mean() / np.sqrt(exact.size)
+    else:  # what a row's elements lose goes to their neighbours: only the last one's remains
+        assert (np.abs(error.sum(axis=1)) <= step.max(axis=1)).all()

@@ -15,6 +15,7 @@ from mergetool.engine import job, jobs
 from mergetool.engine.worker import Outcome
 from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
+from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, ErrorFeedback, Nearest, Rounding, Stochastic, stream_key
 from mergetool.recipe.options import Options
@@ -170,3 +171,11 @@ def assert_equal(found: Movement, wanted: Movement) -> None:
     assert (found.moved, found.eaten, found.below_half_ulp) == (wanted.moved, wanted.eaten, wanted.below_half_ulp)
     assert found.delta_energy == pytest.approx(wanted.delta_energy, rel=1e-6)
     assert found.kept_energy == pytest.approx(wanted.kept_energy, rel=1e-6, abs=1e-6 * wanted.delta_energy)
+
+
+def test_one_element_at_fp8s_end_is_rounded_stochastically_with_the_others() -> None:
+    """Torch has no masked fill for FP8: the largest element of every scaled weight is at the end."""
+    ops = CpuOps(capacity=64, registers=1)
+    ops.room(0, 64)[:] = np.linspace(-1, 448, 64, dtype=np.float32)
+    stored, _ = ops.store(0, dtypes.F8_E4M3, Stochastic(1, 0))
+    assert oracle.decode(bytes(stored), dtypes.F8_E4M3)[-1] == 448
