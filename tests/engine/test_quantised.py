@@ -38,7 +38,7 @@ WIDE = {"dim": 256, "n_heads": 8, "axes_dims": [8, 12, 12]}
 
 
 def run(text: str, output: Path, **options: object) -> Path:
-    with job.open_merge(MERGED, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, output)
     return output
 
