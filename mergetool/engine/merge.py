@@ -111,11 +111,7 @@ class _Workers:
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
-        self.shared.outcome.movements = Movements.of(
-            ((job.tensor.name, job.step.part), self._movements[i])
-            for i, job in enumerate(self._jobs)
-            if isinstance(job, Job) and i in self._movements
-        )
+        self.shared.outcome.movements = Movements.of(self._moves())
         self.shared.outcome.errors = {
             tensor.name: Fidelity.total(self.shared.errors[tensor.name])
             for tensor in self.shared.plan.tensors
@@ -126,6 +122,17 @@ class _Workers:
     def _end(self) -> None:
         self._stop.set()
         self._phases.stop()
+
+    def _moves(self) -> Iterator[tuple[tuple[str, str], Movement]]:
+        """What became of the first model's elements: of plain outputs by job, then of quantised ones, each in file order."""
+        for index, job in enumerate(self._jobs):
+            if isinstance(job, Job) and index in self._movements:
+                yield (job.tensor.name, job.step.part), self._movements[index]
+        for tensor in self.shared.plan.tensors:
+            for step in tensor.steps:
+                place = (tensor.name, step.part)
+                for movement in self.shared.movements.get(place, ()):
+                    yield place, movement
 
     def _take_moved(self) -> int:
         with self._lock:

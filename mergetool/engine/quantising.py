@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Encoding, Floats, Octets
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
 from mergetool.recipe.steps import OutputTensor
@@ -151,14 +152,49 @@ def encode(values: Floats, piece: Piece, scale: np.float32, round_to: Round) -> 
 def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
     """The values that a piece of a file with these bytes would be read as."""
     encoding = _encoding(piece.tensor)
-    spans = encoding.spans(piece.row, piece.rows)
+    out = np.empty((piece.rows, encoding.width), np.float32)
+    encoding.decode(_views(piece, raw, scale), piece.row, piece.rows, out)
+    return out
+
+
+def _steps(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
+    """The distance between neighbours at each value of a piece, or what broadcasts to it."""
+    return _encoding(piece.tensor).steps(_views(piece, raw, scale), piece.row, piece.rows)
+
+
+def _views(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> list[memoryview]:
+    """What reading the piece's rows from a file would give."""
+    spans = _encoding(piece.tensor).spans(piece.row, piece.rows)
     stored = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in raw]
     views = [part.data[: span.size] for part, span in zip(stored, spans, strict=False)]
     if len(spans) > len(raw):
         views.append(memoryview(np.float32(scale).tobytes()))
-    out = np.empty((piece.rows, encoding.width), np.float32)
-    encoding.decode(views, piece.row, piece.rows, out)
-    return out
+    return views
+
+
+def measure(
+    piece: Piece, result: Floats, base: Floats, raw: Sequence[Octets], scale: np.float32, nearest: Round
+) -> Movement:
+    """What became of the ``base`` values of a piece's rows, all [rows, columns], whose ``result`` was stored as ``raw``.
+
+    What the base alone would have been stored as, and half of what distance, is asked of the container with the same scale.
+    """
+    alone = encode(base, piece, scale, nearest)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moves = result - base
+        kept = decode(piece, raw, scale) - decode(piece, alone, scale)
+        half = (
+            np.broadcast_to(_steps(piece, alone, scale), (piece.rows, padded(piece.tensor)[1]))[:, : base.shape[1]] / 2
+        )
+        moved = (moves != 0) & np.isfinite(moves) & np.isfinite(kept)
+        d, g = moves[moved], kept[moved]
+        return Movement(
+            len(d),
+            int(np.count_nonzero(g == 0)),
+            int(np.count_nonzero(np.abs(d) < half[moved])),
+            float(np.einsum("i,i->", d, d, dtype=np.float64)),
+            float(np.einsum("i,i->", d, g, dtype=np.float64)),
+        )
 
 
 def write(piece: Piece, raw: Sequence[Octets], scale: np.float32, put: Callable[[str, int, memoryview], None]) -> int:

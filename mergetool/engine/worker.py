@@ -14,13 +14,15 @@ from mergetool.engine import quantising
 from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Weight
+from mergetool.engine.quantising import Piece, Weight
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.quant.encoding import Floats, Octets
+from mergetool.quant.quantiser import Round
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import COPY
 
@@ -70,6 +72,7 @@ class Run:
     compared: bool = False
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
+    movements: dict[tuple[str, str], list[Movement]] = field(default_factory=dict)  # of quantised outputs
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -81,6 +84,11 @@ class Run:
         """Add to one of the outcome's counts."""
         with self.lock:
             counts[tensor] = counts.get(tensor, 0) + count
+
+    def moved(self, tensor: str, part: str, movement: Movement) -> None:
+        """Note what became of some elements of the first model's ``part`` in a quantised tensor."""
+        with self.lock:
+            self.movements.setdefault((tensor, part), []).append(movement)
 
     def compare(self, tensor: str, values: Floats, stored: Floats | None) -> None:
         """Note what storing changed in some elements of a tensor."""
@@ -149,20 +157,55 @@ class Worker:
 
     def _quantise(self, job: Quantise) -> Done:
         weight, piece = self._run.weight, job.piece
+        if job.searching:
+            weight.search(piece, self._rounder(job.rounding))
+            return 0, None
+        scale, values = weight.scale(piece.tensor), weight.rows(piece)
+        raw = quantising.encode(values, piece, scale, self._rounder(job.rounding))
+        if self._run.compared:
+            self._run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
+        written = quantising.write(piece, raw, scale, self._run.writer.write)
+        if self._run.measured and job.sampled:
+            self._measure(piece, values, raw, scale)
+        return written, None
+
+    def _rounder(self, rounding: Rounding) -> Round:
+        """Rounding to FP8 as this merge does it."""
 
         def round_to(values: Floats, dtype: DType) -> Octets:
             np.copyto(self._ops.room(0, values.size), values.reshape(-1))
-            out, _ = self._ops.store(0, dtype, job.rounding)
+            out, _ = self._ops.store(0, dtype, rounding)
             return np.frombuffer(out, np.uint8).reshape(values.shape)
 
-        if job.searching:
-            weight.search(piece, round_to)
-            return 0, None
-        scale = weight.scale(piece.tensor)
-        raw = quantising.encode(weight.rows(piece), piece, scale, round_to)
-        if self._run.compared:
-            self._run.compare(piece.tensor.name, weight.rows(piece), quantising.decode(piece, raw, scale))
-        return quantising.write(piece, raw, scale, self._run.writer.write), None
+        return round_to
+
+    def _measure(self, piece: Piece, values: Floats, raw: tuple[Octets, ...], scale: np.float32) -> None:
+        """Note what became of the first model's elements in every part that the piece has rows of."""
+        raw = tuple(np.array(part) for part in raw)  # the next rounding goes where the last one is
+        columns = piece.tensor.shape[1]
+        base = np.array(values)  # where nothing was merged nothing moved
+        merged = []
+        for step in piece.tensor.steps:
+            start = max(step.first, piece.row * columns)
+            count = min(step.first + step.elements, (piece.row + piece.rows) * columns) - start
+            if step.base is None or count <= 0:
+                continue
+            window = step.windows[step.base]
+            fetched = self._reader.fetch(
+                0, self._run.plan.inputs[window.input].checkpoint, window, start - step.first, count
+            )
+            self._load(0, fetched)
+            rows = slice(start // columns - piece.row, (start + count) // columns - piece.row)
+            base[rows] = self._ops.values(0).reshape(-1, columns)
+            self._reader.release(fetched)
+            merged.append((step.part, rows))
+        for part, rows in merged:
+            one = base
+            if len(merged) > 1:
+                one = np.array(values)
+                one[rows] = base[rows]
+            found = quantising.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
+            self._run.moved(piece.tensor.name, part, found)
 
     def _execute(self, program: Program, fetched: list[Fetched]) -> None:
         ops = self._ops

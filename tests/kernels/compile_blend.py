@@ -8,9 +8,10 @@ import re
 import sys
 
 import triton
-from mergetool_kernels.blend import blend_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mergetool_kernels.blend import blend_kernel
 
 POINTERS = {0: "*fp32", 1: "*i16", 2: "*i16", 3: "*u8", 4: "*u8", 5: "*fp64"}
 BRIDGE = ((0, 0, 0), (0, 1, 1), (0, 2, 2), (3, 1, 2), (1, 1, 0), (2, 0, 1))
