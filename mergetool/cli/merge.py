@@ -215,7 +215,11 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
 
 def _print_rounding(plan: Plan, movements: Movements) -> None:
     """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
-    dtypes = {tensor.dtype.name for tensor in plan.tensors if tensor.dtype.blendable and tensor.dtype.bits < 32}
+    from mergetool.engine.jobs import SAMPLED, is_sampled
+    from mergetool.quant import is_side_tensor
+
+    floats = [t for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)]
+    dtypes = {tensor.stored_as for tensor in floats if tensor.quantiser or tensor.dtype.bits < 32}
     total = movements.total
     if not (dtypes and total.moved):
         return
@@ -230,6 +234,8 @@ def _print_rounding(plan: Plan, movements: Movements) -> None:
         ["group", "moved", "left no trace", "below half a unit", "came through"],
         [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
     )
+    if is_sampled(plan):
+        console.heading("", f"of large quantised weights, one piece in {SAMPLED} was measured")
 
 
 def _rounding_row(name: str, movement: Movement) -> list[str]:
@@ -277,6 +283,8 @@ def _movement_json(movement: Movement) -> dict[str, Any]:
 
 
 def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+    from mergetool.engine.jobs import is_sampled
+
     movements = outcome.movements
     return {
         "output": str(output),
@@ -288,6 +296,7 @@ def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) ->
         "rounding": {
             "mode": plan.options.rounding,
             "seed": plan.options.seed,
+            "sampled": is_sampled(plan),
             "total": _movement_json(movements.total),
             "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
             "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},

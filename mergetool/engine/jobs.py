@@ -85,6 +85,11 @@ def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
         phase += 1
 
 
+def is_sampled(plan: Plan) -> bool:
+    """Whether some quantised weight has pieces that are not measured."""
+    return any(isinstance(job, Quantise) and not job.sampled for job in jobs(plan))
+
+
 def pieces(job: Job) -> Iterator[Job]:
     """A job in chunks for the CPU, where it is larger and can be cut."""
     if job.phase is not None or job.is_of_rows:
