@@ -232,6 +232,17 @@ class OpsContract(ABC):
         np.testing.assert_array_equal(found, wanted)
 
     @pytest.mark.parametrize("dtype", NARROW, ids=lambda d: d.name)
+    def test_a_draw_equal_to_the_rest_rounds_down_and_one_below_it_up(self, dtype: DType) -> None:
+        step, how = 2.0 ** -FORMATS[dtype].mantissa, Stochastic(1, 0)
+        draws = (oracle.random_bits(how, 65536) >> 8) * 2.0**-24
+        values = (1 + draws * step).astype(np.float32)
+        equal = (values - 1.0) / step == draws  # where float32 has the bits for it
+        assert equal.sum() > 20
+        down = oracle.decode(rounded(self.make(65536, 1), values, dtype, how)[0], dtype)
+        up = oracle.decode(rounded(self.make(65536, 1), np.nextafter(values, np.float32(2)), dtype, how)[0], dtype)
+        assert (set(down[equal]), set(up[equal])) == ({1.0}, {1 + step})
+
+    @pytest.mark.parametrize("dtype", NARROW, ids=lambda d: d.name)
     def test_stochastic_rounding_is_right_on_average(self, dtype: DType) -> None:
         """A value 30 % of the way to its neighbour goes there in 30 % of 4096 draws: 4 standard deviations are 2.9 %."""
         step = 2.0 ** -FORMATS[dtype].mantissa
