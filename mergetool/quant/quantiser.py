@@ -67,6 +67,11 @@ class Quantiser(ABC):
         """Leaf, dtype and shape of what `encode` gives, whole."""
 
     @property
+    def has_tensor_scale(self) -> bool:
+        """Whether a tensor has one scale that could be another."""
+        return self._tensor_scale_leaf is not None
+
+    @property
     def _tensor_scale_leaf(self) -> str | None:
         return None
 

@@ -110,6 +110,10 @@ class _Planner:
         self.multiplier = self._multipliers()
         self.programs: dict[Fraction, Program] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
+        if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
+            raise UsageError(
+                "--scale-search looks for the scale of a whole tensor; it needs --quant fp8-scaled or --quant nvfp4."
+            )
         self.is_quantised = (
             quantised.is_quantised(self.first.anatomy, self.quantiser) if self.quantiser else lambda _: False
         )

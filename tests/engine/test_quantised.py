@@ -190,7 +190,8 @@ def test_bytes_do_not_depend_on_threads_or_reading(family: Path, quant: str) -> 
     quantised(family / "q.safetensors", family / "alk.safetensors", "fp8")
     digests = set()
     for threads, method in ((1, "pread"), (2, "mmap"), (4, "mmap")):
-        with job.open_merge(MERGE, Options(quant=quant, scale_search=True)) as plan:
+        search = QUANTISERS[quant].has_tensor_scale
+        with job.open_merge(MERGE, Options(quant=quant, scale_search=search)) as plan:
             job.run_merge(plan, family / "out.safetensors", threads=threads, method=method, overwrite=True)  # type: ignore[arg-type]
         digests.add(hashlib.sha256((family / "out.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
@@ -239,6 +240,12 @@ def test_a_nan_scale_is_refused_by_the_weights_name(family: Path) -> None:
 def test_quantised_output_has_no_diffusers_layout(family: Path) -> None:
     with pytest.raises(UsageError, match="comfyui layout only"):
         run("'alk.safetensors'", family / "out.safetensors", quant="nvfp4", layout="diffusers")
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "mxfp8"])
+def test_a_search_needs_a_scale_to_look_for(family: Path, quant: str | None) -> None:
+    with pytest.raises(UsageError, match="needs --quant fp8-scaled or --quant nvfp4"):
+        run(MERGED, family / "out.safetensors", quant=quant, scale_search=True)
 
 
 def test_an_unknown_container_lists_those_there_are(family: Path) -> None:
