@@ -166,7 +166,7 @@ def _merge(text: str, output: Path, mode: Mode, *, measured: bool) -> None:
         job.open_merge(text, Options(rounding=mode), fingerprints=False) as plan,
         CheckpointWriter.stage(output, plan.header, overwrite=True) as writer,
     ):
-        merge.run(plan, writer, measured=measured)
+        merge.run(plan, writer, measure="sample" if measured else "off")
         writer.commit()
 
 

@@ -88,6 +88,9 @@ def merge(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Most memory to take of each GPU [default: 80 % of what is free]", metavar="SIZE")
     ] = None,
+    measure: Annotated[
+        str, typer.Option(help="sample, all or off: on how much of it to measure what rounding did to the delta.")
+    ] = "sample",
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -143,6 +146,7 @@ def merge(
                 method=method,
                 non_finite=non_finite,
                 device=on,
+                measure=console.choice("--measure", measure, ("sample", "all", "off")),
                 progress=bar,
             )
         seconds = time.monotonic() - started
@@ -215,7 +219,7 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
 
 def _print_rounding(plan: Plan, movements: Movements) -> None:
     """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
-    from mergetool.engine.jobs import SAMPLED, is_sampled
+    from mergetool.engine.jobs import SAMPLED
     from mergetool.quant import is_side_tensor
 
     floats = [t for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)]
@@ -234,8 +238,10 @@ def _print_rounding(plan: Plan, movements: Movements) -> None:
         ["group", "moved", "left no trace", "below half a unit", "came through"],
         [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
     )
-    if is_sampled(plan):
-        console.heading("", f"of large quantised weights, one piece in {SAMPLED} was measured")
+    if movements.sampled:
+        console.heading(
+            "", f"one chunk in {SAMPLED} of large tensors was measured; --measure all looks at every element"
+        )
 
 
 def _rounding_row(name: str, movement: Movement) -> list[str]:
@@ -283,8 +289,6 @@ def _movement_json(movement: Movement) -> dict[str, Any]:
 
 
 def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
-    from mergetool.engine.jobs import is_sampled
-
     movements = outcome.movements
     return {
         "output": str(output),
@@ -296,7 +300,7 @@ def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) ->
         "rounding": {
             "mode": plan.options.rounding,
             "seed": plan.options.seed,
-            "sampled": is_sampled(plan),
+            "sampled": movements.sampled,
             "total": _movement_json(movements.total),
             "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
             "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},

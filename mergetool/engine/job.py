@@ -14,7 +14,7 @@ from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
-from mergetool.engine.worker import NonFinite, Outcome
+from mergetool.engine.worker import Measure, NonFinite, Outcome
 from mergetool.errors import OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
@@ -64,14 +64,15 @@ def run_merge(
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
+    measure: Measure = "sample",
     compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
 
     ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
-    and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError, BusyError, StorageError, NonFiniteError or DataError;
-    ``output`` is then what it was before.
+    and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError,
+    BusyError, StorageError, DeviceError, NonFiniteError or DataError; ``output`` is then what it was before.
     """
     if not output.parent.exists():
         raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
@@ -91,6 +92,7 @@ def run_merge(
             method=method,
             non_finite=non_finite,
             device=device,
+            measure=measure,
             compared=compared,
             progress=progress,
         )

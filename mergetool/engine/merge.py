@@ -17,7 +17,7 @@ from mergetool.engine.memory import default_threads, largest_weight
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weight
 from mergetool.engine.reading import Method
-from mergetool.engine.worker import Done, NonFinite, Outcome, Output, Run, Worker
+from mergetool.engine.worker import Done, Measure, NonFinite, Outcome, Output, Run, Worker
 from mergetool.ops.movement import Movement
 from mergetool.recipe.plan import Plan
 
@@ -33,21 +33,21 @@ def run(
     method: Method = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
-    measured: bool = True,
+    measure: Measure = "sample",
     compared: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
-    ``measured`` says whether movements are wanted, ``compared`` whether what storing changed is. ``progress`` is called from this thread with the bytes read and
-    written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
+    ``measure`` says on how much of the CPU's work movements are measured (a GPU measures all it does), ``compared`` whether
+    what storing changed is. ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
     the energies' last digits depend on the device. Raises NonFiniteError for NaN or infinity in an input or from overflow
     unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
     exception nothing more is written.
     """
     device = CPU if compared else device
     system.keep_freed_memory()  # quantising makes megabytes of values at a time
-    workers = _Workers(plan, writer, method, non_finite, device, threads, measured=measured)
+    workers = _Workers(plan, writer, method, non_finite, device, threads, measure=measure)
     workers.shared.compared = compared
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
@@ -68,7 +68,7 @@ class _Workers:
         device: Device,
         threads: int | None,
         *,
-        measured: bool,
+        measure: Measure,
     ) -> None:
         self._device = device
         self._threads = threads or default_threads()
@@ -83,7 +83,7 @@ class _Workers:
         self._spare: Worker | None = None
         self._redoing = threading.Lock()
         weight = Weight(largest_weight(plan))
-        self.shared = Run(plan, writer, method, non_finite, measured, plan.registers, weight)
+        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weight)
         self._movements: dict[int, Movement] = {}
         self._moved = 0
         self._failure: BaseException | None = None
@@ -111,7 +111,7 @@ class _Workers:
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
-        self.shared.outcome.movements = Movements.of(self._moves())
+        self.shared.outcome.movements = Movements.of(self._moves(), sampled=self._passes_over())
         self.shared.outcome.errors = {
             tensor.name: Fidelity.total(self.shared.errors[tensor.name])
             for tensor in self.shared.plan.tensors
@@ -122,6 +122,13 @@ class _Workers:
     def _end(self) -> None:
         self._stop.set()
         self._phases.stop()
+
+    def _passes_over(self) -> bool:
+        """Whether some of what was merged was not measured: of a sample on the CPU."""
+        if self.shared.measure != "sample":
+            return False
+        on_cpu = (job for job in self._jobs if not (self._device.is_gpu and gpu.suits(job)))
+        return any(not job.sampled for job in on_cpu if isinstance(job, Quantise) or _is_stored(job))
 
     def _moves(self) -> Iterator[tuple[tuple[str, str], Movement]]:
         """What became of the first model's elements: of plain outputs by job, then of quantised ones, each in file order."""
@@ -159,7 +166,7 @@ class _Workers:
         tasks = gpu.Tasks(self._take_plain, self._redo, self._done, self._off_device, self._fail)
         plan, write = self.shared.plan, self.shared.writer.write
         try:
-            gpu.Driver(plan, write, tasks, name, self._room, measured=self.shared.measured).work()
+            gpu.Driver(plan, write, tasks, name, self._room, measured=self.shared.measure != "off").work()
         except BaseException as error:
             self._fail(error)
 
@@ -198,3 +205,8 @@ class _Workers:
             done = [self._spare.do(part) for part in pieces(job)]
         movements = [movement for _, movement in done if movement is not None]
         return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
+
+
+def _is_stored(job: Job) -> bool:
+    """Whether a job stores what it merged, and so knows what became of it."""
+    return job.phase is None and job.step.base is not None

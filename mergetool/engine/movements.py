@@ -14,14 +14,15 @@ class Movements:
     """The ``Movement`` of every merged part of every output tensor, in file order."""
 
     parts: Mapping[tuple[str, str], Movement] = field(default_factory=dict)  # (output tensor, part)
+    sampled: bool = False  # some elements of large tensors were not looked at
 
     @classmethod
-    def of(cls, chunks: Iterable[tuple[tuple[str, str], Movement]]) -> Movements:
+    def of(cls, chunks: Iterable[tuple[tuple[str, str], Movement]], *, sampled: bool = False) -> Movements:
         """The sums over chunks of parts."""
         found: dict[tuple[str, str], list[Movement]] = {}
         for place, movement in chunks:
             found.setdefault(place, []).append(movement)
-        return cls({place: Movement.total(movements) for place, movements in found.items()})
+        return cls({place: Movement.total(movements) for place, movements in found.items()}, sampled)
 
     @property
     def total(self) -> Movement:

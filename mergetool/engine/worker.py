@@ -27,6 +27,8 @@ from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import COPY
 
 NonFinite = Literal["refuse", "keep"]
+Measure = Literal["sample", "all", "off"]
+"""On how much of a merge to measure what became of the first model's elements."""
 Done = tuple[int, Movement | None]
 """Bytes read and written by a job, and what it did to the first model."""
 
@@ -66,7 +68,7 @@ class Run:
     writer: Output
     method: Method
     non_finite: NonFinite
-    measured: bool
+    measure: Measure
     registers: int
     weight: Weight
     compared: bool = False
@@ -79,6 +81,10 @@ class Run:
     def files(self) -> list[InputFile]:
         """Every file of every input."""
         return [file for model in self.plan.inputs for file in model.checkpoint.files]
+
+    def measures(self, job: Job | Quantise) -> bool:
+        """Whether what the delta did is measured on this job."""
+        return self.measure == "all" or (self.measure == "sample" and job.sampled)
 
     def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
         """Add to one of the outcome's counts."""
@@ -138,7 +144,7 @@ class Worker:
         first, movement, values = None, None, None
         if self._run.compared:
             values = self._ops.values(0).copy()
-        if job.step.base is not None and self._run.measured:
+        if job.step.base is not None and self._run.measures(job):
             first = self._run.registers  # one more than any program needs
             self._load(first, fetched[job.step.base])
         out, beyond = self._ops.store(0, job.tensor.dtype, job.rounding, first)
@@ -165,7 +171,7 @@ class Worker:
         if self._run.compared:
             self._run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
         written = quantising.write(piece, raw, scale, self._run.writer.write)
-        if self._run.measured and job.sampled:
+        if self._run.measures(job):
             self._measure(piece, values, raw, scale)
         return written, None
 

@@ -109,7 +109,7 @@ def check_weights(
             progress(min(moved, total), total)
 
         if not (report.missing or report.extra):
-            outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measured=False, progress=advance)
+            outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measure="off", progress=advance)
             report.non_finite = outcome.non_finite
         result = Input(output, opened.checkpoint, opened.anatomy)
         for model in found:

@@ -12,7 +12,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
-from mergetool.engine.worker import Outcome
+from mergetool.engine.worker import Measure, Outcome
 from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
 from mergetool.ops.cpu import CpuOps
@@ -25,9 +25,11 @@ MERGE = "'alk.safetensors' + 2*('a.safetensors' - 'b.safetensors')"
 FUSED = "layers.1.attention.qkv.weight"
 
 
-def run(output: Path, text: str = MERGE, threads: int | None = None, **options: object) -> Outcome:
+def run(
+    output: Path, text: str = MERGE, threads: int | None = None, measure: Measure = "sample", **options: object
+) -> Outcome:
     with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
-        return job.run_merge(plan, output, threads=threads)
+        return job.run_merge(plan, output, threads=threads, measure=measure)
 
 
 def elements(path: Path, name: str) -> np.ndarray:
@@ -82,10 +84,27 @@ def test_bytes_and_counts_do_not_depend_on_the_chunks(
     whole = run(family / "whole.safetensors", rounding=rounding)
     monkeypatch.setattr(jobs, "CHUNK", 1000)
     monkeypatch.setattr(jobs, "ROWS_CHUNK", 500)
-    parts = run(family / "parts.safetensors", rounding=rounding)
+    parts = run(family / "parts.safetensors", measure="all", rounding=rounding)
     assert (family / "parts.safetensors").read_bytes() == (family / "whole.safetensors").read_bytes()
     assert parts.movements.total.eaten == whole.movements.total.eaten
     assert parts.movements.total.projection == pytest.approx(whole.movements.total.projection, rel=1e-6)
+
+
+def test_a_sample_is_the_first_of_every_eight_chunks(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CHUNK", 100)
+    sampled, everything, nothing = (
+        run(family / f"{measure}.safetensors", measure=measure).movements for measure in ("sample", "all", "off")
+    )
+    result, first = results(family, FUSED)
+    third = first.size // 3  # q, k and v are parts of their own
+    looked_at = np.arange(first.size) % third // 100 % 8 == 0
+    moved = (result.reshape(-1) != first.reshape(-1)) & looked_at
+    assert sampled.tensors()[FUSED].moved == moved.sum()
+    assert sampled.sampled
+    assert everything.tensors()[FUSED].moved == (result != first).sum()
+    assert not everything.sampled
+    assert nothing.parts == {}
+    assert len({(family / f"{measure}.safetensors").read_bytes() for measure in ("sample", "all", "off")}) == 1
 
 
 def test_another_seed_draws_other_numbers(family: Path) -> None:
