@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mergetool.engine.device import Device, free_memory
 from mergetool.errors import DeviceError
+from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Load, Scale, Subtract
 from mergetool.ops.rounding import ErrorFeedback
 from mergetool.recipe.plan import Plan
 
@@ -209,15 +209,7 @@ class Driver:
         ]
         assert job.step.program is not None
         assert not isinstance(job.rounding, ErrorFeedback)
-        for step in job.step.program.instructions:
-            if isinstance(step, Load):
-                ops.take(step.register, *operands[step.model])
-            elif isinstance(step, Scale):
-                ops.scale(step.register, step.factor)
-            elif isinstance(step, Subtract):
-                ops.subtract(step.register, step.other)
-            else:
-                ops.add(step.register, step.other)
+        execute(job.step.program, ops, lambda register, model: ops.take(register, *operands[model]))
         if self._measured and job.step.base is not None:
             first = self._registers
             ops.take(first, *operands[job.step.base])

@@ -17,9 +17,10 @@ from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Piece, Weight
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
+from mergetool.ops.contract import execute
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.ops.program import Program
 from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
@@ -214,16 +215,7 @@ class Worker:
             self._run.moved(piece.tensor.name, part, found)
 
     def _execute(self, program: Program, fetched: list[Fetched]) -> None:
-        ops = self._ops
-        for step in program.instructions:
-            if isinstance(step, Load):
-                self._load(step.register, fetched[step.model])
-            elif isinstance(step, Scale):
-                ops.scale(step.register, step.factor)
-            elif isinstance(step, Subtract):
-                ops.subtract(step.register, step.other)
-            else:
-                ops.add(step.register, step.other)
+        execute(program, self._ops, lambda register, model: self._load(register, fetched[model]))
 
     def _load(self, register: int, found: Fetched) -> None:
         if found.is_plain:

@@ -7,10 +7,12 @@ another, so all implementations give the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.movement import Movement
+from mergetool.ops.program import Load, Program, Scale, Subtract
 from mergetool.ops.rounding import NEAREST, Rounding
 
 
@@ -52,3 +54,16 @@ class Ops(Protocol):
 
         Counts are exact; the energies are sums in float64 over sums in float32 of at most 1024 elements.
         """
+
+
+def execute(program: Program, ops: Ops, load: Callable[[int, int], None]) -> None:
+    """Run ``program`` on ``ops``; ``load(register, model)`` sets a register from a model's stored elements."""
+    for step in program.instructions:
+        if isinstance(step, Load):
+            load(step.register, step.model)
+        elif isinstance(step, Scale):
+            ops.scale(step.register, step.factor)
+        elif isinstance(step, Subtract):
+            ops.subtract(step.register, step.other)
+        else:
+            ops.add(step.register, step.other)
