@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Encoding, Floats, Octets
@@ -94,11 +93,12 @@ class Weight:
         self._errors: dict[str, dict[int, list[float]]] = {}
         self._lock = threading.Lock()
 
-    def fill(self, tensor: OutputTensor, start: int, values: Floats) -> None:
-        """Take elements ``[start, start + len(values))``."""
-        self._values[start : start + len(values)] = values
-        low, high = torch.aminmax(torch.from_numpy(values))
-        largest = float(max(high, -low))
+    def room(self, start: int, count: int) -> Floats:
+        """Where the values of elements ``[start, start + count)`` belong."""
+        return self._values[start : start + count]
+
+    def note(self, tensor: OutputTensor, largest: float) -> None:
+        """Some of the tensor's elements are there, of at most this magnitude."""
         with self._lock:
             self._amax[tensor.name] = max(largest, self._amax.get(tensor.name, 0.0))
 
@@ -180,20 +180,23 @@ def measure(
     What the base alone would have been stored as, and half of what distance, is asked of the container with the same scale.
     """
     alone = encode(base, piece, scale, nearest)
+    steps = np.broadcast_to(_steps(piece, alone, scale), (piece.rows, padded(piece.tensor)[1]))[:, : base.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
         moves = result - base
-        kept = decode(piece, raw, scale) - decode(piece, alone, scale)
-        half = (
-            np.broadcast_to(_steps(piece, alone, scale), (piece.rows, padded(piece.tensor)[1]))[:, : base.shape[1]] / 2
-        )
-        moved = (moves != 0) & np.isfinite(moves) & np.isfinite(kept)
-        d, g = moves[moved], kept[moved]
+        kept = decode(piece, raw, scale)
+        kept -= decode(piece, alone, scale)
+        moved = moves != 0
+        energy = _dot(moves, moves)
+        if not np.isfinite(energy + _dot(kept, kept)):
+            moved &= np.isfinite(moves) & np.isfinite(kept)
+            moves[~moved] = kept[~moved] = 0
+            energy = _dot(moves, moves)
         return Movement(
-            len(d),
-            int(np.count_nonzero(g == 0)),
-            int(np.count_nonzero(np.abs(d) < half[moved])),
-            float(np.einsum("i,i->", d, d, dtype=np.float64)),
-            float(np.einsum("i,i->", d, g, dtype=np.float64)),
+            int(np.count_nonzero(moved)),
+            int(np.count_nonzero(moved & (kept == 0))),
+            int(np.count_nonzero(moved & (np.abs(moves) < steps / 2))),
+            energy,
+            _dot(moves, kept),
         )
 
 
@@ -216,5 +219,10 @@ def _encoding(tensor: OutputTensor) -> Encoding:
 
 def squared_error(values: Floats, stored: Floats) -> float:
     """The sum of squared differences, added in float64."""
-    difference = np.subtract(stored, values).reshape(-1)
-    return float(np.einsum("i,i->", difference, difference, dtype=np.float64))
+    difference = np.subtract(stored, values)
+    return _dot(difference, difference)
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    """The dot product of two matrices' elements, added in float64."""
+    return float(np.einsum("ij,ij->", a, b, dtype=np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -130,9 +131,12 @@ class Worker:
                 self._check(job, fetched)
             written = self._write(job, fetched[0].raw[0])
         elif job.phase is not None:
-            self._execute(job.step.program, fetched)
-            self._check(job, fetched)
-            self._run.weight.fill(job.tensor, job.step.first + job.start, self._ops.values(0))
+            with self._ops.writing(0, self._run.weight.room(job.step.first + job.start, job.count)):
+                self._execute(job.step.program, fetched)
+                largest = self._ops.largest(0)
+                if not math.isfinite(largest):
+                    self._check(job, fetched)
+            self._run.weight.note(job.tensor, largest)
         else:
             out, movement = self._result(job, job.step.program, fetched)
             written = self._write(job, out)
@@ -179,8 +183,12 @@ class Worker:
     def _rounder(self, rounding: Rounding) -> Round:
         """Rounding to FP8 as this merge does it."""
 
-        def round_to(values: Floats, dtype: DType) -> Octets:
-            np.copyto(self._ops.room(0, values.size), values.reshape(-1))
+        def round_to(values: Floats, dtype: DType, factor: np.float32 | None = None) -> Octets:
+            room = self._ops.room(0, values.size)
+            if factor is None:
+                np.copyto(room, values.reshape(-1))
+            else:
+                np.multiply(values.reshape(-1), factor, out=room)
             out, _ = self._ops.store(0, dtype, rounding)
             return np.frombuffer(out, np.uint8).reshape(values.shape)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import numpy as np
@@ -89,6 +90,22 @@ class CpuOps:
         """A register's elements, float32, valid until it changes."""
         values: Floats = self._values(register).numpy()
         return values
+
+    @contextmanager
+    def writing(self, register: int, out: Floats) -> Iterator[None]:
+        """Inside the ``with`` block the register's elements are those of ``out``, and no others can be loaded."""
+        buffer = self._buffers[register]
+        self._buffers[register] = torch.from_numpy(out)
+        try:
+            yield
+            self._values(register)  # what was only loaded is written now
+        finally:
+            self._buffers[register] = buffer
+
+    def largest(self, register: int) -> float:
+        """The largest magnitude in a register; NaN where one of its elements is."""
+        low, high = torch.aminmax(self._values(register))
+        return max(-float(low), float(high))
 
     def scale(self, register: int, factor: float) -> None:
         self._changing(register).mul_(factor)

@@ -25,11 +25,10 @@ def widen(codes: Octets, dtype: DType, out: Floats, scale: np.float32 | Floats |
 
     ``codes`` and ``out`` have one shape, ``scale`` broadcasts against it.
     """
-    bits = out.view(np.uint32)
-    np.copyto(bits, codes)
-    np.left_shift(bits, 24, out=bits)
-    np.right_shift(bits.view(np.int32), _MANTISSA[dtype] + 1, out=bits.view(np.int32))  # sign copies fill the top
-    np.bitwise_and(bits, _mask(dtype), out=bits)
+    bits = out.view(np.int32)
+    np.copyto(bits, codes.view(np.int8))  # the sign fills the top
+    np.left_shift(bits, 23 - _MANTISSA[dtype], out=bits)
+    np.bitwise_and(out.view(np.uint32), _mask(dtype), out=out.view(np.uint32))
     rebias = np.float32(_REBIAS[dtype])
     if scale is None:
         out *= rebias

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,8 +20,13 @@ from mergetool.quant.encoding import Encoding, Floats, Octets, rounded_up
 PIECE_ROWS = TILE_ROWS
 
 Entry = tuple[str, DType, tuple[int, ...]]
-Round = Callable[[Floats, DType], Octets]
-"""Rounds float32 values [rows, columns] to the codes of an FP8 dtype, saturating; gives as many bytes of the same shape."""
+
+
+class Round(Protocol):
+    """Rounding to FP8."""
+
+    def __call__(self, values: Floats, dtype: DType, factor: np.float32 | None = None) -> Octets:
+        """``values * factor``, float32 [rows, columns], as the codes of an FP8 dtype, saturating: as many bytes of the same shape."""
 
 
 class Quantiser(ABC):

@@ -126,11 +126,7 @@ class ScaledFp8Quantiser(Quantiser):
 
     def encode(self, values: Floats, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
         """Codes [rows, columns]."""
-        scaled = values * (np.float32(1) / scale)
-        np.clip(
-            scaled, -F8_E4M3.largest, F8_E4M3.largest, out=scaled
-        )  # amax * (1 / scale) may come out an ulp above 448
-        return (round_to(scaled, F8_E4M3),)
+        return (round_to(values, F8_E4M3, np.float32(1) / scale),)  # amax / scale may come out an ulp above 448
 
     def _stored(self, padded: tuple[int, int]) -> list[Entry]:
         return [("weight", F8_E4M3, padded)]

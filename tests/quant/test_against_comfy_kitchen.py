@@ -101,8 +101,8 @@ def test_every_code_of_both_fp8_types_is_read_exactly() -> None:
         np.testing.assert_array_equal(out, (torch.from_numpy(codes).view(theirs).float() * 3e5).numpy())
 
 
-def nearest(array: Floats, dtype: DType) -> Octets:
-    return narrow(array, dtype)
+def nearest(values: Floats, dtype: DType, factor: np.float32 | None = None) -> Octets:
+    return narrow(values if factor is None else values * factor, dtype)
 
 
 def quantised(quantiser: Quantiser, matrix: torch.Tensor) -> dict[str, np.ndarray]:
