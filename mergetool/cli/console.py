@@ -45,6 +45,10 @@ QuantOption = Annotated[
 ScaleSearchOption = Annotated[
     bool, typer.Option("--scale-search", help="Search each tensor's scale for the least squared error.")
 ]
+SkipUnmatchedOption = Annotated[
+    bool,
+    typer.Option("--skip-unmatched", help="Leave out what a LoRA has for tensors that the model lacks, and name it."),
+]
 
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}
 

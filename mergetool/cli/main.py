@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console, convert, demo, diff, inspect, merge, sample, verify
+from mergetool.cli import console, convert, demo, diff, inspect, lora_bake, merge, sample, verify
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -31,6 +31,14 @@ app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
+lora = typer.Typer(help="Add LoRAs to checkpoints.", no_args_is_help=True)
+lora.command(epilog=lora_bake.EXAMPLES)(lora_bake.bake)
+app.add_typer(lora, name="lora")
+
+
+@lora.callback()
+def _lora() -> None:
+    """Makes ``bake`` a command of its own while it is the only one."""
 
 
 def _print_version(wanted: bool) -> None:

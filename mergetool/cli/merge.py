@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, ScaleSearchOption, VerboseOption
+from mergetool.cli.console import (
+    JsonOption,
+    NoProgressOption,
+    QuantOption,
+    ScaleSearchOption,
+    SkipUnmatchedOption,
+    VerboseOption,
+)
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
+    from mergetool.recipe.options import Options
     from mergetool.recipe.plan import Plan
 
 WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
@@ -29,6 +38,7 @@ Examples:
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
+  mergetool merge "turbo + 0.7 * lora('style.safetensors') - 0.2 * lora('other.safetensors')" -o baked.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
@@ -93,6 +103,7 @@ def merge(
     ] = "sample",
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
+    skip_unmatched: SkipUnmatchedOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
     as_json: JsonOption = False,
@@ -100,21 +111,15 @@ def merge(
     verbose: VerboseOption = False,
 ) -> None:
     """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
-    from mergetool.engine import device as devices
     from mergetool.engine import job
-    from mergetool.engine.memory import memory_needed
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
-    if output is None and not dry_run:
-        raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
-    method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
-    non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
         protect=tuple(protect or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
-        multipliers=tuple(_multiplier(text) for text in multipliers or ()),
+        multipliers=tuple(multiplier(text) for text in multipliers or ()),
         keep_from=keep_from,
         dtype=job.output_dtype(dtype),
         layout=layout,
@@ -123,40 +128,95 @@ def merge(
         quant=quant,
         scale_search=scale_search,
     )
+    perform(
+        expression,
+        options,
+        output,
+        Settings(
+            shard_size=shard_size,
+            threads=threads,
+            device=device,
+            gpu_memory=gpu_memory,
+            measure=measure,
+            reader=reader,
+            nonfinite=nonfinite,
+            skip_unmatched=skip_unmatched,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
+            shows_progress=not (no_progress or as_json),
+            verbose=verbose,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a merge is run and what is printed of it, as the options give it."""
+
+    shard_size: str | None = None
+    threads: int | None = None
+    device: str = "auto"
+    gpu_memory: str | None = None
+    measure: str = "sample"
+    reader: str = "auto"
+    nonfinite: str = "refuse"
+    skip_unmatched: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+    shows_progress: bool = True
+    verbose: bool = False
+
+
+def perform(expression: str, options: Options, output: Path | None, settings: Settings, *, bar: str = "merge") -> None:
+    """Plan and run a merge, and print both."""
+    from mergetool.engine import device as devices
+    from mergetool.engine import job
+    from mergetool.engine.memory import memory_needed
+
+    if output is None and not settings.dry_run:
+        raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
+    method = console.choice("--reader", settings.reader, ("auto", "mmap", "pread"))
+    non_finite = console.choice("--nonfinite", settings.nonfinite, ("refuse", "keep"))
+    measure = console.choice("--measure", settings.measure, ("sample", "all", "off"))
     started = time.monotonic()
-    gpu_bytes = console.parse_size(gpu_memory) if gpu_memory else 0
-    shard_bytes = console.parse_size(shard_size) if shard_size else None
-    with job.open_merge(expression, options, fingerprints=not dry_run) as plan:
-        on = devices.choose(device, work=plan.bytes_read, memory=gpu_bytes)
-        memory = job.BASE_MEMORY + memory_needed(plan, threads, on)
-        if not as_json:
-            _print_plan(plan, memory, every_tensor=dry_run or verbose)
-        if dry_run or output is None:
-            if as_json:
+    gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
+    shard_bytes = console.parse_size(settings.shard_size) if settings.shard_size else None
+    with job.open_merge(
+        expression, options, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
+    ) as plan:
+        on = devices.choose(settings.device, work=plan.bytes_read, memory=gpu_bytes)
+        memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
+        if not settings.as_json:
+            _print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+        if settings.dry_run or output is None:
+            if settings.as_json:
                 console.print_json(_plan_json(plan, memory))
             return
         total = plan.bytes_read + plan.header.data_size
-        with console.progress("merge", total, shown=not (no_progress or as_json)) as bar:
+        with console.progress(bar, total, shown=settings.shows_progress) as advance:
             outcome = job.run_merge(
                 plan,
                 output,
-                overwrite=overwrite,
+                overwrite=settings.overwrite,
                 shard_size=shard_bytes,
-                threads=threads,
+                threads=settings.threads,
                 method=method,
                 non_finite=non_finite,
                 device=on,
-                measure=console.choice("--measure", measure, ("sample", "all", "off")),
-                progress=bar,
+                measure=measure,
+                progress=advance,
             )
         seconds = time.monotonic() - started
-        if as_json:
+        if settings.as_json:
             console.print_json(_plan_json(plan, memory) | _outcome_json(plan, outcome, output, seconds))
         else:
             _print_outcome(plan, outcome, output, seconds)
 
 
-def _multiplier(text: str) -> tuple[str, Fraction]:
+def multiplier(text: str) -> tuple[str, Fraction]:
+    """The pattern and the number of ``GROUP=MULT``; raises UsageError."""
     pattern, equals, number = text.rpartition("=")
     try:
         value = Fraction(number.strip()) if len(number) < 40 and abs(float(number)) < 1e38 else None

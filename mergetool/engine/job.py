@@ -8,14 +8,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mergetool import models
+from mergetool.adapters.reading import open_lora
+from mergetool.adapters.rows import anatomy_of
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.worker import Measure, NonFinite, Outcome
-from mergetool.errors import OutputError
+from mergetool.errors import DataError, OutputError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
@@ -31,10 +34,12 @@ def output_dtype(name: str | None) -> DType | None:
 
 
 @contextmanager
-def open_merge(text: str, options: Options | None = None, *, fingerprints: bool = True) -> Iterator[Plan]:
+def open_merge(
+    text: str, options: Options | None = None, *, fingerprints: bool = True, skip_unmatched: bool = False
+) -> Iterator[Plan]:
     """The plan of the merge that ``text`` describes; its inputs are closed at the end of the ``with`` block.
 
-    Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
+    What a LoRA has for no tensor of the first model is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
     DataError and their kin: every failure that needs no tensor data happens here.
     """
     options = options or Options()
@@ -48,10 +53,27 @@ def open_merge(text: str, options: Options | None = None, *, fingerprints: bool 
             opened = models.open_model(name)
             stack.enter_context(opened.checkpoint)
             inputs.append(Input(name, opened.checkpoint, opened.anatomy))
+        inputs += [open_change(name, inputs[0], stack, skip_unmatched=skip_unmatched) for name in expression.loras]
         prints = {model.name: model.checkpoint.fingerprint() for model in inputs} if fingerprints else None
-        found = {model.name: noise.measure(model) for model in inputs} if fingerprints else {}
+        found = {model.name: noise.measure(model) for model in inputs if not model.is_lora} if fingerprints else {}
         shares = {name: share for name, share in found.items() if share is not None}
         yield plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
+
+
+def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None = None, skip_unmatched: bool) -> Input:
+    """A LoRA as what it adds to ``model``, from ``place`` if that is not its name; ``stack`` closes it.
+
+    Raises InputMissing, DataError for a file that is no LoRA or does not fit, and for what matches nothing in the model unless
+    it is to be skipped.
+    """
+    file = stack.enter_context(open_lora(models.resolve(place or name).path, name=name, anatomy=model.anatomy))
+    if file.unmatched and not skip_unmatched:
+        key, reason = file.unmatched[0]
+        raise DataError(
+            f'"{name}": {quoted(key)} changes nothing in {model.name} ({reason}; {len(file.unmatched)} such keys in all); '
+            "it may be for another model: --skip-unmatched leaves them out."
+        )
+    return Input(name, file.checkpoint, anatomy_of(file, model.anatomy), is_lora=True, unmatched=file.unmatched)
 
 
 def run_merge(

@@ -109,10 +109,10 @@ def _chunks(tensor: OutputTensor, options: Options, size: int) -> Iterator[Job]:
         # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
         rows = min(row, step.elements)
         chunk = size
-        if rows and whole_rows:
-            chunk = max(1, ROWS_CHUNK // rows) * rows
-        elif rows and any(window.encoding for window in step.windows):
-            chunk = max(1, CHUNK // rows) * rows  # no row is decoded twice
+        encodings = [window.encoding for window in step.windows if window.encoding]
+        if rows and (whole_rows or encodings):  # no row is decoded twice, and no tile of rows is cut
+            tile = max((encoding.tile_rows * encoding.width for encoding in encodings), default=rows)
+            chunk = max(1, (ROWS_CHUNK if whole_rows else CHUNK) // tile) * tile
         for start in range(0, step.elements, chunk):
             rounding: Rounding = NEAREST
             if options.rounding == "stochastic":

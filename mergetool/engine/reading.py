@@ -6,11 +6,14 @@ only safe way, since a file cut short under a mapping ends the process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
+from mergetool.adapters.rows import TILE_ROWS, ProductRows
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
@@ -107,7 +110,11 @@ class Fetched:
         first, last = _rows(encoding, self.start, self.count)
         begin, size = self.start - first * encoding.width, (last - first) * encoding.width
         whole = out if size == self.count else np.empty(size, np.float32)
-        encoding.decode(self.raw, self.window.row + first, last - first, whole.reshape(-1, encoding.width))
+        rows = whole.reshape(-1, encoding.width)
+        if isinstance(encoding, ProductRows):
+            _multiply(encoding, self.raw, rows)
+        else:
+            encoding.decode(self.raw, self.window.row + first, last - first, rows)
         if whole is not out:
             out[:] = whole[begin : begin + self.count]
 
@@ -150,6 +157,13 @@ class ValueReader:
             file, base = checkpoint.locate(span.tensor)
             places.append((file, base + span.start, span.size))
         return tuple(places)
+
+
+def _multiply(encoding: ProductRows, raw: Sequence[memoryview], out: Floats) -> None:
+    """A LoRA's rows, by tiles that begin where `TILE_ROWS` divides: torch, whose threads a run has under control."""
+    up, down = (torch.from_numpy(factor) for factor in encoding.factors(raw, len(out)))
+    for at in range(0, len(out), TILE_ROWS):
+        torch.mm(up[at : at + TILE_ROWS], down, out=torch.from_numpy(out[at : at + TILE_ROWS]))
 
 
 def _rows(encoding: Encoding, start: int, count: int) -> tuple[int, int]:

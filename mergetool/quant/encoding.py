@@ -107,6 +107,11 @@ class Encoding(ABC):
         return None
 
     @property
+    def tile_rows(self) -> int:
+        """Rows that are best decoded together: the values may depend on where a tile of so many begins."""
+        return 1
+
+    @property
     def rows(self) -> int:
         """True rows; 1 for a vector."""
         return self.shape[0] if len(self.shape) > 1 else 1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from mergetool.ops.program import Add, Instruction, Load, Program, Scale, Subtract
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.graph import Model, Sum, Term
+from mergetool.recipe.graph import Model, Sum, Term, normal
 
 
 def float32(value: Fraction) -> float:
@@ -16,25 +16,32 @@ def float32(value: Fraction) -> float:
     return float(struct.unpack("<f", struct.pack("<f", float(value)))[0])
 
 
-def compile_merge(expression: Expression, columns: Mapping[str, int], multiplier: Fraction = Fraction(1)) -> Program:
-    """The program of one tensor; ``columns`` gives each model's index, ``multiplier`` the tensor's ``--set``.
+def compile_merge(
+    expression: Expression,
+    columns: Mapping[str, int],
+    multiplier: Fraction = Fraction(1),
+    absent: Collection[str] = (),
+) -> Program:
+    """The program of one tensor; ``columns`` gives the index of each model and LoRA, ``multiplier`` the tensor's ``--set``.
+    ``absent`` are the LoRAs that do not change the tensor.
 
     With a multiplier m other than 1 the result is ``first + m * (expression - first)``: 0 leaves the first model,
     1 is the expression itself, and when the expression is ``first + delta`` the delta is scaled before it is added.
     """
-    graph = expression.graph if multiplier == 1 else _stretched(expression, multiplier)
+    whole = normal(expression.graph.without(absent))
+    graph = whole if multiplier == 1 else _stretched(expression.first, whole, multiplier)
     return Program(tuple(_sum(graph, 0, columns)))
 
 
-def _stretched(expression: Expression, multiplier: Fraction) -> Sum:
-    first = Model(expression.first)
-    terms = expression.graph.terms
+def _stretched(name: str, graph: Sum, multiplier: Fraction) -> Sum:
+    first = Model(name)
+    terms = graph.terms
     whole = next((i for i, t in enumerate(terms) if t.operand == first and t.factor == 1), None)
     if whole is not None:
         rest = terms[:whole] + terms[whole + 1 :]
         delta = rest[0] if len(rest) == 1 else Term(Fraction(1), Sum(rest)) if rest else None
     else:
-        delta = Term(Fraction(1), Sum((Term(Fraction(1), expression.graph), Term(Fraction(-1), first))))
+        delta = Term(Fraction(1), Sum((Term(Fraction(1), graph), Term(Fraction(-1), first))))
     if delta is None or multiplier == 0:
         return Sum((Term(Fraction(1), first),))
     return Sum((Term(Fraction(1), first), Term(multiplier * delta.factor, delta.operand)))
@@ -45,10 +52,10 @@ def _sum(value: Sum, register: int, columns: Mapping[str, int]) -> Sequence[Inst
     for i, term in enumerate(value.terms):
         target = register if i == 0 else register + 1
         operand = term.operand
-        if isinstance(operand, Model):
-            steps.append(Load(target, columns[operand.name]))
-        else:
+        if isinstance(operand, Sum):
             steps += _sum(operand, target, columns)
+        else:
+            steps.append(Load(target, columns[operand.name]))
         size = term.factor if i == 0 else abs(term.factor)
         if size != 1:
             steps.append(Scale(target, float32(size)))

@@ -1,9 +1,9 @@
 """Merge expressions: text to a typed affine graph, without opening a file.
 
 ``alkahest + 20 * (artshoot - 'z-image')`` is parsed with Python's own expression grammar, of which only names,
-dotted names, quoted names, numbers, ``+ - * /`` and parentheses are let through; nothing is ever evaluated.
+dotted names, quoted names, numbers, ``+ - * /``, parentheses and ``lora("file")`` are let through; nothing is ever evaluated.
 
-Every value has a *degree*: a model is 1, a number times it scales it, ``+`` and ``-`` add it. A result of degree 1
+Every value has a *degree*: a model is 1, ``lora("file")`` is 0, a number times it scales it, ``+`` and ``-`` add it. A result of degree 1
 is a model, of degree 0 a difference of models; a merge must have degree 1. Degrees are exact fractions, so
 ``a/3 + b/3 + c/3`` is a model and ``0.7*a + 0.2*b`` is refused.
 
@@ -20,7 +20,7 @@ from fractions import Fraction
 from math import isfinite
 
 from mergetool.errors import ExpressionError
-from mergetool.recipe.graph import Model, Sum, Term, add, normal, number, quote, render, scale
+from mergetool.recipe.graph import Lora, Model, Sum, Term, add, normal, number, quote, render, scale
 
 MAX_TEXT = 100_000
 MAX_NODES = 10_000
@@ -41,6 +41,11 @@ class Expression:
     text: str
     first: str
     graph: Sum
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Every LoRA of the expression."""
+        return self.graph.loras()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -77,6 +82,9 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
         raise ExpressionError(f'"{source}" cancels to nothing.')
     _check_degree(value, source)
     _check_factors(value)
+    both = set(value.models()) & set(value.loras())
+    if both:
+        raise ExpressionError(f'"{both.pop()}" is written as a model and as a LoRA; one file is one of the two.')
     return Expression(source, first, value)
 
 
@@ -185,19 +193,35 @@ def _read(node: ast.expr, source: str) -> Fraction | Sum:
         return value if isinstance(node.op, ast.UAdd) else scale(Fraction(-1), value)
     name = _model_name(node)
     if name is not None:
-        if not name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
-            raise ExpressionError(f"column {node.col_offset + 1}: a model name is empty or holds control characters.")
+        _check_name(name, node)
         return Sum((Term(Fraction(1), Model(name)),))
     if isinstance(node, ast.Constant):
         return _constant(node, source)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "lora":
+        return _lora(node, source)
     if isinstance(node, ast.Call):
         raise ExpressionError(
             f'column {node.col_offset + 1}: no merge method "{_snippet(node.func, source)}" is registered.'
         )
     raise ExpressionError(
         f'column {node.col_offset + 1}: "{_snippet(node, source)}" is not part of a merge expression; it may hold '
-        "model names, numbers, + - * / and parentheses."
+        'model names, lora("file"), numbers, + - * / and parentheses.'
     )
+
+
+def _lora(node: ast.Call, source: str) -> Sum:
+    name = _model_name(node.args[0]) if len(node.args) == 1 and not node.keywords else None
+    if name is None:
+        raise ExpressionError(
+            f'column {node.col_offset + 1}: "{_snippet(node, source)}" names no LoRA; write lora("file.safetensors").'
+        )
+    _check_name(name, node.args[0])
+    return Sum((Term(Fraction(1), Lora(name)),))
+
+
+def _check_name(name: str, node: ast.expr) -> None:
+    if not name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise ExpressionError(f"column {node.col_offset + 1}: a model name is empty or holds control characters.")
 
 
 def _constant(node: ast.Constant, source: str) -> Fraction:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -27,11 +27,18 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """The change that a LoRA makes, by the name or path it was given: of degree 0, like a difference of models."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
     """``factor * operand``."""
 
     factor: Fraction
-    operand: Model | Sum
+    operand: Model | Lora | Sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +49,42 @@ class Sum:
 
     def models(self) -> tuple[str, ...]:
         """The model names in order of first appearance in the normal form."""
-        seen: dict[str, None] = {}
+        return tuple(dict.fromkeys(leaf.name for leaf in self.leaves() if isinstance(leaf, Model)))
+
+    def loras(self) -> tuple[str, ...]:
+        """The LoRA names in order of first appearance in the normal form."""
+        return tuple(dict.fromkeys(leaf.name for leaf in self.leaves() if isinstance(leaf, Lora)))
+
+    def leaves(self) -> Iterator[Model | Lora]:
+        """Every model and LoRA in the normal form, repeated where it stands several times."""
         for term in self.terms:
-            operand = term.operand
-            for name in (operand.name,) if isinstance(operand, Model) else operand.models():
-                seen[name] = None
-        return tuple(seen)
+            if isinstance(term.operand, Sum):
+                yield from term.operand.leaves()
+            else:
+                yield term.operand
+
+    def without(self, loras: Collection[str]) -> Sum:
+        """The sum with the LoRAs of these names taken for zero."""
+        kept = []
+        for term in self.terms:
+            if isinstance(term.operand, Lora) and term.operand.name in loras:
+                continue
+            inner = term.operand.without(loras) if isinstance(term.operand, Sum) else term.operand
+            if not isinstance(inner, Sum) or inner.terms:
+                kept.append(Term(term.factor, inner))
+        return Sum(tuple(kept))
 
     def degree(self) -> Fraction:
         """1 for a model, 0 for a difference of models."""
         return sum((_degree(term) for term in self.terms), Fraction(0))
 
     def coefficients(self) -> dict[str, Fraction]:
-        """The exact total factor of every model, zeros included."""
+        """The exact total factor of every model, zeros included; of no LoRA."""
         total: dict[str, Fraction] = {}
         for term in self.terms:
             operand = term.operand
+            if isinstance(operand, Lora):
+                continue
             inner = {operand.name: Fraction(1)} if isinstance(operand, Model) else operand.coefficients()
             for name, factor in inner.items():
                 total[name] = total.get(name, Fraction(0)) + term.factor * factor
@@ -103,7 +130,7 @@ def normal(value: Sum) -> Sum:
 
 def _collect(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """Add up repeated operands, exactly; one whose factors cancel disappears."""
-    totals: dict[Model | Sum, Fraction] = {}
+    totals: dict[Model | Lora | Sum, Fraction] = {}
     for term in terms:
         totals[term.operand] = totals.get(term.operand, Fraction(0)) + term.factor
     return tuple(Term(factor, operand) for operand, factor in totals.items() if factor != 0)
@@ -136,7 +163,9 @@ def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 def _degree(term: Term) -> Fraction:
     operand = term.operand
-    return term.factor * (Fraction(1) if isinstance(operand, Model) else operand.degree())
+    if isinstance(operand, Sum):
+        return term.factor * operand.degree()
+    return term.factor if isinstance(operand, Model) else Fraction(0)
 
 
 def quote(name: str) -> str:
@@ -164,12 +193,14 @@ def number(value: Fraction) -> str:
 
 
 def render(value: Sum, names: Mapping[str, str]) -> str:
-    """``value`` as text that reads back to it, each model written as ``names`` says (itself where absent)."""
+    """``value`` as text that reads back to it, each model and LoRA written as ``names`` says (itself where absent)."""
     text = ""
     for term in value.terms:
         size = abs(term.factor)
         if isinstance(term.operand, Model):
             body = quote(names.get(term.operand.name, term.operand.name))
+        elif isinstance(term.operand, Lora):
+            body = f"lora({names.get(term.operand.name, term.operand.name)!r})"
         else:
             body = f"({render(term.operand, names)})"
         body = body if size == 1 else f"{number(size)}*{body}"

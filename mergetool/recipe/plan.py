@@ -5,7 +5,7 @@ Policy, for every part (a parameter under its canonical name) of the first model
 * in every model that the expression needs and blendable (a float type): **merged**;
 * selected by ``--protect`` or ``--exclude``, or not by ``--include``: **kept**, from the first model or ``--from``;
 * in ``--set`` with multiplier 0: kept from the first model;
-* missing from one of the other models: kept, and named;
+* missing from one of the other models: kept, and named; a LoRA that does not change it counts as zero;
 * integers, booleans and other types that cannot be blended: kept, and named;
 * of different shape in two models: an error, unless it is kept.
 
@@ -104,11 +104,12 @@ class _Planner:
         self.family = self.first.anatomy.family
         self.column = {model.name: i for i, model in enumerate(inputs)}
         self.needed = [self.column[name] for name in expression.graph.models()]
+        self.loras = [self.column[name] for name in expression.loras]
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
         self._check_families()
         self.kept = self._kept_parts()
         self.multiplier = self._multipliers()
-        self.programs: dict[Fraction, Program] = {}
+        self.programs: dict[tuple[Fraction, tuple[str, ...]], Program] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
             raise UsageError(
@@ -228,8 +229,8 @@ class _Planner:
         reason = self.kept.get(part.name) or self._obstacle(part.name)
         if reason is None and multiplier == 0:
             reason = "--set to 0"
-        if reason is None and self._program(multiplier) == COPY:  # of the first model itself
-            reason = "copied"
+        if reason is None and self._program(part.name, multiplier) == COPY:  # of the first model itself
+            reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
             column = self.keeper if part.name in self.kept else 0
             window = self._window(column, part.name)
@@ -240,7 +241,7 @@ class _Planner:
                 return Step(part.name, first, part.numel, None, (window,), reason)
             stored = quantiser.quant if quantiser else dtype.name
             return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {stored}")
-        program = self._program(multiplier)
+        program = self._program(part.name, multiplier)
         columns = self._columns(program)
         if 0 not in columns:
             columns += (0,)
@@ -250,8 +251,10 @@ class _Planner:
     def _obstacle(self, part: str) -> str | None:
         """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
         mine = self.first.anatomy.parts[part]
-        for column in self.needed:
+        for column in (*self.needed, *self.loras):
             theirs = self.inputs[column].anatomy.parts.get(part)
+            if theirs is None and self.inputs[column].is_lora:
+                continue
             if theirs is None:
                 return f"not in {self.inputs[column].name}"
             if not (theirs.dtype.blendable and mine.dtype.blendable):
@@ -268,10 +271,12 @@ class _Planner:
             "or pick models of one architecture."
         )
 
-    def _program(self, multiplier: Fraction) -> Program:
-        if multiplier not in self.programs:
-            self.programs[multiplier] = compile_merge(self.expression, self.column, multiplier)
-        return self.programs[multiplier]
+    def _program(self, part: str, multiplier: Fraction) -> Program:
+        absent = tuple(self.inputs[i].name for i in self.loras if part not in self.inputs[i].anatomy.parts)
+        key = multiplier, absent
+        if key not in self.programs:
+            self.programs[key] = compile_merge(self.expression, self.column, multiplier, absent)
+        return self.programs[key]
 
     @staticmethod
     def _columns(program: Program) -> tuple[int, ...]:
@@ -313,11 +318,12 @@ class _Planner:
             for name in model.anatomy.parts:
                 if name not in self.first.anatomy.parts:
                     left_out.setdefault(name, f"only in {model.name}")
+            left_out |= {name: f"in {model.name}: {reason}" for name, reason in model.unmatched}
         return list(left_out.items())
 
     def _warnings(self) -> list[str]:
         warnings = []
-        for model in self.inputs:
+        for model in (model for model in self.inputs if not model.is_lora):
             narrow = Counter(
                 p.encoding.label if p.encoding else p.dtype.name
                 for p in model.anatomy.parts.values()

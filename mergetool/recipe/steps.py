@@ -16,11 +16,17 @@ COPY = Program((Load(0, 0),))
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean."""
+    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean.
+
+    A LoRA's anatomy has the parts that it changes, with the change as their values. ``unmatched`` names what of it changes
+    none, with the reason.
+    """
 
     name: str
     checkpoint: Checkpoint
     anatomy: Anatomy
+    is_lora: bool = False
+    unmatched: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

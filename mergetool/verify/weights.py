@@ -15,7 +15,7 @@ from pathlib import Path
 from mergetool import models
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine import merge
+from mergetool.engine import job, merge
 from mergetool.errors import InputMissing
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
@@ -83,9 +83,13 @@ def check_weights(
         opened = stack.enter_context(models.open_model(output))
         folder = models.resolve(output).path.absolute().parent
         recorded = provenance.read(opened.checkpoint.metadata, output)
-        opened_inputs = [_open_input(name, (inputs or {}).get(name), folder, stack) for name in recorded.fingerprints]
-        found = [model for _, model in opened_inputs]
         expression = parse(recorded.expression, known=list(recorded.fingerprints))
+        places = {name: (inputs or {}).get(name) for name in recorded.fingerprints}
+        opened_inputs = [
+            _open_input(name, place, folder, stack) for name, place in places.items() if name not in expression.loras
+        ]
+        found = [model for _, model in opened_inputs]
+        found += [_open_lora(name, places.get(name), folder, found[0], stack) for name in expression.loras]
         plan = plan_merge(expression, found, recorded.options)
         adding = [name for name, factor in expression.graph.coefficients().items() if factor > 0]
         report = WeightsReport(recorded.expression, expression.first)
@@ -134,7 +138,22 @@ def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) ->
             continue
         stack.enter_context(opened.checkpoint)
         return choice, Input(name, opened.checkpoint, opened.anatomy)
-    raise InputMissing(
+    raise _not_found(name)
+
+
+def _open_lora(name: str, place: str | None, folder: Path, model: Input, stack: ExitStack) -> Input:
+    """A LoRA of the recipe; what matched nothing was said when it was merged."""
+    beside = [folder / f"{name}.safetensors", folder / name]
+    for choice in [place] if place is not None else [name, *(str(path) for path in beside if path.exists())]:
+        try:
+            return job.open_change(name, model, stack, place=choice, skip_unmatched=True)
+        except InputMissing:
+            continue
+    raise _not_found(name)
+
+
+def _not_found(name: str) -> InputMissing:
+    return InputMissing(
         f"the input {quoted(name)} of the recipe is not found; say where it is with --input {name}=PATH."
     )
 

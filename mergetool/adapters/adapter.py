@@ -1,0 +1,39 @@
+"""What a LoRA file states for one module, and what that does to one part of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["lora", "loha", "lokr", "full"]
+"""A product of two factors; LoHa, the element-wise product of two such; LoKr, a Kronecker product; a whole difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The change of one module of a file, of all its rows.
+
+    ``module`` is spelled as in the file. ``tensors`` maps roles (``up``, ``down``, ``mid``, ``w1_a``, ``w2``, ``t2``, ``diff``,
+    ``diff_b``, ``dora_scale``...) to stored names. ``shape`` is that of the change, [out, in] or [out, in, kh, kw]; all rows of a
+    fused ``qkv``. ``rank`` is the inner width, None where there is none. ``scale`` multiplies the product: alpha / rank, and 1
+    where the file states no alpha, which is how ComfyUI and diffusers read it.
+    """
+
+    module: str
+    kind: Kind
+    tensors: Mapping[str, str]
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float = 1.0
+    has_alpha: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Rows ``[row, row + rows)`` of an adapter's change, which are added to the part ``part`` (its canonical name)."""
+
+    adapter: Adapter
+    part: str
+    row: int
+    rows: int

@@ -1,0 +1,93 @@
+"""Alphas that are not tensors beside the factors: PEFT's adapter_config.json, and JSON in the header that diffusers writes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergetool.checkpoint import strict_json
+from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.errors import DataError
+from mergetool.quant.encoding import SCALE_DTYPES, floats
+
+CONFIG = "adapter_config.json"
+MAX_CONFIG = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Alphas:
+    """What a config says: one alpha for all, others by module, and whether the root of the rank divides it (rsLoRA)."""
+
+    everywhere: float | None = None
+    by_module: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+
+    def alpha(self, module: str, rank: int | None) -> float | None:
+        """The alpha of a module, None where nothing is said. PEFT's patterns are ends of names, or regular expressions for them."""
+        for pattern, alpha in self.by_module.items():
+            if module == pattern or module.endswith("." + pattern):
+                return alpha
+        return self.everywhere
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """What multiplies the product of the factors."""
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+
+def stated(file: Path, metadata: Mapping[str, str]) -> Alphas:
+    """What the config beside ``file`` says, or else its header. Raises DataError for JSON that cannot be read."""
+    beside = file.parent / CONFIG
+    if file.name == "adapter_model.safetensors" and os.path.lexists(beside):
+        with InputFile.open(beside, follow_links=any_target) as config:
+            if config.size > MAX_CONFIG:
+                raise DataError(f'"{beside}" has {config.size} bytes, but the limit is {MAX_CONFIG}; move it away.')
+            return _alphas(config.read(0, config.size), str(beside))
+    text = metadata.get("lora_adapter_metadata")
+    return _alphas(text.encode(), f"{file}: lora_adapter_metadata") if text else Alphas()
+
+
+def read(checkpoint: Checkpoint, key: str) -> float:
+    """The value of an ``.alpha`` tensor. Raises DataError for anything but one finite float."""
+    info = checkpoint.tensors[key]
+    value = math.nan
+    if info.dtype in SCALE_DTYPES and math.prod(info.shape) == 1:
+        value = float(floats(memoryview(checkpoint.read(key)), info.dtype)[0])
+    elif info.dtype.code in ("F64", "I64", "I32") and math.prod(info.shape) == 1:
+        value = float(
+            np.frombuffer(checkpoint.read(key), {"F64": "<f8", "I64": "<i8", "I32": "<i4"}[info.dtype.code])[0]
+        )
+    if not math.isfinite(value):
+        raise DataError(f'"{checkpoint.source}": {quoted(key)} is not one finite number; the file is damaged.')
+    return value
+
+
+def _alphas(raw: bytes, source: str) -> Alphas:
+    try:
+        config = strict_json.loads(raw)
+    except ValueError as error:
+        raise DataError(f'"{source}" has {error}; get the file again.') from None
+    if not isinstance(config, dict):
+        raise DataError(f'"{source}" is not a JSON object; get the file again.')
+    # diffusers writes "transformer.lora_alpha" for every component in one object
+    plain = {name.removeprefix("transformer."): value for name, value in config.items()}
+    pattern = plain.get("alpha_pattern")
+    by_module = {
+        re.sub(r"^\^|\$$", "", name).replace("\\.", "."): float(value)
+        for name, value in (pattern.items() if isinstance(pattern, dict) else ())
+        if _is_number(value)
+    }
+    alpha: Any = plain.get("lora_alpha")
+    return Alphas(float(alpha) if _is_number(alpha) else None, by_module, plain.get("use_rslora") is True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

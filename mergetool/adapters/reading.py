@@ -1,0 +1,294 @@
+"""A LoRA file of any spelling as the changes that it makes, by part of the model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from mergetool.adapters import alphas
+from mergetool.adapters.adapter import Adapter, Change, Kind
+from mergetool.adapters.alphas import Alphas
+from mergetool.adapters.keys import Modules, Spelled, naming, take_apart, z_image_parts
+from mergetool.arch import Anatomy, Family
+from mergetool.arch.generic import GENERIC
+from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
+from mergetool.checkpoint.header import TensorInfo
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.errors import DataError
+
+PEFT_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An open LoRA; closes its file as a context manager.
+
+    ``changes`` are by part, in file order, more than one where the file changes a part twice. ``unmatched`` names keys that change
+    nothing, with the reason; ``warnings`` what a user should know. ``dialect`` is how its keys are spelled, ``trainer`` what wrote
+    it, where that shows.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    family: Family
+    dialect: str
+    trainer: str | None
+    changes: Mapping[str, tuple[Change, ...]]
+    unmatched: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.checkpoint.close()
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Every adapter once, in file order."""
+        seen = {id(change.adapter): change.adapter for changes in self.changes.values() for change in changes}
+        return list(seen.values())
+
+
+def open_lora(path: str | Path, *, name: str | None = None, anatomy: Anatomy | None = None) -> LoraFile:
+    """The LoRA at ``path``: a safetensors file, or a folder as PEFT saves one.
+
+    With an ``anatomy`` modules are looked up among the model's own parts; without one Z-Image is known by the names, and any other
+    file's modules are parts of a generic model. Raises what `Checkpoint.open` raises, and DataError for a file that is no LoRA or
+    contradicts itself: a single factor, factors that do not fit together, an unreadable config.
+    """
+    place = Path(path)
+    file = place / PEFT_FILE if place.is_dir() and (place / PEFT_FILE).exists() else place
+    checkpoint = Checkpoint.open(file)
+    try:
+        return _Reading(name or str(path), checkpoint, alphas.stated(file, checkpoint.metadata), anatomy).read()
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+class _Reading:
+    def __init__(self, name: str, checkpoint: Checkpoint, stated: Alphas, anatomy: Anatomy | None) -> None:
+        self.name = name
+        self.checkpoint = checkpoint
+        self.stated = stated
+        self.anatomy = anatomy
+        self.spelled: dict[str, Spelled] = {}
+        self.unmatched: list[tuple[str, str]] = []
+        self.warnings: list[str] = []
+        for key in checkpoint.tensors:
+            found = take_apart(key)
+            if isinstance(found, Spelled):
+                self.spelled[key] = found
+            else:
+                self.unmatched.append((key, found))
+        if not self.spelled:
+            raise DataError(f'"{name}" has none of the keys of a LoRA; is it a checkpoint?')
+        parts = list(anatomy.parts) if anatomy else z_image_parts(self.spelled)
+        self.family: Family = anatomy.family if anatomy else Z_IMAGE if parts else GENERIC
+        names = parts if parts is not None else [f"{one.module}.weight" for one in self.spelled.values()]
+        self.modules = Modules(self.family, names)
+
+    def read(self) -> LoraFile:
+        changes: dict[str, list[Change]] = {}
+        groups: dict[tuple[str, str], dict[str, str]] = {}
+        for key, spelled in self.spelled.items():
+            roles = groups.setdefault((spelled.prefix, spelled.module), {})
+            if spelled.role in roles:
+                self._refuse(
+                    spelled.module, f"is given twice, as {quoted(roles[spelled.role])} and {quoted(key)}", "once"
+                )
+            roles[spelled.role] = key
+        for (prefix, module), roles in groups.items():
+            parts = self.modules.find(Spelled(prefix, module, "", ""))
+            if not parts:
+                self.unmatched += [(key, "no such module") for key in roles.values()]
+                continue
+            for adapter in self._adapters(prefix + module, roles):
+                for change in self._changes(adapter, parts):
+                    changes.setdefault(change.part, []).append(change)
+        self._remark(changes)
+        return LoraFile(
+            self.name,
+            self.checkpoint,
+            self.family,
+            naming(self.spelled),
+            _trainer(self.checkpoint.metadata),
+            {part: tuple(found) for part, found in changes.items()},
+            tuple(self.unmatched),
+            tuple(self.warnings),
+        )
+
+    def _adapters(self, module: str, roles: dict[str, str]) -> list[Adapter]:
+        """The adapters of one module: that of its weight, and a whole difference of its bias."""
+        found = [Adapter(module, "full", {"diff_b": roles.pop("diff_b")}, (), None)] if "diff_b" in roles else []
+        if "diff" in roles:
+            found.append(Adapter(module, "full", {"diff": roles.pop("diff")}, (), None))
+        kinds: list[Kind] = ["lokr"] if any(".lokr_" in key for key in roles.values()) else []
+        if any(".hada_" in key for key in roles.values()):
+            kinds.append("loha")
+        if roles.keys() & {"up", "down", "mid"}:
+            kinds.append("lora")
+        if len(kinds) > 1:
+            self._refuse(module, "has factors of two kinds", "one")
+        if kinds:
+            found.append(self._product(module, kinds[0], roles))
+        elif roles.keys() - {"alpha"} or (roles and not found):
+            self.unmatched += [(key, "no factors beside it") for key in roles.values()]
+        return [self._shaped(adapter) for adapter in found]
+
+    def _product(self, module: str, kind: Kind, roles: dict[str, str]) -> Adapter:
+        alpha = roles.pop("alpha", None)
+        rank = self._rank(module, kind, roles)
+        value = alphas.read(self.checkpoint, alpha) if alpha else self.stated.alpha(module, rank)
+        scale = 1.0
+        if value is not None and rank is not None:
+            scale = self.stated.scale(value, rank) if alpha is None else value / rank
+        if value is None and module.startswith("lora_unet_"):
+            self.warnings.append(f"{module} states no alpha, where such files do: its scale is taken as 1")
+        return Adapter(module, kind, roles, (), rank, scale, value is not None)
+
+    def _rank(self, module: str, kind: Kind, roles: Mapping[str, str]) -> int | None:
+        """The inner width; raises DataError where factors are missing or do not fit together."""
+        wanted: Sequence[tuple[str, ...]] = [("up", "down")]
+        if kind == "loha":
+            wanted = [("w1_a", "w1_b", "w2_a", "w2_b")]
+        elif kind == "lokr":
+            wanted = [("w1",) if "w1" in roles else ("w1_a", "w1_b"), ("w2",) if "w2" in roles else ("w2_a", "w2_b")]
+        for role in (role for roles_ in wanted for role in roles_):
+            if role not in roles:
+                self._refuse(module, f'has no factor "{role}" beside {quoted(next(iter(roles.values())))}', "both")
+        if kind == "lora":
+            return self._inner(module, roles["up"], roles["down"])
+        if kind == "loha":
+            ranks = [
+                self._inner(module, roles[f"{w}_a"], roles[f"{w}_b"], tucker=t in roles)
+                for w, t in (("w1", "t1"), ("w2", "t2"))
+            ]
+            return ranks[0]
+        # LoKr's alpha counts only where a factor is a product itself; trainers write huge ones beside two whole factors.
+        for whole, tucker in (("w1", False), ("w2", "t2" in roles)):
+            if whole not in roles:
+                rank = self._inner(module, roles[f"{whole}_a"], roles[f"{whole}_b"], tucker=tucker)
+        return None if {"w1", "w2"} <= roles.keys() else rank
+
+    def _inner(self, module: str, up: str, down: str, *, tucker: bool = False) -> int:
+        left, right = self._shape(module, up), self._shape(module, down)
+        inner = left[0] if tucker else left[1]
+        if inner != right[0] or inner == 0:
+            self._refuse(module, f"has factors of shapes {list(left)} and {list(right)}", "one inner width")
+        return inner
+
+    def _shape(self, module: str, key: str) -> tuple[int, ...]:
+        shape = self._info(key).shape
+        if len(shape) not in (2, 4) or 0 in shape:
+            self._refuse(module, f"has a factor of shape {list(shape)}", "a matrix, or a convolution's four dimensions")
+        return shape
+
+    def _shaped(self, adapter: Adapter) -> Adapter:
+        """The adapter with the shape of its change."""
+        shape = {role: self._info(key).shape for role, key in adapter.tensors.items()}
+        match adapter.kind:
+            case "full":
+                whole = next(iter(shape.values()))
+            case "lora":
+                kernel = shape["mid"][2:] if "mid" in shape else shape["down"][2:]
+                whole = (shape["up"][0], shape["down"][1], *kernel)
+            case "loha":
+                kernel = shape["t1"][2:] if "t1" in shape else ()
+                whole = (shape["w1_a"][1 if kernel else 0], shape["w1_b"][1], *kernel)
+            case "lokr":
+                first = shape.get("w1") or (shape["w1_a"][0], shape["w1_b"][1])
+                second = shape.get("w2") or (
+                    (shape["w2_a"][1], shape["w2_b"][1], *shape["t2"][2:])
+                    if "t2" in shape
+                    else (shape["w2_a"][0], *shape["w2_b"][1:])
+                )
+                whole = (first[0] * second[0], first[1] * second[1], *second[2:])
+        return Adapter(
+            adapter.module, adapter.kind, adapter.tensors, whole, adapter.rank, adapter.scale, adapter.has_alpha
+        )
+
+    def _changes(self, adapter: Adapter, parts: Sequence[str]) -> list[Change]:
+        """What an adapter does to the parts that its module holds, in row order."""
+        if "diff_b" in adapter.tensors:
+            bias = self.modules.bias(parts[0]) if len(parts) == 1 else None
+            parts = [bias] if bias else []
+        if not parts:
+            self.unmatched += [(key, "no such bias") for key in adapter.tensors.values()]
+            return []
+        if PAD_TOKENS.intersection(parts):
+            self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
+        rows = self._rows(adapter, parts)
+        changes, first = [], 0
+        for part, count in zip(parts, rows, strict=True):
+            changes.append(Change(adapter, part, first, count))
+            first += count
+        return changes
+
+    def _rows(self, adapter: Adapter, parts: Sequence[str]) -> list[int]:
+        total = adapter.shape[0] if adapter.shape else 1
+        if self.anatomy is None:
+            if total % len(parts):
+                self._refuse(adapter.module, f"has {total} rows", "equal numbers of q, k and v")
+            return [total // len(parts)] * len(parts)
+        shapes = [self.anatomy.parts[part].shape for part in parts]
+        rows = [shape[0] if shape else 1 for shape in shapes]
+        columns = prod(shapes[0][1:])
+        if (sum(rows), columns) != (total, prod(adapter.shape[1:])) and adapter.shape != shapes[0]:
+            if prod(adapter.shape) == prod(shapes[0]) and len(parts) == 1:
+                return rows  # [D] for a pad token of [1, D]
+            wanted = [sum(rows), *shapes[0][1:]]
+            self._refuse(adapter.module, f"changes {list(adapter.shape)} values", f"the model's {wanted}")
+        return rows
+
+    def _remark(self, changes: Mapping[str, Sequence[Change]]) -> None:
+        twice = [part for part, found in changes.items() if len(found) > 1]
+        if twice:
+            modules = " and ".join(quoted(change.adapter.module) for change in changes[twice[0]])
+            self.warnings.append(
+                f"{len(twice)} parts are changed twice, {twice[0]} by {modules}: programs differ in which they take"
+            )
+        dora = [c.adapter for found in changes.values() for c in found if "dora_scale" in c.adapter.tensors]
+        if dora:
+            self.warnings.append(f"{len(dora)} modules are DoRA: their change depends on the weight it is added to")
+        prefixes = Counter(one.prefix for one in self.spelled.values())
+        if len(prefixes) > 1:
+            self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")
+
+    def _info(self, key: str) -> TensorInfo:
+        return self.checkpoint.tensors[key]
+
+    def _refuse(self, module: str, found: str, wanted: str) -> NoReturn:
+        raise DataError(
+            f'"{self.name}": {quoted(module)} {found}, where {wanted} is wanted; the file is damaged or for another model.'
+        )
+
+
+def _trainer(metadata: Mapping[str, str]) -> str | None:
+    """What wrote a file, by what it says of itself."""
+    if "mergetool.version" in metadata:
+        return "mergetool"
+    try:
+        software: Any = (
+            json.loads(metadata["software"]) if len(metadata.get("software", "")) in range(1, 10_000) else {}
+        )
+    except ValueError:
+        software = {}
+    if isinstance(software, dict) and isinstance(software.get("name"), str):
+        return str(software["name"])[:60]
+    module = metadata.get("ss_network_module", "")
+    if module:
+        return f"kohya-type trainer ({module[:60]})"
+    if "lora_adapter_metadata" in metadata:
+        return "diffusers"
+    return metadata.get("modelspec.implementation", "")[:60] or None
