@@ -1,9 +1,12 @@
-"""What a LoRA adds to a part, row by row: the same interface that a quantised weight is read through."""
+"""What LoRAs add to a part, row by row: through the same interface as the rows of a quantised weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import NoReturn
 
@@ -11,21 +14,24 @@ import numpy as np
 
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.reading import LoraFile
-from mergetool.adapters.values import dense_rows
+from mergetool.adapters.values import dense_rows, low_rank
 from mergetool.arch import Anatomy, Part, Slice
-from mergetool.checkpoint.dtypes import F32, DType
+from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
-from mergetool.errors import DataError
-from mergetool.quant.encoding import Encoding, Floats, Span, floats
+from mergetool.errors import DataError, NonFiniteError
+from mergetool.quant.encoding import Encoding, Floats, Span
 
 TILE_ROWS = 64
 """Rows of a product that are computed together. How a library adds up the products may depend on their number, so that it
 must not depend on the run."""
 
+RECENT = 4
+"""Parts whose factors stay in memory: those that are being worked on. At rank 128, 26 MB of a 10240 x 3840 matrix."""
+
 
 @dataclass(frozen=True)
 class ChangeRows(Encoding):
-    """The rows of a change of any kind, float32 [rows, columns]. It holds what its file says, so ``spans`` are none."""
+    """The rows of one change of any kind, float32 [rows, columns]. It reads its own file, so ``spans`` are none."""
 
     file: LoraFile
     change: Change
@@ -34,6 +40,11 @@ class ChangeRows(Encoding):
     def label(self) -> str:
         """The kind of adapter."""
         return self.change.adapter.kind
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of two factors."""
+        return self.change.adapter.kind == "lora"
 
     @property
     def tile_rows(self) -> int:
@@ -51,74 +62,106 @@ class ChangeRows(Encoding):
         out[:] = dense_rows(self.file, self.change, row, rows).reshape(out.shape)
 
 
-@dataclass(frozen=True)
-class ProductRows(ChangeRows):
-    """The rows of a low-rank change: those of ``up`` [rows, rank] times ``down`` [rank, columns], times the scale."""
+@dataclass(frozen=True, eq=False)
+class StackedRows(Encoding):
+    """The rows of a sum of products with strengths, computed as one: the factors side by side, the strengths in ``up``."""
 
-    up: tuple[str, DType, int]  # tensor, dtype, first row
-    down: tuple[str, DType]
+    items: tuple[tuple[Fraction, ChangeRows], ...]
+
+    __eq__ = object.__eq__  # Encoding's compares what q, k and v of one fused adapter have in common
+    __hash__ = object.__hash__
+
+    @classmethod
+    def of(cls, items: Sequence[tuple[Fraction, ChangeRows]]) -> StackedRows:
+        """The sum of ``items`` of one shape."""
+        first = items[0][1]
+        return cls(first.tensor, (), first.shape, first.padded, None, tuple(items))
 
     @property
-    def rank(self) -> int:
-        """The inner width."""
-        rank = self.change.adapter.rank
-        assert rank is not None
-        return rank
+    def label(self) -> str:
+        """The kind of adapter."""
+        return "lora"
 
-    def factors(self, raw: Sequence[memoryview], rows: int) -> tuple[Floats, Floats]:
-        """``up`` [rows, rank] with the scale in it, and ``down`` [rank, columns], from the bytes of `spans`."""
-        up = floats(raw[0], self.up[1]).reshape(rows, self.rank)
-        if self.change.adapter.scale != 1:
-            up = (up * np.float64(self.change.adapter.scale)).astype(np.float32)
-        return up, floats(raw[1], self.down[1]).reshape(self.rank, self.width)
+    @property
+    def tile_rows(self) -> int:
+        """`TILE_ROWS`."""
+        return TILE_ROWS
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """``up`` [all rows, ranks], every strength and scale multiplied in in float64 and rounded once, and ``down`` [ranks, columns].
+
+        Kept for the few parts that are in use. Raises NonFiniteError for a factor with NaN or infinity.
+        """
+        return _RECENT.get(self)
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """None: a change is not rounded to codes."""
+        return np.zeros((rows, 1), np.float32)
 
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
-        tensor, dtype, first = self.up
-        width = self.rank * dtype.itemsize
-        down, down_dtype = self.down
-        return (
-            Span(tensor, (first + row) * width, rows * width),
-            Span(down, 0, self.rank * self.width * down_dtype.itemsize),
-        )
+        return ()
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
-        up, down = self.factors(raw, rows)
-        np.matmul(up, down, out=out)
+        up, down = self.factors()
+        np.matmul(up[row : row + rows], down, out=out)
+
+
+class _Recent:
+    """The factors of the stacks that were asked for last; each is read once, by the thread that comes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[StackedRows, tuple[Floats, Floats]] = OrderedDict()
+
+    def get(self, stack: StackedRows) -> tuple[Floats, Floats]:
+        with self._lock:
+            found = self._found.pop(stack, None)
+            if found is None:
+                while len(self._found) >= RECENT:
+                    self._found.popitem(last=False)
+                found = _read(stack)
+            self._found[stack] = found
+            return found
+
+
+_RECENT = _Recent()
+
+
+def _read(stack: StackedRows) -> tuple[Floats, Floats]:
+    ups, downs = [], []
+    for strength, rows in stack.items:
+        found = low_rank(rows.file, rows.change, scaled=False)
+        assert found is not None
+        for factor in found:
+            if not np.isfinite(factor).all():
+                raise NonFiniteError(
+                    f'"{rows.file.name}": the factors of {quoted(rows.change.adapter.module)} hold NaN or infinity; '
+                    "mend the file, or leave it out."
+                )
+        ups.append((found[0] * (float(strength) * np.float64(rows.change.adapter.scale))).astype(np.float32))
+        downs.append(found[1])
+    return np.concatenate(ups, axis=1), np.concatenate(downs)
 
 
 def anatomy_of(file: LoraFile, model: Anatomy) -> Anatomy:
     """The parts of ``model`` that ``file`` changes, with the change as their values.
 
-    Raises DataError for a change that cannot be added: DoRA, whose change depends on the weight, two changes of one part, and
-    another shape than the model's.
+    Raises DataError for a change that cannot be added: DoRA, whose change depends on the weight, and two changes of one part.
     """
     parts: dict[str, Part] = {}
     for name, changes in file.changes.items():
         part = model.parts[name]
         if len(changes) > 1:
-            _refuse(file, name, f"is changed {len(changes)} times", "once; get one LoRA without the others in it")
-        change = changes[0]
-        if "dora_scale" in change.adapter.tensors:
-            _refuse(file, name, "is a DoRA, whose change is no sum", "a LoRA; merge it where it was trained")
-        columns = prod(part.shape[1:])
-        if (change.rows, prod(change.adapter.shape[1:])) != (part.shape[0], columns):
-            found = [change.rows, *change.adapter.shape[1:]]
-            _refuse(file, name, f"has a change of shape {found}", f"the model's {list(part.shape)}")
-        encoding = _rows_of(file, change, (part.shape[0], columns))
-        stored = next(iter(change.adapter.tensors.values()))
-        parts[name] = Part(name, part.shape, F32, Slice(stored, 0, part.shape[0]), encoding)
+            _refuse(file, name, f"is changed {len(changes)} times", "once; get the LoRA without the others in it")
+        if "dora_scale" in changes[0].adapter.tensors:
+            _refuse(
+                file, name, "is changed by a DoRA, which is no sum", "a LoRA; merge it with the program that trained it"
+            )
+        shape = (part.shape[0] if part.shape else 1, prod(part.shape[1:]))
+        stored = tuple(changes[0].adapter.tensors.values())
+        rows = ChangeRows(stored[0], stored[1:], shape, shape, None, file, changes[0])
+        parts[name] = Part(name, part.shape, F32, Slice(stored[0], 0, shape[0]), rows)
     return Anatomy(model.family, model.layout, "", parts)
-
-
-def _rows_of(file: LoraFile, change: Change, shape: tuple[int, int]) -> ChangeRows:
-    roles: Mapping[str, str] = change.adapter.tensors
-    stored = tuple(roles.values())
-    info = {role: file.checkpoint.tensors[name] for role, name in roles.items()}
-    plain = change.adapter.kind == "lora" and "mid" not in roles
-    if plain and all(one.dtype.blendable and one.dtype.bits > 8 for one in info.values()):
-        up, down = (roles["up"], info["up"].dtype, change.row), (roles["down"], info["down"].dtype)
-        return ProductRows(stored[0], stored[1:], shape, shape, None, file, change, up, down)
-    return ChangeRows(stored[0], stored[1:], shape, shape, None, file, change)
 
 
 def _refuse(file: LoraFile, part: str, found: str, wanted: str) -> NoReturn:

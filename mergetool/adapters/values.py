@@ -14,10 +14,10 @@ from mergetool.quant import fp8
 from mergetool.quant.encoding import Floats, floats
 
 
-def low_rank(file: LoraFile, change: Change) -> tuple[Floats, Floats] | None:
+def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Floats, Floats] | None:
     """``up`` [rows, rank] and ``down`` [rank, columns], whose product is the change; None where it is not such a product.
 
-    The scale is in ``up``: multiplied in float64, rounded once. A convolution's columns are its in * kh * kw.
+    With ``scaled`` the scale is in ``up``: multiplied in float64, rounded once. A convolution's columns are its in * kh * kw.
     """
     adapter = change.adapter
     if adapter.kind != "lora":
@@ -27,7 +27,7 @@ def low_rank(file: LoraFile, change: Change) -> tuple[Floats, Floats] | None:
     if "mid" in adapter.tensors:  # LoCon: down [r, in, 1, 1] behind a small convolution mid [r, r, kh, kw]
         mid = factor(file, adapter.tensors["mid"])
         down = np.einsum("pqhw,qi->pihw", mid, down.reshape(down.shape[:2]), dtype=np.float64).astype(np.float32)
-    return _scaled(up, adapter.scale), np.ascontiguousarray(down.reshape(len(down), -1))
+    return _scaled(up, adapter.scale if scaled else 1), np.ascontiguousarray(down.reshape(len(down), -1))
 
 
 def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats:

@@ -6,14 +6,13 @@ only safe way, since a file cut short under a mapping ends the process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from mergetool.adapters.rows import TILE_ROWS, ProductRows
+from mergetool.adapters.rows import TILE_ROWS, StackedRows
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
@@ -111,8 +110,8 @@ class Fetched:
         begin, size = self.start - first * encoding.width, (last - first) * encoding.width
         whole = out if size == self.count else np.empty(size, np.float32)
         rows = whole.reshape(-1, encoding.width)
-        if isinstance(encoding, ProductRows):
-            _multiply(encoding, self.raw, rows)
+        if isinstance(encoding, StackedRows):
+            _multiply(encoding, self.window.row + first, rows)
         else:
             encoding.decode(self.raw, self.window.row + first, last - first, rows)
         if whole is not out:
@@ -159,11 +158,12 @@ class ValueReader:
         return tuple(places)
 
 
-def _multiply(encoding: ProductRows, raw: Sequence[memoryview], out: Floats) -> None:
-    """A LoRA's rows, by tiles that begin where `TILE_ROWS` divides: torch, whose threads a run has under control."""
-    up, down = (torch.from_numpy(factor) for factor in encoding.factors(raw, len(out)))
+def _multiply(encoding: StackedRows, row: int, out: Floats) -> None:
+    """What LoRAs add to rows from ``row`` on, by tiles of `TILE_ROWS`: torch, whose threads a run has under control."""
+    up, down = (torch.from_numpy(factor) for factor in encoding.factors())
     for at in range(0, len(out), TILE_ROWS):
-        torch.mm(up[at : at + TILE_ROWS], down, out=torch.from_numpy(out[at : at + TILE_ROWS]))
+        count = min(TILE_ROWS, len(out) - at)
+        torch.mm(up[row + at : row + at + count], down, out=torch.from_numpy(out[at : at + count]))
 
 
 def _rows(encoding: Encoding, start: int, count: int) -> tuple[int, int]:

@@ -16,21 +16,24 @@ def float32(value: Fraction) -> float:
     return float(struct.unpack("<f", struct.pack("<f", float(value)))[0])
 
 
-def compile_merge(
-    expression: Expression,
-    columns: Mapping[str, int],
-    multiplier: Fraction = Fraction(1),
-    absent: Collection[str] = (),
-) -> Program:
-    """The program of one tensor; ``columns`` gives the index of each model and LoRA, ``multiplier`` the tensor's ``--set``.
-    ``absent`` are the LoRAs that do not change the tensor.
+def graph_of(expression: Expression, multiplier: Fraction = Fraction(1), absent: Collection[str] = ()) -> Sum:
+    """What is computed for one tensor; ``multiplier`` is its ``--set``, ``absent`` are the LoRAs that do not change it.
 
     With a multiplier m other than 1 the result is ``first + m * (expression - first)``: 0 leaves the first model,
     1 is the expression itself, and when the expression is ``first + delta`` the delta is scaled before it is added.
     """
     whole = normal(expression.graph.without(absent))
-    graph = whole if multiplier == 1 else _stretched(expression.first, whole, multiplier)
+    return whole if multiplier == 1 else _stretched(expression.first, whole, multiplier)
+
+
+def compile_graph(graph: Sum, columns: Mapping[str, int]) -> Program:
+    """The program of a graph; ``columns`` gives the index of each model and LoRA."""
     return Program(tuple(_sum(graph, 0, columns)))
+
+
+def compile_merge(expression: Expression, columns: Mapping[str, int], multiplier: Fraction = Fraction(1)) -> Program:
+    """The program of a tensor that every LoRA changes."""
+    return compile_graph(graph_of(expression, multiplier), columns)
 
 
 def _stretched(name: str, graph: Sum, multiplier: Fraction) -> Sum:

@@ -25,6 +25,7 @@ from math import prod
 from types import MappingProxyType
 
 from mergetool import arch, quant
+from mergetool.adapters.rows import ChangeRows, StackedRows
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
@@ -32,9 +33,10 @@ from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
 from mergetool.quant import is_side_tensor
 from mergetool.recipe import provenance, quantised
-from mergetool.recipe.compiler import compile_merge
+from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.options import Options
+from mergetool.recipe.stacking import Stack, stack_loras, stack_name
 from mergetool.recipe.steps import COPY, MERGED, Input, OutputTensor, Step, Window, window_of
 
 
@@ -109,7 +111,7 @@ class _Planner:
         self._check_families()
         self.kept = self._kept_parts()
         self.multiplier = self._multipliers()
-        self.programs: dict[tuple[Fraction, tuple[str, ...]], Program] = {}
+        self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
             raise UsageError(
@@ -229,7 +231,7 @@ class _Planner:
         reason = self.kept.get(part.name) or self._obstacle(part.name)
         if reason is None and multiplier == 0:
             reason = "--set to 0"
-        if reason is None and self._program(part.name, multiplier) == COPY:  # of the first model itself
+        if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the first model itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
             column = self.keeper if part.name in self.kept else 0
@@ -241,11 +243,11 @@ class _Planner:
                 return Step(part.name, first, part.numel, None, (window,), reason)
             stored = quantiser.quant if quantiser else dtype.name
             return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {stored}")
-        program = self._program(part.name, multiplier)
+        program, stacks = self._program(part.name, multiplier)
         columns = self._columns(program)
         if 0 not in columns:
             columns += (0,)
-        windows = tuple(self._window(column, part.name) for column in columns)
+        windows = tuple(self._window(column, part.name, stacks) for column in columns)
         return Step(part.name, first, part.numel, self._reindexed(program), windows, MERGED, columns.index(0))
 
     def _obstacle(self, part: str) -> str | None:
@@ -271,11 +273,18 @@ class _Planner:
             "or pick models of one architecture."
         )
 
-    def _program(self, part: str, multiplier: Fraction) -> Program:
-        absent = tuple(self.inputs[i].name for i in self.loras if part not in self.inputs[i].anatomy.parts)
-        key = multiplier, absent
+    def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:
+        """What is computed for a part, and the LoRAs that are computed as one: their columns follow the inputs'."""
+        changing = {self.inputs[i].name: self.inputs[i].anatomy.parts.get(part) for i in self.loras}
+        absent = tuple(name for name, found in changing.items() if found is None)
+        products = tuple(
+            n for n, p in changing.items() if p and isinstance(p.encoding, ChangeRows) and p.encoding.is_product
+        )
+        key = multiplier, absent, products
         if key not in self.programs:
-            self.programs[key] = compile_merge(self.expression, self.column, multiplier, absent)
+            graph, stacks = stack_loras(graph_of(self.expression, multiplier, absent), products)
+            columns = {stack_name(i): len(self.inputs) + i for i in range(len(stacks))}
+            self.programs[key] = compile_graph(graph, self.column | columns), stacks
         return self.programs[key]
 
     @staticmethod
@@ -288,7 +297,15 @@ class _Planner:
         count = iter(range(len(program.instructions)))
         return Program(tuple(Load(s.register, next(count)) if isinstance(s, Load) else s for s in program.instructions))
 
-    def _window(self, column: int, part_name: str) -> Window:
+    def _window(self, column: int, part_name: str, stacks: Sequence[Stack] = ()) -> Window:
+        if column >= len(self.inputs):
+            items = []
+            for factor, name in stacks[column - len(self.inputs)]:
+                rows = self.inputs[self.column[name]].anatomy.parts[part_name].encoding
+                assert isinstance(rows, ChangeRows)
+                items.append((factor, rows))
+            first = self.column[stacks[column - len(self.inputs)][0][1]]
+            return Window(first, items[0][1].tensor, 0, F32, StackedRows.of(items))
         return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part_name])
 
     def _outside(self, name: str) -> OutputTensor:

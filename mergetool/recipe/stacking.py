@@ -1,0 +1,42 @@
+"""LoRAs that are added in one sum as one operand: their factors side by side make one product instead of several."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fractions import Fraction
+
+from mergetool.recipe.graph import Lora, Sum, Term
+
+Stack = tuple[tuple[Fraction, str], ...]
+"""LoRAs by name, each with its factor in the sum."""
+
+
+def stack_loras(graph: Sum, products: Collection[str], *, first: int = 0) -> tuple[Sum, list[Stack]]:
+    """``graph`` with the LoRAs among ``products`` of every sum in it as one, called ``stack N``, and what each stack holds.
+
+    N counts from ``first``. A stack stands where the first of its LoRAs did.
+    """
+    stacks: list[Stack] = []
+    here = tuple(
+        (t.factor, t.operand.name) for t in graph.terms if isinstance(t.operand, Lora) and t.operand.name in products
+    )
+    terms: list[Term] = []
+    if here:
+        stacks.append(here)
+    for term in graph.terms:
+        operand = term.operand
+        if isinstance(operand, Lora) and operand.name in products:
+            if operand.name == here[0][1]:
+                terms.append(Term(Fraction(1), Lora(stack_name(first))))
+        elif isinstance(operand, Sum):
+            inner, found = stack_loras(operand, products, first=first + len(stacks))
+            stacks += found
+            terms.append(Term(term.factor, inner))
+        else:
+            terms.append(term)
+    return Sum(tuple(terms)), stacks
+
+
+def stack_name(number: int) -> str:
+    """The name that a stack goes by in a graph."""
+    return f"stack {number}"
