@@ -18,11 +18,10 @@ from torch import Tensor
 from mergetool import __version__
 from mergetool.adapters import Change, LoraFile
 from mergetool.adapters.values import low_rank
-from mergetool.checkpoint.dtypes import F32, DType
-from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.names import quoted
-from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.errors import DataError, OutputError, UsageError
+from mergetool.errors import DataError
+from mergetool.lora import output as lora_file
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.provenance import display_names
 
@@ -74,16 +73,13 @@ def convert(file: LoraFile, output: Path, key_format: KeyFormat, *, overwrite: b
     Raises DataError for what no low-rank format can carry (LoHa, LoKr, whole differences, DoRA) and for parts that are changed twice,
     UsageError for an output that is not one file, OutputError and what writing raises.
     """
-    if output.suffix != ".safetensors":
-        raise UsageError(f'a LoRA is one file: name it "{output.name}.safetensors".')
-    if not output.parent.exists():
-        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
+    lora_file.check(output, file.checkpoint.files, overwrite=overwrite)
     spelling = SPELLINGS[key_format]
     modules = dict(_modules(file))
     if spelling.fused:
         modules = _fused(file, modules)
     done = Converted(len(modules))
-    tensors: dict[str, tuple[Tensor, DType]] = {}
+    tensors: dict[str, Tensor] = {}
     for module, found in modules.items():
         name = spelling.prefix + (module.replace(".", "_") if spelling.flat else module)
         up, scale = found.up, found.scale
@@ -94,15 +90,10 @@ def convert(file: LoraFile, output: Path, key_format: KeyFormat, *, overwrite: b
                 up, scale = folded, 1.0
                 if error:
                     done.rounded[module] = error
-        tensors[name + spelling.down], tensors[name + spelling.up] = (found.down, found.dtype), (up, found.dtype)
+        tensors[name + spelling.down], tensors[name + spelling.up] = found.down, up
         if scale != 1 or spelling.alpha == "always":
-            tensors[f"{name}.alpha"] = torch.tensor(scale * len(found.down), dtype=torch.float32), F32
-    header = Header.plan(((n, dtype, tuple(t.shape)) for n, (t, dtype) in tensors.items()), _metadata(file, key_format))
-    with CheckpointWriter.stage(output, header, overwrite=overwrite, inputs=list(file.checkpoint.files)) as writer:
-        for name in header.tensors:
-            data = tensors[name][0].contiguous().reshape(-1).view(torch.uint8)
-            writer.write(name, 0, data.numpy().data)
-        writer.commit()
+            tensors[f"{name}.alpha"] = torch.tensor(scale * len(found.down), dtype=torch.float32)
+    lora_file.write(output, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite)
     return done
 
 

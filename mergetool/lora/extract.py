@@ -20,13 +20,11 @@ import torch
 from mergetool import __version__, models
 from mergetool.arch import Family
 from mergetool.checkpoint import system
-from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.targets import TargetClaim
-from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher
-from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
+from mergetool.errors import DataError, NonFiniteError
+from mergetool.lora import output as lora_file
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
@@ -85,13 +83,9 @@ def extract(
     values, which differ with device and batch. Raises NonFiniteError for NaN or infinity in an input, OutputError,
     BusyError, StorageError or DataError.
     """
-    if not output.parent.exists():
-        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
-    if output.suffix != ".safetensors":
-        raise UsageError(f'a LoRA is one file: name it "{output.name}.safetensors".')
     files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
-    TargetClaim.claim(output, 0, "file", overwrite=overwrite, inputs=files).release()
+    lora_file.check(output, files, overwrite=overwrite)
     system.keep_freed_memory()
     with ThreadPoolExecutor(1, "metadata") as background:
         # Beside a device nothing else needs this processor: 0.3 s for two models of 12 GB.
@@ -112,16 +106,8 @@ def extract(
             f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
             "there is nothing to write."
         )
-    entries = [(name, options.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
-    header = Header.plan(entries, early.result() if early else _metadata(pairing, options))
-    with CheckpointWriter.stage(output, header, overwrite=overwrite, inputs=files) as writer:
-
-        def write(name: str) -> None:
-            writer.write(name, 0, factors[name].contiguous().view(torch.uint8).numpy().reshape(-1).data)
-
-        with ThreadPoolExecutor(threads or default_threads(), "write") as pool:
-            list(pool.map(write, header.tensors))
-        writer.commit()
+    metadata = early.result() if early else _metadata(pairing, options)
+    lora_file.write(output, factors, metadata, files, overwrite=overwrite, threads=threads or default_threads())
     return found
 
 
