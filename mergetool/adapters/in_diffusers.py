@@ -12,6 +12,7 @@ _TOGETHER = re.compile(r"(?:(?<=^)|(?<=_))(to)_(q|k|v|out)(?=_|\.|$)|(?:(?<=^)|(
 _PUT_TOGETHER = ("context.refiner.", "noise.refiner.", "adaLN.modulation.", "all.final.layer.", "all.x.embedder.")
 _EMBEDDERS = ("cap.embedder.", "t.embedder.")
 _IGNORED = (".lora_A", ".lora_B")  # layers are made for them, which stay zero
+_HALF_KNOWN = re.compile(r"(?<!\.to_[qkv])_lora\.")  # the oldest spelling, which had the three projections only
 # Ends of keys that need no conversion.
 _AS_STORED = (
     *(
@@ -50,7 +51,9 @@ def modules(keys: Collection[str]) -> dict[str, set[str]]:
     if odd is not None:
         raise Rejected(f"{quoted(odd)} is not understood after transformer.")
     named = ((key, key.removeprefix("transformer.")) for key in kept if key.startswith("transformer."))
-    return _by_module((key, name) for key, name in named if not name.endswith(_IGNORED))
+    return _by_module(
+        (key, name) for key, name in named if not name.endswith(_IGNORED) and not _HALF_KNOWN.search(name)
+    )
 
 
 def _lokr(keys: Collection[str]) -> dict[str, set[str]]:
