@@ -15,7 +15,7 @@ from mergetool.engine import quantising
 from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Piece, Weight
+from mergetool.engine.quantising import Piece, Weights
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.contract import execute
@@ -72,7 +72,7 @@ class Run:
     non_finite: NonFinite
     measure: Measure
     registers: int
-    weight: Weight
+    weights: Weights
     compared: bool = False
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
@@ -131,12 +131,12 @@ class Worker:
                 self._check(job, fetched)
             written = self._write(job, fetched[0].raw[0])
         elif job.phase is not None:
-            with self._ops.writing(0, self._run.weight.room(job.step.first + job.start, job.count)):
+            with self._ops.writing(0, self._run.weights.room(job.tensor, job.step.first + job.start, job.count)):
                 self._execute(job.step.program, fetched)
                 largest = self._ops.largest(0)
                 if not math.isfinite(largest):
                     self._check(job, fetched)
-            self._run.weight.note(job.tensor, largest)
+            self._run.weights.note(job.tensor, largest)
         else:
             out, movement = self._result(job, job.step.program, fetched)
             written = self._write(job, out)
@@ -167,11 +167,11 @@ class Worker:
         return len(out)
 
     def _quantise(self, job: Quantise) -> Done:
-        weight, piece = self._run.weight, job.piece
+        weights, piece = self._run.weights, job.piece
         if job.searching:
-            weight.search(piece, self._rounder(job.rounding))
+            weights.search(piece, self._rounder(job.rounding))
             return 0, None
-        scale, values = weight.scale(piece.tensor), weight.rows(piece)
+        scale, values = weights.scale(piece.tensor), weights.rows(piece)
         raw = quantising.encode(values, piece, scale, self._rounder(job.rounding))
         if self._run.compared:
             self._run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
