@@ -84,6 +84,12 @@ class Run:
         """Every file of every input."""
         return [file for model in self.plan.inputs for file in model.checkpoint.files]
 
+    @property
+    def decodes(self) -> bool:
+        """Whether some values are not stored as such."""
+        windows = (window for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
+        return any(window.encoding is not None for window in windows)
+
     def measures(self, job: Job | Quantise) -> bool:
         """Whether what the delta did is measured on this job."""
         return self.measure == "all" or (self.measure == "sample" and job.sampled)
@@ -113,7 +119,7 @@ class Worker:
         """With room for jobs of ``capacity`` elements."""
         self._run = run
         self._ops = CpuOps(capacity=capacity, registers=run.registers + 1)
-        self._reader = ValueReader(fetcher(run.method, run.files))
+        self._reader = ValueReader(fetcher(run.method, run.files, decodes=run.decodes))
 
     def do(self, job: Job | Quantise) -> Done:
         """Do one job."""
