@@ -18,8 +18,10 @@ CHUNK = 1 << 19
 # Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
 ROWS_CHUNK = 1 << 22
 # Of every part one chunk in eight is measured, the first always: what the delta did takes as long as the merge itself (3 ns
-# an element, and for quantised outputs encoding and decoding once more), and 1 in 8 of 6 G elements is sample enough.
+# an element), and 1 in 8 of 6 G elements is sample enough. For quantised outputs, which are encoded and decoded once more
+# (7 ns), one piece in sixteen.
 SAMPLED = 8
+SAMPLED_PIECES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
 def _quantising(tensor: OutputTensor, options: Options, phase: int, *, searching: bool) -> Iterator[Quantise]:
     height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
     for i, piece in enumerate(quantising.pieces(tensor, height)):
-        yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED == 0)
+        yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED_PIECES == 0)
 
 
 def _alternately(filling: list[Job], encoding: list[Quantise]) -> Iterator[Job | Quantise]:
