@@ -65,9 +65,7 @@ def describe(file: LoraFile, *, progress: Callable[[int], None] = lambda _: None
     alphas = Counter(
         round(one.scale * one.rank, 9) if one.has_alpha and one.rank else None for one in adapters if one.rank
     )
-    dtypes = Counter(
-        file.checkpoint.tensors[key].dtype.name for one in adapters for key in one.tensors.values()
-    )
+    dtypes = Counter(file.checkpoint.tensors[key].dtype.name for one in adapters for key in one.tensors.values())
     return Contents(tuple(targets), dict(alphas), dict(dtypes))
 
 

@@ -85,7 +85,9 @@ def _print(
             f"multiplied in: {names}",
         )
     if done.empty:
-        console.heading("empty", f"{len(done.empty)} left out that change nothing: {console.listed(done.empty, most=most)}")
+        console.heading(
+            "empty", f"{len(done.empty)} left out that change nothing: {console.listed(done.empty, most=most)}"
+        )
     if done.unmatched:
         names = [f"{key} ({reason})" for key, reason in done.unmatched]
         console.heading("skipped", f"{len(names)} keys: {console.listed(names, most=most)}")

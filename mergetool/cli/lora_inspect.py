@@ -98,7 +98,7 @@ def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: b
     console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(found.targets))
     _print_blocks(found, verbose=verbose)
     for one in loaded:
-        _print_loading(one, verbose=verbose)
+        print_loading(one, verbose=verbose)
     for key, reason in file.unmatched[: None if verbose else 4]:
         console.heading("unread", f"{key}: {reason}")
     if len(file.unmatched) > 4 and not verbose:
@@ -119,9 +119,12 @@ def _print_blocks(found: Contents, *, verbose: bool) -> None:
             console.heading("", f"{target.part}  {rank}scale {target.scale:g}  norm {target.norm:.4g}")
 
 
-def _print_loading(one: Loading, *, verbose: bool) -> None:
+def print_loading(one: Loading, *, verbose: bool) -> None:
+    """Say what one program makes of a file."""
     parts = one.applied + len(one.dropped)
-    console.heading("loads", f"{one.program}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else ""))
+    console.heading(
+        "loads", f"{one.program}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else "")
+    )
     if one.error:
         console.heading("", f"it raises an error: {one.error}")
         return
