@@ -78,11 +78,11 @@ def _print(
     most = 1000 if verbose else 4
     if done.rounded:
         worst = max(done.rounded.values())
-        names = console.listed(list(done.rounded), most=most)
+        modules = console.listed(list(done.rounded), most=most)
         console.heading(
             "rounded",
             f"{console.plural(len(done.rounded), 'module')} by up to {worst:.2g} of its norm, for a scale that had to be "
-            f"multiplied in: {names}",
+            f"multiplied in: {modules}",
         )
     if done.empty:
         console.heading(

@@ -73,9 +73,10 @@ def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> N
     from mergetool.cli.lora_inspect import print_loading
     from mergetool.lora.verify import worst
 
-    console.heading("residual", f"of tuned - base, at strength {report.strength:g}")
+    console.heading("left", f"of the difference tuned - base, at strength {report.strength:g}")
     rows = [_row(name, report, held) for name, held in _by_group(report).items()]
-    rows.append(_row("all", report, list(report.residuals)))
+    changed = [one for one in report.residuals if one.changed]
+    rows += [_row("changed", report, changed), _row("all", report, list(report.residuals))]
     console.table(["group", "parts", "changed", "share", "before rounding", "after rounding"], rows)
     for one in worst(report.residuals, len(report.residuals) if verbose else 4):
         what = "" if one.changed else ", not changed by the LoRA"
