@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import NoReturn
 
 import numpy as np
 
@@ -156,13 +155,19 @@ def anatomy_of(file: LoraFile, model: Anatomy, checkpoint: Checkpoint | None = N
     for name, changes in file.changes.items():
         part = model.parts[name]
         if len(changes) > 1:
-            _refuse(file, name, f"is changed {len(changes)} times", "once; get the LoRA without the others in it")
+            modules = " and ".join(quoted(change.adapter.module) for change in changes)
+            raise DataError(
+                f'"{file.name}" changes {quoted(name)} {len(changes)} times, by {modules}, where once is wanted: programs differ '
+                "in which they take, so get the LoRA with one of them."
+            )
         if "dora_scale" in changes[0].adapter.tensors:
             doras.setdefault(id(changes[0].adapter), []).append((changes[0], part))
         parts[name] = _changed(part, change_rows(file, changes[0], part))
     for held in doras.values():
         if checkpoint is None:
-            _refuse(file, held[0][1].name, "is changed by a DoRA, which depends on the weight", "a model to add it to")
+            raise DataError(
+                f'"{file.name}": {quoted(held[0][1].name)} is changed by a DoRA, which depends on the weight; add it to a model.'
+            )
         for name, rows in dora_rows(file, checkpoint, held, lambda change, part: _product(file, change, part)).items():
             parts[name] = _changed(model.parts[name], rows)
     return Anatomy(model.family, model.layout, "", parts)
@@ -183,7 +188,3 @@ def _product(file: LoraFile, change: Change, part: Part) -> Encoding:
 
 def _changed(part: Part, rows: Encoding) -> Part:
     return Part(part.name, part.shape, F32, Slice(rows.tensor, 0, rows.padded[0]), rows)
-
-
-def _refuse(file: LoraFile, part: str, found: str, wanted: str) -> NoReturn:
-    raise DataError(f'"{file.name}": {quoted(part)} {found}, where {wanted} is wanted.')

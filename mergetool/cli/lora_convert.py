@@ -59,7 +59,8 @@ def convert(
     started = time.monotonic()
     with opened(lora, model) as file:
         with console.progress("convert", 1, shown=not (no_progress or as_json), unit="file") as advance:
-            done = write(file, output, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched)
+            known = model is not None
+            done = write(file, output, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
             advance(1)
         dialect = file.dialect
     with open_lora(output) as written:

@@ -48,16 +48,23 @@ class Converted:
 
 
 def convert(
-    file: LoraFile, output: Path, key_format: KeyFormat, *, overwrite: bool = False, skip_unmatched: bool = False
+    file: LoraFile,
+    output: Path,
+    key_format: KeyFormat,
+    *,
+    overwrite: bool = False,
+    skip_unmatched: bool = False,
+    names_known: bool = False,
 ) -> Converted:
     """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none.
 
+    ``names_known`` says that it was opened with the anatomy of its model, so that underscored names of any family are understood.
     Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
     not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
     """
     lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
     spelling = SPELLINGS[key_format]
-    _require_convertible(file, spelling, skip_unmatched=skip_unmatched)
+    _require_convertible(file, spelling, skip_unmatched=skip_unmatched, names_known=names_known)
     done = Converted(unmatched=file.unmatched)
     modules = _modules(file, spelling, key_format, done)
     tensors: dict[str, Tensor] = {}
@@ -75,7 +82,7 @@ def convert(
     return done
 
 
-def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: bool) -> None:
+def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: bool, names_known: bool) -> None:
     if file.unmatched and not skip_unmatched:
         key, reason = file.unmatched[0]
         raise DataError(
@@ -90,7 +97,7 @@ def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: 
             "programs differ in which they take: get the LoRA with either."
         )
     flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
-    if file.family is GENERIC and flat and not spelling.flat:
+    if file.family is GENERIC and flat and not spelling.flat and not names_known:
         raise DataError(
             f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
             "name the model with --model."
