@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -447,3 +448,14 @@ def test_a_locon_of_a_known_model_keeps_its_three_factors(tmp_path: Path, key_fo
     exact = 2 * np.einsum("or,rpxy,pi->oixy", *(f64(factors[role]).reshape(shape) for role, shape in
                           (("up", (8, 3)), ("mid", (3, 3, 3, 3)), ("down", (3, 4)))))  # fmt: skip
     np.testing.assert_allclose(after, exact.reshape(8, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_format", ["default", "kohya", "peft"])
+def test_the_scale_of_an_rslora_is_kept_to_its_last_bit(tmp_path: Path, key_format: KeyFormat) -> None:
+    """8 / sqrt(3) times 3 is no float32, so its alpha is a float64."""
+    written = split("base_model.model.", ".lora_A.weight", ".lora_B.weight", ranks=(3,))
+    written.config = {"peft_type": "LORA", "lora_alpha": 8, "r": 3, "use_rslora": True}
+    target, done = converted(written.save(tmp_path), tmp_path, key_format)
+    assert done.is_lossless
+    with open_lora(target) as file:
+        assert {adapter.scale for adapter in file.adapters} == {8 / math.sqrt(3)}

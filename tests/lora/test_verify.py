@@ -99,6 +99,17 @@ def test_every_spelling_is_compared(tmp_path: Path, spelling: str) -> None:
     assert [one.program for one in report.loading] == ["diffusers", "ComfyUI"]
 
 
+@pytest.mark.parametrize("spelling", ["LoKr, decomposed, alpha", "LoHa", "ComfyUI differences", "musubi"])
+def test_a_strength_multiplies_changes_of_every_kind(tmp_path: Path, spelling: str) -> None:
+    written = SPELLINGS[spelling]()
+    base, lora = checkpoint(tmp_path / "base.safetensors", dtype=F32), written.save(tmp_path)
+    with job.open_merge(f"'{base}' - 0.3 * lora('{lora}')", Options()) as plan:
+        job.run_merge(plan, tmp_path / "tuned.safetensors")
+    report = verified(tmp_path, lora.name, strength=Fraction(-3, 10))
+    assert report.total() < 1e-5
+    assert verified(tmp_path, lora.name).total() == pytest.approx(1.3 / 0.3, rel=1e-3)
+
+
 def test_a_quantised_base_is_baked_into_bf16(family: Path) -> None:
     with job.open_merge(f"'{family / 'base.safetensors'}'", Options(quant="fp8-scaled")) as plan:
         job.run_merge(plan, family / "fp8.safetensors", overwrite=True)
