@@ -1,4 +1,4 @@
-"""A difference LoRA: variant - base as low-rank factors, one matrix at a time.
+"""A difference LoRA: variant - base, or what two variants share, as low-rank factors, one matrix at a time.
 
 While matrices are decomposed, one a core, the next one is read; so memory is a few matrices and the factors themselves
 (400 MB for all of Z-Image at rank 64 in bf16).
@@ -12,24 +12,28 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from mergetool import __version__, models
+from mergetool.adapters import is_lora
 from mergetool.arch import Family
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.engine.job import open_change
 from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher
-from mergetool.errors import DataError, NonFiniteError
+from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
-from mergetool.lora.delta import Buffers, Delta, DeltaReader
+from mergetool.lora.delta import Buffers, Delta
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
+from mergetool.lora.operands import Operand, OperandReader, Subject, decomposed, subject
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
-from mergetool.lora.svd import balanced_factors, decompose, stored_residual
+from mergetool.lora.svd import balanced_factors, stored_residual
+from mergetool.lora.whole import Whole, tensors, whole
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.provenance import display_names
 from mergetool.recipe.steps import Input
@@ -37,30 +41,48 @@ from mergetool.recipe.steps import Input
 
 @dataclass
 class Extraction:
-    """What a run found: ``layers`` in file order, and the energy of what was not decomposed, by reason."""
+    """What a run found: ``layers`` in file order, what was stored ``whole``, and the energy of what was not decomposed, by reason.
+
+    With a second variant that energy is of the first one's delta.
+    """
 
     layers: list[Layer] = field(default_factory=list)
+    whole: list[Whole] = field(default_factory=list)
     skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
 
     @property
     def total(self) -> float:
         """The squared Frobenius norm of the whole difference."""
-        return sum(layer.total for layer in self.layers) + sum(sum(names.values()) for names in self.skipped.values())
+        stored = sum(layer.total for layer in self.layers) + sum(one.energy for one in self.whole)
+        return stored + sum(sum(names.values()) for names in self.skipped.values())
 
 
 @contextmanager
-def open_diff(base: str, variant: str, options: DiffOptions) -> Iterator[Pairing]:
+def open_diff(
+    base: str, variant: str, options: DiffOptions, *, second: str | None = None, skip_unmatched: bool = False
+) -> Iterator[Pairing]:
     """The pairing of two models by name or path; they are closed at the end of the ``with`` block.
 
-    Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor is read.
+    ``variant`` and ``second`` may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
+    error, or with ``skip_unmatched`` named. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
+    is read.
     """
     with ExitStack() as stack:
-        inputs = []
-        for name in (base, variant):
-            opened = models.open_model(name)
-            stack.enter_context(opened.checkpoint)
-            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
-        yield pair_up(inputs[0], inputs[1], options)
+        model = _open(base, stack)
+        variants = [
+            open_change(name, model, stack, skip_unmatched=skip_unmatched)
+            if is_lora(models.resolve(name).path)
+            else _open(name, stack)
+            for name in (variant, second)
+            if name is not None
+        ]
+        yield pair_up(model, variants[0], options, *variants[1:])
+
+
+def _open(name: str, stack: ExitStack) -> Input:
+    opened = models.open_model(name)
+    stack.enter_context(opened.checkpoint)
+    return Input(name, opened.checkpoint, opened.anatomy)
 
 
 def extract(
@@ -68,6 +90,7 @@ def extract(
     output: Path,
     options: DiffOptions,
     *,
+    full: Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     method: Method = "auto",
@@ -77,15 +100,21 @@ def extract(
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
-    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. ``threads`` is how many matrices are worked
+    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. What is stored whole goes to ``full``, which is
+    published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked
     on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
     values, which differ with device and batch. Raises NonFiniteError for NaN or infinity in an input, OutputError,
     BusyError, StorageError or DataError.
     """
-    files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
+    files = [file for model in pairing.inputs for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
-    lora_file.check(output, files, overwrite=overwrite)
+    for target in (output,) if full is None else (output, full):
+        lora_file.check(target, files, overwrite=overwrite)
+    if options.full != (full is not None) or full == output:
+        raise UsageError("--full needs a file of its own for what is stored whole.")
+    plain = any(pair.is_plain for pair in pairing.decomposed)
+    device = device if plain else None  # which would have nothing to do
     system.keep_freed_memory()
     with ThreadPoolExecutor(1, "metadata") as background:
         # Beside a device nothing else needs this processor: 0.3 s for two models of 12 GB.
@@ -99,14 +128,14 @@ def extract(
             if not math.isfinite(energy):
                 raise _not_finite(pairing, pair)
             solved.append((pair, energy, result))
-            progress(pair.base.nbytes + pair.variant.nbytes)
-    found, factors = _in_order(pairing, solved)
+            progress(pairing.nbytes(pair))
+    found, factors = _in_order(pairing, solved, options)
     if not factors:
-        raise DataError(
-            f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
-            "there is nothing to write."
-        )
+        raise _nothing(pairing, options)
     metadata = early.result() if early else _metadata(pairing, options)
+    if full is not None and found.whole:
+        values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
+        lora_file.write(full, values, metadata, files, overwrite=overwrite, threads=threads or default_threads())
     lora_file.write(output, factors, metadata, files, overwrite=overwrite, threads=threads or default_threads())
     return found
 
@@ -117,25 +146,40 @@ def _too_large(files: Sequence[InputFile]) -> bool:
     return memory is not None and sum(file.size for file in files) > 3 * memory // 4
 
 
-def _in_order(pairing: Pairing, solved: Sequence[Solved]) -> tuple[Extraction, dict[str, torch.Tensor]]:
+def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
+    names = [model.name for model in pairing.variants]
+    if len(names) > 1 and not options.union:
+        return DataError(f"{names[0]} and {names[1]} have nothing in common in any matrix; there is nothing to write.")
+    return DataError(
+        f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was looked at; "
+        "there is nothing to write."
+    )
+
+
+def _in_order(
+    pairing: Pairing, solved: Sequence[Solved], options: DiffOptions
+) -> tuple[Extraction, dict[str, torch.Tensor]]:
     """What was found, and the tensors to store, in the order of the pairs."""
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
     for pair, energy, result in sorted(solved, key=lambda one: place[one[0].name]):
-        if result is not None:
+        if isinstance(result, Whole):
+            found.whole.append(result)
+        elif result is not None:
             found.layers.append(result.layer)
             factors |= result.factors
         else:
-            found.skipped.setdefault(pair.reason or "unchanged", {})[pair.name] = energy
+            reason = pair.reason or ("unchanged" if pairing.second is None or options.union else "nothing in common")
+            found.skipped.setdefault(reason, {})[pair.name] = energy
     return found, factors
 
 
 def _on_device(
     pairing: Pairing, options: DiffOptions, files: Sequence[InputFile], device: torch.device, memory: int
 ) -> Iterator[Solved]:
-    """Every pair, the matrices by way of ``device`` and the rest, of which only the energy is wanted, here."""
-    others = [pair for pair in pairing.pairs if pair.reason]
+    """Every pair, plain matrices by way of ``device`` and the rest here: quantised ones, LoRAs', and those that are not decomposed."""
+    others = [pair for pair in pairing.pairs if pair.reason or not pair.is_plain]
 
     def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
         return list(_decomposed(pairing, pairs, options, files, "pread", 1)) if pairs else []
@@ -160,67 +204,90 @@ def _decomposed(
     part of another, nothing spins, and the bytes do not depend on the number of threads.
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-    reader = DeltaReader(
+    reader = OperandReader(
         pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=_too_large(files))
     )
-    free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
+    free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
     for _ in range(threads + 1):
-        free.put(Buffers(max((pair.base.numel for pair in pairs if not pair.reason), default=0)))
+        free.put([Buffers(_elements(pairs, of_lora=model.is_lora)) for model in pairing.variants])
     reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
     workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
 
-    def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> Result | None:
+    def solve(pair: Pair, operands: Sequence[Operand], buffers: list[Buffers]) -> tuple[float, Result | Whole | None]:
         try:
-            usable = math.isfinite(delta.energy) and delta.energy > 0
-            return _decompose(pair, delta, options, pairing.base.anatomy.family) if usable else None
+            return _solve(pair, operands, options, pairing.base.anatomy.family)
         finally:
             free.put(buffers)
 
-    def read(pair: Pair) -> tuple[float, Future[Result | None] | None]:
-        if pair.reason:
-            return reader.energy(pair), None  # waits for no buffer and no worker
+    def read(pair: Pair) -> float | Future[tuple[float, Result | Whole | None]]:
+        if pair.reason and not pair.whole:
+            return reader.energy(pair)  # waits for no buffer and no worker
         buffers = free.get()
         try:
-            delta = reader.read(pair, buffers)
+            operands = reader.read(pair, buffers)
         except BaseException:
             free.put(buffers)
             raise
-        return delta.energy, workers.submit(decompose_into_factors, pair, delta, buffers)
+        return workers.submit(solve, pair, operands, buffers)
 
     try:
         for pair, started in [(pair, reading.submit(read, pair)) for pair in pairs]:
-            energy, result = started.result()
-            yield pair, energy, result.result() if result else None
+            found = started.result()
+            yield pair, *((found, None) if isinstance(found, float) else found.result())
     finally:
         reading.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
 
 
-def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> Result:
-    found = decompose(
-        delta.matrix,
-        name=pair.name,
-        rank=options.rank,
-        rank_thresh=options.rank_thresh,
-        rank_max=options.rank_max,
-        seed=options.seed,
-        sketch=delta.sketch,
-        energy=delta.energy,
+def _elements(pairs: Sequence[Pair], *, of_lora: bool) -> int:
+    """Elements of the largest delta that is read into a buffer; a LoRA's matrices are not."""
+    return max(
+        (
+            pair.base.numel
+            for pair in pairs
+            if (pair.whole or not pair.reason) and not (of_lora and len(pair.base.shape) > 1)
+        ),
+        default=0,
     )
-    down, up = balanced_factors(found, TORCH[options.dtype])
-    return Result.of(pair, found, down, up, stored_residual(found, down, up), family)
+
+
+def _solve(
+    pair: Pair, operands: Sequence[Operand], options: DiffOptions, family: Family
+) -> tuple[float, Result | Whole | None]:
+    """The energy of what is stored of a pair, or of its first delta where that is nothing, and what it decomposed into."""
+    for operand in operands:
+        if isinstance(operand, Delta) and not math.isfinite(operand.energy):
+            return operand.energy, None
+    found = subject(pair, operands, options)
+    energy = found.energy
+    if energy == 0 or not math.isfinite(energy):
+        return found.energies[0] if math.isfinite(energy) else energy, None
+    if pair.whole:
+        return energy, whole(pair, found.delta, energy, TORCH[options.dtype])
+    return energy, _result(pair, found, options, family)
+
+
+def _result(pair: Pair, found: Subject, options: DiffOptions, family: Family) -> Result:
+    kept = decomposed(pair, found.delta, options)
+    down, up = balanced_factors(kept, TORCH[options.dtype])
+    result = Result.of(pair, kept, down, up, stored_residual(kept, down, up), family)
+    if found.shared is None:
+        return result
+    first, second = (found.shared / energy if energy else 0.0 for energy in found.energies)
+    return replace(result, layer=replace(result.layer, shared=(first, second)))
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
+    names = [model.name for model in pairing.inputs]
     return NonFiniteError(
-        f'tensor "{pair.name}" holds NaN or infinity in {pairing.base.name} or {pairing.variant.name}; '
+        f'tensor "{pair.name}" holds NaN or infinity in {", ".join(names[:-1])} or {names[-1]}; '
         "mend the file, or leave the tensor out with --exclude."
     )
 
 
 def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
-    models_ = [pairing.base, pairing.variant]
+    models_ = pairing.inputs
     names = display_names([model.name for model in models_])
     recipe: dict[str, object] = {
         "base": names[pairing.base.name],
@@ -232,7 +299,13 @@ def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     recipe |= (
         {"rank": options.rank} if options.rank else {"rank_thresh": options.rank_thresh, "rank_max": options.rank_max}
     )
-    recipe |= {key: list(v) for key, v in (("include", options.include), ("exclude", options.exclude)) if v}
+    patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layers))
+    recipe |= {key: list(v) for key, v in patterns if v}
+    if options.full:
+        recipe["full"] = True
+    if pairing.second is not None:
+        recipe |= {"variant2": names[pairing.second.name]}
+        recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
     prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
     return {
         "format": "pt",

@@ -18,7 +18,8 @@ class Layer:
 
     ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
     rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
-    ``wanted`` is the rank that the threshold would need where the cap stopped it first.
+    ``wanted`` is the rank that the threshold would need where the cap stopped it first. ``shape`` is [out, in], of a convolution
+    [out, in * kh * kw]. ``shared`` is, with a second variant, the energy of the common part over that of each delta.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Layer:
     capped: bool
     wanted: int | None
     method: str
+    shared: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class Result:
     def of(
         cls, pair: Pair, found: Decomposition, down: torch.Tensor, up: torch.Tensor, residual: float, family: Family
     ) -> Result:
-        """The result of ``pair`` whose stored factors are ``down`` and ``up``."""
+        """The result of ``pair`` whose stored factors are ``down`` [r, n] and ``up`` [m, r].
+
+        A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
+        """
         down_key, up_key = dialects.keys(family.lora_module(pair.name))
         layer = Layer(
             name=pair.name,
             groups=pair.groups,
-            shape=(pair.base.shape[0], pair.base.shape[1]),
+            shape=pair.shape,
             rank=found.rank,
             total=found.total_energy,
             energy=found.captured_energy / found.total_energy,
@@ -58,4 +63,6 @@ class Result:
             wanted=found.rank_wanted,
             method=found.method,
         )
+        if len(pair.base.shape) == 4:
+            down, up = down.reshape(len(down), *pair.base.shape[1:]), up.reshape(*up.shape, 1, 1)
         return cls(layer, {down_key: down, up_key: up})
