@@ -11,7 +11,7 @@ values. All of it is float64: the core's smallest values are right to 1e-16 of i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from mergetool.lora.svd import Decomposition
 
 _EPSILON = 2.0**-52
+
+RankOf = Callable[[Tensor], int]
+"""How many to keep of falling singular values, float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,15 +69,15 @@ class Factored:
         core = _triangle(_qr(self.up)) @ _triangle(_qr(self.down.T)).T
         return self._sound(torch.linalg.svdvals(core))
 
-    def truncated(self, rank: int, *, name: str) -> Decomposition:
+    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """Its ``rank`` strongest directions (fewer where it has no more), the closest matrix of that rank there is.
 
-        Vectors are rounded to float32 once, at the end. ``total_energy`` and ``lost_energy`` are those of the whole spectrum, not of
+        ``rank`` may be chosen from the spectrum. Vectors are rounded to float32 once, at the end. ``total_energy`` and ``lost_energy`` are those of the whole spectrum, not of
         a capped one.
         """
         of_up, of_down = _qr(self.up), _qr(self.down.T)
         left, values, right = torch.linalg.svd(_triangle(of_up) @ _triangle(of_down).T, full_matrices=False)
-        kept = min(rank, len(self._sound(values)))
+        kept = chosen(rank, self._sound(values))
         return decomposition(
             _times_q(of_up, left[:, :kept], self.shape[0]),
             values,
@@ -85,6 +88,11 @@ class Factored:
 
     def _sound(self, values: Tensor) -> Tensor:
         return sound(values, max(*self.shape, self.width))
+
+
+def chosen(rank: int | RankOf, values: Tensor) -> int:
+    """How many of the singular values ``values`` to keep."""
+    return min(rank if isinstance(rank, int) else rank(values), len(values))
 
 
 def sound(values: Tensor, size: int) -> Tensor:

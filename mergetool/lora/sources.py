@@ -20,7 +20,7 @@ from mergetool.adapters import Change, LoraFile
 from mergetool.adapters.values import dense_rows, factor, low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lora.factored import Factored, decomposition, sound
+from mergetool.lora.factored import Factored, RankOf, chosen, decomposition, sound
 from mergetool.lora.svd import Decomposition, decompose, squared_norm
 
 ROWS = 1024
@@ -37,8 +37,8 @@ class Source(Protocol):
     def spectrum(self) -> Tensor:
         """Its singular values, falling, float64, without those that are rounding noise."""
 
-    def truncated(self, rank: int, *, name: str) -> Decomposition:
-        """Its ``rank`` strongest directions, fewer where it has no more."""
+    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
+        """Its ``rank`` strongest directions, fewer where it has no more; ``rank`` may be chosen from the spectrum."""
 
     def rows(self, first: int, count: int) -> Tensor:
         """Some of its rows, [count, n], float64."""
@@ -59,7 +59,7 @@ class Product:
         """`Factored.spectrum`."""
         return self.factors.spectrum()
 
-    def truncated(self, rank: int, *, name: str) -> Decomposition:
+    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """`Factored.truncated`."""
         return self.factors.truncated(rank, name=name)
 
@@ -92,13 +92,13 @@ class Kronecker:
         together = torch.outer(*values).reshape(-1).sort(descending=True).values * abs(self.scale)
         return sound(together, max(self.shape))
 
-    def truncated(self, rank: int, *, name: str) -> Decomposition:
+    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """The pairs of directions with the largest products."""
         one, other = (torch.linalg.svd(part, full_matrices=False) for part in (self.first, self.second))
         together = torch.outer(one[1], other[1]).reshape(-1) * abs(self.scale)
         # Stable, so that equal values keep one order: the same file every time.
         values, places = together.sort(descending=True, stable=True)
-        kept = min(rank, len(sound(values, max(self.shape))))
+        kept = chosen(rank, sound(values, max(self.shape)))
         i, j = places[:kept] // len(other[1]), places[:kept] % len(other[1])
         left = torch.einsum("ak,bk->abk", one[0][:, i], other[0][:, j]).reshape(-1, kept)
         right = torch.einsum("ka,kb->kab", one[2][i], other[2][j]).reshape(kept, -1)
@@ -131,8 +131,10 @@ class Dense:
         """All of its singular values that are not rounding noise of float32."""
         return decompose(self.matrix, name="", rank_thresh=1.0).singular_values
 
-    def truncated(self, rank: int, *, name: str) -> Decomposition:
+    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """`svd.decompose`: within about 0.1 % of the energy of the best of that rank, the energy certified."""
+        if not isinstance(rank, int):
+            rank = rank(self.spectrum())
         if rank == 0:  # which `decompose` would take for a rank to be chosen
             m, n = self.shape
             total = torch.tensor([squared_norm(self.matrix) ** 0.5], dtype=torch.float64)
