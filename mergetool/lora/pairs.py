@@ -19,6 +19,7 @@ from mergetool import arch
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, DType
 from mergetool.errors import FamilyError, UsageError
+from mergetool.lora.rules import Rule, RuleName
 from mergetool.recipe.steps import Input
 
 
@@ -26,8 +27,9 @@ from mergetool.recipe.steps import Input
 class DiffOptions:
     """What the user asked of a difference LoRA.
 
-    ``rank`` 0 chooses each matrix's rank by ``rank_thresh``, the share of the sum of squared singular values to keep;
-    ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in.
+    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default the share of the
+    sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
+    least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in.
     """
 
     rank: int = 0
@@ -38,16 +40,34 @@ class DiffOptions:
     exclude: tuple[str, ...] = ()
     dtype: DType = BF16
     seed: int = 0
+    rule: RuleName = "energy"
+    budget: int = 0
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that cannot be meant."""
-        if not 0 < self.rank_thresh <= 1:
-            raise UsageError(
-                f"--rank-thresh is {self.rank_thresh}, but a share of the energy is above 0 and at most 1."
-            )
-        for option, value in (("--rank", self.rank), ("--rank-max", self.rank_max), ("--min-dim", self.min_dim)):
+        Rule(self.rule, self.rank_thresh)
+        for option, value in (
+            ("--rank", self.rank),
+            ("--rank-max", self.rank_max),
+            ("--min-dim", self.min_dim),
+            ("--budget", self.budget),
+        ):
             if value < 0:
                 raise UsageError(f"{option} is {value}, but cannot be negative.")
+        if self.budget and (self.rank or self.rule != "energy"):
+            raise UsageError("--budget chooses the ranks by itself; leave out --rank and --rule.")
+        if self.rank and self.rule != "energy":
+            raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
+
+    @property
+    def chosen(self) -> Rule:
+        """The rule by which ranks are chosen where neither ``rank`` nor ``budget`` says them."""
+        return Rule(self.rule, self.rank_thresh)
+
+    @property
+    def share(self) -> float | None:
+        """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
+        return None if self.rank or self.budget else self.chosen.share
 
 
 @dataclass(frozen=True, slots=True)
