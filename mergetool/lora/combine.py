@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,9 +208,7 @@ def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, c
     names = display_names([term.file.name for term in gathering.terms])
     recipe: dict[str, Any] = {
         "command": command,
-        "loras": [
-            {"name": names[term.file.name], "strength": number(term.strength)} for term in gathering.terms
-        ],
+        "loras": [{"name": names[term.file.name], "strength": number(term.strength)} for term in gathering.terms],
         **selection.recipe(),
     }
     if dtype is not None:

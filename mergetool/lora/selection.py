@@ -16,6 +16,7 @@ from mergetool.lora.rules import Rule
 
 _KERNEL, _ALPHA = 2 * 24, 80  # bytes of header, and of the header's padding
 
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """All of it, by concatenation."""
@@ -86,6 +87,9 @@ def ranks_within(
         for module, values in zip(modules, spectra, strict=True)
     ]
     # What a plain pair of matrices does not have: a kernel's dimensions in two shapes, and an alpha.
-    beside = sum(_KERNEL * (len(module.shape) > 2) + module.keys.always_alpha * (len(module.keys.alpha) + _ALPHA) for module in modules)
+    beside = sum(
+        _KERNEL * (len(module.shape) > 2) + module.keys.always_alpha * (len(module.keys.alpha) + _ALPHA)
+        for module in modules
+    )
     ranks = ranks_for(known, budget.size - beside, dtype, metadata)
     return {module.part: rank for module, rank in zip(modules, ranks, strict=True)}

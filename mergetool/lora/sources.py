@@ -194,9 +194,9 @@ def total(terms: Sequence[tuple[float, Product | Kronecker | Dense]]) -> Source:
     matrix = torch.empty(shape)
     for first in range(0, shape[0], ROWS):
         count = min(ROWS, shape[0] - first)
-        matrix[first : first + count] = torch.stack(
-            [one.rows(first, count) * strength for strength, one in terms]
-        ).sum(0)
+        matrix[first : first + count] = torch.stack([one.rows(first, count) * strength for strength, one in terms]).sum(
+            0
+        )
     return Dense(matrix)
 
 
