@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from mergetool.errors import DataError
 from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
 from mergetool.lora.factored import RankOf
-from mergetool.lora.gathering import Gathering, Module
+from mergetool.lora.gathering import Gathering, Module, holding
 from mergetool.lora.selection import Budget, Exact, Fixed, Selection, ranks_within
 from mergetool.lora.sources import Source, source_of, total
 from mergetool.lora.svd import balanced_factors, stored_residual
@@ -72,6 +71,7 @@ class Combined:
 
 T = TypeVar("T")
 Made = tuple[Outcome, dict[str, Tensor]]
+_NOTHING = 1e-24  # what rounding in float64 leaves of a sum of squares that is zero
 Solve = Callable[[Module], Made]
 Derive = Callable[[Module], Source]
 
@@ -90,7 +90,7 @@ def combine(
 ) -> Combined:
     """Write the sum at ``output``: a whole file, or none.
 
-    Without a ``dtype`` each module keeps that of its factors. ``derive`` makes something else of a module than its sum. ``progress`` is
+    Without a ``dtype`` each module keeps that of its factors; with a budget all have the one that holds them. ``derive`` makes something else of a module than its sum. ``progress`` is
     told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
     UsageError for a budget that is too small, DataError for what cannot be added and NonFiniteError.
     """
@@ -147,9 +147,10 @@ def _solver(
     if not isinstance(selection, Budget):
         rank = selection.rank if isinstance(selection, Fixed) else selection.rank_of
         return lambda module: _recompressed(module, of(module), rank, dtype or module.dtype, bare=derive is not None)
+    one = dtype or holding(module.dtype for module in gathering.modules)
     spectra = list(_in_turn(pool, lambda module: of(module).spectrum(), gathering.modules, progress))
-    ranks = ranks_within(selection, gathering.modules, spectra, dtype, metadata)
-    return lambda module: _recompressed(module, of(module), ranks[module.part], dtype or module.dtype, bare=True)
+    ranks = ranks_within(selection, gathering.modules, spectra, one, metadata)
+    return lambda module: _recompressed(module, of(module), ranks[module.part], one, bare=True)
 
 
 def _exact(module: Module, dtype: DType) -> Made:
@@ -167,7 +168,7 @@ def _recompressed(module: Module, whole: Source, rank: int | RankOf, dtype: DTyp
     down, up = balanced_factors(found, TORCH[dtype])
     stored = Stored(down, up, 1.0, found.total_energy**0.5, 0.0)
     residual = stored_residual(found, down, up)
-    if not bare and found.rank and found.rank >= _width(module):
+    if not bare and found.lost_energy <= _NOTHING * found.total_energy and _width(module) < math.inf:
         kept = concatenated(module, TORCH[dtype])
         if len(kept.down) <= found.rank and kept.residual <= residual:
             stored, residual = kept, kept.residual
@@ -207,9 +208,7 @@ def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, c
     names = display_names([term.file.name for term in gathering.terms])
     recipe: dict[str, Any] = {
         "command": command,
-        "loras": [
-            {"name": names[term.file.name], "strength": number(term.strength)} for term in gathering.terms
-        ],
+        "loras": [{"name": names[term.file.name], "strength": number(term.strength)} for term in gathering.terms],
         **selection.recipe(),
     }
     if dtype is not None:

@@ -72,7 +72,9 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
         if not torch.equal(up.double(), part.up.double() * (part.weight / scale)):
             missed = up.double() * scale - part.up.double() * part.weight
             errors.append(Factored(missed, part.down.double()).norm())
-    return Stored(torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, exact.norm(), math.hypot(*errors))
+    return Stored(
+        torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, exact.norm(), math.hypot(*errors)
+    )
 
 
 def _columns(module: Module, piece: Piece, dtype: torch.dtype) -> _Columns:

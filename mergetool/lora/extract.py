@@ -269,6 +269,8 @@ def _solve(
 
 def _result(pair: Pair, found: Subject, options: DiffOptions, family: Family) -> Result:
     kept = decomposed(pair, found.delta, options)
+    if kept.rank == 0:
+        return Result.nothing(pair, found.energy)
     down, up = balanced_factors(kept, TORCH[options.dtype])
     result = Result.of(pair, kept, down, up, stored_residual(kept, down, up), family)
     if found.shared is None:

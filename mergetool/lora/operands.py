@@ -19,7 +19,7 @@ from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.factored import Factored
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
 from mergetool.lora.sets import NEGLIGIBLE, LowRank
-from mergetool.lora.svd import Decomposition, decompose, goal_for, squared_norm, zero_decomposition
+from mergetool.lora.svd import Decomposition, decompose, squared_norm, zero_decomposition
 from mergetool.recipe.steps import Input
 
 Operand = Delta | LowRank
@@ -100,21 +100,17 @@ def decomposed(pair: Pair, delta: Operand, options: DiffOptions) -> Decompositio
         return _dense(pair, delta, options)
     if delta.rank == 0:
         return zero_decomposition(torch.zeros(delta.shape), pair.name)
-    wanted: list[int | None] = [None]
+    wanted = most = 0
 
     def rank(values: Tensor) -> int:
-        energies = values.square()
-        goal = goal_for(delta.shape, float(energies.sum()), options.rank, options.rank_thresh, options.rank_max)
-        if goal.target is None:
-            return goal.most
-        reached = (energies.cumsum(0) >= goal.target).nonzero()
-        needed = int(reached[0]) + 1 if len(reached) else len(values)
-        if needed > goal.most:
-            wanted[0] = needed
-        return min(needed, goal.most)
+        nonlocal wanted, most
+        most = min(options.rank or options.rank_max or len(values), len(values))
+        wanted = options.rank or options.chosen.rank(values.square().numpy()) or 0
+        return min(wanted, most)
 
     found = Factored.of(delta.up, delta.down).truncated(rank, name=pair.name)
-    return replace(found, capped=wanted[0] is not None, rank_wanted=wanted[0])
+    capped = not options.rank and wanted > most
+    return replace(found, capped=capped, rank_wanted=wanted if capped else None)
 
 
 def _sides(pair: Pair) -> list[Pair]:
@@ -147,4 +143,5 @@ def _dense(pair: Pair, delta: Delta, options: DiffOptions) -> Decomposition:
         seed=options.seed,
         sketch=delta.sketch,
         energy=delta.energy,
+        rule=options.rule,
     )

@@ -26,6 +26,7 @@ from mergetool.arch import Part
 from mergetool.arch.z_image import PAD_TOKENS
 from mergetool.checkpoint.dtypes import BF16, DType
 from mergetool.errors import FamilyError, UsageError
+from mergetool.lora.rules import Rule, RuleName
 from mergetool.recipe.steps import Input
 
 UNCHANGED = "not changed by the LoRA"
@@ -36,10 +37,11 @@ UNCHANGED = "not changed by the LoRA"
 class DiffOptions:
     """What the user asked of a difference LoRA.
 
-    ``rank`` 0 chooses each matrix's rank by ``rank_thresh``, the share of the sum of squared singular values to keep;
-    ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores whole, in a second file, what has no
-    factors, and the matrices that ``full_layers`` select. With a second variant the common part is taken, or with ``union``
-    the union with ``weights`` (`lora.sets`).
+    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default the share of the
+    sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
+    least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores
+    whole, in a second file, what has no factors, and the matrices that ``full_layers`` select. With a second variant the common
+    part is taken, or with ``union`` the union with ``weights`` (`lora.sets`).
     """
 
     rank: int = 0
@@ -50,6 +52,8 @@ class DiffOptions:
     exclude: tuple[str, ...] = ()
     dtype: DType = BF16
     seed: int = 0
+    rule: RuleName = "energy"
+    budget: int = 0
     full: bool = False
     full_layers: tuple[str, ...] = ()
     union: bool = False
@@ -57,19 +61,35 @@ class DiffOptions:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that cannot be meant."""
-        if not 0 < self.rank_thresh <= 1:
-            raise UsageError(
-                f"--rank-thresh is {self.rank_thresh}, but a share of the energy is above 0 and at most 1."
-            )
-        for option, value in (("--rank", self.rank), ("--rank-max", self.rank_max), ("--min-dim", self.min_dim)):
+        Rule(self.rule, self.rank_thresh)
+        for option, value in (
+            ("--rank", self.rank),
+            ("--rank-max", self.rank_max),
+            ("--min-dim", self.min_dim),
+            ("--budget", self.budget),
+        ):
             if value < 0:
                 raise UsageError(f"{option} is {value}, but cannot be negative.")
+        if self.budget and (self.rank or self.rule != "energy"):
+            raise UsageError("--budget chooses the ranks by itself; leave out --rank and --rule.")
+        if self.rank and self.rule != "energy":
+            raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
         if self.full_layers and not self.full:
             raise UsageError("--full-layer names what goes into a second file; say which with --full FILE.safetensors.")
         if self.weights != (1.0, 1.0) and not self.union:
             raise UsageError("--weights are those of the two unique parts in --union; add --union.")
         if not all(map(isfinite, self.weights)):
             raise UsageError(f"--weights are {self.weights[0]:g},{self.weights[1]:g}, but have to be finite.")
+
+    @property
+    def chosen(self) -> Rule:
+        """The rule by which ranks are chosen where neither ``rank`` nor ``budget`` says them."""
+        return Rule(self.rule, self.rank_thresh)
+
+    @property
+    def share(self) -> float | None:
+        """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
+        return None if self.rank or self.budget else self.chosen.share
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
-from mergetool.checkpoint.header import Header
 from mergetool.errors import UsageError
+from mergetool.lora.budget import Spectrum, ranks_for
 from mergetool.lora.gathering import Module
 from mergetool.lora.rules import Rule
 
-Float64 = NDArray[np.float64]
+_KERNEL, _ALPHA = 2 * 24, 80  # bytes of header, and of the header's padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,67 +76,20 @@ Selection = Exact | Fixed | ByRule | Budget
 
 
 def ranks_within(
-    budget: Budget,
-    modules: Sequence[Module],
-    spectra: Sequence[Tensor],
-    dtype: DType | None,
-    metadata: Mapping[str, str],
+    budget: Budget, modules: Sequence[Module], spectra: Sequence[Tensor], dtype: DType, metadata: Mapping[str, str]
 ) -> dict[str, int]:
-    """Part -> rank, so that the file, header included, has at most ``budget.size`` bytes.
+    """Part -> rank, so that the file, header included, has at most ``budget.size`` bytes and the least error (`budget.ranks_for`).
 
     Raises UsageError where not even one direction fits.
     """
-    energies = [values.square().numpy() for values in spectra]
-    costs = [sum(module.matrix) * (dtype or module.dtype).itemsize for module in modules]
-    # The header of the largest ranks first: what it leaves is sure to fit. Modules that then get nothing give back their names.
-    ranks = [len(found) for found in energies]
-    best: list[int] | None = None
-    for _ in range(3):
-        header = _planned(modules, ranks, dtype, metadata)
-        ranks = allocate(energies, costs, budget.size - header.data_start)
-        if not any(ranks) or _planned(modules, ranks, dtype, metadata).file_size > budget.size:
-            break
-        best = ranks
-    if best is None:
-        raise UsageError(
-            f"--budget is {budget.size} bytes, which does not hold one direction of any module beside the header; "
-            f"the smallest has {min(costs)}."
-        )
-    return {module.part: rank for module, rank in zip(modules, best, strict=True)}
-
-
-def allocate(energies: Sequence[Float64], costs: Sequence[int], room: int) -> list[int]:
-    """How many values of each falling spectrum of squares to keep, each of them at the cost of its matrix, within ``room``.
-
-    Those that hold most energy for their bytes come first (ties: the first matrix), over all matrices; by Eckart and Young no other
-    choice of the same size leaves a smaller total error, but for what one more direction would have cost.
-
-    Example: ``allocate([[9, 4], [5, 1]], [1, 1], 3)`` keeps ``[2, 1]``.
-    """
-    ranks = [0] * len(energies)
-    best = [(-float(found[0]) / cost, i) for i, (found, cost) in enumerate(zip(energies, costs, strict=True)) if len(found)]
-    heapq.heapify(best)
-    while best:
-        _, i = heapq.heappop(best)
-        if costs[i] > room:
-            continue
-        room -= costs[i]
-        ranks[i] += 1
-        if ranks[i] < len(energies[i]):
-            heapq.heappush(best, (-float(energies[i][ranks[i]]) / costs[i], i))
-    return ranks
-
-
-def _planned(
-    modules: Sequence[Module], ranks: Sequence[int], dtype: DType | None, metadata: Mapping[str, str]
-) -> Header:
-    """The header of a file with these ranks."""
-    entries: list[tuple[str, DType, tuple[int, ...]]] = []
-    for module, rank in zip(modules, ranks, strict=True):
-        if rank:
-            stored, kernel = dtype or module.dtype, module.shape[2:]
-            entries.append((module.keys.down, stored, (rank, *module.shape[1:])))
-            entries.append((module.keys.up, stored, (module.shape[0], rank, *(1 for _ in kernel))))
-            if module.keys.always_alpha:
-                entries.append((module.keys.alpha, dtypes.F32, ()))
-    return Header.plan(entries, metadata)
+    known = [
+        Spectrum(module.keys.down, module.keys.up, module.matrix, values.square().numpy())
+        for module, values in zip(modules, spectra, strict=True)
+    ]
+    # What a plain pair of matrices does not have: a kernel's dimensions in two shapes, and an alpha.
+    beside = sum(
+        _KERNEL * (len(module.shape) > 2) + module.keys.always_alpha * (len(module.keys.alpha) + _ALPHA)
+        for module in modules
+    )
+    ranks = ranks_for(known, budget.size - beside, dtype, metadata)
+    return {module.part: rank for module, rank in zip(modules, ranks, strict=True)}
