@@ -24,7 +24,7 @@ from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.job import open_change
 from mergetool.engine.memory import default_threads
-from mergetool.engine.reading import Method, PositionedFetcher, fetcher
+from mergetool.engine.reading import Method, PositionedFetcher, fetcher, too_large
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
 from mergetool.lora.delta import Buffers, Delta
@@ -140,12 +140,6 @@ def extract(
     return found
 
 
-def _too_large(files: Sequence[InputFile]) -> bool:
-    """True when the files leave less than a quarter of the memory to everything else, so that none can stay cached."""
-    memory = system.main_memory()
-    return memory is not None and sum(file.size for file in files) > 3 * memory // 4
-
-
 def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
     names = [model.name for model in pairing.variants]
     if len(names) > 1 and not options.union:
@@ -204,8 +198,13 @@ def _decomposed(
     part of another, nothing spins, and the bytes do not depend on the number of threads.
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
+<<<<<<< HEAD
     reader = OperandReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=_too_large(files))
+        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
+=======
+    reader = DeltaReader(
+        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
+>>>>>>> main
     )
     free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
     for _ in range(threads + 1):
