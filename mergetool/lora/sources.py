@@ -55,6 +55,11 @@ class Product:
         """[m, n]."""
         return self.factors.shape
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.factors.up, self.factors.down
+
     def spectrum(self) -> Tensor:
         """`Factored.spectrum`."""
         return self.factors.spectrum()
@@ -80,6 +85,11 @@ class Kronecker:
     def shape(self) -> tuple[int, int]:
         """[m, n]."""
         return len(self.first) * len(self.second), self.first.shape[1] * self.second.shape[1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.first, self.second
 
     @property
     def width(self) -> int:
@@ -127,6 +137,11 @@ class Dense:
         """[m, n]."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.matrix,)
+
     def spectrum(self) -> Tensor:
         """All of its singular values that are not rounding noise of float32."""
         return decompose(self.matrix, name="", rank_thresh=1.0).singular_values
@@ -157,30 +172,27 @@ def source_of(file: LoraFile, change: Change) -> Product | Kronecker | Dense:
             f'"{file.name}": {quoted(adapter.module)} is a DoRA, whose change depends on the weight it is added to; bake it into '
             "its model with the program that trained it, and take the difference with `mergetool diff`."
         )
-    found = _structured(file, change)
-    if found is None:
-        matrix = torch.empty(change.rows, prod(adapter.shape[1:]))
-        for first in range(0, change.rows, ROWS):
-            count = min(ROWS, change.rows - first)
-            matrix[first : first + count] = torch.from_numpy(dense_rows(file, change, first, count))
-        found = Dense(matrix)
-    parts = {
-        Product: lambda: (found.factors.up, found.factors.down),
-        Kronecker: lambda: (found.first, found.second),
-        Dense: lambda: (found.matrix,),
-    }[type(found)]()
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
+    found = _structured(file, change) or Dense(_dense(file, change))
+    if not all(bool(torch.isfinite(part).all()) for part in found.parts):
         raise NonFiniteError(
             f'"{file.name}": the factors of {quoted(adapter.module)} hold NaN or infinity; mend the file, or leave it out.'
         )
     return found
 
 
+def _dense(file: LoraFile, change: Change) -> Tensor:
+    matrix = torch.empty(change.rows, prod(change.adapter.shape[1:]))
+    for first in range(0, change.rows, ROWS):
+        count = min(ROWS, change.rows - first)
+        matrix[first : first + count] = torch.from_numpy(dense_rows(file, change, first, count))
+    return matrix
+
+
 def total(terms: Sequence[tuple[float, Product | Kronecker | Dense]]) -> Source:
     """The sum of at least one source of one shape, each times its strength."""
     shape = terms[0][1].shape
-    if len(terms) == 1 and isinstance(terms[0][1], Kronecker):
-        strength, only = terms[0]
+    strength, only = terms[0]
+    if len(terms) == 1 and isinstance(only, Kronecker):
         return Kronecker(only.first, only.second, only.scale * strength)
     # Past a quarter of the shorter side two QRs cost more than the search on the dense matrix. Plain LoRAs stay exact at any width.
     widths = [_width(one) for _, one in terms]
@@ -213,7 +225,8 @@ def _structured(file: LoraFile, change: Change) -> Product | Kronecker | None:
         case "lora":
             found = low_rank(file, change, scaled=False)
             assert found is not None
-            return Product(Factored.of(*map(torch.from_numpy, found), adapter.scale))
+            up, down = (torch.from_numpy(values) for values in found)
+            return Product(Factored.of(up, down, adapter.scale))
         case "loha" if "t1" not in adapter.tensors:
             left, right = _hadamard(file, change)
             return Product(Factored(left * adapter.scale, right))
