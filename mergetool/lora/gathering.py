@@ -21,6 +21,7 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
 from mergetool.lora import dialects
+from mergetool.lora.sources import Source, source_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,11 @@ def gather(
         names = " and ".join(quoted(term.file.name) for term in terms)
         raise DataError(f"{names} change no matrix at these strengths; there is nothing to write.")
     return Gathering(tuple(terms), family, modules, tuple(left_out), tuple(multipliers))
+
+
+def total_of(pieces: Sequence[Piece]) -> Source:
+    """The sum of some pieces of a module. Raises DataError for a DoRA, and NonFiniteError."""
+    return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in pieces])
 
 
 def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:

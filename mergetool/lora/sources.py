@@ -100,7 +100,7 @@ class Kronecker:
         """The products of the singular values of both."""
         values = [torch.linalg.svdvals(one) for one in (self.first, self.second)]
         together = torch.outer(*values).reshape(-1).sort(descending=True).values * abs(self.scale)
-        return sound(together, max(self.shape))
+        return self._sound(together)
 
     def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """The pairs of directions with the largest products."""
@@ -108,7 +108,7 @@ class Kronecker:
         together = torch.outer(one[1], other[1]).reshape(-1) * abs(self.scale)
         # Stable, so that equal values keep one order: the same file every time.
         values, places = together.sort(descending=True, stable=True)
-        kept = chosen(rank, sound(values, max(self.shape)))
+        kept = chosen(rank, self._sound(values))
         i, j = places[:kept] // len(other[1]), places[:kept] % len(other[1])
         left = torch.einsum("ak,bk->abk", one[0][:, i], other[0][:, j]).reshape(-1, kept)
         right = torch.einsum("ka,kb->kab", one[2][i], other[2][j]).reshape(kept, -1)
@@ -119,6 +119,9 @@ class Kronecker:
         rows = torch.arange(first, first + count)
         left, right = self.first[rows // len(self.second)], self.second[rows % len(self.second)]
         return torch.einsum("ri,rj->rij", left, right).reshape(count, -1) * self.scale
+
+    def _sound(self, values: Tensor) -> Tensor:
+        return sound(values, float(values[0]), max(self.shape))
 
     def product(self) -> Product:
         """The same as two factors."""
