@@ -75,7 +75,7 @@ class Gathering:
     """The modules of all LoRAs, those of the first in its order and then what only later ones have.
 
     ``left_out`` are parts that do not come along, with the reason and the energy of what is lost: None where a strength of 0 loses
-    it on purpose, and for keys that mean nothing here.
+    it on purpose, for keys that mean nothing here, and for what an operation has no use for.
     """
 
     terms: tuple[Term, ...]
@@ -134,7 +134,7 @@ def gather(
     left_out = [one for one in left_out if one[0] not in kept or one[2] is not None]
     if not modules:
         names = " and ".join(quoted(term.file.name) for term in terms)
-        raise DataError(f"{names} change no matrix at these strengths; there is nothing to write.")
+        raise DataError(f"{names}: no matrix is changed at these strengths; there is nothing to write.")
     return Gathering(tuple(terms), family, modules, tuple(left_out), tuple(multipliers))
 
 

@@ -69,16 +69,13 @@ def orthogonal(gathering: Gathering) -> Gathering:
 
 
 def both(gathering: Gathering) -> Gathering:
-    """The modules that both LoRAs change; the others are listed as left out, with their energy. Raises DataError where there are none."""
+    """The modules that both LoRAs change; the others are listed as left out. Raises DataError where there are none."""
     shared = tuple(module for module in gathering.modules if all(_sides(gathering, module)))
     alone = [module for module in gathering.modules if not all(_sides(gathering, module))]
     if not shared:
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{names} change no matrix in common; there is nothing to write.")
-    left_out = [
-        (module.part, f"only in {module.pieces[0].file.name}", float(total_of(module.pieces).spectrum().square().sum()))
-        for module in alone
-    ]
+    left_out = [(module.part, f"only in {module.pieces[0].file.name}", None) for module in alone]
     return replace(gathering, modules=shared, left_out=(*gathering.left_out, *left_out))
 
 
