@@ -26,9 +26,9 @@ from mergetool.errors import DataError
 from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
 from mergetool.lora.factored import RankOf
-from mergetool.lora.gathering import Gathering, Module, holding
+from mergetool.lora.gathering import Gathering, Module, holding, total_of
 from mergetool.lora.selection import Budget, Exact, Fixed, Selection, ranks_within
-from mergetool.lora.sources import Source, source_of, total
+from mergetool.lora.sources import Source
 from mergetool.lora.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.graph import number
@@ -120,7 +120,7 @@ def combine(
 
 def source(module: Module) -> Source:
     """The sum of everything that is added to a module. Raises DataError for DoRA, and NonFiniteError."""
-    return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in module.pieces])
+    return total_of(module.pieces)
 
 
 def _in_turn(

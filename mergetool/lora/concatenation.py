@@ -22,6 +22,9 @@ from mergetool.lora.gathering import Module, Piece
 from mergetool.lora.sources import source_of
 from mergetool.lora.svd import balanced_factors
 
+_CANCELLED = 1e-6  # below this share of the terms' norms the root of a difference of squares is no longer right to 1e-4
+_NOTHING = 2.0**-45  # of the parts' norms: what float64 leaves of a sum in which they cancel
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
@@ -61,20 +64,29 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
     """
     parts = [_columns(module, piece, dtype) for piece in module.pieces]
     parts = [part for part in parts if len(part.down)]
-    if not parts:
+    factors = [Factored.of(part.up, part.down, part.weight) for part in parts]
+    norms = [math.sqrt(max(one.inner(one), 0.0)) for one in factors]
+    norm = _norm(factors, math.fsum(norms)) if factors else 0.0
+    if norm == 0:
         m, n = module.matrix
         return Stored(torch.zeros(0, n, dtype=dtype), torch.zeros(m, 0, dtype=dtype), 1.0, 0.0, 0.0)
-    scale = _common(parts)
+    scale = _common(parts, norms)
     ups = [_folded(part.up, part.weight / scale) for part in parts]
-    exact = Factored.sum([(part.weight, Factored.of(part.up, part.down)) for part in parts])
     errors = [part.error for part in parts]
     for part, up in zip(parts, ups, strict=True):
         if not torch.equal(up.double(), part.up.double() * (part.weight / scale)):
             missed = up.double() * scale - part.up.double() * part.weight
             errors.append(Factored(missed, part.down.double()).norm())
-    return Stored(
-        torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, exact.norm(), math.hypot(*errors)
-    )
+    return Stored(torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, norm, math.hypot(*errors))
+
+
+def _norm(factors: Sequence[Factored], size: float) -> float:
+    """The norm of a sum whose terms' norms add up to ``size``; 0 where they cancel but for rounding."""
+    whole = Factored.sum([(1, one) for one in factors])
+    norm = math.sqrt(max(whole.inner(whole), 0.0))
+    if norm < _CANCELLED * size:
+        norm = whole.norm()
+    return norm if norm > _NOTHING * size else 0.0
 
 
 def _columns(module: Module, piece: Piece, dtype: torch.dtype) -> _Columns:
@@ -120,12 +132,11 @@ def _folded(up: Tensor, weight: float) -> Tensor:
     return up if weight == 1 else (up.double() * weight).to(up.dtype)
 
 
-def _common(parts: Sequence[_Columns]) -> float:
+def _common(parts: Sequence[_Columns], norms: Sequence[float]) -> float:
     """What stays outside of all columns: 1, or the size of one weight, whichever leaves least to be rounded.
 
     Above 0 always: diffusers doubles and halves a scale until it has found a root of it, and never ends with a negative one.
     """
-    norms = [abs(part.weight) * Factored.of(part.up, part.down).norm() for part in parts]
 
     def loss(scale: float) -> float:
         exact = [

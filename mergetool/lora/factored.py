@@ -87,7 +87,9 @@ class Factored:
         )
 
     def _sound(self, values: Tensor) -> Tensor:
-        return sound(values, max(*self.shape, self.width))
+        # Of the sum of the sizes of all rank-one terms, not of the largest value: where terms cancel, all values are noise.
+        terms = torch.linalg.vector_norm(self.up, dim=0) @ torch.linalg.vector_norm(self.down, dim=1)
+        return sound(values, float(terms), max(*self.shape, self.width))
 
 
 def chosen(rank: int | RankOf, values: Tensor) -> int:
@@ -95,10 +97,9 @@ def chosen(rank: int | RankOf, values: Tensor) -> int:
     return min(rank if isinstance(rank, int) else rank(values), len(values))
 
 
-def sound(values: Tensor, size: int) -> Tensor:
-    """The falling singular values that are above the rounding noise of float64 arithmetic on ``size`` values."""
-    least = float(values[0]) * size * _EPSILON if len(values) else 0.0
-    return values[: int((values > least).sum())]
+def sound(values: Tensor, scale: float, size: int) -> Tensor:
+    """The falling singular values above the rounding noise of float64: 2^-52 ``size`` times the ``scale`` of what they came from."""
+    return values[: int((values > scale * size * _EPSILON).sum())]
 
 
 def decomposition(left: Tensor, values: Tensor, right: Tensor, rank: int, *, name: str) -> Decomposition:

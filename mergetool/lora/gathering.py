@@ -21,6 +21,7 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
 from mergetool.lora import dialects
+from mergetool.lora.sources import Source, source_of, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Gathering:
     """The modules of all LoRAs, those of the first in its order and then what only later ones have.
 
     ``left_out`` are parts that do not come along, with the reason and the energy of what is lost: None where a strength of 0 loses
-    it on purpose, and for keys that mean nothing here.
+    it on purpose, for keys that mean nothing here, and for what an operation has no use for.
     """
 
     terms: tuple[Term, ...]
@@ -133,8 +134,13 @@ def gather(
     left_out = [one for one in left_out if one[0] not in kept or one[2] is not None]
     if not modules:
         names = " and ".join(quoted(term.file.name) for term in terms)
-        raise DataError(f"{names} change no matrix at these strengths; there is nothing to write.")
+        raise DataError(f"{names}: no matrix is changed at these strengths; there is nothing to write.")
     return Gathering(tuple(terms), family, modules, tuple(left_out), tuple(multipliers))
+
+
+def total_of(pieces: Sequence[Piece]) -> Source:
+    """The sum of some pieces of a module. Raises DataError for a DoRA, and NonFiniteError."""
+    return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in pieces])
 
 
 def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:

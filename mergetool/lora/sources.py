@@ -55,6 +55,11 @@ class Product:
         """[m, n]."""
         return self.factors.shape
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.factors.up, self.factors.down
+
     def spectrum(self) -> Tensor:
         """`Factored.spectrum`."""
         return self.factors.spectrum()
@@ -82,6 +87,11 @@ class Kronecker:
         return len(self.first) * len(self.second), self.first.shape[1] * self.second.shape[1]
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.first, self.second
+
+    @property
     def width(self) -> int:
         """The largest rank that it can have."""
         return min(self.first.shape) * min(self.second.shape)
@@ -90,7 +100,7 @@ class Kronecker:
         """The products of the singular values of both."""
         values = [torch.linalg.svdvals(one) for one in (self.first, self.second)]
         together = torch.outer(*values).reshape(-1).sort(descending=True).values * abs(self.scale)
-        return sound(together, max(self.shape))
+        return self._sound(together)
 
     def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
         """The pairs of directions with the largest products."""
@@ -98,7 +108,7 @@ class Kronecker:
         together = torch.outer(one[1], other[1]).reshape(-1) * abs(self.scale)
         # Stable, so that equal values keep one order: the same file every time.
         values, places = together.sort(descending=True, stable=True)
-        kept = chosen(rank, sound(values, max(self.shape)))
+        kept = chosen(rank, self._sound(values))
         i, j = places[:kept] // len(other[1]), places[:kept] % len(other[1])
         left = torch.einsum("ak,bk->abk", one[0][:, i], other[0][:, j]).reshape(-1, kept)
         right = torch.einsum("ka,kb->kab", one[2][i], other[2][j]).reshape(kept, -1)
@@ -109,6 +119,9 @@ class Kronecker:
         rows = torch.arange(first, first + count)
         left, right = self.first[rows // len(self.second)], self.second[rows % len(self.second)]
         return torch.einsum("ri,rj->rij", left, right).reshape(count, -1) * self.scale
+
+    def _sound(self, values: Tensor) -> Tensor:
+        return sound(values, float(values[0]), max(self.shape))
 
     def product(self) -> Product:
         """The same as two factors."""
@@ -126,6 +139,11 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         """[m, n]."""
         return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.matrix,)
 
     def spectrum(self) -> Tensor:
         """All of its singular values that are not rounding noise of float32."""
@@ -157,30 +175,27 @@ def source_of(file: LoraFile, change: Change) -> Product | Kronecker | Dense:
             f'"{file.name}": {quoted(adapter.module)} is a DoRA, whose change depends on the weight it is added to; bake it into '
             "its model with the program that trained it, and take the difference with `mergetool diff`."
         )
-    found = _structured(file, change)
-    if found is None:
-        matrix = torch.empty(change.rows, prod(adapter.shape[1:]))
-        for first in range(0, change.rows, ROWS):
-            count = min(ROWS, change.rows - first)
-            matrix[first : first + count] = torch.from_numpy(dense_rows(file, change, first, count))
-        found = Dense(matrix)
-    parts = {
-        Product: lambda: (found.factors.up, found.factors.down),
-        Kronecker: lambda: (found.first, found.second),
-        Dense: lambda: (found.matrix,),
-    }[type(found)]()
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
+    found = _structured(file, change) or Dense(_dense(file, change))
+    if not all(bool(torch.isfinite(part).all()) for part in found.parts):
         raise NonFiniteError(
             f'"{file.name}": the factors of {quoted(adapter.module)} hold NaN or infinity; mend the file, or leave it out.'
         )
     return found
 
 
+def _dense(file: LoraFile, change: Change) -> Tensor:
+    matrix = torch.empty(change.rows, prod(change.adapter.shape[1:]))
+    for first in range(0, change.rows, ROWS):
+        count = min(ROWS, change.rows - first)
+        matrix[first : first + count] = torch.from_numpy(dense_rows(file, change, first, count))
+    return matrix
+
+
 def total(terms: Sequence[tuple[float, Product | Kronecker | Dense]]) -> Source:
     """The sum of at least one source of one shape, each times its strength."""
     shape = terms[0][1].shape
-    if len(terms) == 1 and isinstance(terms[0][1], Kronecker):
-        strength, only = terms[0]
+    strength, only = terms[0]
+    if len(terms) == 1 and isinstance(only, Kronecker):
         return Kronecker(only.first, only.second, only.scale * strength)
     # Past a quarter of the shorter side two QRs cost more than the search on the dense matrix. Plain LoRAs stay exact at any width.
     widths = [_width(one) for _, one in terms]
@@ -213,7 +228,8 @@ def _structured(file: LoraFile, change: Change) -> Product | Kronecker | None:
         case "lora":
             found = low_rank(file, change, scaled=False)
             assert found is not None
-            return Product(Factored.of(*map(torch.from_numpy, found), adapter.scale))
+            up, down = (torch.from_numpy(values) for values in found)
+            return Product(Factored.of(up, down, adapter.scale))
         case "loha" if "t1" not in adapter.tensors:
             left, right = _hadamard(file, change)
             return Product(Factored(left * adapter.scale, right))
