@@ -132,16 +132,14 @@ def _filled(
             break
         if item.place in closed:
             continue
-        cost = item.count * spectra[item.place].cost(dtype)
-        ranks[item.place] += item.count
-        if cost > room or (now := size(ranks)) > budget:
-            ranks[item.place] -= item.count
+        before = ranks[item.place]
+        fits = min(item.count, room // spectra[item.place].cost(dtype))
+        for count in range(fits, -1, -1):  # one or two steps: only the header may still be in the way
+            ranks[item.place] = before + count
+            if count == 0 or (now := size(ranks)) <= budget:
+                break
+        if count < item.count:
             closed.add(item.place)  # its weaker directions are no smaller
-        else:
+        if count:
             room = budget - now
     return ranks
-
-
-def too_few(spectra: Sequence[Spectrum], ranks: Sequence[int], most: Sequence[int]) -> list[int]:
-    """The places of matrices all of whose known directions are kept, though they have more (up to ``most``)."""
-    return [i for i, (one, rank) in enumerate(zip(spectra, ranks, strict=True)) if rank == len(one.energies) < most[i]]
