@@ -25,6 +25,17 @@ Examples:
   mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner
   mergetool diff --base base.safetensors --variant tuned.safetensors --rank 32 -o tuned.lora.safetensors
   mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
+  mergetool diff --base alkahest --variant turbo --budget 300MB --spectra turbo.spectra.safetensors
+  mergetool diff --base alkahest --variant turbo --rule ratio --rank-thresh 0.05 --rank-max 0
+
+RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:
+  energy  the fewest r with (s1^2 + ... + sr^2) / (sum of all s^2) >= t
+  fro     the fewest r with the square root of that share >= t
+  sum     the fewest r with (s1 + ... + sr) / (sum of all s) >= t
+  ratio   all s > t * s1
+  abs     all s > t
+  knee    those before the point of the curve that is furthest below its chord; no t
+For energy and fro the pair that is stored, already rounded, reaches t. sum and knee decompose every matrix whole.
 
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
 names ("layers.*.attention.*") or re:REGEX.
@@ -41,9 +52,30 @@ def diff(
     ] = None,
     rank: Annotated[int, typer.Option(help="The same rank for every matrix; 0 chooses by --rank-thresh.")] = 0,
     rank_thresh: Annotated[
-        float, typer.Option(help="Share of each matrix's energy (sum of squared singular values) to keep.")
-    ] = 0.95,
-    rank_max: Annotated[int, typer.Option(help="Largest rank of a matrix; 0 for no cap.")] = 64,
+        float | None,
+        typer.Option(
+            help="What to keep of each matrix: its share of the energy (sum of squared singular values), or as --rule says. "
+            "[default: 0.95; none for ratio and abs]",
+            show_default=False,
+        ),
+    ] = None,
+    rank_max: Annotated[
+        int | None,
+        typer.Option(help="Largest rank of a matrix; 0 for no cap. [default: 64; 0 with --budget]", show_default=False),
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="energy, fro, sum, ratio, abs or knee; see below.", metavar="RULE")
+    ] = "energy",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Size of the file, e.g. 300MB: the ranks with the least total error.", metavar="SIZE"),
+    ] = None,
+    spectra: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.safetensors to keep what was found in: the next run, at another threshold, rank or budget, need not search."
+        ),
+    ] = None,
     min_dim: Annotated[int, typer.Option(help="Leave out matrices with fewer rows or columns.")] = 32,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these out. Repeatable.", metavar="PATTERN")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Take only these. Repeatable.", metavar="PATTERN")] = None,
@@ -64,12 +96,13 @@ def diff(
     """Take the difference variant - base as a LoRA that ComfyUI and diffusers both load whole.
 
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
-    energy of its whole spectrum, unless --rank-max stops it first, which is said.
+    energy of its whole spectrum, unless --rank-max stops it first, which is said. With --budget the ranks are those that
+    leave the least error of all matrices together in a file of that size.
     """
     from mergetool.lora import on_device
-    from mergetool.lora.extract import extract, open_diff
+    from mergetool.lora.extract import extract, on_the_cpu, open_diff
 
-    options = _options(rank, rank_thresh, rank_max, min_dim, include, exclude, dtype, seed)
+    options = _options(rank, rank_thresh, rank_max, rule, budget, min_dim, include, exclude, dtype, seed)
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))
     memory = console.parse_size(gpu_memory) if gpu_memory else 0
@@ -82,7 +115,10 @@ def diff(
             if as_json:
                 console.print_json(_pairing_json(pairing))
             return
-        with console.progress("diff", pairing.bytes_read, shown=not (no_progress or as_json)) as bar:
+        only = on_the_cpu(options, spectra) if target_device else ""
+        if only and not as_json:
+            console.heading("note", f"{only} works on the CPU; the device is not used")
+        with console.progress("diff", _bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
             found = extract(
                 pairing,
                 target,
@@ -92,19 +128,27 @@ def diff(
                 method=method,
                 device=target_device,
                 memory=memory,
+                spectra=spectra,
                 progress=bar,
             )
         seconds = time.monotonic() - started
         if as_json:
-            console.print_json(_pairing_json(pairing) | _extraction_json(found, target, seconds))
+            note = {"note": f"{only} works on the CPU; the device is not used"} if only else {}
+            console.print_json(
+                _pairing_json(pairing) | note | _extraction_json(found, options, spectra, target, seconds)
+            )
         else:
             _print_extraction(found, options, base, target, seconds, verbose=verbose)
+            if spectra is not None:
+                _print_spectra(found, spectra)
 
 
 def _options(
     rank: int,
-    rank_thresh: float,
-    rank_max: int,
+    rank_thresh: float | None,
+    rank_max: int | None,
+    rule: str,
+    budget: str | None,
     min_dim: int,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
@@ -112,19 +156,34 @@ def _options(
     seed: int,
 ) -> DiffOptions:
     from mergetool.checkpoint.dtypes import output_dtype
+    from mergetool.errors import UsageError
     from mergetool.lora.pairs import DiffOptions
+    from mergetool.lora.rules import RULES
 
     console.choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    console.choice("--rule", rule, RULES)
+    if rank_thresh is not None and (rule == "knee" or budget):
+        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
+    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
+        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
     return DiffOptions(
         rank=rank,
-        rank_thresh=rank_thresh,
-        rank_max=rank_max,
+        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
+        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
+        rule=rule,  # type: ignore[arg-type]
+        budget=console.parse_size(budget) if budget else 0,
         min_dim=min_dim,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         dtype=output_dtype(dtype),
         seed=seed,
     )
+
+
+def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
+    """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
+    again = sum(pair.base.nbytes + pair.variant.nbytes for pair in pairing.decomposed) if options.budget else 0
+    return pairing.bytes_read + again
 
 
 def _default_output(base: str, variant: str) -> Path:
@@ -156,9 +215,12 @@ def _print_extraction(
     found: Extraction, options: DiffOptions, base: str, target: Path, seconds: float, *, verbose: bool
 ) -> None:
     rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]
+    if options.budget:
+        console.heading("budget", _budget_line(found, options, target))
     console.heading("ranks", "")
     console.table(["group", "matrices", "rank min/med/max", "energy", "residual", "capped"], rows)
     _print_capped(found.layers, options)
+    _print_unmet(found.layers, options, verbose=verbose)
     for reason, energies in found.skipped.items():
         share = 100 * sum(energies.values()) / found.total if found.total else 0.0
         names = sorted(energies, key=lambda name: -energies[name])
@@ -183,15 +245,52 @@ def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
     if not capped:
         return
     wanted = [layer.wanted for layer in capped if layer.wanted is not None]
+    worst = min(capped, key=lambda layer: layer.energy)
+    if options.budget:
+        console.heading("", f"{len(capped)} capped at {options.rank_max}: --rank-max 0 leaves it to the budget")
+        return
     advice = (
         f"--rank-max {max(wanted)} would reach {options.rank_thresh:g}"
         if len(wanted) == len(capped)
         else f"--rank-max 0 would reach {options.rank_thresh:g}"
     )
-    worst = min(capped, key=lambda layer: layer.energy)
+    if options.share is None:
+        advice = f"--rank-max 0 keeps all that --rule {options.rule} does"
     console.heading(
         "", f"{len(capped)} capped at {options.rank_max}, down to {worst.energy:.4f} ({worst.name}): {advice}"
     )
+
+
+def _budget_line(found: Extraction, options: DiffOptions, target: Path) -> str:
+    size = target.stat().st_size
+    residual = (
+        sum(one.residual**2 * one.total for one in found.layers) / sum(one.total for one in found.layers)
+    ) ** 0.5
+    return f"{size:,} of {options.budget:,} bytes · residual {100 * residual:.1f} % of all matrices together, the least at that size"
+
+
+def _print_unmet(layers: Sequence[Layer], options: DiffOptions, *, verbose: bool) -> None:
+    """What has no directions at all, and what its dtype keeps from the threshold."""
+    nothing = [layer.name for layer in layers if layer.rank == 0]
+    if nothing:
+        total = sum(layer.total for layer in layers)
+        share = 100 * sum(layer.total for layer in layers if layer.rank == 0) / total
+        shown = console.listed(nothing, most=len(nothing) if verbose else 2)
+        console.heading("", f"{len(nothing)} got rank 0, {share:.2g} % of the matrices' difference: {shown}")
+    missed = [layer for layer in layers if layer.missed]
+    if missed:
+        worst = min(missed, key=lambda layer: 1 - layer.residual**2)
+        console.heading(
+            "",
+            f"{len(missed)} below the threshold as stored, down to {1 - worst.residual**2:.7f} ({worst.name}): "
+            f"{options.dtype.name.lower()} rounds away more than it leaves; --dtype fp32 would reach it",
+        )
+
+
+def _print_spectra(found: Extraction, spectra: Path) -> None:
+    known = len(found.layers) - len(found.searched)
+    searched = f"{console.plural(len(found.searched), 'matrix')} searched and added"
+    console.heading("spectra", f"{spectra}  {console.size(spectra.stat().st_size)}  {known} known · {searched}")
 
 
 def _by_group(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
@@ -230,9 +329,19 @@ def _pairing_json(pairing: Pairing) -> dict[str, Any]:
     }
 
 
-def _extraction_json(found: Extraction, target: Path, seconds: float) -> dict[str, Any]:
+def _extraction_json(
+    found: Extraction, options: DiffOptions, spectra: Path | None, target: Path, seconds: float
+) -> dict[str, Any]:
     return {
         "output": str(target),
+        "ranks": {
+            "rank": options.rank,
+            "budget": options.budget,
+            "rule": None if options.rank or options.budget else options.rule,
+            "rank_thresh": None if options.rank or options.budget or options.rule == "knee" else options.rank_thresh,
+            "rank_max": options.rank_max,
+        },
+        "spectra": None if spectra is None else {"file": str(spectra), "searched": found.searched},
         "bytes_written": target.stat().st_size,
         "seconds": round(seconds, 3),
         "layers": [
@@ -244,6 +353,8 @@ def _extraction_json(found: Extraction, target: Path, seconds: float) -> dict[st
                 "residual": layer.residual,
                 "capped": layer.capped,
                 "rank_wanted": layer.wanted,
+                "below_threshold_as_stored": layer.missed,
+                "energy_total": layer.total,
                 "method": layer.method,
             }
             for layer in found.layers

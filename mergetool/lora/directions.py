@@ -8,6 +8,7 @@ where the threshold is nearer than that (``svd.decompose`` with ``rows``). So th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,9 @@ from mergetool.lora.svd import Decomposition, decompose
 
 EXTRA = 8
 """Rows beyond the chosen rank to project onto: what rounding moved between neighbours is found again."""
+
+FAITHFUL = 1e-3
+"""Share of their stated energy that directions may lack before they are not believed; rounding them takes 1e-6."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +138,8 @@ def from_directions(
         rank = min(wanted, cap or wanted)
     guess = rank or (None if rule.needs_all else rule.rank(known.energies[: known.count], known.total)) or known.count
     rows = known.rows[: min(guess + max(EXTRA, guess // 50), known.count)]
-    found = decompose(
+    asked = partial(
+        decompose,
         delta.matrix,
         name=name,
         rank=rank,
@@ -144,9 +149,10 @@ def from_directions(
         sketch=delta.sketch,
         energy=delta.energy,
         rule=name_of_rule,
-        rows=rows,
-        complete=known.complete and len(rows) == known.count,
     )
+    found = asked(rows=rows, complete=known.complete and len(rows) == known.count)
+    if found.captured_energy < (1 - FAITHFUL) * float(known.energies[: found.rank].sum()):
+        found = asked()  # these are not the directions of those values: the file was tampered with
     if wanted > rank:
         found = replace(found, capped=True, rank_wanted=wanted)
     return found

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-import queue
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mergetool import __version__, models
 from mergetool.adapters import is_lora
-from mergetool.arch import Family
 from mergetool.checkpoint import system
-from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.job import open_change
 from mergetool.engine.memory import default_threads
-from mergetool.engine.reading import Method, PositionedFetcher, fetcher, too_large
+from mergetool.engine.reading import Method
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
-from mergetool.lora.delta import Buffers, Delta
+from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
-from mergetool.lora.operands import Operand, OperandReader, Subject, decomposed, subject
+from mergetool.lora.operands import Operand, decomposed
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
-from mergetool.lora.svd import balanced_factors, stored_residual
-from mergetool.lora.whole import Whole, tensors, whole
-from mergetool.ops.cpu import TORCH
+from mergetool.lora.spectra import SideFile
+from mergetool.lora.streaming import stream
+from mergetool.lora.whole import Whole, tensors
 from mergetool.recipe.provenance import display_names
 from mergetool.recipe.steps import Input
 
@@ -43,11 +41,12 @@ from mergetool.recipe.steps import Input
 class Extraction:
     """What a run found: ``layers`` in file order, what was stored ``whole``, and the energy of what was not decomposed, by reason.
 
-    With a second variant that energy is of the first one's delta.
+    With a second variant that energy is of the first one's delta. ``searched`` are the names of the matrices whose directions had to be searched for, where a side file of spectra was used.
     """
 
     layers: list[Layer] = field(default_factory=list)
     whole: list[Whole] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
     skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
 
     @property
@@ -96,48 +95,82 @@ def extract(
     method: Method = "auto",
     device: torch.device | None = None,
     memory: int = 0,
+    spectra: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
     Factors are named by ``dialects.keys`` and stored in ``options.dtype``. What is stored whole goes to ``full``, which is
-    published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked
-    on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
-    values, which differ with device and batch. Raises NonFiniteError for NaN or infinity in an input, OutputError,
-    BusyError, StorageError or DataError.
+    values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
+
+    ``spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
+    ``options.rank`` or ``options.rank_max`` of each matrix. The output is the same as when they are found in the run.
+
+    Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or ``spectra`` belongs to other
+    models, OutputError, BusyError, StorageError or DataError.
     """
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
-    for target in (output,) if full is None else (output, full):
-        lora_file.check(target, files, overwrite=overwrite)
-    if options.full != (full is not None) or full == output:
-        raise UsageError("--full needs a file of its own for what is stored whole.")
-    plain = any(pair.is_plain for pair in pairing.decomposed)
-    device = device if plain else None  # which would have nothing to do
+    lora_file.check(output, files, overwrite=overwrite)
+    if options.full != (full is not None):
+        raise UsageError("--full needs a file for what is stored whole.")
+    for option, target in (("--spectra", spectra), ("--full", full)):
+        if target is None:
+            continue
+        lora_file.check(target, files, overwrite=overwrite or option == "--spectra")
+        if target.absolute() in (output.absolute(), spectra.absolute() if spectra and option == "--full" else None):
+            raise UsageError(f"{option} names the same file as another output; give one of them another name.")
+    if spectra is not None and pairing.second is not None:
+        raise UsageError("--spectra keeps those of one difference, not of what two share; leave it out, or --variant2.")
+    if on_the_cpu(options, spectra, pairing):
+        device = None
     system.keep_freed_memory()
+    side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
+    run = partial(stream, pairing, options, files=files, method=method, threads=threads or default_threads())
     with ThreadPoolExecutor(1, "metadata") as background:
-        # Beside a device nothing else needs this processor: 0.3 s for two models of 12 GB.
-        early = None if device is None else background.submit(_metadata, pairing, options)
-        solved = []
-        for pair, energy, result in (
-            _decomposed(pairing, pairing.pairs, options, files, method, threads or default_threads())
-            if device is None
-            else _on_device(pairing, options, files, device, memory or free_memory(device))
-        ):
+        early = background.submit(_metadata, pairing, options, spectra=spectra)
+        solved: list[Solved] = []
+        found_in: Iterator[Solved]
+        if device is not None:
+            found_in = _on_device(pairing, options, run, device, memory or free_memory(device))
+        elif options.budget:
+            found_in = WithinBudget(pairing, options, early.result(), side, run, progress).solve()
+        elif spectra is not None:
+            found_in = with_spectra(pairing, options, side, run)
+        else:
+            found_in = run(pairing.pairs, partial(_decompose, pairing, options))
+        for pair, energy, result in found_in:
             if not math.isfinite(energy):
                 raise _not_finite(pairing, pair)
             solved.append((pair, energy, result))
             progress(pairing.nbytes(pair))
     found, factors = _in_order(pairing, solved, options)
+    if found.layers and not factors:
+        raise UsageError(f"no singular value is above {options.rank_thresh:g}; lower --rank-thresh.")
     if not factors:
         raise _nothing(pairing, options)
-    metadata = early.result() if early else _metadata(pairing, options)
     if full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
-        lora_file.write(full, values, metadata, files, overwrite=overwrite, threads=threads or default_threads())
-    lora_file.write(output, factors, metadata, files, overwrite=overwrite, threads=threads or default_threads())
+        lora_file.write(full, values, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
+    lora_file.write(output, factors, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
+    side.save(files, threads or default_threads())
+    found.searched = sorted(side.added)
     return found
+
+
+def on_the_cpu(options: DiffOptions, spectra: Path | None = None, pairing: Pairing | None = None) -> str:
+    """What of these options, and of a pairing, only the CPU's path can do, as the command line calls it; empty when a device can do
+    some of it.
+    """
+    if pairing is not None and not any(pair.is_plain for pair in pairing.decomposed):
+        return "--variant2" if pairing.second else "what is not two plain float tensors"
+    if options.budget:
+        return "--budget"
+    if spectra is not None:
+        return "--spectra"
+    return "" if options.rank or options.share is not None else f"--rule {options.rule}"
 
 
 def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
@@ -170,13 +203,14 @@ def _in_order(
 
 
 def _on_device(
-    pairing: Pairing, options: DiffOptions, files: Sequence[InputFile], device: torch.device, memory: int
+    pairing: Pairing, options: DiffOptions, run: partial[Iterator[Solved]], device: torch.device, memory: int
 ) -> Iterator[Solved]:
     """Every pair, plain matrices by way of ``device`` and the rest here: quantised ones, LoRAs', and those that are not decomposed."""
     others = [pair for pair in pairing.pairs if pair.reason or not pair.is_plain]
 
     def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
-        return list(_decomposed(pairing, pairs, options, files, "pread", 1)) if pairs else []
+        work = partial(_decompose, pairing, options)
+        return list(run(pairs, work, method="pread", threads=1)) if pairs else []
 
     with ThreadPoolExecutor(1, "others") as background:
         skipped = background.submit(on_cpu, others)
@@ -184,98 +218,10 @@ def _on_device(
         yield from skipped.result()
 
 
-def _decomposed(
-    pairing: Pairing,
-    pairs: Sequence[Pair],
-    options: DiffOptions,
-    files: Sequence[InputFile],
-    method: Method,
-    threads: int,
-) -> Iterator[Solved]:
-    """Every one of ``pairs`` in order with its energy, and its result where it has one.
-
-    One thread reads, ``threads`` decompose a matrix each, with torch's own threads off: no matrix waits for the serial
-    part of another, nothing spins, and the bytes do not depend on the number of threads.
-    """
-    # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-<<<<<<< HEAD
-    reader = OperandReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
-=======
-    reader = DeltaReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
->>>>>>> main
+def _decompose(pairing: Pairing, options: DiffOptions, pair: Pair, delta: Operand) -> Result:
+    return stored_result(
+        pair, options, pairing.base.anatomy.family, lambda share: decomposed(pair, delta, options, share)
     )
-    free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
-    for _ in range(threads + 1):
-        free.put([Buffers(_elements(pairs, of_lora=model.is_lora)) for model in pairing.variants])
-    reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
-    workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
-
-    def solve(pair: Pair, operands: Sequence[Operand], buffers: list[Buffers]) -> tuple[float, Result | Whole | None]:
-        try:
-            return _solve(pair, operands, options, pairing.base.anatomy.family)
-        finally:
-            free.put(buffers)
-
-    def read(pair: Pair) -> float | Future[tuple[float, Result | Whole | None]]:
-        if pair.reason and not pair.whole:
-            return reader.energy(pair)  # waits for no buffer and no worker
-        buffers = free.get()
-        try:
-            operands = reader.read(pair, buffers)
-        except BaseException:
-            free.put(buffers)
-            raise
-        return workers.submit(solve, pair, operands, buffers)
-
-    try:
-        for pair, started in [(pair, reading.submit(read, pair)) for pair in pairs]:
-            found = started.result()
-            yield pair, *((found, None) if isinstance(found, float) else found.result())
-    finally:
-        reading.shutdown(cancel_futures=True)
-        workers.shutdown(cancel_futures=True)
-
-
-def _elements(pairs: Sequence[Pair], *, of_lora: bool) -> int:
-    """Elements of the largest delta that is read into a buffer; a LoRA's matrices are not."""
-    return max(
-        (
-            pair.base.numel
-            for pair in pairs
-            if (pair.whole or not pair.reason) and not (of_lora and len(pair.base.shape) > 1)
-        ),
-        default=0,
-    )
-
-
-def _solve(
-    pair: Pair, operands: Sequence[Operand], options: DiffOptions, family: Family
-) -> tuple[float, Result | Whole | None]:
-    """The energy of what is stored of a pair, or of its first delta where that is nothing, and what it decomposed into."""
-    for operand in operands:
-        if isinstance(operand, Delta) and not math.isfinite(operand.energy):
-            return operand.energy, None
-    found = subject(pair, operands, options)
-    energy = found.energy
-    if energy == 0 or not math.isfinite(energy):
-        return found.energies[0] if math.isfinite(energy) else energy, None
-    if pair.whole:
-        return energy, whole(pair, found.delta, energy, TORCH[options.dtype])
-    return energy, _result(pair, found, options, family)
-
-
-def _result(pair: Pair, found: Subject, options: DiffOptions, family: Family) -> Result:
-    kept = decomposed(pair, found.delta, options)
-    if kept.rank == 0:
-        return Result.nothing(pair, found.energy)
-    down, up = balanced_factors(kept, TORCH[options.dtype])
-    result = Result.of(pair, kept, down, up, stored_residual(kept, down, up), family)
-    if found.shared is None:
-        return result
-    first, second = (found.shared / energy if energy else 0.0 for energy in found.energies)
-    return replace(result, layer=replace(result.layer, shared=(first, second)))
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
@@ -286,7 +232,7 @@ def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
     )
 
 
-def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
+def _metadata(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = None) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
     models_ = pairing.inputs
     names = display_names([model.name for model in models_])
@@ -297,15 +243,15 @@ def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
         "min_dim": options.min_dim,
         "seed": options.seed,
     }
-    recipe |= (
-        {"rank": options.rank} if options.rank else {"rank_thresh": options.rank_thresh, "rank_max": options.rank_max}
-    )
+    recipe |= _ranks_recipe(options)
+    if spectra is not None:
+        recipe["spectra"] = True  # directions came through bf16, so the last bits are others
     patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layers))
     recipe |= {key: list(v) for key, v in patterns if v}
     if options.full:
         recipe["full"] = True
     if pairing.second is not None:
-        recipe |= {"variant2": names[pairing.second.name]}
+        recipe["variant2"] = names[pairing.second.name]
         recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
     prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
     return {
@@ -314,3 +260,13 @@ def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
         "mergetool.diff": json.dumps(recipe, sort_keys=True),
         "mergetool.inputs": json.dumps(prints, sort_keys=True),
     }
+
+
+def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
+    """How the ranks were chosen."""
+    if options.rank:
+        return {"rank": options.rank}
+    if options.budget:
+        return {"budget": options.budget, "rank_max": options.rank_max}
+    chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.rank_max}
+    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.rank_thresh}

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from mergetool.errors import UsageError
 from mergetool.lora.batched import decompose_batch, squared_norms
-from mergetool.lora.factors import factors_of
+from mergetool.lora.factors import Factors, factors_of
 from mergetool.lora.layer import Result
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.stored import ATTEMPTS, next_share
+from mergetool.lora.svd import Decomposition
 from mergetool.lora.upload import Uploader
 from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
@@ -211,15 +213,40 @@ class Solver:
             deltas if len(usable) == len(pairs) else deltas[usable],
             [pairs[i].name for i in usable],
             rank=options.rank,
-            rank_thresh=options.rank_thresh,
+            rank_thresh=options.share or 1.0,
             rank_max=options.rank_max,
             seed=options.seed,
             energies=[energies[i] for i in usable],
         )
         results: dict[int, Result] = {}
         for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.dtype]), strict=True):
-            results[i] = Result.of(pairs[i], one, factors.down, factors.up, factors.residual, self._family)
+            one, factors = self._meeting_the_share(one, factors, deltas[i], energies[i])
+            results[i] = Result.of(
+                pairs[i], one, factors.down, factors.up, factors.residual, self._family, options.share
+            )
         return [(pair, energy, results.get(i)) for i, (pair, energy) in enumerate(zip(pairs, energies, strict=True))]
+
+    def _meeting_the_share(
+        self, found: Decomposition, factors: Factors, delta: Tensor, energy: float
+    ) -> tuple[Decomposition, Factors]:
+        """The same, or with a larger rank where rounding took the stored pair below the threshold."""
+        options = self._options
+        for _ in range(ATTEMPTS - 1):
+            if options.share is None or found.capped:
+                break
+            share = next_share(options.share, found.captured_energy / found.total_energy, factors.residual)
+            if share is None:
+                break
+            (found,) = decompose_batch(
+                delta[None],
+                [found.name],
+                rank_thresh=share,
+                rank_max=options.rank_max,
+                seed=options.seed,
+                energies=[energy],
+            )
+            (factors,) = factors_of([found], TORCH[options.dtype])
+        return found, factors
 
 
 def subtract(base: Tensor, variant: Tensor, *, out: Tensor) -> None:

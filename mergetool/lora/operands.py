@@ -18,6 +18,7 @@ from mergetool.lora import sets, sources
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.factored import Factored
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.rules import Rule
 from mergetool.lora.sets import NEGLIGIBLE, LowRank
 from mergetool.lora.svd import Decomposition, decompose, squared_norm, zero_decomposition
 from mergetool.recipe.steps import Input
@@ -94,10 +95,14 @@ def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Su
     return Subject(united, energies, energy)
 
 
-def decomposed(pair: Pair, delta: Operand, options: DiffOptions) -> Decomposition:
-    """The directions of a delta that ``options`` keep; those of a pair of factors from its whole spectrum, which is exact."""
+def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | None = None) -> Decomposition:
+    """The directions of a delta that ``options`` keep, or that hold ``share`` of its energy.
+
+    Those of a pair of factors come from its whole spectrum, which is exact.
+    """
+    rule = options.chosen if share is None else Rule("energy", share)
     if isinstance(delta, Delta):
-        return _dense(pair, delta, options)
+        return _dense(pair, delta, options, rule)
     if delta.rank == 0:
         return zero_decomposition(torch.zeros(delta.shape), pair.name)
     wanted = most = 0
@@ -105,12 +110,20 @@ def decomposed(pair: Pair, delta: Operand, options: DiffOptions) -> Decompositio
     def rank(values: Tensor) -> int:
         nonlocal wanted, most
         most = min(options.rank or options.rank_max or len(values), len(values))
-        wanted = options.rank or options.chosen.rank(values.square().numpy()) or 0
+        wanted = options.rank or rule.rank(values.square().numpy()) or 0
         return min(wanted, most)
 
     found = Factored.of(delta.up, delta.down).truncated(rank, name=pair.name)
     capped = not options.rank and wanted > most
     return replace(found, capped=capped, rank_wanted=wanted if capped else None)
+
+
+def dense(delta: Operand) -> Delta:
+    """``delta`` as a matrix."""
+    if isinstance(delta, Delta):
+        return delta
+    matrix = delta.dense().float()
+    return Delta(matrix, None, squared_norm(matrix))
 
 
 def _sides(pair: Pair) -> list[Pair]:
@@ -130,18 +143,18 @@ def _of_lora(source: sources.Product | sources.Kronecker | sources.Dense) -> Ope
 def _truncated(pair: Pair, delta: Delta, options: DiffOptions) -> LowRank:
     if delta.energy == 0:
         return LowRank(delta.matrix[:, :0], delta.matrix[:0])
-    return LowRank.of(_dense(pair, delta, options))
+    return LowRank.of(_dense(pair, delta, options, options.chosen))
 
 
-def _dense(pair: Pair, delta: Delta, options: DiffOptions) -> Decomposition:
+def _dense(pair: Pair, delta: Delta, options: DiffOptions, rule: Rule) -> Decomposition:
     return decompose(
         delta.matrix,
         name=pair.name,
         rank=options.rank,
-        rank_thresh=options.rank_thresh,
+        rank_thresh=rule.threshold,
         rank_max=options.rank_max,
         seed=options.seed,
         sketch=delta.sketch,
         energy=delta.energy,
-        rule=options.rule,
+        rule=rule.name,
     )
