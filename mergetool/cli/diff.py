@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, diff_outputs
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.lora.layer import Layer
-    from mergetool.lora.pairs import DiffOptions, Pairing
+    from mergetool.lora.pairs import DiffOptions, Pair, Pairing
 
 # The first of these that a matrix is in is its row of the table.
 GROUPS = ("attention", "ffn", "adaln", "embedder", "final")
@@ -27,6 +28,13 @@ Examples:
   mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
   mergetool diff --base alkahest --variant turbo --budget 300MB --spectra turbo.spectra.safetensors
   mergetool diff --base alkahest --variant turbo --rule ratio --rank-thresh 0.05 --rank-max 0
+
+  mergetool diff --base z-image --variant a.safetensors --variant2 b-lora.safetensors -o common.safetensors
+  mergetool diff --base z-image --variant a.safetensors --variant2 b.safetensors --union --weights 1,0.5 -o both.safetensors
+  mergetool diff --base z-image --variant tuned --full tuned-full.safetensors --full-layer embedder --checkpoint check.safetensors
+
+A variant may be a LoRA, or a PEFT folder, in any spelling: its change to --base is then the difference. What two differences have in
+common, and their union, is defined in docs/lora-sets.md.
 
 RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:
   energy  the fewest r with (s1^2 + ... + sr^2) / (sum of all s^2) >= t
@@ -45,7 +53,18 @@ names ("layers.*.attention.*") or re:REGEX.
 @console.command
 def diff(
     base: Annotated[str, typer.Option(help="The model the LoRA will be loaded on.", metavar="MODEL")],
-    variant: Annotated[str, typer.Option(help="The model that base + LoRA should become.", metavar="MODEL")],
+    variant: Annotated[
+        str, typer.Option(help="The model that base + LoRA should become, or a LoRA on the base.", metavar="MODEL")
+    ],
+    variant2: Annotated[
+        str | None, typer.Option(help="Keep what the differences to both variants have in common.", metavar="MODEL")
+    ] = None,
+    union: Annotated[
+        bool, typer.Option("--union", help="With --variant2: both, and what they share only once.")
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(help="With --union: how much of what each has alone.", metavar="W1,W2")
+    ] = "1,1",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="FILE.safetensors [default: VARIANT-minus-BASE.safetensors, here]"),
@@ -80,6 +99,19 @@ def diff(
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these out. Repeatable.", metavar="PATTERN")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Take only these. Repeatable.", metavar="PATTERN")] = None,
     dtype: Annotated[str, typer.Option(help="What the factors are stored in: bf16, fp16 or fp32.")] = "bf16",
+    full: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA."
+        ),
+    ] = None,
+    full_layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Store these matrices whole, in --full. Repeatable.", metavar="PATTERN"),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="FILE.safetensors to write the base with what was stored added to.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random starting directions.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Matrices worked on at once [default: all cores]", min=1)] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
@@ -87,6 +119,7 @@ def diff(
     gpu_memory: Annotated[
         str | None, typer.Option(help="GPU memory to use, e.g. 6GB [default: 80 % of what is free]", metavar="SIZE")
     ] = None,
+    skip_unmatched: console.SkipUnmatchedOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be decomposed, and stop.")] = False,
     as_json: JsonOption = False,
@@ -102,20 +135,29 @@ def diff(
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, on_the_cpu, open_diff
 
-    options = _options(rank, rank_thresh, rank_max, rule, budget, min_dim, include, exclude, dtype, seed)
+    options = replace(
+        _options(rank, rank_thresh, rank_max, rule, budget, min_dim, include, exclude, dtype, seed),
+        full=full is not None,
+        full_layers=tuple(full_layer or ()),
+        union=union,
+        weights=diff_outputs.weights(weights),
+    )
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))
     memory = console.parse_size(gpu_memory) if gpu_memory else 0
     started = time.monotonic()
-    with open_diff(base, variant, options) as pairing:
+    with open_diff(base, variant, options, second=variant2, skip_unmatched=skip_unmatched) as pairing:
         target = output or _default_output(base, variant)
         if not as_json:
             _print_pairing(pairing, verbose=verbose or dry_run)
+            diff_outputs.print_operands(pairing, options)
         if dry_run:
             if as_json:
                 console.print_json(_pairing_json(pairing))
             return
-        only = on_the_cpu(options, spectra) if target_device else ""
+        if checkpoint is not None:
+            diff_outputs.check_checkpoint(checkpoint, (target, full, spectra), pairing, overwrite=overwrite)
+        only = on_the_cpu(options, spectra, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
         with console.progress("diff", _bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
@@ -123,6 +165,7 @@ def diff(
                 pairing,
                 target,
                 options,
+                full=full,
                 overwrite=overwrite,
                 threads=threads,
                 method=method,
@@ -131,14 +174,23 @@ def diff(
                 spectra=spectra,
                 progress=bar,
             )
+        if checkpoint is not None:
+            stored = [target, full] if full is not None and found.whole else [target]
+            shown = not (no_progress or as_json)
+            diff_outputs.bake(base, stored, checkpoint, overwrite=overwrite, threads=threads, shown=shown)
         seconds = time.monotonic() - started
         if as_json:
             note = {"note": f"{only} works on the CPU; the device is not used"} if only else {}
             console.print_json(
-                _pairing_json(pairing) | note | _extraction_json(found, options, spectra, target, seconds)
+                _pairing_json(pairing)
+                | note
+                | _extraction_json(found, options, spectra, target, seconds)
+                | diff_outputs.whole_json(found, full, checkpoint, pairing)
             )
         else:
-            _print_extraction(found, options, base, target, seconds, verbose=verbose)
+            _print_extraction(
+                found, options, pairing, target, seconds, full=full, checkpoint=checkpoint, verbose=verbose
+            )
             if spectra is not None:
                 _print_spectra(found, spectra)
 
@@ -182,7 +234,7 @@ def _options(
 
 def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
     """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
-    again = sum(pair.base.nbytes + pair.variant.nbytes for pair in pairing.decomposed) if options.budget else 0
+    again = sum(map(pairing.nbytes, pairing.decomposed)) if options.budget else 0
     return pairing.bytes_read + again
 
 
@@ -194,9 +246,11 @@ def _default_output(base: str, variant: str) -> Path:
 
 
 def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
+    from mergetool.lora.pairs import UNCHANGED
+
     reasons: dict[str, list[str]] = {}
     for pair in pairing.pairs:
-        reasons.setdefault(pair.reason or "decomposed", []).append(pair.name)
+        reasons.setdefault(_action(pair), []).append(pair.name)
     for name, reason in pairing.left_out:
         reasons.setdefault(reason, []).append(name)
     family = pairing.base.anatomy.family.name
@@ -206,13 +260,27 @@ def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
         for reason, names in reasons.items():
             for name in names:
                 console.heading("", f"{name}  {reason}")
-    elif pairing.left_out:
-        shown = [f"{name} ({reason})" for name, reason in pairing.left_out]
+        return
+    shown = [f"{name} ({reason})" for name, reason in pairing.left_out if reason != UNCHANGED]
+    if shown:
         console.heading("", f"{len(shown)} left out: {console.listed(shown)}")
 
 
+def _action(pair: Pair) -> str:
+    """What is done with a pair, in words."""
+    return f"{pair.reason}, stored whole" if pair.whole else pair.reason or "decomposed"
+
+
 def _print_extraction(
-    found: Extraction, options: DiffOptions, base: str, target: Path, seconds: float, *, verbose: bool
+    found: Extraction,
+    options: DiffOptions,
+    pairing: Pairing,
+    target: Path,
+    seconds: float,
+    *,
+    full: Path | None,
+    checkpoint: Path | None,
+    verbose: bool,
 ) -> None:
     rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]
     if options.budget:
@@ -221,10 +289,13 @@ def _print_extraction(
     console.table(["group", "matrices", "rank min/med/max", "energy", "residual", "capped"], rows)
     _print_capped(found.layers, options)
     _print_unmet(found.layers, options, verbose=verbose)
+    diff_outputs.print_shared(found.layers, pairing)
     for reason, energies in found.skipped.items():
         share = 100 * sum(energies.values()) / found.total if found.total else 0.0
         names = sorted(energies, key=lambda name: -energies[name])
-        detail = "" if reason == "unchanged" else f", {share:.2g} % of the difference"
+        # With two variants there is one difference that was looked for, and another whose energy is known.
+        unsaid = reason == "unchanged" or pairing.second is not None
+        detail = "" if unsaid else f", {share:.2g} % of the difference"
         console.heading(
             "", f"{len(names)} {reason}{detail}: {console.listed(names, most=len(names) if verbose else 2)}"
         )
@@ -237,6 +308,10 @@ def _print_extraction(
     console.heading(
         "done", f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   loads in ComfyUI and diffusers"
     )
+    diff_outputs.print_whole(found, full, verbose=verbose)
+    base = pairing.base.name
+    if checkpoint is not None:
+        console.heading("", f"{checkpoint}  {console.size(checkpoint.stat().st_size)}  {base} with it added")
     console.heading("next", f"load it at strength 1 on {base}; at other strengths it moves part of the way, or past")
 
 
@@ -324,7 +399,7 @@ def _pairing_json(pairing: Pairing) -> dict[str, Any]:
         "variant": pairing.variant.name,
         "family": pairing.base.anatomy.family.name,
         "bytes_read": pairing.bytes_read,
-        "pairs": [{"name": pair.name, "action": pair.reason or "decomposed"} for pair in pairing.pairs],
+        "pairs": [{"name": pair.name, "action": _action(pair)} for pair in pairing.pairs],
         "left_out": [{"name": name, "reason": reason} for name, reason in pairing.left_out],
     }
 
@@ -356,6 +431,7 @@ def _extraction_json(
                 "below_threshold_as_stored": layer.missed,
                 "energy_total": layer.total,
                 "method": layer.method,
+                "common_share": layer.shared,
             }
             for layer in found.layers
         ],
