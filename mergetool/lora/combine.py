@@ -22,7 +22,7 @@ from torch import Tensor
 from mergetool import __version__
 from mergetool.checkpoint.dtypes import DType
 from mergetool.engine.memory import default_threads
-from mergetool.errors import DataError
+from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
 from mergetool.lora.factored import RankOf
@@ -90,8 +90,8 @@ def combine(
 ) -> Combined:
     """Write the sum at ``output``: a whole file, or none.
 
-    Without a ``dtype`` each module keeps that of its factors; with a budget all have the one that holds them. ``derive`` makes something else of a module than its sum. ``progress`` is
-    told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
+    Without a ``dtype`` each module keeps that of its factors; with a budget all have the one that holds them. ``derive`` makes
+    something else of a module than its sum. ``progress`` is told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
     UsageError for a budget that is too small, DataError for what cannot be added and NonFiniteError.
     """
     lora_file.check(output, gathering.files, overwrite=overwrite)
@@ -169,12 +169,20 @@ def _recompressed(module: Module, whole: Source, rank: int | RankOf, dtype: DTyp
     stored = Stored(down, up, 1.0, found.total_energy**0.5, 0.0)
     residual = stored_residual(found, down, up)
     if not bare and found.lost_energy <= _NOTHING * found.total_energy and _width(module) < math.inf:
-        kept = concatenated(module, TORCH[dtype])
-        if len(kept.down) <= found.rank and kept.residual <= residual:
+        kept = _as_they_came(module, TORCH[dtype])
+        if kept is not None and len(kept.down) <= found.rank and kept.residual <= residual:
             stored, residual = kept, kept.residual
     share = found.captured_energy / found.total_energy if found.total_energy else 1.0
     outcome = _outcome(module, len(stored.down), found.total_energy, share, residual, dtype)
     return outcome, _tensors(module, stored)
+
+
+def _as_they_came(module: Module, dtype: torch.dtype) -> Stored | None:
+    """The factors side by side; None where ``dtype`` is too narrow for one of them, which balanced factors need not be."""
+    try:
+        return concatenated(module, dtype)
+    except NonFiniteError:
+        return None
 
 
 def _width(module: Module) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergetool.adapters.values import low_rank
 from mergetool.checkpoint.names import quoted
-from mergetool.errors import UsageError
+from mergetool.errors import NonFiniteError, UsageError
 from mergetool.lora.factored import Factored
 from mergetool.lora.gathering import Module, Piece
 from mergetool.lora.sources import source_of
@@ -63,7 +63,8 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
     DataError for DoRA and NonFiniteError.
     """
     parts = [_columns(module, piece, dtype) for piece in module.pieces]
-    parts = [part for part in parts if len(part.down)]
+    parts = [part for part in parts if len(part.down) and part.weight != 0]
+    _check(module, dtype, [factor for part in parts for factor in (part.down, part.up)])
     factors = [Factored.of(part.up, part.down, part.weight) for part in parts]
     norms = [math.sqrt(max(one.inner(one), 0.0)) for one in factors]
     norm = _norm(factors, math.fsum(norms)) if factors else 0.0
@@ -72,12 +73,21 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
         return Stored(torch.zeros(0, n, dtype=dtype), torch.zeros(m, 0, dtype=dtype), 1.0, 0.0, 0.0)
     scale = _common(parts, norms)
     ups = [_folded(part.up, part.weight / scale) for part in parts]
+    _check(module, dtype, ups)
     errors = [part.error for part in parts]
     for part, up in zip(parts, ups, strict=True):
         if not torch.equal(up.double(), part.up.double() * (part.weight / scale)):
             missed = up.double() * scale - part.up.double() * part.weight
             errors.append(Factored(missed, part.down.double()).norm())
     return Stored(torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, norm, math.hypot(*errors))
+
+
+def _check(module: Module, dtype: torch.dtype, factors: Sequence[Tensor]) -> None:
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise NonFiniteError(
+            f'factors of "{module.part}" are too large for {str(dtype).removeprefix("torch.")}; write bf16 or fp32 with --dtype, '
+            "or give --rank, which balances them."
+        )
 
 
 def _norm(factors: Sequence[Factored], size: float) -> float:

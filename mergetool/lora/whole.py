@@ -35,7 +35,7 @@ class Whole:
 def whole(pair: Pair, delta: Operand, energy: float, dtype: torch.dtype) -> Whole:
     """``delta`` of ``pair`` rounded once to ``dtype``. Raises NonFiniteError where a value does not fit."""
     exact = delta.matrix if isinstance(delta, Delta) else delta.dense()
-    values = exact.to(dtype)
+    values = exact.to(dtype, copy=True)  # ``exact`` may lie in a buffer that is used again
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             f'the difference of tensor "{pair.name}" is too large for {str(dtype).removeprefix("torch.")}: its largest value is '
