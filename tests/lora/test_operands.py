@@ -307,7 +307,7 @@ def test_both_files_together_make_the_base_the_variant(tmp_path: Path) -> None:
     checkpoint(tmp_path / "base.safetensors", dtype=F32)
     checkpoint(tmp_path / "variant.safetensors", variant=1, dtype=F32)
     found = diff(tmp_path, "variant.safetensors", full=True, rank_thresh=1.0, full_layers=("layers.0",))
-    keys = list(load_file(tmp_path / "full.safetensors"))
+    keys, whole = list(load_file(tmp_path / "full.safetensors")), {one.name for one in found.whole}
     assert "diffusion_model.layers.0.attention.qkv.diff" in keys
     assert "diffusion_model.layers.1.attention.q_norm.diff" in keys
     assert "diffusion_model.x_embedder.diff_b" in keys
@@ -328,7 +328,8 @@ def test_both_files_together_make_the_base_the_variant(tmp_path: Path) -> None:
         rows = part.stored
         wanted = truth[rows.tensor][rows.row : rows.row + rows.rows]
         if np.any(wanted):
-            assert error(stored(tmp_path, part.name).reshape(wanted.shape), wanted) < 1e-5, part.name
+            tolerance = 1e-6 if part.name in whole else 1e-3
+            assert error(stored(tmp_path, part.name).reshape(wanted.shape), wanted) < tolerance, part.name
 
 
 def test_rows_of_a_fused_matrix_that_are_not_stored_whole_are_zeros_there(tmp_path: Path) -> None:
