@@ -66,10 +66,20 @@ class OperandReader:
             rows, columns = pair.shape
             return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
         encoding = pair.variant.encoding
-        if not model.is_lora or len(pair.base.shape) < 2:
-            return reader.read(pair, room)
-        assert isinstance(encoding, ChangeRows)
-        return _of_lora(sources.source_of(encoding.file, encoding.change))
+        if _is_structured(model, pair) and isinstance(encoding, ChangeRows):
+            return _of_lora(sources.source_of(encoding.file, encoding.change))
+        return reader.read(pair, room)
+
+
+def room_for(pairs: Sequence[Pair], models: Sequence[Input]) -> list[Buffers]:
+    """Buffers for the largest delta of each of ``models`` that is read densely; most of a LoRA's are not."""
+    most = [0] * len(models)
+    for pair in pairs:
+        if pair.whole or not pair.reason:
+            for i, (model, side) in enumerate(zip(models, _sides(pair), strict=True)):
+                if not _is_structured(model, side):
+                    most[i] = max(most[i], pair.base.numel)
+    return [Buffers(elements) for elements in most]
 
 
 def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Subject:
@@ -129,6 +139,11 @@ def dense(delta: Operand) -> Delta:
 def _sides(pair: Pair) -> list[Pair]:
     """The pair of the base with each variant."""
     return [pair] if pair.second is None else [pair, replace(pair, variant=pair.second)]
+
+
+def _is_structured(model: Input, pair: Pair) -> bool:
+    """Whether the delta is a LoRA's change of a matrix, which its factors tell; a DoRA's depends on the weight."""
+    return model.is_lora and len(pair.base.shape) > 1 and isinstance(pair.variant.encoding, ChangeRows)
 
 
 def _of_lora(source: sources.Product | sources.Kronecker | sources.Dense) -> Operand:

@@ -15,7 +15,7 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.reading import Method, PositionedFetcher, fetcher, too_large
 from mergetool.lora.delta import Buffers, Delta
 from mergetool.lora.layer import Result
-from mergetool.lora.operands import Operand, OperandReader, Subject, subject
+from mergetool.lora.operands import Operand, OperandReader, Subject, room_for, subject
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
 from mergetool.lora.whole import Whole, whole
 from mergetool.ops.cpu import TORCH
@@ -45,7 +45,7 @@ def stream(
     )
     free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
     for _ in range(threads + 1):
-        free.put([Buffers(_elements(pairs, of_lora=model.is_lora)) for model in pairing.variants])
+        free.put(room_for(pairs, pairing.variants))
     reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
     workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
 
@@ -74,12 +74,6 @@ def stream(
     finally:
         reading.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
-
-
-def _elements(pairs: Sequence[Pair], *, of_lora: bool) -> int:
-    """Elements of the largest delta that is read into a buffer; a LoRA's matrices are not."""
-    read = (pair.base for pair in pairs if pair.whole or not pair.reason)
-    return max((part.numel for part in read if not (of_lora and len(part.shape) > 1)), default=0)
 
 
 def _worked(
