@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_budget                        the embedded models
     python -m benchmarks.bench_budget --dir DIR [--known 192]    DIR/alkahest and DIR/turbo, of any size
+    python -m benchmarks.bench_budget --dir DIR --times      what a side file of spectra saves, on blocks 0 to 4
     python -m benchmarks.bench_budget --plot                 docs/pictures/budget.png from the newest rows
 
 A fixed rank gives a size. At that size stand every other rule, its threshold the one that fills the file best without going above,
@@ -22,6 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import provenance
+from benchmarks.contenders import console_script
+from benchmarks.measure import Usage, measure
 from mergetool.checkpoint.dtypes import BF16
 from mergetool.lora import dialects
 from mergetool.lora.budget import Spectrum, file_size, ranks_for
@@ -203,6 +206,55 @@ def compare(
     return rows
 
 
+TIMES = {
+    "no side file": ["--rank-thresh", "0.95"],
+    "side file made": ["--rank-thresh", "0.95", "--spectra", "side.safetensors"],
+    "side file used, another threshold": ["--rank-thresh", "0.8", "--spectra", "side.safetensors"],
+    "side file used, a budget": ["--budget", "25MB", "--spectra", "side.safetensors"],
+    "a budget, no side file": ["--budget", "25MB"],
+}
+
+
+def times(folder: Path, runs: int) -> list[provenance.Result]:
+    """Rounds of every case of ``TIMES`` as a user runs it, in the page cache."""
+    models: list[str | Path] = ["--base", folder / "alkahest.safetensors", "--variant", folder / "turbo.safetensors"]
+    usages: dict[str, list[Usage]] = {case: [] for case in TIMES}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for round_ in range(runs + 1):  # the first fills the cache
+            for case, options in TIMES.items():
+                if round_ == 0 and case != "no side file":
+                    continue
+                place = [Path(scratch) / o if o.endswith(".safetensors") else o for o in options]
+                if case == "side file made":
+                    (Path(scratch) / "side.safetensors").unlink(missing_ok=True)
+                output = Path(scratch) / "lora.safetensors"
+                command = ["diff", *models, "--include", "layers.0-4", "-o", output, "--overwrite", "--json", *place]
+                usage = measure([console_script(), *command])
+                if usage.exit_code:
+                    raise RuntimeError(usage.output)
+                print(f"{case:36} {usage.seconds:.1f} s  {usage.peak_anon / 1e6:.0f} MB", flush=True)
+                if round_:
+                    usages[case].append(usage)
+    plain = [usage.seconds for usage in usages["no side file"]]
+    return [
+        provenance.Result(
+            "diff spectra",
+            "full pair, blocks 0 to 4",
+            case,
+            "seconds",
+            [usage.seconds for usage in found],
+            "s",
+            ratio_to="no side file",
+            ratio=provenance.median_ratio([usage.seconds for usage in found], plain),
+            cache="warm",
+            peak_anon_mb=max(usage.peak_anon for usage in found) / 1e6,
+            peak_rss_mb=max(usage.peak_rss for usage in found) / 1e6,
+            config={"options": " ".join(TIMES[case])},
+        )
+        for case, found in usages.items()
+    ]
+
+
 def _middle(ranks: Sequence[int]) -> str:
     ordered = sorted(ranks)
     return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}"
@@ -246,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, help="holds alkahest.safetensors and turbo.safetensors")
     parser.add_argument("--known", type=int, default=192, help="directions of every matrix to look for")
     parser.add_argument("--ranks", type=int, nargs="+", help="fixed ranks whose sizes are compared")
+    parser.add_argument("--times", action="store_true", help="time what a side file saves instead")
     parser.add_argument("--plot", action="store_true", help="draw the picture from the table, and measure nothing")
     parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="the table to append to")
     options = parser.parse_args(arguments)
@@ -254,7 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot()
         return
     rows = []
-    if options.dir is None:
+    if options.times:
+        rows = times(options.dir, runs=2)
+    elif options.dir is None:
         rules: tuple[RuleName, ...] = ("energy", "sum", "ratio", "abs")
         for base, variant in LAB:
             with tempfile.TemporaryDirectory() as scratch:
