@@ -93,10 +93,11 @@ def test_what_is_too_large_for_the_rest_makes_way_for_what_is_not() -> None:
 
 
 def test_names_in_the_header_are_paid_for_by_the_first_direction() -> None:
-    # By energy a byte of the factors alone the tiny matrix would come first.
-    spectra = [spectrum("tiny" * 50, 2, 2, [1.0]), spectrum("plain", 40, 40, [12.0])]
-    budget = file_size(spectra, [0, 1], BF16, METADATA)
-    assert ranks_for(spectra, budget, BF16, METADATA) == [0, 1]
+    # By energy a byte of the factors alone the tiny matrix comes first, and its names take the room of a direction.
+    spectra = [spectrum("tiny", 2, 2, [1.0]), spectrum("plain", 60, 60, [12.0, 11.0])]
+    budget = file_size(spectra, [0, 2], BF16, METADATA)
+    assert file_size(spectra, [1, 1], BF16, METADATA) <= budget
+    assert ranks_for(spectra, budget, BF16, METADATA) == [0, 2]
 
 
 def test_a_budget_for_nothing_is_refused_and_says_what_is_needed() -> None:

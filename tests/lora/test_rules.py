@@ -191,8 +191,14 @@ def test_useless_directions_lead_to_no_untruth(options: dict[str, float]) -> Non
 
 @pytest.mark.parametrize(
     ("rule", "t"),
-    [("energy", 0.0), ("energy", 1.1), ("fro", -0.1), ("sum", 2.0), ("ratio", 1.0), ("ratio", 0.0), ("abs", 0.0)]
-    + [("abs", math.inf), ("energy", math.nan), ("ratio", math.nan), ("abs", math.nan), ("median", 0.5)],
+    [
+        *(("energy", t) for t in (0.0, 1.1, math.nan)),
+        *(("ratio", t) for t in (0.0, 1.0, math.nan)),
+        *(("abs", t) for t in (0.0, math.inf, math.nan)),
+        ("fro", -0.1),
+        ("sum", 2.0),
+        ("median", 0.5),
+    ],
 )
 def test_a_threshold_that_a_rule_cannot_mean_is_refused(rule: RuleName, t: float) -> None:
     with pytest.raises(UsageError, match=r"--rank-thresh is|--rule is one of"):
