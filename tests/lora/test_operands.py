@@ -174,6 +174,22 @@ def test_keys_of_a_lora_that_fit_nothing_are_refused_or_named(tmp_path: Path) ->
         ]
 
 
+def test_a_doras_change_of_the_base_is_the_difference(tmp_path: Path) -> None:
+    """As PEFT adds it: every row of base + product scaled to its magnitude."""
+    base = base_of(tmp_path)[NAME]
+    up, down = gaussian(M, 4, seed=2).float(), gaussian(4, N, seed=3).float()
+    size = gaussian(M, seed=4).float().abs()
+    name = "diffusion_model.blocks.0.proj"
+    save(
+        tmp_path / "variant.safetensors",
+        {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down, f"{name}.lora_magnitude_vector": size},
+    )
+    diff(tmp_path, "variant.safetensors", rank_thresh=1.0)
+    moved = base + up.double() @ down.double()
+    wanted = size.double()[:, None] * moved / torch.linalg.vector_norm(moved, dim=1, keepdim=True) - base
+    assert error(stored(tmp_path), wanted) < 1e-3
+
+
 def test_a_base_that_is_a_lora_is_refused(tmp_path: Path) -> None:
     base_of(tmp_path)
     lora(tmp_path / "base.safetensors", {"blocks.0.proj": (gaussian(M, 2, seed=2), gaussian(2, N, seed=3))})
