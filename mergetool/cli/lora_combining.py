@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.diff import GROUPS
+from mergetool.cli.diff_ranks import GROUPS
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
