@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mergetool import models
 from mergetool.adapters import open_lora
 from mergetool.adapters.loaders import loading
 from mergetool.adapters.values import dense_rows
@@ -313,7 +314,7 @@ def test_peft_loads_the_folder_and_computes_with_it(tmp_path: Path) -> None:
     """PeftModel on a small Z-Image: every module has a layer, with the rank, scale and bits of the file."""
     from peft import PeftModel
 
-    from mergetool.lab.training import models
+    from mergetool.lab.training import models as lab
 
     source = split("lora_unet_", ".lora_down.weight", ".lora_up.weight", alpha=8, flat=True)
     tensors = widths(source.tensors)
@@ -323,7 +324,7 @@ def test_peft_loads_the_folder_and_computes_with_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = PeftModel.from_pretrained(models.transformer(), str(target))
+        model = PeftModel.from_pretrained(lab.transformer(), str(target))
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
     assert set(layers) == set(MATRICES)
     for name, layer in layers.items():
@@ -426,3 +427,23 @@ def test_underscored_names_of_an_unknown_model_need_the_model(tmp_path: Path) ->
         converted(tmp_path / "lora.safetensors", tmp_path)
     target, _ = converted(tmp_path / "lora.safetensors", tmp_path, "kohya")
     assert "lora_unet_down_blocks_0_proj.lora_up.weight" in load_file(target)
+
+
+@pytest.mark.parametrize("key_format", ["default", "comfyui", "kohya"])
+def test_a_locon_of_a_known_model_keeps_its_three_factors(tmp_path: Path, key_format: KeyFormat) -> None:
+    factors = {"up": random(8, 3, 1, 1, seed=1), "down": random(3, 4, 1, 1, seed=2), "mid": random(3, 3, 3, 3, seed=3)}
+    tensors = {f"lora_unet_down_0_conv.lora_{role}.weight": tensor for role, tensor in factors.items()}
+    save_file(tensors | {"lora_unet_down_0_conv.alpha": torch.tensor(6.0)}, tmp_path / "lora.safetensors")
+    save_file({"down.0.conv.weight": torch.zeros(8, 4, 3, 3)}, tmp_path / "model.safetensors")
+    target = tmp_path / "out.safetensors"
+    with models.open_model(str(tmp_path / "model.safetensors")) as model:
+        with open_lora(tmp_path / "lora.safetensors", anatomy=model.anatomy) as file:
+            convert(file, target, key_format, names_known=True)
+            (before,) = (dense_rows(file, change, 0, 8) for (change,) in file.changes.values())
+        with open_lora(target, anatomy=model.anatomy) as file:
+            assert set(file.changes) == {"down.0.conv.weight"}
+            (after,) = (dense_rows(file, change, 0, 8) for (change,) in file.changes.values())
+    np.testing.assert_array_equal(after, before)
+    exact = 2 * np.einsum("or,rpxy,pi->oixy", *(f64(factors[role]).reshape(shape) for role, shape in
+                          (("up", (8, 3)), ("mid", (3, 3, 3, 3)), ("down", (3, 4)))))  # fmt: skip
+    np.testing.assert_allclose(after, exact.reshape(8, -1), rtol=1e-5, atol=1e-5)
