@@ -24,7 +24,6 @@ Examples:
   mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
   mergetool diff --base alkahest --variant turbo --budget 300MB --spectra turbo.spectra.safetensors
   mergetool diff --base alkahest --variant turbo --rule ratio --rank-thresh 0.05 --rank-max 0
-
   mergetool diff --base z-image --variant a.safetensors --variant2 b-lora.safetensors -o common.safetensors
   mergetool diff --base z-image --variant a.safetensors --variant2 b.safetensors --union --weights 1,0.5 -o both.safetensors
   mergetool diff --base z-image --variant tuned --full tuned-full.safetensors --full-layer embedder --checkpoint check.safetensors
@@ -32,6 +31,7 @@ Examples:
 A variant may be a LoRA, or a PEFT folder, in any spelling: its change to --base is then the difference. What two differences have in
 common, and their union, is defined in docs/lora-sets.md.
 
+\b
 RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:
   energy  the fewest r with (s1^2 + ... + sr^2) / (sum of all s^2) >= t
   fro     the fewest r with the square root of that share >= t
@@ -39,6 +39,7 @@ RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of o
   ratio   all s > t * s1
   abs     all s > t
   knee    those before the point of the curve that is furthest below its chord; no t
+
 For energy and fro the pair that is stored, already rounded, reaches t. sum and knee decompose every matrix whole.
 
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor

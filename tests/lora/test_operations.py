@@ -44,7 +44,7 @@ def planted(path: Path, columns: list[int], scale: float = 1.0) -> np.ndarray:
 
 @pytest.mark.parametrize("selection", [Exact(), Fixed(8)])
 def test_the_orthogonal_part_has_no_component_along_the_other(selection: Exact | Fixed, tmp_path: Path) -> None:
-    (one, first), _ = saved("bare", tmp_path), saved("PEFT folder", tmp_path)
+    one, first = saved("bare", tmp_path)
     # A module that is not a multiple of the other's.
     third, third_written = saved("kohya fused", tmp_path)
     with gathered(one, third) as gathering:
