@@ -163,7 +163,7 @@ def perform(
 
 
 def in_group(groups: frozenset[str]) -> str:
-    """The row of the tables that a module is in: the first of `diff.GROUPS`, or other."""
+    """The row of the tables that a module is in: the first of `diff_ranks.GROUPS`, or other."""
     return next((group for group in GROUPS if group in groups), "other")
 
 
