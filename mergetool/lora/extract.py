@@ -23,7 +23,7 @@ from mergetool import __version__, models
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.memory import default_threads
-from mergetool.engine.reading import Method, PositionedFetcher, fetcher
+from mergetool.engine.reading import Method, PositionedFetcher, fetcher, too_large
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
 from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
@@ -149,12 +149,6 @@ def on_the_cpu(options: DiffOptions, spectra: Path | None = None) -> str:
     return "" if options.rank or options.share is not None else f"--rule {options.rule}"
 
 
-def _too_large(files: Sequence[InputFile]) -> bool:
-    """True when the files leave less than a quarter of the memory to everything else, so that none can stay cached."""
-    memory = system.main_memory()
-    return memory is not None and sum(file.size for file in files) > 3 * memory // 4
-
-
 def _in_order(pairing: Pairing, solved: Sequence[Solved]) -> tuple[Extraction, dict[str, torch.Tensor]]:
     """What was found, and the tensors to store, in the order of the pairs."""
     found = Extraction()
@@ -201,7 +195,7 @@ def _decomposed(
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
     reader = DeltaReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=_too_large(files))
+        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
     )
     free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
     for _ in range(threads + 1):
