@@ -9,7 +9,26 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console, convert, demo, diff, inspect, lora_bake, merge, sample, verify
+from mergetool.cli import (
+    console,
+    convert,
+    demo,
+    diff,
+    inspect,
+    lora_bake,
+    lora_common,
+    lora_convert,
+    lora_inspect,
+    lora_interference,
+    lora_merge,
+    lora_orthogonal,
+    lora_resize,
+    lora_subtract,
+    lora_verify,
+    merge,
+    sample,
+    verify,
+)
 from mergetool.cli.models import models
 
 app = typer.Typer(
@@ -31,14 +50,21 @@ app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
-lora = typer.Typer(help="Add LoRAs to checkpoints.", no_args_is_help=True)
+lora = typer.Typer(
+    help="Look at LoRAs, add them to checkpoints and to each other, make them smaller, convert and verify them.",
+    no_args_is_help=True,
+)
+lora.command(epilog=lora_inspect.EXAMPLES)(lora_inspect.inspect)
 lora.command(epilog=lora_bake.EXAMPLES)(lora_bake.bake)
+lora.command(epilog=lora_resize.EXAMPLES)(lora_resize.resize)
+lora.command("merge", epilog=lora_merge.EXAMPLES)(lora_merge.merge_loras)
+lora.command(epilog=lora_subtract.EXAMPLES)(lora_subtract.subtract)
+lora.command(epilog=lora_orthogonal.EXAMPLES)(lora_orthogonal.orthogonal)
+lora.command(epilog=lora_common.EXAMPLES)(lora_common.common)
+lora.command(epilog=lora_interference.EXAMPLES)(lora_interference.interference)
+lora.command(epilog=lora_convert.EXAMPLES)(lora_convert.convert)
+lora.command(epilog=lora_verify.EXAMPLES)(lora_verify.verify)
 app.add_typer(lora, name="lora")
-
-
-@lora.callback()
-def _lora() -> None:
-    """Makes ``bake`` a command of its own while it is the only one."""
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,25 +15,26 @@ from typing import Protocol, TypeVar
 
 from mergetool.arch import Family
 from mergetool.lora import budget, dialects
-from mergetool.lora.delta import Delta
 from mergetool.lora.directions import EXTRA, Directions, find, from_directions, suffice
 from mergetool.lora.layer import Result
 from mergetool.lora.on_device import Solved
+from mergetool.lora.operands import Operand, dense
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
 from mergetool.lora.spectra import SideFile
 from mergetool.lora.stored import ATTEMPTS, next_share
 from mergetool.lora.svd import Decomposition, balanced_factors, stored_residual
+from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
 
 T = TypeVar("T")
 
 
 class Run(Protocol):
-    """Reads the difference of every pair once, in order; ``work`` gets those that are finite and not zero."""
+    """Reads the difference of every pair once, in order; ``work`` gets those that are finite, not zero and not stored whole."""
 
     def __call__(
-        self, pairs: Sequence[Pair], work: Callable[[Pair, Delta], T]
-    ) -> Iterator[tuple[Pair, float, T | None]]: ...
+        self, pairs: Sequence[Pair], work: Callable[[Pair, Operand], T]
+    ) -> Iterator[tuple[Pair, float, T | Whole | None]]: ...
 
 
 def stored_result(
@@ -60,9 +61,9 @@ def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Ru
     """Every pair, ranks chosen by rule or fixed, from directions in ``side``, where those that were missing are added."""
     family = pairing.base.anatomy.family
 
-    def work(pair: Pair, delta: Delta) -> Result:
-        known = side.known.get(pair.name)
-        if known is None or not suffice(known, options, pair.base.shape):
+    def work(pair: Pair, operand: Operand) -> Result:
+        known, delta = side.known.get(pair.name), dense(operand)
+        if known is None or not suffice(known, options, pair.shape):
             known = side.add(pair.name, find(pair.name, delta, options, options.rank or options.rank_max))
         return stored_result(
             pair, options, family, lambda share: from_directions(pair.name, delta, known, options, share=share)
@@ -95,7 +96,7 @@ class WithinBudget:
         advance = self.progress
         while True:
             for pair, energy, found in self.run(searched, partial(self._find, most)):
-                advance(pair.base.nbytes + pair.variant.nbytes)
+                advance(self.pairing.nbytes(pair))
                 if found is None:
                     yield pair, energy, None  # unchanged, or not finite
             pairs = [pair for pair in self.pairing.decomposed if pair.name in known]
@@ -109,19 +110,19 @@ class WithinBudget:
             advance = self._only_alive
         yield from self._chosen(pairs, ranks)
 
-    def _find(self, most: Mapping[str, int], pair: Pair, delta: Delta) -> Directions:
-        return self.side.add(pair.name, find(pair.name, delta, self.options, most[pair.name]))
+    def _find(self, most: Mapping[str, int], pair: Pair, delta: Operand) -> Directions:
+        return self.side.add(pair.name, find(pair.name, dense(delta), self.options, most[pair.name]))
 
     def _only_alive(self, _: int) -> None:
         self.progress(0)
 
     def _cap(self, pair: Pair) -> int:
-        return min(self.options.rank_max or min(pair.base.shape), *pair.base.shape)
+        return min(self.options.rank_max or min(pair.shape), *pair.shape)
 
     def _first_guess(self) -> dict[str, int]:
         """How many directions of every matrix to look for at first."""
         pairs = self.pairing.decomposed
-        uniform = budget.uniform_rank([_shape(pair) for pair in pairs], self.options.budget, self.options.dtype)
+        uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget, self.options.dtype)
         guess = max(math.ceil(budget.FIRST_GUESS * uniform), budget.LEAST)
         return {pair.name: min(guess, self._cap(pair)) for pair in pairs}
 
@@ -131,7 +132,8 @@ class WithinBudget:
         for pair in pairs:
             known, (down, up) = self.side.known[pair.name], dialects.keys(family.lora_module(pair.name))
             usable = known.energies[: min(known.count, self._cap(pair))]
-            spectra.append(budget.Spectrum(down, up, _shape(pair), usable))
+            kernel = pair.base.shape[2:]
+            spectra.append(budget.Spectrum(down, up, pair.shape, usable, kernel))
         ranks = budget.ranks_for(spectra, self.options.budget, self.options.dtype, self.metadata)
         return {pair.name: rank for pair, rank in zip(pairs, ranks, strict=True)}
 
@@ -146,8 +148,8 @@ class WithinBudget:
             for pair in pairs:  # what is not used makes room for the factors
                 self.side.known[pair.name] = self.side.known[pair.name].first(ranks[pair.name] + EXTRA)
 
-        def work(pair: Pair, delta: Delta) -> Result:
-            known, rank = self.side.known[pair.name], ranks[pair.name]
+        def work(pair: Pair, operand: Operand) -> Result:
+            known, rank, delta = self.side.known[pair.name], ranks[pair.name], dense(operand)
             result = stored_result(
                 pair, self.options, family, lambda _: from_directions(pair.name, delta, known, self.options, rank=rank)
             )
@@ -161,9 +163,5 @@ class WithinBudget:
         yield from self.run([pair for pair in pairs if ranks[pair.name]], work)
 
 
-def _shape(pair: Pair) -> tuple[int, int]:
-    return pair.base.shape[0], pair.base.shape[1]
-
-
-def _unreachable(pair: Pair, delta: Delta) -> None:
+def _unreachable(pair: Pair, delta: Operand) -> None:
     raise AssertionError(f"{pair.name} is not to be decomposed")

@@ -26,10 +26,11 @@ from mergetool.lora.pairs import DiffOptions, Pair, Pairing
 from mergetool.lora.stored import ATTEMPTS, next_share
 from mergetool.lora.svd import Decomposition
 from mergetool.lora.upload import Uploader
+from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
 
-Solved = tuple[Pair, float, Result | None]
-"""A pair, the energy of its difference, and what it decomposed into: None where that energy is zero or not finite."""
+Solved = tuple[Pair, float, Result | Whole | None]
+"""A pair, the energy of its difference, and what is stored of it: None where that energy is zero or not finite."""
 
 WORKERS = 2
 """Batches decomposed at once: while one waits for its eigenvectors from the CPU, the device works on the other."""
@@ -74,14 +75,14 @@ def in_batches(pairs: Sequence[Pair], memory: int) -> list[Batch]:
     waiting: dict[tuple[int, ...], list[Pair]] = {}
     batches = []
     for pair in pairs:
-        same = waiting.setdefault(pair.base.shape, [])
+        same = waiting.setdefault(pair.shape, [])
         raw = (WORKERS + 1) * (pair.base.dtype.bits + pair.variant.dtype.bits) // 8
         # The difference, its BF16 copy, and as much again for what the arithmetic needs in passing.
         each = pair.base.numel * (raw + WORKERS * (4 + 2) * 5 // 4)
         same.append(pair)
         most = min(memory // each, MOST_ELEMENTS // pair.base.numel)
         if len(same) >= most:
-            batches.append(_batch(waiting.pop(pair.base.shape)))
+            batches.append(_batch(waiting.pop(pair.shape)))
     return batches + [_batch(same) for same in waiting.values()]
 
 
@@ -148,7 +149,7 @@ class Upload:
         pair, (base, variant) = self.batch.pairs[index], self.batch.places[index]
         sides = ((pair.base, base), (pair.variant, variant))
         first, second = (
-            self.buffer[start : start + part.nbytes].view(TORCH[part.dtype]).view(part.shape) for part, start in sides
+            self.buffer[start : start + part.nbytes].view(TORCH[part.dtype]).view(pair.shape) for part, start in sides
         )
         return first, second
 
@@ -203,7 +204,7 @@ class Solver:
 
     def _at_once(self, upload: Upload, start: int, end: int) -> list[Solved]:
         pairs, options = upload.batch.pairs[start:end], self._options
-        deltas = torch.empty(len(pairs), *pairs[0].base.shape, device=upload.buffer.device)
+        deltas = torch.empty(len(pairs), *pairs[0].shape, device=upload.buffer.device)
         for i, delta in enumerate(deltas):
             subtract(*upload.values(start + i), out=delta)
         energies = squared_norms(deltas)
@@ -263,14 +264,14 @@ def solve_all(
     memory: int,
     alone: Callable[[Pair], Solved],
 ) -> Iterator[Solved]:
-    """Every matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
+    """Every plain matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
 
     Raises what reading and decomposing raise.
     """
     # torch loads its linear algebra at the first call, and fails if two threads make that call.
     torch.linalg.cholesky_ex(torch.eye(2, device=device))
     solver = Solver(pairing, options, alone)
-    uploads = Uploads(pairing, in_batches(pairing.decomposed, memory), device)
+    uploads = Uploads(pairing, in_batches([pair for pair in pairing.decomposed if pair.is_plain], memory), device)
     working: deque[Future[list[Solved]]] = deque()
     workers = ThreadPoolExecutor(WORKERS, "solve")
     try:

@@ -63,7 +63,7 @@ class SideFile:
         inputs = [model.checkpoint.fingerprint() for model in (pairing.base, pairing.variant)]
         if not path.exists():
             return cls(path, inputs=inputs, seed=seed)
-        shapes = {pair.name: pair.base.shape for pair in pairing.pairs}
+        shapes = {pair.name: pair.shape for pair in pairing.pairs}
         with Checkpoint.open(path) as file:
             described = _described(file)
             if described["inputs"] != inputs:

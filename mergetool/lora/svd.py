@@ -39,7 +39,7 @@ SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""
 
 
-Method = Literal["zero", "krylov", "subspace", "gram", "stored"]
+Method = Literal["zero", "krylov", "subspace", "gram", "stored", "factors"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
