@@ -124,4 +124,5 @@ def with_strength(text: str) -> tuple[str, Fraction]:
         return text, Fraction(1)
     if not math.isfinite(value) or len(number) > 40:
         raise UsageError(f'"{text}": the strength {number[:40]} is not a finite number.')
-    return path, Fraction(number.strip())
+    # Not Fraction("1e-999999999"), which is zero to every program and a number of a billion digits here.
+    return path, Fraction(number.strip()) if value else Fraction(0)

@@ -21,6 +21,7 @@ Examples:
   mergetool lora convert style.safetensors -o style-comfyui.safetensors --key-format comfyui
   mergetool lora convert style.safetensors -o style-peft --key-format peft
 
+\b
 default     diffusion_model. and diffusers' names, lora_A and lora_B: loads whole in diffusers and ComfyUI
 diffusers   transformer. and the same names; a scale is multiplied in
 comfyui     ComfyUI's own names, q, k and v as one; also carries whole differences (.diff)

@@ -100,7 +100,7 @@ def decompose_batch(
             search = _Search(deltas, sketch, goals, [named_seed(seed, names[i]) for i in live])
             for place, products, projection, method in search.run():
                 i = live[place]
-                found[i] = conclude(products, projection, goals[place], names[i], exponents[i] or 0, method)
+                found[i] = conclude(products, projection, method, goals[place], names[i], exponents[i] or 0)
     return [found[i] for i in range(len(names))]
 
 

@@ -8,6 +8,9 @@ and no key of another kind, since a single ``.diff`` makes diffusers reject the 
 from __future__ import annotations
 
 PREFIX = "diffusion_model."
+CHECKPOINT = "model.diffusion_model."
+"""What stands before a model's own names in whole checkpoints of families that are read under raw names, SDXL among them."""
+
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 
@@ -16,6 +19,13 @@ def keys(module: str) -> tuple[str, str]:
     """The names of a module's factors: down [rank, in] and up [out, rank].
 
     Example: ``layers.0.attention.to_q`` gives ``diffusion_model.layers.0.attention.to_q.lora_A.weight`` and
-    ``diffusion_model.layers.0.attention.to_q.lora_B.weight``.
+    ``diffusion_model.layers.0.attention.to_q.lora_B.weight``. `CHECKPOINT` before a module is left out, as loaders look
+    modules up without it.
     """
-    return f"{PREFIX}{module}{DOWN}", f"{PREFIX}{module}{UP}"
+    bare = without_prefix(module)
+    return f"{PREFIX}{bare}{DOWN}", f"{PREFIX}{bare}{UP}"
+
+
+def without_prefix(name: str) -> str:
+    """A module's or tensor's name as it comes behind `PREFIX`."""
+    return name.removeprefix(CHECKPOINT).removeprefix(PREFIX)

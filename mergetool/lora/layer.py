@@ -9,6 +9,7 @@ import torch
 from mergetool.arch import Family
 from mergetool.lora import dialects
 from mergetool.lora.pairs import Pair
+from mergetool.lora.stored import energy_of
 from mergetool.lora.svd import Decomposition
 
 
@@ -18,7 +19,9 @@ class Layer:
 
     ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
     rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
-    ``wanted`` is the rank that the threshold would need where the cap stopped it first.
+    ``wanted`` is the rank that the threshold would need where the cap stopped it first. ``missed`` says that the stored pair
+    holds less than the threshold because its dtype rounds away more than the threshold leaves. ``shape`` is [out, in], of a
+    convolution [out, in * kh * kw]. ``shared`` is, with a second variant, the energy of the common part over that of each delta.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Layer:
     capped: bool
     wanted: int | None
     method: str
+    missed: bool = False
+    shared: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +47,24 @@ class Result:
 
     @classmethod
     def of(
-        cls, pair: Pair, found: Decomposition, down: torch.Tensor, up: torch.Tensor, residual: float, family: Family
+        cls,
+        pair: Pair,
+        found: Decomposition,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        residual: float,
+        family: Family,
+        share: float | None = None,
     ) -> Result:
-        """The result of ``pair`` whose stored factors are ``down`` and ``up``."""
+        """The result of ``pair`` whose stored factors are ``down`` [r, n] and ``up`` [m, r], and were to hold ``share`` of its energy.
+
+        A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
+        """
         down_key, up_key = dialects.keys(family.lora_module(pair.name))
         layer = Layer(
             name=pair.name,
             groups=pair.groups,
-            shape=(pair.base.shape[0], pair.base.shape[1]),
+            shape=pair.shape,
             rank=found.rank,
             total=found.total_energy,
             energy=found.captured_energy / found.total_energy,
@@ -57,5 +72,13 @@ class Result:
             capped=found.capped,
             wanted=found.rank_wanted,
             method=found.method,
+            missed=share is not None and not found.capped and energy_of(residual) < share,
         )
-        return cls(layer, {down_key: down, up_key: up})
+        if len(pair.base.shape) == 4:
+            down, up = down.reshape(len(down), *pair.base.shape[1:]), up.reshape(*up.shape, 1, 1)
+        return cls(layer, {down_key: down, up_key: up} if found.rank else {})
+
+    @classmethod
+    def nothing(cls, pair: Pair, total: float) -> Result:
+        """The result of ``pair``, whose difference has the energy ``total``, where no direction of it is kept."""
+        return cls(Layer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})

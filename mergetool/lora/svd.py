@@ -13,29 +13,33 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.lora.krylov import Products, fast_bfloat16
+from mergetool.lora.above import above, strongest_above
+from mergetool.lora.krylov import Products, fast_bfloat16, orthonormal_rows
 from mergetool.lora.range_finder import (
     Goal,
     Projection,
     Search,
     certify,
+    spectrum,
+    strongest_of,
     truncate,
     whole_spectrum,
 )
+from mergetool.lora.rules import Rule, RuleName
 from mergetool.lora.tail import rank_for_energy
 
 SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""
 
 
-Method = Literal["zero", "krylov", "subspace", "gram"]
+Method = Literal["zero", "krylov", "subspace", "gram", "stored", "factors"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +51,9 @@ class Decomposition:
     Frobenius norms: ``total_energy`` of the delta, ``captured_energy`` of the approximation, ``lost_energy`` of
     their difference.
 
-    ``capped`` says that ``rank_max`` stopped the threshold; ``rank_wanted`` is then the estimated rank it needs.
-    ``passes`` counts how often the delta was read.
+    ``capped`` says that ``rank_max`` stopped the threshold; ``rank_wanted`` is then the estimated rank it needs, None where
+    nothing tells. ``passes`` counts how often the delta was read. ``spectrum`` [min(m, n)] are all singular values, falling,
+    where they had to be computed; else None.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Decomposition:
     rank_wanted: int | None
     method: Method
     passes: int
+    spectrum: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -78,6 +84,9 @@ def decompose(
     seed: int = 0,
     sketch: Tensor | None = None,
     energy: float | None = None,
+    rule: RuleName = "energy",
+    rows: Tensor | None = None,
+    complete: bool = False,
 ) -> Decomposition:
     """Keep the strongest directions of ``delta`` [m, n], float32 on the CPU.
 
@@ -87,6 +96,12 @@ def decompose(
     the cap the captured energy is within about 0.1 % of the delta's energy of the best. A threshold of 1 keeps all
     that is not rounding noise.
 
+    Another ``rule`` reads ``rank_thresh`` as ``rules`` defines it, and is certified too: ``ratio`` and ``abs`` as ``above`` says,
+    ``sum`` and ``knee`` by the whole spectrum.
+
+    ``rows`` [k, min(m, n)], of any dtype, may be the strongest directions of the shorter side from an earlier call, strongest
+    first; they replace the search where they suffice, which float32 projections decide. ``complete`` says that the delta has no more.
+
     ``sketch`` may be the delta in BF16 if the caller has it, for the cheap products (or the delta itself, to keep
     them in float32); by default it is made here where this CPU is fast in BF16. ``energy`` may be its squared
     Frobenius norm, which is otherwise summed here. Random numbers depend on ``seed``
@@ -94,7 +109,8 @@ def decompose(
 
     Raises NonFiniteError for NaN or infinity in the delta, UsageError for a wrong option.
     """
-    check_options(rank, rank_thresh, rank_max)
+    chosen = Rule(rule, rank_thresh)
+    check_options(rank, chosen.share or 1.0, rank_max)
     if delta.ndim != 2 or delta.dtype != torch.float32 or delta.device.type != "cpu":
         raise TypeError(f"a delta is a float32 matrix on the CPU, not {tuple(delta.shape)} {delta.dtype}")
     delta = delta.contiguous()
@@ -109,10 +125,15 @@ def decompose(
         sketch = delta.bfloat16() if fast_bfloat16() else delta
     if sketch.shape != delta.shape:
         raise TypeError(f"the sketch is {tuple(sketch.shape)}, the delta {tuple(delta.shape)}")
-    goal = goal_for(delta.shape, total, rank, rank_thresh, rank_max)
     products = Products(delta, sketch, total)
-    projection, method = _find(products, goal, seed, name)
-    return conclude(products, projection, goal, name, exponent, method)
+    if rank == 0 and chosen.needs_all:
+        return _by_all_values(products, chosen, rank_max, name, exponent)
+    if rank == 0 and chosen.is_cut:
+        return _above_cut(products, chosen, rank_max, seed, name, exponent, rows)
+    goal = goal_for(delta.shape, total, rank, chosen.share or 1.0, rank_max)
+    found = None if rows is None else _from_rows(products, goal, rows, complete)
+    projection, method = found or _find(products, goal, seed, name)
+    return conclude(products, projection, method, goal, name, exponent)
 
 
 def goal_for(shape: Sequence[int], total: float, rank: int, rank_thresh: float, rank_max: int) -> Goal:
@@ -122,7 +143,7 @@ def goal_for(shape: Sequence[int], total: float, rank: int, rank_thresh: float, 
 
 
 def conclude(
-    products: Products, projection: Projection, goal: Goal, name: str, exponent: int, method: Method
+    products: Products, projection: Projection, method: Method, goal: Goal, name: str, exponent: int
 ) -> Decomposition:
     """The decomposition that ``projection`` is for ``goal``, of a delta that was scaled by 2^-``exponent``.
 
@@ -164,6 +185,61 @@ def _find(products: Products, goal: Goal, seed: int, name: str) -> tuple[Project
                 return found, "krylov"
             search.extra *= 2
     return whole_spectrum(products, goal), "gram"
+
+
+def _from_rows(
+    products: Products, goal: Goal, rows: Tensor, complete: bool
+) -> tuple[Projection, Literal["stored"]] | None:
+    """The directions for ``goal`` inside ``rows``, None where they do not suffice."""
+    basis = orthonormal_rows(rows.double())
+    found = certify(products, basis, goal, math.inf)
+    decided = goal.fewest(found.energies) is not None or len(found.energies) >= goal.most
+    return (found, "stored") if decided or complete else None
+
+
+def _by_all_values(products: Products, rule: Rule, rank_max: int, name: str, exponent: int) -> Decomposition:
+    """What a rule that needs every singular value keeps."""
+    energies, rows = spectrum(products)
+    wanted = rule.rank(energies.numpy()) or 0
+    rank = min(wanted, rank_max or wanted)
+    found = _fixed(products, strongest_of(products, energies, rows, rank), "gram", rank, name, exponent)
+    capped = rank < wanted
+    values = energies.sqrt() * 2.0**exponent
+    return replace(found, capped=capped, rank_wanted=wanted if capped else None, spectrum=values)
+
+
+def _above_cut(
+    products: Products, rule: Rule, rank_max: int, seed: int, name: str, exponent: int, rows: Tensor | None
+) -> Decomposition:
+    """What a rule keeps that takes all singular values above one."""
+    most, generator = rank_max or products.short, torch.Generator().manual_seed(named_seed(seed, name))
+
+    def cut(energy: float) -> float:
+        return (rule.cut(math.sqrt(energy) * 2.0**exponent) * 2.0**-exponent) ** 2
+
+    found = None if rows is None else above(products, orthonormal_rows(rows.double()), cut, generator)
+    method: Method = "stored" if found else "krylov"
+    if found is None and products.short > SMALL:
+        found = strongest_above(products, cut, most, generator)
+    if found is None:
+        energies, directions = spectrum(products)
+        wanted = int((energies > cut(float(energies[0]))).sum())
+        rank = min(wanted, most)
+        whole = _fixed(products, strongest_of(products, energies, directions, rank), "gram", rank, name, exponent)
+        values = energies.sqrt() * 2.0**exponent
+        return replace(whole, capped=wanted > most, rank_wanted=wanted if wanted > most else None, spectrum=values)
+    projection, count = found
+    if count > most:
+        goal = Goal(products.total, None, most)
+        projection, method = _find(products, goal, seed, name)
+        return replace(conclude(products, projection, method, goal, name, exponent), capped=True)
+    return _fixed(products, projection, method, count, name, exponent)
+
+
+def _fixed(
+    products: Products, projection: Projection, method: Method, rank: int, name: str, exponent: int
+) -> Decomposition:
+    return conclude(products, projection, method, Goal(products.total, None, rank), name, exponent)
 
 
 def check_options(rank: int, rank_thresh: float, rank_max: int) -> None:

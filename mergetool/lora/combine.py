@@ -1,0 +1,234 @@
+"""LoRAs added up, exactly or at a smaller rank, and written as one.
+
+    with opened([("style.safetensors", Fraction(4, 5)), ("detail.safetensors", Fraction(-3, 10))]) as terms:
+        combined = combine(gather(terms), Path("both.safetensors"), Exact())
+
+A resize is the sum of one LoRA, recompressed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mergetool import __version__
+from mergetool.checkpoint.dtypes import DType
+from mergetool.engine.memory import default_threads
+from mergetool.errors import DataError, NonFiniteError
+from mergetool.lora import output as lora_file
+from mergetool.lora.concatenation import Stored, concatenated
+from mergetool.lora.factored import RankOf
+from mergetool.lora.gathering import Gathering, Module, holding, total_of
+from mergetool.lora.selection import Budget, Exact, Fixed, Selection, ranks_within
+from mergetool.lora.sources import Source
+from mergetool.lora.svd import balanced_factors, stored_residual
+from mergetool.ops.cpu import TORCH
+from mergetool.recipe.graph import number
+from mergetool.recipe.provenance import display_names
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one module.
+
+    ``width`` is the sum of the ranks that were read (None where something other than a LoRA was), ``rank`` the one written.
+    ``total`` is the squared Frobenius norm of the exact sum, ``energy`` the share that the kept singular values hold before they are
+    rounded, ``residual`` the norm of what is stored minus the exact sum, over the sum's.
+    """
+
+    name: str
+    groups: frozenset[str]
+    shape: tuple[int, int]
+    width: int | None
+    rank: int
+    total: float
+    energy: float
+    residual: float
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a run wrote, in file order, and modules without any change, which are not written."""
+
+    modules: list[Outcome]
+    empty: list[str]
+
+    @property
+    def residual(self) -> float:
+        """The norm of what is stored minus the exact sums, over theirs, all modules together."""
+        whole = math.fsum(one.total for one in self.modules)
+        return math.sqrt(math.fsum(one.residual**2 * one.total for one in self.modules) / whole) if whole else 0.0
+
+
+T = TypeVar("T")
+Made = tuple[Outcome, dict[str, Tensor]]
+_NOTHING = 1e-24  # what rounding in float64 leaves of a sum of squares that is zero
+Solve = Callable[[Module], Made]
+Derive = Callable[[Module], Source]
+
+
+def combine(
+    gathering: Gathering,
+    output: Path,
+    selection: Selection,
+    *,
+    dtype: DType | None = None,
+    command: str = "merge",
+    derive: Derive | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Combined:
+    """Write the sum at ``output``: a whole file, or none.
+
+    Without a ``dtype`` each module keeps that of its factors; with a budget all have the one that holds them. ``derive`` makes
+    something else of a module than its sum. ``progress`` is told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
+    UsageError for a budget that is too small, DataError for what cannot be added and NonFiniteError.
+    """
+    lora_file.check(output, gathering.files, overwrite=overwrite)
+    metadata = _metadata(gathering, selection, dtype, command)
+    done: list[Outcome] = []
+    empty: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(threads or default_threads(), "combine", torch.set_num_threads, (1,)) as pool:
+        try:
+            solve = _solver(gathering, selection, dtype, derive, metadata, pool, progress)
+            for outcome, made in _in_turn(pool, solve, gathering.modules, progress):
+                if made:
+                    done.append(outcome)
+                    tensors |= made
+                else:
+                    empty.append(outcome.name)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if not tensors:
+        names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
+        raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
+    lora_file.write(output, tensors, metadata, gathering.files, overwrite=overwrite)
+    return Combined(done, empty)
+
+
+def source(module: Module) -> Source:
+    """The sum of everything that is added to a module. Raises DataError for DoRA, and NonFiniteError."""
+    return total_of(module.pieces)
+
+
+def _in_turn(
+    pool: ThreadPoolExecutor, solve: Callable[[Module], T], modules: Iterable[Module], progress: Callable[[int], None]
+) -> Iterator[T]:
+    for found in pool.map(solve, modules):
+        progress(1)
+        yield found
+
+
+def _solver(
+    gathering: Gathering,
+    selection: Selection,
+    dtype: DType | None,
+    derive: Derive | None,
+    metadata: Mapping[str, str],
+    pool: ThreadPoolExecutor,
+    progress: Callable[[int], None],
+) -> Solve:
+    """What makes a module's tensors, once every rank that depends on other modules is known."""
+    if isinstance(selection, Exact) and derive is None:
+        return lambda module: _exact(module, dtype or module.dtype)
+    of = derive or source
+    if not isinstance(selection, Budget):
+        rank = selection.rank if isinstance(selection, Fixed) else selection.rank_of
+        return lambda module: _recompressed(module, of(module), rank, dtype or module.dtype, bare=derive is not None)
+    one = dtype or holding(module.dtype for module in gathering.modules)
+    spectra = list(_in_turn(pool, lambda module: of(module).spectrum(), gathering.modules, progress))
+    ranks = ranks_within(selection, gathering.modules, spectra, one, metadata)
+    return lambda module: _recompressed(module, of(module), ranks[module.part], one, bare=True)
+
+
+def _exact(module: Module, dtype: DType) -> Made:
+    stored = concatenated(module, TORCH[dtype])
+    outcome = _outcome(module, len(stored.down), stored.norm**2, 1.0, stored.residual, dtype)
+    return outcome, _tensors(module, stored)
+
+
+def _recompressed(module: Module, whole: Source, rank: int | RankOf, dtype: DType, *, bare: bool) -> Made:
+    """The strongest directions; where those are all there are, the factors as they came, unless that would round more.
+
+    ``bare`` allows no alpha, for which a budget left no room, or forbids the factors as they came.
+    """
+    found = whole.truncated(rank, name=module.part)
+    down, up = balanced_factors(found, TORCH[dtype])
+    stored = Stored(down, up, 1.0, found.total_energy**0.5, 0.0)
+    residual = stored_residual(found, down, up)
+    if not bare and found.lost_energy <= _NOTHING * found.total_energy and _width(module) < math.inf:
+        kept = _as_they_came(module, TORCH[dtype])
+        if kept is not None and len(kept.down) <= found.rank and kept.residual <= residual:
+            stored, residual = kept, kept.residual
+    share = found.captured_energy / found.total_energy if found.total_energy else 1.0
+    outcome = _outcome(module, len(stored.down), found.total_energy, share, residual, dtype)
+    return outcome, _tensors(module, stored)
+
+
+def _as_they_came(module: Module, dtype: torch.dtype) -> Stored | None:
+    """The factors side by side; None where ``dtype`` is too narrow for one of them, which balanced factors need not be."""
+    try:
+        return concatenated(module, dtype)
+    except NonFiniteError:
+        return None
+
+
+def _width(module: Module) -> float:
+    """The sum of the ranks that were read, infinite where something other than a LoRA is among them."""
+    ranks = [piece.change.adapter.rank for piece in module.pieces if piece.change.adapter.kind == "lora"]
+    return sum(rank or 0 for rank in ranks) if len(ranks) == len(module.pieces) else math.inf
+
+
+def _outcome(module: Module, rank: int, total: float, energy: float, residual: float, dtype: DType) -> Outcome:
+    width = _width(module)
+    read = None if math.isinf(width) else int(width)
+    return Outcome(module.part, module.groups, module.matrix, read, rank, total, energy, residual, dtype)
+
+
+def _tensors(module: Module, stored: Stored) -> dict[str, Tensor]:
+    """A module's tensors by name; none for one that changes nothing."""
+    rank = len(stored.down)
+    if rank == 0 or not bool(stored.up.any()) or not bool(stored.down.any()):
+        return {}
+    down, up, kernel = stored.down, stored.up, module.shape[2:]
+    if kernel:
+        down, up = down.reshape(rank, module.shape[1], *kernel), up.reshape(*up.shape, 1, 1)
+    tensors = {module.keys.down: down, module.keys.up: up}
+    if stored.scale != 1 or module.keys.always_alpha:
+        tensors[module.keys.alpha] = torch.tensor(stored.scale * rank, dtype=torch.float32)
+    return tensors
+
+
+def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, command: str) -> dict[str, str]:
+    """Provenance: what was added with which strength, and how it was cut; no path, host or time."""
+    names = display_names([term.file.name for term in gathering.terms])
+    recipe: dict[str, Any] = {
+        "command": command,
+        "loras": [{"name": names[term.file.name], "strength": number(term.strength)} for term in gathering.terms],
+        **selection.recipe(),
+    }
+    if dtype is not None:
+        recipe["dtype"] = dtype.name
+    if gathering.multipliers:
+        recipe["set"] = [f"{pattern}={number(value)}" for pattern, value in gathering.multipliers]
+    prints = [
+        {"name": names[term.file.name], "fingerprint": term.file.checkpoint.fingerprint()} for term in gathering.terms
+    ]
+    return {
+        "format": "pt",
+        "mergetool.version": __version__,
+        "mergetool.lora": json.dumps(recipe, sort_keys=True),
+        "mergetool.inputs": json.dumps(prints, sort_keys=True),
+    }

@@ -1,0 +1,265 @@
+"""One or many LoRAs side by side: what each of them adds to every matrix, with which strength, and what no LoRA can carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+
+from mergetool import arch, models
+from mergetool.adapters import Change, LoraFile, open_lora
+from mergetool.adapters.keys import Spelled, take_apart
+from mergetool.adapters.values import dense_rows
+from mergetool.arch import Anatomy, Family, Part, Slice
+from mergetool.arch.generic import GENERIC
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError, FamilyError
+from mergetool.lora import dialects
+from mergetool.lora.sources import Source, source_of, total
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A LoRA and the strength it is added with."""
+
+    file: LoraFile
+    strength: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one LoRA adds to a matrix. A strength of 0 never becomes one."""
+
+    file: LoraFile
+    change: Change
+    strength: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of a module's tensors in the output; ``always_alpha`` where the spelling is one that has an alpha everywhere."""
+
+    down: str
+    up: str
+    alpha: str
+    always_alpha: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One matrix, ``shape`` [out, in] or [out, in, kh, kw], and everything that is added to it. ``dtype`` holds every stored
+    factor exactly, FP8 apart, whose LoRAs few programs load: BF16 holds that.
+    """
+
+    part: str
+    groups: frozenset[str]
+    shape: tuple[int, ...]
+    dtype: DType
+    keys: Keys
+    pieces: tuple[Piece, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[m, n], a convolution's in * kh * kw as its columns."""
+        return self.shape[0], prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """The modules of all LoRAs, those of the first in its order and then what only later ones have.
+
+    ``left_out`` are parts that do not come along, with the reason and the energy of what is lost: None where a strength of 0 loses
+    it on purpose, for keys that mean nothing here, and for what an operation has no use for.
+    """
+
+    terms: tuple[Term, ...]
+    family: Family
+    modules: tuple[Module, ...]
+    left_out: tuple[tuple[str, str, float | None], ...] = ()
+    multipliers: tuple[tuple[str, Fraction], ...] = field(default=())
+
+    @property
+    def files(self) -> list[InputFile]:
+        """Every file that is read."""
+        return [file for term in self.terms for file in term.file.checkpoint.files]
+
+
+@contextmanager
+def opened(loras: Iterable[tuple[str, Fraction]]) -> Iterator[list[Term]]:
+    """LoRAs by name or path, with their strengths; they are closed at the end of the ``with`` block.
+
+    Raises InputMissing, and DataError for a file that is no LoRA.
+    """
+    with ExitStack() as stack:
+        yield [
+            Term(stack.enter_context(open_lora(models.resolve(name).path, name=name)), strength)
+            for name, strength in loras
+        ]
+
+
+def gather(
+    terms: Sequence[Term], *, multipliers: Sequence[tuple[str, Fraction]] = (), skip_unmatched: bool = False
+) -> Gathering:
+    """What ``terms`` add up to, matrix by matrix; ``multipliers`` scale groups, the last that matches one counting.
+
+    Raises FamilyError for LoRAs of different families or shapes, PatternError for a group that nothing is in, DataError for keys that
+    change nothing (unless ``skip_unmatched``, which lists them as left out), for a part that one file changes twice, and where
+    nothing is left.
+    """
+    family = _family(terms)
+    shapes = _shapes(terms)
+    scales = _scales(terms, family, shapes, multipliers)
+    pieces: dict[str, list[Piece]] = {}
+    left_out: list[tuple[str, str, float | None]] = []
+    for term in terms:
+        left_out += _unmatched(term.file, skip_unmatched)
+        for part, changes in term.file.changes.items():
+            change = _only(term.file, part, changes)
+            strength = term.strength * scales.get(part, 1)
+            reason = _unfit(part, change)
+            if strength == 0:
+                left_out.append((part, f"strength 0 in {term.file.name}", None))
+            elif reason:
+                left_out.append((part, reason, float(strength) ** 2 * _energy(term.file, change)))
+            else:
+                pieces.setdefault(part, []).append(Piece(term.file, change, strength))
+    modules = tuple(_module(part, family, shapes[part], found) for part, found in pieces.items())
+    kept = {module.part for module in modules}
+    left_out = [one for one in left_out if one[0] not in kept or one[2] is not None]
+    if not modules:
+        names = " and ".join(quoted(term.file.name) for term in terms)
+        raise DataError(f"{names}: no matrix is changed at these strengths; there is nothing to write.")
+    return Gathering(tuple(terms), family, modules, tuple(left_out), tuple(multipliers))
+
+
+def total_of(pieces: Sequence[Piece]) -> Source:
+    """The sum of some pieces of a module. Raises DataError for a DoRA, and NonFiniteError."""
+    return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in pieces])
+
+
+def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:
+    """Parts of these shapes as a model, for patterns to choose from."""
+    parts = {
+        name: Part(name, shape, dtypes.F32, Slice(name, 0, shape[0] if shape else 1)) for name, shape in shapes.items()
+    }
+    return Anatomy(family, family.layouts[0], "", parts)
+
+
+def _family(terms: Sequence[Term]) -> Family:
+    first = terms[0].file
+    for term in terms[1:]:
+        if term.file.family is not first.family:
+            raise FamilyError(
+                f'"{first.name}" is a LoRA for a {first.family.name} model and "{term.file.name}" for a {term.file.family.name} '
+                "one; a sum needs LoRAs of one family."
+            )
+        if first.family is GENERIC and _prefixes(term.file) != _prefixes(first):
+            raise FamilyError(
+                f'"{first.name}" spells its keys {first.dialect}, "{term.file.name}" {term.file.dialect}, and their model is not '
+                "one whose names are known, so that equal modules cannot be told; give LoRAs of one spelling."
+            )
+    return first.family
+
+
+def _prefixes(file: LoraFile) -> set[str]:
+    found = (take_apart(next(iter(adapter.tensors.values()))) for adapter in file.adapters)
+    return {one.prefix for one in found if isinstance(one, Spelled)}
+
+
+def _shapes(terms: Sequence[Term]) -> dict[str, tuple[int, ...]]:
+    """The shape of every part; raises FamilyError where two LoRAs differ in one."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for term in terms:
+        for part, changes in term.file.changes.items():
+            shape = (changes[0].rows, *changes[0].adapter.shape[1:])
+            known, name = found.setdefault(part, (shape, term.file.name))
+            if known != shape:
+                raise FamilyError(
+                    f'the change of {quoted(part)} has shape {list(known)} in "{name}" but {list(shape)} in "{term.file.name}"; '
+                    "a sum needs LoRAs for one model."
+                )
+    return {part: shape for part, (shape, _) in found.items()}
+
+
+def _scales(
+    terms: Sequence[Term],
+    family: Family,
+    shapes: dict[str, tuple[int, ...]],
+    multipliers: Sequence[tuple[str, Fraction]],
+) -> dict[str, Fraction]:
+    scales: dict[str, Fraction] = {}
+    if multipliers:
+        anatomy = anatomy_of(family, shapes)
+        for pattern, value in multipliers:
+            (chosen,) = arch.select([pattern], anatomy).values()
+            scales |= dict.fromkeys(chosen, value)
+    return scales
+
+
+def _unmatched(file: LoraFile, skip: bool) -> list[tuple[str, str, float | None]]:
+    if file.unmatched and not skip:
+        key, reason = file.unmatched[0]
+        raise DataError(
+            f'"{file.name}": {quoted(key)} cannot be taken along ({reason}; {len(file.unmatched)} such keys in all); '
+            "--skip-unmatched leaves them out."
+        )
+    return [(key, f"{reason}, in {file.name}", None) for key, reason in file.unmatched]
+
+
+def _only(file: LoraFile, part: str, changes: Sequence[Change]) -> Change:
+    if len(changes) > 1:
+        modules = " and ".join(quoted(change.adapter.module) for change in changes)
+        raise DataError(
+            f'"{file.name}" changes {quoted(part)} {len(changes)} times, by {modules}; programs differ in which they take, '
+            "so get the LoRA without the others in it."
+        )
+    return changes[0]
+
+
+def _unfit(part: str, change: Change) -> str:
+    """Why no LoRA can carry this change; empty where one can."""
+    if len(change.adapter.shape) < 2:
+        return "one-dimensional"
+    return "" if part.endswith(".weight") else "not a module's weight"
+
+
+def _energy(file: LoraFile, change: Change) -> float:
+    values = dense_rows(file, change, 0, change.rows).astype("f8")
+    return math.fsum((values * values).reshape(-1).tolist())
+
+
+def _module(part: str, family: Family, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Module:
+    stored = {
+        piece.file.checkpoint.tensors[key].dtype
+        for piece in pieces
+        for role, key in piece.change.adapter.tensors.items()
+        if role != "alpha"
+    }
+    return Module(part, family.groups(part, shape), shape, holding(stored), _keys(part, family, pieces), tuple(pieces))
+
+
+def holding(stored: Iterable[DType]) -> DType:
+    """The dtype that holds factors of all of these: BF16, FP16 or FP32; the last where both halves are among them."""
+    wanted = {dtypes.BF16 if dtype.bits == 8 else dtypes.F32 if dtype.bits > 16 else dtype for dtype in stored}
+    return wanted.pop() if len(wanted) == 1 else dtypes.F32
+
+
+def _keys(part: str, family: Family, pieces: Sequence[Piece]) -> Keys:
+    """The default spelling, or for a model whose names are not known that of the first file that has the module."""
+    if family is not GENERIC:
+        module = family.lora_module(part)
+        down, up = dialects.keys(module)
+        return Keys(down, up, f"{dialects.PREFIX}{module}.alpha")
+    adapter = pieces[0].change.adapter
+    ends = [".lora_down.weight", ".lora_up.weight"]
+    if adapter.kind == "lora":
+        found = [take_apart(adapter.tensors[role]) for role in ("down", "up")]
+        ends = [one.suffix for one in found if isinstance(one, Spelled)]
+    # Kohya-type files state an alpha for every module, and their programs look for it.
+    return Keys(adapter.module + ends[0], adapter.module + ends[1], f"{adapter.module}.alpha", "lora_down" in ends[0])

@@ -1,0 +1,185 @@
+"""Two LoRAs against each other, matrix by matrix: the part of one that is orthogonal to the other, what both have, how much they collide.
+
+What these words mean is written in `lora.sets`. A change without factors (a whole difference, a LoKr or LoHa of high rank) is looked at by
+the directions that hold `DENSE_SHARE` of its energy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from mergetool.engine.memory import default_threads
+from mergetool.errors import DataError
+from mergetool.lora import sets
+from mergetool.lora.factored import Factored
+from mergetool.lora.gathering import Gathering, Module, Piece, total_of
+from mergetool.lora.sets import NEGLIGIBLE, LowRank
+from mergetool.lora.sources import Dense, Kronecker, Product, Source
+from mergetool.lora.svd import decompose
+
+DENSE_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How two LoRAs act on one matrix: `sets.Interference` of the first with respect to the second, and both energies.
+
+    All numbers are 0 where only one of them changes it; ``opposing`` is None unless it was asked for.
+    """
+
+    name: str
+    groups: frozenset[str]
+    energies: tuple[float, float]
+    cosine: float
+    column_share: float
+    row_share: float
+    both_share: float
+    opposing: float | None
+
+
+def orthogonal(gathering: Gathering) -> Gathering:
+    """The first LoRA without its component along the second, in every matrix by itself: D1 - <D1, D2> / <D2, D2> D2.
+
+    What it leaves of both can be added up like any sum. Matrices that the first does not change are left out. Raises DataError where
+    nothing is left, and what `source_of` raises.
+    """
+    modules = []
+    for module in gathering.modules:
+        mine, others = _sides(gathering, module)
+        if not mine:
+            continue
+        pieces = mine
+        if others:
+            delta, other = (_operand(total_of(side)) for side in (mine, others))
+            energy = sets.inner(other, other)
+            along = sets.inner(delta, other) / energy if energy > 0 else 0.0
+            if along:
+                pieces = (*mine, *(replace(piece, strength=piece.strength * Fraction(-along)) for piece in others))
+        modules.append(replace(module, pieces=pieces))
+    if not modules:
+        raise DataError(f'"{gathering.terms[0].file.name}" changes no matrix; there is nothing to write.')
+    return replace(gathering, modules=tuple(modules))
+
+
+def both(gathering: Gathering) -> Gathering:
+    """The modules that both LoRAs change; the others are listed as left out. Raises DataError where there are none."""
+    shared = tuple(module for module in gathering.modules if all(_sides(gathering, module)))
+    alone = [module for module in gathering.modules if not all(_sides(gathering, module))]
+    if not shared:
+        names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
+        raise DataError(f"{names} change no matrix in common; there is nothing to write.")
+    left_out = [(module.part, f"only in {module.pieces[0].file.name}", None) for module in alone]
+    return replace(gathering, modules=shared, left_out=(*gathering.left_out, *left_out))
+
+
+def common(gathering: Gathering) -> Callable[[Module], Source]:
+    """What makes of a module the part that both LoRAs have (`sets.common`); of nothing but rounding noise, a matrix of rank 0."""
+
+    def derive(module: Module) -> Source:
+        first, second = (_low(total_of(side)) for side in _sides(gathering, module))
+        shared = sets.common(first, second)
+        energies = [sets.inner(one, one) for one in (shared, first, second)]
+        kept = shared.rank if energies[0] > NEGLIGIBLE**2 * min(energies[1:]) else 0
+        return Product(Factored(shared.up[:, :kept], shared.down[:kept]))
+
+    return derive
+
+
+def scores(
+    gathering: Gathering,
+    *,
+    signs: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Score]:
+    """The score of every module of two LoRAs, in file order. ``signs`` asks for ``opposing``, which looks at every element."""
+    with ThreadPoolExecutor(threads or default_threads(), "score", torch.set_num_threads, (1,)) as pool:
+        for found in pool.map(lambda module: _score(gathering, module, signs), gathering.modules):
+            progress(1)
+            yield found
+
+
+def summed(found: Iterable[Score], name: str) -> Score:
+    """The score of several modules as one: of the block-diagonal matrix that they would make.
+
+    Shares are weighted by the first's energy, ``cosine`` and ``opposing`` by the product of both norms. The last is a mean, not what all
+    elements together would give.
+    """
+    parts = list(found)
+    first, second = (math.fsum(one.energies[i] for one in parts) for i in (0, 1))
+
+    def share(of: Callable[[Score], float]) -> float:
+        return math.fsum(of(one) * one.energies[0] for one in parts) / first if first else 0.0
+
+    weights = [math.sqrt(one.energies[0] * one.energies[1]) for one in parts]
+    product = math.fsum(one.cosine * weight for one, weight in zip(parts, weights, strict=True))
+    whole = math.fsum(weights)
+    signed = [one.opposing for one in parts]
+    opposing = None
+    if all(value is not None for value in signed):
+        opposing = math.fsum((value or 0.0) * weight for value, weight in zip(signed, weights, strict=True))
+        opposing = opposing / whole if whole else 0.0
+    return Score(
+        name,
+        frozenset(),
+        (first, second),
+        product / math.sqrt(first * second) if first and second else 0.0,
+        share(lambda one: one.column_share),
+        share(lambda one: one.row_share),
+        share(lambda one: one.both_share),
+        opposing,
+    )
+
+
+def _sides(gathering: Gathering, module: Module) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """The pieces of the first LoRA, and those of the second."""
+    first = gathering.terms[0].file
+    mine = tuple(piece for piece in module.pieces if piece.file is first)
+    return mine, tuple(piece for piece in module.pieces if piece.file is not first)
+
+
+def _score(gathering: Gathering, module: Module, signs: bool) -> Score:
+    sides = [total_of(side) if side else None for side in _sides(gathering, module)]
+    operands = [_operand(side) if side else None for side in sides]
+    energies = [sets.inner(one, one) if one is not None else 0.0 for one in operands]
+    first, second = operands
+    if first is None or second is None:
+        nothing = 0.0 if signs else None
+        return Score(module.part, module.groups, (energies[0], energies[1]), 0.0, 0.0, 0.0, 0.0, nothing)
+    one, other = (_low(side) for side in sides if side)
+    found = sets.interference(one, other, signs=signs)
+    norms = math.sqrt(energies[0] * energies[1])
+    return Score(
+        module.part,
+        module.groups,
+        (energies[0], energies[1]),
+        sets.inner(first, second) / norms if norms else 0.0,
+        found.column_share,
+        found.row_share,
+        found.both_share,
+        found.opposing,
+    )
+
+
+def _operand(source: Source) -> LowRank | Tensor:
+    """All of a source, as `sets` takes it."""
+    if isinstance(source, Product):
+        return LowRank(source.factors.up, source.factors.down)
+    return source.matrix if isinstance(source, Dense) else source.rows(0, source.shape[0])
+
+
+def _low(source: Source) -> LowRank:
+    """A source by its directions."""
+    if isinstance(source, Kronecker) and source.width <= min(source.shape) // 4:
+        source = source.product()
+    found = _operand(source)
+    if isinstance(found, LowRank):
+        return found
+    return LowRank.of(decompose(found.float(), name="", rank_thresh=DENSE_SHARE))

@@ -1,0 +1,95 @@
+"""How much of a sum of LoRAs to keep: all of it, a rank, a rule of `rules`, or what fits into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.errors import UsageError
+from mergetool.lora.budget import Spectrum, ranks_for
+from mergetool.lora.gathering import Module
+from mergetool.lora.rules import Rule
+
+_KERNEL, _ALPHA = 2 * 24, 80  # bytes of header, and of the header's padding
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """All of it, by concatenation."""
+
+    def rank_of(self, values: Tensor) -> int:
+        """All."""
+        return len(values)
+
+    def recipe(self) -> dict[str, Any]:
+        """What the metadata says of it."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """The same rank for every module, fewer where it has no more."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a rank below 1."""
+        if self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}, but a LoRA has a rank of at least 1.")
+
+    def recipe(self) -> dict[str, Any]:
+        """What the metadata says of it."""
+        return {"rank": self.rank}
+
+
+@dataclass(frozen=True, slots=True)
+class ByRule:
+    """A rank for every module by its own spectrum."""
+
+    rule: Rule
+
+    def rank_of(self, values: Tensor) -> int:
+        """How many of the falling singular values to keep."""
+        return self.rule.rank(values.square().numpy()) or 0
+
+    def recipe(self) -> dict[str, Any]:
+        """What the metadata says of it."""
+        return {"rule": self.rule.name} | ({"rank_thresh": self.rule.threshold} if self.rule.name != "knee" else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The least total error that a file of at most so many bytes can have."""
+
+    size: int
+
+    def recipe(self) -> dict[str, Any]:
+        """What the metadata says of it."""
+        return {"budget": self.size}
+
+
+Selection = Exact | Fixed | ByRule | Budget
+
+
+def ranks_within(
+    budget: Budget, modules: Sequence[Module], spectra: Sequence[Tensor], dtype: DType, metadata: Mapping[str, str]
+) -> dict[str, int]:
+    """Part -> rank, so that the file, header included, has at most ``budget.size`` bytes and the least error (`budget.ranks_for`).
+
+    Raises UsageError where not even one direction fits.
+    """
+    known = [
+        Spectrum(module.keys.down, module.keys.up, module.matrix, values.square().numpy())
+        for module, values in zip(modules, spectra, strict=True)
+    ]
+    # What a plain pair of matrices does not have: a kernel's dimensions in two shapes, and an alpha.
+    beside = sum(
+        _KERNEL * (len(module.shape) > 2) + module.keys.always_alpha * (len(module.keys.alpha) + _ALPHA)
+        for module in modules
+    )
+    ranks = ranks_for(known, budget.size - beside, dtype, metadata)
+    return {module.part: rank for module, rank in zip(modules, ranks, strict=True)}
