@@ -262,7 +262,7 @@ def test_a_part_that_is_changed_twice_is_refused(tmp_path: Path) -> None:
     for end in ("A", "B"):
         tensors[f"diffusion_model.{Q}.lora_{end}.weight"] = tensors[f"{Q}.lora_{end}.weight"].clone()
     save_file(tensors, path)
-    with pytest.raises(DataError, match="changes .*to_q.* 2 times"):
+    with pytest.raises(DataError, match=r"changes .*to_q.* 2 times"):
         run({path: 1}, tmp_path / "out.safetensors")
 
 

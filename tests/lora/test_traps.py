@@ -166,6 +166,6 @@ def test_a_value_that_does_not_fit_the_dtype_ends_the_run(tmp_path: Path) -> Non
     """FP16 ends at 65504: neither infinity nor a clamped value is written."""
     path = with_spectrum(np.array([1e12, 1.0]), tmp_path / "lora.safetensors")
     for selection in (Exact(), Fixed(1)):
-        with pytest.raises(NonFiniteError, match="fp16|float16|bf16"):
+        with pytest.raises(NonFiniteError, match="too large for float16"):
             run({path: 1}, tmp_path / "out.safetensors", selection, dtype=dtypes.F16)
     assert not (tmp_path / "out.safetensors").exists()

@@ -1,0 +1,171 @@
+"""``mergetool lora resize, merge, subtract, orthogonal, common, interference`` as a user types them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mergetool.cli.lora_bake import with_strength
+from tests.adapters.spellings import SPELLINGS, Written
+from tests.cli.run import mergetool
+from tests.lora.test_combine import changes, close
+
+Q = "layers.1.attention.to_q.weight"
+
+
+def make(folder: Path, **names: str) -> dict[str, Written]:
+    made = {}
+    for name, spelling in names.items():
+        (folder / "tmp").mkdir(exist_ok=True)
+        made[name] = SPELLINGS[spelling]()
+        made[name].save(folder / "tmp").rename(folder / f"{name}.safetensors")
+    return made
+
+
+def test_resize_to_a_rank_says_what_it_did_and_loads_as_the_best_of_that_rank(tmp_path: Path) -> None:
+    made = make(tmp_path, a="musubi")
+    ran = mergetool(
+        "lora", "resize", "a.safetensors", "-o", "out.safetensors", "--rank", 2, "--dtype", "fp32", cwd=tmp_path
+    )
+    assert (ran.code, ran.err) == (0, "")
+    assert "1 x a.safetensors: 7 changes, rank 2 to 4" in ran.out
+    assert "attention        5     2 to 4         2 / 2 / 2" in ran.out
+    assert "loads in ComfyUI and diffusers" in ran.out
+    for part, exact in made["a"].changes.items():
+        left, values, right = np.linalg.svd(exact)
+        close(changes(tmp_path / "out.safetensors")[part], (left[:, :2] * values[:2]) @ right[:2], 1e-5)
+
+
+def test_json_is_one_object_with_every_module(tmp_path: Path) -> None:
+    made = make(tmp_path, a="bare")
+    command = ["lora", "resize", "a.safetensors", "-o", "out.safetensors", "--rank-thresh", "0.9", "--json"]
+    found = mergetool(*command, cwd=tmp_path).json
+    assert {one["name"] for one in found["modules"]} == made["a"].changes.keys()
+    assert all(one["energy"] >= 0.9 and one["rank"] <= one["rank_read"] for one in found["modules"])
+    assert found["bytes_written"] == (tmp_path / "out.safetensors").stat().st_size
+
+
+def test_a_budget_bounds_the_file(tmp_path: Path) -> None:
+    make(tmp_path, a="bare")
+    assert (
+        mergetool("lora", "resize", "a.safetensors", "-o", "o.safetensors", "--budget", "5kB", cwd=tmp_path).code == 0
+    )
+    assert 4000 < (tmp_path / "o.safetensors").stat().st_size <= 5000
+
+
+def test_merge_with_strengths_and_groups(tmp_path: Path) -> None:
+    made = make(tmp_path, a="bare", b="kohya fused")
+    ran = mergetool(
+        "lora",
+        "merge",
+        "a.safetensors:0.5",
+        "b.safetensors:-2",
+        "-o",
+        "out.safetensors",
+        "--set",
+        "ffn=0",
+        cwd=tmp_path,
+    )
+    assert ran.code == 0
+    found = changes(tmp_path / "out.safetensors")
+    close(found[Q], 0.5 * made["a"].changes[Q] - 2 * made["b"].changes[Q], 1e-6)
+    assert not any("feed_forward" in part for part in found)
+    assert "2 left out (strength 0 in a.safetensors)" in ran.out
+
+
+def test_subtract_gives_back_what_was_added(tmp_path: Path) -> None:
+    made = make(tmp_path, a="bare", b="kohya fused")
+    mergetool("lora", "merge", "a.safetensors", "b.safetensors", "-o", "both.safetensors", cwd=tmp_path)
+    ran = mergetool(
+        "lora", "subtract", "both.safetensors", "b.safetensors", "-o", "rest.safetensors", "--rank", 4, "--dtype", "fp32",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.code == 0
+    close(changes(tmp_path / "rest.safetensors")[Q], made["a"].changes[Q], 1e-5)
+
+
+def test_orthogonal_and_common_write_loras(tmp_path: Path) -> None:
+    made = make(tmp_path, a="bare", b="kohya fused")
+    for command in ("orthogonal", "common"):
+        ran = mergetool("lora", command, "a.safetensors", "b.safetensors", "-o", f"{command}.safetensors", cwd=tmp_path)
+        assert (ran.code, ran.err) == (0, "")
+    along = made["b"].changes[Q]
+    rest = changes(tmp_path / "orthogonal.safetensors")[Q]
+    assert abs((rest * along).sum()) < 5e-3 * np.linalg.norm(rest) * np.linalg.norm(along)
+    assert "3 left out (only in a.safetensors)" in ran.out
+    assert changes(tmp_path / "common.safetensors").keys() == made["b"].changes.keys()
+
+
+def test_interference_prints_groups_and_overall_for_every_pair(tmp_path: Path) -> None:
+    make(tmp_path, a="bare", b="kohya fused", c="bare")
+    names = ["a.safetensors", "b.safetensors", "c.safetensors"]
+    ran = mergetool("lora", "interference", *names, "--signs", cwd=tmp_path)
+    assert ran.code == 0
+    assert [line.split(":")[0] for line in ran.out.splitlines() if line.startswith("pair")] == [
+        "pair    A = a.safetensors, B = b.safetensors",
+        "pair    A = a.safetensors, B = c.safetensors",
+        "pair    A = b.safetensors, B = c.safetensors",
+    ]
+    assert "+1.0000  100.0 %  100.0 %  100.0 %     0.000" in ran.out
+    found = mergetool("lora", "interference", *names, "--json", cwd=tmp_path).json
+    assert found["pairs"][1]["overall"]["cosine"] == pytest.approx(1)
+    assert len(found["pairs"][0]["modules"]) == 7
+
+
+def test_a_dry_run_lists_every_module_and_writes_nothing(tmp_path: Path) -> None:
+    make(tmp_path, a="bare", b="LoHa")
+    ran = mergetool("lora", "merge", "a.safetensors", "b.safetensors:0.3", "--dry-run", cwd=tmp_path)
+    assert ran.code == 0
+    assert "layers.1.attention.to_k.weight  [64, 64]  1 x lora 2 + 0.3 x loha 3" in ran.out
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["a.safetensors", "b.safetensors"]
+    assert len(mergetool("lora", "resize", "a.safetensors", "--dry-run", "--json", cwd=tmp_path).json["modules"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "say how much to keep"),
+        (("--rank", "0"), "--rank is 0"),
+        (("--rank-thresh", "0"), "above 0"),
+        (("--rank", "4", "--budget", "1MB"), "--rank and --budget contradict each other"),
+        (("--rule", "ratio"), "--rule ratio needs a --rank-thresh"),
+        (("--rule", "knee", "--rank-thresh", "0.5"), "--rule knee has no threshold"),
+        (("--rule", "best", "--rank-thresh", "0.5"), "--rule is one of energy"),
+        (("--rank", "2", "--dtype", "fp8_e4m3"), "--dtype is one of bf16, fp16, fp32"),
+    ],
+)
+def test_requests_that_cannot_be_meant_are_usage_errors(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    make(tmp_path, a="bare")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "out.safetensors", *options, cwd=tmp_path)
+    assert (ran.code, ran.out.count("\n") > 1) == (2, False)
+    assert words in ran.err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_without_an_output_nothing_is_read(tmp_path: Path) -> None:
+    ran = mergetool("lora", "merge", "missing.safetensors", cwd=tmp_path)
+    assert (ran.code, "-o FILE.safetensors" in ran.err) == (2, True)
+
+
+def test_a_warning_of_a_file_is_shown(tmp_path: Path) -> None:
+    made = make(tmp_path, a="musubi")
+    tensors = {key: value for key, value in made["a"].tensors.items() if not key.endswith(".alpha")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "out.safetensors", "--rank", 1, cwd=tmp_path)
+    assert "states no alpha, where such files do" in ran.out
+
+
+def test_a_knee_needs_no_threshold(tmp_path: Path) -> None:
+    make(tmp_path, a="bare")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "o.safetensors", "--rule", "knee", cwd=tmp_path)
+    assert ran.code == 0
+    ranks = {len(value) for key, value in load_file(tmp_path / "o.safetensors").items() if "lora_A" in key}
+    assert ranks <= {1, 2, 3, 4}
+
+
+def test_a_strength_too_small_for_any_number_is_zero_and_takes_no_time() -> None:
+    assert with_strength("a.safetensors:1e-999999999") == ("a.safetensors", Fraction(0))
