@@ -245,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decay=options.delta_decay,
         relative=options.delta_size,
         noise=options.noise,
+        uneven=options.uneven,
     )
     targets = {options.target: replace(spec, delta=None if options.delta_seed is None else delta)}
     if options.what == "family":
@@ -272,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--delta-decay", type=float, default=0.9, help="ratio of one singular value to the one before")
     parser.add_argument("--delta-size", type=float, default=0.01, help="RMS of the low-rank part over the base's")
     parser.add_argument("--noise", type=float, default=0.1, help="RMS of the noise over the low-rank part's")
+    parser.add_argument(
+        "--uneven", type=float, default=0.0, help="how much sizes and decays differ by matrix, in octaves"
+    )
     parser.add_argument("--threads", type=int, help="default: one a core")
     parser.add_argument("--overwrite", action="store_true")
     return parser

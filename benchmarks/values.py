@@ -38,6 +38,9 @@ class Delta:
     1/sqrt(dim)), so its singular values fall geometrically by ``decay``. ``c`` makes its RMS ``relative``
     times the RMS of the base; the noise's RMS is ``noise`` times that of the low-rank part. One-dimensional
     tensors have no low rank: their difference is Gaussian with the same relative RMS.
+
+    ``uneven`` above 0 gives every matrix a size and a decay of its own, as trained models have: ``relative`` times 2^(uneven * x) and
+    ``decay`` to the power 2^(uneven * y), where x and y are uniform in [-1, 1] and a function of the seed and the name.
     """
 
     seed: int
@@ -45,6 +48,7 @@ class Delta:
     decay: float = 0.9
     relative: float = 0.01
     noise: float = 0.1
+    uneven: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,7 @@ def _add_delta(out: Floats, block: Block, delta: Delta, rms: float) -> None:
     start, count = block.row * block.columns, out.size
     size = delta.relative * rms
     if len(block.shape) == 2 and min(block.shape) > 1:
+        size *= 2 ** (delta.uneven * _between(delta, block.name, "size"))
         down = _down(delta, block.name, block.shape)
         rank = down.shape[0]
         up = normal(_key(delta.seed, block.name, "up"), block.row * rank, block.rows * rank)
@@ -164,11 +169,17 @@ def _add_delta(out: Floats, block: Block, delta: Delta, rms: float) -> None:
         out += noise
 
 
+def _between(delta: Delta, name: str, stream: str) -> float:
+    """A number in [-1, 1] that belongs to the name."""
+    return _key(delta.seed, name, stream) / 2**127 - 1
+
+
 @lru_cache(maxsize=16)
 def _down(delta: Delta, name: str, shape: tuple[int, ...]) -> Floats:
     """The right factor, (rank, columns), scaled so that up @ down has RMS 1 and geometric strengths."""
     rank = min(delta.rank, *shape)
-    strength = delta.decay ** np.arange(rank, dtype=np.float64)
+    decay = delta.decay**2 ** (delta.uneven * _between(delta, name, "decay"))
+    strength = decay ** np.arange(rank, dtype=np.float64)
     strength /= np.sqrt(np.sum(strength**2))
     factor = normal(_key(delta.seed, name, "down"), 0, rank * shape[1]).reshape(rank, shape[1])
     factor *= strength[:, None].astype(np.float32)

@@ -23,9 +23,14 @@ def checkpoint(
     config: dict[str, Any] | None = None,
     relative: float = 0.05,
     rank: int = 4,
+    uneven: float = 0.0,
 ) -> Path:
     """One checkpoint at ``path``: the common base, or with ``variant`` a fine-tune of it with that seed."""
-    delta = None if variant is None else Delta(seed=variant, rank=rank, decay=0.7, relative=relative, noise=0.05)
+    delta = (
+        None
+        if variant is None
+        else Delta(seed=variant, rank=rank, decay=0.7, relative=relative, noise=0.05, uneven=uneven)
+    )
     spec = Spec(
         config=config or TINY, layout=layout, dtype=dtype, prefix=prefix, shard_size=shard_size, delta=delta, seed=3
     )

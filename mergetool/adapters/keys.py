@@ -90,6 +90,10 @@ class Modules:
                 fused.setdefault(family.stored_name(part, layout), []).append(part)
             for stored, together in fused.items():
                 self._dotted.setdefault(_module(stored), tuple(together))
+        for module, held in list(self._dotted.items()):  # a whole checkpoint's raw names, which LoRA files shorten
+            for start in ("model.diffusion_model.", "diffusion_model."):
+                if module.startswith(start):
+                    self._dotted.setdefault(module.removeprefix(start), held)
         self._flat: dict[str, tuple[str, ...] | None] = {}
         for module, held in self._dotted.items():
             flat = module.replace(".", "_")

@@ -21,7 +21,7 @@ from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.errors import DataError
+from mergetool.errors import DataError, MergetoolError
 
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -74,6 +74,22 @@ def open_lora(path: str | Path, *, name: str | None = None, anatomy: Anatomy | N
     except BaseException:
         checkpoint.close()
         raise
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether most keys of the file at ``path`` are a LoRA's, or it is a folder as PEFT saves one; no tensor is read.
+
+    False for what cannot be opened, which opening it as a model explains.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return (place / PEFT_FILE).exists()
+    try:
+        with Checkpoint.open(place) as checkpoint:
+            found = sum(isinstance(take_apart(key), Spelled) for key in checkpoint.tensors)
+            return 2 * found > len(checkpoint.tensors)
+    except MergetoolError:
+        return False
 
 
 class _Reading:

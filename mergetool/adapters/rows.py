@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import NoReturn
 
 import numpy as np
 
 from mergetool.adapters.adapter import Change
+from mergetool.adapters.dora import dora_rows
 from mergetool.adapters.reading import LoraFile
 from mergetool.adapters.values import dense_rows, low_rank
 from mergetool.arch import Anatomy, Part, Slice
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.quant.encoding import Encoding, Floats, Span
 
@@ -143,26 +144,47 @@ def _read(stack: StackedRows) -> tuple[Floats, Floats]:
     return np.concatenate(ups, axis=1), np.concatenate(downs)
 
 
-def anatomy_of(file: LoraFile, model: Anatomy) -> Anatomy:
+def anatomy_of(file: LoraFile, model: Anatomy, checkpoint: Checkpoint | None = None) -> Anatomy:
     """The parts of ``model`` that ``file`` changes, with the change as their values.
 
-    Raises DataError for a change that cannot be added: DoRA, whose change depends on the weight, and two changes of one part.
+    ``checkpoint`` is the model's own, which a DoRA's change depends on. Raises DataError for a change that cannot be added: of a part
+    that is changed twice, or a DoRA's without the checkpoint; and what `dora_rows` raises.
     """
     parts: dict[str, Part] = {}
+    doras: dict[int, list[tuple[Change, Part]]] = {}
     for name, changes in file.changes.items():
         part = model.parts[name]
         if len(changes) > 1:
-            _refuse(file, name, f"is changed {len(changes)} times", "once; get the LoRA without the others in it")
-        if "dora_scale" in changes[0].adapter.tensors:
-            _refuse(
-                file, name, "is changed by a DoRA, which is no sum", "a LoRA; merge it with the program that trained it"
+            modules = " and ".join(quoted(change.adapter.module) for change in changes)
+            raise DataError(
+                f'"{file.name}" changes {quoted(name)} {len(changes)} times, by {modules}, where once is wanted: programs differ '
+                "in which they take, so get the LoRA with one of them."
             )
-        shape = (part.shape[0] if part.shape else 1, prod(part.shape[1:]))
-        stored = tuple(changes[0].adapter.tensors.values())
-        rows = ChangeRows(stored[0], stored[1:], shape, shape, None, file, changes[0])
-        parts[name] = Part(name, part.shape, F32, Slice(stored[0], 0, shape[0]), rows)
+        if "dora_scale" in changes[0].adapter.tensors:
+            doras.setdefault(id(changes[0].adapter), []).append((changes[0], part))
+        parts[name] = _changed(part, change_rows(file, changes[0], part))
+    for held in doras.values():
+        if checkpoint is None:
+            raise DataError(
+                f'"{file.name}": {quoted(held[0][1].name)} is changed by a DoRA, which depends on the weight; add it to a model.'
+            )
+        for name, rows in dora_rows(file, checkpoint, held, lambda change, part: _product(file, change, part)).items():
+            parts[name] = _changed(model.parts[name], rows)
     return Anatomy(model.family, model.layout, "", parts)
 
 
-def _refuse(file: LoraFile, part: str, found: str, wanted: str) -> NoReturn:
-    raise DataError(f'"{file.name}": {quoted(part)} {found}, where {wanted} is wanted.')
+def change_rows(file: LoraFile, change: Change, part: Part) -> ChangeRows:
+    """The rows that ``change`` adds to ``part``, a DoRA's before its magnitudes."""
+    shape = (part.shape[0] if part.shape else 1, prod(part.shape[1:]))
+    stored = tuple(change.adapter.tensors.values())
+    return ChangeRows(stored[0], stored[1:], shape, shape, None, file, change)
+
+
+def _product(file: LoraFile, change: Change, part: Part) -> Encoding:
+    """The same, with factors that are kept where it is a product of two."""
+    rows = change_rows(file, change, part)
+    return StackedRows.of([(Fraction(1), rows)]) if rows.is_product else rows
+
+
+def _changed(part: Part, rows: Encoding) -> Part:
+    return Part(part.name, part.shape, F32, Slice(rows.tensor, 0, rows.padded[0]), rows)

@@ -50,17 +50,6 @@ def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats
             return _scaled(_lokr_rows(file, change, row, count), adapter.scale)
 
 
-def magnitude(file: LoraFile, change: Change) -> Floats | None:
-    """DoRA's magnitudes: of rows, [rows], or of columns, [1, columns]; None for a change without them."""
-    key = change.adapter.tensors.get("dora_scale")
-    if key is None:
-        return None
-    values = factor(file, key)
-    if values.ndim > 1 and values.shape[0] == 1:
-        return values.reshape(1, -1)
-    return values.reshape(-1)[change.row : change.row + change.rows]
-
-
 def factor(file: LoraFile, key: str, row: int = 0, rows: int | None = None) -> Floats:
     """Rows of a stored tensor, all without ``rows``, widened exactly."""
     info = file.checkpoint.tensors[key]
@@ -68,10 +57,11 @@ def factor(file: LoraFile, key: str, row: int = 0, rows: int | None = None) -> F
     width = prod(info.shape[1:])
     size = width * info.dtype.bits // 8
     raw = file.checkpoint.read(key, row * size, count * size)
-    return _widened(memoryview(raw), info.dtype).reshape(count, *info.shape[1:])
+    return widened(memoryview(raw), info.dtype).reshape(count, *info.shape[1:])
 
 
-def _widened(raw: memoryview, dtype: DType) -> Floats:
+def widened(raw: memoryview, dtype: DType) -> Floats:
+    """Stored floats as float32: exactly, but for F64, which is rounded."""
     if dtype in (dtypes.F8_E4M3, dtypes.F8_E5M2):
         codes = np.frombuffer(raw, np.uint8)
         out = np.empty(codes.shape, np.float32)

@@ -85,13 +85,14 @@ class CheckpointWriter:
         shard_size: int | None = None,
         inputs: Sequence[InputFile] = (),
         extra_files: Mapping[str, bytes] = MappingProxyType({}),
+        stem: str = STEM,
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
 
         A target ending in ``.safetensors`` becomes one file, and ``extra_files`` are left out. Any other
         becomes a folder that diffusers can load: shards of at most ``shard_size`` bytes of tensor data (a
         larger tensor has one of its own) and their index, or one file when that suffices, and ``extra_files``
-        (config.json). ``inputs`` are the files that must not be replaced, nor change before `commit`. Raises
+        (config.json). ``stem`` is what the files of a folder are called. ``inputs`` are the files that must not be replaced, nor change before `commit`. Raises
         UsageError for shards in a single file, OutputError when the target may not be written or does not
         fit, BusyError when another run holds it.
         """
@@ -103,12 +104,12 @@ class CheckpointWriter:
             return _stage_file(target, header, overwrite, inputs)
         parts: Sequence[shards.Shard] = ()
         if shard_size is not None:
-            parts = shards.split(header, shard_size, stem=STEM)
+            parts = shards.split(header, shard_size, stem=stem)
         if len(parts) <= 1:
-            parts = [shards.Shard(f"{STEM}.safetensors", header)]
+            parts = [shards.Shard(f"{stem}.safetensors", header)]
         small = dict(extra_files)
         if len(parts) > 1:
-            small[shards.index_name(STEM)] = shards.index_json(parts)
+            small[shards.index_name(stem)] = shards.index_json(parts)
         return _stage_folder(target, header, parts, small, overwrite, inputs)
 
     @property

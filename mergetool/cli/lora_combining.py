@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.diff import GROUPS
+from mergetool.cli.diff_ranks import GROUPS
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def perform(
 
 
 def in_group(groups: frozenset[str]) -> str:
-    """The row of the tables that a module is in: the first of `diff.GROUPS`, or other."""
+    """The row of the tables that a module is in: the first of `diff_ranks.GROUPS`, or other."""
     return next((group for group in GROUPS if group in groups), "other")
 
 

@@ -13,7 +13,7 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 EXAMPLES = """\b
 Examples:
-  mergetool lora common anna.safetensors maria.safetensors -o portrait.safetensors
+  mergetool lora common style.safetensors other.safetensors -o both-have.safetensors
   mergetool lora common a.safetensors b.safetensors -o shared.safetensors --rank-thresh 0.99
 
 Modules that only one of them changes have nothing in common and are named. The rank is at most the smaller of the two ranks. Common

@@ -12,7 +12,7 @@ import typer
 from mergetool.cli import console
 from mergetool.cli import lora_combining as combining
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
-from mergetool.cli.diff import GROUPS
+from mergetool.cli.diff_ranks import GROUPS
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:

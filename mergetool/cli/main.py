@@ -17,11 +17,14 @@ from mergetool.cli import (
     inspect,
     lora_bake,
     lora_common,
+    lora_convert,
+    lora_inspect,
     lora_interference,
     lora_merge,
     lora_orthogonal,
     lora_resize,
     lora_subtract,
+    lora_verify,
     merge,
     sample,
     verify,
@@ -48,8 +51,10 @@ app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
 lora = typer.Typer(
-    help="Add LoRAs to checkpoints and to each other, make them smaller, compare them.", no_args_is_help=True
+    help="Look at LoRAs, add them to checkpoints and to each other, make them smaller, convert and verify them.",
+    no_args_is_help=True,
 )
+lora.command(epilog=lora_inspect.EXAMPLES)(lora_inspect.inspect)
 lora.command(epilog=lora_bake.EXAMPLES)(lora_bake.bake)
 lora.command(epilog=lora_resize.EXAMPLES)(lora_resize.resize)
 lora.command("merge", epilog=lora_merge.EXAMPLES)(lora_merge.merge_loras)
@@ -57,6 +62,8 @@ lora.command(epilog=lora_subtract.EXAMPLES)(lora_subtract.subtract)
 lora.command(epilog=lora_orthogonal.EXAMPLES)(lora_orthogonal.orthogonal)
 lora.command(epilog=lora_common.EXAMPLES)(lora_common.common)
 lora.command(epilog=lora_interference.EXAMPLES)(lora_interference.interference)
+lora.command(epilog=lora_convert.EXAMPLES)(lora_convert.convert)
+lora.command(epilog=lora_verify.EXAMPLES)(lora_verify.verify)
 app.add_typer(lora, name="lora")
 
 

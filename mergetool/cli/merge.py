@@ -279,7 +279,7 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -
 
 def _print_rounding(plan: Plan, movements: Movements) -> None:
     """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
-    from mergetool.engine.jobs import SAMPLED
+    from mergetool.engine.jobs import SAMPLED, SAMPLED_PIECES
     from mergetool.quant import is_side_tensor
 
     floats = [t for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)]
@@ -299,9 +299,8 @@ def _print_rounding(plan: Plan, movements: Movements) -> None:
         [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
     )
     if movements.sampled:
-        console.heading(
-            "", f"one chunk in {SAMPLED} of large tensors was measured; --measure all looks at every element"
-        )
+        share = SAMPLED_PIECES if any(tensor.quantiser for tensor in floats) else SAMPLED
+        console.heading("", f"one chunk in {share} of large tensors was measured; --measure all looks at every element")
 
 
 def _rounding_row(name: str, movement: Movement) -> list[str]:

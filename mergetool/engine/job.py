@@ -73,7 +73,9 @@ def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None 
             f'"{name}": {quoted(key)} changes nothing in {model.name} ({reason}; {len(file.unmatched)} such keys in all); '
             "it may be for another model: --skip-unmatched leaves them out."
         )
-    return Input(name, file.checkpoint, anatomy_of(file, model.anatomy), is_lora=True, unmatched=file.unmatched)
+    return Input(
+        name, file.checkpoint, anatomy_of(file, model.anatomy, model.checkpoint), is_lora=True, unmatched=file.unmatched
+    )
 
 
 def run_merge(

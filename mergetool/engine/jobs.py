@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from mergetool.engine import quantising
 from mergetool.engine.quantising import Piece
@@ -17,8 +18,10 @@ CHUNK = 1 << 19
 # Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
 ROWS_CHUNK = 1 << 22
 # Of every part one chunk in eight is measured, the first always: what the delta did takes as long as the merge itself (3 ns
-# an element, and for quantised outputs encoding and decoding once more), and 1 in 8 of 6 G elements is sample enough.
+# an element), and 1 in 8 of 6 G elements is sample enough. For quantised outputs, which are encoded and decoded once more
+# (7 ns), one piece in sixteen.
 SAMPLED = 8
+SAMPLED_PIECES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +74,36 @@ def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
     """The work in output order, in chunks of ``size`` elements (`CHUNK` without it), or of whole rows where those are needed.
 
     A quantised tensor's jobs are in phases, numbered from 0 over the whole plan: none of a phase may begin before the last of the
-    phase before it has ended.
+    phase before it has ended. While one weight is encoded the next one is read: alternately, so that the disk has work meanwhile.
     """
     options, phase = plan.options, 0
+    encoding: list[Quantise] = []
     for tensor in plan.tensors:
         if tensor.quantiser is None:
             yield from _chunks(tensor, options, size or CHUNK)
             continue
-        for job in _chunks(tensor, options, CHUNK):
-            yield replace(job, phase=phase)
-        height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
-        for searching in (True, False) if options.scale_search else (False,):
+        filling = [replace(job, phase=phase) for job in _chunks(tensor, options, CHUNK)]
+        yield from _alternately(filling, encoding)
+        if options.scale_search:
             phase += 1
-            for i, piece in enumerate(quantising.pieces(tensor, height)):
-                yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED == 0)
+            yield from _quantising(tensor, options, phase, searching=True)
         phase += 1
+        encoding = list(_quantising(tensor, options, phase, searching=False))
+    yield from encoding
+
+
+def _quantising(tensor: OutputTensor, options: Options, phase: int, *, searching: bool) -> Iterator[Quantise]:
+    height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
+    for i, piece in enumerate(quantising.pieces(tensor, height)):
+        yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED_PIECES == 0)
+
+
+def _alternately(filling: list[Job], encoding: list[Quantise]) -> Iterator[Job | Quantise]:
+    for one, other in zip_longest(filling, encoding):
+        if one is not None:
+            yield one
+        if other is not None:
+            yield other
 
 
 def pieces(job: Job) -> Iterator[Job]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mergetool.engine import gpu, jobs
+from mergetool.engine import gpu, jobs, quantising
 from mergetool.engine.device import CPU, Device
 from mergetool.recipe.plan import Plan
 
@@ -23,14 +23,9 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
     decoded = max((sum(window.encoding is not None for window in step.windows) for step in steps), default=0)
     elements = max((job.capacity for job in jobs.jobs(plan)), default=0)
     feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    held = largest_weight(plan)
+    held = sum(quantising.capacities([tensor for tensor in plan.tensors if tensor.quantiser]))
     encoding = 16 if held else 0  # a piece scaled, rounded and, in a search, read back
     each = 4 * (plan.registers + 1) + 4 + 4 * windows + 6 * decoded + feedback + encoding
     on_cpu = elements * each + 6_000_000
     pinned = len(device.names) * gpu.room(plan, device).pinned if device.is_gpu else 0
     return 4 * held + (threads or default_threads()) * on_cpu + pinned
-
-
-def largest_weight(plan: Plan) -> int:
-    """Elements of the largest output tensor that is quantised, whose float32 values are held; 0 where none is."""
-    return max((tensor.shape[0] * tensor.shape[1] for tensor in plan.tensors if tensor.quantiser), default=0)

@@ -13,9 +13,9 @@ from mergetool.engine import gpu
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise, jobs, pieces
-from mergetool.engine.memory import default_threads, largest_weight
+from mergetool.engine.memory import default_threads
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Phases, Weight
+from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
 from mergetool.engine.worker import Done, Measure, NonFinite, Outcome, Output, Run, Worker
 from mergetool.ops.movement import Movement
@@ -82,8 +82,8 @@ class _Workers:
         self._capacity = max((job.capacity for job in self._jobs), default=0)
         self._spare: Worker | None = None
         self._redoing = threading.Lock()
-        weight = Weight(largest_weight(plan))
-        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weight)
+        weights = Weights([tensor for tensor in plan.tensors if tensor.quantiser])
+        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weights)
         self._movements: dict[int, Movement] = {}
         self._moved = 0
         self._failure: BaseException | None = None
@@ -117,7 +117,7 @@ class _Workers:
             for tensor in self.shared.plan.tensors
             if tensor.name in self.shared.errors
         }
-        self.shared.outcome.search_gain = self.shared.weight.search_gain()
+        self.shared.outcome.search_gain = self.shared.weights.search_gain()
 
     def _end(self) -> None:
         self._stop.set()

@@ -1,8 +1,8 @@
-"""Quantised output: one weight at a time is collected in float32, then encoded piece by piece.
+"""Quantised output: a weight is collected in float32, then encoded piece by piece while the next one is collected.
 
-A tensor's scale depends on its largest value, so nothing can be encoded before all of it is known. Its float32 values wait in one buffer, the
-largest weight's size, rather than being computed twice: for scaled FP8 that would decode every input twice. Threads pass through the phases of a
-weight together (fill, with a search: search, encode), each waiting for the last job of the phase before.
+A tensor's scale depends on its largest value, so nothing can be encoded before all of it is known. Its float32 values wait in a buffer, the
+largest weight's size, rather than being computed twice: for scaled FP8 that would decode every input twice. Threads pass through the phases of
+weights together (fill, with a search: search, encode beside the next one's fill), each waiting for the last job of the phase before.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def quantiser_of(tensor: OutputTensor) -> Quantiser:
     return tensor.quantiser
 
 
+def capacities(tensors: Sequence[OutputTensor]) -> tuple[int, int]:
+    """Elements of the two buffers that quantised tensors take in turn."""
+    even, odd = ([tensor.shape[0] * tensor.shape[1] for tensor in tensors[start::2]] for start in (0, 1))
+    return max(even, default=0), max(odd, default=0)
+
+
 class Phases:
     """Lets jobs of phase n begin when every job of the phases before it has ended; ``sizes[n]`` is how many phase n has."""
 
@@ -81,21 +87,23 @@ class Phases:
             self._changed.notify_all()
 
 
-class Weight:
-    """The float32 values of the weight whose turn it is, and what is known of its scale.
+class Weights:
+    """The float32 values of the two weights whose turn it is, one being encoded, one filled, and what is known of their scales.
 
-    ``capacity`` is the largest weight's elements. Filled, searched and encoded by several threads, each its own part.
+    Neighbours among ``tensors``, the quantised ones in output order, have different buffers. Filled, searched and encoded by several
+    threads, each its own part.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._values = np.empty(capacity, np.float32)
+    def __init__(self, tensors: Sequence[OutputTensor]) -> None:
+        self._values = [np.empty(elements, np.float32) for elements in capacities(tensors)]
+        self._buffer = {tensor.name: i % 2 for i, tensor in enumerate(tensors)}
         self._amax: dict[str, float] = {}
         self._errors: dict[str, dict[int, list[float]]] = {}
         self._lock = threading.Lock()
 
-    def room(self, start: int, count: int) -> Floats:
+    def room(self, tensor: OutputTensor, start: int, count: int) -> Floats:
         """Where the values of elements ``[start, start + count)`` belong."""
-        return self._values[start : start + count]
+        return self._values[self._buffer[tensor.name]][start : start + count]
 
     def note(self, tensor: OutputTensor, largest: float) -> None:
         """Some of the tensor's elements are there, of at most this magnitude."""
@@ -105,7 +113,7 @@ class Weight:
     def rows(self, piece: Piece) -> Floats:
         """The true values [rows, columns] of a piece."""
         columns = piece.tensor.shape[1]
-        return self._values[piece.row * columns :][: piece.rows * columns].reshape(piece.rows, columns)
+        return self.room(piece.tensor, piece.row * columns, piece.rows * columns).reshape(piece.rows, columns)
 
     def scale(self, tensor: OutputTensor) -> np.float32:
         """The tensor's scale: by its largest value, or the one of least squared error where that was searched for."""

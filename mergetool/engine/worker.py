@@ -15,7 +15,7 @@ from mergetool.engine import quantising
 from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Piece, Weight
+from mergetool.engine.quantising import Piece, Weights
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
 from mergetool.ops.contract import execute
@@ -72,7 +72,7 @@ class Run:
     non_finite: NonFinite
     measure: Measure
     registers: int
-    weight: Weight
+    weights: Weights
     compared: bool = False
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
@@ -83,6 +83,12 @@ class Run:
     def files(self) -> list[InputFile]:
         """Every file of every input."""
         return [file for model in self.plan.inputs for file in model.checkpoint.files]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether some values are not stored as such."""
+        windows = (window for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
+        return any(window.encoding is not None for window in windows)
 
     def measures(self, job: Job | Quantise) -> bool:
         """Whether what the delta did is measured on this job."""
@@ -113,7 +119,7 @@ class Worker:
         """With room for jobs of ``capacity`` elements."""
         self._run = run
         self._ops = CpuOps(capacity=capacity, registers=run.registers + 1)
-        self._reader = ValueReader(fetcher(run.method, run.files))
+        self._reader = ValueReader(fetcher(run.method, run.files, decodes=run.decodes))
 
     def do(self, job: Job | Quantise) -> Done:
         """Do one job."""
@@ -131,12 +137,12 @@ class Worker:
                 self._check(job, fetched)
             written = self._write(job, fetched[0].raw[0])
         elif job.phase is not None:
-            with self._ops.writing(0, self._run.weight.room(job.step.first + job.start, job.count)):
+            with self._ops.writing(0, self._run.weights.room(job.tensor, job.step.first + job.start, job.count)):
                 self._execute(job.step.program, fetched)
                 largest = self._ops.largest(0)
                 if not math.isfinite(largest):
                     self._check(job, fetched)
-            self._run.weight.note(job.tensor, largest)
+            self._run.weights.note(job.tensor, largest)
         else:
             out, movement = self._result(job, job.step.program, fetched)
             written = self._write(job, out)
@@ -167,11 +173,11 @@ class Worker:
         return len(out)
 
     def _quantise(self, job: Quantise) -> Done:
-        weight, piece = self._run.weight, job.piece
+        weights, piece = self._run.weights, job.piece
         if job.searching:
-            weight.search(piece, self._rounder(job.rounding))
+            weights.search(piece, self._rounder(job.rounding))
             return 0, None
-        scale, values = weight.scale(piece.tensor), weight.rows(piece)
+        scale, values = weights.scale(piece.tensor), weights.rows(piece)
         raw = quantising.encode(values, piece, scale, self._rounder(job.rounding))
         if self._run.compared:
             self._run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))

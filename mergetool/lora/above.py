@@ -37,7 +37,9 @@ Cut = Callable[[float], float]
 """The largest energy (squared singular value) -> the energy above which all are wanted."""
 
 
-def strongest_above(products: Products, cut: Cut, most: int, generator: torch.Generator) -> tuple[Projection, int] | None:
+def strongest_above(
+    products: Products, cut: Cut, most: int, generator: torch.Generator
+) -> tuple[Projection, int] | None:
     """Directions of the delta and how many of them, the first, are above ``cut``: all that there are.
 
     That number is ``most`` + 1 where there are more than ``most``, and the directions are then not to be used. None where only the

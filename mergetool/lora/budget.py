@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -25,12 +26,16 @@ LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """One matrix: its factors' names and its shape [m, n], and its strongest ``energies`` (squared singular values), falling."""
+    """One matrix: its factors' names and its shape [m, n], and its strongest ``energies`` (squared singular values), falling.
+
+    ``kernel`` is that of a convolution, of whose columns n it is a factor.
+    """
 
     down: str
     up: str
     shape: tuple[int, int]
     energies: Float64
+    kernel: tuple[int, ...] = ()
 
     def cost(self, dtype: DType) -> int:
         """Bytes of one direction."""
@@ -52,7 +57,9 @@ def file_size(spectra: Sequence[Spectrum], ranks: Sequence[int], dtype: DType, m
     entries = []
     for one, rank in zip(spectra, ranks, strict=True):
         if rank:
-            entries += [(one.down, dtype, (rank, one.shape[1])), (one.up, dtype, (one.shape[0], rank))]
+            inner = one.shape[1] // prod(one.kernel)
+            entries += [(one.down, dtype, (rank, inner, *one.kernel))]
+            entries += [(one.up, dtype, (one.shape[0], rank, *(1 for _ in one.kernel)))]
     return Header.plan(entries, dict(metadata)).file_size
 
 
@@ -132,16 +139,14 @@ def _filled(
             break
         if item.place in closed:
             continue
-        cost = item.count * spectra[item.place].cost(dtype)
-        ranks[item.place] += item.count
-        if cost > room or (now := size(ranks)) > budget:
-            ranks[item.place] -= item.count
+        before = ranks[item.place]
+        fits = min(item.count, room // spectra[item.place].cost(dtype))
+        for count in range(fits, -1, -1):  # one or two steps: only the header may still be in the way
+            ranks[item.place] = before + count
+            if count == 0 or (now := size(ranks)) <= budget:
+                break
+        if count < item.count:
             closed.add(item.place)  # its weaker directions are no smaller
-        else:
+        if count:
             room = budget - now
     return ranks
-
-
-def too_few(spectra: Sequence[Spectrum], ranks: Sequence[int], most: Sequence[int]) -> list[int]:
-    """The places of matrices all of whose known directions are kept, though they have more (up to ``most``)."""
-    return [i for i, (one, rank) in enumerate(zip(spectra, ranks, strict=True)) if rank == len(one.energies) < most[i]]

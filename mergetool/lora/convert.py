@@ -1,174 +1,212 @@
-"""A LoRA under other names: the same factors, spelled for another program.
+"""A LoRA under other names: the same tensors, spelled for another program.
 
-Bits are kept wherever they can be. A scale moves into an ``.alpha`` where the spelling has one; where it has none it is multiplied into
-``up``, which is exact for powers of two, and said where it is not.
+Bits are kept wherever they can be. A scale goes into an ``.alpha`` or a config where the format has one; where it has none it is
+multiplied into ``up``, which is exact for powers of two, and said where it is not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergetool import __version__
-from mergetool.adapters import Change, LoraFile
-from mergetool.adapters.values import low_rank
-from mergetool.checkpoint.dtypes import DType
+from mergetool.adapters import LoraFile
+from mergetool.adapters.keys import FLAT
+from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
+from mergetool.lora import fusing, module, peft_folder
 from mergetool.lora import output as lora_file
-from mergetool.ops.cpu import TORCH
+from mergetool.lora.module import Module
+from mergetool.lora.spelling import SPELLINGS, KeyFormat, Spelling
 from mergetool.recipe.provenance import display_names
 
-KeyFormat = Literal["default", "diffusers", "comfyui", "kohya"]
-KEY_FORMATS: tuple[KeyFormat, ...] = ("default", "diffusers", "comfyui", "kohya")
-
-
-@dataclass(frozen=True, slots=True)
-class Spelling:
-    """How one format writes a module: prefix, with underscores or dots, ends of the factors' names, and whether there is an alpha."""
-
-    prefix: str
-    down: str
-    up: str
-    flat: bool = False
-    fused: bool = False
-    alpha: Literal["never", "where needed", "always"] = "always"
-
-
-SPELLINGS: Mapping[str, Spelling] = {
-    "default": Spelling("diffusion_model.", ".lora_A.weight", ".lora_B.weight", alpha="where needed"),
-    "diffusers": Spelling("transformer.", ".lora_A.weight", ".lora_B.weight", alpha="never"),
-    "comfyui": Spelling("diffusion_model.", ".lora_down.weight", ".lora_up.weight", fused=True),
-    "kohya": Spelling("lora_unet_", ".lora_down.weight", ".lora_up.weight", flat=True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """The factors of one module: ``up`` [out, rank] and ``down`` [rank, in] in the dtype they are stored in, and the scale."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-    dtype: DType
+NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
+"""Metadata of a file that is not its copy's: the second has alphas, which are elsewhere then."""
 
 
 @dataclass
 class Converted:
-    """What was done: modules written, and those whose ``up`` had to be rounded again, with the largest relative error."""
+    """What was done: modules and tensors written, modules whose ``up`` was rounded again with its relative error, those left out since
+    they change nothing, and names that are in the file for nothing (with ``skip_unmatched``)."""
 
     modules: int = 0
+    tensors: int = 0
     rounded: dict[str, float] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    unmatched: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every value of every change is what it was."""
+        return not self.rounded and not self.unmatched
 
 
-def convert(file: LoraFile, output: Path, key_format: KeyFormat, *, overwrite: bool = False) -> Converted:
-    """Write ``file`` in another format: a whole file, or none.
+def convert(
+    file: LoraFile,
+    output: Path,
+    key_format: KeyFormat,
+    *,
+    overwrite: bool = False,
+    skip_unmatched: bool = False,
+    names_known: bool = False,
+) -> Converted:
+    """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none.
 
-    Raises DataError for what no low-rank format can carry (LoHa, LoKr, whole differences, DoRA) and for parts that are changed twice,
-    UsageError for an output that is not one file, OutputError and what writing raises.
+    ``names_known`` says that it was opened with the anatomy of its model, so that underscored names of any family are understood.
+    Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
+    not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
     """
-    lora_file.check(output, file.checkpoint.files, overwrite=overwrite)
+    lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
     spelling = SPELLINGS[key_format]
-    modules = dict(_modules(file))
-    if spelling.fused:
-        modules = _fused(file, modules)
-    done = Converted(len(modules))
+    _require_convertible(file, spelling, skip_unmatched=skip_unmatched, names_known=names_known)
+    done = Converted(unmatched=file.unmatched)
+    modules = _modules(file, spelling, key_format, done)
     tensors: dict[str, Tensor] = {}
-    for module, found in modules.items():
-        name = spelling.prefix + (module.replace(".", "_") if spelling.flat else module)
-        up, scale = found.up, found.scale
-        if scale != 1 and spelling.alpha != "always":
-            folded = (up.double() * scale).to(up.dtype)
-            error = _relative(folded.double(), up.double() * scale)
-            if error == 0 or spelling.alpha == "never":
-                up, scale = folded, 1.0
-                if error:
-                    done.rounded[module] = error
-        tensors[name + spelling.down], tensors[name + spelling.up] = found.down, up
-        if scale != 1 or spelling.alpha == "always":
-            tensors[f"{name}.alpha"] = torch.tensor(scale * len(found.down), dtype=torch.float32)
-    lora_file.write(output, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite)
+    for part, one in modules.items():
+        tensors |= _spelled(part, one, spelling, done)
+    if not tensors:
+        raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
+    done.modules, done.tensors = len(modules), len(tensors)
+    extra = {}
+    if key_format == "peft":
+        extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
+    lora_file.write(
+        output, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
+    )
     return done
 
 
-def _modules(file: LoraFile) -> Iterator[tuple[str, Module]]:
-    """Every module under its canonical name, q, k and v apart."""
-    if file.unmatched:
+def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: bool, names_known: bool) -> None:
+    if file.unmatched and not skip_unmatched:
         key, reason = file.unmatched[0]
         raise DataError(
-            f'"{file.name}": {quoted(key)} cannot be converted ({reason}; {len(file.unmatched)} such keys in all).'
+            f'"{file.name}": {quoted(key)} cannot be converted ({reason}; {len(file.unmatched)} such keys in all); '
+            "--skip-unmatched leaves them out."
         )
-    for part, changes in file.changes.items():
-        change, kind = changes[0], changes[0].adapter.kind
-        if len(changes) > 1:
-            raise DataError(
-                f'"{file.name}" changes {quoted(part)} {len(changes)} times; it has to be one to be converted.'
-            )
-        if kind != "lora" or "mid" in change.adapter.tensors or "dora_scale" in change.adapter.tensors:
-            what = {"full": "a whole difference", "loha": "a LoHa", "lokr": "a LoKr", "lora": "a DoRA or LoCon"}[kind]
-            raise DataError(
-                f'"{file.name}": {quoted(change.adapter.module)} is {what}, which these formats cannot carry; '
-                "`mergetool lora bake` adds it to a checkpoint."
-            )
-        yield part.removesuffix(".weight"), _module(file, change)
+    twice = next((part for part, changes in file.changes.items() if len(changes) > 1), None)
+    if twice is not None:
+        modules = " and ".join(quoted(change.adapter.module) for change in file.changes[twice])
+        raise DataError(
+            f'"{file.name}" changes {quoted(twice)} by {modules}, where one of them is wanted; '
+            "programs differ in which they take: get the LoRA with either."
+        )
+    flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
+    if file.family is GENERIC and flat and not spelling.flat and not names_known:
+        raise DataError(
+            f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
+            "name the model with --model."
+        )
 
 
-def _module(file: LoraFile, change: Change) -> Module:
-    adapter = change.adapter
-    info = [file.checkpoint.tensors[adapter.tensors[role]] for role in ("up", "down")]
-    dtype = max((one.dtype for one in info), key=lambda dtype: dtype.bits)
-    plain = Change(adapter, change.part, change.row, change.rows)
-    found = low_rank(file, plain, scaled=False)
-    assert found is not None
-    up, down = (torch.from_numpy(values).to(TORCH[dtype]) for values in found)
-    kernel = adapter.shape[2:]
-    if kernel:
-        up, down = up.reshape(*up.shape, 1, 1), down.reshape(len(down), adapter.shape[1], *kernel)
-    return Module(up, down, adapter.scale, dtype)
-
-
-def _fused(file: LoraFile, modules: Mapping[str, Module]) -> dict[str, Module]:
-    """ComfyUI's modules: q, k and v of a block as one, block-diagonal unless they were one before."""
-    together: dict[str, dict[str, Module]] = {}
-    for part, module in modules.items():
-        stored = file.family.stored_name(f"{part}.weight", "comfyui" if "comfyui" in file.family.layouts else "plain")
-        together.setdefault(stored.removesuffix(".weight"), {})[part] = module
-    fused = {}
-    for stored, found in together.items():
-        if not stored.endswith(".qkv"):
-            (fused[stored],) = found.values()
+def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Converted) -> dict[str, Module]:
+    """The modules to be written, by the parameter of the model that each changes, in file order."""
+    found: dict[str, Module] = {}
+    for adapter in file.adapters:
+        changes = [change for held in file.changes.values() for change in held if change.adapter is adapter]
+        whole = module.read(file, adapter)
+        _require_carried(file, whole, adapter.module, spelling, key_format)
+        if len(changes) == 1:
+            found[changes[0].part] = whole
             continue
-        ordered = [found.get(f"{stored.removesuffix('.qkv')}.to_{letter}") for letter in "qkv"]
-        fused[stored] = _one(ordered)
-    return fused
-
-
-def _one(parts: list[Module | None]) -> Module:
-    """q, k and v (rows in that order; None for one that is not changed) as one pair of factors."""
-    there = [part for part in parts if part is not None]
-    first = there[0]
-    rows = len(first.up)
-    same = len(there) == 3 and all(torch.equal(part.down, first.down) and part.scale == first.scale for part in there)
-    if same:
-        return Module(torch.cat([part.up for part in there]), first.down, first.scale, first.dtype)
-    scales = {part.scale for part in there}
-    dtype = max((part.dtype for part in there), key=lambda dtype: dtype.bits)
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    up = torch.zeros(3 * rows, sum(len(part.down) for part in there), dtype=TORCH[dtype])
-    column = 0
-    for i, part in enumerate(parts):
-        if part is None:
+        slices = [module.rows(whole, change) for change in changes]
+        kept = [part for part in slices if part is not None]
+        if len(kept) < len(slices):  # under the fused module's own name, where a format has that
+            if not spelling.fused:
+                raise DataError(
+                    f'"{file.name}": {quoted(adapter.module)} is {whole.what} of q, k and v together, which cannot be taken '
+                    "apart; --key-format comfyui keeps it, and `mergetool lora bake` adds it to a checkpoint."
+                )
+            found[file.family.stored_name(changes[0].part, _layout(file))] = whole
             continue
-        values = part.up if part.scale == scale else (part.up.double() * (part.scale / scale))
-        up[i * rows : (i + 1) * rows, column : column + len(part.down)] = values.to(TORCH[dtype])
-        column += len(part.down)
-    return Module(up, torch.cat([part.down.to(TORCH[dtype]) for part in there]), scale, dtype)
+        for change, part in zip(changes, fusing.apart(whole, kept), strict=True):
+            if part is None:
+                done.empty.append(change.part)
+            else:
+                found[change.part] = part
+    return _native(file, found, done) if spelling.fused else found
+
+
+def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spelling, key_format: KeyFormat) -> None:
+    is_carried = found.is_plain or found.kind in spelling.kinds
+    if found.kind == "lora" and "mid" not in found.tensors:
+        is_carried = "dora_scale" not in found.tensors or spelling.dora is not None
+    if not is_carried:
+        way_out = "comfyui" if found.kind == "full" else "default"
+        raise DataError(
+            f'"{file.name}": {quoted(name)} is {found.what}, which --key-format {key_format} cannot carry; '
+            f"--key-format {way_out} can, and `mergetool lora bake` adds it to a checkpoint."
+        )
+
+
+def _native(file: LoraFile, modules: Mapping[str, Module], done: Converted) -> dict[str, Module]:
+    """ComfyUI's modules: q, k and v of a block as one where they are plain LoRAs, all others under the names that it stores them by."""
+    found: dict[str, Module] = {}
+    fused: dict[str, dict[str, Module]] = {}
+    for part, one in modules.items():
+        stored = file.family.stored_name(part, _layout(file)) if part in file.changes else part
+        if not stored.endswith(".qkv.weight") or stored == part:
+            found[stored] = one
+        elif one.is_plain:
+            fused.setdefault(stored, {})[part] = one
+            found[stored] = one  # its place
+        else:
+            found[part] = one
+    for stored, parts in fused.items():
+        block = stored.removesuffix(".qkv.weight")
+        held = [parts.get(f"{block}.to_{letter}.weight") for letter in "qkv"]
+        found[stored], error = fusing.together(held, len(next(iter(parts.values())).up))
+        if error:
+            done.rounded[stored] = error
+    return found
+
+
+def _layout(file: LoraFile) -> str:
+    return "comfyui" if "comfyui" in file.family.layouts else file.family.layouts[0]
+
+
+def module_name(parameter: str) -> str:
+    """The module that a parameter is of."""
+    return parameter.removesuffix(".weight").removesuffix(".bias")
+
+
+def _spelled(part: str, found: Module, spelling: Spelling, done: Converted) -> dict[str, Tensor]:
+    """The tensors of a module under the names of a format."""
+    scale = found.scale
+    if spelling.alpha in ("none", "where needed") and found.kind == "lora" and scale != 1:
+        exact = found.up.double() * scale
+        folded = exact.to(found.up.dtype)
+        error = _relative(folded.double(), exact)
+        if error == 0 or spelling.alpha == "none":
+            found, scale = found.with_(up=folded, scale=1.0), 1.0
+            if error:
+                done.rounded[part] = error
+    start = spelling.module(module_name(part))
+    tensors = {start + spelling.ending(found.kind, role): tensor for role, tensor in _ordered(found, spelling)}
+    if (spelling.alpha == "always" and found.rank is not None) or (
+        spelling.alpha == "where needed" and found.rank is not None and scale != 1
+    ):
+        tensors[f"{start}.alpha"] = _alpha(scale, found.rank)
+    return tensors
+
+
+def _ordered(found: Module, spelling: Spelling) -> list[tuple[str, Tensor]]:
+    order = ("down", "up", "mid")
+    tensors = sorted(found.tensors.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    if spelling.alpha == "config":  # PEFT's magnitudes are a vector
+        return [(role, tensor.reshape(-1) if role == "dora_scale" else tensor) for role, tensor in tensors]
+    return tensors
+
+
+def _alpha(scale: float, rank: int) -> Tensor:
+    """scale * rank, in float32 where that gives the scale back exactly."""
+    alpha = torch.tensor(scale * rank, dtype=torch.float32)
+    return alpha if float(alpha) / rank == scale else torch.tensor(scale * rank, dtype=torch.float64)
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
@@ -177,6 +215,13 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 
 
 def _metadata(file: LoraFile, key_format: str) -> dict[str, str]:
+    """The file's own, which says how it was trained, and what was done to it."""
+    kept = {key: value for key, value in file.checkpoint.metadata.items() if key not in NOT_KEPT}
     name = display_names([file.name])[file.name]
-    recipe = {"lora": name, "key_format": key_format, "fingerprint": file.checkpoint.fingerprint()}
-    return {"format": "pt", "mergetool.version": __version__, "mergetool.convert": json.dumps(recipe, sort_keys=True)}
+    inputs = [{"name": name, "fingerprint": file.checkpoint.fingerprint()}]
+    return kept | {
+        "format": "pt",
+        "mergetool.version": __version__,
+        "mergetool.lora.convert": json.dumps({"lora": name, "key_format": key_format}, sort_keys=True),
+        "mergetool.inputs": json.dumps(inputs, sort_keys=True),
+    }

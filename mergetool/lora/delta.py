@@ -29,7 +29,7 @@ CHUNK = 1 << 18
 class Delta:
     """``variant - base`` of one matrix.
 
-    ``matrix`` is float32 [out, in] and ``sketch`` the same rounded to bfloat16 where this CPU is fast in that, else
+    ``matrix`` is float32, of `Pair.shape`, and ``sketch`` the same rounded to bfloat16 where this CPU is fast in that, else
     None; both live in the buffers that were given. ``energy`` is the squared Frobenius norm; it is not finite when
     an input is not.
     """
@@ -60,8 +60,8 @@ class DeltaReader:
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
     def read(self, pair: Pair, buffers: Buffers) -> Delta:
-        """The difference of ``pair``, each element one float32 subtraction of exactly widened values."""
-        count, shape = pair.base.numel, pair.base.shape
+        """The difference of ``pair``, each element one float32 subtraction of exactly widened values; of a LoRA its change."""
+        count, shape = pair.base.numel, pair.shape
         energy = 0.0
         for start in range(0, count, CHUNK):
             end = min(start + CHUNK, count)
@@ -78,7 +78,7 @@ class DeltaReader:
         return sum(map(_energy, self._differences(pair)), 0.0)
 
     def energies(self, pair: Pair) -> tuple[float, float]:
-        """The energies of the base's parameter and of the difference."""
+        """The energies of the base's parameter and of the difference; of two checkpoints."""
         of_base = of_delta = 0.0
         for difference in self._differences(pair):
             of_delta += _energy(difference)
@@ -93,8 +93,10 @@ class DeltaReader:
             yield difference
 
     def _subtract(self, pair: Pair, start: int, out: torch.Tensor) -> None:
-        other = self._other[: out.numel()]
         self._load(out, self._pairing.variant, pair.variant, start, slot=0)
+        if self._pairing.variant.is_lora:
+            return
+        other = self._other[: out.numel()]
         self._load(other, self._pairing.base, pair.base, start, slot=1)
         out.sub_(other)
 

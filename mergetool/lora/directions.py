@@ -8,9 +8,9 @@ where the threshold is nearer than that (``svd.decompose`` with ``rows``). So th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mergetool.lora.delta import Delta
@@ -20,6 +20,9 @@ from mergetool.lora.svd import Decomposition, decompose
 
 EXTRA = 8
 """Rows beyond the chosen rank to project onto: what rounding moved between neighbours is found again."""
+
+FAITHFUL = 1e-3
+"""Share of their stated energy that directions may lack before they are not believed; rounding them takes 1e-6."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +77,9 @@ def find(name: str, delta: Delta, options: DiffOptions, most: int) -> Directions
         if found.rank >= min(most, short) or not most:
             return Directions.of(found, 0)
     found = (
-        _decompose(name, delta, options, rank=min(most, short)) if most else _decompose(name, delta, options, rank_max=0)
+        _decompose(name, delta, options, rank=min(most, short))
+        if most
+        else _decompose(name, delta, options, rank_max=0)
     )
     return Directions.of(found if spectrum is None else replace(found, spectrum=spectrum), min(most, short))
 
@@ -111,7 +116,12 @@ def suffice(known: Directions, options: DiffOptions, shape: tuple[int, ...]) -> 
 
 
 def from_directions(
-    name: str, delta: Delta, known: Directions, options: DiffOptions, rank: int | None = None, share: float | None = None
+    name: str,
+    delta: Delta,
+    known: Directions,
+    options: DiffOptions,
+    rank: int | None = None,
+    share: float | None = None,
 ) -> Decomposition:
     """What ``options`` keep of ``delta``, by a float32 projection onto ``known``, or by a search where that is not enough.
 
@@ -128,7 +138,8 @@ def from_directions(
         rank = min(wanted, cap or wanted)
     guess = rank or (None if rule.needs_all else rule.rank(known.energies[: known.count], known.total)) or known.count
     rows = known.rows[: min(guess + max(EXTRA, guess // 50), known.count)]
-    found = decompose(
+    asked = partial(
+        decompose,
         delta.matrix,
         name=name,
         rank=rank,
@@ -138,9 +149,10 @@ def from_directions(
         sketch=delta.sketch,
         energy=delta.energy,
         rule=name_of_rule,
-        rows=rows,
-        complete=known.complete and len(rows) == known.count,
     )
+    found = asked(rows=rows, complete=known.complete and len(rows) == known.count)
+    if found.captured_energy < (1 - FAITHFUL) * float(known.energies[: found.rank].sum()):
+        found = asked()  # these are not the directions of those values: the file was tampered with
     if wanted > rank:
         found = replace(found, capped=True, rank_wanted=wanted)
     return found

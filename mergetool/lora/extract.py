@@ -1,4 +1,4 @@
-"""A difference LoRA: variant - base as low-rank factors, one matrix at a time.
+"""A difference LoRA: variant - base, or what two variants share, as low-rank factors, one matrix at a time.
 
 While matrices are decomposed, one a core, the next one is read; so memory is a few matrices and the factors themselves
 (400 MB for all of Z-Image at rank 64 in bf16).
@@ -8,59 +8,80 @@ from __future__ import annotations
 
 import json
 import math
-import queue
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mergetool import __version__, models
-from mergetool.arch import Family
+from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.engine.job import open_change
 from mergetool.engine.memory import default_threads
-from mergetool.engine.reading import Method, PositionedFetcher, fetcher
-from mergetool.errors import DataError, NonFiniteError
+from mergetool.engine.reading import Method
+from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
-from mergetool.lora.delta import Buffers, Delta, DeltaReader
+from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
+from mergetool.lora.operands import Operand, decomposed
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
-from mergetool.lora.svd import balanced_factors, decompose, stored_residual
-from mergetool.ops.cpu import TORCH
+from mergetool.lora.spectra import SideFile
+from mergetool.lora.streaming import stream
+from mergetool.lora.whole import Whole, tensors
 from mergetool.recipe.provenance import display_names
 from mergetool.recipe.steps import Input
 
 
 @dataclass
 class Extraction:
-    """What a run found: ``layers`` in file order, and the energy of what was not decomposed, by reason."""
+    """What a run found: ``layers`` in file order, what was stored ``whole``, and the energy of what was not decomposed, by reason.
+
+    With a second variant that energy is of the first one's delta. ``searched`` are the names of the matrices whose directions had to be searched for, where a side file of spectra was used.
+    """
 
     layers: list[Layer] = field(default_factory=list)
+    whole: list[Whole] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
     skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
 
     @property
     def total(self) -> float:
         """The squared Frobenius norm of the whole difference."""
-        return sum(layer.total for layer in self.layers) + sum(sum(names.values()) for names in self.skipped.values())
+        stored = sum(layer.total for layer in self.layers) + sum(one.energy for one in self.whole)
+        return stored + sum(sum(names.values()) for names in self.skipped.values())
 
 
 @contextmanager
-def open_diff(base: str, variant: str, options: DiffOptions) -> Iterator[Pairing]:
+def open_diff(
+    base: str, variant: str, options: DiffOptions, *, second: str | None = None, skip_unmatched: bool = False
+) -> Iterator[Pairing]:
     """The pairing of two models by name or path; they are closed at the end of the ``with`` block.
 
-    Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor is read.
+    ``variant`` and ``second`` may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
+    error, or with ``skip_unmatched`` named. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
+    is read.
     """
     with ExitStack() as stack:
-        inputs = []
-        for name in (base, variant):
-            opened = models.open_model(name)
-            stack.enter_context(opened.checkpoint)
-            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
-        yield pair_up(inputs[0], inputs[1], options)
+        model = _open(base, stack)
+        variants = [
+            open_change(name, model, stack, skip_unmatched=skip_unmatched)
+            if is_lora(models.resolve(name).path)
+            else _open(name, stack)
+            for name in (variant, second)
+            if name is not None
+        ]
+        yield pair_up(model, variants[0], options, *variants[1:])
+
+
+def _open(name: str, stack: ExitStack) -> Input:
+    opened = models.open_model(name)
+    stack.enter_context(opened.checkpoint)
+    return Input(name, opened.checkpoint, opened.anatomy)
 
 
 def extract(
@@ -68,77 +89,128 @@ def extract(
     output: Path,
     options: DiffOptions,
     *,
+    full: Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     method: Method = "auto",
     device: torch.device | None = None,
     memory: int = 0,
+    spectra: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
-    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. ``threads`` is how many matrices are worked
-    on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. What is stored whole goes to ``full``, which is
+    published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
-    values, which differ with device and batch. Raises NonFiniteError for NaN or infinity in an input, OutputError,
-    BusyError, StorageError or DataError.
+    values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
+
+    ``spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
+    ``options.rank`` or ``options.rank_max`` of each matrix. The output is the same as when they are found in the run.
+
+    Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or ``spectra`` belongs to other
+    models, OutputError, BusyError, StorageError or DataError.
     """
-    files = [file for model in (pairing.base, pairing.variant) for file in model.checkpoint.files]
+    files = [file for model in pairing.inputs for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
     lora_file.check(output, files, overwrite=overwrite)
+    if options.full != (full is not None):
+        raise UsageError("--full needs a file for what is stored whole.")
+    for option, target in (("--spectra", spectra), ("--full", full)):
+        if target is None:
+            continue
+        lora_file.check(target, files, overwrite=overwrite or option == "--spectra")
+        if target.absolute() in (output.absolute(), spectra.absolute() if spectra and option == "--full" else None):
+            raise UsageError(f"{option} names the same file as another output; give one of them another name.")
+    if spectra is not None and pairing.second is not None:
+        raise UsageError("--spectra keeps those of one difference, not of what two share; leave it out, or --variant2.")
+    if on_the_cpu(options, spectra, pairing):
+        device = None
     system.keep_freed_memory()
+    side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
+    run = partial(stream, pairing, options, files=files, method=method, threads=threads or default_threads())
     with ThreadPoolExecutor(1, "metadata") as background:
-        # Beside a device nothing else needs this processor: 0.3 s for two models of 12 GB.
-        early = None if device is None else background.submit(_metadata, pairing, options)
-        solved = []
-        for pair, energy, result in (
-            _decomposed(pairing, pairing.pairs, options, files, method, threads or default_threads())
-            if device is None
-            else _on_device(pairing, options, files, device, memory or free_memory(device))
-        ):
+        early = background.submit(_metadata, pairing, options, spectra=spectra)
+        solved: list[Solved] = []
+        found_in: Iterator[Solved]
+        if device is not None:
+            found_in = _on_device(pairing, options, run, device, memory or free_memory(device))
+        elif options.budget:
+            found_in = WithinBudget(pairing, options, early.result(), side, run, progress).solve()
+        elif spectra is not None:
+            found_in = with_spectra(pairing, options, side, run)
+        else:
+            found_in = run(pairing.pairs, partial(_decompose, pairing, options))
+        for pair, energy, result in found_in:
             if not math.isfinite(energy):
                 raise _not_finite(pairing, pair)
             solved.append((pair, energy, result))
-            progress(pair.base.nbytes + pair.variant.nbytes)
-    found, factors = _in_order(pairing, solved)
+            progress(pairing.nbytes(pair))
+    found, factors = _in_order(pairing, solved, options)
+    if found.layers and not factors:
+        raise UsageError(f"no singular value is above {options.rank_thresh:g}; lower --rank-thresh.")
     if not factors:
-        raise DataError(
-            f"{pairing.base.name} and {pairing.variant.name} do not differ in any matrix that was looked at; "
-            "there is nothing to write."
-        )
-    metadata = early.result() if early else _metadata(pairing, options)
-    lora_file.write(output, factors, metadata, files, overwrite=overwrite, threads=threads or default_threads())
+        raise _nothing(pairing, options)
+    if full is not None and found.whole:
+        values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
+        lora_file.write(full, values, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
+    lora_file.write(output, factors, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
+    side.save(files, threads or default_threads())
+    found.searched = sorted(side.added)
     return found
 
 
-def _too_large(files: Sequence[InputFile]) -> bool:
-    """True when the files leave less than a quarter of the memory to everything else, so that none can stay cached."""
-    memory = system.main_memory()
-    return memory is not None and sum(file.size for file in files) > 3 * memory // 4
+def on_the_cpu(options: DiffOptions, spectra: Path | None = None, pairing: Pairing | None = None) -> str:
+    """What of these options, and of a pairing, only the CPU's path can do, as the command line calls it; empty when a device can do
+    some of it.
+    """
+    if pairing is not None and not any(pair.is_plain for pair in pairing.decomposed):
+        return "--variant2" if pairing.second else "what is not two plain float tensors"
+    if options.budget:
+        return "--budget"
+    if spectra is not None:
+        return "--spectra"
+    return "" if options.rank or options.share is not None else f"--rule {options.rule}"
 
 
-def _in_order(pairing: Pairing, solved: Sequence[Solved]) -> tuple[Extraction, dict[str, torch.Tensor]]:
+def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
+    names = [model.name for model in pairing.variants]
+    if len(names) > 1 and not options.union:
+        return DataError(f"{names[0]} and {names[1]} have nothing in common in any matrix; there is nothing to write.")
+    return DataError(
+        f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was looked at; "
+        "there is nothing to write."
+    )
+
+
+def _in_order(
+    pairing: Pairing, solved: Sequence[Solved], options: DiffOptions
+) -> tuple[Extraction, dict[str, torch.Tensor]]:
     """What was found, and the tensors to store, in the order of the pairs."""
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
     for pair, energy, result in sorted(solved, key=lambda one: place[one[0].name]):
-        if result is not None:
+        if isinstance(result, Whole):
+            found.whole.append(result)
+        elif result is not None:
             found.layers.append(result.layer)
             factors |= result.factors
         else:
-            found.skipped.setdefault(pair.reason or "unchanged", {})[pair.name] = energy
+            reason = pair.reason or ("unchanged" if pairing.second is None or options.union else "nothing in common")
+            found.skipped.setdefault(reason, {})[pair.name] = energy
     return found, factors
 
 
 def _on_device(
-    pairing: Pairing, options: DiffOptions, files: Sequence[InputFile], device: torch.device, memory: int
+    pairing: Pairing, options: DiffOptions, run: partial[Iterator[Solved]], device: torch.device, memory: int
 ) -> Iterator[Solved]:
-    """Every pair, the matrices by way of ``device`` and the rest, of which only the energy is wanted, here."""
-    others = [pair for pair in pairing.pairs if pair.reason]
+    """Every pair, plain matrices by way of ``device`` and the rest here: quantised ones, LoRAs', and those that are not decomposed."""
+    others = [pair for pair in pairing.pairs if pair.reason or not pair.is_plain]
 
     def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
-        return list(_decomposed(pairing, pairs, options, files, "pread", 1)) if pairs else []
+        work = partial(_decompose, pairing, options)
+        return list(run(pairs, work, method="pread", threads=1)) if pairs else []
 
     with ThreadPoolExecutor(1, "others") as background:
         skipped = background.submit(on_cpu, others)
@@ -146,81 +218,23 @@ def _on_device(
         yield from skipped.result()
 
 
-def _decomposed(
-    pairing: Pairing,
-    pairs: Sequence[Pair],
-    options: DiffOptions,
-    files: Sequence[InputFile],
-    method: Method,
-    threads: int,
-) -> Iterator[Solved]:
-    """Every one of ``pairs`` in order with its energy, and its result where it has one.
-
-    One thread reads, ``threads`` decompose a matrix each, with torch's own threads off: no matrix waits for the serial
-    part of another, nothing spins, and the bytes do not depend on the number of threads.
-    """
-    # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-    reader = DeltaReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=_too_large(files))
+def _decompose(pairing: Pairing, options: DiffOptions, pair: Pair, delta: Operand) -> Result:
+    return stored_result(
+        pair, options, pairing.base.anatomy.family, lambda share: decomposed(pair, delta, options, share)
     )
-    free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
-    for _ in range(threads + 1):
-        free.put(Buffers(max((pair.base.numel for pair in pairs if not pair.reason), default=0)))
-    reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
-    workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
-
-    def decompose_into_factors(pair: Pair, delta: Delta, buffers: Buffers) -> Result | None:
-        try:
-            usable = math.isfinite(delta.energy) and delta.energy > 0
-            return _decompose(pair, delta, options, pairing.base.anatomy.family) if usable else None
-        finally:
-            free.put(buffers)
-
-    def read(pair: Pair) -> tuple[float, Future[Result | None] | None]:
-        if pair.reason:
-            return reader.energy(pair), None  # waits for no buffer and no worker
-        buffers = free.get()
-        try:
-            delta = reader.read(pair, buffers)
-        except BaseException:
-            free.put(buffers)
-            raise
-        return delta.energy, workers.submit(decompose_into_factors, pair, delta, buffers)
-
-    try:
-        for pair, started in [(pair, reading.submit(read, pair)) for pair in pairs]:
-            energy, result = started.result()
-            yield pair, energy, result.result() if result else None
-    finally:
-        reading.shutdown(cancel_futures=True)
-        workers.shutdown(cancel_futures=True)
-
-
-def _decompose(pair: Pair, delta: Delta, options: DiffOptions, family: Family) -> Result:
-    found = decompose(
-        delta.matrix,
-        name=pair.name,
-        rank=options.rank,
-        rank_thresh=options.rank_thresh,
-        rank_max=options.rank_max,
-        seed=options.seed,
-        sketch=delta.sketch,
-        energy=delta.energy,
-    )
-    down, up = balanced_factors(found, TORCH[options.dtype])
-    return Result.of(pair, found, down, up, stored_residual(found, down, up), family)
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
+    names = [model.name for model in pairing.inputs]
     return NonFiniteError(
-        f'tensor "{pair.name}" holds NaN or infinity in {pairing.base.name} or {pairing.variant.name}; '
+        f'tensor "{pair.name}" holds NaN or infinity in {", ".join(names[:-1])} or {names[-1]}; '
         "mend the file, or leave the tensor out with --exclude."
     )
 
 
-def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
+def _metadata(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = None) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
-    models_ = [pairing.base, pairing.variant]
+    models_ = pairing.inputs
     names = display_names([model.name for model in models_])
     recipe: dict[str, object] = {
         "base": names[pairing.base.name],
@@ -229,10 +243,16 @@ def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
         "min_dim": options.min_dim,
         "seed": options.seed,
     }
-    recipe |= (
-        {"rank": options.rank} if options.rank else {"rank_thresh": options.rank_thresh, "rank_max": options.rank_max}
-    )
-    recipe |= {key: list(v) for key, v in (("include", options.include), ("exclude", options.exclude)) if v}
+    recipe |= _ranks_recipe(options)
+    if spectra is not None:
+        recipe["spectra"] = True  # directions came through bf16, so the last bits are others
+    patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layers))
+    recipe |= {key: list(v) for key, v in patterns if v}
+    if options.full:
+        recipe["full"] = True
+    if pairing.second is not None:
+        recipe["variant2"] = names[pairing.second.name]
+        recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
     prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
     return {
         "format": "pt",
@@ -240,3 +260,13 @@ def _metadata(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
         "mergetool.diff": json.dumps(recipe, sort_keys=True),
         "mergetool.inputs": json.dumps(prints, sort_keys=True),
     }
+
+
+def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
+    """How the ranks were chosen."""
+    if options.rank:
+        return {"rank": options.rank}
+    if options.budget:
+        return {"budget": options.budget, "rank_max": options.rank_max}
+    chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.rank_max}
+    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.rank_thresh}

@@ -20,7 +20,8 @@ class Layer:
     ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
     rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
     ``wanted`` is the rank that the threshold would need where the cap stopped it first. ``missed`` says that the stored pair
-    holds less than the threshold because its dtype rounds away more than the threshold leaves.
+    holds less than the threshold because its dtype rounds away more than the threshold leaves. ``shape`` is [out, in], of a
+    convolution [out, in * kh * kw]. ``shared`` is, with a second variant, the energy of the common part over that of each delta.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Layer:
     wanted: int | None
     method: str
     missed: bool = False
+    shared: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,15 @@ class Result:
         family: Family,
         share: float | None = None,
     ) -> Result:
-        """The result of ``pair`` whose stored factors are ``down`` and ``up``, and were to hold ``share`` of its energy."""
+        """The result of ``pair`` whose stored factors are ``down`` [r, n] and ``up`` [m, r], and were to hold ``share`` of its energy.
+
+        A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
+        """
         down_key, up_key = dialects.keys(family.lora_module(pair.name))
         layer = Layer(
             name=pair.name,
             groups=pair.groups,
-            shape=(pair.base.shape[0], pair.base.shape[1]),
+            shape=pair.shape,
             rank=found.rank,
             total=found.total_energy,
             energy=found.captured_energy / found.total_energy,
@@ -69,10 +74,11 @@ class Result:
             method=found.method,
             missed=share is not None and not found.capped and energy_of(residual) < share,
         )
+        if len(pair.base.shape) == 4:
+            down, up = down.reshape(len(down), *pair.base.shape[1:]), up.reshape(*up.shape, 1, 1)
         return cls(layer, {down_key: down, up_key: up} if found.rank else {})
 
     @classmethod
     def nothing(cls, pair: Pair, total: float) -> Result:
         """The result of ``pair``, whose difference has the energy ``total``, where no direction of it is kept."""
-        shape = (pair.base.shape[0], pair.base.shape[1])
-        return cls(Layer(pair.name, pair.groups, shape, 0, total, 0.0, 1.0, False, None, "none"), {})
+        return cls(Layer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})

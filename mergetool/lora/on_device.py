@@ -20,14 +20,17 @@ from torch import Tensor
 
 from mergetool.errors import UsageError
 from mergetool.lora.batched import decompose_batch, squared_norms
-from mergetool.lora.factors import factors_of
+from mergetool.lora.factors import Factors, factors_of
 from mergetool.lora.layer import Result
 from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.stored import ATTEMPTS, next_share
+from mergetool.lora.svd import Decomposition
 from mergetool.lora.upload import Uploader
+from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
 
-Solved = tuple[Pair, float, Result | None]
-"""A pair, the energy of its difference, and what it decomposed into: None where that energy is zero or not finite."""
+Solved = tuple[Pair, float, Result | Whole | None]
+"""A pair, the energy of its difference, and what is stored of it: None where that energy is zero or not finite."""
 
 WORKERS = 2
 """Batches decomposed at once: while one waits for its eigenvectors from the CPU, the device works on the other."""
@@ -72,14 +75,14 @@ def in_batches(pairs: Sequence[Pair], memory: int) -> list[Batch]:
     waiting: dict[tuple[int, ...], list[Pair]] = {}
     batches = []
     for pair in pairs:
-        same = waiting.setdefault(pair.base.shape, [])
+        same = waiting.setdefault(pair.shape, [])
         raw = (WORKERS + 1) * (pair.base.dtype.bits + pair.variant.dtype.bits) // 8
         # The difference, its BF16 copy, and as much again for what the arithmetic needs in passing.
         each = pair.base.numel * (raw + WORKERS * (4 + 2) * 5 // 4)
         same.append(pair)
         most = min(memory // each, MOST_ELEMENTS // pair.base.numel)
         if len(same) >= most:
-            batches.append(_batch(waiting.pop(pair.base.shape)))
+            batches.append(_batch(waiting.pop(pair.shape)))
     return batches + [_batch(same) for same in waiting.values()]
 
 
@@ -146,7 +149,7 @@ class Upload:
         pair, (base, variant) = self.batch.pairs[index], self.batch.places[index]
         sides = ((pair.base, base), (pair.variant, variant))
         first, second = (
-            self.buffer[start : start + part.nbytes].view(TORCH[part.dtype]).view(part.shape) for part, start in sides
+            self.buffer[start : start + part.nbytes].view(TORCH[part.dtype]).view(pair.shape) for part, start in sides
         )
         return first, second
 
@@ -201,7 +204,7 @@ class Solver:
 
     def _at_once(self, upload: Upload, start: int, end: int) -> list[Solved]:
         pairs, options = upload.batch.pairs[start:end], self._options
-        deltas = torch.empty(len(pairs), *pairs[0].base.shape, device=upload.buffer.device)
+        deltas = torch.empty(len(pairs), *pairs[0].shape, device=upload.buffer.device)
         for i, delta in enumerate(deltas):
             subtract(*upload.values(start + i), out=delta)
         energies = squared_norms(deltas)
@@ -210,15 +213,40 @@ class Solver:
             deltas if len(usable) == len(pairs) else deltas[usable],
             [pairs[i].name for i in usable],
             rank=options.rank,
-            rank_thresh=options.rank_thresh,
+            rank_thresh=options.share or 1.0,
             rank_max=options.rank_max,
             seed=options.seed,
             energies=[energies[i] for i in usable],
         )
         results: dict[int, Result] = {}
         for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.dtype]), strict=True):
-            results[i] = Result.of(pairs[i], one, factors.down, factors.up, factors.residual, self._family)
+            one, factors = self._meeting_the_share(one, factors, deltas[i], energies[i])
+            results[i] = Result.of(
+                pairs[i], one, factors.down, factors.up, factors.residual, self._family, options.share
+            )
         return [(pair, energy, results.get(i)) for i, (pair, energy) in enumerate(zip(pairs, energies, strict=True))]
+
+    def _meeting_the_share(
+        self, found: Decomposition, factors: Factors, delta: Tensor, energy: float
+    ) -> tuple[Decomposition, Factors]:
+        """The same, or with a larger rank where rounding took the stored pair below the threshold."""
+        options = self._options
+        for _ in range(ATTEMPTS - 1):
+            if options.share is None or found.capped:
+                break
+            share = next_share(options.share, found.captured_energy / found.total_energy, factors.residual)
+            if share is None:
+                break
+            (found,) = decompose_batch(
+                delta[None],
+                [found.name],
+                rank_thresh=share,
+                rank_max=options.rank_max,
+                seed=options.seed,
+                energies=[energy],
+            )
+            (factors,) = factors_of([found], TORCH[options.dtype])
+        return found, factors
 
 
 def subtract(base: Tensor, variant: Tensor, *, out: Tensor) -> None:
@@ -236,14 +264,14 @@ def solve_all(
     memory: int,
     alone: Callable[[Pair], Solved],
 ) -> Iterator[Solved]:
-    """Every matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
+    """Every plain matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
 
     Raises what reading and decomposing raise.
     """
     # torch loads its linear algebra at the first call, and fails if two threads make that call.
     torch.linalg.cholesky_ex(torch.eye(2, device=device))
     solver = Solver(pairing, options, alone)
-    uploads = Uploads(pairing, in_batches(pairing.decomposed, memory), device)
+    uploads = Uploads(pairing, in_batches([pair for pair in pairing.decomposed if pair.is_plain], memory), device)
     working: deque[Future[list[Solved]]] = deque()
     workers = ThreadPoolExecutor(WORKERS, "solve")
     try:

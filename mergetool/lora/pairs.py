@@ -1,26 +1,36 @@
-"""Two checkpoints side by side: which parameters become low-rank factors, and why the others do not.
+"""Two checkpoints, or a checkpoint and LoRAs, side by side: which parameters become low-rank factors, and why the others do not.
 
 Policy, for every part (a parameter under its canonical name) of base and variant:
 
-* a matrix of at least ``min_dim`` rows and columns, in both, of equal shape: **decomposed**;
+* a matrix of at least ``min_dim`` rows and columns, in both, of equal shape: **decomposed**; a convolution's [out, in, kh, kw] as
+  the matrix [out, in * kh * kw];
 * left out by ``--exclude`` or ``--include``: named, and its share of the difference is measured;
-* one-dimensional, smaller than ``min_dim``, of more than two dimensions, or not a module's weight (pad tokens, biases):
-  named, and its share of the difference is measured, since no LoRA file can carry it;
+* one-dimensional, smaller than ``min_dim``, of three or more than four dimensions: named, and its share of the difference is
+  measured, since no factors can carry it; with ``full`` **stored whole** in a second file;
+* neither a weight nor a bias (pad tokens): named and measured; no program applies such a key;
 * not a float in both, or only in one of the two: named;
 * of different shape: an error, unless it is excluded.
+
+A LoRA as the variant stands for base + LoRA: its parts are those that it changes, and the difference is its change. Of a second
+variant only parts that both have are taken; what a LoRA does not change has a difference of zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite, prod
 
 from mergetool import arch
 from mergetool.arch import Part
+from mergetool.arch.z_image import PAD_TOKENS
 from mergetool.checkpoint.dtypes import BF16, DType
 from mergetool.errors import FamilyError, UsageError
 from mergetool.lora.rules import Rule, RuleName
 from mergetool.recipe.steps import Input
+
+UNCHANGED = "not changed by the LoRA"
+"""The reason of the base's parts that a LoRA leaves alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,9 @@ class DiffOptions:
 
     ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default the share of the
     sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
-    least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in.
+    least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores
+    whole, in a second file, what has no factors, and the matrices that ``full_layers`` select. With a second variant the common
+    part is taken, or with ``union`` the union with ``weights`` (`lora.sets`).
     """
 
     rank: int = 0
@@ -42,6 +54,10 @@ class DiffOptions:
     seed: int = 0
     rule: RuleName = "energy"
     budget: int = 0
+    full: bool = False
+    full_layers: tuple[str, ...] = ()
+    union: bool = False
+    weights: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that cannot be meant."""
@@ -58,6 +74,12 @@ class DiffOptions:
             raise UsageError("--budget chooses the ranks by itself; leave out --rank and --rule.")
         if self.rank and self.rule != "energy":
             raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
+        if self.full_layers and not self.full:
+            raise UsageError("--full-layer names what goes into a second file; say which with --full FILE.safetensors.")
+        if self.weights != (1.0, 1.0) and not self.union:
+            raise UsageError("--weights are those of the two unique parts in --union; add --union.")
+        if not all(map(isfinite, self.weights)):
+            raise UsageError(f"--weights are {self.weights[0]:g},{self.weights[1]:g}, but have to be finite.")
 
     @property
     def chosen(self) -> Rule:
@@ -72,17 +94,34 @@ class DiffOptions:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One parameter in both models. ``reason`` says why it is not decomposed; empty when it is."""
+    """One parameter in both models. ``reason`` says why it is not decomposed; empty when it is.
+
+    ``second`` is that of a second variant. A LoRA's part that it does not change is the base's own. ``whole`` parts are stored
+    as they are.
+    """
 
     base: Part
     variant: Part
     groups: frozenset[str]
     reason: str = ""
+    second: Part | None = None
+    whole: bool = False
 
     @property
     def name(self) -> str:
         """The canonical name."""
         return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As a matrix: [out, in], [out, in * kh * kw] of a convolution, [1, n] of a vector."""
+        shape = self.base.shape
+        return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its difference is that of two tensors stored as plain floats."""
+        return self.base.encoding is None and self.variant.encoding is None and self.second is None
 
 
 @dataclass(frozen=True)
@@ -93,6 +132,17 @@ class Pairing:
     variant: Input
     pairs: tuple[Pair, ...]
     left_out: tuple[tuple[str, str], ...]  # name, reason
+    second: Input | None = None
+
+    @property
+    def variants(self) -> tuple[Input, ...]:
+        """The variant, and the second one where there is one."""
+        return (self.variant,) if self.second is None else (self.variant, self.second)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every model and LoRA."""
+        return (self.base, *self.variants)
 
     @property
     def decomposed(self) -> list[Pair]:
@@ -101,50 +151,114 @@ class Pairing:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of both models that will be read."""
-        return sum(pair.base.nbytes + pair.variant.nbytes for pair in self.pairs)
+        """Bytes of all models that will be read."""
+        return sum(map(self.nbytes, self.pairs))
+
+    def nbytes(self, pair: Pair) -> int:
+        """Bytes that are read for ``pair``; of a LoRA those of float32 factors' product, as a measure of the work."""
+        total = 0
+        for model, part in zip(self.variants, (pair.variant, pair.second), strict=False):
+            assert part is not None
+            if model.is_lora:
+                total += 0 if part is pair.base else 4 * part.numel
+            else:
+                total += pair.base.nbytes + part.nbytes
+        return total
 
 
-def pair_up(base: Input, variant: Input, options: DiffOptions) -> Pairing:
-    """Pair two models part by part.
+def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | None = None) -> Pairing:
+    """Pair two models part by part, or three.
 
     Raises FamilyError for models of different families or shapes, PatternError for a pattern that selects nothing,
     UsageError when nothing is left to decompose.
     """
     family = base.anatomy.family
-    if variant.anatomy.family is not family:
-        raise FamilyError(
-            f"{base.name} is a {family.name} model and {variant.name} a {variant.anatomy.family.name} one; "
-            "a difference needs two models of one family."
-        )
-    chosen = _selected(options.include, base)
-    excluded = {
-        name: f"excluded: {pattern}"
-        for pattern, names in (arch.select(options.exclude, base.anatomy) if options.exclude else {}).items()
-        for name in names
-    }
+    variants = [variant] if second is None else [variant, second]
+    if options.union and second is None:
+        raise UsageError("--union is that of two differences; name the other with --variant2.")
+    for model in variants:
+        if model.anatomy.family is not family:
+            raise FamilyError(
+                f"{base.name} is a {family.name} model and {model.name} a {model.anatomy.family.name} one; "
+                "a difference needs two models of one family."
+            )
+    reasons = _Reasons.of(base, options)
     pairs: list[Pair] = []
     left_out: list[tuple[str, str]] = []
-    for name, part in variant.anatomy.parts.items():
+    for name in dict.fromkeys(name for model in variants for name in model.anatomy.parts):
         other = base.anatomy.parts.get(name)
         if other is None:
-            left_out.append((name, f"only in {variant.name}"))
+            left_out.append((name, f"only in {variant.name}" if second is None else f"not in {base.name}"))
             continue
-        reason = excluded.get(name) or ("" if chosen is None or name in chosen else "not in --include")
-        if part.shape != other.shape:
+        parts = [model.anatomy.parts.get(name, other if model.is_lora else None) for model in variants]
+        missing = [model.name for model, part in zip(variants, parts, strict=True) if part is None]
+        found = [part for part in parts if part is not None]
+        if missing:
+            left_out.append((name, f"not in {missing[0]}"))
+            continue
+        reason = reasons.chosen(name)
+        odd = next((i for i, part in enumerate(found) if part.shape != other.shape), None)
+        if odd is not None:
             if not reason:
-                raise _shape_clash(base, variant, other, part)
+                raise _shape_clash(base, variants[odd], other, found[odd])
             left_out.append((name, f"{reason}, of another shape"))
-        elif not (part.dtype.blendable and other.dtype.blendable):
-            left_out.append((name, f"{(other if part.dtype.blendable else part).dtype.name} is not a float"))
+        elif not all(part.dtype.blendable for part in (*found, other)):
+            whose = next(part for part in (other, *found) if not part.dtype.blendable)
+            left_out.append((name, f"{whose.dtype.name} is not a float"))
+        elif len(found) > 1 and not options.union and any(part is other for part in found):
+            left_out.append((name, "changed by one of the two only"))
         else:
-            reason = reason or _unfit(other, options.min_dim)
-            pairs.append(Pair(other, part, family.groups(name, part.shape), reason))
-    left_out += [(n, f"only in {base.name}") for n in base.anatomy.parts if n not in variant.anatomy.parts]
-    pairing = Pairing(base, variant, tuple(pairs), tuple(left_out))
+            reason, whole = reasons.fate(other, reason)
+            theirs = found[1] if len(found) > 1 else None
+            pairs.append(Pair(other, found[0], family.groups(name, other.shape), reason, theirs, whole))
+    left_out += _only_in_base(base, variants)
+    left_out += [entry for model in variants for entry in model.unmatched]
+    pairing = Pairing(base, variant, tuple(pairs), tuple(left_out), second)
     if not pairing.decomposed:
         raise UsageError("no matrix is left to decompose; relax --exclude, --include or --min-dim.")
     return pairing
+
+
+def _only_in_base(base: Input, variants: Sequence[Input]) -> list[tuple[str, str]]:
+    """The base's parts that no variant has, with the reason."""
+    names = frozenset[str]().union(*(model.anatomy.parts for model in variants))
+    reason = UNCHANGED if all(model.is_lora for model in variants) else f"only in {base.name}"
+    return [(name, reason) for name in base.anatomy.parts if name not in names]
+
+
+@dataclass(frozen=True)
+class _Reasons:
+    """Why a part is not decomposed, by what the user asked for and by its shape."""
+
+    options: DiffOptions
+    included: frozenset[str] | None
+    excluded: dict[str, str]
+    whole: frozenset[str]
+
+    @classmethod
+    def of(cls, base: Input, options: DiffOptions) -> _Reasons:
+        excluded = {
+            name: f"excluded: {pattern}"
+            for pattern, names in (arch.select(options.exclude, base.anatomy) if options.exclude else {}).items()
+            for name in names
+        }
+        return cls(
+            options, _selected(options.include, base), excluded, _selected(options.full_layers, base) or frozenset()
+        )
+
+    def chosen(self, name: str) -> str:
+        """Why the user's patterns leave a part out; empty where they do not."""
+        if name in self.excluded:
+            return self.excluded[name]
+        return "" if self.included is None or name in self.included else "not in --include"
+
+    def fate(self, part: Part, reason: str) -> tuple[str, bool]:
+        """The reason of a part that patterns leave out for ``reason``, and whether it is stored whole."""
+        if reason:
+            return reason, False
+        reason = "--full-layer" if part.name in self.whole else _unfit(part, self.options.min_dim)
+        # Programs apply what is called .diff to a module's weight and .diff_b to its bias; nothing else.
+        return reason, bool(reason) and self.options.full and part.name.endswith((".weight", ".bias"))
 
 
 def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
@@ -157,11 +271,13 @@ def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
 def _unfit(part: Part, min_dim: int) -> str:
     if len(part.shape) < 2:
         return "one-dimensional"
+    if part.name in PAD_TOKENS:
+        return "pad token, which no program applies"
     if not part.name.endswith(".weight"):
         return "not a module's weight"
-    if len(part.shape) > 2:
-        return "more than two dimensions"
-    if min(part.shape) < min_dim:
+    if len(part.shape) not in (2, 4):
+        return f"of {len(part.shape)} dimensions"
+    if min(part.shape[0], prod(part.shape[1:])) < min_dim:
         return f"smaller than {min_dim}"
     return ""
 

@@ -52,7 +52,9 @@ class Rule:
         if self.name == "ratio" and not 0 < t < 1:
             raise UsageError(f"--rank-thresh is {t}, but --rule ratio needs a ratio to the largest value: 0 < t < 1.")
         if self.name == "abs" and not 0 < t < math.inf:
-            raise UsageError(f"--rank-thresh is {t}, but --rule abs needs the smallest singular value to keep, above 0.")
+            raise UsageError(
+                f"--rank-thresh is {t}, but --rule abs needs the smallest singular value to keep, above 0."
+            )
 
     @property
     def share(self) -> float | None:

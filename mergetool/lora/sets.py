@@ -6,18 +6,18 @@ the two column spaces (Bjoerck & Golub 1973): ``p_k = U1 x_k`` and ``q_k = U2 y_
 ``m_k`` the unit vector half-way between them,
 
     L = sum_k cos^2(theta_k) m_k m_k^T,                      R the same of the row spaces,
-    a = ||L D1 R||_F,   b = ||L D2 R||_F,   t = 2 a b / (a^2 + b^2),
+    a = ||L D1 R||_F,   b = ||L D2 R||_F,   t = 2 min(a, b) / (a + b),
 
     common(D1, D2) = t L (D1 + D2) / 2 R
     unique_i       = D_i - common
     union          = common + w1 unique_1 + w2 unique_2      (D1 + D2 - common with weights of 1)
 
 L is the projection onto the intersection of the column spaces where the angles are 0 or 90 degrees, and fades from one to the
-other between. t is 1 for equal strengths and keeps a weak delta from borrowing strength: ``||common||`` is at most 1.21 times
-the smaller of ``||D1||`` and ``||D2||``. Therefore
+other between. t is 1 for equal strengths and keeps a weak delta from borrowing strength: ``||common||`` is at most the smaller of
+``||D1||`` and ``||D2||``. Therefore
 
 * common(D1, D2) = common(D2, D1), and common(G D1 H, G D2 H) = G common(D1, D2) H for orthogonal G and H;
-* common(D, D) = D;  common(D, 0) = common(D, -D) = 0;  common(D, e D) goes to 0 with e;
+* common(D, D) = D;  common(D, 0) = common(D, -D) = 0;  common(D, e D) = e D for 0 < e <= 1;
 * it is 0 where the column spaces are orthogonal, or the row spaces are;
 * of D1 = K + A1 and D2 = K + A2, where A1 and A2 lie in subspaces orthogonal to each other's and to K's, it is K exactly, and
   for random private subspaces nearly;
@@ -141,7 +141,7 @@ def common(first: Delta, second: Delta) -> LowRank:
         for found in (one, two)
     )
     a, b = float(torch.linalg.vector_norm(core_one)), float(torch.linalg.vector_norm(core_two))
-    balance = 2 * (a / b) / ((a / b) ** 2 + 1) if a > 0 and b > 0 else 0.0
+    balance = 2 * min(a, b) / (a + b) if a > 0 and b > 0 else 0.0
     return LowRank(left @ ((core_one + core_two) * (balance / 2)), right.T.contiguous())
 
 

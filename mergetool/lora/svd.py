@@ -132,7 +132,8 @@ def decompose(
         return _above_cut(products, chosen, rank_max, seed, name, exponent, rows)
     goal = goal_for(delta.shape, total, rank, chosen.share or 1.0, rank_max)
     found = None if rows is None else _from_rows(products, goal, rows, complete)
-    return conclude(products, *(found or _find(products, goal, seed, name)), goal=goal, name=name, exponent=exponent)
+    projection, method = found or _find(products, goal, seed, name)
+    return conclude(products, projection, method, goal, name, exponent)
 
 
 def goal_for(shape: Sequence[int], total: float, rank: int, rank_thresh: float, rank_max: int) -> Goal:
@@ -230,8 +231,8 @@ def _above_cut(
     projection, count = found
     if count > most:
         goal = Goal(products.total, None, most)
-        capped = conclude(products, *_find(products, goal, seed, name), goal=goal, name=name, exponent=exponent)
-        return replace(capped, capped=True)
+        projection, method = _find(products, goal, seed, name)
+        return replace(conclude(products, projection, method, goal, name, exponent), capped=True)
     return _fixed(products, projection, method, count, name, exponent)
 
 

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from mergetool import models, quant
+from mergetool.adapters.reading import open_lora
+from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Anatomy, Part
 from mergetool.arch.z_image import Z_IMAGE
+from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
+from mergetool.models import OpenedModel
 from mergetool.ops.cpu import as_tensor
 from mergetool.quant import Encoding
 
@@ -51,8 +55,9 @@ def load_transformer(
 ) -> ZImageTransformer2DModel:
     """The Z-Image transformer of a MODEL of any layout, prefix and float dtype, with LoRAs added to its weights.
 
-    Weights are read part by part straight into their place, so memory is the model at ``dtype``. Raises what
-    `models.open_model` raises, and FamilyError for a model that is not Z-Image or whose tensors are not all there.
+    Weights are read part by part straight into their place, so memory is the model at ``dtype``. A DoRA's change is that of the stored
+    weights. Raises what `models.open_model` and `open_lora` raise, and FamilyError for a model that is not Z-Image or whose tensors are
+    not all there, and for a LoRA with keys that change nothing in it.
     """
     from diffusers import ZImageTransformer2DModel
 
@@ -64,8 +69,8 @@ def load_transformer(
         parts = {name: part for name, part in opened.anatomy.parts.items() if name not in opened.anatomy.family.unused}
         _require_equal(model, wanted, parts)
         state = {name: _read(opened.checkpoint, part).to(dtype) for name, part in parts.items()}
-    for lora in loras:
-        _add_lora(state, lora, model)
+        for lora in loras:
+            _add_lora(state, lora, opened)
     built.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     return built.eval().requires_grad_(False)
 
@@ -112,26 +117,19 @@ def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
     return as_tensor(memoryview(raw), part.dtype).clone().view(part.shape)
 
 
-def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: str) -> None:
-    """Add strength * up @ down to the weights, in float32 with one rounding. Raises FamilyError for a key without place."""
-    from mergetool.lora import dialects
-
-    with Checkpoint.open(lora.path) as file:
-        pairs = dialects.read_pairs(file.tensors, source=str(lora.path))
-        for module, (down_key, up_key) in pairs.items():
-            name = f"{module}.weight"
-            if name not in state:
-                raise FamilyError(
-                    f'"{lora.path}" changes "{module}", which {model} does not have; it is a LoRA for another model.'
-                )
-            down, up = (_whole(file, key).float() for key in (down_key, up_key))
-            weight = state[name]
-            if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-                raise FamilyError(
-                    f'"{lora.path}" changes "{module}" by {up.shape[0]} x {down.shape[1]} values, but it has '
-                    f"{' x '.join(map(str, weight.shape))} in {model}; it is a LoRA for another model."
-                )
-            state[name] = (weight.float() + lora.strength * (up @ down)).to(weight.dtype)
+def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: OpenedModel) -> None:
+    """Add a LoRA of any spelling at its strength to the weights, in float32 with one rounding."""
+    with open_lora(lora.path, anatomy=model.anatomy) as file:
+        if file.unmatched:
+            key, reason = file.unmatched[0]
+            raise FamilyError(
+                f'"{lora.path}" has {quoted(key)}, which changes nothing in {model.name} ({reason}); it is a LoRA for another model.'
+            )
+        for name, part in anatomy_of(file, model.anatomy, model.checkpoint).parts.items():
+            weight, rows = state[name], part.encoding
+            assert rows is not None
+            change = torch.from_numpy(rows.values(file.checkpoint.read)).view(weight.shape)
+            state[name] = (weight.float() + lora.strength * change).to(weight.dtype)
 
 
 def _whole(file: Checkpoint, name: str, encoding: Encoding | None = None) -> Tensor:

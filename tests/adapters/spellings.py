@@ -184,9 +184,14 @@ def rank_stabilised() -> Written:
 
 
 def diffusers_header() -> Written:
-    """diffusers' training script: the alpha in the header only."""
-    found = split("transformer.", ".lora_A.weight", ".lora_B.weight", alpha=6, says_alpha=False)
-    found.metadata["lora_adapter_metadata"] = json.dumps({"transformer.lora_alpha": 6, "transformer.r": 4})
+    """diffusers' training script: the alpha in the header only, in the whole config of its adapter."""
+    ranks = (4, 2, 3)
+    found = split("transformer.", ".lora_A.weight", ".lora_B.weight", alpha=6, says_alpha=False, ranks=ranks)
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": list(MATRICES), "bias": "none",
+        "rank_pattern": {module: ranks[i % 3] for i, module in enumerate(MATRICES)}, "alpha_pattern": {},
+    }  # fmt: skip
+    found.metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     return found
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergetool import models
 from mergetool.adapters import open_lora
 from mergetool.adapters.values import dense_rows
+from mergetool.arch import recognise
 from mergetool.checkpoint.dtypes import F32
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.recipe.options import Options
 from tests.adapters.spellings import SPELLINGS
@@ -57,3 +60,19 @@ def test_what_is_baked_is_the_float64_sum_rounded_once(tmp_path: Path, spelling:
         assert np.all(np.abs(stored - exact) <= ulp / 2 + 1e-6), part
     changed = [part for part in before if not np.array_equal(after[part].double().numpy(), before[part])]
     assert set(changed) == set(written.changes)
+
+
+@pytest.mark.parametrize("key", ["diffusion_model.blocks.0.proj", "lora_unet_blocks_0_proj"])
+def test_modules_of_a_whole_checkpoint_are_found_without_its_prefix(tmp_path: Path, key: str) -> None:
+    """SDXL's files hold ``model.diffusion_model.``, which no LoRA for them repeats."""
+    name = "model.diffusion_model.blocks.0.proj.weight"
+    save_file({name: torch.zeros(6, 5)}, tmp_path / "base.safetensors")
+    save_file(
+        {f"{key}.lora_down.weight": torch.ones(2, 5), f"{key}.lora_up.weight": torch.ones(6, 2)},
+        tmp_path / "l.safetensors",
+    )
+    with Checkpoint.open(tmp_path / "base.safetensors") as base:
+        anatomy = recognise(base.tensors, source="base")
+    with open_lora(tmp_path / "l.safetensors", anatomy=anatomy) as file:
+        assert list(file.changes) == [name]
+        assert file.unmatched == ()

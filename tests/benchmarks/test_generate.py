@@ -244,3 +244,20 @@ def test_scaled_fp8_has_the_values_of_bf16_to_the_precision_of_fp8(tmp_path: Pat
             wanted = plain[name].float().numpy()
             error = np.abs(encoding.values(opened.checkpoint.read) - wanted)
             assert (error <= 2**-4 * 1.01 * np.abs(wanted) + 1e-6).all()
+
+
+def test_uneven_matrices_differ_in_size_and_decay_and_even_ones_do_not() -> None:
+    def strengths(name: str, uneven: float) -> np.ndarray:
+        (block,) = values.blocks(name, (300, 200))
+        delta = Delta(seed=1, rank=8, decay=0.7, noise=0.0, uneven=uneven)
+        made, plain = (values.values(block, 0, one).astype(np.float64) for one in (delta, None))
+        return np.linalg.svd(made - plain, compute_uv=False)[:8]
+
+    names = [f"layers.{i}.w.weight" for i in range(8)]
+    even, uneven = ([strengths(name, u) for name in names] for u in (0.0, 2.0))
+    sizes = [[float(np.linalg.norm(s)) for s in of] for of in (even, uneven)]
+    decays = [[float(s[4] / s[0]) for s in of] for of in (even, uneven)]
+    assert max(sizes[0]) < 1.2 * min(sizes[0])
+    assert max(sizes[1]) > 2 * min(sizes[1])
+    assert max(decays[0]) < 1.5 * min(decays[0])
+    assert max(decays[1]) > 3 * min(decays[1])

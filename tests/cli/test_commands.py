@@ -199,3 +199,83 @@ def test_inspect_names_a_quantised_container_instead_of_refusing_it(tmp_path: Pa
     assert ran.code == 0
     assert "SVDQuant" in ran.out
     assert "use the unquantised original" in ran.out
+
+
+DIFF = ("diff", "--base", "alkahest", "--variant", "turbo")
+
+
+def test_diff_help_defines_every_rule(family: Path) -> None:
+    out = mergetool("diff", "--help", cwd=family, COLUMNS="160").out
+    for option in ("--rule", "--budget", "--spectra"):
+        assert option in out
+    for words in (
+        "energy  the fewest r",
+        "fro     ",
+        "sum     ",
+        "ratio   all s > t * s1",
+        "abs     all s > t",
+        "knee    ",
+    ):
+        assert words in out
+
+
+def test_a_budget_is_kept_and_what_it_leaves_out_is_named(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora.safetensors"
+    ran = mergetool(*DIFF, "--budget", "9kB", "-o", out, cwd=family)
+    assert ran.code == 0, ran.err
+    size = out.stat().st_size
+    assert size <= 9000
+    assert re.search(rf"budget  {size:,} of 9,000 bytes · residual \d+\.\d % of all matrices together", ran.out)
+    assert re.search(r"\d+ got rank 0, [\d.]+ % of the matrices' difference: \S+", ran.out)
+
+
+def test_a_second_diff_takes_its_directions_from_the_side_file(family: Path, tmp_path: Path) -> None:
+    side = tmp_path / "side.safetensors"
+    first = mergetool(*DIFF, "--spectra", side, "-o", tmp_path / "a.safetensors", cwd=family)
+    assert re.search(r"spectra \S+  [\d.]+ kB  0 known · \d+ matrices searched and added", first.out), first.err
+    second = mergetool(
+        *DIFF, "--spectra", side, "--budget", "30kB", "--json", "-o", tmp_path / "b.safetensors", cwd=family
+    )
+    assert second.json["spectra"] == {"file": str(side), "searched": []}
+    assert second.json["ranks"] == {"rank": 0, "budget": 30000, "rule": None, "rank_thresh": None, "rank_max": 0}
+
+
+def test_a_rule_is_in_the_metadata_and_in_the_json(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora.safetensors"
+    ran = mergetool(*DIFF, "--rule", "ratio", "--rank-thresh", 0.3, "--json", "-o", out, cwd=family)
+    assert (ran.json["ranks"]["rule"], ran.json["ranks"]["rank_thresh"]) == ("ratio", 0.3)
+    with safe_open(out, "np") as opened:
+        recipe = opened.metadata()["mergetool.diff"]
+    assert '"rule": "ratio"' in recipe
+    assert '"rank_thresh": 0.3' in recipe
+
+
+def test_a_threshold_that_bf16_cannot_hold_is_said(family: Path, tmp_path: Path) -> None:
+    ran = mergetool(
+        *DIFF, "--rank-thresh", 1, "--rank-max", 0, "-o", tmp_path / "lora.safetensors", "--no-progress", cwd=family
+    )
+    assert re.search(r"\d+ below the threshold as stored, down to 0\.99999\d+ \(\S+\): bf16 rounds away more", ran.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rule", "mean"], "--rule is one of energy, fro, sum, ratio, abs, knee"),
+        (["--rule", "ratio"], "--rule ratio needs --rank-thresh"),
+        (["--rule", "abs", "--rank-thresh", 100], "no singular value is above 100"),
+        (["--rule", "ratio", "--rank-thresh", 2], "0 < t < 1"),
+        (["--rule", "knee", "--rank-thresh", 0.5], "--rule knee has no threshold"),
+        (["--budget", "1MB", "--rank-thresh", 0.5], "--budget has no threshold"),
+        (["--budget", "1MB", "--rank", 4], "--budget chooses the ranks by itself"),
+        (["--rank", 4, "--rule", "sum"], "leave out --rule"),
+        (["--budget", "700"], "--budget is 700 bytes, but the smallest LoRA"),
+        (["--budget", "much"], "is not a size"),
+    ],
+)
+def test_choices_of_ranks_that_cannot_be_meant_are_refused(
+    family: Path, tmp_path: Path, options: list[object], words: str
+) -> None:
+    ran = mergetool(*DIFF, *options, "-o", tmp_path / "lora.safetensors", cwd=family)
+    assert (ran.code, ran.out.count("done")) == (2, 0)
+    assert words in ran.err
+    assert not (tmp_path / "lora.safetensors").exists()

@@ -16,6 +16,8 @@ from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.recipe.options import Options
 from mergetool.sampler import load
 from mergetool.sampler.load import Components, WeightedLora, load_text_encoder, load_transformer, load_vae
+from tests.adapters.spellings import SPELLINGS
+from tests.families import checkpoint
 from tests.pipelines import as_single_file
 
 
@@ -82,8 +84,8 @@ def test_a_lora_is_added_at_its_strength(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "shape", "sentence"),
     [
-        ("layers.99.attention.to_q", (96, 96), "does not have"),
-        ("layers.1.attention.to_q", (128, 96), "LoRA for another model"),
+        ("layers.99.attention.to_q", (96, 96), r"layers\.99.*LoRA for another model"),
+        ("layers.1.attention.to_q", (128, 96), r"changes \[128, 96\] values.*for another model"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(
@@ -94,11 +96,24 @@ def test_a_lora_that_does_not_fit_is_refused(
         f"diffusion_model.{key}.lora_B.weight": torch.zeros(shape[0], 4),
     }
     save_file(pair, tmp_path / "lora.safetensors")
-    with pytest.raises(FamilyError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         loaded(str(base), torch.float32, WeightedLora(tmp_path / "lora.safetensors", 1.0))
 
 
-def test_a_lora_of_another_dialect_is_refused_by_its_key(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", [name for name in SPELLINGS if name != "embedders"])
+def test_a_lora_of_any_spelling_is_added(tmp_path: Path, spelling: str) -> None:
+    model = checkpoint(tmp_path / "model.safetensors", layout="diffusers")
+    written = SPELLINGS[spelling]()
+    before = loaded(model)
+    after = loaded(model, torch.float32, WeightedLora(written.save(tmp_path), 0.5))
+    for part, weight in before.items():
+        wanted = weight.double()
+        if part in written.changes:
+            wanted = wanted + 0.5 * torch.from_numpy(written.changes[part]).view(weight.shape)
+        torch.testing.assert_close(after[part].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_of_one_factor_is_refused_by_its_key(base: Path, tmp_path: Path) -> None:
     save_file(
         {"lora_unet_layers_0_attention_to_q.lora_down.weight": torch.zeros(4, 96)}, tmp_path / "kohya.safetensors"
     )

@@ -1,0 +1,128 @@
+"""What ``mergetool diff`` says of a second variant, of the file of whole differences, and of the checkpoint it bakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.cli import console
+from mergetool.cli.lora_bake import expression
+from mergetool.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from mergetool.lora.extract import Extraction
+    from mergetool.lora.layer import Layer
+    from mergetool.lora.pairs import DiffOptions, Pairing
+
+
+def weights(text: str) -> tuple[float, float]:
+    """The two numbers of ``--weights``; raises UsageError."""
+    try:
+        first, second = (float(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f'--weights are two numbers, as in 1,0.5, not "{text}".') from None
+    return first, second
+
+
+def check_checkpoint(checkpoint: Path, others: Sequence[Path | None], pairing: Pairing, *, overwrite: bool) -> None:
+    """Refuse a checkpoint that could not be written, before the work. Raises OutputError, UsageError or BusyError."""
+    from mergetool.checkpoint.targets import TargetClaim
+
+    if not checkpoint.parent.exists():
+        raise OutputError(f'the folder "{checkpoint.parent}" does not exist; make it first.')
+    if checkpoint.suffix != ".safetensors":
+        raise UsageError(f'--checkpoint is one file: name it "{checkpoint.name}.safetensors".')
+    if checkpoint.absolute() in [other.absolute() for other in others if other]:
+        raise UsageError("--checkpoint names the same file as another output; give one of them another name.")
+    files = [file for model in pairing.inputs for file in model.checkpoint.files]
+    TargetClaim.claim(checkpoint, 0, "file", overwrite=overwrite, inputs=files).release()
+
+
+def bake(
+    base: str, loras: Sequence[Path], checkpoint: Path, *, overwrite: bool, threads: int | None, shown: bool
+) -> None:
+    """Write ``base`` with the stored ``loras`` added, as `mergetool lora bake` does."""
+    from mergetool.engine import job
+
+    terms = [f"{path.absolute()}:1" for path in loras]
+    with (
+        job.open_merge(expression(base, terms)) as plan,
+        console.progress("bake", plan.bytes_read + plan.header.data_size, shown=shown) as advance,
+    ):
+        job.run_merge(plan, checkpoint, overwrite=overwrite, threads=threads, progress=advance)
+
+
+def print_operands(pairing: Pairing, options: DiffOptions) -> None:
+    """What is taken the difference of, where it is more than two checkpoints."""
+    loras = [model.name for model in pairing.variants if model.is_lora]
+    if loras:
+        console.heading(
+            "", f"{' and '.join(loras)}: a LoRA, so that its change to {pairing.base.name} is the difference"
+        )
+    if pairing.second is None:
+        return
+    names = " and ".join(model.name for model in pairing.variants)
+    if options.union:
+        one, two = options.weights
+        weighed = "" if options.weights == (1, 1) else f", weighed {one:g} and {two:g}"
+        console.heading("", f"the union of {names}: what they have in common once, and what each has alone{weighed}")
+    else:
+        console.heading("", f"what {names} have in common")
+
+
+def print_shared(layers: Sequence[Layer], pairing: Pairing) -> None:
+    """How much of each delta is common to both."""
+    shares = [layer.shared for layer in layers if layer.shared is not None]
+    for i, model in enumerate(pairing.variants if shares else ()):
+        found = sorted(100 * share[i] for share in shares)
+        console.heading(
+            "common" if i == 0 else "",
+            f"{found[0]:.2g} / {found[len(found) // 2]:.2g} / {found[-1]:.2g} % of a matrix's energy in the difference to {model.name} (min/med/max)",
+        )
+
+
+def print_whole(found: Extraction, full: Path | None, *, verbose: bool) -> None:
+    """The second file, and what would better be in it."""
+    if full is not None:
+        if found.whole:
+            energy = sum(one.energy for one in found.whole)
+            names = [one.name for one in sorted(found.whole, key=lambda one: -one.energy)]
+            console.heading(
+                "full",
+                f"{full}  {console.size(full.stat().st_size)}  {len(names)} stored whole, {_share(energy, found)} of the difference; "
+                "for ComfyUI, beside the LoRA",
+            )
+            console.heading("", console.listed(names, most=len(names) if verbose else 2))
+        else:
+            console.heading("full", f"nothing to store whole; {full} was not written")
+    wide = [layer.name for layer in found.layers if wider_than_whole(layer)]
+    if wide:
+        console.heading(
+            "",
+            f"{console.plural(len(wide), 'matrix')} would be smaller stored whole than at the rank that is needed: "
+            f"{console.listed(wide, most=len(wide) if verbose else 2)}: --full FILE --full-layer PATTERN",
+        )
+
+
+def wider_than_whole(layer: Layer) -> bool:
+    """Whether factors of the rank that a layer has, or would need, have more values than its matrix."""
+    rows, columns = layer.shape
+    return max(layer.rank, layer.wanted or 0) * (rows + columns) > rows * columns
+
+
+def whole_json(found: Extraction, full: Path | None, checkpoint: Path | None, pairing: Pairing) -> dict[str, Any]:
+    """The second file, the checkpoint and what is common, for ``--json``."""
+    return {
+        "variant2": None if pairing.second is None else pairing.second.name,
+        "full": str(full) if full is not None and found.whole else None,
+        "whole": [
+            {"name": one.name, "share": one.energy / found.total, "residual": one.residual} for one in found.whole
+        ],
+        "smaller_whole": [layer.name for layer in found.layers if wider_than_whole(layer)],
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+
+
+def _share(energy: float, found: Extraction) -> str:
+    return f"{100 * energy / found.total if found.total else 0:.2g} %"

@@ -1,0 +1,193 @@
+"""``mergetool lora inspect``: what a LoRA file holds, and who loads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli import console
+from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+
+if TYPE_CHECKING:
+    from mergetool.adapters import LoraFile
+    from mergetool.adapters.describe import Contents, Target
+    from mergetool.adapters.loaders import Loading
+
+EXAMPLES = """\b
+Examples:
+  mergetool lora inspect style.safetensors
+  mergetool lora inspect style.safetensors --plot style.png
+  mergetool lora inspect ./peft-folder --json
+
+LORA is a file or a PEFT folder in any spelling. The norm of a change is that of its whole matrix at strength 1, ||scale * up @ down||.
+Of diffusers and ComfyUI is said whether they load it whole, partly or not at all, and why.
+"""
+
+GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pad")
+"""A part is counted in the first of these that it is in."""
+
+
+@console.command
+def inspect(
+    lora: Annotated[str, typer.Argument(help="A LoRA in any spelling: a file or a PEFT folder", metavar="LORA")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model it is for, to look its names up in [default: Z-Image is known]", metavar="MODEL"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the norms of all blocks as a heat map.", metavar="FILE.png")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
+    as_json: JsonOption = False,
+    no_progress: NoProgressOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what a LoRA holds: dialect, trainer, ranks, alphas, targets, norms, and who loads it whole."""
+    from mergetool.adapters.describe import describe
+    from mergetool.adapters.loaders import loading
+
+    if plot is not None:
+        from mergetool.lora import plots
+
+        plots.require_target(plot, overwrite=overwrite)
+    with opened(lora, model) as file:
+        shown = not (no_progress or as_json)
+        with console.progress("norms", len(file.changes), shown=shown, unit="module") as advance:
+            found = describe(file, progress=advance)
+        loaded = loading(file)
+        if plot is not None:
+            plots.write(plot, found.targets, title=Path(lora).name, overwrite=overwrite)
+        if as_json:
+            console.print_json(_json(file, found, loaded))
+            return
+        _print(file, found, loaded, verbose=verbose)
+        if plot is not None:
+            console.heading("plot", str(plot))
+
+
+def opened(lora: str, model: str | None) -> LoraFile:
+    """The LoRA, with its names looked up in ``model`` where that is given."""
+    from mergetool import models
+    from mergetool.adapters import open_lora
+
+    anatomy = None
+    if model is not None:
+        with models.open_model(model, names_only=True) as base:
+            anatomy = base.anatomy
+    return open_lora(models.resolve(lora).path, name=lora, anatomy=anatomy)
+
+
+def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: bool) -> None:
+    size = sum(one.size for one in file.checkpoint.files)
+    console.heading("lora", f"{file.name}  {console.size(size)}  for {file.family.name}")
+    console.heading("keys", file.dialect)
+    console.heading("trainer", file.trainer or "it does not say")
+    kinds = Counter(target.kind for target in found.targets)
+    console.heading(
+        "changes",
+        f"{console.plural(len(found.targets), 'parameter')} · " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+    )
+    if found.ranks:
+        console.heading("rank", f"{_spread(found.ranks)}{' (mixed)' if len(set(found.ranks)) > 1 else ''}")
+    console.heading("alpha", _alphas(found))
+    console.heading("dtype", ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()))
+    console.heading("targets", "")
+    console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(found.targets))
+    _print_blocks(found, verbose=verbose)
+    for one in loaded:
+        print_loading(one, verbose=verbose)
+    for key, reason in file.unmatched[: None if verbose else 4]:
+        console.heading("unread", f"{key}: {reason}")
+    if len(file.unmatched) > 4 and not verbose:
+        console.heading("", f"and {len(file.unmatched) - 4} more keys that change nothing: -v lists them")
+    for warning in file.warnings:
+        console.heading("warning", warning)
+
+
+def _print_blocks(found: Contents, *, verbose: bool) -> None:
+    from mergetool.adapters.describe import by_block, total
+
+    console.heading("norms", "Frobenius norm of the change, by block")
+    rows = [[block, str(len(held)), f"{total(held):.4g}"] for block, held in by_block(found.targets)]
+    console.table(["block", "parts", "norm"], rows)
+    if verbose:
+        for target in found.targets:
+            rank = f"rank {target.rank}  " if target.rank is not None else ""
+            console.heading("", f"{target.part}  {rank}scale {target.scale:g}  norm {target.norm:.4g}")
+
+
+def print_loading(one: Loading, *, verbose: bool) -> None:
+    """Say what one program makes of a file."""
+    parts = one.applied + len(one.dropped)
+    console.heading(
+        "loads", f"{one.program}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else "")
+    )
+    if one.error:
+        console.heading("", f"it raises an error: {one.error}")
+        return
+    reasons: dict[str, list[str]] = {}
+    for part, reason in one.dropped.items():
+        reasons.setdefault(reason, []).append(part)
+    for reason, parts_of in reasons.items():
+        console.heading("", f"{len(parts_of)} {reason}: {console.listed(parts_of, most=1000 if verbose else 2)}")
+
+
+def _by_group(targets: tuple[Target, ...]) -> list[list[str]]:
+    from mergetool.adapters.describe import total
+
+    rows = []
+    for name in (*GROUPS, "other"):
+        held = [target for target in targets if name == next((g for g in GROUPS if g in target.groups), "other")]
+        if held:
+            ranks = sorted(target.rank for target in held if target.rank is not None)
+            rows.append([name, str(len(held)), _spread(ranks) if ranks else "", f"{total(held):.4g}"])
+    return rows
+
+
+def _spread(ranks: list[int]) -> str:
+    return f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}"
+
+
+def _alphas(found: Contents) -> str:
+    said = sorted((alpha, count) for alpha, count in found.alphas.items() if alpha is not None)
+    shown = [f"{alpha:g} ({count})" for alpha, count in said[:8]] + (["..."] if len(said) > 8 else [])
+    if None in found.alphas:
+        shown.append(f"none stated ({found.alphas[None]}), so a scale of 1")
+    return ", ".join(shown) or "of no meaning here"
+
+
+def _json(file: LoraFile, found: Contents, loaded: list[Loading]) -> dict[str, Any]:
+    from mergetool.adapters.describe import by_block, total
+
+    ranks = found.ranks
+    return {
+        "lora": file.name,
+        "bytes": sum(one.size for one in file.checkpoint.files),
+        "family": file.family.name,
+        "dialect": file.dialect,
+        "trainer": file.trainer,
+        "rank": {"min": ranks[0], "median": ranks[len(ranks) // 2], "max": ranks[-1]} if ranks else None,
+        "alphas": [{"alpha": alpha, "modules": count} for alpha, count in found.alphas.items()],
+        "dtypes": found.dtypes,
+        "blocks": {block: total(held) for block, held in by_block(found.targets)},
+        "targets": [
+            {
+                "part": target.part,
+                "kind": target.kind,
+                "shape": list(target.shape),
+                "rank": target.rank,
+                "scale": target.scale,
+                "norm": target.norm,
+            }
+            for target in found.targets
+        ],
+        "loading": {
+            one.program: {"verdict": one.verdict, "applied": one.applied, "error": one.error, "dropped": one.dropped}
+            for one in loaded
+        },
+        "unmatched": [{"key": key, "reason": reason} for key, reason in file.unmatched],
+        "warnings": list(file.warnings),
+    }

@@ -1,0 +1,286 @@
+"""Does a LoRA make one model of another? base + strength * LoRA against the tuned model, streamed by tiles of rows.
+
+For every parameter that both models have, with delta = tuned - base in float32,
+
+    before = ||delta - strength * change|| / ||delta||           what the factors miss
+    after  = ||tuned - round(base + strength * change)|| / ||delta||   that, and what the base's dtype misses when it is baked
+
+``round`` is that of `mergetool lora bake` without options: to the base's dtype, and to bf16 where it is quantised. A parameter
+that the LoRA leaves alone counts with all of its delta. Norms are Frobenius norms, summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from mergetool import models
+from mergetool.adapters import LoraFile, open_lora
+from mergetool.adapters.loaders import Loading, loading
+from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
+from mergetool.arch import Part
+from mergetool.checkpoint.dtypes import BF16, F32
+from mergetool.engine.memory import default_threads
+from mergetool.engine.reading import Fetcher, ValueReader, fetcher
+from mergetool.errors import FamilyError, NonFiniteError
+from mergetool.lora.svd import squared_norm
+from mergetool.models import OpenedModel
+from mergetool.ops.cpu import CpuOps, as_tensor
+from mergetool.quant import Encoding
+from mergetool.recipe.steps import Input, Window, window_of
+
+TILE = 1 << 19
+"""Elements that are looked at together, in whole rows: 2 MB of float32 for each of five arrays a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One parameter: squared Frobenius norms of delta, of what is left of it before and after rounding. ``changed`` says whether the LoRA
+    changes it."""
+
+    part: str
+    groups: frozenset[str]
+    changed: bool
+    delta: float
+    before: float
+    after: float
+
+    @property
+    def relative_before(self) -> float:
+        """The norm of what is left over that of delta; infinite where there is something left of nothing."""
+        return _relative(self.before, self.delta)
+
+    @property
+    def relative_after(self) -> float:
+        """The same after rounding."""
+        return _relative(self.after, self.delta)
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `verify_lora` found. ``left_out`` are parameters that could not be compared, with the reason; ``unmatched`` keys of the LoRA that
+    change nothing in the base."""
+
+    residuals: tuple[Residual, ...]
+    left_out: tuple[tuple[str, str], ...]
+    unmatched: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+    loading: tuple[Loading, ...]
+    strength: float
+
+    def total(self, *, after: bool = False, wanted: Callable[[Residual], bool] = lambda _: True) -> float:
+        """The relative residual of all parameters that are ``wanted`` together."""
+        chosen = [one for one in self.residuals if wanted(one)]
+        left = math.fsum(one.after if after else one.before for one in chosen)
+        return _relative(left, math.fsum(one.delta for one in chosen))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two models and the LoRA, open, and the parameters that will be compared."""
+
+    base: OpenedModel
+    variant: OpenedModel
+    lora: LoraFile
+    changes: dict[str, Encoding]
+    parts: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    strength: Fraction
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of both models that will be read."""
+        models_ = (self.base, self.variant)
+        return sum(model.anatomy.parts[part].nbytes for model in models_ for part in self.parts)
+
+
+@contextmanager
+def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = Fraction(1)) -> Iterator[Comparison]:
+    """The three files, closed at the end of the ``with`` block; no tensor of the models is read.
+
+    Raises what `models.open_model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base, and FamilyError for
+    models of different families or shapes.
+    """
+    with (
+        models.open_model(base) as first,
+        models.open_model(variant) as second,
+        open_lora(models.resolve(lora).path, name=lora, anatomy=first.anatomy) as file,
+    ):
+        if first.anatomy.family is not second.anatomy.family:
+            raise FamilyError(
+                f"{base} is a {first.anatomy.family.name} model and {variant} a {second.anatomy.family.name} one; "
+                "a LoRA leads to a model of its own family."
+            )
+        parts, left_out = _comparable(first, second)
+        changed = anatomy_of(file, first.anatomy, first.checkpoint).parts
+        changes = {name: _scaled(part, strength) for name, part in changed.items()}
+        yield Comparison(first, second, file, changes, parts, left_out, strength)
+
+
+def verify_lora(
+    comparison: Comparison, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None
+) -> LoraReport:
+    """Read both models once, on ``threads`` threads (default: one a core). Memory is some tiles and the factors of one parameter a thread.
+
+    ``progress`` is told of bytes read, from this thread. Raises NonFiniteError for NaN or infinity in any of the three, naming the
+    parameter, and what reading raises.
+    """
+    sizes = {part: _nbytes(comparison, part) for part in comparison.parts}
+    count = threads or default_threads()
+    files = [*comparison.base.checkpoint.files, *comparison.variant.checkpoint.files]
+    local = threading.local()
+
+    def measure(part: str) -> Residual:
+        if not hasattr(local, "comparer"):
+            local.comparer = _Comparer(comparison, fetcher("auto", files))
+        found: Residual = local.comparer.measure(part)
+        return found
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the parallelism is over parameters
+    residuals = []
+    try:
+        with ThreadPoolExecutor(count, "verify") as pool:
+            waiting = [pool.submit(measure, part) for part in comparison.parts]
+            try:
+                for part, future in zip(comparison.parts, waiting, strict=True):
+                    residuals.append(future.result())
+                    progress(sizes[part])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(torch_threads)
+    file = comparison.lora
+    return LoraReport(
+        tuple(residuals),
+        comparison.left_out,
+        file.unmatched,
+        file.warnings,
+        tuple(loading(file)),
+        float(comparison.strength),
+    )
+
+
+class _Comparer:
+    """One thread's buffers and way of reading."""
+
+    def __init__(self, comparison: Comparison, fetch: Fetcher) -> None:
+        self._comparison = comparison
+        self._values = ValueReader(fetch)
+        width = max((comparison.base.anatomy.parts[part].shape[-1:] or (1,))[0] for part in comparison.parts)
+        room = max(TILE, 64 * width)
+        self._base, self._variant, self._change = (torch.empty(room) for _ in range(3))
+        self._ops = CpuOps(capacity=room, registers=1)
+
+    def measure(self, part: str) -> Residual:
+        mine = self._comparison.base.anatomy.parts[part]
+        change = self._comparison.changes.get(part)
+        width = change.width if change is not None else 1
+        tile = max(1, TILE // (64 * width)) * 64 * width
+        energies = [0.0, 0.0, 0.0]
+        for start in range(0, mine.numel, tile):
+            for i, energy in enumerate(self._tile(mine, change, start, min(tile, mine.numel - start))):
+                energies[i] += energy
+        if not all(map(math.isfinite, energies)):
+            raise self._not_finite(part)
+        groups = self._comparison.base.anatomy.family.groups(part, mine.shape)
+        return Residual(part, groups, change is not None, *energies)
+
+    def _tile(self, mine: Part, change: Encoding | None, start: int, count: int) -> tuple[float, float, float]:
+        comparison = self._comparison
+        base, variant = self._base[:count], self._variant[:count]
+        self._load(base, comparison.base, mine, start, slot=0)
+        self._load(variant, comparison.variant, comparison.variant.anatomy.parts[mine.name], start, slot=1)
+        difference = variant - base
+        of_delta = _energy(difference)
+        dtype = BF16 if mine.encoding is not None else mine.dtype
+        moved = self._ops.room(0, count)
+        moved[:] = base.numpy()
+        before = of_delta
+        if change is not None:
+            added = self._change[:count]
+            self._add(change, start, added)
+            difference.sub_(added)
+            before = _energy(difference)
+            moved += added.numpy()
+        stored, _ = self._ops.store(0, dtype)
+        variant.sub_(as_tensor(stored, dtype).float())
+        return of_delta, before, _energy(variant)
+
+    def _load(self, out: torch.Tensor, model: OpenedModel, part: Part, start: int, *, slot: int) -> None:
+        window = window_of(slot, Input(model.name, model.checkpoint, model.anatomy), part)
+        found = self._values.fetch(slot, model.checkpoint, window, start, out.numel())
+        if found.is_plain:
+            out.copy_(as_tensor(found.raw[0], found.dtype))
+        else:
+            found.decode(out.numpy())
+        self._values.release(found)
+
+    def _add(self, change: Encoding, start: int, out: torch.Tensor) -> None:
+        """What the LoRA adds at its strength: as it is baked, the strength of a product is in its factors."""
+        checkpoint = self._comparison.lora.checkpoint
+        found = self._values.fetch(2, checkpoint, Window(2, change.tensor, 0, F32, change), start, out.numel())
+        found.decode(out.numpy())
+        if not isinstance(change, StackedRows):
+            out.mul_(float(self._comparison.strength))
+
+    def _not_finite(self, part: str) -> NonFiniteError:
+        comparison = self._comparison
+        return NonFiniteError(
+            f'parameter "{part}" holds NaN or infinity in {comparison.base.name}, {comparison.variant.name} or '
+            f"{comparison.lora.name}, or their sum overflows; mend that file."
+        )
+
+
+def _scaled(part: Part, strength: Fraction) -> Encoding:
+    rows = part.encoding
+    assert rows is not None
+    if isinstance(rows, ChangeRows) and rows.is_product:
+        return StackedRows.of([(strength, rows)])
+    return rows
+
+
+def _comparable(base: OpenedModel, variant: OpenedModel) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    parts, left_out = [], []
+    for name, part in base.anatomy.parts.items():
+        other = variant.anatomy.parts.get(name)
+        if other is None:
+            left_out.append((name, f"only in {base.name}"))
+        elif not (part.dtype.blendable and other.dtype.blendable):
+            left_out.append((name, f"{(other if part.dtype.blendable else part).dtype.name} is not a float"))
+        elif part.shape != other.shape:
+            raise FamilyError(
+                f'tensor "{name}" has shape {list(part.shape)} in {base.name} but {list(other.shape)} in {variant.name}; '
+                "a LoRA leads to a model of equal shapes: pick the matching base."
+            )
+        else:
+            parts.append(name)
+    left_out += [(name, f"only in {variant.name}") for name in variant.anatomy.parts if name not in base.anatomy.parts]
+    return tuple(parts), tuple(left_out)
+
+
+def _nbytes(comparison: Comparison, part: str) -> int:
+    return sum(model.anatomy.parts[part].nbytes for model in (comparison.base, comparison.variant))
+
+
+def _energy(values: torch.Tensor) -> float:
+    energy = squared_norm(values)
+    # Squares of values below 1e-19 vanish in float32 and above 1e19 overflow: rare enough to be done again.
+    return energy if 1e-30 < energy < 1e30 else float(values.double().square().sum())
+
+
+def _relative(left: float, whole: float) -> float:
+    return math.sqrt(left / whole) if whole else 0.0 if not left else math.inf
+
+
+def worst(residuals: Sequence[Residual], count: int) -> list[Residual]:
+    """Those with the most left after rounding, in absolute terms: what to look at first."""
+    return sorted((one for one in residuals if one.after), key=lambda one: -one.after)[:count]

@@ -1,0 +1,162 @@
+"""The commands `lora inspect`, `lora convert` and `lora verify`, as a user runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.adapters.spellings import BLOCK, DIM, SPELLINGS, loha, random, split
+from tests.cli.run import mergetool
+from tests.families import checkpoint
+
+
+@pytest.fixture
+def musubi(tmp_path: Path) -> Path:
+    written = SPELLINGS["musubi"]()
+    written.metadata = {"ss_network_module": "networks.lora_zimage"}
+    return written.save(tmp_path)
+
+
+def test_inspect_says_what_is_in_it_and_who_loads_it(musubi: Path, tmp_path: Path) -> None:
+    ran = mergetool("lora", "inspect", musubi, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    for words in ("lora_unet_", "kohya-type trainer (networks.lora_zimage)", "2 / 3 / 4 (mixed)", "8 (7)", "14 bf16",
+                  "layers.1", "diffusers: whole", "ComfyUI: partly, 2 of 7 parts", "not mapped"):  # fmt: skip
+        assert words in ran.out
+    found = mergetool("lora", "inspect", musubi, "--json", cwd=tmp_path).json
+    assert found["loading"]["diffusers"]["verdict"] == "whole"
+    assert len(found["loading"]["ComfyUI"]["dropped"]) == 5
+    assert found["rank"] == {"min": 2, "median": 3, "max": 4}
+    assert len(found["targets"]) == 7
+
+
+def test_inspect_draws_a_plot_and_replaces_none(musubi: Path, tmp_path: Path) -> None:
+    ran = mergetool("lora", "inspect", musubi, "--plot", "norms.png", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+    assert mergetool("lora", "inspect", musubi, "--plot", "norms.png", cwd=tmp_path).code == 73
+
+
+def test_names_from_a_file_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    written = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
+    written.tensors["\x1b[2Jevil\n\u202e"] = torch.zeros(1)
+    written.metadata = {"ss_network_module": "\x1b]0;owned\x07"}
+    lora = written.save(tmp_path)
+    for command in (
+        ("inspect", lora),
+        ("inspect", lora, "-v"),
+        ("convert", lora, "-o", "x.safetensors", "--skip-unmatched"),
+    ):
+        ran = mergetool("lora", *command, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+        assert not any(character in ran.out + ran.err for character in "\x1b\x07\u202e")
+        assert "evil" in ran.out
+
+
+def test_convert_says_what_it_did_and_who_loads_the_result(musubi: Path, tmp_path: Path) -> None:
+    ran = mergetool("lora", "convert", musubi, "-o", "out.safetensors", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "7 modules, every value as it was" in ran.out
+    assert "diffusers loads it whole" in ran.out
+    assert "ComfyUI loads it whole" in ran.out
+    ran = mergetool("lora", "convert", musubi, "-o", "d.safetensors", "--key-format", "diffusers", cwd=tmp_path)
+    assert "rounded" in ran.out
+    assert "not every value" in ran.out
+    found = mergetool("lora", "convert", musubi, "-o", "p", "--key-format", "peft", "--json", cwd=tmp_path).json
+    assert found["lossless"] is True
+    assert found["modules"] == 7
+    assert (tmp_path / "p" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["-o", "x.safetensors", "--key-format", "a1111"], 2, "--key-format is one of"),
+        (["-o", "there.safetensors"], 73, "--overwrite"),
+        (["-o", "x"], 2, "one file"),
+        (["-o", "x.safetensors", "--key-format", "peft"], 2, "a folder"),
+        (["-o", "x.safetensors", "--model", "nowhere.safetensors"], 66, "nowhere"),
+        (["-o", "no/x.safetensors"], 73, "does not exist"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(
+    musubi: Path, tmp_path: Path, options: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "there.safetensors").write_text("mine")
+    ran = mergetool("lora", "convert", musubi, *options, cwd=tmp_path)
+    assert (ran.code, words in ran.err) == (code, True), ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_convert_refuses_what_a_format_cannot_carry_with_a_way_out(tmp_path: Path) -> None:
+    ran = mergetool(
+        "lora", "convert", loha("diffusion_model.").save(tmp_path), "-o", "x.safetensors", "--key-format", "diffusers", cwd=tmp_path
+    )  # fmt: skip
+    assert ran.code == 65
+    assert "--key-format default can" in ran.err
+
+
+def test_a_model_of_another_family_tells_the_names(tmp_path: Path) -> None:
+    save_file(
+        {"down_blocks.0.proj.weight": torch.zeros(8, 8), "mid.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors"
+    )
+    save_file(
+        {f"lora_unet_down_blocks_0_proj.lora_{x}.weight": random(8, 8, seed=1) for x in ("up", "down")},
+        tmp_path / "lora.safetensors",
+    )
+    assert mergetool("lora", "convert", "lora.safetensors", "-o", "x.safetensors", cwd=tmp_path).code == 65
+    ran = mergetool(
+        "lora", "convert", "lora.safetensors", "-o", "x.safetensors", "--model", "m.safetensors", cwd=tmp_path
+    )
+    assert ran.code == 0, ran.err
+    assert "diffusion_model.down_blocks.0.proj.lora_A.weight" in load_file(tmp_path / "x.safetensors")
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    """base.safetensors, and tuned.safetensors that differs by lora.safetensors and a norm."""
+    written = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
+    written.save(tmp_path)
+    checkpoint(tmp_path / "base.safetensors", layout="diffusers")
+    tensors = load_file(tmp_path / "base.safetensors")
+    for part, change in written.changes.items():
+        tensors[part] = (tensors[part].double() + torch.from_numpy(change)).bfloat16()
+    tensors[f"{BLOCK}.attention_norm1.weight"] = tensors[f"{BLOCK}.attention_norm1.weight"] + torch.ones(DIM).bfloat16()
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    return tmp_path
+
+
+def test_verify_prints_groups_and_the_worst(tuned: Path) -> None:
+    ran = mergetool("lora", "verify", "base.safetensors", "lora.safetensors", "tuned.safetensors", cwd=tuned)
+    assert ran.code == 0, ran.err
+    assert "attention_norm1.weight" in ran.out.split("worst")[1]
+    for words in ("before rounding", "after rounding", "diffusers: whole", "ComfyUI: whole", "not changed by the LoRA"):
+        assert words in ran.out
+
+
+@pytest.mark.parametrize(("most", "code"), [("0.5", 0), ("0.0001", 1)])
+def test_verify_exits_1_above_the_residual_that_is_allowed(tuned: Path, most: str, code: int) -> None:
+    files = ("base.safetensors", "lora.safetensors", "tuned.safetensors")
+    ran = mergetool("lora", "verify", *files, "--max-residual", most, "--json", cwd=tuned)
+    assert ran.code == code, ran.err
+    assert ran.json["passed"] is (code == 0)
+    assert 0.0001 < ran.json["residual_after"] < 0.5
+    assert bool(ran.err) is (code == 1)
+
+
+@pytest.mark.parametrize("options", [["--strength", "much"], ["--max-residual", "nan"], ["--max-residual", "-1"]])
+def test_verify_refuses_numbers_that_are_none(tuned: Path, options: list[str]) -> None:
+    files = ("base.safetensors", "lora.safetensors", "tuned.safetensors")
+    assert mergetool("lora", "verify", *files, *options, cwd=tuned).code == 2
+
+
+def test_verify_at_another_strength(tuned: Path) -> None:
+    files = ("base.safetensors", "lora.safetensors", "tuned.safetensors")
+    half = mergetool("lora", "verify", *files, "--strength", "0.5", "--json", cwd=tuned).json
+    assert half["strength"] == 0.5
+    layer = next(one for one in half["layers"] if one["name"] == f"{BLOCK}.feed_forward.w1.weight")
+    assert layer["residual_before"] == pytest.approx(0.5, abs=0.01)
