@@ -64,6 +64,15 @@ def test_every_command_has_help(command: str, family: Path) -> None:
     assert all(option in ran.out for option in (["--json"] if command != "models" else ["add", "list", "remove"]))
 
 
+@pytest.mark.parametrize("command", ["bake", "resize", "merge", "subtract", "orthogonal", "common", "interference"])
+def test_every_lora_command_is_listed_and_has_help_with_examples(command: str, family: Path) -> None:
+    assert command in mergetool("lora", "--help", cwd=family).out.split()
+    ran = mergetool("lora", command, "--help", cwd=family)
+    assert ran.code == 0
+    assert f"mergetool lora {command} " in ran.out.split("Examples:")[1]
+    assert all(option in ran.out for option in ("--json", "--no-progress", "--verbose"))
+
+
 def test_every_command_is_listed_in_the_help(family: Path) -> None:
     out = mergetool("--help", cwd=family).out
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}

@@ -44,15 +44,13 @@ def planted(path: Path, columns: list[int], scale: float = 1.0) -> np.ndarray:
 
 @pytest.mark.parametrize("selection", [Exact(), Fixed(8)])
 def test_the_orthogonal_part_has_no_component_along_the_other(selection: Exact | Fixed, tmp_path: Path) -> None:
-    one, first = saved("bare", tmp_path)
-    # A module that is not a multiple of the other's.
-    third, third_written = saved("kohya fused", tmp_path)
-    with gathered(one, third) as gathering:
+    (one, first), (other, second) = saved("bare", tmp_path), saved("kohya fused", tmp_path)
+    with gathered(one, other) as gathering:
         combine(operations.orthogonal(gathering), tmp_path / "o.safetensors", selection, dtype=dtypes.F32)
     found = changes(tmp_path / "o.safetensors")
     assert found.keys() == first.changes.keys()
     for part, change in first.changes.items():
-        along = third_written.changes.get(part)
+        along = second.changes.get(part)
         if along is None:
             close(found[part], change, 1e-6)
             continue
