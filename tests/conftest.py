@@ -13,6 +13,9 @@ from tests.families import checkpoint
 
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would fight for the cores
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

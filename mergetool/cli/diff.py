@@ -29,7 +29,7 @@ Examples:
   mergetool diff --base z-image --variant tuned --full tuned-full.safetensors --full-layer embedder --checkpoint check.safetensors
 
 A variant may be a LoRA, or a PEFT folder, in any spelling: its change to --base is then the difference. What two differences have in
-common, and their union, is defined in docs/lora-sets.md.
+common, their union and the orthogonal part are defined in docs/lora-sets.md.
 
 \b
 RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:
@@ -62,6 +62,9 @@ def diff(
     weights: Annotated[
         str, typer.Option(help="With --union: how much of what each has alone.", metavar="W1,W2")
     ] = "1,1",
+    orthogonal: Annotated[
+        bool, typer.Option("--orthogonal", help="With --variant2: what of --variant is orthogonal to it.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="FILE.safetensors [default: VARIANT-minus-BASE.safetensors, here]"),
@@ -138,6 +141,7 @@ def diff(
         full_layers=tuple(full_layer or ()),
         union=union,
         weights=diff_outputs.weights(weights),
+        orthogonal=orthogonal,
     )
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))

@@ -67,6 +67,9 @@ def print_operands(pairing: Pairing, options: DiffOptions) -> None:
         one, two = options.weights
         weighed = "" if options.weights == (1, 1) else f", weighed {one:g} and {two:g}"
         console.heading("", f"the union of {names}: what they have in common once, and what each has alone{weighed}")
+    elif options.orthogonal:
+        first, second = pairing.variants
+        console.heading("", f"what is orthogonal to {second.name} of {first.name}, in every matrix by itself")
     else:
         console.heading("", f"what {names} have in common")
 

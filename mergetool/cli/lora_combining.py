@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -167,11 +167,11 @@ def in_group(groups: frozenset[str]) -> str:
     return next((group for group in GROUPS if group in groups), "other")
 
 
-def name_warnings(gathering: Gathering) -> None:
-    """A line for everything that a file's user should know, and for what does not come along."""
+def warnings(gathering: Gathering) -> Iterator[str]:
+    """Everything that a user of the files should know."""
     for term in gathering.terms:
         for warning in term.file.warnings:
-            console.heading("note", f"{term.file.name}: {warning}")
+            yield f"{term.file.name}: {warning}"
 
 
 def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
@@ -185,7 +185,8 @@ def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
             "" if i else "read",
             f"{float(term.strength):g} x {term.file.name}: {count}{width}{other}  {term.file.dialect}",
         )
-    name_warnings(gathering)
+    for warning in warnings(gathering):
+        console.heading("note", warning)
     reasons: dict[str, list[str]] = {}
     for name, reason, _ in gathering.left_out:
         reasons.setdefault(reason, []).append(name)

@@ -175,7 +175,11 @@ def on_the_cpu(options: DiffOptions, spectra: Path | None = None, pairing: Pairi
 
 def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
     names = [model.name for model in pairing.variants]
-    if len(names) > 1 and not options.union:
+    if len(names) > 1 and options.orthogonal:
+        return DataError(
+            f"nothing of the difference to {names[0]} is orthogonal to that to {names[1]}; there is nothing to write."
+        )
+    if len(names) > 1 and options.takes_common:
         return DataError(f"{names[0]} and {names[1]} have nothing in common in any matrix; there is nothing to write.")
     return DataError(
         f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was looked at; "
@@ -197,7 +201,7 @@ def _in_order(
             found.layers.append(result.layer)
             factors |= result.factors
         else:
-            reason = pair.reason or ("unchanged" if pairing.second is None or options.union else "nothing in common")
+            reason = pair.reason or ("nothing in common" if pairing.second and options.takes_common else "unchanged")
             found.skipped.setdefault(reason, {})[pair.name] = energy
     return found, factors
 
@@ -253,6 +257,7 @@ def _metadata(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = 
     if pairing.second is not None:
         recipe["variant2"] = names[pairing.second.name]
         recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
+        recipe |= {"orthogonal": True} if options.orthogonal else {}
     prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
     return {
         "format": "pt",

@@ -1,4 +1,4 @@
-"""What is decomposed for a pair: the delta of one variant, or what the deltas of two have in common, or their union.
+"""What is decomposed for a pair: the delta of one variant, or what the deltas of two have in common, their union, or one's part orthogonal to the other.
 
 A delta of two checkpoints is dense. That of a LoRA is its change, kept as two factors where it has them, so that the singular
 values come from the QR of the factors and no m x n matrix is made.
@@ -83,13 +83,20 @@ def room_for(pairs: Sequence[Pair], models: Sequence[Input]) -> list[Buffers]:
 
 
 def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Subject:
-    """What is stored of a pair: its only delta, or the common part or union of two, as `lora.sets` defines them.
+    """What is stored of a pair: its only delta, or the common part, union or orthogonal part of two, as `lora.sets` defines them.
 
-    Dense deltas are first truncated for the common part, as ``options`` say; the union is of the whole ones.
+    Dense deltas are first truncated for the common part, as ``options`` say; the others are of the whole ones.
     """
     energies = tuple(one.energy if isinstance(one, Delta) else sets.inner(one, one) for one in operands)
     if len(operands) == 1:
         return Subject(operands[0], energies)
+    if options.orthogonal:
+        first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
+        rest = as_operand(sets.orthogonal_part(first, second))
+        energy = rest.energy if isinstance(rest, Delta) else sets.inner(rest, rest)
+        if energy <= NEGLIGIBLE**2 * energies[0]:  # one is a multiple of the other
+            rest = LowRank(torch.zeros(pair.shape[0], 0), torch.zeros(0, pair.shape[1]))
+        return Subject(rest, energies)
     low = [_truncated(pair, one, options) if isinstance(one, Delta) else one for one in operands]
     shared = sets.common(*low)
     energy = sets.inner(shared, shared)
@@ -98,11 +105,7 @@ def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Su
     if not options.union:
         return Subject(shared, energies, energy)
     first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
-    united = sets.united(first, second, shared, options.weights)
-    if isinstance(united, Tensor):
-        matrix = united.float()
-        return Subject(Delta(matrix, None, squared_norm(matrix)), energies, energy)
-    return Subject(united, energies, energy)
+    return Subject(as_operand(sets.united(first, second, shared, options.weights)), energies, energy)
 
 
 def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | None = None) -> Decomposition:
@@ -132,7 +135,16 @@ def dense(delta: Operand) -> Delta:
     """``delta`` as a matrix."""
     if isinstance(delta, Delta):
         return delta
-    matrix = delta.dense().float()
+    found = as_operand(delta.dense())
+    assert isinstance(found, Delta)
+    return found
+
+
+def as_operand(delta: Tensor | LowRank) -> Operand:
+    """What `lora.sets` made of deltas, as it is decomposed: a matrix in float32."""
+    if isinstance(delta, LowRank):
+        return delta
+    matrix = delta.float()
     return Delta(matrix, None, squared_norm(matrix))
 
 

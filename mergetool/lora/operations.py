@@ -7,7 +7,7 @@ the directions that hold `DENSE_SHARE` of its energy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,13 +15,18 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mergetool.checkpoint.names import quoted
 from mergetool.engine.memory import default_threads
-from mergetool.errors import DataError
+from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import sets
+from mergetool.lora.delta import Delta
 from mergetool.lora.factored import Factored
 from mergetool.lora.gathering import Gathering, Module, Piece, total_of
+from mergetool.lora.operands import Operand
+from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.sets import NEGLIGIBLE, LowRank
 from mergetool.lora.sources import Dense, Kronecker, Product, Source
+from mergetool.lora.streaming import each
 from mergetool.lora.svd import decompose
 
 DENSE_SHARE = 0.95
@@ -83,7 +88,7 @@ def common(gathering: Gathering) -> Callable[[Module], Source]:
     """What makes of a module the part that both LoRAs have (`sets.common`); of nothing but rounding noise, a matrix of rank 0."""
 
     def derive(module: Module) -> Source:
-        first, second = (_low(total_of(side)) for side in _sides(gathering, module))
+        first, second = (_strongest(_narrow(total_of(side))) for side in _sides(gathering, module))
         shared = sets.common(first, second)
         energies = [sets.inner(one, one) for one in (shared, first, second)]
         kept = shared.rank if energies[0] > NEGLIGIBLE**2 * min(energies[1:]) else 0
@@ -104,6 +109,33 @@ def scores(
         for found in pool.map(lambda module: _score(gathering, module, signs), gathering.modules):
             progress(1)
             yield found
+
+
+def delta_scores(
+    pairing: Pairing,
+    *,
+    signs: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Score]:
+    """The score of every matrix of the differences of two variants, checkpoints or LoRAs, to one base, in file order.
+
+    ``progress`` gets bytes read. Raises NonFiniteError for a difference that holds NaN or infinity.
+    """
+
+    def score(pair: Pair, operands: Sequence[Operand]) -> Score:
+        first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
+        return _scored(pair.name, pair.groups, first, second, signs)
+
+    files = [file for model in pairing.inputs for file in model.checkpoint.files]
+    for pair, found in each(
+        pairing, pairing.decomposed, score, files=files, method="auto", threads=threads or default_threads()
+    ):
+        assert isinstance(found, Score)
+        if not all(map(math.isfinite, found.energies)):
+            raise NonFiniteError(f"{quoted(pair.name)} holds NaN or infinity in one of the models; mend the file.")
+        progress(pairing.nbytes(pair))
+        yield found
 
 
 def summed(found: Iterable[Score], name: str) -> Score:
@@ -146,19 +178,22 @@ def _sides(gathering: Gathering, module: Module) -> tuple[tuple[Piece, ...], tup
 
 
 def _score(gathering: Gathering, module: Module, signs: bool) -> Score:
-    sides = [total_of(side) if side else None for side in _sides(gathering, module)]
-    operands = [_operand(side) if side else None for side in sides]
-    energies = [sets.inner(one, one) if one is not None else 0.0 for one in operands]
-    first, second = operands
-    if first is None or second is None:
+    first, second = (_narrow(total_of(side)) if side else None for side in _sides(gathering, module))
+    return _scored(module.part, module.groups, first, second, signs)
+
+
+def _scored(
+    name: str, groups: frozenset[str], first: LowRank | Tensor | None, second: LowRank | Tensor | None, signs: bool
+) -> Score:
+    energies = [sets.inner(one, one) if one is not None else 0.0 for one in (first, second)]
+    if first is None or second is None or not all(0 < energy < math.inf for energy in energies):
         nothing = 0.0 if signs else None
-        return Score(module.part, module.groups, (energies[0], energies[1]), 0.0, 0.0, 0.0, 0.0, nothing)
-    one, other = (_low(side) for side in sides if side)
-    found = sets.interference(one, other, signs=signs)
+        return Score(name, groups, (energies[0], energies[1]), 0.0, 0.0, 0.0, 0.0, nothing)
+    found = sets.interference(_strongest(first), _strongest(second), signs=signs)
     norms = math.sqrt(energies[0] * energies[1])
     return Score(
-        module.part,
-        module.groups,
+        name,
+        groups,
         (energies[0], energies[1]),
         sets.inner(first, second) / norms if norms else 0.0,
         found.column_share,
@@ -175,11 +210,15 @@ def _operand(source: Source) -> LowRank | Tensor:
     return source.matrix if isinstance(source, Dense) else source.rows(0, source.shape[0])
 
 
-def _low(source: Source) -> LowRank:
-    """A source by its directions."""
+def _narrow(source: Source) -> LowRank | Tensor:
+    """All of a source, as two factors where they are narrow."""
     if isinstance(source, Kronecker) and source.width <= min(source.shape) // 4:
         source = source.product()
-    found = _operand(source)
-    if isinstance(found, LowRank):
-        return found
-    return LowRank.of(decompose(found.float(), name="", rank_thresh=DENSE_SHARE))
+    return _operand(source)
+
+
+def _strongest(delta: LowRank | Tensor) -> LowRank:
+    """A delta by its directions."""
+    return (
+        delta if isinstance(delta, LowRank) else LowRank.of(decompose(delta.float(), name="", rank_thresh=DENSE_SHARE))
+    )

@@ -41,7 +41,8 @@ class DiffOptions:
     sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
     least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores
     whole, in a second file, what has no factors, and the matrices that ``full_layers`` select. With a second variant the common
-    part is taken, or with ``union`` the union with ``weights`` (`lora.sets`).
+    part is taken, or with ``union`` the union with ``weights``, or with ``orthogonal`` the part of the first that is orthogonal to the
+    second (`lora.sets`).
     """
 
     rank: int = 0
@@ -58,6 +59,7 @@ class DiffOptions:
     full_layers: tuple[str, ...] = ()
     union: bool = False
     weights: tuple[float, float] = (1.0, 1.0)
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that cannot be meant."""
@@ -76,10 +78,17 @@ class DiffOptions:
             raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
         if self.full_layers and not self.full:
             raise UsageError("--full-layer names what goes into a second file; say which with --full FILE.safetensors.")
+        if self.union and self.orthogonal:
+            raise UsageError("--union and --orthogonal are two things to take of two differences; leave one out.")
         if self.weights != (1.0, 1.0) and not self.union:
             raise UsageError("--weights are those of the two unique parts in --union; add --union.")
         if not all(map(isfinite, self.weights)):
             raise UsageError(f"--weights are {self.weights[0]:g},{self.weights[1]:g}, but have to be finite.")
+
+    @property
+    def takes_common(self) -> bool:
+        """Whether of two differences the common part is taken."""
+        return not (self.union or self.orthogonal)
 
     @property
     def chosen(self) -> Rule:
@@ -174,8 +183,9 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
     """
     family = base.anatomy.family
     variants = [variant] if second is None else [variant, second]
-    if options.union and second is None:
-        raise UsageError("--union is that of two differences; name the other with --variant2.")
+    if second is None and not options.takes_common:
+        option, what = ("--union", "that of two differences") if options.union else ("--orthogonal", "to a difference")
+        raise UsageError(f"{option} is {what}; name the other with --variant2.")
     for model in variants:
         if model.anatomy.family is not family:
             raise FamilyError(
@@ -205,7 +215,7 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
         elif not all(part.dtype.blendable for part in (*found, other)):
             whose = next(part for part in (other, *found) if not part.dtype.blendable)
             left_out.append((name, f"{whose.dtype.name} is not a float"))
-        elif len(found) > 1 and not options.union and any(part is other for part in found):
+        elif len(found) > 1 and options.takes_common and any(part is other for part in found):
             left_out.append((name, "changed by one of the two only"))
         else:
             reason, whole = reasons.fate(other, reason)

@@ -21,6 +21,7 @@ from mergetool.lora.whole import Whole, whole
 from mergetool.ops.cpu import TORCH
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def stream(
@@ -39,6 +40,31 @@ def stream(
     that is zero the first one's. One thread reads, ``threads`` work on a matrix each, with torch's own threads off: no matrix waits
     for the serial part of another, nothing spins, and the bytes do not depend on the number of threads.
     """
+    for pair, found in each(
+        pairing,
+        pairs,
+        lambda pair, operands: _worked(pair, operands, options, work),
+        files=files,
+        method=method,
+        threads=threads,
+    ):
+        energy, result = (found, None) if isinstance(found, float) else found
+        yield pair, energy, result
+
+
+def each(
+    pairing: Pairing,
+    pairs: Sequence[Pair],
+    work: Callable[[Pair, Sequence[Operand]], U],
+    *,
+    files: Sequence[InputFile],
+    method: Method,
+    threads: int,
+) -> Iterator[tuple[Pair, float | U]]:
+    """Every one of ``pairs`` in order with what ``work`` makes of its variants' deltas; of a pair that is only measured its energy.
+
+    Threads are as `stream` says.
+    """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
     reader = OperandReader(
         pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
@@ -49,13 +75,13 @@ def stream(
     reading = ThreadPoolExecutor(1, "delta", torch.set_num_threads, (1,))
     workers = ThreadPoolExecutor(threads, "decompose", torch.set_num_threads, (1,))
 
-    def work_on(pair: Pair, operands: Sequence[Operand], buffers: list[Buffers]) -> tuple[float, T | Whole | None]:
+    def work_on(pair: Pair, operands: Sequence[Operand], buffers: list[Buffers]) -> U:
         try:
-            return _worked(pair, operands, options, work)
+            return work(pair, operands)
         finally:
             free.put(buffers)
 
-    def read(pair: Pair) -> float | Future[tuple[float, T | Whole | None]]:
+    def read(pair: Pair) -> float | Future[U]:
         if pair.reason and not pair.whole:
             return reader.energy(pair)  # waits for no buffer and no worker
         buffers = free.get()
@@ -69,8 +95,7 @@ def stream(
     try:
         for pair, started in [(pair, reading.submit(read, pair)) for pair in pairs]:
             found = started.result()
-            energy, result = (found, None) if isinstance(found, float) else found.result()
-            yield pair, energy, result
+            yield pair, found if isinstance(found, float) else found.result()
     finally:
         reading.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)

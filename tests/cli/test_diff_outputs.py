@@ -105,6 +105,29 @@ def test_what_two_variants_share_and_their_union(family: Path, tmp_path: Path) -
     assert all(0 <= share <= 1 for layer in ran.json["layers"] for share in layer["common_share"])
 
 
+def test_the_part_that_is_orthogonal_to_a_second_variant(family: Path, tmp_path: Path) -> None:
+    ran = mergetool(*ONE, "--variant2", "two.safetensors", "--orthogonal", "-o", tmp_path / "o.safetensors", cwd=family)
+    assert ran.code == 0, ran.err
+    assert "what is orthogonal to two.safetensors of one.safetensors" in ran.out
+    assert "energy in the difference to" not in ran.out
+
+
+def test_interference_of_two_checkpoints_is_that_of_their_differences(family: Path) -> None:
+    names = ("one.safetensors", "two.safetensors")
+    ran = mergetool("lora", "interference", *names, "--base", "base.safetensors", "--json", cwd=family)
+    assert ran.code == 0, ran.err
+    base, one, two = (load_file(family / f"{name}.safetensors") for name in ("base", "one", "two"))
+    (pair,) = ran.json["pairs"]
+    matrix = "layers.0.feed_forward.w1.weight"
+    (found,) = [module for module in pair["modules"] if module["name"] == matrix]
+    deltas = [(model[matrix].double() - base[matrix].double()).numpy() for model in (one, two)]
+    norms = [float(np.linalg.norm(delta)) for delta in deltas]
+    assert found["norms"] == pytest.approx(norms, rel=1e-6)
+    assert found["cosine"] == pytest.approx(float((deltas[0] * deltas[1]).sum()) / norms[0] / norms[1], abs=1e-6)
+    left_out = {entry["name"]: entry["reason"] for entry in pair["left_out"]}
+    assert left_out["layers.0.attention_norm1.weight"] == "one-dimensional"
+
+
 def test_json_says_what_was_stored_whole(family: Path, tmp_path: Path) -> None:
     ran = mergetool(*ONE, "--json", "--full", tmp_path / "f.safetensors", "-o", tmp_path / "l.safetensors", cwd=family)
     assert ran.code == 0, ran.err
@@ -119,6 +142,8 @@ def test_json_says_what_was_stored_whole(family: Path, tmp_path: Path) -> None:
     [
         (("--weights", "1"), "two numbers"),
         (("--union",), "--variant2"),
+        (("--orthogonal",), "--variant2"),
+        (("--variant2", "two.safetensors", "--union", "--orthogonal"), "leave one out"),
         (("--full-layer", "ffn"), "--full FILE"),
         (("--checkpoint", "x.bin"), '"x.bin.safetensors"'),
         (("--checkpoint", "absent/x.safetensors"), '"absent" does not exist'),

@@ -282,6 +282,36 @@ def test_differences_without_anything_in_common_are_said_to_be_so(tmp_path: Path
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_the_orthogonal_part_of_two_checkpoints_has_nothing_along_the_other(tmp_path: Path) -> None:
+    shared, first, second = planted(tmp_path)
+    diff(tmp_path, "a.safetensors", "b.safetensors", rank_thresh=1.0, orthogonal=True)
+    one, two = shared + first, shared + second
+    found = stored(tmp_path)
+    assert error(found, one - (one * two).sum() / (two * two).sum() * two) < 1e-4
+    with safe_open(tmp_path / "out.safetensors", "pt") as opened:
+        assert json.loads(opened.metadata()["mergetool.diff"])["orthogonal"] is True
+
+
+def test_of_a_multiple_nothing_is_orthogonal(tmp_path: Path) -> None:
+    base_of(tmp_path)
+    both = (gaussian(M, 2, seed=2), gaussian(2, N, seed=3))
+    lora(tmp_path / "a.safetensors", {"blocks.0.proj": both})
+    lora(tmp_path / "b.safetensors", {"blocks.0.proj": (both[0] * 3, both[1])})
+    with pytest.raises(DataError, match="orthogonal"):
+        diff(tmp_path, "a.safetensors", "b.safetensors", orthogonal=True)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_only_one_lora_changes_is_orthogonal_to_the_other(tmp_path: Path) -> None:
+    base_of(tmp_path, {"blocks.1.proj.weight": gaussian(M, N, seed=5)})
+    both = (gaussian(M, 2, seed=2), gaussian(2, N, seed=3))
+    lora(tmp_path / "a.safetensors", {"blocks.0.proj": both, "blocks.1.proj": both})
+    lora(tmp_path / "b.safetensors", {"blocks.0.proj": both})
+    diff(tmp_path, "a.safetensors", "b.safetensors", rank_thresh=1.0, orthogonal=True)
+    assert error(stored(tmp_path, "blocks.1.proj.weight"), both[0] @ both[1]) < 1e-5
+    assert not any("blocks.0" in key for key in load_file(tmp_path / "out.safetensors"))
+
+
 def test_the_metadata_names_both_variants_and_what_was_made_of_them(tmp_path: Path) -> None:
     planted(tmp_path)
     diff(tmp_path, "a.safetensors", "b.safetensors", union=True, weights=(1.0, 0.5))
