@@ -59,9 +59,9 @@ def shown_commands() -> list[str]:
 def test_every_option_that_readme_shows_exists(command: str, tmp_path: Path) -> None:
     words = shlex.split(command.rstrip("\\"), comments=True)
     shown = {word.split("=")[0] for word in words if word.startswith("-")}
-    name = words[:2] if words[0] == "models" else words[:1]
+    name = words[:2] if words[0] in ("models", "lora") else words[:1]
     out = mergetool(*name, "--help", cwd=tmp_path).out
-    assert shown <= set(re.findall(r"(?<![\w-])-{1,2}[a-z][a-z-]*", out)), command
+    assert shown <= set(re.findall(r"(?<![\w-])-{1,2}[a-z][a-z0-9-]*", out)), command
 
 
 def test_no_document_names_what_is_outside_the_project() -> None:
