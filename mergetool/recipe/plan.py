@@ -242,7 +242,7 @@ class _Planner:
             if kept.dtype == dtype and kept.encoding is None and quantiser is None:
                 return Step(part.name, first, part.numel, None, (window,), reason)
             stored = quantiser.quant if quantiser else dtype.name
-            return Step(part.name, first, part.numel, COPY, (window,), f"{reason}, rounded to {stored}")
+            return Step(part.name, first, part.numel, COPY, (window,), reason + quantised.rounded_to(stored))
         program, stacks = self._program(part.name, multiplier)
         columns = self._columns(program)
         if 0 not in columns:

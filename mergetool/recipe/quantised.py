@@ -60,6 +60,11 @@ def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
     return needed if wanted or anatomy.layout != needed else None
 
 
+def rounded_to(stored: str) -> str:
+    """What a step's reason ends in where a part that is kept is stored anew."""
+    return f", rounded to {stored}"
+
+
 def copied(
     name: str, parts: Sequence[Part], steps: Sequence[Step], inputs: Sequence[Input], quantiser: Quantiser
 ) -> list[OutputTensor] | None:
@@ -77,7 +82,8 @@ def copied(
         return None
     if kept[0].stored.row != 0 or sum(part.stored.rows for part in kept) != encoding.rows:
         return None
-    layer, reason = name.removesuffix(".weight"), steps[0].reason
+    layer = name.removesuffix(".weight")
+    reason = steps[0].reason.removesuffix(rounded_to(quantiser.quant))
     tensors = []
     for stored in encoding.tensors:
         leaf = stored.rpartition(".")[2]

@@ -161,6 +161,15 @@ def test_untouched_weights_are_copied_with_their_scales(family: Path, container:
     assert after["layers.0.attention.qkv.weight"].dtype == before["layers.0.attention.qkv.weight"].dtype
 
 
+def test_the_plan_does_not_call_a_copied_weight_rounded(family: Path) -> None:
+    quantised(family / "q.safetensors", family / "alk.safetensors", "fp8")
+    options = Options(quant="fp8-scaled", protect=("layers",))
+    with job.open_merge(MERGE, options) as plan:
+        reasons = {tensor.name: {step.reason for step in tensor.steps} for tensor in plan.tensors}
+    assert reasons["layers.0.attention.qkv.weight"] == {"protected: layers"}
+    assert reasons["layers.0.attention.qkv.weight_scale"] == {"protected: layers"}
+
+
 def test_an_old_scaled_file_is_copied_under_the_new_names(family: Path) -> None:
     quantised(family / "q.safetensors", family / "alk.safetensors", "old fp8")
     before = load_file(family / "q.safetensors")
