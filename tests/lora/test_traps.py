@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint import dtypes
+from mergetool.engine import job
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora.gathering import gather, opened
 from mergetool.lora.rules import Rule
 from mergetool.lora.selection import ByRule, Exact, Fixed, Selection
+from mergetool.recipe.options import Options
 from tests.adapters.spellings import SPELLINGS, f64, random
 from tests.lora.test_combine import changes, close, run, saved
 
@@ -194,3 +196,35 @@ def test_a_value_that_does_not_fit_the_dtype_ends_the_run(tmp_path: Path) -> Non
         with pytest.raises(NonFiniteError, match="too large for float16"):
             run({path: 1}, tmp_path / "out.safetensors", selection, dtype=dtypes.F16)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_same_random_mask_for_same_shape_layers(tmp_path: Path) -> None:
+    """Two equal weights with equal changes, rounded stochastically: each tensor draws by itself, from the same seed and position."""
+    weight = random(64, 64, seed=1)
+    save_file({f"blocks.{i}.proj.weight": weight.clone() for i in range(2)}, tmp_path / "base.safetensors")
+    factors = {"lora_A": random(4, 64, seed=2) / 64, "lora_B": random(64, 4, seed=3) / 64}
+    save_file(
+        {f"blocks.{i}.proj.{end}.weight": factors[end].clone() for i in range(2) for end in factors},
+        tmp_path / "l.safetensors",
+    )
+    expression = f"'{tmp_path / 'base.safetensors'}' + 1 * lora('{tmp_path / 'l.safetensors'}')"
+    with job.open_merge(expression, Options(rounding="stochastic", seed=3)) as plan:
+        job.run_merge(plan, tmp_path / "out.safetensors")
+    one, two = (load_file(tmp_path / "out.safetensors")[f"blocks.{i}.proj.weight"] for i in range(2))
+    up = one > weight  # of 4096 draws the same way: all of them with one mask, about half of the undecided ones without
+    assert 0.05 < float((up != (two > weight)).float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_reversed_flag(skip: bool, tmp_path: Path) -> None:
+    """--skip-unmatched leaves out what fits nothing when it is given, and refuses it when it is not."""
+    tensors = {f"{MODULE}.lora_A.weight": random(4, 64, seed=1), f"{MODULE}.lora_B.weight": random(64, 4, seed=2)}
+    save_file(tensors | {f"{MODULE}.oft_blocks": random(2, 2, seed=3)}, tmp_path / "l.safetensors")
+    with opened([(str(tmp_path / "l.safetensors"), Fraction(1))]) as terms:
+        if not skip:
+            with pytest.raises(DataError, match="--skip-unmatched"):
+                gather(terms, skip_unmatched=skip)
+            return
+        found = gather(terms, skip_unmatched=skip)
+    assert [module.part for module in found.modules] == [PART]
+    assert [name for name, _, _ in found.left_out] == [f"{MODULE}.oft_blocks"]
