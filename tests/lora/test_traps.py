@@ -231,3 +231,22 @@ def test_reversed_flag(skip: bool, tmp_path: Path) -> None:
         found = gather(terms, skip_unmatched=skip)
     assert [module.part for module in found.modules] == [PART]
     assert [name for name, _, _ in found.left_out] == [f"{MODULE}.oft_blocks"]
+
+
+def test_wrong_dare_rescale(tmp_path: Path) -> None:
+    """What survives at random has to survive in the mean: a change far below half a unit, baked with many seeds, comes to itself."""
+    weight = random(64, 64, seed=1)
+    save_file({"blocks.0.proj.weight": weight}, tmp_path / "base.safetensors")
+    factors = {"lora_A": random(4, 64, seed=2) / 512, "lora_B": random(64, 4, seed=3)}
+    save_file({f"blocks.0.proj.{end}.weight": factors[end] for end in factors}, tmp_path / "l.safetensors")
+    change = f64(factors["lora_B"]) @ f64(factors["lora_A"])
+    expression = f"'{tmp_path / 'base.safetensors'}' + 1 * lora('{tmp_path / 'l.safetensors'}')"
+    shares = []
+    for seed in range(1, 41):
+        with job.open_merge(expression, Options(rounding="stochastic", seed=seed)) as plan:
+            job.run_merge(plan, tmp_path / "out.safetensors", overwrite=True)
+        stored = load_file(tmp_path / "out.safetensors")["blocks.0.proj.weight"]
+        shares.append(float((change * (f64(stored) - f64(weight))).sum() / (change**2).sum()))
+    error = float(np.std(shares, ddof=1)) / len(shares) ** 0.5
+    assert error < 0.05
+    assert abs(np.mean(shares) - 1) < 4 * error
