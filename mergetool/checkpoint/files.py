@@ -31,6 +31,7 @@ from mergetool.checkpoint.targets import TargetClaim, attempt, belongs_to_model_
 from mergetool.errors import OutputError, StorageError
 
 KEPT_BEHIND = 8
+"""Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when they are let go of."""
 
 
 class OutputFile:
@@ -85,9 +86,10 @@ class OutputFile:
         self._require_inside(offset, size)
         with self._writing("writing") as fd:
             system.start_write_back(fd, offset, size)
-            self._behind.append((offset, size))
-            if self._is_large and len(self._behind) > KEPT_BEHIND:
-                system.forget(fd, *self._behind.popleft())
+            if self._is_large:
+                self._behind.append((offset, size))
+                if len(self._behind) > KEPT_BEHIND:
+                    system.forget(fd, *self._behind.popleft())
 
     def copy_owner_and_mode(self, claim: TargetClaim) -> None:
         """Take over owner and permissions of the file that will be replaced, if there is one."""

@@ -119,7 +119,7 @@ class Worker:
         """With room for jobs of ``capacity`` elements."""
         self._run = run
         self._ops = CpuOps(capacity=capacity, registers=run.registers + 1)
-        self._reader = ValueReader(fetcher(run.method, run.files, decodes=run.decodes))
+        self._reader = ValueReader(fetcher(run.method, run.files, buffered=run.decodes))
 
     def do(self, job: Job | Quantise) -> Done:
         """Do one job."""

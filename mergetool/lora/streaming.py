@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine.reading import Method, PositionedFetcher, fetcher, too_large
+from mergetool.engine.reading import Method, fetcher
 from mergetool.lora.delta import Buffers, Delta
 from mergetool.lora.layer import Result
 from mergetool.lora.operands import Operand, OperandReader, Subject, room_for, subject
@@ -66,9 +66,7 @@ def each(
     Threads are as `stream` says.
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-    reader = OperandReader(
-        pairing, fetcher(method, list(files)) if method == "mmap" else PositionedFetcher(forgetful=too_large(files))
-    )
+    reader = OperandReader(pairing, fetcher(method, files, buffered=True))
     free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
     for _ in range(threads + 1):
         free.put(room_for(pairs, pairing.variants))
