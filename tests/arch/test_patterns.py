@@ -113,7 +113,8 @@ def refusal(pattern: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("pattern", ["layers.30", "layers.29-30", "layers.0-999999999", "layers.0-999999999.attention", "layers.30.q"]
+@pytest.mark.parametrize(
+    "pattern", ["layers.30", "layers.29-30", "layers.0-999999999", "layers.0-999999999.attention", "layers.30.q"]
 )
 def test_a_range_past_the_end_says_how_many_blocks_there_are(pattern: str) -> None:
     message = refusal(pattern)
@@ -139,7 +140,22 @@ def test_a_near_miss_is_suggested(pattern: str, nearest: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["zzz", "re:zzz", "LAYERS", "attention.*", "re:refiner", "layers.", "layers.1-", "re:", " refiner", "layers.0-9.atention", "layers.q.q.x", "q.", ".q"]
+    "pattern",
+    [
+        "zzz",
+        "re:zzz",
+        "LAYERS",
+        "attention.*",
+        "re:refiner",
+        "layers.",
+        "layers.1-",
+        "re:",
+        " refiner",
+        "layers.0-9.atention",
+        "layers.q.q.x",
+        "q.",
+        ".q",
+    ],
 )
 def test_nothing_matched_lists_the_groups(pattern: str) -> None:
     message = refusal(pattern)
