@@ -49,9 +49,12 @@ def test_what_a_setting_says(text: str, pattern: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "layers", "=1", "layers=", "layers=nan", "layers=inf", "layers=1e39", "layers=1/0", "layers=0x10", "layers=1_0"]
-    + ["layers=cubic(0,1)", "layers=linear(0)", "layers=linear(0,1,2)", "layers=linear(0,x)", "layers=linear(0,1"]
-    + ["layers=LINEAR(0,1)", "preset:late-layers=linear(0,1)", "layers=" + "1" * 401, "layers=1e-999999999"],
+    [
+        *("", "layers", "=1", "layers=", "layers=nan", "layers=inf", "layers=1e39", "layers=1/0", "layers=0x10"),
+        *("layers=1_0", "layers=" + "1" * 401, "layers=1e-999999999", "preset:late-layers=linear(0,1)"),
+        *("layers=cubic(0,1)", "layers=LINEAR(0,1)", "layers=linear(0)", "layers=linear(0,1,2)", "layers=linear(0,x)"),
+        "layers=linear(0,1",
+    ],
 )
 def test_a_malformed_setting_shows_how_one_looks(text: str) -> None:
     with pytest.raises(UsageError, match=r"refiner=0.*layers=linear\(0\.2,1\)"):
