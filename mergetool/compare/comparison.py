@@ -10,8 +10,11 @@ from fractions import Fraction
 from typing import Literal
 
 from mergetool import models
+from mergetool.compare import lineage
 from mergetool.compare.distances import by_part, comparable, cut
 from mergetool.compare.energies import Distance, Energies
+from mergetool.compare.heatmap import block
+from mergetool.compare.lineage import Finding
 from mergetool.compare.streaming import Chunk, Operands, stream
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
@@ -57,12 +60,9 @@ class Comparison:
 
     def expression(self, multiplier: Fraction) -> str:
         """The merge that the rounding figures are of."""
-        onto, variant, base = (
-            quote(self.operands.inputs[column].name)
-            for column in (self.operands.onto, self.operands.variant, self.operands.base)
-        )
-        size = "" if abs(multiplier) == 1 else f"{number(abs(multiplier))}*"
-        return f"{onto} {'-' if multiplier < 0 else '+'} {size}({variant} - {base})"
+        columns = (self.operands.onto, self.operands.variant, self.operands.base)
+        onto, variant, base = (self.operands.inputs[column].name for column in columns)
+        return merge_of(onto, variant, base, multiplier)
 
     def plan(self, multiplier: Fraction) -> Plan:
         """That merge, as `engine.job.open_merge` plans it."""
@@ -92,6 +92,7 @@ class Report:
     lost: Movement
     sampled: bool
     target: float
+    lineage: tuple[Finding, ...]
 
     @property
     def included(self) -> list[Distance]:
@@ -113,6 +114,17 @@ class Report:
                 found[group] = Energies.total(one.energies for one in counted or held)
         return found
 
+    def blocks(self) -> dict[str, Energies]:
+        """By block, and by what lies outside the blocks, in the order of a forward pass; excluded ones as well."""
+        held: dict[str, list[Energies]] = {}
+        for one in self.distances:
+            held.setdefault(block(one), []).append(one.energies)
+        return {name: Energies.total(found) for name, found in held.items()}
+
+    def merge_with(self, multiplier: Fraction) -> str:
+        """The expression of the merge with another multiplier."""
+        return merge_of(self.onto, self.variant, self.base, multiplier)
+
     def is_excluded(self, group: str) -> bool:
         """Whether no part of a group counts in the totals."""
         return all(one.name in self.excluded for one in self.distances if group in one.groups)
@@ -122,6 +134,12 @@ class Report:
         """To four digits, the multiplier that gives the delta the size of the reference delta, without one that which makes the wanted
         change; None where nothing differs."""
         return advised(self.total, self.target, referenced=self.reference is not None)
+
+
+def merge_of(onto: str, variant: str, base: str, multiplier: Fraction) -> str:
+    """``onto + multiplier * (variant - base)`` as an expression."""
+    size = "" if abs(multiplier) == 1 else f"{number(abs(multiplier))}*"
+    return f"{quote(onto)} {'-' if multiplier < 0 else '+'} {size}({quote(variant)} - {quote(base)})"
 
 
 def advised(total: Energies, target: float, *, referenced: bool) -> Fraction | None:
@@ -218,6 +236,7 @@ def compare(
         movements.total,
         movements.sampled,
         target,
+        tuple(lineage.between(operands.inputs[operands.variant], comparison.base)),
     )
 
 
