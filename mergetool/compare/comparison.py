@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from mergetool import models
 from mergetool.compare import lineage
@@ -27,7 +26,7 @@ from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import MERGED, Input
 
-RECOMMENDED: Literal["recommended"] = "recommended"
+RECOMMENDED = "recommended"
 REFINER = "refiner"
 """The group that is measured and left out of all totals, unless the user says what to leave out: merges protect it."""
 TARGET = 0.01
@@ -186,7 +185,7 @@ def open_comparison(
 def compare(
     comparison: Comparison,
     *,
-    multiplier: Fraction | Literal["recommended"] = Fraction(1),
+    multiplier: Fraction | str = Fraction(1),
     target: float = TARGET,
     threads: int | None = None,
     method: Method = "auto",

@@ -110,7 +110,7 @@ class Relation:
         """Whether y looks trained on from x, not x from y."""
         farther, differing = self.gains
         ways = sum(math.comb(differing, k) for k in range(farther, differing + 1))
-        return ways < LEAST_DOUBT * 2**differing
+        return bool(ways < LEAST_DOUBT * 2**differing)
 
     def apart(self) -> str:
         """The distances in words."""

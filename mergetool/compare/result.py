@@ -1,41 +1,39 @@
-"""One part of a merge's result, without the merge."""
+"""One part of a merge's result, without the rest of the merge."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from mergetool.checkpoint.dtypes import DType
-from mergetool.engine.reading import PositionedFetcher, ValueReader
-from mergetool.ops.contract import execute
-from mergetool.ops.cpu import CpuOps, as_tensor
+from mergetool.engine import merge
+from mergetool.ops.cpu import as_tensor
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan
-from mergetool.recipe.steps import COPY, Step
 
 
 def part_of_result(plan: Plan, part: str) -> Floats:
-    """The values that ``plan`` stores for ``part``, as float32; for small parts, since it holds all of it.
+    """The values that ``plan`` stores for ``part``, as float32: the engine's own bytes. It holds the whole tensor.
 
-    Raises KeyError for a part that the output does not have, and what reading raises.
+    Raises KeyError for a part that the output does not have as plain floats, and what `engine.merge.run` raises.
     """
-    steps = ((tensor, step) for tensor in plan.tensors for step in tensor.steps if step.part == part)
-    for tensor, step in steps:
-        return _stored(plan, step, tensor.dtype)
+    for tensor in plan.tensors:
+        for step in tensor.steps:
+            if step.part == part and tensor.quantiser is None:
+                kept = _Kept(sum(each.elements for each in tensor.steps) * tensor.dtype.bits // 8)
+                merge.run(
+                    replace(plan, tensors=(tensor,)), kept, threads=1, method="pread", non_finite="keep", measure="off"
+                )
+                values = as_tensor(memoryview(kept.octets), tensor.dtype).float().numpy()
+                return np.array(values[step.first : step.first + step.elements])
     raise KeyError(part)
 
 
-def _stored(plan: Plan, step: Step, dtype: DType) -> Floats:
-    ops = CpuOps(capacity=max(1, step.elements), registers=plan.registers)
-    reader = ValueReader(PositionedFetcher())
+class _Kept:
+    """An output in memory."""
 
-    def load(register: int, model: int) -> None:
-        window = step.windows[model]
-        found = reader.fetch(model, plan.inputs[window.input].checkpoint, window, 0, step.elements)
-        if found.is_plain:
-            ops.load(register, found.raw[0], found.dtype)
-        else:
-            found.decode(ops.room(register, found.count))
+    def __init__(self, size: int) -> None:
+        self.octets = bytearray(size)
 
-    execute(step.program or COPY, ops, load)
-    raw, _ = ops.store(0, dtype)
-    return np.array(as_tensor(raw, dtype).float().numpy())
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        self.octets[start : start + len(data)] = data

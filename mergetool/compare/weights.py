@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from mergetool.ops.program import Add, Load, Scale, Subtract
-from mergetool.recipe.graph import Model, Sum
+from mergetool.ops.program import Add, Apply, Load, Scale, Subtract
+from mergetool.recipe.graph import Call, Sum
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import Step
 
@@ -24,13 +24,15 @@ def _differences(value: Sum) -> Iterator[tuple[str, str]]:
     factors: dict[str, Fraction] = {}
     for term in value.terms:
         operand = term.operand
-        if isinstance(operand, Model):
-            factors[operand.name] = factors.get(operand.name, Fraction(0)) + term.factor
+        if isinstance(operand, Call):
+            for argument in operand.arguments:
+                yield from _differences(argument)
         elif isinstance(operand, Sum):
             yield from _differences(operand)
-            if operand.degree() != 0:  # a model made of several
-                for name, factor in operand.coefficients().items():
-                    factors[name] = factors.get(name, Fraction(0)) + term.factor * factor
+        one = Sum((term,))
+        if one.degree() != 0:  # a model, or one made of several
+            for name, factor in one.coefficients().items():
+                factors[name] = factors.get(name, Fraction(0)) + factor
     added = [name for name, factor in factors.items() if factor > 0]
     yield from ((x, y) for x in added for y, factor in factors.items() if factor < 0)
 
@@ -51,16 +53,29 @@ def whole_models(plan: Plan, step: Step) -> list[str]:
 
 
 def _factors(step: Step) -> dict[int, float]:
-    """The factor of every input in a step's linear program."""
+    """The factor of every input in a step's program; a method call counts as the mean of its arguments."""
     registers: dict[int, dict[int, float]] = {}
     for each in step.program.instructions if step.program else ():
-        if isinstance(each, Load):
-            registers[each.register] = {step.windows[each.model].input: 1.0}
-        elif isinstance(each, Scale):
-            registers[each.register] = {k: v * each.factor for k, v in registers[each.register].items()}
-        elif isinstance(each, (Add, Subtract)):
-            sign = -1.0 if isinstance(each, Subtract) else 1.0
-            mine = registers[each.register]
-            for column, factor in registers[each.other].items():
-                mine[column] = mine.get(column, 0.0) + sign * factor
+        match each:
+            case Load():
+                registers[each.register] = {step.windows[each.model].input: 1.0}
+            case Scale():
+                registers[each.register] = _scaled(registers[each.register], each.factor)
+            case Add():
+                registers[each.register] = _added(registers[each.register], registers[each.other])
+            case Subtract():
+                registers[each.register] = _added(registers[each.register], _scaled(registers[each.other], -1))
+            case Apply():
+                total: dict[int, float] = {}
+                for argument in each.arguments:
+                    total = _added(total, {} if argument is None else registers[argument])
+                registers[each.register] = _scaled(total, 1 / len(each.arguments))
     return registers.get(0, {})
+
+
+def _scaled(factors: dict[int, float], by: float) -> dict[int, float]:
+    return {column: factor * by for column, factor in factors.items()}
+
+
+def _added(some: dict[int, float], others: dict[int, float]) -> dict[int, float]:
+    return {column: some.get(column, 0.0) + others.get(column, 0.0) for column in dict.fromkeys((*some, *others))}
