@@ -291,9 +291,12 @@ def compare(
 
     size = multiplier if multiplier == comparison.RECOMMENDED else Fraction(str(multiplier))
     options = Options(include=_patterns(include), exclude=_patterns(exclude), dtype=job.output_dtype(dtype))
-    with comparison.open_comparison(
-        base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
-    ) as opened, _counting("compare", opened.bytes_read, progress) as advance:
+    with (
+        comparison.open_comparison(
+            base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
+        ) as opened,
+        _counting("compare", opened.bytes_read, progress) as advance,
+    ):
         return comparison.compare(opened, multiplier=size, target=target, threads=threads, progress=advance)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -112,6 +111,12 @@ class Relation:
         ways = sum(math.comb(differing, k) for k in range(farther, differing + 1))
         return bool(ways < LEAST_DOUBT * 2**differing)
 
+    @property
+    def is_twin(self) -> bool:
+        """Whether the two look like one model, quantised in different ways: its norms, which nobody quantises, are equal."""
+        parts = (part for sample in (self.x, self.y) for part in sample.model.anatomy.parts.values())
+        return self.gains[1] == 0 and any(part.encoding or part.dtype.bits == 8 for part in parts)
+
     def apart(self) -> str:
         """The distances in words."""
         refiners = f", {_percent(self.refiners)} in the refiners" if self.refiners else ""
@@ -123,26 +128,23 @@ def check(plan: Plan) -> list[Finding]:
 
     The inputs must be open. Raises what reading them raises; known models that cannot be read are passed over.
     """
-    with ExitStack() as stack:
-        lineage = _Lineage(plan.inputs, stack)
-        found = [one for pair in differences(plan.expression.graph) for one in lineage.of_difference(*pair)]
-        found += lineage.of_averages(plan)
+    lineage = _Lineage(plan.inputs)
+    found = [one for pair in differences(plan.expression.graph) for one in lineage.of_difference(*pair)]
+    found += lineage.of_averages(plan)
     return [*dict.fromkeys(found), *_fp16(plan)]
 
 
 def between(x: Input, y: Input) -> list[Finding]:
     """The same about ``x - y`` alone."""
-    with ExitStack() as stack:
-        return list(_Lineage((x, y), stack).of_difference(x.name, y.name))
+    return list(_Lineage((x, y)).of_difference(x.name, y.name))
 
 
 class _Lineage:
     """One check: samples are read when they are first asked for."""
 
-    def __init__(self, inputs: Sequence[Input], stack: ExitStack) -> None:
+    def __init__(self, inputs: Sequence[Input]) -> None:
         self._inputs = {model.name: model for model in inputs if not model.is_lora}
         self._samples: dict[str, Sample] = {}
-        self._stack = stack
 
     def of_averages(self, plan: Plan) -> Iterator[Finding]:
         """Whole models that are averaged, in the refiners and elsewhere."""
@@ -221,11 +223,13 @@ class _Lineage:
         """The nearest known relative of x that is not trained on from it, where it is clearly nearer than y."""
         best = None
         for name in self._known(relation):
-            other = self._sample(name)
+            other = self._known_sample(name)
             if other is None or other.model.anatomy.family is not relation.x.model.anatomy.family:
                 continue
             found = Relation(relation.x, other)
-            if 0 < found.whole < (best or relation).whole and found.is_related and not found.is_reversed:
+            if found.is_twin or found.is_reversed or not found.is_related:
+                continue
+            if 0 < found.whole < (best or relation).whole:
                 best = found
         return best if best is not None and best.whole < NEARER * relation.whole else None
 
@@ -239,23 +243,23 @@ class _Lineage:
         return names[:MOST_KNOWN]
 
     def _relation(self, x: str, y: str) -> Relation:
-        first, second = self._sample(x), self._sample(y)
-        assert first is not None
-        assert second is not None
-        return Relation(first, second)
+        return Relation(self._sample(x), self._sample(y))
 
-    def _sample(self, name: str) -> Sample | None:
-        """The sample of an input, or of a known model that can be read."""
+    def _sample(self, name: str) -> Sample:
+        """The sample of an input."""
         if name not in self._samples:
-            if name in self._inputs:
-                self._samples[name] = sampling.read(self._inputs[name])
-            else:
-                try:
-                    opened = self._stack.enter_context(models.open_model(name))
-                    self._samples[name] = sampling.read(Input(name, opened.checkpoint, opened.anatomy))
-                except MergetoolError:
-                    return None
+            self._samples[name] = sampling.read(self._inputs[name])
         return self._samples[name]
+
+    def _known_sample(self, name: str) -> Sample | None:
+        """The sample of an input or of a known model, where that can be read."""
+        if name in self._inputs:
+            return self._sample(name)
+        try:
+            with models.open_model(name) as opened:
+                return sampling.read(Input(name, opened.checkpoint, opened.anatomy))
+        except MergetoolError:
+            return None
 
 
 def fp16_part(plan: Plan) -> str | None:
