@@ -15,17 +15,17 @@ from tests.cli.run import mergetool
 PAIR = ("compare", "lab.base", "lab.striped")
 
 
-def test_groups_blocks_and_advice_are_printed(tmp_path: Path) -> None:
-    ran = mergetool(*PAIR, "--reference", "lab.turbo", cwd=tmp_path, PYTHONIOENCODING="utf-8")
-    assert ran.code == 0, ran.err
-    lines = ran.out.splitlines()
+def test_groups_blocks_and_advice_are_printed() -> None:
+    ran = CliRunner().invoke(app, [*PAIR, "--reference", "lab.turbo"])
+    assert ran.exit_code == 0, ran.stderr
+    lines = ran.stdout.splitlines()
     (layers,) = (line.split() for line in lines if line.split()[:1] == ["layers"])
     assert layers[1:3] == ["889.73", "k"]
     assert "5.87 %" in " ".join(layers)
     assert layers[-3:] == ["0.011", "4.007", "0.1703"]
     assert any(line.split()[:2] == ["layers.5", "▒▒▒"] for line in lines)
-    assert "multiplier 3.813 gives the delta the size of lab.turbo - lab.base" in ran.out
-    assert 'mergetool merge "lab.base + 3.813*(lab.striped - lab.base)" --protect refiner' in ran.out
+    assert "multiplier 3.813 gives the delta the size of lab.turbo - lab.base" in ran.stdout
+    assert 'mergetool merge "lab.base + 3.813*(lab.striped - lab.base)" --protect refiner' in ran.stdout
 
 
 def test_a_terminal_without_shades_gets_ascii(tmp_path: Path) -> None:
@@ -36,11 +36,10 @@ def test_a_terminal_without_shades_gets_ascii(tmp_path: Path) -> None:
 
 
 def test_the_loss_in_json_is_that_of_the_merge_in_json(tmp_path: Path) -> None:
-    ran = mergetool(*PAIR, "--onto", "lab.alkahest", "-m", "0.01", "--json", cwd=tmp_path)
-    compared = ran.json["rounding"]
-    merged = mergetool(
-        "merge", compared["expression"], "--protect", "refiner", "-o", "out.safetensors", "--json", cwd=tmp_path
-    ).json["rounding"]
+    ran = CliRunner().invoke(app, [*PAIR, "--onto", "lab.alkahest", "-m", "0.01", "--json"])
+    compared = json.loads(ran.stdout)["rounding"]
+    again = ["merge", compared["expression"], "--protect", "refiner", "-o", str(tmp_path / "out.safetensors"), "--json"]
+    merged = json.loads(CliRunner().invoke(app, again).stdout)["rounding"]
     assert compared["total"] == merged["total"]
     assert compared["groups"] == merged["groups"]
     assert compared["total"]["eaten"] > 0
