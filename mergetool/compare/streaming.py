@@ -22,6 +22,9 @@ from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
 
+WAITING = 2
+"""Threads beyond one a core, for those that wait for the disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -86,7 +89,7 @@ def stream(
     torch.set_num_threads(1)  # the parallelism is over chunks
     found = []
     try:
-        with ThreadPoolExecutor(threads or default_threads(), "compare") as pool:
+        with ThreadPoolExecutor(threads or default_threads() + WAITING, "compare") as pool:
             waiting = [pool.submit(measure, chunk) for chunk in chunks]
             try:
                 for future in waiting:
