@@ -9,7 +9,8 @@ from __future__ import annotations
 import ntpath
 import posixpath
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def progress() -> Callable[[int, int], None]:
             management.throw_exception_if_processing_interrupted()
 
     return report
+
+
+@contextmanager
+def own_tensors() -> Iterator[None]:
+    """ComfyUI runs nodes in torch's inference mode, whose tensors other threads may not write to; within the block it is off."""
+    import torch
+
+    with torch.inference_mode(False):
+        yield
 
 
 def _folder(kind: str) -> Path:
