@@ -81,9 +81,9 @@ class Host:
 
 
 def load(folder: Path) -> ModuleType:
-    """A custom node folder as a module, under a name made of its path."""
-    name = str(folder).replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    """A custom node, a folder or a file, as a module under a name made of its path."""
+    name = str(folder).replace(".", "_x_") if folder.is_dir() else str(folder.with_suffix(""))
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py" if folder.is_dir() else folder)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

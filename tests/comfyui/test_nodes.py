@@ -74,6 +74,13 @@ def test_every_node_declares_what_comfyui_asks_for(comfyui: Executor) -> None:
             json.dumps([kind, options], allow_nan=False)  # what the page is sent
 
 
+def test_a_file_of_one_line_does_as_well(host: Host) -> None:
+    (line,) = (line.strip() for line in (mergetool.comfyui.__doc__ or "").splitlines() if "import NODE_CLASS" in line)
+    stub = host.root / "custom_nodes" / "mergetool_nodes.py"
+    stub.write_text(line)
+    assert load(stub).NODE_CLASS_MAPPINGS == mergetool.comfyui.NODE_CLASS_MAPPINGS
+
+
 def test_the_bridge_recipe_is_what_the_command_line_writes(comfyui: Executor, host: Host, tmp_path: Path) -> None:
     outputs = comfyui.run(workflow("bridge.json"))
     assert not isinstance(outputs, Failure), outputs
@@ -174,7 +181,7 @@ def test_a_deleted_output_is_made_again(comfyui: Executor, host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../out", "/etc/out", "C:\\out", "a/../../out", "..\\out", "", "..", "a\x00b", "\\\\host\\out"]
+    "name", ["../out", "/etc/out", "C:\\out", "C:out", "a/../../out", "..\\out", "", "..", "a\x00b", "\\\\host\\out"]
 )
 @pytest.mark.parametrize("node", ["6", "7"])
 def test_a_name_that_leads_out_of_the_folder_is_refused_before_anything_runs(
@@ -254,6 +261,7 @@ def test_loading_the_nodes_imports_neither_torch_nor_anything_of_comfyui() -> No
         ("ties(a - b, c - b, density=0.2)", "ties('x y' - (m + n), q - (m + n), density=0.2)"),
         ("'é' + a", "'é' + 'x y'"),
         ("d + a", "d + 'x y'"),
+        ("a.x + a(b)", "a.x + a((m + n))"),
         ("a +", "a +"),
     ],
 )
