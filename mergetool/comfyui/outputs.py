@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
-from mergetool.errors import MergetoolError
+from mergetool.errors import LineageError, MergetoolError
 from mergetool.ops.rounding import MODES
 from mergetool.recipe.graph import quote
 from mergetool.recipe.groups import parse_setting
@@ -58,6 +57,10 @@ class Save:
                 # Called seed, ComfyUI's page would draw a new one after every run.
                 "rounding_seed": ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "tooltip": "Of stochastic."}),
                 "overwrite": OVERWRITE,
+                "force": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Merge models that do not look as if they belong together."},
+                ),
             },
             "optional": {"groups": ("STRING", {"default": "", "multiline": True, "tooltip": groups})},
         }
@@ -65,7 +68,7 @@ class Save:
     @classmethod
     def VALIDATE_INPUTS(cls, name: str | None, groups: str | None = None) -> Literal[True] | str:  # noqa: N802
         """True, or what is wrong with a name or a group, before anything runs; what is linked is None and not known yet."""
-        return _first_error(
+        return host.first_error(
             lambda: host.target(host.OUTPUT, "later" if name is None else name), lambda: _settings(groups or "")
         )
 
@@ -86,6 +89,7 @@ class Save:
         rounding: Any,
         rounding_seed: int,
         overwrite: bool,
+        force: bool,
         groups: str = "",
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
@@ -102,7 +106,11 @@ class Save:
         )
         path = host.target(folder, name)
         with host.own_tensors(), job.open_merge(model, options) as plan:
-            report = f"{path} was already made of this" if _is_made(plan, path) else _write(plan, path, overwrite)
+            if _is_made(plan, path):
+                report = f"{path} was already made of this"
+            else:
+                advice = _advice(plan, force)
+                report = "\n".join([_write(plan, path, overwrite), *advice])
         return {"ui": {"text": [report]}, "result": (quote(str(path.absolute())), str(path), report)}
 
 
@@ -137,7 +145,7 @@ class ExtractLora:
     @classmethod
     def VALIDATE_INPUTS(cls, name: str | None) -> Literal[True] | str:  # noqa: N802
         """True, or what is wrong with the name, before anything runs; None is a linked one, not known yet."""
-        return _first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
+        return host.first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
 
     def extract(
         self,
@@ -177,15 +185,6 @@ def _settings(groups: str) -> tuple[Setting, ...]:
     return tuple(parse_setting(line) for line in groups.splitlines() if line.strip())
 
 
-def _first_error(*checks: Callable[[], object]) -> Literal[True] | str:
-    try:
-        for check in checks:
-            check()
-    except MergetoolError as error:
-        return str(error)
-    return True
-
-
 def _is_made(plan: Plan, path: Path) -> bool:
     """Whether the file at ``path`` was written by this version for the same expression, options and inputs; its metadata says so."""
     if not path.exists():
@@ -197,6 +196,17 @@ def _is_made(plan: Plan, path: Path) -> bool:
             return found == wanted and dict(there.metadata) == dict(plan.header.metadata)
     except MergetoolError:
         return False
+
+
+def _advice(plan: Plan, force: bool) -> list[str]:
+    """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
+    from mergetool.compare import lineage
+
+    findings = lineage.check(plan)
+    for finding in findings:
+        if finding.is_error and not force:
+            raise LineageError(f"{finding.text}; turn on force to merge anyway.")
+    return [f"{finding.level}: {finding.text}" for finding in findings]
 
 
 def _write(plan: Plan, path: Path, overwrite: bool) -> str:

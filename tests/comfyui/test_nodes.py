@@ -107,6 +107,32 @@ def test_an_expression_with_groups_and_a_container(comfyui: Executor, tmp_path: 
     assert "came through" in comfyui.ui["5"]["text"][0]
 
 
+def test_a_comparison_chooses_the_multiplier(comfyui: Executor, host: Host, tmp_path: Path) -> None:
+    outputs = comfyui.run(workflow("advised.json"))
+    assert not isinstance(outputs, Failure), outputs
+    multiplier, report = outputs["7"]
+    options = ("--onto", "lab.alkahest", "--target", "0.05", "--json")
+    advised = command("compare", "lab.base", "lab.striped", *options, cwd=tmp_path).json
+    assert multiplier == advised["recommended"]
+    assert f"x {multiplier:.4g} for a change of 5 %" in report
+    assert f"lab.alkahest + {multiplier}*(lab.striped - lab.base)" in outputs["6"][2]
+    assert comfyui.ui["7"]["images"] == [{"filename": "striped.png", "subfolder": "mergetool", "type": "output"}]
+    assert (host.root / "output" / "mergetool" / "striped.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_that_do_not_belong_together_need_force(comfyui: Executor) -> None:
+    prompt = workflow("expression.json")
+    prompt["4"]["inputs"]["expression"] = "0.5*c + 0.5*a"
+    prompt["5"]["inputs"] |= {"protect_refiner": False, "quant": "none"}
+    prompt["1"]["inputs"]["model"] = "lab.turbo"
+    found = failure(comfyui.run(prompt))
+    assert (found.node, found.kind) == ("5", "mergetool.errors.LineageError")
+    assert found.message.endswith("turn on force to merge anyway.")
+    prompt["5"]["inputs"]["force"] = True
+    assert not isinstance(comfyui.run(prompt), Failure)
+    assert "error: " in comfyui.ui["5"]["text"][0]
+
+
 def test_files_are_chosen_from_comfyuis_folders_and_written_there(comfyui: Executor, host: Host) -> None:
     outputs = comfyui.run(three_files(host))
     assert not isinstance(outputs, Failure), outputs
