@@ -80,12 +80,15 @@ def room(plan: Plan, device: Device) -> Room:
 def suits(job: Job | Quantise) -> bool:
     """Whether a GPU does this job: arithmetic of plain floats.
 
-    Copies, what goes element by element, and quantised weights, read or written, are the CPU's.
+    Copies, what goes element by element, and quantised weights, read or written, are the CPU's; so are programs with method
+    calls, whose methods it hands to the GPU itself.
     """
     if job.phase is not None or isinstance(job.rounding, ErrorFeedback):
         return False
     step = job.step
-    return step.program is not None and not any(window.encoding for window in step.windows)
+    if step.program is None or step.program.calls:
+        return False
+    return not any(window.encoding for window in step.windows)
 
 
 @dataclass(frozen=True)

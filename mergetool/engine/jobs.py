@@ -48,6 +48,8 @@ class Job:
     @property
     def is_of_rows(self) -> bool:
         """Whether it must not be cut."""
+        if self.step.program is not None and self.step.program.calls:
+            return True
         return isinstance(self.rounding, ErrorFeedback) or any(window.encoding for window in self.step.windows)
 
 
@@ -131,6 +133,8 @@ def _chunks(tensor: OutputTensor, options: Options, size: int) -> Iterator[Job]:
         if rows and (whole_rows or encodings):  # no row is decoded twice, and no tile of rows is cut
             tile = max((encoding.tile_rows * encoding.width for encoding in encodings), default=rows)
             chunk = max(1, (ROWS_CHUNK if whole_rows else CHUNK) // tile) * tile
+        if step.program is not None and step.program.calls:  # a method sees the whole parameter
+            chunk = max(1, step.elements)
         for start in range(0, step.elements, chunk):
             rounding: Rounding = NEAREST
             if options.rounding == "stochastic":

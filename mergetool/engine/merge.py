@@ -10,10 +10,11 @@ import torch
 
 from mergetool.checkpoint import system
 from mergetool.engine import gpu
+from mergetool.engine.calling import Caller
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise, jobs, pieces
-from mergetool.engine.memory import default_threads
+from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
@@ -47,15 +48,15 @@ def run(
     """
     device = CPU if compared else device
     system.keep_freed_memory()  # quantising makes megabytes of values at a time
-    workers = _Workers(plan, writer, method, non_finite, device, threads, measure=measure)
-    workers.shared.compared = compared
+    pool = _Workers(plan, writer, method, non_finite, device, threads, measure=measure)
+    pool.shared.compared = compared
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
-        workers.run(progress)
+        pool.run(progress)
     finally:
         torch.set_num_threads(torch_threads)
-    return workers.shared.outcome
+    return pool.shared.outcome
 
 
 class _Workers:
@@ -71,7 +72,7 @@ class _Workers:
         measure: Measure,
     ) -> None:
         self._device = device
-        self._threads = threads or default_threads()
+        self._threads = workers(plan, threads)
         self._room = gpu.room(plan, device) if device.is_gpu else None
         self._jobs = list(jobs(plan, self._room.chunk if self._room else None))
         sizes = Counter(job.phase for job in self._jobs if job.phase is not None)
@@ -83,7 +84,7 @@ class _Workers:
         self._spare: Worker | None = None
         self._redoing = threading.Lock()
         weights = Weights([tensor for tensor in plan.tensors if tensor.quantiser])
-        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weights)
+        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weights, Caller(device))
         self._movements: dict[int, Movement] = {}
         self._moved = 0
         self._failure: BaseException | None = None

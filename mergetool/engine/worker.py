@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 from mergetool.checkpoint.dtypes import F16, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
+from mergetool.engine.calling import Caller, shape_of
 from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
@@ -21,7 +23,7 @@ from mergetool.errors import NonFiniteError
 from mergetool.ops.contract import execute
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Program
+from mergetool.ops.program import Apply, Program
 from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
@@ -73,6 +75,7 @@ class Run:
     measure: Measure
     registers: int
     weights: Weights
+    caller: Caller
     compared: bool = False
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
@@ -133,12 +136,12 @@ class Worker:
         movement, written = None, 0
         if job.step.program is None:
             if fetched[0].dtype.blendable:
-                self._execute(COPY, fetched)
+                self._execute(COPY, fetched, job)
                 self._check(job, fetched)
             written = self._write(job, fetched[0].raw[0])
         elif job.phase is not None:
             with self._ops.writing(0, self._run.weights.room(job.tensor, job.step.first + job.start, job.count)):
-                self._execute(job.step.program, fetched)
+                self._execute(job.step.program, fetched, job)
                 largest = self._ops.largest(0)
                 if not math.isfinite(largest):
                     self._check(job, fetched)
@@ -151,7 +154,7 @@ class Worker:
         return written + sum(found.nbytes for found in fetched), movement
 
     def _result(self, job: Job, program: Program, fetched: list[Fetched]) -> tuple[memoryview, Movement | None]:
-        self._execute(program, fetched)
+        self._execute(program, fetched, job)
         first, movement, values = None, None, None
         if self._run.compared:
             values = self._ops.values(0).copy()
@@ -228,8 +231,25 @@ class Worker:
             found = quantising.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
             self._run.moved(piece.tensor.name, part, found)
 
-    def _execute(self, program: Program, fetched: list[Fetched]) -> None:
-        execute(program, self._ops, lambda register, model: self._load(register, fetched[model]))
+    def _execute(self, program: Program, fetched: list[Fetched], job: Job) -> None:
+        execute(
+            program,
+            self._ops,
+            lambda register, model: self._load(register, fetched[model]),
+            lambda call: self._apply(call, job),
+        )
+
+    def _apply(self, call: Apply, job: Job) -> None:
+        """Do a method call; the job is of its whole part."""
+        shape = shape_of(job.tensor, job.step)
+        arguments = [
+            torch.zeros(shape) if register is None else torch.from_numpy(self._ops.values(register)).view(shape)
+            for register in call.arguments
+        ]
+        result, was_off_device = self._run.caller.apply(call, arguments, job.step.part)
+        np.copyto(self._ops.room(call.register, job.count), result.reshape(-1).numpy())
+        if was_off_device:
+            self._run.note(self._run.outcome.off_device, job.tensor.name, job.count)
 
     def _load(self, register: int, found: Fetched) -> None:
         if found.is_plain:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Load, Program, Scale, Subtract
+from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
 from mergetool.ops.rounding import NEAREST, Rounding
 
 
@@ -56,14 +56,27 @@ class Ops(Protocol):
         """
 
 
-def execute(program: Program, ops: Ops, load: Callable[[int, int], None]) -> None:
-    """Run ``program`` on ``ops``; ``load(register, model)`` sets a register from a model's stored elements."""
+def no_methods(step: Apply) -> None:
+    """For implementations that are only given programs without method calls."""
+    raise NotImplementedError(step.method)
+
+
+def execute(
+    program: Program, ops: Ops, load: Callable[[int, int], None], apply: Callable[[Apply], None] = no_methods
+) -> None:
+    """Run ``program`` on ``ops``.
+
+    ``load(register, model)`` sets a register from a model's stored elements, ``apply`` does a method call.
+    """
     for step in program.instructions:
-        if isinstance(step, Load):
-            load(step.register, step.model)
-        elif isinstance(step, Scale):
-            ops.scale(step.register, step.factor)
-        elif isinstance(step, Subtract):
-            ops.subtract(step.register, step.other)
-        else:
-            ops.add(step.register, step.other)
+        match step:
+            case Load():
+                load(step.register, step.model)
+            case Scale():
+                ops.scale(step.register, step.factor)
+            case Add():
+                ops.add(step.register, step.other)
+            case Subtract():
+                ops.subtract(step.register, step.other)
+            case Apply():
+                apply(step)

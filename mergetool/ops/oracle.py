@@ -6,7 +6,8 @@ program runs on whole arrays, in float32 (``run(..., np.float32)``: the engine's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import numpy.typing as npt
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.movement import Movement
-from mergetool.ops.program import Add, Load, Program, Scale
+from mergetool.ops.program import Add, Apply, Load, Program, Scale
 from mergetool.ops.rounding import FORMATS, ErrorFeedback, Nearest, Rounding, Stochastic
 
 Floats = npt.NDArray[Any]
+Method = Callable[[Apply, Sequence[Floats]], Floats]
 
 
 def decode(raw: bytes, dtype: DType) -> npt.NDArray[np.float64]:
@@ -56,8 +58,16 @@ def _small_float(
     return table[codes]
 
 
-def run(program: Program, inputs: Sequence[Floats], precision: type[np.floating[Any]] = np.float64) -> Floats:
-    """The program's result over whole arrays, each instruction rounded to ``precision`` (float64 or float32)."""
+def run(
+    program: Program,
+    inputs: Sequence[Floats],
+    precision: type[np.floating[Any]] = np.float64,
+    methods: Mapping[str, Method] = MappingProxyType({}),
+) -> Floats:
+    """The program's result over whole arrays, each instruction rounded to ``precision`` (float64 or float32).
+
+    ``methods`` are what its method calls mean, each a function of the call and its arguments.
+    """
     registers: dict[int, Floats] = {}
     with np.errstate(all="ignore"):
         for step in program.instructions:
@@ -67,6 +77,10 @@ def run(program: Program, inputs: Sequence[Floats], precision: type[np.floating[
                 registers[step.register] = registers[step.register] * precision(step.factor)
             elif isinstance(step, Add):
                 registers[step.register] = registers[step.register] + registers[step.other]
+            elif isinstance(step, Apply):
+                zero = np.zeros(inputs[0].shape, precision)
+                given = [zero if register is None else registers[register] for register in step.arguments]
+                registers[step.register] = methods[step.method](step, given)
             else:
                 registers[step.register] = registers[step.register] - registers[step.other]
     return registers[0]

@@ -6,7 +6,8 @@ Each instruction is one IEEE float32 operation, rounded to nearest even, never c
 * ``Load(r, model)``      r = float32(x), exact for every dtype that is narrower than float32;
 * ``Scale(r, factor)``    r = r * factor;
 * ``Add(r, s)``           r = r + s;
-* ``Subtract(r, s)``      r = r - s.
+* ``Subtract(r, s)``      r = r - s;
+* ``Apply(r, ...)``       r = what a merge method makes of other registers. It needs a whole parameter at a time.
 
 The result is register 0; it is rounded once to the output dtype.
 """
@@ -14,6 +15,10 @@ The result is register 0; it is rounded once to the output dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+
+Value = Fraction | bool | str | tuple[Fraction, ...]
+"""What a parameter of a merge method may be given, numbers exactly as they were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,17 @@ class Subtract:
     other: int
 
 
-Instruction = Load | Scale | Add | Subtract
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """``register = method(arguments, parameters)``; an argument that is None is zero everywhere."""
+
+    register: int
+    method: str
+    arguments: tuple[int | None, ...]
+    parameters: tuple[tuple[str, Value], ...] = ()
+
+
+Instruction = Load | Scale | Add | Subtract | Apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,11 @@ class Program:
     def registers(self) -> int:
         """How many float32 registers the program needs at once."""
         return 1 + max(step.register for step in self.instructions)
+
+    @property
+    def calls(self) -> tuple[Apply, ...]:
+        """Its method calls; a program with any is run over whole parameters."""
+        return tuple(step for step in self.instructions if isinstance(step, Apply))
 
     @property
     def models(self) -> tuple[int, ...]:

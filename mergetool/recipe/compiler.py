@@ -6,9 +6,9 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
-from mergetool.ops.program import Add, Instruction, Load, Program, Scale, Subtract
+from mergetool.ops.program import Add, Apply, Instruction, Load, Program, Scale, Subtract
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.graph import Model, Sum, Term, normal
+from mergetool.recipe.graph import Call, Model, Sum, Term, normal
 
 
 def float32(value: Fraction) -> float:
@@ -57,6 +57,8 @@ def _sum(value: Sum, register: int, columns: Mapping[str, int]) -> Sequence[Inst
         operand = term.operand
         if isinstance(operand, Sum):
             steps += _sum(operand, target, columns)
+        elif isinstance(operand, Call):
+            steps += _call(operand, target, columns)
         else:
             steps.append(Load(target, columns[operand.name]))
         size = term.factor if i == 0 else abs(term.factor)
@@ -65,3 +67,16 @@ def _sum(value: Sum, register: int, columns: Mapping[str, int]) -> Sequence[Inst
         if i > 0:
             steps.append(Subtract(register, target) if term.factor < 0 else Add(register, target))
     return steps
+
+
+def _call(call: Call, register: int, columns: Mapping[str, int]) -> Sequence[Instruction]:
+    """The arguments one above the other, then the method; an argument without terms is zero and takes no register."""
+    steps: list[Instruction] = []
+    arguments: list[int | None] = []
+    free = register
+    for argument in call.arguments:
+        arguments.append(free if argument.terms else None)
+        if argument.terms:
+            steps += _sum(argument, free, columns)
+            free += 1
+    return [*steps, Apply(register, call.method, tuple(arguments), call.parameters)]

@@ -1,9 +1,11 @@
 """Merge expressions: text to a typed affine graph, without opening a file.
 
 ``alkahest + 20 * (artshoot - 'z-image')`` is parsed with Python's own expression grammar, of which only names,
-dotted names, quoted names, numbers, ``+ - * /``, parentheses and ``lora("file")`` are let through; nothing is ever evaluated.
+dotted names, quoted names, numbers, ``+ - * /``, parentheses, ``lora("file")`` and calls of registered merge methods are let
+through; nothing is ever evaluated.
 
-Every value has a *degree*: a model is 1, ``lora("file")`` is 0, a number times it scales it, ``+`` and ``-`` add it. A result of degree 1
+Every value has a *degree*: a model is 1, ``lora("file")`` is 0, a number times it scales it, ``+`` and ``-`` add it, a method
+says its own (see ``calls.py``). A result of degree 1
 is a model, of degree 0 a difference of models; a merge must have degree 1. Degrees are exact fractions, so
 ``a/3 + b/3 + c/3`` is a model and ``0.7*a + 0.2*b`` is refused.
 
@@ -20,7 +22,8 @@ from fractions import Fraction
 from math import isfinite
 
 from mergetool.errors import ExpressionError
-from mergetool.recipe.graph import Lora, Model, Sum, Term, add, normal, number, quote, render, scale
+from mergetool.recipe.calls import read_call
+from mergetool.recipe.graph import Call, Lora, Model, Sum, Term, add, normal, number, quote, render, scale
 
 MAX_TEXT = 100_000
 MAX_NODES = 10_000
@@ -149,7 +152,8 @@ def _check_limits(tree: ast.Expression, source: str) -> None:
             raise ExpressionError(
                 f"the expression is too large: at most {MAX_NODES} terms and {MAX_DEPTH} levels are read."
             )
-        stack.extend((child, depth + 1) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+        children = [child.value if isinstance(child, ast.keyword) else child for child in ast.iter_child_nodes(node)]
+        stack.extend((child, depth + 1) for child in children if isinstance(child, ast.expr))
 
 
 def _leftmost_model(tree: ast.Expression) -> str | None:
@@ -162,6 +166,7 @@ def _leftmost_model(tree: ast.Expression) -> str | None:
 
 
 def _value_nodes(node: ast.expr) -> Iterator[ast.expr]:
+    """What stands where a model can stand, parameters of methods apart."""
     stack: list[ast.expr] = [node]
     while stack:
         current = stack.pop()
@@ -169,8 +174,14 @@ def _value_nodes(node: ast.expr) -> Iterator[ast.expr]:
             stack += [current.left, current.right]
         elif isinstance(current, ast.UnaryOp):
             stack.append(current.operand)
+        elif isinstance(current, ast.Call) and not _is_lora(current):
+            stack += [*current.args, *(keyword.value for keyword in current.keywords if keyword.arg == "base")]
         else:
             yield current
+
+
+def _is_lora(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "lora"
 
 
 def _model_name(node: ast.expr) -> str | None:
@@ -197,15 +208,15 @@ def _read(node: ast.expr, source: str) -> Fraction | Sum:
         return Sum((Term(Fraction(1), Model(name)),))
     if isinstance(node, ast.Constant):
         return _constant(node, source)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "lora":
+    if isinstance(node, ast.Call) and _is_lora(node):
         return _lora(node, source)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return read_call(node, node.func.id, lambda inner: _read(inner, source))
     if isinstance(node, ast.Call):
-        raise ExpressionError(
-            f'column {node.col_offset + 1}: no merge method "{_snippet(node.func, source)}" is registered.'
-        )
+        raise ExpressionError(f'column {node.col_offset + 1}: "{_snippet(node.func, source)}" is not a merge method.')
     raise ExpressionError(
         f'column {node.col_offset + 1}: "{_snippet(node, source)}" is not part of a merge expression; it may hold '
-        'model names, lora("file"), numbers, + - * / and parentheses.'
+        'model names, lora("file"), numbers, + - * /, parentheses and merge methods.'
     )
 
 
@@ -280,5 +291,7 @@ def _check_factors(value: Sum) -> None:
                 f"the factor {float(term.factor):.3g} is outside what float32 can multiply by "
                 f"({float(SMALLEST_FACTOR):.1e} to {float(LARGEST_FACTOR):.1e})."
             )
-        if isinstance(term.operand, Sum):
-            _check_factors(term.operand)
+        inner = term.operand.arguments if isinstance(term.operand, Call) else [term.operand]
+        for operand in inner:
+            if isinstance(operand, Sum):
+                _check_factors(operand)

@@ -13,8 +13,13 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeAlias
+
+from mergetool.ops.program import Value
+
+Operand: TypeAlias = "Model | Lora | Call | Sum"
 
 _BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
@@ -34,11 +39,24 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """What a merge method makes of its arguments: a model where ``degree`` is 1, a difference of models where it is 0.
+
+    ``parameters`` are those that were given, in the method's order.
+    """
+
+    method: str
+    arguments: tuple[Sum, ...]
+    parameters: tuple[tuple[str, Value], ...]
+    degree: Fraction
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
     """``factor * operand``."""
 
     factor: Fraction
-    operand: Model | Lora | Sum
+    operand: Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +76,35 @@ class Sum:
     def leaves(self) -> Iterator[Model | Lora]:
         """Every model and LoRA in the normal form, repeated where it stands several times."""
         for term in self.terms:
+            yield from _leaves(term.operand)
+
+    def calls(self) -> Iterator[Call]:
+        """Every method call in the normal form, outer ones first."""
+        for term in self.terms:
             if isinstance(term.operand, Sum):
-                yield from term.operand.leaves()
-            else:
+                yield from term.operand.calls()
+            elif isinstance(term.operand, Call):
                 yield term.operand
+                for argument in term.operand.arguments:
+                    yield from argument.calls()
 
     def without(self, loras: Collection[str]) -> Sum:
-        """The sum with the LoRAs of these names taken for zero."""
+        """The sum with the LoRAs of these names taken for zero; so is a method call of which nothing else is left."""
         kept = []
         for term in self.terms:
-            if isinstance(term.operand, Lora) and term.operand.name in loras:
+            operand = term.operand
+            if isinstance(operand, Lora) and operand.name in loras:
                 continue
-            inner = term.operand.without(loras) if isinstance(term.operand, Sum) else term.operand
-            if not isinstance(inner, Sum) or inner.terms:
-                kept.append(Term(term.factor, inner))
+            if isinstance(operand, Sum):
+                operand = operand.without(loras)
+                left = len(operand.terms)
+            elif isinstance(operand, Call):
+                operand = replace(operand, arguments=tuple(normal(a.without(loras)) for a in operand.arguments))
+                left = sum(len(argument.terms) for argument in operand.arguments)
+            else:
+                left = 1
+            if left:
+                kept.append(Term(term.factor, operand))
         return Sum(tuple(kept))
 
     def degree(self) -> Fraction:
@@ -79,14 +112,10 @@ class Sum:
         return sum((_degree(term) for term in self.terms), Fraction(0))
 
     def coefficients(self) -> dict[str, Fraction]:
-        """The exact total factor of every model, zeros included; of no LoRA."""
+        """The exact total factor of every model, zeros included; of no LoRA. A method call counts as its arguments' mean."""
         total: dict[str, Fraction] = {}
         for term in self.terms:
-            operand = term.operand
-            if isinstance(operand, Lora):
-                continue
-            inner = {operand.name: Fraction(1)} if isinstance(operand, Model) else operand.coefficients()
-            for name, factor in inner.items():
+            for name, factor in _coefficients(term.operand).items():
                 total[name] = total.get(name, Fraction(0)) + term.factor * factor
         return total
 
@@ -130,7 +159,7 @@ def normal(value: Sum) -> Sum:
 
 def _collect(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """Add up repeated operands, exactly; one whose factors cancel disappears."""
-    totals: dict[Model | Lora | Sum, Fraction] = {}
+    totals: dict[Operand, Fraction] = {}
     for term in terms:
         totals[term.operand] = totals.get(term.operand, Fraction(0)) + term.factor
     return tuple(Term(factor, operand) for operand, factor in totals.items() if factor != 0)
@@ -162,10 +191,38 @@ def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 
 def _degree(term: Term) -> Fraction:
-    operand = term.operand
+    match term.operand:
+        case Sum() as inner:
+            return term.factor * inner.degree()
+        case Call() as call:
+            return term.factor * call.degree
+        case Model():
+            return term.factor
+        case _:
+            return Fraction(0)
+
+
+def _leaves(operand: Operand) -> Iterator[Model | Lora]:
     if isinstance(operand, Sum):
-        return term.factor * operand.degree()
-    return term.factor if isinstance(operand, Model) else Fraction(0)
+        yield from operand.leaves()
+    elif isinstance(operand, Call):
+        for argument in operand.arguments:
+            yield from argument.leaves()
+    else:
+        yield operand
+
+
+def _coefficients(operand: Operand) -> dict[str, Fraction]:
+    match operand:
+        case Model():
+            return {operand.name: Fraction(1)}
+        case Sum():
+            return operand.coefficients()
+        case Call():
+            share = Fraction(1, len(operand.arguments))
+            return Sum(tuple(Term(share, argument) for argument in operand.arguments)).coefficients()
+        case _:
+            return {}
 
 
 def quote(name: str) -> str:
@@ -201,9 +258,23 @@ def render(value: Sum, names: Mapping[str, str]) -> str:
             body = quote(names.get(term.operand.name, term.operand.name))
         elif isinstance(term.operand, Lora):
             body = f"lora({names.get(term.operand.name, term.operand.name)!r})"
+        elif isinstance(term.operand, Call):
+            body = _render_call(term.operand, names)
         else:
             body = f"({render(term.operand, names)})"
         body = body if size == 1 else f"{number(size)}*{body}"
         sign = "-" if term.factor < 0 else "+"
         text += f" {sign} {body}" if text else body if sign == "+" else f"-{body}"
     return text
+
+
+def _render_call(call: Call, names: Mapping[str, str]) -> str:
+    arguments = [render(argument, names) for argument in call.arguments]
+    arguments += [f"{name}={_render_value(value)}" for name, value in call.parameters]
+    return f"{call.method}({', '.join(arguments)})"
+
+
+def _render_value(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(number, value))}]"
+    return number(value) if isinstance(value, Fraction) else repr(value)

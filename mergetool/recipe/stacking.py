@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from fractions import Fraction
 
-from mergetool.recipe.graph import Lora, Sum, Term
+from mergetool.recipe.graph import Call, Lora, Sum, Term
 
 Stack = tuple[tuple[Fraction, str], ...]
 """LoRAs by name, each with its factor in the sum."""
@@ -32,6 +33,13 @@ def stack_loras(graph: Sum, products: Collection[str], *, first: int = 0) -> tup
             inner, found = stack_loras(operand, products, first=first + len(stacks))
             stacks += found
             terms.append(Term(term.factor, inner))
+        elif isinstance(operand, Call):
+            arguments = []
+            for argument in operand.arguments:
+                inner, found = stack_loras(argument, products, first=first + len(stacks))
+                stacks += found
+                arguments.append(inner)
+            terms.append(Term(term.factor, replace(operand, arguments=tuple(arguments))))
         else:
             terms.append(term)
     return Sum(tuple(terms)), stacks

@@ -1,0 +1,57 @@
+"""Method calls of a run: on whole parameters, on the CPU or, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mergetool import methods
+from mergetool.engine.device import Device
+from mergetool.engine.gpu import failure
+from mergetool.methods import Site
+from mergetool.ops.program import Apply, Program
+from mergetool.recipe.steps import OutputTensor, Step
+
+
+def buffers(program: Program) -> float:
+    """How many float32 tensors of the parameter's size its methods hold at once, besides the program's registers."""
+    return max((methods.find(call.method).buffers(len(call.arguments)) for call in program.calls), default=0)
+
+
+def shape_of(tensor: OutputTensor, step: Step) -> tuple[int, ...]:
+    """The shape of a step's part: some rows of its output tensor, or all of it."""
+    rest = tensor.shape[1:]
+    return (step.elements // (prod(rest) or 1), *rest) if tensor.shape else ()
+
+
+class Caller:
+    """Does the method calls of all workers of a run; on each GPU one at a time."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._locks = {name: threading.Lock() for name in device.names}
+
+    def apply(self, call: Apply, tensors: Sequence[Tensor], part: str) -> tuple[Tensor, bool]:
+        """The method's result, on the CPU, and whether a GPU that was to compute it had no memory for that.
+
+        Raises DeviceError for a GPU that fails.
+        """
+        if not self._locks:
+            return self._call(call, tensors, part), False
+        name = next((name for name, lock in self._locks.items() if not lock.locked()), self._device.names[0])
+        with self._locks[name]:
+            try:
+                return self._call(call, [tensor.to(name) for tensor in tensors], part).cpu(), False
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+            except torch.AcceleratorError as error:
+                raise failure(name, error) from None
+        return self._call(call, tensors, part), True
+
+    @staticmethod
+    def _call(call: Apply, tensors: Sequence[Tensor], part: str) -> Tensor:
+        return methods.find(call.method).apply(tensors, Site(part), dict(call.parameters))

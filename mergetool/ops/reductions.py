@@ -1,0 +1,110 @@
+"""Sums, dot products and selections over whole tensors, the same on every device and any number of threads.
+
+Products of float32 are exact in float64. They are added by halving, element by element, so that no library's order of
+summation, which differs between devices and versions, can show; what a merge method multiplies by is then the same number
+everywhere, and its elements are the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergetool.ops.cpu_rounding import random_bits
+
+BLOCK = 1 << 18
+"""Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
+
+
+def total(values: Tensor) -> float:
+    """The sum of all elements, in float64."""
+    flat = values.reshape(-1)
+    sums = [_halved(flat[at : at + BLOCK].to(torch.float64)) for at in range(0, flat.numel(), BLOCK)]
+    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """The dot product of all elements of two tensors of one shape, in float64."""
+    x, y = a.reshape(-1), b.reshape(-1)
+    sums = []
+    for at in range(0, x.numel(), BLOCK):
+        product = x[at : at + BLOCK].to(torch.float64)
+        sums.append(_halved(product.mul_(y[at : at + BLOCK])))
+    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+
+
+def norm(values: Tensor) -> float:
+    """The Frobenius norm, in float64."""
+    return math.sqrt(dot(values, values))
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it."""
+    width = max(1, a.shape[-1])
+    x, y = a.reshape(-1, width), b.reshape(-1, width)
+    rows = max(1, BLOCK // width)
+    sums = [
+        _halved(x[at : at + rows].to(torch.float64).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)
+    ]
+    return torch.cat(sums).reshape(a.shape[:-1]) if sums else torch.zeros(a.shape[:-1], dtype=torch.float64)
+
+
+def row_norms(values: Tensor) -> Tensor:
+    """The Euclidean norm of each row, float64."""
+    return row_dots(values, values).sqrt()
+
+
+def _halved(values: Tensor, dim: int = 0) -> Tensor:
+    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``."""
+    while (length := values.shape[dim]) > 1:
+        half = -(-length // 2)
+        head = values.narrow(dim, 0, half)
+        head.narrow(dim, 0, length - half).add_(values.narrow(dim, half, length - half))
+        values = head
+    return values if dim == 0 else values.squeeze(dim)
+
+
+def kth_largest(values: Tensor, count: int) -> float:
+    """The ``count``-th largest element (from 1) of any number of them.
+
+    torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
+    """
+    if not 1 <= count <= values.numel():
+        raise ValueError(f"there is no {count}-th largest of {values.numel()} elements")
+    flat = values.reshape(-1)
+    if flat.is_cuda:
+        return float(flat.kthvalue(flat.numel() - count + 1).values)
+    at = flat.numel() - count
+    return float(np.partition(flat.numpy(), at)[at])
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """A mask of the ``count`` largest elements, of the shape of ``values``: exactly so many; of equal ones the first.
+
+    Every element for a count at least as large as the tensor, none for 0 or less.
+    """
+    if count <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    if count >= values.numel():
+        return torch.ones_like(values, dtype=torch.bool)
+    threshold = kth_largest(values, count)
+    chosen = values > threshold
+    equal = (values == threshold).reshape(-1).nonzero().reshape(-1)
+    chosen.reshape(-1)[equal[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone."""
+    count = math.prod(shape)
+    found, scratch = np.empty(count, np.uint32), np.empty(min(count, BLOCK), np.uint32)
+    for at in range(0, count, BLOCK):
+        size = min(BLOCK, count - at)
+        random_bits(key, at, found[at : at + size], scratch[:size])
+    found >>= np.uint32(8)
+    draws = found.astype(np.float32)
+    draws *= np.float32(2.0**-24)
+    return torch.from_numpy(draws).reshape(shape).to(device)
