@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,9 +133,21 @@ def diff(
     """
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, on_the_cpu, open_diff
+    from mergetool.lora.pairs import chosen
 
     options = replace(
-        _options(rank, rank_thresh, rank_max, rule, budget, min_dim, include, exclude, dtype, seed),
+        chosen(
+            rank=rank,
+            rank_thresh=rank_thresh,
+            rank_max=rank_max,
+            rule=rule,
+            budget=console.parse_size(budget) if budget else 0,
+            min_dim=min_dim,
+            include=include or (),
+            exclude=exclude or (),
+            dtype=dtype,
+            seed=seed,
+        ),
         full=full is not None,
         full_layers=tuple(full_layer or ()),
         union=union,
@@ -194,43 +205,6 @@ def diff(
             )
             if spectra is not None:
                 diff_ranks.print_spectra(found, spectra)
-
-
-def _options(
-    rank: int,
-    rank_thresh: float | None,
-    rank_max: int | None,
-    rule: str,
-    budget: str | None,
-    min_dim: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    dtype: str,
-    seed: int,
-) -> DiffOptions:
-    from mergetool.checkpoint.dtypes import output_dtype
-    from mergetool.errors import UsageError
-    from mergetool.lora.pairs import DiffOptions
-    from mergetool.lora.rules import RULES
-
-    console.choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
-    console.choice("--rule", rule, RULES)
-    if rank_thresh is not None and (rule == "knee" or budget):
-        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
-    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
-        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
-    return DiffOptions(
-        rank=rank,
-        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
-        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
-        rule=rule,  # type: ignore[arg-type]
-        budget=console.parse_size(budget) if budget else 0,
-        min_dim=min_dim,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        dtype=output_dtype(dtype),
-        seed=seed,
-    )
 
 
 def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
