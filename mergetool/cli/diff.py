@@ -161,18 +161,18 @@ def diff(
     with open_diff(base, variant, options, second=variant2, skip_unmatched=skip_unmatched) as pairing:
         target = output or _default_output(base, variant)
         if not as_json:
-            _print_pairing(pairing, verbose=verbose or dry_run)
+            print_pairing(pairing, verbose=verbose or dry_run)
             diff_outputs.print_operands(pairing, options)
         if dry_run:
             if as_json:
-                console.print_json(_pairing_json(pairing))
+                console.print_json(pairing_json(pairing))
             return
         if checkpoint is not None:
             diff_outputs.check_checkpoint(checkpoint, (target, full, spectra), pairing, overwrite=overwrite)
         only = on_the_cpu(options, spectra, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
-        with console.progress("diff", _bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
+        with console.progress("diff", bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
             found = extract(
                 pairing,
                 target,
@@ -194,20 +194,20 @@ def diff(
         if as_json:
             note = {"note": f"{only} works on the CPU; the device is not used"} if only else {}
             console.print_json(
-                _pairing_json(pairing)
+                pairing_json(pairing)
                 | note
-                | _extraction_json(found, options, spectra, target, seconds)
+                | extraction_json(found, options, spectra, target, seconds)
                 | diff_outputs.whole_json(found, full, checkpoint, pairing)
             )
         else:
-            _print_extraction(
+            print_extraction(
                 found, options, pairing, target, seconds, full=full, checkpoint=checkpoint, verbose=verbose
             )
             if spectra is not None:
                 diff_ranks.print_spectra(found, spectra)
 
 
-def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
+def bytes_read(pairing: Pairing, options: DiffOptions) -> int:
     """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
     again = sum(map(pairing.nbytes, pairing.decomposed)) if options.budget else 0
     return pairing.bytes_read + again
@@ -220,7 +220,7 @@ def _default_output(base: str, variant: str) -> Path:
     return Path(f"{names[variant]}-minus-{names[base]}.safetensors")
 
 
-def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
+def print_pairing(pairing: Pairing, *, verbose: bool) -> None:
     from mergetool.lora.pairs import UNCHANGED
 
     reasons: dict[str, list[str]] = {}
@@ -246,7 +246,7 @@ def _action(pair: Pair) -> str:
     return f"{pair.reason}, stored whole" if pair.whole else pair.reason or "decomposed"
 
 
-def _print_extraction(
+def print_extraction(
     found: Extraction,
     options: DiffOptions,
     pairing: Pairing,
@@ -284,7 +284,7 @@ def _print_extraction(
     console.heading("next", f"load it at strength 1 on {base}; at other strengths it moves part of the way, or past")
 
 
-def _pairing_json(pairing: Pairing) -> dict[str, Any]:
+def pairing_json(pairing: Pairing) -> dict[str, Any]:
     return {
         "base": pairing.base.name,
         "variant": pairing.variant.name,
@@ -295,7 +295,7 @@ def _pairing_json(pairing: Pairing) -> dict[str, Any]:
     }
 
 
-def _extraction_json(
+def extraction_json(
     found: Extraction, options: DiffOptions, spectra: Path | None, target: Path, seconds: float
 ) -> dict[str, Any]:
     return {

@@ -33,9 +33,7 @@ def of_merge(plan: Plan, path: Path, shard_size: int | None) -> State:
     if not os.path.lexists(path):
         return ABSENT
     single = path.suffix == ".safetensors"
-    files = planned_files(
-        path, plan.header, shard_size=shard_size, extra_files=config_files(plan), single=single
-    )
+    files = planned_files(path, plan.header, shard_size=shard_size, extra_files=config_files(plan), single=single)
     try:
         with Checkpoint.open(path) as stored:
             reasons = provenance.changes(stored.metadata, plan.header.metadata)

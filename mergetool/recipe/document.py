@@ -145,12 +145,16 @@ class _Reader:
 
     def read(self) -> Node:
         for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
-            self._take(event, Place(self.source, event.start_mark.line + 1, event.start_mark.column + 1))
+            self._take(event, self._begin(event))
         if self.root is None or (self.root.value is None and not self.root.typed):
             raise Place(self.source, 1, 1).error('the recipe is empty; write for example "merge: a + 20 * (b - c)".')
         if not isinstance(self.root.value, dict):
             raise self.root.at.error('a recipe is a mapping; begin with a line such as "merge: a + 20 * (b - c)".')
         return self.root
+
+    def _begin(self, event: yaml.Event) -> Place:
+        assert event.start_mark is not None  # events of a text have their place in it
+        return Place(self.source, event.start_mark.line + 1, event.start_mark.column + 1)
 
     def _take(self, event: yaml.Event, at: Place) -> None:
         match event:
@@ -197,11 +201,12 @@ class _Reader:
         self.aliases += 1
         if self.aliases > MAX_ALIASES:
             raise at.error(f"the recipe has more than {MAX_ALIASES} aliases; write some of them out.")
-        found = self.anchors.get(event.anchor)
+        name = event.anchor or ""
+        found = self.anchors.get(name)
         if found is None:
-            inside = event.anchor in self.anchors
+            inside = name in self.anchors
             raise at.error(
-                f"the alias {quoted('*' + event.anchor)} "
+                f"the alias {quoted('*' + name)} "
                 + ("stands inside what it stands for." if inside else "has no anchor before it; define it first.")
             )
         node, size = found
@@ -255,6 +260,7 @@ class _Reader:
     def _aligned(self, event: yaml.ScalarEvent, text: str) -> Iterator[Place]:
         """The places of ``text``'s characters, as long as the file says the same one after the other."""
         begin, end = event.start_mark, event.end_mark
+        assert begin is not None and end is not None
         raw = self.text[begin.index : end.index]
         line, column, i = begin.line + 1, begin.column + 1, 0
         if event.style in ("|", ">"):

@@ -13,19 +13,21 @@ import keyword
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.inputs import InputFile, any_target
 from mergetool.checkpoint.names import quoted, why_not_plain
+from mergetool.checkpoint.sizes import parse_size
 from mergetool.errors import RecipeError, UsageError
 from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.naming import Replaced, Variable
 from mergetool.recipe.options import Options
-from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge
+from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
 from mergetool.recipe.validation import keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
 
@@ -144,11 +146,11 @@ def patterns(given: str | list[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-def _multiplier(output: Output, group: str, value: object) -> tuple[str, Fraction]:
+def _multiplier(output: Output, group: str, value: int | Decimal | str) -> tuple[str, Fraction]:
     at = output.place_of("set", group)
     if isinstance(value, str):
         raise at.error(f"{quoted(value)} is no multiplier; write a number, as in {group}: 0.5.")
-    factor = Fraction(value)  # type: ignore[arg-type]
+    factor = Fraction(value)
     if abs(factor) >= 10**38:
         raise at.error(f"the multiplier {float(factor):g} is beyond what float32 can hold.")
     return group, factor
@@ -211,7 +213,9 @@ class _Reader:
     def _check_names(self, nodes: Mapping[str, Node]) -> None:
         for name, model in self.models.items():
             if name.startswith("lab."):
-                raise self._at("models", name).error(f"{quoted(name)} is taken: lab. begins the embedded models' names.")
+                raise self._at("models", name).error(
+                    f"{quoted(name)} is taken: lab. begins the embedded models' names."
+                )
             if not model.meaning.isprintable() or not model.meaning.strip():
                 raise model.at.error(f"{quoted(name)} has no path, address or name of a model.")
         if "outputs" in self._keys:
@@ -236,7 +240,9 @@ class _Reader:
         swept = {}
         for name, node in self._heading("sweep").items():
             if name in single:
-                raise self._at("sweep", name).error(f"{quoted(name)} is under variables too; leave it out in one place.")
+                raise self._at("sweep", name).error(
+                    f"{quoted(name)} is under variables too; leave it out in one place."
+                )
             assert isinstance(node.value, list)
             swept[name] = [variables.variable(value) for value in node.value]
             texts = [value.text for value in swept[name]]
@@ -245,7 +251,9 @@ class _Reader:
                     raise value.at.error(f"the value {text} stands more than once in this sweep; leave one out.")
         for name, given in self.set_.items():
             if name not in {*single, *swept}:
-                raise UsageError(f"--var sets {quoted(name)}, which {self.path} does not have{nearest(name, {*single, *swept})}")
+                raise UsageError(
+                    f"--var sets {quoted(name)}, which {self.path} does not have{nearest(name, {*single, *swept})}"
+                )
             swept.pop(name, None)
             single[name] = given
         return Variables(single, swept)
@@ -254,18 +262,19 @@ class _Reader:
 
     def _depends(self, name: str, node: Node) -> tuple[str, ...]:
         """The swept variables that an output depends on, by itself or through the outputs it may use."""
-        texts = {text for key, part in self._parts(node) if key != "merge" for text in variables.names_in_braces(part)}
-        names = set(texts)
+        used: set[str] = set()
+        named = set(_leaves(node))
         for key, part in self._parts(node):
             if key == "merge" and isinstance(part.value, str):
-                names |= {found.name for found in naming.names_in(part.value)}
-        names |= {str(text) for text in _leaves(node)}
-        for used in names & self.variables.names:
-            names |= {value.text for value in self.variables.values(used)}
-        found = set(names & set(self.variables.swept))
-        for earlier in names & set(self.depends):
-            found |= set(self.depends[earlier])
-        return tuple(swept for swept in self.variables.swept if swept in found)
+                named |= (words := {found.name for found in naming.names_in(part.value)})
+                used |= words & self.variables.names
+            else:
+                used |= set(variables.names_in_braces(part)) & self.variables.names
+        for variable in used:
+            named |= {value.text for value in self.variables.values(variable)}
+        for earlier in named & set(self.depends):
+            used |= set(self.depends[earlier])
+        return tuple(swept for swept in self.variables.swept if swept in used)
 
     @staticmethod
     def _parts(node: Node) -> Iterator[tuple[str, Node]]:
@@ -299,23 +308,26 @@ class _Reader:
         assert isinstance(whole.value, dict)
         if expression is not None:
             whole = replace(whole, value={"merge": expression, **whole.value})
-        spec = validated(MergeOutput if kind == "merge" else LoraOutput, whole)
+        spec = validated(MergeOutput, whole) if kind == "merge" else validated(LoraOutput, whole)
+        # Of an output with other swept values than these there is none to use: it would have made this one depend on them too.
         earlier = {
-            other: next(o for o in made if all(values.get(n) == v for n, v in o.values.items()))
-            for other, made in self.made.items()
+            output.name: output
+            for made in self.made.values()
+            for output in made
+            if all(values.get(swept) == value for swept, value in output.values.items())
         }
+        _check_size(whole, spec)
         output = Output(name, values, self._file(name, whole, values, spec), spec, {}, whole)
         if isinstance(spec, LoraOutput):
             return replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
         assert expression is not None
         written = naming.with_variables(expression, known)
         parsed = naming.read(expression, written, {*self.models, *earlier}, later)
-        asked = [(("from",), spec.keep_from)] if spec.keep_from else []
         uses = {
             model: self._meaning(model, earlier) or Model(model, model, expression.at)
             for model in (*parsed.models, *parsed.loras)
         }
-        uses |= self._named(output, earlier, asked)
+        uses |= self._named(output, earlier, _models_of_merge(spec))
         return replace(output, uses=uses, expression=parsed, written=written)
 
     def _meaning(self, name: str, earlier: Mapping[str, Output]) -> Output | Model | None:
@@ -343,7 +355,9 @@ class _Reader:
         at = inner.at if inner is not None else node.at
         reason = why_not_plain(file, "")
         if reason or file.startswith(".") or "{" in file or "}" in file:
-            reason = reason or ("it begins with a dot" if file.startswith(".") else "braces stand around a variable only")
+            reason = reason or (
+                "it begins with a dot" if file.startswith(".") else "braces stand around a variable only"
+            )
             raise at.error(f"an output cannot be called {quoted(file)}, because {reason}; -o says the folder.")
         if isinstance(spec, LoraOutput) and not file.endswith(_FILE):
             raise at.error(f"a LoRA is one file: call it {quoted(file + _FILE)}.")
@@ -362,6 +376,25 @@ class _Reader:
                     f"put {hint} into its name."
                 )
             seen[same] = output
+
+
+def _check_size(node: Node, spec: MergeOutput | LoraOutput) -> None:
+    place = Output("", {}, "", spec, {}, node).place_of
+    size = spec.shard_size if isinstance(spec, MergeOutput) else spec.diff.budget
+    if isinstance(size, str):
+        try:
+            parse_size(size)
+        except UsageError as error:
+            raise place(*(("shard_size",) if isinstance(spec, MergeOutput) else ("diff", "budget"))).error(
+                str(error)
+            ) from None
+
+
+def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:
+    found: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
+    if isinstance(spec.verify, Pictures):
+        found += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
+    return [(path, name) for path, name in found if name]
 
 
 def _models_of_diff(spec: LoraOutput) -> list[tuple[tuple[str, ...], str]]:

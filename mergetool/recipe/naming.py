@@ -160,15 +160,13 @@ def located(error: ExpressionError, node: Node, written: Replaced) -> RecipeErro
     return node.place_of(written.origin(column)).error(_COLUMN.sub("", sentence, count=1))
 
 
-def _unknown(
-    name: Name, node: Node, written: Replaced, known: Collection[str], later: Collection[str]
-) -> RecipeError:
+def _unknown(name: Name, node: Node, written: Replaced, known: Collection[str], later: Collection[str]) -> RecipeError:
     at = node.place_of(written.origin(name.start))
     if name.name in later:
         return at.error(f"{quoted(name.name)} is not made before this output; put it further up in the file.")
     for whole in sorted(known, key=len, reverse=True):
         if name.is_word and whole in written.text and name.name in re.split(r"[^A-Za-z0-9_.]+", whole):
-            return at.error(f"no model is named {quoted(name.name)}, but {quoted(whole)} is: quote it, as in {whole!r}.")
-    return at.error(
-        f"{quoted(name.name)} is no model, output or variable of this recipe{nearest(name.name, known)}"
-    )
+            return at.error(
+                f"no model is named {quoted(name.name)}, but {quoted(whole)} is: quote it, as in {whole!r}."
+            )
+    return at.error(f"{quoted(name.name)} is no model, output or variable of this recipe{nearest(name.name, known)}")

@@ -100,7 +100,9 @@ def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
         elif key in ("mergetool.recipe", "mergetool.diff"):
             found.append(_changed_recipe(_loaded(old), _loaded(new)))
         else:
-            found.append(f"its metadata has {'another' if old and new else 'no' if new else 'an additional'} {quoted(key)}")
+            found.append(
+                f"its metadata has {'another' if old and new else 'no' if new else 'an additional'} {quoted(key)}"
+            )
     return found
 
 

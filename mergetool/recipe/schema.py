@@ -20,7 +20,9 @@ _BY_NAME = {"type": "string", "pattern": rf"^\{{{VARIABLE}\}}$"}
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
 Patterns = Text | Annotated[list[Text], Field(min_length=1, max_length=1000)]
 Number = Annotated[int | Decimal, WithJsonSchema({"anyOf": [{"type": "number"}, _BY_NAME]})]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _BY_NAME]})]
+Count = Annotated[
+    int, Field(ge=0, le=2**31 - 1), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _BY_NAME]})
+]
 Size = Annotated[
     Annotated[int, Field(gt=0, lt=2**63)] | Text,
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["300MB", "4GiB"]}]}),
@@ -49,7 +51,7 @@ class Pictures(_Strict):
     prompts: Text | None = Field(None, description="A file with a prompt a line.")
     seeds: Count | Text | None = Field(None, description="Seeds for every prompt: 0, or a text: 1,2,3 or 1-8.")
     size: Text | None = Field(None, description="WIDTHxHEIGHT; the model's.")
-    pipeline: Text | None = Field(None, description="Folder to take text encoder and VAE from.")
+    pipeline: Text | None = Field(None, description="The model to take text encoder and VAE from.")
     text_encoder: Text | None = Field(None, description="Folder or file of the text encoder.")
     tokenizer: Text | None = Field(None, description="Its tokenizer.")
     vae: Text | None = Field(None, description="File or folder of the VAE.")
@@ -86,7 +88,9 @@ class MergeOutput(_Strict):
     protect: Patterns | None = Field(None, description="Groups or patterns taken bit for bit from the first model.")
     include: Patterns | None = Field(None, description="Merge only these.")
     exclude: Patterns | None = Field(None, description="Do not merge these.")
-    keep_from: Text | None = Field(None, alias="from", description="Take protected and excluded tensors from this model.")
+    keep_from: Text | None = Field(
+        None, alias="from", description="Take protected and excluded tensors from this model."
+    )
     set: Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Multipliers by group or pattern; a later one wins."
     )
@@ -117,9 +121,12 @@ class Heading(_Strict):
     """What stands beside the outputs."""
 
     models: dict[_Name, Text] = Field(
-        default={}, description="Names for models and LoRAs: a path from this file, hf://org/repo, lab.NAME, a registered name."
+        default={},
+        description="Names for models and LoRAs: a path from this file, hf://org/repo, lab.NAME, a registered name.",
     )
-    variables: dict[_Variable, Value] = Field(default={}, description="Variables and their values; --var NAME=VALUE sets one.")
+    variables: dict[_Variable, Value] = Field(
+        default={}, description="Variables and their values; --var NAME=VALUE sets one."
+    )
     sweep: dict[_Variable, Annotated[list[Value], Field(min_length=1, max_length=256)]] = Field(
         default={}, description="Variables with several values: every output that uses one is made once for each."
     )

@@ -67,11 +67,9 @@ def _path(loc: Sequence[str | int], node: Node, *, extra: bool) -> tuple[str | i
     """``loc`` without the names of union branches and of constraints, which pydantic puts between keys."""
     path: list[str | int] = []
     for step in loc:
-        if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
-            node = node.value[step]
-            path.append(step)
-        elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
+        inner = _inner(node, step)
+        if inner is not None:
+            node = inner
             path.append(step)
     if extra and loc and (not path or path[-1] != loc[-1]):
         path.append(loc[-1])
@@ -81,26 +79,30 @@ def _path(loc: Sequence[str | int], node: Node, *, extra: bool) -> tuple[str | i
 def _place(path: Sequence[str | int], node: Node, details: Sequence[Mapping[str, Any]]) -> Place:
     at = node.at
     kind = details[0]["type"]
+    is_key = details[0]["loc"][-1] == "[key]" or kind == "extra_forbidden"
     for i, step in enumerate(path):
-        last = i == len(path) - 1
-        if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
-            is_key = details[0]["loc"][-1] == "[key]" or kind == "extra_forbidden"
-            at = node.keys[step] if last and is_key else node.value[step].at
-            node = node.value[step]
-        elif isinstance(node.value, list) and isinstance(step, int):
-            node = node.value[step]
-            at = node.at
+        inner = _inner(node, step)
+        if inner is None:
+            break
+        at = node.keys[str(step)] if is_key and i == len(path) - 1 else inner.at
+        node = inner
     return at
+
+
+def _inner(node: Node, step: str | int) -> Node | None:
+    if isinstance(node.value, dict):
+        return node.value.get(str(step))
+    if isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
+        return node.value[step]
+    return None
 
 
 def _value(path: Sequence[str | int], node: Node) -> Node | None:
     for step in path:
-        if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
-            node = node.value[step]
-        elif isinstance(node.value, list) and isinstance(step, int):
-            node = node.value[step]
-        else:
+        inner = _inner(node, step)
+        if inner is None:
             return None
+        node = inner
     return node
 
 

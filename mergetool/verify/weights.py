@@ -144,7 +144,9 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
     found = [model for _, model in places]
     found += [_open_lora(name, given.get(name), folder, found[0], stack) for name in expression.loras]
     prints = {model.name: model.checkpoint.fingerprint() for model in found}
-    return Reopened(opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints)
+    return Reopened(
+        opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints
+    )
 
 
 def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) -> tuple[str, Input]:

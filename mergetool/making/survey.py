@@ -1,18 +1,18 @@
-"""A recipe's outputs, made: surveyed first, so that nothing is begun that could not be finished, then run pass by pass.
+"""A recipe's outputs before they are made: which there are, in which passes, and each pass opened.
 
-    with Run(recipe, Places(recipe, Path("out"))) as run: ...
+All outputs are surveyed before the first is begun, so that what can be known to fail fails before any work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergetool.checkpoint.sizes import parse_size
 from mergetool.engine import job
-from mergetool.errors import OutputError, UsageError
+from mergetool.errors import MergetoolError, OutputError, UsageError
 from mergetool.lora import pairs
 from mergetool.lora.extract import open_diff
 from mergetool.lora.pairs import DiffOptions, Pairing
@@ -111,13 +111,19 @@ def open_plans(
     items: list[tuple[str, Options]] = []
     for output in outputs:
         items.append((places.expression(output), options_of(output, places.names(output))))
-    opened = job.open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
-    with places.located(*outputs):
-        plans = opened.__enter__()
-    try:
+    with ExitStack() as stack:
+        try:
+            opened = job.open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
+            plans = stack.enter_context(opened)
+        except MergetoolError as error:
+            for output, (text, options) in zip(outputs, items, strict=True):  # whose fault it is
+                with (
+                    places.located(output),
+                    job.open_merge(text, options, fingerprints=False, skip_unmatched=skip_unmatched),
+                ):
+                    pass
+            raise error from None
         yield plans
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @contextmanager
@@ -127,17 +133,15 @@ def open_pairing(
     """The pairing of a difference LoRA, and its options."""
     assert isinstance(output.spec, LoraOutput)
     asked, names = output.spec.diff, places.names(output)
-    with places.located(output):
-        options = diff_options(output)
-        second = names[asked.variant2] if asked.variant2 else None
-        opened = open_diff(
-            names[asked.base], names[asked.variant], options, second=second, skip_unmatched=skip_unmatched
-        )
-        pairing = opened.__enter__()
-    try:
+    with ExitStack() as stack:
+        with places.located(output):
+            options = diff_options(output)
+            second = names[asked.variant2] if asked.variant2 else None
+            opened = open_diff(
+                names[asked.base], names[asked.variant], options, second=second, skip_unmatched=skip_unmatched
+            )
+            pairing = stack.enter_context(opened)
         yield pairing, options
-    finally:
-        opened.__exit__(None, None, None)
 
 
 def diff_options(output: Output) -> DiffOptions:
@@ -157,8 +161,6 @@ def diff_options(output: Output) -> DiffOptions:
         seed=asked.seed,
     )
     first, second = asked.weights or (1, 1)
-    from dataclasses import replace
-
     return replace(chosen, union=asked.union, orthogonal=asked.orthogonal, weights=(float(first), float(second)))
 
 
