@@ -64,7 +64,12 @@ class Node:
 
     def place_of(self, index: int) -> Place:
         """Where character ``index`` of a text stands in the file; where the text begins if that is not known."""
-        return self.places[index] if 0 <= index < len(self.places) else self.at
+        if 0 <= index < len(self.places):
+            return self.places[index]
+        if self.places and len(self.places) == len(self.typed):  # the end of a text whose places are all known
+            last = self.places[-1]
+            return Place(last.source, last.line, last.column + 1)
+        return self.at
 
     def data(self) -> object:
         """The plain value, without places."""
@@ -146,7 +151,7 @@ class _Reader:
     def read(self) -> Node:
         for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
             self._take(event, self._begin(event))
-        if self.root is None or (self.root.value is None and not self.root.typed):
+        if self.root is None or self.root.value is None:
             raise Place(self.source, 1, 1).error('the recipe is empty; write for example "merge: a + 20 * (b - c)".')
         if not isinstance(self.root.value, dict):
             raise self.root.at.error('a recipe is a mapping; begin with a line such as "merge: a + 20 * (b - c)".')
@@ -195,7 +200,8 @@ class _Reader:
     def _refuse_tag(self, event: yaml.NodeEvent, at: Place) -> None:
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise at.error(f"{quoted(tag)} is a tag, and a recipe has none: it is data; leave it out.")
+            shown = tag.replace("tag:yaml.org,2002:", "!!")
+            raise at.error(f"{quoted(shown)} is a tag, and a recipe has none: it is data; leave it out.")
 
     def _alias(self, event: yaml.AliasEvent, at: Place) -> None:
         self.aliases += 1

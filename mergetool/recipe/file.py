@@ -292,8 +292,9 @@ class _Reader:
             if strange is not None and not kinds:
                 raise node.keys[strange].error(f"there is no key {quoted(strange)} here{nearest(strange, known)}")
             raise node.at.error(f"this output has {said}; it needs one of them.")
-        for values in self.variables.combinations(self.depends[name]):
-            if sum(map(len, self.made.values())) >= MAX_OUTPUTS:
+        before = sum(map(len, self.made.values()))
+        for number, values in enumerate(self.variables.combinations(self.depends[name]), 1):
+            if before + number > MAX_OUTPUTS:
                 raise node.at.error(f"the recipe makes more than {MAX_OUTPUTS} outputs; sweep over fewer values.")
             yield self._instance(name, node, values, kinds[0], later)
 
@@ -308,7 +309,8 @@ class _Reader:
         assert isinstance(whole.value, dict)
         if expression is not None:
             whole = replace(whole, value={"merge": expression, **whole.value})
-        spec = validated(MergeOutput, whole) if kind == "merge" else validated(LoraOutput, whole)
+        beside = () if "outputs" in self._keys else _HEADING
+        spec = validated(MergeOutput, whole, beside) if kind == "merge" else validated(LoraOutput, whole, beside)
         # Of an output with other swept values than these there is none to use: it would have made this one depend on them too.
         earlier = {
             output.name: output
@@ -322,13 +324,15 @@ class _Reader:
             return replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
         assert expression is not None
         written = naming.with_variables(expression, known)
-        parsed = naming.read(expression, written, {*self.models, *earlier}, later)
+        parsed = naming.read(expression, written, {*self.models, *earlier}, later, known)
         uses = {
             model: self._meaning(model, earlier) or Model(model, model, expression.at)
             for model in (*parsed.models, *parsed.loras)
         }
         uses |= self._named(output, earlier, _models_of_merge(spec))
-        return replace(output, uses=uses, expression=parsed, written=written)
+        done = replace(output, uses=uses, expression=parsed, written=written)
+        options_of(done, {name: name for name in uses})  # what contradicts itself is said before any file is looked for
+        return done
 
     def _meaning(self, name: str, earlier: Mapping[str, Output]) -> Output | Model | None:
         return earlier.get(name) or self.models.get(name)

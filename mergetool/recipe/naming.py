@@ -67,6 +67,8 @@ def _found(root: ast.expr, span: Callable[[ast.expr], tuple[int, int]]) -> Itera
     stack: list[tuple[ast.AST, bool]] = [(root, False)]
     while stack:
         node, is_setting = stack.pop()
+        if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
+            continue  # no method is called like this, whatever its arguments
         if isinstance(node, ast.Call):
             stack += [(argument, False) for argument in node.args]
             stack += [(keyword.value, True) for keyword in node.keywords]
@@ -131,8 +133,10 @@ def with_variables(node: Node, variables: Mapping[str, Variable]) -> Replaced:
     return replaced(node.value, by)
 
 
-def read(node: Node, written: Replaced, known: Collection[str], later: Collection[str]) -> Expression:
-    """The expression of a node whose variables are put in.
+def read(
+    node: Node, written: Replaced, known: Collection[str], later: Collection[str], variables: Collection[str]
+) -> Expression:
+    """The expression of a node whose ``variables`` are put in.
 
     Raises RecipeError at the place of the first name that is not ``known``, one of ``later``'s being an output that is not made yet, and
     for everything that `expression.parse` refuses.
@@ -140,7 +144,7 @@ def read(node: Node, written: Replaced, known: Collection[str], later: Collectio
     for name in names_in(written.text):
         if name.name in known or name.name.startswith("lab.") or (name.is_setting and not name.is_word):
             continue
-        raise _unknown(name, node, written, known, later)
+        raise _unknown(name, node, written, known, later, variables)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -160,7 +164,14 @@ def located(error: ExpressionError, node: Node, written: Replaced) -> RecipeErro
     return node.place_of(written.origin(column)).error(_COLUMN.sub("", sentence, count=1))
 
 
-def _unknown(name: Name, node: Node, written: Replaced, known: Collection[str], later: Collection[str]) -> RecipeError:
+def _unknown(
+    name: Name,
+    node: Node,
+    written: Replaced,
+    known: Collection[str],
+    later: Collection[str],
+    variables: Collection[str],
+) -> RecipeError:
     at = node.place_of(written.origin(name.start))
     if name.name in later:
         return at.error(f"{quoted(name.name)} is not made before this output; put it further up in the file.")
@@ -169,4 +180,6 @@ def _unknown(name: Name, node: Node, written: Replaced, known: Collection[str], 
             return at.error(
                 f"no model is named {quoted(name.name)}, but {quoted(whole)} is: quote it, as in {whole!r}."
             )
-    return at.error(f"{quoted(name.name)} is no model, output or variable of this recipe{nearest(name.name, known)}")
+    return at.error(
+        f"{quoted(name.name)} is no model, output or variable of this recipe{nearest(name.name, {*known, *variables})}"
+    )

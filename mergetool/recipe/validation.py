@@ -26,12 +26,15 @@ _WANTED = {
 }
 
 
-def validated(kind: type[M], node: Node) -> M:
-    """``node``, a mapping, as a ``kind``. Raises RecipeError, for the error that stands first in the file."""
+def validated(kind: type[M], node: Node, also: Sequence[str] = ()) -> M:
+    """``node``, a mapping, as a ``kind``; ``also`` are keys that may stand beside it.
+
+    Raises RecipeError, for the error that stands first in the file.
+    """
     try:
         return kind.model_validate(node.data())
     except ValidationError as error:
-        raise _first(error, node, kind) from None
+        raise _first(error, node, kind, also) from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -51,7 +54,7 @@ def keys_of(kind: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 
-def _first(error: ValidationError, node: Node, kind: type[BaseModel]) -> RecipeError:
+def _first(error: ValidationError, node: Node, kind: type[BaseModel], also: Sequence[str]) -> RecipeError:
     found: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
     for detail in error.errors(include_url=False, include_input=False):
         path = _path(detail["loc"], node, extra=detail["type"] in ("extra_forbidden", "missing"))
@@ -60,7 +63,7 @@ def _first(error: ValidationError, node: Node, kind: type[BaseModel]) -> RecipeE
     deepest = [path for path in found if not any(len(p) > len(path) and p[: len(path)] == path for p in found)]
     places = {path: _place(path, node, found[path]) for path in deepest}
     path = min(deepest, key=lambda path: (places[path].line, places[path].column))
-    return places[path].error(_sentence(path, node, found[path], kind))
+    return places[path].error(_sentence(path, node, found[path], kind, also))
 
 
 def _path(loc: Sequence[str | int], node: Node, *, extra: bool) -> tuple[str | int, ...]:
@@ -107,28 +110,36 @@ def _value(path: Sequence[str | int], node: Node) -> Node | None:
 
 
 def _sentence(
-    path: Sequence[str | int], node: Node, details: Sequence[Mapping[str, Any]], kind: type[BaseModel]
+    path: Sequence[str | int],
+    node: Node,
+    details: Sequence[Mapping[str, Any]],
+    kind: type[BaseModel],
+    also: Sequence[str],
 ) -> str:
     names = [step for step in path if isinstance(step, str)]
     name = quoted(names[-1]) if names else "the recipe"
     first = details[0]
     if first["type"] == "extra_forbidden":
-        return f"there is no key {name} here{nearest(names[-1], _known(path, kind))}"
+        return (
+            f"there is no key {name} here{nearest(names[-1], [*_known(path, kind), *(also if len(path) == 1 else ())])}"
+        )
     if first["type"] == "missing":
         return f"the key {name} is missing here."
     if first["loc"][-1] == "[key]":
         return f"{name} cannot be a name; use letters, digits and _, starting with a letter."
     value = _value(path, node)
     shown = _shown(value)
-    wanted = list(dict.fromkeys(filter(None, map(_wanted, details))))
+    # A value of the right type that breaks a rule: what other types could stand here does not matter.
+    broken = [detail for detail in details if detail["type"] not in _WANTED and detail["type"] != "literal_error"]
+    wanted = list(dict.fromkeys(filter(None, map(_wanted, broken or details))))
     if not wanted:
         return f"{name} is {shown}: {first['msg'].lower()}."
     if isinstance(value, Node) and isinstance(value.value, str):
         options = [option for detail in details for option in _literals(detail)]
         if options:
             return f"{name} is {shown}, which is not one of them{nearest(value.value, options)}"
-    if wanted == ["a whole number", "a number"]:
-        wanted = ["a number"]
+    if {"a whole number", "a number"} <= set(wanted):
+        wanted.remove("a whole number")
     return f"{name} is {shown}, but has to be {' or '.join(wanted)}."
 
 
