@@ -152,7 +152,7 @@ class _Run:
             if settings.dry_run:
                 return
             device = on_device.choose(console.choice("--device", settings.device, ("auto", "cpu", "cuda")))
-            with console.progress("diff", diff.bytes_read(pairing, options), shown=settings.shows_progress) as bar:
+            with console.progress("diff", pairing.bytes_to_read(options), shown=settings.shows_progress) as bar:
                 found = extract(
                     pairing,
                     task.path,

@@ -40,7 +40,7 @@ def test_a_malformed_recipe_is_an_error_at_its_place(name: str, text: str, words
         (b"merge: a\n# caf\xe9", "2:6", "0xe9 is not UTF-8"),
         (b"\xff\xfem\0e\0r\0", "1:1", "0xff is not UTF-8"),
         (b"merge: \xed\xa0\x80", "1:8", "not UTF-8"),
-        (b"\xef\xbb\xbf# a byte order mark\n\xc0\xaf", "2:1", "not UTF-8"),
+        (b"\xef\xbb\xbf# a mark of byte order\n\xc0\xaf", "2:1", "not UTF-8"),
         (b"#" * (MAX_BYTES + 1), "1:1", f"the limit for a recipe is {MAX_BYTES}"),
         (b"\x89PNG\r\n\x1a\n", "1:1", "not UTF-8"),
     ],
