@@ -105,10 +105,11 @@ def plain(text: str, at: Place) -> Scalar:
 def _decoded(raw: bytes, source: str) -> str:
     if len(raw) > MAX_BYTES:
         raise Place(source, 1, 1).error(f"the file has {len(raw)} bytes, but the limit for a recipe is {MAX_BYTES}.")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
-        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = raw[: error.start].removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        before = raw[: error.start].decode("utf-8")
         raise _place(before, len(before), source).error(
             f"the byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8."
         ) from None
