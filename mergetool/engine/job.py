@@ -16,6 +16,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
+from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.worker import Measure, NonFinite, Outcome
@@ -203,10 +204,12 @@ def run_merges(
             )
             for plan, output in zip(plans, outputs, strict=True)
         ]
-        outcomes = [
-            merge.run(
-                plan,
-                writer,
+        device = CPU if compared else device
+        outcomes: dict[int, Outcome] = {}
+        for together in passes(plans, device):
+            items = [(plans[i], writers[i], str(outputs[i]) if len(plans) > 1 else "") for i in together]
+            found = merge.run_together(
+                items,
                 threads=threads,
                 method=method,
                 non_finite=non_finite,
@@ -215,13 +218,18 @@ def run_merges(
                 compared=compared,
                 progress=progress,
             )
-            for plan, writer in zip(plans, writers, strict=True)
-        ]
+            outcomes |= zip(together, found, strict=True)
         for writer in writers:
             writer.prepare()
         for writer in writers:
             writer.commit()
-    return outcomes
+    return [outcomes[i] for i in range(len(plans))]
+
+
+def bytes_moved(plans: Sequence[Plan], device: Device = CPU) -> int:
+    """Bytes that `run_merges` reads and writes, for a progress bar: what several plans of a pass read counts once."""
+    read = sum(bytes_read([plans[i] for i in together]) for together in passes(plans, device))
+    return read + sum(plan.header.data_size for plan in plans)
 
 
 def _require_places(outputs: Sequence[Path]) -> None:

@@ -261,7 +261,9 @@ class _Reader:
 
     def _scalar(self, event: yaml.ScalarEvent, at: Place) -> Node:
         text: str = event.value
-        hidden = next((character for character in text if not character.isprintable() and character not in "\n\t"), None)
+        hidden = next(
+            (character for character in text if not character.isprintable() and character not in "\n\t"), None
+        )
         if hidden is not None:  # as an escape: "\x1b", or "\ud800", which no file system and no other program takes
             raise at.error(f"this text has the character U+{ord(hidden):04X}, which cannot be seen; leave it out.")
         value = plain(text, at) if event.style is None else text

@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 from mergetool.checkpoint import dtypes
@@ -25,6 +24,7 @@ from mergetool.errors import RecipeError, UsageError
 from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
+from mergetool.recipe.groups import Setting, parse_setting
 from mergetool.recipe.naming import Replaced, Variable
 from mergetool.recipe.options import Options
 from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
@@ -146,14 +146,14 @@ def patterns(given: str | list[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-def _multiplier(output: Output, group: str, value: int | Decimal | str) -> tuple[str, Fraction]:
-    at = output.place_of("set", group)
-    if isinstance(value, str):
-        raise at.error(f"{quoted(value)} is no multiplier; write a number, as in {group}: 0.5.")
-    factor = Fraction(value)
-    if abs(factor) >= 10**38:
-        raise at.error(f"the multiplier {float(factor):g} is beyond what float32 can hold.")
-    return group, factor
+def _multiplier(output: Output, group: str, value: int | Decimal | str) -> Setting:
+    try:
+        return parse_setting(f"{group}={value}")
+    except UsageError:
+        raise output.place_of("set", group).error(
+            f"{quoted(str(value))} is no multiplier that float32 can hold; write a number, as in {group}: 0.5, or a gradient over "
+            "blocks, as in layers: linear(0.2, 1.0)."
+        ) from None
 
 
 @dataclass

@@ -22,18 +22,29 @@ from tests.recipe.malformed import MALFORMED, MODELS
 
 PLACE = re.compile(r"r\.yaml:[1-9][0-9]*:[1-9][0-9]*: [^\n\r]+")
 
-HARMLESS = {"builtins.id", "compile", "sys._getframe", "sys.unraisablehook", "object.__getattr__", "object.__setattr__", "gc.get_objects"}
+HARMLESS = {
+    "builtins.id",
+    "compile",
+    "sys._getframe",
+    "sys.unraisablehook",
+    "object.__getattr__",
+    "object.__setattr__",
+    "gc.get_objects",
+}
 """``compile`` is how the syntax of an expression is read; nothing is run: that would be ``exec``."""
 
 VALID = [
-    MODELS + "variables: {m: 20, k: 0.5}\nmerge: a + m*(b - 'z-image')\nprotect: [refiner, 're:^final']\nset: {layers.0-9: '{k}'}\n"
+    MODELS
+    + "variables: {m: 20, k: 0.5}\nmerge: a + m*(b - 'z-image')\nprotect: [refiner, 're:^final']\nset: {layers.0-9: '{k}'}\n"
     "output: out-{m}.safetensors\n",
-    MODELS + "sweep: {m: [5, 10, 20, 40], n: [0, 1.5]}\noutputs:\n  carried:\n    merge: >\n      a +\n      m * (b - 'z-image')\n"
+    MODELS
+    + "sweep: {m: [5, 10, 20, 40], n: [0, 1.5]}\noutputs:\n  carried:\n    merge: >\n      a +\n      m * (b - 'z-image')\n"
     "    verify: {steps: 8, strength: 0.15, refiner: lab.turbo}\n  both:\n    merge: carried + n*(a - b)\n    quant: fp8-scaled\n"
     "    output: both-{m}-{n}\n    shard_size: 5GB\n  thin:\n    diff: {base: carried, variant: a, rank_thresh: 0.995, exclude: refiner}\n",
     "merge: &e lab.alkahest + 1.25*(lab.striped - lab.base)\nrounding: stochastic\nseed: 3\ndtype: fp8_e4m3\nfrom: lab.base\n",
     "models:\n  style: ./style.safetensors\ndiff:\n  base: lab.base\n  variant: lab.turbo\n  budget: 3MB\noutput: thin.safetensors\n",
-    MODELS + "# a comment\nmerge: 'a + lora(\"b\")'\nexclude:\n  - \"layers.0\"\n  - pad\nlayout: diffusers\nverify: pictures\n",
+    MODELS
+    + '# a comment\nmerge: \'a + lora("b")\'\nexclude:\n  - "layers.0"\n  - pad\nlayout: diffusers\nverify: pictures\n',
 ]
 
 SPLICES = [
