@@ -272,7 +272,8 @@ class _Reader:
     def _aligned(self, event: yaml.ScalarEvent, text: str) -> Iterator[Place]:
         """The places of ``text``'s characters, as long as the file says the same one after the other."""
         begin, end = event.start_mark, event.end_mark
-        assert begin is not None and end is not None
+        assert begin is not None
+        assert end is not None
         raw = self.text[begin.index : end.index]
         line, column, i = begin.line + 1, begin.column + 1, 0
         if event.style in ("|", ">"):

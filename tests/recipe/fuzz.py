@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mergetool.errors import RecipeError
+from mergetool.methods import registry
 from mergetool.recipe import file
 from tests.recipe.malformed import MALFORMED, MODELS
 
@@ -104,7 +105,8 @@ def _changed(text: str, draw: random.Random) -> str:
 
 def run(count: int, seed: int) -> dict[str, object]:
     """Read them all, and say what happened."""
-    for raw in recipes(300, seed=-1):  # what is imported at first use is imported now
+    registry.methods()  # what is imported at first use is imported now: the methods, and plug-ins that are installed
+    for raw in recipes(300, seed=-1):
         _read(raw, Counter(), [])
     events: Counter[str] = Counter()
     watching = True
