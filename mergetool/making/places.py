@@ -60,27 +60,29 @@ class Places:
             sentence = str(error)
             if sentence.startswith(f"{self.recipe.path}:"):
                 raise
-            place = next((p for output in outputs for p in self._named(output, sentence)), None)
-            raise type(error)(f"{place or outputs[0].place_of('merge')}: {sentence}") from None
+            # Of what it has in quotes, the first is what is wrong; a name that is near comes later.
+            named = [(sentence.find(text), place) for output in outputs for text, place in self._named(output)]
+            place = min((found for found in named if found[0] >= 0), key=lambda found: found[0], default=(0, None))[1]
+            whole = outputs[0].place_of("diff" if outputs[0].expression is None else "merge")
+            raise type(error)(f"{place or whole}: {sentence}") from None
 
-    def _named(self, output: Output, sentence: str) -> Iterator[Place]:
+    def _named(self, output: Output) -> Iterator[tuple[str, Place]]:
+        """What an error may have in quotes, and where it stands in the recipe."""
         for used in output.uses.values():
-            if isinstance(used, Model) and (quoted(self.model(used)) in sentence):
-                yield used.at
-        yield from _texts(output.node, sentence)
+            if isinstance(used, Model):
+                yield quoted(self.model(used)), used.at
+        yield from _texts(output.node)
 
 
-def _texts(node: Node, sentence: str) -> Iterator[Place]:
-    """The places of keys and texts below a node that a sentence has in quotes."""
+def _texts(node: Node) -> Iterator[tuple[str, Place]]:
+    """The keys and texts below a node, in quotes, but for an expression."""
     if isinstance(node.value, dict):
         for key, inner in node.value.items():
-            if key == "merge":
-                continue
-            if quoted(key) in sentence:
-                yield node.keys[key]
-            yield from _texts(inner, sentence)
+            if key != "merge":
+                yield quoted(key), node.keys[key]
+                yield from _texts(inner)
     elif isinstance(node.value, list):
         for inner in node.value:
-            yield from _texts(inner, sentence)
-    elif isinstance(node.value, str) and quoted(node.value) in sentence:
-        yield node.at
+            yield from _texts(inner)
+    elif isinstance(node.value, str):
+        yield quoted(node.value), node.at

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergetool.checkpoint.names import quoted
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe import file
@@ -106,6 +107,7 @@ def _changed(text: str, draw: random.Random) -> str:
 def run(count: int, seed: int) -> dict[str, object]:
     """Read them all, and say what happened."""
     registry.methods()  # what is imported at first use is imported now: the methods, and plug-ins that are installed
+    quoted("\x1b")  # the codec of escapes in messages
     for raw in recipes(300, seed=-1):
         _read(raw, Counter(), [])
     events: Counter[str] = Counter()
