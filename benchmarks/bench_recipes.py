@@ -36,7 +36,13 @@ IN_SHEET = {
 
 def made(recipe: str, folder: Path) -> Path:
     """The folder with a recipe's outputs."""
-    program = [Path(sys.executable).with_name("mergetool"), "merge", RECIPES / f"{recipe}.yaml", "-o", folder]
+    program = [
+        str(Path(sys.executable).with_name("mergetool")),
+        "merge",
+        str(RECIPES / f"{recipe}.yaml"),
+        "-o",
+        str(folder),
+    ]
     first = subprocess.run([*program, "--no-progress"], check=True, capture_output=True, text=True)
     again = subprocess.run([*program, "--no-progress"], check=True, capture_output=True, text=True)
     print(first.stdout.splitlines()[0], "then", again.stdout.splitlines()[0], flush=True)
@@ -81,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label, stage in looks(folder):
             shown[label] = lab.pictures(stage)
             readings = lab.read(shown[label])
-            counts = (lab.adherence(shown[label]), share(r.striped for r in readings), share(r.hollow for r in readings))
+            counts = (
+                lab.adherence(shown[label]),
+                share(r.striped for r in readings),
+                share(r.hollow for r in readings),
+            )
             rows.append([label, *map(percent, counts)])
             print(rows[-1], flush=True)
         write_table("recipes", ["pictures of", "adherence", "striped", "hollow"], rows, lab, page="recipes.md")

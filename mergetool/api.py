@@ -26,6 +26,7 @@ from mergetool.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mergetool.compare.comparison import Report
     from mergetool.engine.worker import Outcome
     from mergetool.lora.extract import Extraction
     from mergetool.verify.pictures import PicturesReport
@@ -263,6 +264,42 @@ class Verification:
         return self.weights.sound and (self.pictures is None or self.pictures.passed)
 
 
+def compare(
+    base: str,
+    variant: str,
+    *,
+    reference: str | None = None,
+    reference_base: str | None = None,
+    onto: str | None = None,
+    multiplier: float | str = 1,
+    target: float = 0.01,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> Report:
+    """Measure how far ``variant`` lies from ``base``, part by part, in one pass, and advise a multiplier for their difference.
+
+    ``reference`` - ``reference_base`` (``base`` without it) is a difference whose size is known to be right, ``target`` the wanted change as a
+    share; ``onto`` is what the difference will be added to (``base`` without it). ``multiplier`` is a number, exact as text, or
+    "recommended": that of the merge whose rounding is looked at.
+    """
+    from mergetool.compare import comparison
+    from mergetool.engine import job
+    from mergetool.recipe.options import Options
+
+    size = multiplier if multiplier == comparison.RECOMMENDED else Fraction(str(multiplier))
+    options = Options(include=_patterns(include), exclude=_patterns(exclude), dtype=job.output_dtype(dtype))
+    with (
+        comparison.open_comparison(
+            base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
+        ) as opened,
+        _counting("compare", opened.bytes_read, progress) as advance,
+    ):
+        return comparison.compare(opened, multiplier=size, target=target, threads=threads, progress=advance)
+
+
 def verify(
     output: StrPath,
     *,
@@ -284,8 +321,9 @@ def verify(
     ``images`` True makes pictures, False does not, None where that takes minutes. ``inputs`` maps names of the recipe to where those models are now,
     ``report`` is an HTML file to write. What a check says no to is in the result; an exception is raised for what cannot be checked.
     """
+    from mergetool.compare import page
     from mergetool.verify import looking, pictures
-    from mergetool.verify import report as page
+    from mergetool.verify.report import render
     from mergetool.verify.weights import check_weights
 
     if report is not None:
@@ -312,7 +350,7 @@ def verify(
             with _counting("look", asked, progress, unit="step") as advance:
                 looked = pictures.check_pictures(weights.parents, str(output), studio, look, progress=advance)
     if report is not None:
-        page.write(Path(report), page.render(Path(output).name, weights, looked, left_out=left_out))
+        page.write(Path(report), render(Path(output).name, weights, looked, left_out=left_out))
     return Verification(weights, looked, left_out)
 
 

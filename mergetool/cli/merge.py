@@ -18,9 +18,10 @@ from mergetool.cli.console import (
     SkipUnmatchedOption,
     VerboseOption,
 )
-from mergetool.errors import UsageError
+from mergetool.errors import LineageError, UsageError
 
 if TYPE_CHECKING:
+    from mergetool.compare.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
@@ -130,6 +131,9 @@ def merge(
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
     skip_unmatched: SkipUnmatchedOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge models that do not look as if they belong together.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
     as_json: JsonOption = False,
@@ -171,6 +175,7 @@ def merge(
         reader=reader,
         nonfinite=nonfinite,
         skip_unmatched=skip_unmatched,
+        force=force,
         overwrite=overwrite,
         dry_run=dry_run,
         as_json=as_json,
@@ -201,6 +206,7 @@ class Settings:
     reader: str = "auto"
     nonfinite: str = "refuse"
     skip_unmatched: bool = False
+    force: bool = False
     overwrite: bool = False
     dry_run: bool = False
     as_json: bool = False
@@ -229,9 +235,10 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
             print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+        findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
         if settings.dry_run or output is None:
             if settings.as_json:
-                console.print_json(plan_json(plan, memory))
+                console.print_json(plan_json(plan, memory) | lineage_json(findings))
             return
         total = plan.bytes_read + plan.header.data_size
         with console.progress(bar, total, shown=settings.shows_progress) as advance:
@@ -249,9 +256,24 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
             )
         seconds = time.monotonic() - started
         if settings.as_json:
-            console.print_json(plan_json(plan, memory) | outcome_json(plan, outcome, output, seconds))
+            console.print_json(
+                plan_json(plan, memory) | lineage_json(findings) | outcome_json(plan, outcome, output, seconds)
+            )
         else:
             print_outcome(plan, outcome, output, seconds)
+
+
+def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
+    """Whether the models of ``plan`` belong together, printed where ``shown``; raises LineageError where they do not, unless with ``force``."""
+    from mergetool.compare import lineage
+
+    findings = lineage.check(plan)
+    for finding in findings:
+        if finding.is_error and not force:
+            raise LineageError(f"{finding.text}; --force merges anyway.")
+        if shown:
+            console.heading(finding.level, finding.text)
+    return findings
 
 
 def multiplier(text: str) -> Setting:
@@ -384,6 +406,10 @@ def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "metadata": dict(plan.header.metadata),
     }
+
+
+def lineage_json(findings: list[Finding]) -> dict[str, Any]:
+    return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
 def _movement_json(movement: Movement) -> dict[str, Any]:

@@ -112,6 +112,9 @@ class _Run:
                     console.say()
                     console.heading("output", task.output.label)
                     merging.print_plan(plan, memory, every_tensor=settings.verbose)
+                with self.places.located(task.output):
+                    findings = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
+                self.json[task.path] |= merging.lineage_json(findings)
             if settings.dry_run:
                 return
             with console.progress("merge", total, shown=settings.shows_progress) as advance:

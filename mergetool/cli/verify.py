@@ -160,8 +160,9 @@ def examine(
     shown: bool = True,
 ) -> Examined:
     """Check a merge's weights, and its pictures where they are asked for, or with None where they take minutes."""
+    from mergetool.compare import page
     from mergetool.verify import looking, pictures
-    from mergetool.verify import report as page
+    from mergetool.verify.report import render
     from mergetool.verify.scores import clip_scorer
     from mergetool.verify.weights import check_weights
 
@@ -190,7 +191,7 @@ def examine(
             with console.progress("look", asked, shown=shown, unit="step") as bar:
                 looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
     if report is not None:
-        page.write(report, page.render(Path(output).name, weights, looked, left_out=left_out))
+        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
     return Examined(output, weights, looked, left_out, time.monotonic() - started)
 
 
@@ -203,7 +204,7 @@ def place(text: str) -> tuple[str, str]:
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     console.heading("recipe", report.expression)
     for what, names in report.damage():
@@ -248,7 +249,7 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     return {
         "sound": report.sound,

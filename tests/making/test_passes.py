@@ -57,7 +57,10 @@ def states(text: str, target: Path | None = None) -> list[tuple[str, str, str]]:
     return [(task.output.label, task.state.kind, task.state.why) for task in tasks]
 
 
-CHAIN = MODELS + "variables: {m: 2}\noutputs:\n  one: {merge: alk + m*(a - b)}\n  two: {merge: 0.5*one + 0.5*alk, shard_size: 100kB}\n"
+CHAIN = (
+    MODELS
+    + "variables: {m: 2}\noutputs:\n  one: {merge: alk + m*(a - b)}\n  two: {merge: 0.5*one + 0.5*alk, shard_size: 100kB}\n"
+)
 
 
 def make(text: str) -> None:

@@ -67,7 +67,7 @@ def test_a_sweep_is_the_product_of_its_values() -> None:
     recipe = read(MODELS + "sweep: {m: [5, 10], n: [0.5, 2, 3]}\nmerge: a + m*(a - b) + n*(b - a)\n")
     wanted = [f"r-{m}-{n}.safetensors" for m in ("5", "10") for n in ("0.5", "2", "3")]
     assert [output.file for output in recipe.outputs] == wanted
-    assert [output.label for output in recipe.outputs][0] == "r (m=5, n=0.5)"
+    assert recipe.outputs[0].label == "r (m=5, n=0.5)"
 
 
 def test_a_setting_leaves_one_value_of_a_sweep() -> None:
@@ -110,7 +110,8 @@ def test_a_pattern_that_is_a_variables_name_is_no_use_of_it() -> None:
 
 def test_options_are_those_of_the_command_line() -> None:
     (output,) = read(
-        MODELS + "variables: {k: 0.5, s: 3}\nmerge: a + 2*(a - b)\nprotect: refiner\nexclude: [pad, 'layers.{s}']\nfrom: b\n"
+        MODELS
+        + "variables: {k: 0.5, s: 3}\nmerge: a + 2*(a - b)\nprotect: refiner\nexclude: [pad, 'layers.{s}']\nfrom: b\n"
         "set: {layers.0-1: '{k}', v: 0, layers: 'linear(0.2, 1.0)'}\ndtype: fp8_e4m3\nrounding: stochastic\nseed: '{s}'\nlayout: diffusers\n"
     ).outputs
     found = options_of(output, {name: name for name in output.uses})
