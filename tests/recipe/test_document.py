@@ -61,7 +61,7 @@ def test_an_alias_is_the_value_of_its_anchor() -> None:
 def test_what_aliases_repeat_counts_as_often_as_it_is_repeated() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 8)]  # 9^8 values
-    with pytest.raises(document.RecipeError, match="r.yaml:[4-7]:.*(10000 values|aliases)"):
+    with pytest.raises(document.RecipeError, match=r"r\.yaml:[4-7]:.*(10000 values|aliases)"):
         tree("\n".join(lines))
 
 
