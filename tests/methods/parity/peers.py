@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 from unittest import mock
 
-import numpy as np
 import sd_mecha
 import torch
 from mergekit import merge_methods
@@ -33,7 +32,8 @@ def mergekit(name: str, *, base: Literal["zero", "first", ""] = "", random: bool
         values = {key: _each(value, ids) if key in per_argument else value for key, value in parameters.items()}
         group = TensorGroup.from_tensors(tensors, base_index=0 if base else None)
         with drawing_ours(random):
-            return method([group], parameters=values)[0]
+            result: Tensor = method([group], parameters=values)[0]
+        return result
 
     return Theirs("mergekit", _text(name, parameters), call)
 
@@ -75,10 +75,11 @@ def drawing_ours(active: bool = True) -> Iterator[None]:
     def keep(probabilities: Any, shape: torch.Size | tuple[int, ...]) -> Tensor:
         nonlocal drawn
         drawn += 1
-        return uniform(SITE.key(0, drawn - 1), shape, torch.device("cpu")) < probabilities
+        draws = uniform(SITE.key(0, drawn - 1), shape, torch.device("cpu"))
+        return draws.lt(probabilities)
 
     class Generator:
-        def binomial(self, n: int, p: float, size: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        def binomial(self, n: int, p: float, size: tuple[int, ...]) -> Any:
             assert n == 1
             return keep(p, size).numpy()
 
@@ -88,5 +89,5 @@ def drawing_ours(active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
-    with mock.patch("torch.bernoulli", bernoulli), mock.patch("numpy.random.default_rng", lambda seed: Generator()):
+    with mock.patch("torch.bernoulli", bernoulli), mock.patch("numpy.random.default_rng", return_value=Generator()):
         yield
