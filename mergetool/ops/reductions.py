@@ -8,6 +8,7 @@ everywhere, and its elements are the same bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def total(values: Tensor) -> float:
     """The sum of all elements, in float64."""
     flat = values.reshape(-1)
     sums = [_halved(flat[at : at + BLOCK].to(torch.float64)) for at in range(0, flat.numel(), BLOCK)]
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    return _added(sums)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -33,7 +34,7 @@ def dot(a: Tensor, b: Tensor) -> float:
     for at in range(0, x.numel(), BLOCK):
         product = x[at : at + BLOCK].to(torch.float64)
         sums.append(_halved(product.mul_(y[at : at + BLOCK])))
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    return _added(sums)
 
 
 def norm(values: Tensor) -> float:
@@ -55,6 +56,12 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 def row_norms(values: Tensor) -> Tensor:
     """The Euclidean norm of each row, float64."""
     return row_dots(values, values).sqrt()
+
+
+def _added(sums: Sequence[Tensor]) -> float:
+    """The sum of the blocks' sums, correctly rounded; what is not finite stays so, where fsum would raise for inf and -inf."""
+    values = torch.cat(list(sums)).tolist() if sums else []
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def _halved(values: Tensor, dim: int = 0) -> Tensor:
@@ -97,13 +104,16 @@ def largest(values: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone."""
+def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device, start: int = 0) -> Tensor:
+    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone.
+
+    The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
+    """
     count = math.prod(shape)
     found, scratch = np.empty(count, np.uint32), np.empty(min(count, BLOCK), np.uint32)
     for at in range(0, count, BLOCK):
         size = min(BLOCK, count - at)
-        random_bits(key, at, found[at : at + size], scratch[:size])
+        random_bits(key, start + at, found[at : at + size], scratch[:size])
     found >>= np.uint32(8)
     draws = found.astype(np.float32)
     draws *= np.float32(2.0**-24)
