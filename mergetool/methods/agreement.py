@@ -89,7 +89,7 @@ def ramplus_tl(
         changed = [piece.abs() > epsilon for _, piece in places]
         one = _how_many(changed) == 1
         for k, mask in enumerate(changed):
-            counted, single = int(mask.sum()), int((mask & one).sum())
+            counted, single = int(mask.count_nonzero()), int((mask & one).count_nonzero())
             shared[k] += counted - single
             alone[k] += single
     ratios = [s / a if a else (alpha if s else 0.0) for s, a in zip(shared, alone, strict=True)]

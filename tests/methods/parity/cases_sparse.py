@@ -16,7 +16,7 @@ EXTRA = "sd-mecha keeps one element more than the share k, and all that equal th
 STOCK = "sd-mecha takes the cosine of neighbours alone (1 with 2, 2 with 3), not of all pairs, and of rows, where the paper takes layers"
 UNBIASED = "sd-mecha divides the mean of what is left by 1-p as if one difference could be left; with several that is too much, and the result is larger than their mean"
 NEGATIVE = "two rows point away from each other, and mergekit's factor is below 0 (it grows without bound towards a cosine of -1): the result lies beyond the base, away from both; here it is the base"
-SMALL = "mergekit takes a product of two norms for at least 1e-6, so that small parameters (here 16 elements of 2e-4) count as less alike than they are"
+SMALL = "mergekit takes a product of two norms for at least 1e-6, so that small parameters (here 20 elements of 2e-4) count as less alike than they are"
 ENERGY = "mergekit weights all alike when the mean squares add up to less than 1e-6, which differences of fine-tunes often do (here they are 2e-4 in size)"
 EARLY = "sd-mecha stops when its float32 sum of distances no longer changes, which is flat there; in float64 it agrees"
 
@@ -181,7 +181,7 @@ CENTER = [
         shapes=((96, 40),),
         why=NEGATIVE,
     ),
-    Case("model_stock", mergekit("model_stock", base="zero"), size=0.05, shapes=((16,),), why=SMALL),
+    Case("model_stock", mergekit("model_stock", base="zero"), size=0.05, shapes=((20,),), why=SMALL),
     Case("model_stock", mecha("model_stock"), {"filter_wise": True}, count=2, shapes=WIDE),
     Case("model_stock", mecha("model_stock"), {"filter_wise": True}, shapes=WIDE, why=STOCK),
     Case("geometric_median", mecha("geometric_median", double=True)),
