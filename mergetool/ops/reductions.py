@@ -8,6 +8,7 @@ everywhere, and its elements are the same bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,18 +23,14 @@ BLOCK = 1 << 18
 def total(values: Tensor) -> float:
     """The sum of all elements, in float64."""
     flat = values.reshape(-1)
-    sums = [_halved(flat[at : at + BLOCK].to(torch.float64)) for at in range(0, flat.numel(), BLOCK)]
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    return _sum([_halved(_exact(flat[at : at + BLOCK])) for at in range(0, flat.numel(), BLOCK)])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     """The dot product of all elements of two tensors of one shape, in float64."""
     x, y = a.reshape(-1), b.reshape(-1)
-    sums = []
-    for at in range(0, x.numel(), BLOCK):
-        product = x[at : at + BLOCK].to(torch.float64)
-        sums.append(_halved(product.mul_(y[at : at + BLOCK])))
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    starts = range(0, x.numel(), BLOCK)
+    return _sum([_halved(_exact(x[at : at + BLOCK]).mul_(y[at : at + BLOCK])) for at in starts])
 
 
 def norm(values: Tensor) -> float:
@@ -42,19 +39,31 @@ def norm(values: Tensor) -> float:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it."""
-    width = max(1, a.shape[-1])
+    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it.
+
+    A tensor without dimensions is one row of one element.
+    """
+    width = max(1, a.shape[-1] if a.ndim else 1)
     x, y = a.reshape(-1, width), b.reshape(-1, width)
     rows = max(1, BLOCK // width)
-    sums = [
-        _halved(x[at : at + rows].to(torch.float64).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)
-    ]
-    return torch.cat(sums).reshape(a.shape[:-1]) if sums else torch.zeros(a.shape[:-1], dtype=torch.float64)
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)]
+    return torch.cat(sums).reshape(a.shape[:-1]) if sums else a.new_zeros(a.shape[:-1], dtype=torch.float64)
 
 
 def row_norms(values: Tensor) -> Tensor:
     """The Euclidean norm of each row, float64."""
     return row_dots(values, values).sqrt()
+
+
+def _exact(values: Tensor) -> Tensor:
+    """A copy in float64, which may be overwritten."""
+    return values.to(torch.float64, copy=True)
+
+
+def _sum(parts: Sequence[Tensor]) -> float:
+    """The sum of tensors of one element each, rounded once; NaN or infinite where one of them is."""
+    numbers = torch.cat(list(parts)).tolist() if parts else []
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
 
 
 def _halved(values: Tensor, dim: int = 0) -> Tensor:
@@ -68,7 +77,7 @@ def _halved(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def kth_largest(values: Tensor, count: int) -> float:
-    """The ``count``-th largest element (from 1) of any number of them.
+    """The ``count``-th largest element (from 1) of any number of them; NaN is larger than any number.
 
     torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
     """
@@ -84,27 +93,38 @@ def kth_largest(values: Tensor, count: int) -> float:
 def largest(values: Tensor, count: int) -> Tensor:
     """A mask of the ``count`` largest elements, of the shape of ``values``: exactly so many; of equal ones the first.
 
-    Every element for a count at least as large as the tensor, none for 0 or less.
+    Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """
     if count <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     if count >= values.numel():
-        return torch.ones_like(values, dtype=torch.bool)
-    threshold = kth_largest(values, count)
-    chosen = values > threshold
-    equal = (values == threshold).reshape(-1).nonzero().reshape(-1)
-    chosen.reshape(-1)[equal[: count - int(chosen.sum())]] = True
-    return chosen
+        return torch.ones(values.shape, dtype=torch.bool, device=values.device)
+    flat = values.reshape(-1)
+    threshold = kth_largest(flat, count)
+    if math.isnan(threshold):
+        chosen, equal = torch.zeros_like(flat, dtype=torch.bool), flat.isnan()
+    else:
+        chosen, equal = (flat <= threshold).logical_not_(), flat == threshold
+    missing = count - int(chosen.count_nonzero())
+    for at in range(0, flat.numel(), BLOCK):  # in blocks: the places of 39 M equal elements would take 315 MB
+        if missing == 0:
+            break
+        places = equal[at : at + BLOCK].nonzero().reshape(-1)[:missing]
+        chosen[at + places] = True
+        missing -= places.numel()
+    return chosen.reshape(values.shape)
 
 
 def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
     """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone."""
     count = math.prod(shape)
-    found, scratch = np.empty(count, np.uint32), np.empty(min(count, BLOCK), np.uint32)
+    draws = np.empty(count, np.float32)
+    bits, scratch = np.empty((2, min(count, BLOCK)), np.uint32)
     for at in range(0, count, BLOCK):
-        size = min(BLOCK, count - at)
-        random_bits(key, at, found[at : at + size], scratch[:size])
-    found >>= np.uint32(8)
-    draws = found.astype(np.float32)
-    draws *= np.float32(2.0**-24)
+        block = draws[at : at + BLOCK]
+        words = bits[: len(block)]
+        random_bits(key, at, words, scratch[: len(block)])
+        words >>= np.uint32(8)
+        np.copyto(block, words, casting="same_kind")
+        block *= np.float32(2.0**-24)
     return torch.from_numpy(draws).reshape(shape).to(device)
