@@ -21,24 +21,20 @@ BLOCK = 1 << 18
 """Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
 
 SAMPLE = 1 << 16
-"""Elements that say where the k-th largest about is: to half a percent of their number, so that one percent of all is sorted."""
+"""Elements that say about where the k-th largest is: to half a percent of their number, so that one percent of all is looked at closely."""
 
 
 def total(values: Tensor) -> float:
     """The sum of all elements, in float64."""
     flat = values.reshape(-1)
-    sums = [_halved(flat[at : at + BLOCK].to(torch.float64)) for at in range(0, flat.numel(), BLOCK)]
-    return _added(sums)
+    return _sum([_halved(_exact(flat[at : at + BLOCK])) for at in range(0, flat.numel(), BLOCK)])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     """The dot product of all elements of two tensors of one shape, in float64."""
     x, y = a.reshape(-1), b.reshape(-1)
-    sums = []
-    for at in range(0, x.numel(), BLOCK):
-        product = x[at : at + BLOCK].to(torch.float64)
-        sums.append(_halved(product.mul_(y[at : at + BLOCK])))
-    return _added(sums)
+    starts = range(0, x.numel(), BLOCK)
+    return _sum([_halved(_exact(x[at : at + BLOCK]).mul_(y[at : at + BLOCK])) for at in starts])
 
 
 def norm(values: Tensor) -> float:
@@ -47,14 +43,15 @@ def norm(values: Tensor) -> float:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it."""
-    width = max(1, a.shape[-1])
+    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it.
+
+    A tensor without dimensions is one row of one element.
+    """
+    width = max(1, a.shape[-1] if a.ndim else 1)
     x, y = a.reshape(-1, width), b.reshape(-1, width)
     rows = max(1, BLOCK // width)
-    sums = [
-        _halved(x[at : at + rows].to(torch.float64).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)
-    ]
-    return torch.cat(sums).reshape(a.shape[:-1]) if sums else torch.zeros(a.shape[:-1], dtype=torch.float64)
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)]
+    return torch.cat(sums).reshape(a.shape[:-1]) if sums else a.new_zeros(a.shape[:-1], dtype=torch.float64)
 
 
 def row_norms(values: Tensor) -> Tensor:
@@ -62,14 +59,19 @@ def row_norms(values: Tensor) -> Tensor:
     return row_dots(values, values).sqrt()
 
 
-def _added(sums: Sequence[Tensor]) -> float:
-    """The sum of the blocks' sums, correctly rounded; what is not finite stays so, where fsum would raise for inf and -inf."""
-    values = torch.cat(list(sums)).tolist() if sums else []
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+def _exact(values: Tensor) -> Tensor:
+    """A copy in float64, which may be overwritten."""
+    return values.to(torch.float64, copy=True)
+
+
+def _sum(parts: Sequence[Tensor]) -> float:
+    """The sum of tensors of one element each, rounded once; NaN or infinite where one of them is."""
+    numbers = torch.cat(list(parts)).tolist() if parts else []
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
 
 
 def _halved(values: Tensor, dim: int = 0) -> Tensor:
-    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``, and leaves it no reason to stay in memory."""
+    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``, and keeps nothing of their memory."""
     while (length := values.shape[dim]) > 1:
         half = -(-length // 2)
         head = values.narrow(dim, 0, half)
@@ -79,7 +81,7 @@ def _halved(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def kth_largest(values: Tensor, count: int, *, magnitude: bool = False) -> float:
-    """The ``count``-th largest element (from 1) of any number of them, or of their magnitudes.
+    """The ``count``-th largest element (from 1) of any number of them, or of their magnitudes; NaN is larger than any number.
 
     torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
     """
@@ -101,7 +103,7 @@ def _partitioned(values: np.ndarray[Any, Any], count: int) -> float:
 
 
 def _near(flat: Tensor, count: int, magnitude: bool) -> float | None:
-    """The same from the few elements near where a sample has it, in a third of the time; None where it is not among them."""
+    """The same from the few elements near where a sample has it; None where it is not among them, as for structured values."""
     sample = flat[:: flat.numel() // SAMPLE].numpy()
     ordered = np.sort(np.abs(sample) if magnitude else sample)[::-1]
     share = count / flat.numel()
@@ -111,39 +113,43 @@ def _near(flat: Tensor, count: int, magnitude: bool) -> float | None:
     above, between = 0, []
     for piece in _pieces(flat, magnitude):
         each = piece.numpy()
-        above += np.count_nonzero(each > high)
-        between.append(each[(each <= high) & (each >= low)])
+        below = each <= high
+        above += len(each) - int(np.count_nonzero(below))
+        between.append(each[below & (each >= low)])
     near = np.concatenate(between)
     return _partitioned(near, count - above) if above < count <= above + len(near) else None
 
 
 def _pieces(flat: Tensor, magnitude: bool) -> Iterator[Tensor]:
-    """Blocks of the elements or of their magnitudes; on a GPU all at once."""
-    step = max(1, flat.numel()) if flat.is_cuda else BLOCK
-    for at in range(0, flat.numel(), step):
-        piece = flat[at : at + step]
+    """The elements or their magnitudes, in blocks."""
+    for at in range(0, flat.numel(), BLOCK):
+        piece = flat[at : at + BLOCK]
         yield piece.abs() if magnitude else piece
 
 
 def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
-    """A mask of the ``count`` elements that are largest, or largest by magnitude, of the shape of ``values``.
+    """A mask of the ``count`` elements that are largest, or largest by magnitude, of the shape of ``values``: exactly so many; of equal ones the first.
 
-    Exactly so many; of equal ones the first. Every element for a count at least as large as the tensor, none for 0 or less.
+    Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """
     if count <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     if count >= values.numel():
-        return torch.ones_like(values, dtype=torch.bool)
-    threshold = kth_largest(values, count, magnitude=magnitude)
+        return torch.ones(values.shape, dtype=torch.bool, device=values.device)
     flat = values.reshape(-1)
-    chosen = torch.cat([piece > threshold for piece in _pieces(flat, magnitude)])
-    missing, start = count - int(chosen.count_nonzero()), 0
-    for piece in _pieces(flat, magnitude):
-        if missing <= 0:
+    threshold = kth_largest(flat, count, magnitude=magnitude)
+    unknown = math.isnan(threshold)
+    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    if not unknown:
+        for at, piece in enumerate(_pieces(flat, magnitude)):
+            chosen[at * BLOCK : at * BLOCK + len(piece)] = (piece <= threshold).logical_not_()
+    missing = count - int(chosen.count_nonzero())
+    for at, piece in enumerate(_pieces(flat, magnitude)):  # the places of 39 M equal elements would take 315 MB
+        if missing == 0:
             break
-        equal = (piece == threshold).nonzero().reshape(-1)[:missing]
-        chosen[start + equal] = True
-        missing, start = missing - len(equal), start + len(piece)
+        places = (piece.isnan() if unknown else piece == threshold).nonzero().reshape(-1)[:missing]
+        chosen[at * BLOCK + places] = True
+        missing -= len(places)
     return chosen.reshape(values.shape)
 
 
@@ -153,11 +159,13 @@ def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device,
     The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
     """
     count = math.prod(shape)
-    found, scratch = np.empty(count, np.uint32), np.empty(min(count, BLOCK), np.uint32)
+    draws = np.empty(count, np.float32)
+    bits, scratch = np.empty((2, min(count, BLOCK)), np.uint32)
     for at in range(0, count, BLOCK):
-        size = min(BLOCK, count - at)
-        random_bits(key, start + at, found[at : at + size], scratch[:size])
-    found >>= np.uint32(8)
-    draws = found.astype(np.float32)
-    draws *= np.float32(2.0**-24)
+        block = draws[at : at + BLOCK]
+        words = bits[: len(block)]
+        random_bits(key, start + at, words, scratch[: len(block)])
+        words >>= np.uint32(8)
+        np.copyto(block, words, casting="same_kind")
+        block *= np.float32(2.0**-24)
     return torch.from_numpy(draws).reshape(shape).to(device)

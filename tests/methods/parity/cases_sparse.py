@@ -34,7 +34,7 @@ TIES = [
     Case("ties", mergekit("ties", base="zero", weight=1, density=0.25), {"density": 0.25}),
     Case(
         "ties",
-        mergekit("ties", base="zero", weight=[1, 0.5, 2], density=0.25, normalize=False, **{"lambda": 0.7}),
+        mergekit("ties", base="zero", weight=[1, 0.5, 2], density=0.25, normalize=False, lambda_=0.7),
         {"density": 0.25, "weights": (1, 0.5, 2), "normalize": False, "scale": 0.7},
     ),
     Case(

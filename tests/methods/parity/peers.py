@@ -24,6 +24,7 @@ def mergekit(name: str, *, base: Literal["zero", "first", ""] = "", random: bool
     or as a list. With ``random`` it draws the random numbers that ours draw with seed 0 (see ``drawing_ours``).
     """
     method = merge_methods.get(name)
+    parameters = {key.removesuffix("_"): value for key, value in parameters.items()}  # lambda is a word of Python
     per_argument = {each.name for each in method.spec.parameters if each.scope != ParameterScope.SHARED}
 
     def call(given: list[Tensor]) -> Tensor:
