@@ -19,7 +19,7 @@ from mergetool.ops.reductions import dot, largest, uniform
 Threshold = Annotated[float, Range(0, text="the magnitude above which a model has changed an element")]
 
 
-@method(takes="deltas", buffers=lambda arguments: 3.5)
+@method(takes="deltas", buffers=lambda arguments: 1.5)
 def sce(
     tensors: Sequence[Tensor],
     site: Site,
@@ -38,7 +38,7 @@ def sce(
         variances = _variances(tensors)
         mask = largest(variances, sparsity.count(density, int(variances.count_nonzero())))
         for delta in tensors:
-            delta.mul_(mask)
+            sparsity.keep(delta, mask)
     energies = [dot(delta, delta) for delta in tensors]
     whole = math.fsum(energies)
     if whole == 0:

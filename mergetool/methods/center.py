@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergetool.methods.consensus import added, scale_each
 from mergetool.methods.registry import Site, Text, method
+from mergetool.methods.sparsity import blocks
 from mergetool.ops.reductions import dot, norm, row_dots, row_norms
 
 STEPS = 1000
@@ -74,7 +75,7 @@ def _stock(cosine: float, count: int) -> float:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-@method(takes="any", least=2, buffers=lambda arguments: 1)
+@method(takes="any", least=2, buffers=lambda arguments: 0.1)
 def geometric_median(tensors: Sequence[Tensor], site: Site) -> Tensor:
     """Take the point whose distances to all of them add up to least, which one outlier cannot pull away.
 
@@ -92,8 +93,8 @@ def geometric_median(tensors: Sequence[Tensor], site: Site) -> Tensor:
 def _squared_distances(tensors: Sequence[Tensor]) -> list[list[float]]:
     squares = [[0.0] * len(tensors) for _ in tensors]
     for i, j in combinations(range(len(tensors)), 2):
-        difference = tensors[i] - tensors[j]
-        squares[i][j] = squares[j][i] = dot(difference, difference)
+        pieces = zip(blocks(tensors[i]), blocks(tensors[j]), strict=True)
+        squares[i][j] = squares[j][i] = sum(norm(a - b) ** 2 for (_, a), (_, b) in pieces)
     return squares
 
 

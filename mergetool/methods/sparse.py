@@ -33,7 +33,7 @@ def _mean(deltas: Sequence[Tensor], weights: Sequence[float], scale: float, elec
     return agreeing(deltas, elect=elect, shares=sizes if normalize else ()).mul_(scale)
 
 
-@method(takes="deltas", buffers=lambda arguments: 2.5)
+@method(takes="deltas", buffers=lambda arguments: 0.4)
 def ties(
     tensors: Sequence[Tensor],
     site: Site,
@@ -149,7 +149,7 @@ def della(
     return _mean(tensors, weights, scale, elect, normalize=normalize)
 
 
-@method(takes="deltas", buffers=lambda arguments: 2.75)
+@method(takes="deltas", buffers=lambda arguments: 0.6)
 def breadcrumbs(
     tensors: Sequence[Tensor],
     site: Site,
@@ -169,7 +169,7 @@ def breadcrumbs(
     return _sum(tensors, weights, scale)
 
 
-@method(takes="deltas", buffers=lambda arguments: 2.75)
+@method(takes="deltas", buffers=lambda arguments: 0.6)
 def breadcrumbs_ties(
     tensors: Sequence[Tensor],
     site: Site,

@@ -31,10 +31,16 @@ def blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield at, flat[at : at + BLOCK]
 
 
+def keep(delta: Tensor, mask: Tensor) -> None:
+    """Multiply by a mask, in pieces: torch would make one of float32 of it, of the whole size."""
+    for (_, piece), (_, kept) in zip(blocks(delta), blocks(mask), strict=True):
+        piece.mul_(kept)
+
+
 def trim(delta: Tensor, density: float) -> None:
     """Keep the share of the elements that is largest by magnitude, exactly so many; of equal ones the first."""
     if density < 1:
-        delta.mul_(largest(delta, count(density, delta.numel()), magnitude=True))
+        keep(delta, largest(delta, count(density, delta.numel()), magnitude=True))
 
 
 def trim_outliers(delta: Tensor, density: float, gamma: float) -> None:
@@ -43,7 +49,7 @@ def trim_outliers(delta: Tensor, density: float, gamma: float) -> None:
     kept = count(density, elements)
     outliers = min(round(gamma * elements), elements - kept)
     mask = largest(delta, outliers + kept, magnitude=True)
-    delta.mul_(mask.logical_xor_(largest(delta, outliers, magnitude=True)))
+    keep(delta, mask.logical_xor_(largest(delta, outliers, magnitude=True)))
 
 
 def drop(delta: Tensor, density: float, key: int, *, rescale: bool) -> None:
