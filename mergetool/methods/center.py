@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergetool.methods.consensus import added, scale_each
 from mergetool.methods.registry import Site, Text, method
-from mergetool.methods.sparsity import blocks
+from mergetool.methods.sparsity import blocks, by_rows
 from mergetool.ops.reductions import dot, norm, row_dots, row_norms
 
 STEPS = 1000
@@ -38,14 +38,10 @@ def model_stock(
     if not filter_wise:
         share = _stock(_cosine(tensors), count)
         return added(tensors).mul_(share / count)
-    shares = torch.tensor([_stock(cosine, count) / count for cosine in _row_cosines([_rows(x) for x in tensors])])
+    shares = torch.tensor([_stock(cosine, count) / count for cosine in _row_cosines([by_rows(x) for x in tensors])])
     result = added(tensors)
-    _rows(result).mul_(shares.to(result)[:, None])
+    by_rows(result).mul_(shares.to(result)[:, None])
     return result
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values.view(values.shape[0], -1) if values.dim() > 1 else values.view(1, -1)
 
 
 def _cosine(tensors: Sequence[Tensor]) -> float:

@@ -5,6 +5,7 @@ Everything works in place, and multiplies by 0 what it drops, so that what is no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,11 @@ def blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
     flat = values.view(-1)
     for at in range(0, flat.numel(), BLOCK):
         yield at, flat[at : at + BLOCK]
+
+
+def by_rows(values: Tensor) -> Tensor:
+    """The same memory with a row for each index of the first dimension, an output of a linear map; with one where there is no other dimension."""
+    return values.view(values.shape[0], math.prod(values.shape[1:])) if values.dim() > 1 else values.view(1, -1)
 
 
 def keep(delta: Tensor, mask: Tensor) -> None:
@@ -64,13 +70,13 @@ def drop(delta: Tensor, density: float, key: int, *, rescale: bool) -> None:
 def drop_by_rank(delta: Tensor, density: float, epsilon: float, key: int, *, rescale: bool) -> None:
     """Keep each element with a probability that rises with its magnitude's rank in its row, from ``density - epsilon`` to ``density + epsilon``.
 
-    A row is what belongs to one index of the first dimension; a tensor with no other is one row. Where the probabilities would leave 0 to 1,
-    epsilon is less. What is kept is divided by its own probability, to keep the mean.
+    The rows are those of ``by_rows``. Where the probabilities would leave 0 to 1, epsilon is less. What is kept is divided by its own probability,
+    to keep the mean.
     """
     if density >= 1:
         return
     spread = min(epsilon, density, 1 - density)
-    rows = delta.view(delta.shape[0], -1) if delta.dim() > 1 else delta.view(1, -1)
+    rows = by_rows(delta)
     width = rows.shape[1]
     height = max(1, BLOCK // max(width, 1))
     for top in range(0, len(rows), height):
