@@ -50,9 +50,35 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(sums).reshape(a.shape[:-1]) if sums else a.new_zeros(a.shape[:-1], dtype=torch.float64)
 
 
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each pair of columns (the first dimension), float64, of the shape of the dimensions after it.
+
+    A tensor without dimensions is one column of one element.
+    """
+    height = max(1, a.shape[0] if a.ndim else 1)
+    x, y = a.reshape(height, -1), b.reshape(height, -1)
+    rows = max(1, BLOCK // max(1, x.shape[1]))
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows])) for at in range(0, height, rows)]
+    return _halved(torch.cat(sums)).reshape(a.shape[1:])
+
+
 def row_norms(values: Tensor) -> Tensor:
     """The Euclidean norm of each row, float64."""
     return row_dots(values, values).sqrt()
+
+
+def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The dot products of all pairs of some tensors of one shape, in float64."""
+    half = [[dot(a, b) for b in tensors[: i + 1]] for i, a in enumerate(tensors)]
+    return [[half[max(i, j)][min(i, j)] for j in range(len(half))] for i in range(len(half))]
+
+
+def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """The sum of factor times tensor, in order, two roundings a term; in place of the tensors, which it overwrites."""
+    result = tensors[0].mul_(factors[0])
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        result.add_(tensor.mul_(factor))
+    return result
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -88,6 +114,16 @@ def kth_largest(values: Tensor, count: int) -> float:
         return float(flat.kthvalue(flat.numel() - count + 1).values)
     at = flat.numel() - count
     return float(np.partition(flat.numpy(), at)[at])
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """For each share q of n > 0 values, that at place ``floor(q * (n - 1))`` of their rising order, counted from 0; NaN comes last."""
+    flat = values.reshape(-1)
+    places = [math.floor(share * (flat.numel() - 1)) for share in shares]
+    if flat.is_cuda:
+        return [float(flat.kthvalue(place + 1).values) for place in places]
+    ordered = np.partition(flat.numpy(), places)
+    return [float(ordered[place]) for place in places]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
