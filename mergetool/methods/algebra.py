@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from mergetool.linalg.exact import strongest_rows
@@ -51,12 +50,11 @@ def truncate_rank(
     total = dot(delta, delta)
     if (most == min(matrix.shape) and energy == 1) or total == 0 or not math.isfinite(total):
         return delta
-    exact = matrix.double()
-    rows = strongest_rows(exact, most, energy)
-    for at in range(0, len(matrix), 1024):
-        if matrix.shape[0] >= matrix.shape[1]:
-            matrix[at : at + 1024] = (exact[at : at + 1024] @ rows.T) @ rows
-        else:
-            image = rows @ exact if at == 0 else image
-            matrix[at : at + 1024] = rows.T[at : at + 1024] @ image
+    places = range(0, len(matrix), 1024)
+    rows = strongest_rows(matrix, most, energy)
+    tall = matrix.shape[0] >= matrix.shape[1]
+    image = None if tall else sum(rows[:, at : at + 1024] @ matrix[at : at + 1024].double() for at in places)
+    for at in places:
+        block = matrix[at : at + 1024]
+        block.copy_((block.double() @ rows.T) @ rows if image is None else rows[:, at : at + 1024].T @ image)
     return matrix.reshape(delta.shape)

@@ -20,7 +20,9 @@ def clamp(
     *,
     stiffness: Annotated[
         float,
-        Range(0, 1, "how far the bounds are drawn in: 1 leaves, on each side, the argument nearest to the mean of them"),
+        Range(
+            0, 1, "how far the bounds are drawn in: 1 leaves, on each side, the argument nearest to the mean of them"
+        ),
     ] = 0.0,
 ) -> Tensor:
     """Keep every element of the first within the range of the others.

@@ -103,7 +103,9 @@ def karcher(
     *,
     weights: Weights = (),
     iterations: Annotated[int, Range(0, 10_000, "the most steps")] = 100,
-    tolerance: Annotated[float, Range(0, text="the length of a step after which there are no more, in radians")] = 1e-10,
+    tolerance: Annotated[
+        float, Range(0, text="the length of a step after which there are no more, in radians")
+    ] = 1e-10,
 ) -> Tensor:
     """Average the directions of any number so that the squared angles to them are least, and their norms, each parameter as one vector.
 
@@ -132,9 +134,7 @@ Matrix = list[list[float]]
 Vector = list[float]
 
 
-def _on_sphere(
-    tensors: Sequence[Tensor], weights: Sequence[float], mean: Callable[[Matrix, Vector], Vector]
-) -> Tensor:
+def _on_sphere(tensors: Sequence[Tensor], weights: Sequence[float], mean: Callable[[Matrix, Vector], Vector]) -> Tensor:
     """The weighted mean of the norms in a mean direction, which ``mean`` gives as a combination of the unit vectors.
 
     ``mean`` is told the cosines of all pairs of arguments that are not zero, and their weights. A mean without direction leaves
