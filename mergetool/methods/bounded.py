@@ -61,14 +61,10 @@ def geometric_sum(
     a, b = tensors
     if alpha in (0.0, 1.0):
         return tensors[int(alpha)]
-    positive, negative = ([a.new_tensor(value) for value in pair] for pair in _signs(alpha))
-    sign = torch.where(a < 0, torch.where(b < 0, *negative), torch.where(b < 0, *positive))
+    turned = a.new_tensor(math.cos(math.pi * alpha)), a.new_tensor(math.cos(math.pi * (1 - alpha)))
+    one = torch.ones_like(turned[0])
+    sign = torch.where(a < 0, torch.where(b < 0, -one, turned[1]), torch.where(b < 0, turned[0], one))
     return a.abs_().pow_(1 - alpha).mul_(b.abs_().pow_(alpha)).mul_(sign)
-
-
-def _signs(alpha: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """For a first factor that is positive, and for a negative one: what a second that is negative gives, and one that is not."""
-    return (math.cos(math.pi * alpha), 1.0), (-1.0, math.cos(math.pi * (1 - alpha)))
 
 
 @method(takes="models", least=3, most=3, buffers=lambda _: 4)

@@ -75,8 +75,8 @@ def nuslerp(
         return combination(tensors, _arc(dot(a, b), norm(a), norm(b), t))
     turned = a.movedim(1, 0).shape
     x, y = (tensor.movedim(0 if per == "row" else 1, 0).flatten(1) for tensor in tensors)
-    sums = (row_dots(x, y), row_norms(x), row_norms(y))
-    factors = [_arc(*numbers, t) for numbers in zip(*(each.tolist() for each in sums), strict=True)]
+    numbers = zip(row_dots(x, y).tolist(), row_norms(x).tolist(), row_norms(y).tolist(), strict=True)
+    factors = [_arc(product, one, other, t) for product, one, other in numbers]
     first, second = x.new_tensor(factors).reshape(-1, 2).T
     result = x.mul_(first[:, None]).add_(y.mul_(second[:, None]))
     return result.reshape(a.shape) if per == "row" else result.reshape(turned).movedim(0, 1).contiguous()
