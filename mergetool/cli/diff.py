@@ -161,7 +161,7 @@ def diff(
         only = on_the_cpu(options, spectra, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
-        with console.progress("diff", _bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
+        with console.progress("diff", pairing.bytes_to_read(options), shown=not (no_progress or as_json)) as bar:
             found = extract(
                 pairing,
                 target,
@@ -231,12 +231,6 @@ def _options(
         dtype=output_dtype(dtype),
         seed=seed,
     )
-
-
-def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
-    """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
-    again = sum(map(pairing.nbytes, pairing.decomposed)) if options.budget else 0
-    return pairing.bytes_read + again
 
 
 def _default_output(base: str, variant: str) -> Path:
