@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergetool.methods.registry import Range, Site, method
-from mergetool.ops.reductions import BLOCK, column_dots, dot, norm, quantiles, row_dots
+from mergetool.ops.reductions import BLOCK, column_dots, dot, kth_largest, norm, row_dots
 
 Lowered = Annotated[float, Range(text="what is taken from the cosine: more of it brings more of the second")]
 
@@ -112,7 +112,8 @@ def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
         step = max(1, BLOCK // rows.shape[1])
         for at in range(0, len(rows), step):
             rows[at : at + step] *= _divergences(x[at : at + step].double(), y[at : at + step].double())
-        low, middle, high = quantiles(importance, (0.25, 0.5, 0.75))
+        places = (int(share * (importance.numel() - 1)) for share in (0.25, 0.5, 0.75))
+        low, middle, high = (kth_largest(importance, importance.numel() - place) for place in places)
         difference.mul_(importance.ge_(middle + 1.5 * (high - low)))
     return a.add_(difference)
 

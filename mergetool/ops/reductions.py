@@ -8,7 +8,8 @@ everywhere, and its elements are the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from mergetool.ops.cpu_rounding import random_bits
 
 BLOCK = 1 << 18
 """Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
+
+SAMPLE = 1 << 16
+"""Elements that say about where the k-th largest is: to half a percent of their number, so that one percent of all is looked at closely."""
 
 
 def total(values: Tensor) -> float:
@@ -93,17 +97,17 @@ def _sum(parts: Sequence[Tensor]) -> float:
 
 
 def _halved(values: Tensor, dim: int = 0) -> Tensor:
-    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``."""
+    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``, and keeps nothing of their memory."""
     while (length := values.shape[dim]) > 1:
         half = -(-length // 2)
         head = values.narrow(dim, 0, half)
         head.narrow(dim, 0, length - half).add_(values.narrow(dim, half, length - half))
         values = head
-    return values if dim == 0 else values.squeeze(dim)
+    return values.clone() if dim == 0 else values.squeeze(dim).clone()
 
 
-def kth_largest(values: Tensor, count: int) -> float:
-    """The ``count``-th largest element (from 1) of any number of them; NaN is larger than any number.
+def kth_largest(values: Tensor, count: int, *, magnitude: bool = False) -> float:
+    """The ``count``-th largest element (from 1) of any number of them, or of their magnitudes; NaN is larger than any number.
 
     torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
     """
@@ -111,23 +115,46 @@ def kth_largest(values: Tensor, count: int) -> float:
         raise ValueError(f"there is no {count}-th largest of {values.numel()} elements")
     flat = values.reshape(-1)
     if flat.is_cuda:
-        return float(flat.kthvalue(flat.numel() - count + 1).values)
-    at = flat.numel() - count
-    return float(np.partition(flat.numpy(), at)[at])
+        return float((flat.abs() if magnitude else flat).kthvalue(flat.numel() - count + 1).values)
+    if flat.numel() > 4 * SAMPLE:
+        found = _near(flat, count, magnitude)
+        if found is not None:
+            return found
+    return _partitioned((flat.abs() if magnitude else flat).numpy(), count)
 
 
-def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
-    """For each share q of n > 0 values, that at place ``floor(q * (n - 1))`` of their rising order, counted from 0; NaN comes last."""
-    flat = values.reshape(-1)
-    places = [math.floor(share * (flat.numel() - 1)) for share in shares]
-    if flat.is_cuda:
-        return [float(flat.kthvalue(place + 1).values) for place in places]
-    ordered = np.partition(flat.numpy(), places)
-    return [float(ordered[place]) for place in places]
+def _partitioned(values: np.ndarray[Any, Any], count: int) -> float:
+    at = len(values) - count
+    return float(np.partition(values, at)[at])
 
 
-def largest(values: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` largest elements, of the shape of ``values``: exactly so many; of equal ones the first.
+def _near(flat: Tensor, count: int, magnitude: bool) -> float | None:
+    """The same from the few elements near where a sample has it; None where it is not among them, as for structured values."""
+    sample = flat[:: flat.numel() // SAMPLE].numpy()
+    ordered = np.sort(np.abs(sample) if magnitude else sample)[::-1]
+    share = count / flat.numel()
+    place, margin = share * len(ordered), 4 * math.sqrt(share * (1 - share) * len(ordered)) + 2
+    high = ordered[int(place - margin)] if place > margin else np.inf
+    low = ordered[int(place + margin)] if place + margin < len(ordered) else -np.inf
+    above, between = 0, []
+    for piece in _pieces(flat, magnitude):
+        each = piece.numpy()
+        below = each <= high
+        above += len(each) - int(np.count_nonzero(below))
+        between.append(each[below & (each >= low)])
+    near = np.concatenate(between)
+    return _partitioned(near, count - above) if above < count <= above + len(near) else None
+
+
+def _pieces(flat: Tensor, magnitude: bool) -> Iterator[Tensor]:
+    """The elements or their magnitudes, in blocks."""
+    for at in range(0, flat.numel(), BLOCK):
+        piece = flat[at : at + BLOCK]
+        yield piece.abs() if magnitude else piece
+
+
+def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
+    """A mask of the ``count`` elements that are largest, or largest by magnitude, of the shape of ``values``: exactly so many; of equal ones the first.
 
     Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """
@@ -136,30 +163,34 @@ def largest(values: Tensor, count: int) -> Tensor:
     if count >= values.numel():
         return torch.ones(values.shape, dtype=torch.bool, device=values.device)
     flat = values.reshape(-1)
-    threshold = kth_largest(flat, count)
-    if math.isnan(threshold):
-        chosen, equal = torch.zeros_like(flat, dtype=torch.bool), flat.isnan()
-    else:
-        chosen, equal = (flat <= threshold).logical_not_(), flat == threshold
+    threshold = kth_largest(flat, count, magnitude=magnitude)
+    unknown = math.isnan(threshold)
+    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    if not unknown:
+        for at, piece in enumerate(_pieces(flat, magnitude)):
+            chosen[at * BLOCK : at * BLOCK + len(piece)] = (piece <= threshold).logical_not_()
     missing = count - int(chosen.count_nonzero())
-    for at in range(0, flat.numel(), BLOCK):  # in blocks: the places of 39 M equal elements would take 315 MB
+    for at, piece in enumerate(_pieces(flat, magnitude)):  # the places of 39 M equal elements would take 315 MB
         if missing == 0:
             break
-        places = equal[at : at + BLOCK].nonzero().reshape(-1)[:missing]
-        chosen[at + places] = True
-        missing -= places.numel()
+        places = (piece.isnan() if unknown else piece == threshold).nonzero().reshape(-1)[:missing]
+        chosen[at * BLOCK + places] = True
+        missing -= len(places)
     return chosen.reshape(values.shape)
 
 
-def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone."""
+def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device, start: int = 0) -> Tensor:
+    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone.
+
+    The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
+    """
     count = math.prod(shape)
     draws = np.empty(count, np.float32)
     bits, scratch = np.empty((2, min(count, BLOCK)), np.uint32)
     for at in range(0, count, BLOCK):
         block = draws[at : at + BLOCK]
         words = bits[: len(block)]
-        random_bits(key, at, words, scratch[: len(block)])
+        random_bits(key, start + at, words, scratch[: len(block)])
         words >>= np.uint32(8)
         np.copyto(block, words, casting="same_kind")
         block *= np.float32(2.0**-24)

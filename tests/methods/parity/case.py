@@ -38,6 +38,7 @@ class Case:
     parameters: Mapping[str, object] = field(default_factory=dict)
     count: int = 3
     inputs: Literal["models", "deltas", ""] = ""  # "": what the method takes, models where it takes either
+    size: float = 1.0  # what the inputs are multiplied by
     rounding: float = 1e-6
     why: str = ""
     shapes: Sequence[Shape] = ((96, 40), (257,), (8, 6, 3, 3))
@@ -51,7 +52,7 @@ class Case:
         """The largest absolute difference, relative to their largest element. Raises AssertionError where a result is not finite."""
         method = methods.find(self.method)
         kind = self.inputs or ("deltas" if method.takes == "deltas" else "models")
-        given = tensors(kind, self.count, shape)
+        given = [self.size * tensor for tensor in tensors(kind, self.count, shape)]
         ours = apply(method, [tensor.clone() for tensor in given], self.parameters)
         theirs = self.theirs.call([tensor.clone() for tensor in given])
         assert ours.shape == theirs.shape == shape

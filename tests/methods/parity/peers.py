@@ -24,6 +24,7 @@ def mergekit(name: str, *, base: Literal["zero", "first", ""] = "", random: bool
     or as a list. With ``random`` it draws the random numbers that ours draw with seed 0 (see ``drawing_ours``).
     """
     method = merge_methods.get(name)
+    parameters = {key.removesuffix("_"): value for key, value in parameters.items()}  # lambda is a word of Python
     per_argument = {each.name for each in method.spec.parameters if each.scope != ParameterScope.SHARED}
 
     def call(given: list[Tensor]) -> Tensor:
@@ -42,8 +43,8 @@ def _each(value: Any, ids: Sequence[int]) -> dict[int, Any]:
     return dict(zip(ids, value if isinstance(value, Sequence) else [value] * len(ids), strict=True))
 
 
-def mecha(name: str, *, random: bool = False, **parameters: Any) -> Theirs:
-    """A built-in method of sd-mecha, by the name of its function; ``random`` as with mergekit's.
+def mecha(name: str, *, random: bool = False, double: bool = False, **parameters: Any) -> Theirs:
+    """A built-in method of sd-mecha, by the name of its function; ``random`` as with mergekit's; with ``double`` in float64.
 
     Numbers become tensors where it declares them so, and a parameter of a model is handed over as a model of one parameter where it wants one.
     """
@@ -56,11 +57,12 @@ def mecha(name: str, *, random: bool = False, **parameters: Any) -> Theirs:
         values = {
             name: torch.tensor(value) if declared[name] is Tensor else value for name, value in parameters.items()
         }
+        given = [tensor.double() for tensor in given] if double else given
         models = [{SITE.part: tensor} for tensor in given] if key else given
         with drawing_ours(random):
             return function(*models, **values, **key)
 
-    return Theirs("sd-mecha", _text(name, parameters), call)
+    return Theirs("sd-mecha", _text(name, parameters) + " in float64" * double, call)
 
 
 def _text(name: str, parameters: dict[str, Any]) -> str:
