@@ -25,7 +25,7 @@ def perpendicular(tensors: Sequence[Tensor], site: Site) -> Tensor:
     return a.sub_(b.mul_(dot(a, b) / square)) if square else a
 
 
-@method(takes="deltas", least=1, most=1, buffers=lambda _: 3)
+@method(takes="deltas", least=1, most=1, buffers=lambda _: 6)
 def truncate_rank(
     tensors: Sequence[Tensor],
     site: Site,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mergetool.methods.registry import Range, Site, method
+from mergetool.ops.reductions import in_blocks
 
 
-@method(takes="any", least=3, buffers=lambda count: 5)
+@method(takes="any", least=3, buffers=lambda _: 0)
 def clamp(
     tensors: Sequence[Tensor],
     site: Site,
@@ -30,7 +31,10 @@ def clamp(
     Formula: max(l, min(h, x1)) with h = (1-s)*max(x_k) + s*min(x_k of those >= their mean), l = (1-s)*min(x_k) + s*max(x_k of those <= their mean), k from 2
     Source: clamp of sd-mecha
     """
-    value, *bounds = tensors
+    return in_blocks(lambda value, *bounds: _clamped(value, bounds, stiffness), tensors)
+
+
+def _clamped(value: Tensor, bounds: Sequence[Tensor], stiffness: float) -> Tensor:
     high, low = reduce(torch.maximum, bounds), reduce(torch.minimum, bounds)
     if stiffness:
         mean = reduce(torch.Tensor.add_, bounds[1:], bounds[0].clone()).div_(len(bounds))
@@ -40,11 +44,13 @@ def clamp(
             torch.where((bound <= mean) & (bound > below), bound, below, out=below)
         high.mul_(1 - stiffness).add_(above.mul_(stiffness))
         low.mul_(1 - stiffness).add_(below.mul_(stiffness))
-    kept = torch.minimum(torch.maximum(value, low), high)
-    return kept.add_(value.mul_(0))  # which hides no infinity
+    kept = torch.minimum(torch.maximum(value, low, out=low), high, out=low)
+    for tensor in (value, *bounds):
+        kept.add_(tensor.mul_(0))  # which hides no infinity
+    return kept
 
 
-@method(takes="any", least=2, most=2, buffers=lambda _: 2)
+@method(takes="any", least=2, most=2, buffers=lambda _: 0)
 def geometric_sum(
     tensors: Sequence[Tensor],
     site: Site,
@@ -58,16 +64,19 @@ def geometric_sum(
 
     Devices agree to float32 rounding of powers.
     """
-    a, b = tensors
     if alpha in (0.0, 1.0):
         return tensors[int(alpha)]
-    turned = a.new_tensor(math.cos(math.pi * alpha)), a.new_tensor(math.cos(math.pi * (1 - alpha)))
-    one = torch.ones_like(turned[0])
-    sign = torch.where(a < 0, torch.where(b < 0, -one, turned[1]), torch.where(b < 0, turned[0], one))
-    return a.abs_().pow_(1 - alpha).mul_(b.abs_().pow_(alpha)).mul_(sign)
+
+    def mix(a: Tensor, b: Tensor) -> Tensor:
+        first, second = a < 0, b < 0
+        sign = torch.ones_like(a).masked_fill_(second, math.cos(math.pi * alpha))
+        sign.masked_fill_(first, math.cos(math.pi * (1 - alpha))).masked_fill_(first & second, -1.0)
+        return a.abs_().pow_(1 - alpha).mul_(b.abs_().pow_(alpha)).mul_(sign)
+
+    return in_blocks(mix, tensors)
 
 
-@method(takes="models", least=3, most=3, buffers=lambda _: 4)
+@method(takes="models", least=3, most=3, buffers=lambda _: 0)
 def multiply_quotient(
     tensors: Sequence[Tensor],
     site: Site,
@@ -81,7 +90,10 @@ def multiply_quotient(
 
     Devices agree to float32 rounding of powers and logarithms.
     """
-    a, b, c = tensors
+    return in_blocks(lambda a, b, c: _multiplied(a, b, c, alpha), tensors)
+
+
+def _multiplied(a: Tensor, b: Tensor, c: Tensor, alpha: float) -> Tensor:
     zero = (a == 0).logical_or_(b == 0).logical_or_(c == 0)
     quotient = b.div_(c)
     q = quotient.abs().log_()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mergetool.methods.registry import Range, Site, method
-from mergetool.ops.reductions import BLOCK, column_dots, dot, kth_largest, norm, row_dots
+from mergetool.ops.reductions import BLOCK, column_dots, dot, in_blocks, kth_largest, norm, row_dots
 
 Lowered = Annotated[float, Range(text="what is taken from the cosine: more of it brings more of the second")]
 
 
-@method(takes="any", least=2, most=2, buffers=lambda _: 1)
+@method(takes="any", least=2, most=2, buffers=lambda _: 0)
 def nearswap(
     tensors: Sequence[Tensor],
     site: Site,
@@ -28,10 +28,13 @@ def nearswap(
 
     The source's weight min(1, t / abs(x1 - x2)) for the second is this. mergekit's differs for t below 1e-6.
     """
-    a, b = tensors
-    difference = b.sub_(a)
-    step = difference.clamp(-t, t)
-    return a.add_(step).add_(difference.mul_(0))  # which hides no infinity
+
+    def swap(a: Tensor, b: Tensor) -> Tensor:
+        difference = b.sub_(a)
+        step = difference.clamp(-t, t)
+        return a.add_(step).add_(difference.mul_(0))  # which hides no infinity
+
+    return in_blocks(swap, tensors)
 
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 0.1)
@@ -71,7 +74,7 @@ def _gated(a: Tensor, b: Tensor, cosines: Tensor, alpha: float) -> Tensor:
     return a.add_(b.sub_(a).mul_(shares))
 
 
-@method(takes="models", least=3, most=3, buffers=lambda _: 1)
+@method(takes="models", least=3, most=3, buffers=lambda _: 0)
 def train_difference(
     tensors: Sequence[Tensor],
     site: Site,
@@ -83,15 +86,18 @@ def train_difference(
     Formula: x1 + 1.8 * alpha * m * (x2 - x3) with m = abs(x1-x2) / (abs(x1-x2) + abs(x2-x3)), 0 where both are 0
     Source: trainDifference of SuperMerger; sd-mecha's train_difference_mask times the difference
     """
-    a, b, c = tensors
-    learned = torch.sub(b, c, out=c)
-    far = b.sub_(a).abs_()
-    both = learned.abs().add_(far)
-    far.div_(both.masked_fill_(both == 0, 1.0))  # where both are 0, so is the numerator
-    return a.add_(learned.mul_(far).mul_(1.8 * alpha))
+
+    def train(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        learned = b - c
+        far = b.sub_(a).abs_()
+        both = learned.abs().add_(far)
+        far.div_(both.masked_fill_(both == 0, 1.0))  # where both are 0, so is the numerator
+        return a.add_(learned.mul_(far).mul_(1.8 * alpha))
+
+    return in_blocks(train, tensors)
 
 
-@method(takes="any", least=2, most=2, buffers=lambda _: 2)
+@method(takes="any", least=2, most=2, buffers=lambda _: 1.1)
 def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
     """Take the elements of the second that matter most: those that changed much, in rows whose distribution changed much.
 
@@ -109,7 +115,7 @@ def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
     if importance.numel():
         rows = importance.view(-1, importance.shape[-1] if importance.ndim else 1)
         x, y = a.reshape(rows.shape), difference.reshape(rows.shape)
-        step = max(1, BLOCK // rows.shape[1])
+        step = max(1, BLOCK // 4 // rows.shape[1])
         for at in range(0, len(rows), step):
             rows[at : at + step] *= _divergences(x[at : at + step].double(), y[at : at + step].double())
         places = (int(share * (importance.numel() - 1)) for share in (0.25, 0.5, 0.75))

@@ -13,11 +13,12 @@ from torch import Tensor
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import BLOCK
 
-GAUSSIAN = tuple(math.exp(-(k**2) / 2) for k in range(5))
-"""The Gaussian of standard deviation 1 out to four of them, as scipy cuts it; not yet divided by its sum."""
+_BELL = [math.exp(-(k**2) / 2) for k in range(5)]
+GAUSSIAN = tuple(value / (2 * sum(_BELL) - 1) for value in _BELL)
+"""The middle and one side of the Gaussian of standard deviation 1 out to four of them, where scipy cuts it."""
 
 
-@method(takes="models", least=3, most=3, buffers=lambda _: 2.1)
+@method(takes="models", least=3, most=3, buffers=lambda _: 1)
 def smooth_add_difference(
     tensors: Sequence[Tensor],
     site: Site,
@@ -91,22 +92,26 @@ def _median(values: list[Tensor]) -> Tensor:
 
 
 def _gaussian(values: Tensor, dimension: int) -> Tensor:
-    """The values smoothed along one dimension."""
-    length = values.shape[dimension]
-    if values.numel() == 0:
+    """The values smoothed along one dimension, in place."""
+    if not values.numel():
         return values
-    whole = 2 * sum(GAUSSIAN) - GAUSSIAN[0]
+    length, height = values.shape[dimension], values.shape[0]
     place = torch.arange(-4, length + 4, device=values.device).remainder(2 * length)
     mirrored = torch.where(place < length, place, 2 * length - 1 - place)
-    padded = values.index_select(dimension, mirrored)
-    result = torch.mul(padded.narrow(dimension, 4, length), GAUSSIAN[0] / whole, out=values)
-    for k in range(1, 5):
-        pair = padded.narrow(dimension, 4 - k, length) + padded.narrow(dimension, 4 + k, length)
-        result.add_(pair.mul_(GAUSSIAN[k] / whole))
-    return result
+    whole = values.index_select(0, mirrored) if dimension == 0 else None
+    rows = max(1, BLOCK * height // values.numel())
+    for at in range(0, height, rows):
+        block = values[at : at + rows]
+        padded = block.index_select(dimension, mirrored) if whole is None else whole[at : at + len(block) + 8]
+        size = block.shape[dimension]
+        torch.mul(padded.narrow(dimension, 4, size), GAUSSIAN[0], out=block)
+        for k in range(1, 5):
+            pair = padded.narrow(dimension, 4 - k, size) + padded.narrow(dimension, 4 + k, size)
+            block.add_(pair.mul_(GAUSSIAN[k]))
+    return values
 
 
-@method(takes="any", least=2, most=2, buffers=lambda _: 2)
+@method(takes="any", least=2, most=2, buffers=lambda _: 3)
 def crossover(
     tensors: Sequence[Tensor],
     site: Site,
