@@ -26,7 +26,8 @@ def nearswap(
     Formula: x1 + max(-t, min(t, x2 - x1))
     Source: alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
 
-    The source's weight min(1, t / abs(x1 - x2)) for the second is this. mergekit's differs for t below 1e-6.
+    The source's weight min(1, t / abs(x1 - x2)) for the second is this. mergekit's is t / 1e-6 at most, which
+    makes elements closer than that move less for a t below it.
     """
 
     def swap(a: Tensor, b: Tensor) -> Tensor:
