@@ -30,6 +30,7 @@ outputs:
     verify: weights
   half:
     merge: 0.5*carried + 0.5*alk
+    protect: refiner
     output: half-{m}.safetensors
 """
 
