@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 Takes = Literal["models", "deltas", "any"]
 """Whether the arguments are models, differences of models, or all models or all differences; so is the result."""
 
-FAMILIES: tuple[str, ...] = ("affine", "spherical")
+FAMILIES: tuple[str, ...] = (
+    "affine", "agreement", "algebra", "bounded", "center", "gated", "smoothing", "sparse", "spherical",
+)  # fmt: skip
 """The modules of this room that hold methods."""
 
 GROUP = "mergetool.methods"
