@@ -27,6 +27,7 @@ from mergetool.cli import (
     lora_subtract,
     lora_verify,
     merge,
+    replay,
     sample,
     verify,
 )
@@ -50,6 +51,7 @@ app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=replay.EXAMPLES)(replay.replay)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
 lora = typer.Typer(
