@@ -8,7 +8,7 @@ everywhere, and its elements are the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,9 +54,46 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(sums).reshape(a.shape[:-1]) if sums else a.new_zeros(a.shape[:-1], dtype=torch.float64)
 
 
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each pair of columns (the first dimension), float64, of the shape of the dimensions after it.
+
+    A tensor without dimensions is one column of one element.
+    """
+    if not a.numel():
+        return a.new_zeros(a.shape[1:], dtype=torch.float64)
+    height = a.shape[0] if a.ndim else 1
+    x, y = a.reshape(height, -1), b.reshape(height, -1)
+    rows = max(1, BLOCK // x.shape[1])
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows])) for at in range(0, height, rows)]
+    return _halved(torch.cat(sums)).reshape(a.shape[1:])
+
+
 def row_norms(values: Tensor) -> Tensor:
     """The Euclidean norm of each row, float64."""
     return row_dots(values, values).sqrt()
+
+
+def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The dot products of all pairs of some tensors of one shape, in float64."""
+    half = [[dot(a, b) for b in tensors[: i + 1]] for i, a in enumerate(tensors)]
+    return [[half[max(i, j)][min(i, j)] for j in range(len(half))] for i in range(len(half))]
+
+
+def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """The sum of factor times tensor, in order, two roundings a term; in place of the tensors, which it overwrites."""
+    result = tensors[0].mul_(factors[0])
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        result.add_(tensor.mul_(factor))
+    return result
+
+
+def in_blocks(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """What ``function`` makes of the tensors element by element, in blocks that stay in the cache; in place of the first."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for at in range(0, flat[0].numel(), BLOCK):
+        first, *others = (each[at : at + BLOCK] for each in flat)
+        first.copy_(function(first, *others))
+    return flat[0].reshape(tensors[0].shape)
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def test_every_command_is_listed_in_the_help(family: Path) -> None:
         "verify",
         "demo",
         "models",
+        "methods",
     }
     assert commands | groups <= set(out.split())
 
