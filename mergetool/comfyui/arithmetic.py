@@ -83,10 +83,10 @@ class MergeExpression:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, expression: str) -> Literal[True] | str:  # noqa: N802
-        """True, or why the text is no merge, before anything runs."""
+    def VALIDATE_INPUTS(cls, expression: str | None) -> Literal[True] | str:  # noqa: N802
+        """True, or why the text is no merge, before anything runs; None is a linked text, not known yet."""
         try:
-            parse(expression)
+            parse("a" if expression is None else expression)
         except MergetoolError as error:
             return str(error)
         return True
