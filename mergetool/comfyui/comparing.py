@@ -26,7 +26,7 @@ class Compare:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The models, the wanted change, and where to draw it."""
         change = "Wanted size of the change, as a share of the norm of what is changed."
         picture = "Name of a heat map in the output folder; empty for none."
@@ -47,7 +47,7 @@ class Compare:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, picture: str | None) -> Literal[True] | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, picture: str | None) -> Literal[True] | str:
         """True, or what is wrong with the picture's name, before anything runs; None is a linked one, not known yet."""
         return host.first_error(lambda: host.target(host.OUTPUT, picture, ".png") if picture else None)
 
