@@ -50,7 +50,7 @@ def test_a_plug_in_is_listed_with_its_package(site: Path, tmp_path: Path) -> Non
 def test_one_that_cannot_be_imported_is_one_sentence(site: Path, tmp_path: Path) -> None:
     install(site, "broken", "halved", "import nowhere_to_be_found\n")
     sentence = (
-        'the merge method "halved" of the package broken cannot be loaded: No module named \'nowhere_to_be_found\' '
+        "the merge method \"halved\" of the package broken cannot be loaded: No module named 'nowhere_to_be_found' "
         "(ModuleNotFoundError); update or uninstall it."
     )
     named = run(tmp_path, "methods", "halved")
