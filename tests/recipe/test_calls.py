@@ -153,7 +153,7 @@ def parse_or_reject(text: str) -> Expression:
     try:
         return parse(text)
     except ExpressionError as error:
-        if not any(words in str(error) for words in ("cancels to nothing", "add up to 0", "outside what float32")):
+        if not any(words in str(error) for words in ("cancels to nothing", "add up to 0", "outside what float32", "degree")):
             raise
         reject()
 
