@@ -28,6 +28,7 @@ from mergetool.cli import (
     lora_verify,
     merge,
     methods,
+    replay,
     sample,
     verify,
 )
@@ -52,6 +53,7 @@ app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=replay.EXAMPLES)(replay.replay)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
 lora = typer.Typer(
