@@ -153,7 +153,9 @@ def parse_or_reject(text: str) -> Expression:
     try:
         return parse(text)
     except ExpressionError as error:
-        if not any(words in str(error) for words in ("cancels to nothing", "add up to 0", "outside what float32", "degree")):
+        if not any(
+            words in str(error) for words in ("cancels to nothing", "add up to 0", "outside what float32", "degree")
+        ):
             raise
         reject()
 
