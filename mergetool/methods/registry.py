@@ -230,7 +230,7 @@ def _texts(function: Callable[..., Any]) -> dict[str, Any]:
         head, colon, rest = line.partition(":")
         if not line.strip():
             field = ""
-        elif colon and head in ("Formula", "Source"):
+        elif colon and head in ("Formula", "Source") and head.lower() not in texts:
             field = head.lower()
             texts[field] = rest.strip()
         elif field:

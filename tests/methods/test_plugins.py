@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,21 @@ def test_a_plug_in_is_imported_only_when_it_is_named(site: Path, tmp_path: Path)
     assert not (tmp_path / "imported").exists()
     run(tmp_path, "methods", "halved")
     assert (tmp_path / "imported").exists()
+
+
+def test_the_documented_example_works_as_it_stands(site: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    code = re.search(r"```python\n# loud_parts.py\n(.*?)```", page, re.DOTALL)
+    assert code
+    install(site, "loud-parts", "loud", code[1])
+    checkpoint(tmp_path / "base.safetensors")
+    checkpoint(tmp_path / "tuned.safetensors", variant=1)
+    text = "loud('tuned.safetensors', base='base.safetensors', share=2)"
+    ran = run(tmp_path, "merge", text, "-o", "out.safetensors", "--dtype", "fp32", "--force")
+    assert ran.code == 0, ran.err
+    name = "layers.0.feed_forward.w1.weight"
+    base, tuned, out = (load_torch(tmp_path / f"{file}.safetensors", name) for file in ("base", "tuned", "out"))
+    delta = tuned - base
+    loud = np.abs(delta) >= 2 * np.sqrt((delta.astype(np.float64) ** 2).mean())
+    assert 0 < loud.mean() < 0.2
+    np.testing.assert_array_equal(out, base + delta * loud)
