@@ -89,6 +89,7 @@ def test_every_command_is_listed_in_the_help(family: Path) -> None:
         "replay",
         "demo",
         "models",
+        "methods",
     }
     assert commands | groups <= set(out.split())
 
