@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
-from mergetool.errors import LineageError, MergetoolError
+from mergetool.errors import MergetoolError
 from mergetool.ops.rounding import MODES
 from mergetool.recipe.graph import quote
 from mergetool.recipe.groups import parse_setting
@@ -160,13 +160,13 @@ class ExtractLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
-        from mergetool import api
+        import mergetool
 
         path = host.target(folder, name)
         host.make_folder(path)
         started = time.monotonic()
         with host.own_tensors():
-            found = api.diff(
+            found = mergetool.diff(
                 links.one_model(base, "a LoRA's base"),
                 links.one_model(variant, "the model that a LoRA is taken of"),
                 path,
@@ -200,12 +200,11 @@ def _is_made(plan: Plan, path: Path) -> bool:
 
 def _advice(plan: Plan, force: bool) -> list[str]:
     """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
-    from mergetool.compare import lineage
+    from mergetool.comparison import lineage
 
     findings = lineage.check(plan)
-    for finding in findings:
-        if finding.is_error and not force:
-            raise LineageError(f"{finding.text}; turn on force to merge anyway.")
+    if not force:
+        lineage.refuse(findings, way_out="turn on force to merge anyway")
     return [f"{finding.level}: {finding.text}" for finding in findings]
 
 
