@@ -61,7 +61,7 @@ def merge(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     keep_from: str | None = None,
-    multipliers: Mapping[str, float | str] | None = None,
+    multipliers: Mapping[str, float | str | Fraction] | None = None,
     dtype: str | None = None,
     quant: str | None = None,
     scale_search: bool = False,
@@ -78,20 +78,21 @@ def merge(
 ) -> Merged:
     """Merge checkpoints by an expression into ``output``, a .safetensors file or a folder; complete, or not at all.
 
-    ``multipliers`` scales the change in groups, as ``--set`` does: ``{"layers.0-9": 0.5, "refiner": 0}``; a later entry wins. ``protect``,
+    ``multipliers`` scales the change in groups, as ``--set`` does: ``{"layers": "linear(0.2,1)", "refiner": 0}``; a later entry wins. ``protect``,
     ``include`` and ``exclude`` are patterns of groups and tensors. Sizes are in bytes. Raises MergetoolError: ExpressionError, PatternError or
     UsageError for what is asked, InputMissing and DataError for inputs, OutputError, BusyError and StorageError for the output, NonFiniteError for
     NaN and infinity.
     """
     from mergetool.engine import device as devices
     from mergetool.engine import job
+    from mergetool.recipe.groups import parse_setting
     from mergetool.recipe.options import Options
 
     options = Options(
         protect=_patterns(protect),
         include=_patterns(include),
         exclude=_patterns(exclude),
-        multipliers=tuple((pattern, Fraction(str(value))) for pattern, value in (multipliers or {}).items()),
+        multipliers=tuple(parse_setting(f"{pattern}={value}") for pattern, value in (multipliers or {}).items()),
         keep_from=keep_from,
         dtype=job.output_dtype(dtype),
         layout=layout,

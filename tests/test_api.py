@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ BRIDGE = "lab.alkahest + 1.5*(lab.striped - lab.base)"
 
 
 def test_a_merge_is_the_commands_bytes_and_says_what_was_done(tmp_path: Path) -> None:
-    done = api.merge(BRIDGE, tmp_path / "api.safetensors", protect=["refiner"], multipliers={"layers.0-1": 0.5})
-    code = mergetool(
-        "merge", BRIDGE, "--protect", "refiner", "--set", "layers.0-1=0.5", "-o", "cli.safetensors", cwd=tmp_path
-    ).code
+    groups = {"layers": "linear(0.5,1)", "layers.0-1": 0.5, "v": Fraction(1, 3)}
+    done = api.merge(BRIDGE, tmp_path / "api.safetensors", protect=["refiner"], multipliers=groups)
+    settings = [word for group, value in groups.items() for word in ("--set", f"{group}={value}")]
+    code = mergetool("merge", BRIDGE, "--protect", "refiner", *settings, "-o", "cli.safetensors", cwd=tmp_path).code
     assert code == 0
     assert done.output.read_bytes() == (tmp_path / "cli.safetensors").read_bytes()
     assert set(done.tensors) == {"merged", "protected: refiner"}

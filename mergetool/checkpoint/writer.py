@@ -15,8 +15,6 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import UsageError
 
-STEM = "diffusion_pytorch_model"
-
 # Finished blocks of this size go to the disk while later ones are computed. 2 GiB onto ext4 on a virtual disk,
 # 2 cores, median of 6: 0.69 s until published with it, 1.44 s without (0.83 s and 1.68 s when the blocks are
 # not reserved first).
@@ -86,7 +84,7 @@ class CheckpointWriter:
         shard_size: int | None = None,
         inputs: Sequence[InputFile] = (),
         extra_files: Mapping[str, bytes] = MappingProxyType({}),
-        stem: str = STEM,
+        stem: str = shards.STEM,
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
 
@@ -103,14 +101,7 @@ class CheckpointWriter:
                     f'"{target}" names one file, but shards need a folder; leave out ".safetensors" or the shard size.'
                 )
             return _stage_file(target, header, overwrite, inputs)
-        parts: Sequence[shards.Shard] = ()
-        if shard_size is not None:
-            parts = shards.split(header, shard_size, stem=stem)
-        if len(parts) <= 1:
-            parts = [shards.Shard(f"{stem}.safetensors", header)]
-        small = dict(extra_files)
-        if len(parts) > 1:
-            small[shards.index_name(stem)] = shards.index_json(parts)
+        parts, small = shards.folder(header, shard_size, extra_files, stem=stem)
         return _stage_folder(target, header, parts, small, overwrite, inputs)
 
     @property

@@ -76,7 +76,9 @@ def compare(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map.", metavar="FILE.png")] = None,
     report: Annotated[Path | None, typer.Option(help="Write all of it as one HTML page.", metavar="FILE.html")] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Worker threads [default: two more than cores]", min=1, max=256)
+    ] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same figures.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plot or report.")] = False,
     as_json: JsonOption = False,
@@ -208,7 +210,7 @@ def _print(report: Report, *, verbose: bool) -> None:
 
 
 def _heads(report: Report) -> list[str]:
-    heads = ["group", "parameters", f"norm of {report.base}", f"of {report.variant}", "of the delta", "distance"]
+    heads = ["group", "parameters", "|A|", "|B|", "|B - A|", "distance"]
     if report.reference is not None:
         heads += ["cosine", "m by reference"]
     return [*heads, f"m for {_percent(report.target)}"]

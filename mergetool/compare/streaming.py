@@ -22,6 +22,9 @@ from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
 
+WAITING = 2
+"""Threads beyond one a core, for those that wait for the disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -86,7 +89,7 @@ def stream(
     torch.set_num_threads(1)  # the parallelism is over chunks
     found = []
     try:
-        with ThreadPoolExecutor(threads or default_threads(), "compare") as pool:
+        with ThreadPoolExecutor(threads or default_threads() + WAITING, "compare") as pool:
             waiting = [pool.submit(measure, chunk) for chunk in chunks]
             try:
                 for future in waiting:
@@ -111,9 +114,9 @@ class _Meter:
         self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(self._register))
         self._delta, self._reference = (np.empty(capacity, np.float32) for _ in range(2))
         inputs = [operands.inputs[column] for column in operands.columns]
-        encoded = any(part.encoding is not None for model in inputs for part in model.anatomy.parts.values())
         files = [file for model in inputs for file in model.checkpoint.files]
-        self._reader = ValueReader(fetcher(method, files, buffered=encoded))
+        # Into buffers: three sums go over each value, and what a mapping's fresh pages cost is 6 ns a pair of elements, of 8 in all.
+        self._reader = ValueReader(fetcher(method, files, buffered=True))
 
     def measure(self, chunk: Chunk) -> tuple[Found, int]:
         """What is in a chunk, and how many bytes were read for it."""

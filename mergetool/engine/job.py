@@ -199,7 +199,7 @@ def run_merges(
                     overwrite=overwrite,
                     shard_size=shard_size,
                     inputs=files,
-                    extra_files=_config_files(plan),
+                    extra_files=config_files(plan),
                 )
             )
             for plan, output in zip(plans, outputs, strict=True)
@@ -244,7 +244,7 @@ def _require_places(outputs: Sequence[Path]) -> None:
         places[place] = output
 
 
-def _config_files(plan: Plan) -> Mapping[str, bytes]:
+def config_files(plan: Plan) -> Mapping[str, bytes]:
     """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes."""
     anatomy = plan.inputs[0].anatomy
     for model in plan.inputs:
