@@ -199,20 +199,20 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
 
     outputs = [task.output for task in tasks]
     with survey.open_plans(places, outputs, skip_unmatched=how.skip_unmatched) as plans:
-        total = sum(plan.bytes_read + plan.header.data_size for plan in plans)
+        on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=0)
         findings = [lineage.check(plan) for plan in plans]
         for output, found in zip(outputs, findings, strict=True):
             if not how.force:
                 with places.located(output):
                     lineage.refuse(found, way_out="force=True merges anyway")
-        with counting("merge", total, how.progress) as advance:
+        with counting("merge", job.bytes_moved(plans, on), how.progress) as advance:
             outcomes = job.run_merges(
                 plans,
                 [task.path for task in tasks],
                 overwrite=how.overwrite,
                 shard_size=survey.shard_size(outputs[0]),
                 threads=how.threads,
-                device=devices.choose(how.device, work=total, memory=0),
+                device=on,
                 progress=advance,
             )
         made = {

@@ -15,9 +15,11 @@ from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
     from mergetool.cli.merge import Settings
+    from mergetool.engine.device import Device
     from mergetool.making.places import Places
     from mergetool.making.survey import Task
     from mergetool.recipe.file import Recipe
+    from mergetool.recipe.plan import Plan
 
 
 def perform(path: Path, variables: Sequence[str], target: Path | None, settings: Settings) -> None:
@@ -98,9 +100,9 @@ class _Run:
         with survey.open_plans(
             self.places, outputs, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
         ) as plans:
-            total = sum(plan.bytes_read + plan.header.data_size for plan in plans)
             gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
-            on = devices.choose(settings.device, work=total, memory=gpu_bytes)
+            on = devices.choose(settings.device, work=sum(plan.bytes_read for plan in plans), memory=gpu_bytes)
+            total = job.bytes_moved(plans, on)
             for task, plan in zip(tasks, plans, strict=True):
                 memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
                 self.json[task.path] |= merging.plan_json(plan, memory)
@@ -112,6 +114,9 @@ class _Run:
                 with self.places.located(task.output):
                     findings = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
                 self.json[task.path] |= merging.lineage_json(findings)
+            if len(plans) > 1 and not settings.as_json:
+                console.say()
+                _print_together(plans, settings.threads, on, total)
             if settings.dry_run:
                 return
             with console.progress("merge", total, shown=settings.shows_progress) as advance:
@@ -200,6 +205,21 @@ class _Run:
                 found.require_passed()
             except CheckFailed as failure:
                 self.failed.append(str(failure).rstrip("."))
+
+
+def _print_together(plans: Sequence[Plan], threads: int | None, on: Device, total: int) -> None:
+    """How several merges are made, and what that takes."""
+    from mergetool.engine import bundles, job
+    from mergetool.engine.memory import memory_of
+
+    rounds = bundles.passes(plans, on)
+    how = "in one pass over their models" if len(rounds) == 1 else f"in {len(rounds)} passes"
+    memory = job.BASE_MEMORY + memory_of(plans, threads, on)
+    written = sum(plan.header.file_size for plan in plans)
+    console.heading(
+        "run",
+        f"{len(plans)} merges {how}: moves {console.size(total)}, memory {console.size(memory)}, disk {console.size(written)}",
+    )
 
 
 def _described(task: Task) -> dict[str, Any]:
