@@ -195,7 +195,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
                 console.print_json(_plan_json(plan, memory))
             return
         total = plan.bytes_read + plan.header.data_size
-        with console.progress(bar, total, shown=settings.shows_progress) as advance:
+        with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
             outcome = job.run_merge(
                 plan,
                 output,
