@@ -9,6 +9,7 @@
     │   ├── HeaderError         a safetensors header breaks a rule of the format
     │   ├── ShardIndexError     a shard index is malformed, unsafe, or disagrees with its shards
     │   ├── FamilyError         a file is not a model this tool can merge, or two models do not fit
+    │   │   └── LineageError        two models fit, and a merge of them as asked makes noise
     │   └── NonFiniteError      NaN or infinity where a finite number is needed
     ├── InputMissing      66    an input does not exist or may not be opened
     ├── OutputError       73    the output cannot be made at the place asked for
@@ -65,6 +66,10 @@ class ShardIndexError(DataError):
 
 class FamilyError(DataError):
     """A file is not a model this tool can merge, or two models do not fit together."""
+
+
+class LineageError(FamilyError):
+    """Models that fit each other and do not belong together; ``--force`` merges them anyway."""
 
 
 class NonFiniteError(DataError):

@@ -74,6 +74,7 @@ class CheckpointWriter:
         self._home: Mapping[str, _File] = MappingProxyType({name: f for f in files for name in f.header.tensors})
         self._lock = threading.Lock()
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in header.tensors}
+        self._prepared = False
 
     @classmethod
     def stage(
@@ -151,6 +152,23 @@ class CheckpointWriter:
         with self._lock:
             self._written[name].append((start, start + len(view)))
 
+    def prepare(self) -> None:
+        """Write the headers and bring everything to stable storage: all of `commit` that takes long or is likely to fail.
+
+        For several outputs of which none may be published unless all can be. Raises what `commit` does; the output is then discarded.
+        """
+        if self._prepared:
+            return
+        try:
+            self._require_complete()
+            for file in self._files:
+                file.write_header()
+            self._staged.prepare()
+        except BaseException:
+            self.discard()
+            raise
+        self._prepared = True
+
     def commit(self) -> None:
         """Write the headers and publish: the target is the complete new checkpoint, on stable storage.
 
@@ -158,13 +176,7 @@ class CheckpointWriter:
         twice, DataError when an input changed meanwhile, OutputError or StorageError when the storage fails.
         The target is then what it was; only a StorageError that says so comes after it was replaced.
         """
-        try:
-            self._require_complete()
-            for file in self._files:
-                file.write_header()
-        except BaseException:
-            self.discard()
-            raise
+        self.prepare()
         self._staged.publish()
 
     def discard(self) -> None:

@@ -162,7 +162,7 @@ def diff(
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
         shown = not (no_progress or as_json)
-        reads = _bytes_read(pairing, options)
+        reads = pairing.bytes_to_read(options)
         with console.progress("diff", reads, shown=shown, publishes=checkpoint is None) as bar:
             found = extract(
                 pairing,
@@ -232,12 +232,6 @@ def _options(
         dtype=output_dtype(dtype),
         seed=seed,
     )
-
-
-def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
-    """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
-    again = sum(map(pairing.nbytes, pairing.decomposed)) if options.budget else 0
-    return pairing.bytes_read + again
 
 
 def _default_output(base: str, variant: str) -> Path:

@@ -72,8 +72,9 @@ def verify(
     the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
     Nothing is written but the report. Exit code 1 when a check says no.
     """
+    from mergetool.compare import page
     from mergetool.verify import looking, pictures
-    from mergetool.verify import report as page
+    from mergetool.verify.report import render
     from mergetool.verify.scores import clip_scorer
     from mergetool.verify.weights import check_weights
 
@@ -121,7 +122,7 @@ def verify(
             with console.progress("look", asked, shown=shown, unit="step") as bar:
                 looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
     if report is not None:
-        page.write(report, page.render(Path(output).name, weights, looked, left_out=left_out))
+        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
     passed = weights.sound and (looked is None or looked.passed)
     if as_json:
         console.print_json(
@@ -148,7 +149,7 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     console.heading("recipe", report.expression)
     for what, names in report.damage():
@@ -193,7 +194,7 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     return {
         "sound": report.sound,

@@ -77,14 +77,6 @@ class DeltaReader:
         """The energy of the difference of ``pair`` alone."""
         return sum(map(_energy, self._differences(pair)), 0.0)
 
-    def energies(self, pair: Pair) -> tuple[float, float]:
-        """The energies of the base's parameter and of the difference; of two checkpoints."""
-        of_base = of_delta = 0.0
-        for difference in self._differences(pair):
-            of_delta += _energy(difference)
-            of_base += _energy(self._other[: difference.numel()])
-        return of_base, of_delta
-
     def _differences(self, pair: Pair) -> Iterator[torch.Tensor]:
         """The difference of ``pair`` chunk by chunk, in one buffer; the base's values are in ``_other`` meanwhile."""
         for start in range(0, pair.base.numel, CHUNK):

@@ -163,6 +163,10 @@ class Pairing:
         """Bytes of all models that will be read."""
         return sum(map(self.nbytes, self.pairs))
 
+    def bytes_to_read(self, options: DiffOptions) -> int:
+        """Bytes that a run moves: a budget reads the matrices once to find directions and once to use them."""
+        return self.bytes_read + (sum(map(self.nbytes, self.decomposed)) if options.budget else 0)
+
     def nbytes(self, pair: Pair) -> int:
         """Bytes that are read for ``pair``; of a LoRA those of float32 factors' product, as a measure of the work."""
         total = 0

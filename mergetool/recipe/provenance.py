@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from mergetool import __version__
 from mergetool.checkpoint import dtypes
 from mergetool.errors import DataError, MergetoolError
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.graph import number
+from mergetool.recipe.groups import parse_setting, setting_text
 from mergetool.recipe.options import Options
 
 # A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
@@ -33,7 +32,7 @@ def metadata(
         if patterns:
             recipe[key] = list(patterns)
     if options.multipliers:
-        recipe["set"] = [f"{pattern}={number(value)}" for pattern, value in options.multipliers]
+        recipe["set"] = [setting_text(setting) for setting in options.multipliers]
     if options.keep_from:
         recipe["from"] = names[options.keep_from]
     if options.dtype:
@@ -88,10 +87,7 @@ def _options(recipe: Mapping[str, Any]) -> Options:
             protect=tuple(recipe.get("protect", ())),
             include=tuple(recipe.get("include", ())),
             exclude=tuple(recipe.get("exclude", ())),
-            multipliers=tuple(
-                (pattern, Fraction(value))
-                for pattern, _, value in (text.rpartition("=") for text in recipe.get("set", ()))
-            ),
+            multipliers=tuple(parse_setting(text) for text in recipe.get("set", ())),
             keep_from=recipe.get("from"),
             dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
             layout=recipe.get("layout"),

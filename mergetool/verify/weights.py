@@ -15,14 +15,14 @@ from pathlib import Path
 from mergetool import models
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.compare import distances
+from mergetool.compare.energies import Distance
 from mergetool.engine import job, merge
 from mergetool.errors import InputMissing
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import MERGED, Input
-from mergetool.verify import distances
-from mergetool.verify.distances import Distance
 
 
 @dataclass
