@@ -15,21 +15,30 @@ Only `system`, `targets` and this module open for writing, rename or unlink.
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import stat
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.names import quoted, why_not_plain
+from mergetool.checkpoint.journal import is_own
+from mergetool.checkpoint.names import quoted, same_name, why_not_plain
 from mergetool.checkpoint.targets import TargetClaim, attempt, belongs_to_model_folder, remove_model_folder
 from mergetool.errors import OutputError, StorageError
 
+T = TypeVar("T")
+Adopt = Callable[[Path], bool]
+"""Whether to go on with a stage that an interrupted run left."""
+
+READ_BACK = 8 << 20
 KEPT_BEHIND = 8
 """Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when they are let go of."""
 
@@ -40,8 +49,11 @@ class OutputFile:
     ``shown`` is the path that errors name, the one the user asked for.
     """
 
-    def __init__(self, path: Path, shown: Path, size: int) -> None:
-        """Create the file, which must not exist yet, lock it and reserve its blocks; raises OutputError."""
+    def __init__(self, path: Path, shown: Path, size: int, *, left: bool = False) -> None:
+        """Create the file, which must not exist yet, lock it and reserve its blocks; raises OutputError.
+
+        With ``left`` it is one that an earlier run left, of this size and this user's; raises StorageError when it is not.
+        """
         self.path = path
         self.size = size
         self._shown = shown
@@ -53,13 +65,22 @@ class OutputFile:
         self._closing = False
         self._damaged = False
         with system.explained(shown, "creating it"):
-            self._fd = system.open_new(path)
+            self._fd = system.open_stage(path) if left else system.open_new(path)
             try:
-                system.try_lock(self._fd)  # tells a later run that this one is alive
-                system.allocate(self._fd, size)
+                locked = system.try_lock(self._fd)  # tells a later run that this one is alive
+                if left:
+                    self._require_own(locked)
+                else:
+                    system.allocate(self._fd, size)
             except BaseException:
                 self.abandon()
                 raise
+
+    def _require_own(self, locked: bool | None) -> None:
+        found = system.status_of(self._fd)
+        regular = stat.S_ISREG(found.st_mode) and found.st_size == self.size
+        if not (locked and regular and is_own(found)):
+            raise OSError(errno.ESTALE, "what an earlier run left is not what it wrote")
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of ``data`` at ``offset``; safe from several threads.
@@ -91,6 +112,25 @@ class OutputFile:
                 if len(self._behind) > KEPT_BEHIND:
                     system.forget(fd, *self._behind.popleft())
 
+    def sync(self) -> None:
+        """Return with every byte written so far on stable storage; raises StorageError as `finish` does."""
+        with self._writing("syncing") as fd:
+            system.fsync(fd)
+
+    def digest(self, offset: int, size: int) -> str:
+        """BLAKE2b, in hex, of the bytes ``[offset, offset + size)`` as they are read back; raises StorageError."""
+        self._require_inside(offset, size)
+        digest, done = hashlib.blake2b(digest_size=32), 0
+        buffer = memoryview(bytearray(min(size, READ_BACK)))
+        with self._writing("reading it back") as fd:
+            while done < size:
+                count = system.read_at(fd, buffer[: size - done], offset + done)
+                if count == 0:
+                    raise StorageError(f'"{self._shown}" became shorter while it was written; run again.')
+                digest.update(buffer[:count])
+                done += count
+        return digest.hexdigest()
+
     def copy_owner_and_mode(self, claim: TargetClaim) -> None:
         """Take over owner and permissions of the file that will be replaced, if there is one."""
         if claim.old is not None:
@@ -112,7 +152,18 @@ class OutputFile:
 
     def abandon(self) -> None:
         """Close and remove the file. Idempotent; a failure is ignored, because the next run removes it too."""
-        attempt(system.unlink, self.path)
+        try:
+            system.unlink(self.path)
+        except FileNotFoundError:
+            attempt(self._close)
+        except OSError:  # Windows removes no open file
+            attempt(self._close)
+            attempt(system.unlink, self.path)
+        else:
+            attempt(self._close)
+
+    def leave(self) -> None:
+        """Close the file and let it lie for a run that resumes. Idempotent."""
         attempt(self._close)
 
     @contextmanager
@@ -153,10 +204,14 @@ class OutputFile:
 
 
 class _Staged(ABC):
-    """What a staged file and a staged folder share: a claim that ends with `publish` or `discard`."""
+    """What a staged file and a staged folder share: a claim that ends with `publish`, `discard` or `leave`.
+
+    ``resumed`` says that the stage is one that an interrupted run left.
+    """
 
     def __init__(self, claim: TargetClaim) -> None:
         self._claim = claim
+        self.resumed = False
         self._prepared = False
         self._ended = False
 
@@ -228,6 +283,26 @@ class _Staged(ABC):
             self._abandon()
             self._claim.release()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was published, discarded or left."""
+        return self._ended
+
+    def leave(self) -> None:
+        """Let everything staged lie, for a later run to go on with, and let go of the target. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._leave()
+            self._claim.release()
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The temporary file or folder."""
+
+    @abstractmethod
+    def _leave(self) -> None: ...
+
     @abstractmethod
     def _finish(self) -> None: ...
 
@@ -251,20 +326,31 @@ class StagedFile(_Staged):
 
     @classmethod
     def create(
-        cls, target: Path, size: int, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()
+        cls,
+        target: Path,
+        size: int,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[InputFile] = (),
+        adopt: Adopt | None = None,
     ) -> StagedFile:
         """Stage ``size`` zero bytes for ``target``; a link is followed, so that the file it leads to is replaced.
 
         The new file has mode 0666 less the umask, or owner and mode of the file it replaces. Raises
         OutputError when the target may not be written or does not fit, BusyError when another run holds it.
+        With ``adopt`` the bytes are those that an interrupted run staged, if it takes that stage; else they are removed.
         """
-        claim = TargetClaim.claim(target, size, "file", overwrite=overwrite, inputs=inputs)
+        claim = TargetClaim.claim(
+            target, size, "file", overwrite=overwrite, inputs=inputs, resumes=adopt is not None
+        )
         try:
-            file = OutputFile(claim.temporary(), claim.path, size)
+            left = _adopted(claim, adopt, lambda path: OutputFile(path, claim.path, size, left=True))
+            file = left or OutputFile(claim.temporary(), claim.path, size)
         except BaseException:
             claim.release()
             raise
         staged = cls(claim, file)
+        staged.resumed = left is not None
         try:
             file.copy_owner_and_mode(claim)
         except BaseException:
@@ -276,9 +362,21 @@ class StagedFile(_Staged):
         """Write all of ``data`` at ``offset``, as `OutputFile.write` does."""
         self._file.write(offset, data)
 
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    @property
+    def file(self) -> OutputFile:
+        """The temporary file itself."""
+        return self._file
+
     def flush_behind(self, offset: int, size: int) -> None:
         """Start writing these bytes to the disk, so that little is left for `publish`."""
         self._file.flush_behind(offset, size)
+
+    def _leave(self) -> None:
+        self._file.leave()
 
     def _finish(self) -> None:
         self._file.finish()
@@ -307,23 +405,35 @@ class StagedFolder(_Staged):
 
     @classmethod
     def create(
-        cls, target: Path, size: int, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()
+        cls,
+        target: Path,
+        size: int,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[InputFile] = (),
+        adopt: Adopt | None = None,
     ) -> StagedFolder:
         """Stage an empty folder that will hold ``size`` bytes in all.
 
         With ``overwrite`` a folder is replaced only if all it holds looks like a model's files, and only
         where the system can swap two folders in one step. Raises OutputError otherwise, BusyError when
-        another run holds the target.
+        another run holds the target. With ``adopt`` the folder is the one that an interrupted run staged, if it takes that; else that
+        is removed.
         """
-        claim = TargetClaim.claim(target, size, "folder", overwrite=overwrite, inputs=inputs)
-        path = claim.temporary()
+        claim = TargetClaim.claim(
+            target, size, "folder", overwrite=overwrite, inputs=inputs, resumes=adopt is not None
+        )
         try:
-            with system.explained(claim.path, "creating it"):
-                system.make_folder(path)
+            left = _adopted(claim, adopt, _require_own_folder)
+            path = left or claim.temporary()
+            if left is None:
+                with system.explained(claim.path, "creating it"):
+                    system.make_folder(path)
         except BaseException:
             claim.release()
             raise
         staged = cls(claim, path)
+        staged.resumed = left is not None
         try:
             staged._lock_and_prove()
         except BaseException:
@@ -334,15 +444,39 @@ class StagedFolder(_Staged):
     def add(self, name: str, size: int) -> OutputFile:
         """A new file of ``size`` zero bytes in the folder, to be written before `publish`.
 
-        ``name`` must be a plain name of a kind that model folders hold, else ValueError.
+        ``name`` must be a plain name of a kind that model folders hold, and no other file's on a system that ignores case, else
+        ValueError. In a folder that was resumed the file may be there already.
         """
         if why_not_plain(name, "") is not None or not belongs_to_model_folder(name):
             raise ValueError(f"{quoted(name)} is not the plain name of a model folder's file")
         if self._ended:
             raise ValueError(f'"{self.target}" was already published or discarded')
-        file = OutputFile(self._path / name, self.target / name, size)
-        self._files.append(file)
-        return file
+        if any(same_name(name, file.path.name) for file in self._files):
+            raise ValueError(f"{quoted(name)} is the name of another file in the folder")
+        path = self._path / name
+        file = self._left(path, size) if self.resumed else None
+        self._files.append(file or OutputFile(path, self.target / name, size))
+        return self._files[-1]
+
+    def _left(self, path: Path, size: int) -> OutputFile | None:
+        """The file of that name and size that the interrupted run left; None, and nothing is there, when there is no such file."""
+        if system.status(path) is None:
+            return None
+        with suppress(OutputError, StorageError):
+            return OutputFile(path, self.target / path.name, size, left=True)
+        if system.status(path) is not None:
+            with system.explained(self.target / path.name, "removing what was left"):
+                system.unlink(path)
+        return None
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def _leave(self) -> None:
+        for file in self._files:
+            file.leave()
+        self._unlock()
 
     def _lock_and_prove(self) -> None:
         """Lock the folder, and prove before all the bytes are written that it can be swapped with the old one."""
@@ -362,7 +496,7 @@ class StagedFolder(_Staged):
             ) from None
         for probe in probes:
             probe.abandon()
-            if probe.path.exists():  # else it would be published with the others
+            if system.status(probe.path) is not None:  # else it would be published with the others
                 raise StorageError(f'"{self.target}": removing a file of its own failed; check the disk and run again.')
         self._files.clear()
 
@@ -395,6 +529,26 @@ class StagedFolder(_Staged):
         lock, self._folder_lock = self._folder_lock, None
         if lock is not None:
             attempt(system.close, lock)
+
+
+def _adopted(claim: TargetClaim, adopt: Adopt | None, take: Callable[[Path], T]) -> T | None:
+    """The first interrupted stage that ``adopt`` accepts and ``take`` can open; every other one is removed."""
+    found: T | None = None
+    for stage in claim.interrupted:
+        if found is None and adopt is not None and adopt(stage):
+            with suppress(OutputError, StorageError):
+                found = take(stage)
+                continue
+        claim.remove(stage)
+    return found
+
+
+def _require_own_folder(path: Path) -> Path:
+    """A staged folder of this user's; raises StorageError for anything else."""
+    found = system.status(path)
+    if found is None or not stat.S_ISDIR(found.st_mode) or not is_own(found):
+        raise StorageError(f'"{path}" is not a folder that an earlier run left.')
+    return path
 
 
 def write_file(target: Path, data: bytes, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()) -> None:

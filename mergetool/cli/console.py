@@ -223,9 +223,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             result = function(*args, **kwargs)
             _stdout.flush()  # here, where its failure can be told
         except MergetoolError as error:
-            fail(str(error), error.exit_code)
+            fail(_with_notes(str(error), error), error.exit_code)
         except _Ended as ended:
-            fail("stopped; nothing was written at the output's place.", 128 + ended.number)
+            sentence = "stopped; nothing was written at the output's place."
+            fail(_with_notes(sentence, ended), 128 + ended.number)
         except MemoryError:
             fail("the machine is out of memory; lower --threads or close other programs.", 74)
         except OSError as error:  # of a disk that fails under the program's own files, or under what it prints to
@@ -237,6 +238,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return wrapped
+
+
+def _with_notes(sentence: str, error: BaseException) -> str:
+    """A sentence and what else is to be said of the error: what is kept for --resume."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join([sentence.removesuffix("."), *notes]) + "." if notes else sentence
 
 
 def fail(sentence: str, code: int) -> NoReturn:

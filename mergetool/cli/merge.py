@@ -113,6 +113,12 @@ def merge(
         bool, typer.Option("--force", help="Merge models that do not look as if they belong together.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep what is finished when the run is stopped; the same command then goes on from there."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
@@ -151,6 +157,7 @@ def merge(
             skip_unmatched=skip_unmatched,
             force=force,
             overwrite=overwrite,
+            resume=resume,
             dry_run=dry_run,
             as_json=as_json,
             shows_progress=not (no_progress or as_json),
@@ -173,6 +180,7 @@ class Settings:
     skip_unmatched: bool = False
     force: bool = False
     overwrite: bool = False
+    resume: bool = False
     dry_run: bool = False
     as_json: bool = False
     shows_progress: bool = True
@@ -217,6 +225,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
                 non_finite=non_finite,
                 device=on,
                 measure=measure,
+                resume=settings.resume,
                 progress=advance,
             )
         seconds = time.monotonic() - started

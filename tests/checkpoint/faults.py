@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # half the start-up time of the programs that test_kill kills
 CALLS = (
     "open_lock",
     "open_new",
+    "open_stage",
     "close",
+    "cut",
     "free_space",
     "allocate",
     "write_at",
@@ -78,10 +80,11 @@ def seen(paths: Iterable[Path]) -> Seen:
 
 
 def beside(target: Path) -> tuple[list[Path], list[Path]]:
-    """The temporaries and the lock files next to a target."""
+    """The temporaries, with a journal not counted beside its stage, and the lock files next to a target."""
     names = sorted(target.parent.glob(".*mergetool*"))
     locks = [path for path in names if path.name == f".{target.name}.mergetool.lock"]
-    return [path for path in names if path not in locks], locks
+    stages = {path.name for path in names if path not in locks}
+    return [path for path in names if path.name in stages and path.name.removesuffix(".journal") not in stages - {path.name}], locks
 
 
 def violations(

@@ -82,6 +82,10 @@ def _child(main: Any, request: dict[str, Any]) -> None:
         _prepare(request)
         if request["short"]:
             _short_writes(request["short"], request["mark"])
+        if request["interval"]:
+            from mergetool.checkpoint import journal
+
+            journal.INTERVAL = request["interval"]
         if request["broken"]:
             from tests.faults import broken
 

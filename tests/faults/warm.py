@@ -158,12 +158,13 @@ class Warm:
         limits: Mapping[str, tuple[int, int]] | None = None,
         uid: int = 0,
         short: int = 0,
+        interval: int = 0,
         broken: str = "",
         out: Path | None = None,
     ) -> Run:
         """Start the program with ``arguments`` in ``cwd``.
 
-        ``short`` names the positioned write that does only half, ``broken`` a wrong protocol of `tests.faults.broken`, ``out``
+        ``short`` names the positioned write that does only half, ``interval`` the bytes between two entries of a journal, ``broken`` a wrong protocol of `tests.faults.broken`, ``out``
         another place for what it prints.
         """
         self._count += 1
@@ -183,6 +184,7 @@ class Warm:
                 "limits": dict(limits or {}),
                 "uid": uid,
                 "short": short,
+                "interval": interval,
                 "mark": str(mark),
                 "broken": broken,
             }
