@@ -503,8 +503,18 @@ class StagedFolder(_Staged):
     def _finish(self) -> None:
         for file in self._files:
             file.finish()
+        if self.resumed:
+            with system.explained(self.target, "clearing it"):
+                self._remove_others()
         with system.explained(self.target, "syncing"):
             system.fsync_folder(self._path)
+
+    def _remove_others(self) -> None:
+        """Remove what an interrupted run left in the folder that is no part of the output: its probes."""
+        names = {file.path.name for file in self._files}
+        for name in system.names_in(self._path):
+            if name not in names:
+                system.unlink(self._path / name)
 
     def _rename(self) -> None:
         if self._claim.old is None:

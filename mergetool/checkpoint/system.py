@@ -286,7 +286,7 @@ def status(path: Path) -> os.stat_result | None:
     """What is at a path, links not followed; None for nothing."""
     try:
         return os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

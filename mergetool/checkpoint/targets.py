@@ -33,6 +33,8 @@ def resolve_target(target: Path) -> Path:
     """
     if target.name in ("", ".", ".."):
         raise OutputError(f'"{target}" does not name an output; add a file or folder name.')
+    with system.explained(target, "looking at it"):
+        system.status(target)  # a name that is too long, a folder that may not be entered
     try:
         if target.is_symlink():
             return target.resolve(strict=True)
@@ -170,7 +172,7 @@ def _allocated(stage: Path) -> int:
         parts = [found]
     else:
         parts = [system.status(stage / name) for name in system.names_in(stage)]
-    return sum(512 * part.st_blocks for part in parts if part is not None and hasattr(part, "st_blocks"))
+    return sum(512 * (getattr(part, "st_blocks", None) or 0) for part in parts if part is not None)
 
 
 def _require_space(path: Path, size: int) -> None:

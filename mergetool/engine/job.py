@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.journal import Work
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.targets import resolve_target
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
 from mergetool.engine.bundles import bytes_read, passes
@@ -255,9 +257,9 @@ def _require_places(outputs: Sequence[Path]) -> None:
     """Raises OutputError where the folder of an output is missing, UsageError where two outputs are one."""
     places: dict[Path, Path] = {}
     for output in outputs:
-        if not output.parent.exists():
+        if not os.path.exists(output.parent):
             raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
-        place = output.resolve()
+        place = resolve_target(output)
         if place in places:
             raise UsageError(f'two outputs, "{places[place]}" and "{output}", are one file; give each its own name.')
         places[place] = output

@@ -81,10 +81,23 @@ def seen(paths: Iterable[Path]) -> Seen:
 
 def beside(target: Path) -> tuple[list[Path], list[Path]]:
     """The temporaries, with a journal not counted beside its stage, and the lock files next to a target."""
-    names = sorted(target.parent.glob(".*mergetool*"))
-    locks = [path for path in names if path.name == f".{target.name}.mergetool.lock"]
-    stages = {path.name for path in names if path not in locks}
-    return [path for path in names if path.name in stages and path.name.removesuffix(".journal") not in stages - {path.name}], locks
+    return _sorted_out(target, sorted(path.name for path in target.parent.glob(".*mergetool*")))
+
+
+def _sorted_out(target: Path, names: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    locks = [name for name in names if name == f".{target.name}.mergetool.lock"]
+    stages = {name for name in names if ".mergetool" in name} - set(locks)
+    alone = sorted(name for name in stages if name.removesuffix(".journal") not in stages - {name})
+    return [target.with_name(name) for name in alone], [target.with_name(name) for name in locks]
+
+
+Look = Callable[[Path], tuple[Content, list[str]]]
+"""What is at a target, and the names in its folder."""
+
+
+def look(target: Path) -> tuple[Content, list[str]]:
+    """Of the real file system."""
+    return content_of(target), sorted(path.name for path in target.parent.iterdir())
 
 
 def violations(
@@ -97,6 +110,7 @@ def violations(
     failed: bool = False,
     inputs: Seen | None = None,
     errors: str | None = None,
+    look: Look = look,
 ) -> list[str]:
     """What the commit protocol promised and a run did not keep: an empty list for a sound run.
 
@@ -105,8 +119,8 @@ def violations(
     ``inputs`` hold what they held and were not written. (f) What a run that failed says, ``errors``, is one sentence. That a
     run after a fault makes the new output (g) is asked by giving its target to this function again, as ``succeeded``.
     """
-    found = content_of(target)
-    temporaries, locks = beside(target)
+    found, names = look(target)
+    temporaries, locks = _sorted_out(target, names)
     broken = []
     if found not in (old, new):
         broken.append(f"{target.name} is neither the old nor the new output")

@@ -70,6 +70,11 @@ def _no_locks() -> None:
     system.try_lock = lambda fd: True
 
 
+def _no_flock() -> None:
+    """Not a wrong protocol: a network file system whose locks do not work, where results must be whole all the same."""
+    system.try_lock = lambda fd: None
+
+
 def _unchecked_inputs() -> None:
     """What is read may change meanwhile."""
     from mergetool.checkpoint.inputs import InputFile
@@ -98,6 +103,7 @@ PROTOCOLS = {
     "keep temporaries": _keep_temporaries,
     "write inputs": _write_inputs,
     "no locks": _no_locks,
+    "no flock": _no_flock,
     "unchecked inputs": _unchecked_inputs,
     "private mode": _private_mode,
     "trusted journal": _trusted_journal,
