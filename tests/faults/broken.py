@@ -6,10 +6,14 @@ A harness that cannot see a missing fsync reports no violations either; these te
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergetool.checkpoint import files, system
+from mergetool.checkpoint import files, journal, system
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.targets import attempt
 
 
 def _no_fsync() -> None:
@@ -24,12 +28,12 @@ def _no_folder_fsync() -> None:
 
 def _rename_first() -> None:
     """The temporary gets its final name as soon as it exists, and is written there."""
-    created = files.OutputFile.__init__
+    created, replace = files.OutputFile.__init__, system.replace
 
     def create(self: Any, path: Path, shown: Path, size: int) -> None:
         created(self, path, shown, size)
         if path.parent == shown.parent:
-            os.replace(path, shown)
+            replace(path, shown)
 
     files.OutputFile.__init__ = create  # type: ignore[method-assign]
     system.replace = system.rename_new = lambda source, target: None
@@ -39,7 +43,8 @@ def _finalise_on_exit() -> None:
     """What is there is published when the block is left, by an exception or not."""
 
     def leave(self: Any, *_: object) -> None:
-        if not self._ended:
+        if not self._ended and not getattr(self, "_leaving", False):
+            self._leaving = True
             for file in [self._file] if isinstance(self, files.StagedFile) else self._files:
                 file._damaged = False
             self.publish()
@@ -65,6 +70,16 @@ def _write_inputs() -> None:
     system.open_input = touch
 
 
+def _unlink_while_open() -> None:
+    """What Windows does not do: the temporary is removed, then closed."""
+
+    def abandon(self: Any) -> None:
+        attempt(system.unlink, self.path)
+        attempt(self._close)
+
+    files.OutputFile.abandon = abandon  # type: ignore[method-assign]
+
+
 def _no_locks() -> None:
     """Two runs on one target do not see each other, and take each other's temporaries for dead ones'."""
     system.try_lock = lambda fd: True
@@ -77,8 +92,6 @@ def _no_flock() -> None:
 
 def _unchecked_inputs() -> None:
     """What is read may change meanwhile."""
-    from mergetool.checkpoint.inputs import InputFile
-
     InputFile.check_unchanged = lambda self: None  # type: ignore[method-assign]
 
 
@@ -90,8 +103,6 @@ def _private_mode() -> None:
 
 def _trusted_journal() -> None:
     """What a journal says is believed, and not read again."""
-    from mergetool.checkpoint import journal
-
     journal.holds = lambda *_: True
 
 
@@ -102,6 +113,7 @@ PROTOCOLS = {
     "finalise on exit": _finalise_on_exit,
     "keep temporaries": _keep_temporaries,
     "write inputs": _write_inputs,
+    "unlink while open": _unlink_while_open,
     "no locks": _no_locks,
     "no flock": _no_flock,
     "unchecked inputs": _unchecked_inputs,
@@ -113,3 +125,20 @@ PROTOCOLS = {
 def install(name: str) -> None:
     """Make this process one that follows the wrong protocol ``name``."""
     PROTOCOLS[name]()
+
+
+@contextmanager
+def for_a_while(name: str) -> Iterator[None]:
+    """Follow the wrong protocol ``name`` within the block, in this process."""
+    places = (system, journal, InputFile, files.OutputFile, files._Staged)
+    before = [dict(vars(place)) for place in places]
+    install(name)
+    try:
+        yield
+    finally:
+        for place, attributes in zip(places, before, strict=True):
+            for key, value in attributes.items():
+                if vars(place).get(key) is not value:
+                    setattr(place, key, value)
+            for key in set(vars(place)) - set(attributes):
+                delattr(place, key)

@@ -117,8 +117,10 @@ def faults_of(world: World, case: Case, old: Content) -> list[Fault]:
     return [Fault(call, nth, kind, forever) for call, nth in calls for kind, forever in kinds(call)]
 
 
-def inject(world: World, case: Case, old: Content, fault: Fault, *, broken: str = "") -> tuple[bool, list[str]]:
-    """Whether the fault struck, and what the run and the next one violated."""
+def inject(
+    world: World, case: Case, old: Content, fault: Fault, *, broken: str = "", again: bool = True
+) -> tuple[bool, list[str]]:
+    """Whether the fault struck, and what the run, and with ``again`` the next one, violated."""
     target = world.fresh(case, old)
     log = world.scratch / "fault.log"
     if fault.kind == "short":
@@ -132,11 +134,14 @@ def inject(world: World, case: Case, old: Content, fault: Fault, *, broken: str 
     # What could not be removed or unlocked because that very call failed is for the next run.
     if fault.call in ("unlink", "rmdir", "close", "openat") or (fault.call == "fsync" and "in place" in ended.err):
         violated = [text for text in violated if not text.startswith(("left behind", "the lock file"))]
-    return fired, violated + world.judge_next(case, target)
+    return fired, violated + (world.judge_next(case, target) if again else [])
 
 
-def sweep(world: World, *, count: int | None = None, seed: int = 1, seconds: float | None = None) -> Tally:
-    """Inject every fault into every command, or ``count`` drawn ones; stops after ``seconds``."""
+def sweep(world: World, *, count: int, seed: int = 1, broken: str = "", again: float = 1.0) -> Tally:
+    """Inject ``count`` of all faults of all commands, drawn without repetition while there are others.
+
+    ``again`` is the share of them that is followed by an undisturbed run.
+    """
     tally = Tally("1", "system calls of real commands fail")
     work = []
     for case in world.cases.values():
@@ -144,19 +149,10 @@ def sweep(world: World, *, count: int | None = None, seed: int = 1, seconds: flo
             work += [(case, old, fault) for fault in faults_of(world, case, old)]
     draw = random.Random(seed)
     draw.shuffle(work)
-    rounds = 1 if count is None else -(-count // len(work))
-    end = None if seconds is None else time.monotonic() + seconds
-    for case, old, fault in (work * rounds)[:count]:
-        if end is not None and time.monotonic() > end:
+    for case, old, fault in (work * -(-count // len(work)))[:count]:
+        if broken and tally.violations:
             break
-        fired, violated = inject(world, case, old, fault)
+        fired, violated = inject(world, case, old, fault, broken=broken, again=not broken and draw.random() < again)
         where = f"{case.name}, {'new' if old is None else 'replacing'}, {fault}"
         tally.note(fault.kind + (" on" if fault.forever else ""), fired, violated, where)
-        if not fired:
-            tally.violations.append(f"{where}: did not strike")
     return tally
-
-
-def available() -> bool:
-    """Whether this process may trace others."""
-    return os.access("/usr/bin/strace", os.X_OK)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mergetool.checkpoint.header import Header, header_length
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.errors import MergetoolError, OutputError, StorageError
 from tests.checkpoint.faults import Content, violations
+from tests.faults import broken as wrong
 from tests.faults.disk import Disk, Kind, Killed, installed
 from tests.faults.tally import Tally
 from tests.faults.world import World
@@ -91,13 +92,10 @@ def replays(world: World) -> list[Replay]:
     return found
 
 
-Write = Callable[[Replay, Path], None]
-
-
-def run(disk: Disk, replay: Replay, write: Write = Replay.write) -> tuple[str, str]:
+def run(disk: Disk, replay: Replay) -> tuple[str, str]:
     """How a run ended, "done", "failed", "killed" or "crashed", and what it said."""
     try:
-        write(replay, disk.root)
+        replay.write(disk.root)
     except Killed:
         return "killed", ""
     except (OutputError, StorageError) as error:
@@ -136,13 +134,12 @@ def strike(
     draw: random.Random,
     *,
     forever: bool = False,
-    write: Write = Replay.write,
 ) -> tuple[bool, list[str]]:
     """Run with faults, then cut the power if that is one, then run again without."""
     disk.clear()
     disk.put(replay.target, replay.old)
     disk.plan(faults, forever=forever)
-    ended, said = run(disk, replay, write)
+    ended, said = run(disk, replay)
     fired = len({kind for _, kind in disk.fired}) > 0 and (forever or len(disk.fired) == len(faults))
     broken = judge(disk, replay, new, ended, said)
     if "power" in faults.values() or (ended == "done" and draw.random() < 0.2):
@@ -155,11 +152,10 @@ def strike(
                 disk.root / replay.target, replay.old, new, killed=True, succeeded=succeeded, look=disk.look
             )
         ]
-    if write is Replay.write:
-        disk.plan({})
-        ended, said = run(disk, replay)
-        again = violations(disk.root / replay.target, new, new, succeeded=True, look=disk.look)
-        broken += [f"the run after it: {text}" for text in ([said] if ended != "done" else again)]
+    disk.plan({})
+    ended, said = run(disk, replay)
+    again = violations(disk.root / replay.target, new, new, succeeded=True, look=disk.look)
+    broken += [f"the run after it: {text}" for text in ([said] if ended != "done" else again)]
     return fired, broken
 
 
@@ -186,29 +182,34 @@ def singles(calls: list[str]) -> Iterator[tuple[dict[int, Kind], bool]]:
             yield {nth: "power"}, False
 
 
-def sweep(
-    world: World, root: Path, *, count: int, seed: int = 2, seconds: float | None = None
-) -> Tally:
-    """Every single fault, then pairs of them drawn at random, ``count`` faults in all."""
+def sweep(world: World, root: Path, *, count: int, seed: int = 2, broken: str = "") -> Tally:
+    """Every single fault, then pairs of them drawn at random, ``count`` faults in all; in another order for every seed but 1.
+
+    ``broken`` names a wrong protocol of `tests.faults.broken`, for which the faults are drawn from all.
+    """
     tally = Tally("2", "storage calls fail on a disk in memory")
     draw = random.Random(seed)
     disk = Disk(root)
-    journal_interval, journal.INTERVAL = journal.INTERVAL, 5_000
-    end = None if seconds is None else time.monotonic() + seconds
+    interval, journal.INTERVAL = journal.INTERVAL, 5_000
     try:
         with installed(disk):
             found = [(replay, *sound(disk, replay)) for replay in replays(world)]
-            work = ((r, new, faults, forever) for r, new, calls in found for faults, forever in singles(calls))
+        with installed(disk), wrong.for_a_while(broken) if broken else nullcontext():
+            work = [(r, new, faults, forever) for r, new, calls in found for faults, forever in singles(calls)]
+            if broken:
+                draw.shuffle(work)
+            elif seed > 1:  # all single faults are those of seed 1; others go on with pairs and other power cuts
+                work = []
             for replay, new, faults, forever in itertools.chain(work, _pairs(found, draw)):
-                if tally.injected >= count or (end is not None and time.monotonic() > end):
+                if tally.injected >= count or (broken and tally.violations):
                     break
-                fired, broken = strike(disk, replay, new, faults, draw, forever=forever)
-                kinds = " and ".join(sorted(set(faults.values())))
+                fired, violated = strike(disk, replay, new, faults, draw, forever=forever)
                 if not fired and len(faults) > 1:
                     continue  # the first of a pair ended the run before the second
-                tally.note(kinds + (" on" if forever else ""), fired, broken, f"{replay.name}, {faults}, forever {forever}")
+                kinds = " and ".join(sorted(set(faults.values()))) + (" on" if forever else "")
+                tally.note(kinds, fired, violated, f"{replay.name}, {faults}, forever {forever}")
     finally:
-        journal.INTERVAL = journal_interval
+        journal.INTERVAL = interval
     return tally
 
 

@@ -62,15 +62,14 @@ CHANGES: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
-def change(world: World, *, count: int, seed: int = 8, broken: str = "", seconds: float | None = None) -> Tally:
+def change(world: World, *, count: int, seed: int = 8, broken: str = "") -> Tally:
     """Inputs change until ``count`` runs were struck: an output is of the old bytes or of the new ones, never of both."""
     tally = Tally("8", "inputs change while they are read", random=True)
     draw = random.Random(seed)
     took = lengths(world)
     whole = {path: path.read_bytes() for path in world.inputs}
     kinds = list(CHANGES)
-    end = None if seconds is None else time.monotonic() + seconds
-    while tally.fired < count and (end is None or time.monotonic() < end):
+    while tally.fired < count and not (broken and tally.violations):
         kind = kinds[tally.injected % len(kinds)]
         name = draw.choice(("merge", "diff"))
         case = world.cases[name]

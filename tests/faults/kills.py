@@ -62,13 +62,12 @@ def strike(world: World, run: Run, target: Path, length: float, draw: random.Ran
     return run.kill(number)
 
 
-def kill(world: World, *, count: int, seed: int = 3, broken: str = "", seconds: float | None = None) -> Tally:
+def kill(world: World, *, count: int, seed: int = 3, broken: str = "") -> Tally:
     """SIGKILL until ``count`` runs were killed before their end; each is followed by a run that makes good."""
     tally = Tally("3", "kill -9 at a random moment", random=True)
     draw = random.Random(seed)
     took = lengths(world)
-    end = None if seconds is None else time.monotonic() + seconds
-    while tally.fired < count and (end is None or time.monotonic() < end):
+    while tally.fired < count and not (broken and tally.violations):
         case = draw.choice(list(world.cases.values()))
         old = draw.choice((None, case.old))
         target = world.fresh(case, old)
@@ -91,7 +90,7 @@ def signals(world: World, *, count: int, seed: int = 5, broken: str = "") -> Tal
     tally = Tally("5", "signals and a closed stdout", random=True)
     draw = random.Random(seed)
     took = lengths(world)
-    while tally.fired < count * 9 // 10 and tally.injected < 3 * count:
+    while tally.fired < count * 9 // 10 and not (broken and tally.violations):
         case = draw.choice(list(world.cases.values()))
         old = draw.choice((None, case.old))
         number = draw.choice(POLITE)

@@ -100,14 +100,13 @@ def _sync(place: Path) -> None:
 
 
 def cut(
-    world: World, disk: Disk, *, count: int, seed: int = 4, broken: str = "", seconds: float | None = None
+    world: World, disk: Disk, *, count: int, seed: int = 4, broken: str = ""
 ) -> Tally:
     """``count`` power cuts: at random moments, in the last part of a run, and right after it said that all is well."""
     tally = Tally("4", "power cuts on ext4")
     draw = random.Random(seed)
     took = lengths(world)
-    end = None if seconds is None else time.monotonic() + seconds
-    while tally.injected < count and (end is None or time.monotonic() < end):
+    while tally.injected < count and not (broken and tally.violations):
         case = draw.choice(list(world.cases.values()))
         old = draw.choice((None, case.old))
         resumes = case.name in RESUMABLE and draw.random() < 0.3

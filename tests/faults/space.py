@@ -44,6 +44,8 @@ def full(world: World, *, count: int, seed: int = 6, broken: str = "") -> Tally:
     kinds = ("a page short", "half", "64 KiB", "file size limit", "race")
     with small_disk(world.folder / "small", 1 << 24) as disk:
         for number in range(count):
+            if broken and tally.violations:
+                break
             kind = kinds[number % len(kinds)]
             case = draw.choice(list(world.cases.values()))
             old = draw.choice((None, case.old))

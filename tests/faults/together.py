@@ -25,13 +25,12 @@ def rivals(world: World) -> list[Case]:
     return cases
 
 
-def compete(world: World, *, count: int, most: int = 8, seed: int = 11, broken: str = "", seconds: float | None = None) -> Tally:
+def compete(world: World, *, count: int, most: int = 8, seed: int = 11, broken: str = "") -> Tally:
     """Rounds of 2 to ``most`` runs: whoever ends well wrote all of it, one of them is at the target, the others say why not."""
     tally = Tally("11", "runs on one output at the same time")
     draw = random.Random(seed)
     cases = rivals(world)
-    end = None if seconds is None else time.monotonic() + seconds
-    while tally.injected < count and (end is None or time.monotonic() < end):
+    while tally.injected < count and not (broken and tally.violations):
         locks = "no flock" if not broken and draw.random() < 0.3 else broken
         runners = [draw.choice(cases) for _ in range(draw.randint(2, most))]
         if draw.random() < 0.3:
