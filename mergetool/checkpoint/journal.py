@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.checkpoint import system
-from mergetool.checkpoint.targets import JOURNAL, attempt
+from mergetool.checkpoint.targets import JOURNAL, attempt, is_own
 
 if TYPE_CHECKING:
-    from mergetool.checkpoint.files import OutputFile
+    from mergetool.checkpoint.output_file import OutputFile
 
 # A tensor of 12 GB models is up to 0.1 GB, and syncing and reading back 1 GiB takes a second of one thread.
 INTERVAL = 1 << 30
@@ -155,10 +154,3 @@ def _lines(path: Path) -> list[bytes]:
         system.close(fd)
     *lines, _cut = bytes(buffer).split(b"\n")
     return lines
-
-
-def is_own(status: os.stat_result) -> bool:
-    """Whether a stage or journal is this user's and has no other name: another's could be forged, digests and all."""
-    return (not hasattr(os, "geteuid") or status.st_uid == os.geteuid()) and (
-        stat.S_ISDIR(status.st_mode) or status.st_nlink == 1
-    )

@@ -292,6 +292,13 @@ def _is_dead(leftover: Path) -> bool:
         attempt(system.close, fd)
 
 
+def is_own(status: os.stat_result) -> bool:
+    """Whether a stage or journal is this user's and has no other name: another's could be forged, digests and all."""
+    return (not hasattr(os, "geteuid") or status.st_uid == os.geteuid()) and (
+        stat.S_ISDIR(status.st_mode) or status.st_nlink == 1
+    )
+
+
 def attempt(call: Callable[..., None], *arguments: object) -> None:
     """Make a clean-up call whose failure must not hide the error that led to it."""
     try:

@@ -205,7 +205,9 @@ def run_merges(
     """
     _require_places(outputs)
     if resume and len(plans) > 1:
-        raise UsageError("only a merge with one output can be resumed; leave out --resume, or merge them one at a time.")
+        raise UsageError(
+            "only a merge with one output can be resumed; leave out --resume, or merge them one at a time."
+        )
     files = list(dict.fromkeys(file for plan in plans for model in plan.inputs for file in model.checkpoint.files))
     with ExitStack() as stack:
         writers = [
@@ -295,7 +297,9 @@ def _say_what_is_kept(
     if error is not None:
         writer.discard()
         if writer.left:
-            error.add_note(f"{writer.left:,} bytes of finished tensors are kept, and the same command goes on from them")
+            error.add_note(
+                f"{writer.left:,} bytes of finished tensors are kept, and the same command goes on from them"
+            )
 
 
 def _config_files(plan: Plan) -> Mapping[str, bytes]:

@@ -6,7 +6,6 @@ strace injects the fault into a process that does the command's own work; a firs
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import subprocess

@@ -49,7 +49,9 @@ class Inode:
 
     def status(self) -> os.stat_result:
         kind = stat.S_IFREG if self.names is None else stat.S_IFDIR
-        return os.stat_result((kind | self.mode, self.number, 7, 1, os.geteuid(), os.getegid(), len(self.data), 0, 0, 0))
+        return os.stat_result(
+            (kind | self.mode, self.number, 7, 1, os.geteuid(), os.getegid(), len(self.data), 0, 0, 0)
+        )
 
 
 class Disk:
@@ -61,6 +63,7 @@ class Disk:
 
     def __init__(self, root: Path, *, rules: str = "") -> None:
         self.root = root
+        self._root = str(root)
         self.rules = rules
         self.capacity = 1 << 30
         self.folder = Inode(1, names={})
@@ -144,22 +147,18 @@ class Disk:
 
     # ---- names
 
-    def _mine(self, path: Path) -> bool:
-        return path.parent == self.root or path.parent.parent == self.root
-
     def _place(self, path: Path) -> tuple[Inode, str]:
         """The folder that a path is in, and the name it has there."""
-        folder = self.folder
-        if path.parent != self.root:
-            folder = self._get(path.parent)
-        names = folder.names or {}
-        if self.rules in ("windows", "caseless") and path.name not in names:
-            same = next((name for name in names if folded(name) == folded(path.name)), None)
-            return folder, same or path.name
-        return folder, path.name
+        above, _, last = str(path).rpartition("/")
+        folder = self.folder if above == self._root else self._get(path.parent)
+        if self.rules in ("windows", "caseless"):
+            names = folder.names or {}
+            if last not in names:
+                return folder, next((name for name in names if folded(name) == folded(last)), last)
+        return folder, last
 
     def _get(self, path: Path) -> Inode:
-        if path == self.root:
+        if str(path) == self._root:
             return self.folder
         folder, name = self._place(path)
         found = (folder.names or {}).get(name)
@@ -203,7 +202,7 @@ class Disk:
 
     def _do(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         first = arguments[0]
-        here = first in self._files if isinstance(first, int) else first == self.root or self._mine(first)
+        here = first in self._files if isinstance(first, int) else str(first).startswith(self._root)
         return getattr(self, name)(*arguments) if here else real(*arguments)
 
     def _open(self, inode: Inode) -> int:

@@ -90,7 +90,9 @@ def change(world: World, *, count: int, seed: int = 8, broken: str = "") -> Tall
         found = content_of(target)
         done, clean = ended.code == 0, ended.code > 0
         new = case.new
-        if done and found != new and not broken:  # the change came before the opening: all of the output is of the new bytes
+        if (
+            done and found != new and not broken
+        ):  # the change came before the opening: all of the output is of the new bytes
             again = world.run(case, target)
             new = content_of(target) if again.code == 0 else None
         violated = [] if found in (old, new) else ["the output is of old and new bytes"]

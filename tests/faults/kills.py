@@ -62,8 +62,8 @@ def strike(world: World, run: Run, target: Path, length: float, draw: random.Ran
     return run.kill(number)
 
 
-def kill(world: World, *, count: int, seed: int = 3, broken: str = "") -> Tally:
-    """SIGKILL until ``count`` runs were killed before their end; each is followed by a run that makes good."""
+def kill(world: World, *, count: int, seed: int = 3, broken: str = "", again: float = 1.0) -> Tally:
+    """SIGKILL until ``count`` runs were killed before their end; a share of them, ``again``, is followed by a run that makes good."""
     tally = Tally("3", "kill -9 at a random moment", random=True)
     draw = random.Random(seed)
     took = lengths(world)
@@ -77,7 +77,9 @@ def kill(world: World, *, count: int, seed: int = 3, broken: str = "") -> Tally:
         violated = world.judge(case, target, old, ended)
         where = f"{case.name}, {'new' if old is None else 'replacing'}, run {tally.injected} of seed {seed}"
         kind = "while staged" if ended.killed and beside(target)[0] else "else"
-        tally.note(kind, ended.killed, violated + world.judge_next(case, target), where)
+        if not broken and draw.random() < again:
+            violated += world.judge_next(case, target)
+        tally.note(kind, ended.killed, violated, where)
     return tally
 
 

@@ -35,7 +35,9 @@ class Disk:
         self.place.mkdir()
         with self._image.open("wb") as file:
             file.truncate(MEBIBYTES << 20)
-        _do("mkfs.ext4", "-q", "-b", "1024", "-J", "size=1", "-E", "lazy_itable_init=0,lazy_journal_init=0", self._image)
+        _do(
+            "mkfs.ext4", "-q", "-b", "1024", "-J", "size=1", "-E", "lazy_itable_init=0,lazy_journal_init=0", self._image
+        )
         self._mount()
 
     def _mount(self) -> None:
@@ -91,18 +93,15 @@ def prepare(disk: Disk, case: Case, old: Content) -> Path:
     folder.mkdir(exist_ok=True)
     target = folder / case.target
     put(target, old)
-    os.sync() if False else _sync(disk.place)
+    _do("sync", "-f", disk.place)
     return target
 
 
-def _sync(place: Path) -> None:
-    _do("sync", "-f", place)
+def cut(world: World, disk: Disk, *, count: int, seed: int = 4, broken: str = "", again: float = 1.0) -> Tally:
+    """``count`` power cuts: at random moments, in the last part of a run, and right after it said that all is well.
 
-
-def cut(
-    world: World, disk: Disk, *, count: int, seed: int = 4, broken: str = ""
-) -> Tally:
-    """``count`` power cuts: at random moments, in the last part of a run, and right after it said that all is well."""
+    A share of them, ``again``, is followed by a run, with ``--resume`` where the first one had it.
+    """
     tally = Tally("4", "power cuts on ext4")
     draw = random.Random(seed)
     took = lengths(world)
@@ -136,12 +135,17 @@ def cut(
         kept = finished(target)
         said_success = ended is not None and ended.code == 0
         violated = violations(target, old, case.new, killed=True, succeeded=said_success, inputs=world.inputs)
-        if not broken:
-            again = world.run(case, target, *more, interval=INTERVAL)
-            if again.code:
-                violated.append(f"the run after it failed: {again.code} {again.err}")
+        if not broken and draw.random() < again:
+            after = world.run(case, target, *more, interval=INTERVAL)
+            if after.code:
+                violated.append(f"the run after it failed: {after.code} {after.err}")
             elif content_of(target) != case.new:
                 violated.append("the run after it did not make the new output")
         kind = f"{when}{', resumed' if resumes and kept else ''}"
-        tally.note(kind, True, violated, f"{case.name}, {'new' if old is None else 'replacing'}, {when}, {tally.injected} of seed {seed}")
+        tally.note(
+            kind,
+            True,
+            violated,
+            f"{case.name}, {'new' if old is None else 'replacing'}, {when}, {tally.injected} of seed {seed}",
+        )
     return tally

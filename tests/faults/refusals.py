@@ -220,7 +220,9 @@ def modes(world: World, *, broken: str = "") -> Tally:
     """Umasks 022 and 077, new files and replaced ones of several modes and owners, files and folders."""
     tally = Tally("34", "permissions and ownership")
     merge, folder = world.cases["merge"], world.cases["folder"]
-    cases: list[tuple[str, Content, int, int | None, int, int, int]] = []  # target's case, old, umask, mode, owner; wanted
+    cases: list[
+        tuple[str, Content, int, int | None, int, int, int]
+    ] = []  # target's case, old, umask, mode, owner; wanted
     for umask in (0o022, 0o077, 0o002):
         cases.append(("merge", None, umask, None, 0, 0o666 & ~umask, 0))
         cases.append(("folder", None, umask, None, 0, 0o777 & ~umask, 0))

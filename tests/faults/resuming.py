@@ -6,11 +6,10 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.checkpoint.faults import Content, beside
+from tests.checkpoint.faults import Content, beside, content_of
 from tests.faults.kills import lengths, start, strike
 from tests.faults.tally import Tally
 from tests.faults.warm import Ended
@@ -32,9 +31,7 @@ def finished(target: Path) -> int:
     return max(0, journal.read_bytes().count(b"\n") - 1) if journal else 0
 
 
-def kill_and_resume(
-    world: World, *, count: int, seed: int = 10, broken: str = "", at: int = 0
-) -> Tally:
+def kill_and_resume(world: World, *, count: int, seed: int = 10, broken: str = "", at: int = 0) -> Tally:
     """Runs with ``--resume`` are killed, up to three times one after the other, then finished: ``count`` resumed journals."""
     tally = Tally("10", "killed and resumed: the same bytes", random=True)
     draw = random.Random(seed)
@@ -46,10 +43,13 @@ def kill_and_resume(
         where = f"{case.name}, {'new' if old is None else 'replacing'}, run {tally.injected} of seed {seed}"
         had, before = 0, []
         for _ in range(draw.randint(1, 3)):
+            there = content_of(target)  # a run before may have been killed just after it published
             run = start(world, case, target, "--resume", interval=INTERVAL, broken=broken)
-            strike(world, run, target, took[case.name], draw, draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT)))
+            strike(
+                world, run, target, took[case.name], draw, draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT))
+            )
             ended = run.wait()
-            before += judge_left(world, case, target, old, ended)
+            before += judge_left(world, case, target, there, ended)
             if ended.code == 0:
                 break
             had = finished(target)

@@ -17,10 +17,38 @@ from tests.faults.tally import Tally
 from tests.faults.world import World
 
 SAME = (
-    *("A", "ä", "ß", "İstanbul", "Model-00001", "ﬁle", "Ǆ", "Ω", "é", "MiXeD", "ŉ", "ς", "K", "Å", "x̌", "Ñandú", "ÉCOLE", "ЖУК"),
+    *(
+        "A",
+        "ä",
+        "ß",
+        "İstanbul",
+        "Model-00001",
+        "ﬁle",
+        "Ǆ",
+        "Ω",
+        "é",
+        "MiXeD",
+        "ŉ",
+        "ς",
+        "K",
+        "Å",
+        "x̌",
+        "Ñandú",
+        "ÉCOLE",
+        "ЖУК",
+    ),
     *("straße", "Łódź", "ệ", "q̣̇", "ΑΒΓ", "ǆ", "ﬃ", "Ẁ", "Å", "ŏ", "CON1", "z-Image"),
 )
-DIFFERENT = (("a", "b"), ("é", "e"), ("model-1", "model_1"), ("o", "0"), ("ae", "æ"), ("i", "ı"), ("l", "1"), ("ο", "o"))
+DIFFERENT = (
+    ("a", "b"),
+    ("é", "e"),
+    ("model-1", "model_1"),
+    ("o", "0"),
+    ("ae", "æ"),
+    ("i", "ı"),
+    ("l", "1"),
+    ("ο", "o"),
+)
 
 
 def pairs() -> list[tuple[str, str, bool]]:
@@ -127,7 +155,9 @@ def windows(world: World, root: Path, *, seed: int = 33) -> Tally:
                 disk.put(replay.target, replay.old)
                 disk.plan(faults, forever=forever)
                 ended, said = run(disk, replay)
-                tally.note(kinds[0], bool(disk.fired), judge(disk, replay, new, ended, said), f"{replay.name}, {faults}")
+                tally.note(
+                    kinds[0], bool(disk.fired), judge(disk, replay, new, ended, said), f"{replay.name}, {faults}"
+                )
     return tally
 
 
@@ -141,5 +171,7 @@ def _in_use(disk: Disk, replay: Replay) -> list[str]:
         ended, said = run(disk, replay)
     finally:
         disk.close(held)
-    found = violations(disk.root / replay.target, replay.old, None, failed=True, errors=f"mergetool: {said}", look=disk.look)
+    found = violations(
+        disk.root / replay.target, replay.old, None, failed=True, errors=f"mergetool: {said}", look=disk.look
+    )
     return found + ([] if ended == "failed" and "permission was denied" in said else [f"{ended}: {said}"])

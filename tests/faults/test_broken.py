@@ -11,7 +11,6 @@ from tests.faults.rows import Bench
 from tests.faults.tally import Tally
 
 CAUGHT: list[tuple[str, str, Callable[[Bench, str], Tally]]] = [
-    ("calls", "finalise on exit", lambda b, wrong: calls.sweep(b.world, count=25, broken=wrong)),
     ("calls", "rename first", lambda b, wrong: calls.sweep(b.world, count=25, broken=wrong)),
     ("kills", "rename first", lambda b, wrong: kills.kill(b.world, count=40, broken=wrong)),
     ("signals", "finalise on exit", lambda b, wrong: kills.signals(b.world, count=20, broken=wrong)),
@@ -32,7 +31,9 @@ def test_wrong_protocol_is_caught(bench: Bench, harness: str, wrong: str, run: C
     assert tally.violations, f"{harness} did not see: {wrong}"
 
 
-@pytest.mark.parametrize("wrong", ["no fsync", "no folder fsync", "rename first", "finalise on exit", "keep temporaries"])
+@pytest.mark.parametrize(
+    "wrong", ["no fsync", "no folder fsync", "rename first", "finalise on exit", "keep temporaries"]
+)
 def test_wrong_protocol_is_caught_on_a_disk_in_memory(bench: Bench, wrong: str) -> None:
     assert doubles.sweep(bench.world, bench.empty, count=500, broken=wrong).violations
 

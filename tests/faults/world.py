@@ -28,10 +28,22 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "folder": ("out", ["merge", EXPRESSION, "--threads", "1", "--shard-size", "60KB"]),
     "diff": (
         "out.safetensors",
-        "diff --base alk.safetensors --variant a.safetensors --rank 4 --threads 1 --device cpu".split(),
+        [
+            "diff",
+            "--base",
+            "alk.safetensors",
+            "--variant",
+            "a.safetensors",
+            "--rank",
+            "4",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+        ],
     ),
-    "lora bake": ("out.safetensors", "lora bake alk.safetensors lora.safetensors:0.7 --threads 1".split()),
-    "convert": ("out.safetensors", "convert alk.safetensors --dtype fp16 --threads 1".split()),
+    "lora bake": ("out.safetensors", ["lora", "bake", "alk.safetensors", "lora.safetensors:0.7", "--threads", "1"]),
+    "convert": ("out.safetensors", ["convert", "alk.safetensors", "--dtype", "fp16", "--threads", "1"]),
 }
 """Name of the command -> name of its output, and its arguments but for the output's."""
 
@@ -86,7 +98,17 @@ class World:
         write_inputs(self.family, scale)
         # What a command makes is what its first run makes, in another process than those that are disturbed;
         # that it is right, the tests of the engine prove against an oracle.
-        lora = ["diff", "--base", "alk.safetensors", "--variant", "a.safetensors", "--rank", "2", "-o", "lora.safetensors"]
+        lora = [
+            "diff",
+            "--base",
+            "alk.safetensors",
+            "--variant",
+            "a.safetensors",
+            "--rank",
+            "2",
+            "-o",
+            "lora.safetensors",
+        ]
         first = [COMMANDS[name][1] + ["-o", str(self.scratch / name / COMMANDS[name][0])] for name in names]
         for name in names:
             (self.scratch / name).mkdir()
