@@ -39,9 +39,10 @@ def stop_before_the_end(monkeypatch: pytest.MonkeyPatch, output: Path, options: 
     def refuse(staged: StagedFile) -> None:
         raise StorageError("the disk failed.")
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(StagedFile, "prepare", refuse)
-        merge(output, options, resume=True)
+        with pytest.raises(StorageError) as caught:
+            merge(output, options, resume=True)
     return "".join(getattr(caught.value, "__notes__", []))
 
 

@@ -18,6 +18,7 @@ from tests.faults.world import Case, World
 INTERVAL = 30_000
 """Bytes between entries of a journal here: every tensor but the small ones."""
 RESUMABLE = ("merge", "folder")
+FATAL = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
 
 
 def journal_of(target: Path) -> Path | None:
@@ -42,12 +43,10 @@ def kill_and_resume(world: World, *, count: int, seed: int = 10, broken: str = "
         target = world.fresh(case, old)
         where = f"{case.name}, {'new' if old is None else 'replacing'}, run {tally.injected} of seed {seed}"
         had, before = 0, []
-        for _ in range(draw.randint(1, 3)):
+        for _ in range(draw.choice((1, 1, 1, 2, 3))):
             there = content_of(target)  # a run before may have been killed just after it published
             run = start(world, case, target, "--resume", interval=INTERVAL, broken=broken)
-            strike(
-                world, run, target, took[case.name], draw, draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT))
-            )
+            strike(world, run, target, took[case.name], draw, draw.choice(FATAL), staged=0.8)
             ended = run.wait()
             before += judge_left(world, case, target, there, ended)
             if ended.code == 0:
@@ -88,7 +87,7 @@ def interrupted(world: World, case: Case, old: Content, draw: random.Random) -> 
     while True:
         target = world.fresh(case, old)
         run = start(world, case, target, "--resume", interval=INTERVAL)
-        strike(world, run, target, took, draw, signal.SIGKILL)
+        strike(world, run, target, took, draw, signal.SIGKILL, staged=1)
         if run.wait().killed and finished(target):
             return target
 
