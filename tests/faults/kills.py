@@ -49,11 +49,9 @@ def sleep_until_staged(world: World, run: Run, target: Path) -> None:
             return
 
 
-def strike(
-    world: World, run: Run, target: Path, length: float, draw: random.Random, number: int, *, staged: float = 1 / 3
-) -> bool:
-    """Let a run go and send it signal ``number``: this share of the time while its output is staged or published."""
-    during_commit = draw.random() < staged
+def strike(world: World, run: Run, target: Path, length: float, draw: random.Random, number: int) -> bool:
+    """Let a run go and send it signal ``number``: a third of the time while its output is staged or published."""
+    during_commit = draw.random() < 1 / 3
     delay = draw.uniform(0, 0.4 * length) if during_commit else draw.uniform(0, length)
     run.go()
     if during_commit:

@@ -6,13 +6,14 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.checkpoint.faults import Content, beside, content_of
 from tests.faults.kills import lengths, start, strike
 from tests.faults.tally import Tally
-from tests.faults.warm import Ended
+from tests.faults.warm import Ended, Run
 from tests.faults.world import Case, World
 
 INTERVAL = 30_000
@@ -29,7 +30,19 @@ def journal_of(target: Path) -> Path | None:
 def finished(target: Path) -> int:
     """How many tensors a killed run had finished."""
     journal = journal_of(target)
-    return max(0, journal.read_bytes().count(b"\n") - 1) if journal else 0
+    try:
+        return max(0, journal.read_bytes().count(b"\n") - 1) if journal else 0
+    except FileNotFoundError:  # a run that goes on has just published
+        return 0
+
+
+def strike_with_something_kept(run: Run, target: Path, length: float, draw: random.Random) -> None:
+    """Let a run go and end it some time after its first tensors are in the journal."""
+    run.go()
+    while not finished(target) and run.wait_for(0) is None:
+        pass
+    time.sleep(draw.uniform(0, 0.1 * length))
+    run.kill(draw.choice(FATAL))
 
 
 def kill_and_resume(world: World, *, count: int, seed: int = 10, broken: str = "", at: int = 0) -> Tally:
@@ -46,7 +59,10 @@ def kill_and_resume(world: World, *, count: int, seed: int = 10, broken: str = "
         for _ in range(draw.choice((1, 1, 1, 2, 3))):
             there = content_of(target)  # a run before may have been killed just after it published
             run = start(world, case, target, "--resume", interval=INTERVAL, broken=broken)
-            strike(world, run, target, took[case.name], draw, draw.choice(FATAL), staged=0.8)
+            if draw.random() < 0.75:
+                strike_with_something_kept(run, target, took[case.name], draw)
+            else:
+                strike(world, run, target, took[case.name], draw, draw.choice(FATAL))
             ended = run.wait()
             before += judge_left(world, case, target, there, ended)
             if ended.code == 0:
@@ -87,7 +103,7 @@ def interrupted(world: World, case: Case, old: Content, draw: random.Random) -> 
     while True:
         target = world.fresh(case, old)
         run = start(world, case, target, "--resume", interval=INTERVAL)
-        strike(world, run, target, took, draw, signal.SIGKILL, staged=1)
+        strike_with_something_kept(run, target, took, draw)
         if run.wait().killed and finished(target):
             return target
 
