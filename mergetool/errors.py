@@ -4,7 +4,8 @@
     ├── CheckFailed        1    a check said no
     ├── UsageError         2    the request itself is wrong
     │   ├── ExpressionError     a merge expression that cannot be read or has the wrong degree
-    │   └── PatternError        a selection pattern that is malformed or matches nothing
+    │   ├── PatternError        a selection pattern that is malformed or matches nothing
+    │   └── RecipeError         a recipe file that cannot be read, or asks for what there is not
     ├── DataError         65    an input's bytes are not what they should be
     │   ├── HeaderError         a safetensors header breaks a rule of the format
     │   ├── ShardIndexError     a shard index is malformed, unsafe, or disagrees with its shards
@@ -48,6 +49,10 @@ class ExpressionError(UsageError):
 
 class PatternError(UsageError):
     """A selection pattern that is malformed or matches nothing."""
+
+
+class RecipeError(UsageError):
+    """A recipe file that cannot be read or asks for what there is not; says the line and column."""
 
 
 class DataError(MergetoolError):

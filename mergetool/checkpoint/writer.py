@@ -17,8 +17,6 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.progress import PlacedFile, Progress
 from mergetool.errors import UsageError
 
-STEM = "diffusion_pytorch_model"
-
 
 class CheckpointWriter:
     """A checkpoint whose complete layout is known, being written beside its target.
@@ -69,7 +67,7 @@ class CheckpointWriter:
         shard_size: int | None = None,
         inputs: Sequence[InputFile] = (),
         extra_files: Mapping[str, bytes] = MappingProxyType({}),
-        stem: str = STEM,
+        stem: str = shards.STEM,
         resume: Work | None = None,
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
@@ -87,14 +85,7 @@ class CheckpointWriter:
                     f'"{target}" names one file, but shards need a folder; leave out ".safetensors" or the shard size.'
                 )
             return _stage_file(target, header, overwrite, inputs, resume)
-        parts: Sequence[shards.Shard] = ()
-        if shard_size is not None:
-            parts = shards.split(header, shard_size, stem=stem)
-        if len(parts) <= 1:
-            parts = [shards.Shard(f"{stem}.safetensors", header)]
-        small = dict(extra_files)
-        if len(parts) > 1:
-            small[shards.index_name(stem)] = shards.index_json(parts)
+        parts, small = shards.folder(header, shard_size, extra_files, stem=stem)
         return _stage_folder(target, header, parts, small, overwrite, inputs, resume)
 
     @property

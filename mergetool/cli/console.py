@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from mergetool.checkpoint.sizes import parse_size as parse_size
 from mergetool.errors import MergetoolError, UsageError
 
 P = ParamSpec("P")
@@ -173,6 +174,11 @@ def progress(
         _signals.deferred = done
 
 
+def bar(word: str, total: int, unit: str, *, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
+    """`progress` in the order in which the library asks for it."""
+    return progress(word, total, shown=shown, unit=unit)
+
+
 class _Ended(BaseException):
     """A signal asked the process to end; carries the signal's number."""
 
@@ -257,18 +263,3 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> Any:
     if value not in known:
         raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
     return value
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``300MB`` or ``2GB`` (decimal) or ``4GiB`` (binary); raises UsageError."""
-    units = {"": 1, "B": 1}
-    for i, letter in enumerate("KMGT", 1):
-        units |= {f"{letter}B": 1000**i, f"{letter}IB": 1024**i, letter: 1000**i}
-    digits = text.strip().rstrip("BKMGTIbkmgti ")
-    try:
-        value = float(digits) * units[text.strip()[len(digits) :].strip().upper()]
-    except (KeyError, ValueError):
-        raise UsageError(f'"{text}" is not a size; write for example 300MB, 2GB or 4GiB.') from None
-    if not 0 < value < 2**63:
-        raise UsageError(f'"{text}" is not a size that a file can have.')
-    return int(value)

@@ -18,10 +18,10 @@ from mergetool.cli.console import (
     SkipUnmatchedOption,
     VerboseOption,
 )
-from mergetool.errors import LineageError, UsageError
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.compare.lineage import Finding
+    from mergetool.comparison.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
@@ -43,6 +43,7 @@ Examples:
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "turbo + 0.7 * lora('style.safetensors') - 0.2 * lora('other.safetensors')" -o baked.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
+  mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
@@ -52,12 +53,33 @@ blocks of one stack: linear, smooth, bell (LAST in the middle). `mergetool inspe
 """
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from mergetool.recipe.schema import json_schema
+
+        console.print_json(json_schema())
+        raise typer.Exit
+
+
 @console.command
 def merge(
-    expression: Annotated[str, typer.Argument(help="What to compute, as in: alkahest + 20 * (tuned - base)")],
+    expression: Annotated[
+        str,
+        typer.Argument(
+            help="What to compute, as in: alkahest + 20 * (tuned - base); or a recipe file.",
+            metavar="EXPRESSION|RECIPE.yaml",
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="FILE.safetensors, or a folder for shards. Needed unless --dry-run."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.safetensors, or a folder for shards. Needed unless --dry-run. Of a recipe: the folder for its outputs.",
+        ),
+    ] = None,
+    variables: Annotated[
+        list[str] | None, typer.Option("--var", help="Set a variable of a recipe. Repeatable.", metavar="NAME=VALUE")
     ] = None,
     protect: Annotated[
         list[str] | None,
@@ -123,8 +145,16 @@ def merge(
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
     verbose: VerboseOption = False,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of recipe files."),
+    ] = False,
 ) -> None:
-    """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
+    """Merge checkpoints by an expression, streaming; memory stays small whatever their size.
+
+    A recipe file (docs/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
+    """
+    from mergetool.cli import merge_recipe
     from mergetool.engine import job
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
@@ -142,28 +172,33 @@ def merge(
         quant=quant,
         scale_search=scale_search,
     )
-    perform(
-        expression,
-        options,
-        output,
-        Settings(
-            shard_size=shard_size,
-            threads=threads,
-            device=device,
-            gpu_memory=gpu_memory,
-            measure=measure,
-            reader=reader,
-            nonfinite=nonfinite,
-            skip_unmatched=skip_unmatched,
-            force=force,
-            overwrite=overwrite,
-            resume=resume,
-            dry_run=dry_run,
-            as_json=as_json,
-            shows_progress=not (no_progress or as_json),
-            verbose=verbose,
-        ),
+    settings = Settings(
+        shard_size=shard_size,
+        threads=threads,
+        device=device,
+        gpu_memory=gpu_memory,
+        measure=measure,
+        reader=reader,
+        nonfinite=nonfinite,
+        skip_unmatched=skip_unmatched,
+        force=force,
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        as_json=as_json,
+        shows_progress=not (no_progress or as_json),
+        verbose=verbose,
     )
+    if expression.lower().endswith((".yaml", ".yml")):
+        if options != Options() or shard_size:
+            raise UsageError(
+                f"what is merged, and how, is said in {expression}; leave the options for that out, or write them there."
+            )
+        merge_recipe.perform(Path(expression), variables or (), output, settings)
+        return
+    if variables:
+        raise UsageError("--var sets a variable of a recipe file; in an expression, write the number itself.")
+    perform(expression, options, output, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +242,11 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         on = devices.choose(settings.device, work=plan.bytes_read, memory=gpu_bytes)
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
-            _print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+            print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
         findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
         if settings.dry_run or output is None:
             if settings.as_json:
-                console.print_json(_plan_json(plan, memory) | _lineage_json(findings))
+                console.print_json(plan_json(plan, memory) | lineage_json(findings))
             return
         total = plan.bytes_read + plan.header.data_size
         with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
@@ -231,22 +266,22 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         seconds = time.monotonic() - started
         if settings.as_json:
             console.print_json(
-                _plan_json(plan, memory) | _lineage_json(findings) | _outcome_json(plan, outcome, output, seconds)
+                plan_json(plan, memory) | lineage_json(findings) | outcome_json(plan, outcome, output, seconds)
             )
         else:
-            _print_outcome(plan, outcome, output, seconds)
+            print_outcome(plan, outcome, output, seconds)
 
 
 def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
     """Whether the models of ``plan`` belong together, printed where ``shown``; raises LineageError where they do not, unless with ``force``."""
-    from mergetool.compare import lineage
+    from mergetool.comparison import lineage
 
     findings = lineage.check(plan)
     for finding in findings:
-        if finding.is_error and not force:
-            raise LineageError(f"{finding.text}; --force merges anyway.")
-        if shown:
+        if shown and (force or not finding.is_error):
             console.heading(finding.level, finding.text)
+    if not force:
+        lineage.refuse(findings)
     return findings
 
 
@@ -257,7 +292,7 @@ def multiplier(text: str) -> Setting:
     return parse_setting(text)
 
 
-def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     from mergetool.quant import is_side_tensor
     from mergetool.recipe.groups import setting_text
 
@@ -303,7 +338,7 @@ def _scales(tensor: OutputTensor) -> list[str]:
     return [f"x {float(by):.6g}" for by in set(found.values()) if by not in (0, 1)]  # 0 is a reason of its own
 
 
-def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
+def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
     console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
     for counts, what in (
         (outcome.capped, "beyond the dtype and capped"),
@@ -354,7 +389,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
+def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     return {
         "expression": str(plan.expression.graph),
         "family": plan.inputs[0].anatomy.family.name,
@@ -382,7 +417,7 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     }
 
 
-def _lineage_json(findings: list[Finding]) -> dict[str, Any]:
+def lineage_json(findings: list[Finding]) -> dict[str, Any]:
     return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
@@ -396,7 +431,7 @@ def _movement_json(movement: Movement) -> dict[str, Any]:
     }
 
 
-def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
     movements = outcome.movements
     return {
         "output": str(output),

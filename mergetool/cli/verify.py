@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +10,12 @@ import typer
 
 from mergetool.cli import console
 from mergetool.cli.console import JsonOption, NoProgressOption
-from mergetool.errors import CheckFailed, UsageError
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.verify.pictures import PicturesReport
-    from mergetool.verify.weights import WeightsReport
+    from mergetool.verification.checking import Verification
+    from mergetool.verification.pictures import PicturesReport
+    from mergetool.verification.weights import WeightsReport
 
 EXAMPLES = """\b
 Examples:
@@ -72,84 +73,70 @@ def verify(
     the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
     Nothing is written but the report. Exit code 1 when a check says no.
     """
-    from mergetool.compare import page
-    from mergetool.verify import looking, pictures
-    from mergetool.verify.report import render
-    from mergetool.verify.scores import clip_scorer
-    from mergetool.verify.weights import check_weights
+    from mergetool.verification import checking
+    from mergetool.verification.looking import Wish
 
-    started = time.monotonic()
-    shown = not (no_progress or as_json)
-    if report is not None:
-        page.require_target(report, overwrite=overwrite)
-    places = dict(_place(text) for text in inputs or ())
-    with console.progress("weights", 100, shown=shown, unit="%") as bar:
-        percent = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal percent
-            bar(100 * done // total - percent)
-            percent = 100 * done // total
-
-        weights = check_weights(output, inputs=places, threads=threads, progress=advance)
-    looked, left_out = None, "--no-images"
-    if with_images is not False:
-        wish = looking.Wish(
-            steps,
-            guidance,
-            shift,
-            refiner,
-            strength,
-            strength_as,
-            refine_steps,
-            prompts,
-            seeds,
-            size,
-            pipeline,
-            text_encoder,
-            tokenizer,
-            vae,
-            console.choice("--device", device, ("auto", "cpu", "cuda")),
-        )
-        try:
-            studio, look = looking.plan(output, weights.parents[weights.first], wish, patient=bool(with_images))
-        except looking.NotLookedAt as reason:
-            left_out = str(reason)
-        else:
-            left_out = ""
-            scorer = None if clip is None else clip_scorer(clip)
-            asked = pictures.evaluations(look, len(weights.parents))
-            with console.progress("look", asked, shown=shown, unit="step") as bar:
-                looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
-    if report is not None:
-        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
-    passed = weights.sound and (looked is None or looked.passed)
+    wish = Wish(
+        steps,
+        guidance,
+        shift,
+        refiner,
+        strength,
+        strength_as,
+        refine_steps,
+        prompts,
+        seeds,
+        size,
+        pipeline,
+        text_encoder,
+        tokenizer,
+        vae,
+        console.choice("--device", device, ("auto", "cpu", "cuda")),
+    )
+    found = checking.verify(
+        output,
+        dict(place(text) for text in inputs or ()),
+        wish,
+        partial(console.bar, shown=not (no_progress or as_json)),
+        with_images=with_images,
+        report=report,
+        clip=clip,
+        threads=threads,
+        overwrite=overwrite,
+    )
     if as_json:
-        console.print_json(
-            _json(weights)
-            | {"pictures": None if looked is None else pictures.summary(looked), "left_out": left_out, "passed": passed}
-        )
+        console.print_json(described(found))
     else:
-        _print(weights, time.monotonic() - started)
-        _print_pictures(looked, left_out)
+        print_found(found)
         if report is not None:
             console.heading("report", str(report))
-    if not weights.sound:
-        raise CheckFailed(f"{output} is not what its recipe says.")
-    if not passed:
-        said = [verdict.name for verdict in looked.verdicts if not verdict.passed] if looked else []
-        raise CheckFailed(f"{output} does not make the pictures it should ({', '.join(said)}).")
+    found.require_passed()
 
 
-def _place(text: str) -> tuple[str, str]:
-    name, equals, place = text.partition("=")
-    if not (name and equals and place):
+def described(found: Verification) -> dict[str, Any]:
+    """What ``--json`` has of it."""
+    from mergetool.verification import pictures
+
+    seen = None if found.pictures is None else pictures.summary(found.pictures)
+    return _json(found.weights) | {"pictures": seen, "left_out": found.left_out, "passed": found.passed}
+
+
+def print_found(found: Verification) -> None:
+    """What was found, in lines."""
+    _print(found.weights, found.seconds)
+    _print_pictures(found.pictures, found.left_out)
+
+
+def place(text: str) -> tuple[str, str]:
+    """The name and the MODEL of ``--input NAME=MODEL``; raises UsageError."""
+    name, equals, where = text.partition("=")
+    if not (name and equals and where):
         raise UsageError(f'--input "{text}" is not NAME=MODEL, as in --input tuned=/models/tuned.safetensors.')
-    return name, place
+    return name, where
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
-    from mergetool.compare.energies import relative
+    from mergetool.comparison.energies import relative
 
     console.heading("recipe", report.expression)
     for what, names in report.damage():
@@ -194,7 +181,7 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
-    from mergetool.compare.energies import relative
+    from mergetool.comparison.energies import relative
 
     return {
         "sound": report.sound,

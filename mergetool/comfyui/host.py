@@ -9,12 +9,13 @@ from __future__ import annotations
 import ntpath
 import posixpath
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mergetool.checkpoint.names import quoted
-from mergetool.errors import InputMissing, OutputError, UsageError
+from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
 
 MODELS = "diffusion_models"
 LORAS = "loras"
@@ -42,7 +43,7 @@ def file(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def target(kind: str, name: str) -> Path:
+def target(kind: str, name: str, suffix: str = ".safetensors") -> Path:
     """Where a file called ``name`` is written: in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
 
     Raises UsageError for a name that leads out of that folder: workflows come from strangers.
@@ -54,7 +55,17 @@ def target(kind: str, name: str) -> Path:
             f"{quoted(name)} is not a name inside one of ComfyUI's folders; give one such as merged.safetensors or styles/merged.safetensors."
         )
     path = _folder(kind) / "/".join(parts)
-    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    return path if path.suffix == suffix else path.with_name(path.name + suffix)
+
+
+def first_error(*checks: Callable[[], object]) -> Literal[True] | str:
+    """True when no check raises a MergetoolError, else its sentence: what VALIDATE_INPUTS answers."""
+    try:
+        for check in checks:
+            check()
+    except MergetoolError as error:
+        return str(error)
+    return True
 
 
 def make_folder(path: Path) -> None:
@@ -79,6 +90,15 @@ def progress() -> Callable[[int, int], None]:
             management.throw_exception_if_processing_interrupted()
 
     return report
+
+
+@contextmanager
+def own_tensors() -> Iterator[None]:
+    """ComfyUI runs nodes in torch's inference mode, whose tensors other threads may not write to; within the block it is off."""
+    import torch
+
+    with torch.inference_mode(False):
+        yield
 
 
 def _folder(kind: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 FIRST = "as the first model"
 PLAIN = "none"
 DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e5m2")
+LAYOUTS = ("comfyui", "diffusers")
 QUANTS = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
 LARGEST_SEED = 2**53 - 1  # JavaScript's numbers are exact up to here
 OVERWRITE = ("BOOLEAN", {"default": False, "tooltip": "Replace an existing file of that name."})
@@ -40,7 +40,7 @@ class Save:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """What to merge, where to and in which form."""
         protect = "Take the refiners bit for bit from the first model. Turn it off for architectures that have none."
         groups = "GROUP=MULT, one a line, as --set takes them: layers=linear(0.2,1)"
@@ -52,21 +52,28 @@ class Save:
                 "protect_refiner": ("BOOLEAN", {"default": True, "tooltip": protect}),
                 "dtype": ([FIRST, *DTYPES], {}),
                 "quant": ([PLAIN, *QUANTS], {"tooltip": "Container of the large matrices."}),
+                "layout": ([FIRST, *LAYOUTS], {}),
                 "rounding": (list(MODES), {}),
                 # Called seed, ComfyUI's page would draw a new one after every run.
                 "rounding_seed": ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "tooltip": "Of stochastic."}),
                 "overwrite": OVERWRITE,
+                "force": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Merge models that do not look as if they belong together."},
+                ),
             },
             "optional": {"groups": ("STRING", {"default": "", "multiline": True, "tooltip": groups})},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, name: str, groups: str = "") -> Literal[True] | str:  # noqa: N802
-        """True, or what is wrong with a name or a group, before anything runs."""
-        return _first_error(lambda: host.target(host.OUTPUT, name), lambda: _settings(groups))
+    def VALIDATE_INPUTS(cls, name: str | None, groups: str | None = None) -> Literal[True] | str:
+        """True, or what is wrong with a name or a group, before anything runs; what is linked is None and not known yet."""
+        return host.first_error(
+            lambda: host.target(host.OUTPUT, "later" if name is None else name), lambda: _settings(groups or "")
+        )
 
     @classmethod
-    def IS_CHANGED(cls, name: str, folder: str, **_: Any) -> float | str:  # noqa: N802
+    def IS_CHANGED(cls, name: str, folder: str, **_: Any) -> float | str:
         """Never the same while the file is not there, so that one that was deleted is made again."""
         return "there" if host.target(folder, name).exists() else float("nan")
 
@@ -78,9 +85,11 @@ class Save:
         protect_refiner: bool,
         dtype: str,
         quant: str,
+        layout: str,
         rounding: Any,
         rounding_seed: int,
         overwrite: bool,
+        force: bool,
         groups: str = "",
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
@@ -90,13 +99,18 @@ class Save:
             protect=("refiner",) if protect_refiner else (),
             multipliers=_settings(groups),
             dtype=None if dtype == FIRST else job.output_dtype(dtype),
+            layout=None if layout == FIRST else layout,
             quant=None if quant == PLAIN else quant,
             rounding=rounding,
             seed=rounding_seed if rounding == "stochastic" else 0,
         )
         path = host.target(folder, name)
-        with job.open_merge(model, options) as plan:
-            report = f"{path} was already made of this" if _is_made(plan, path) else _write(plan, path, overwrite)
+        with host.own_tensors(), job.open_merge(model, options) as plan:
+            if _is_made(plan, path):
+                report = f"{path} was already made of this"
+            else:
+                advice = _advice(plan, force)
+                report = "\n".join([_write(plan, path, overwrite), *advice])
         return {"ui": {"text": [report]}, "result": (quote(str(path.absolute())), str(path), report)}
 
 
@@ -111,7 +125,7 @@ class ExtractLora:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """Two models, and how much of their difference to keep."""
         share = "Share of every matrix's energy to keep; --rank-thresh of mergetool diff."
         return {
@@ -129,9 +143,9 @@ class ExtractLora:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, name: str) -> Literal[True] | str:  # noqa: N802
-        """True, or what is wrong with the name, before anything runs."""
-        return _first_error(lambda: host.target(host.OUTPUT, name))
+    def VALIDATE_INPUTS(cls, name: str | None) -> Literal[True] | str:
+        """True, or what is wrong with the name, before anything runs; None is a linked one, not known yet."""
+        return host.first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
 
     def extract(
         self,
@@ -146,37 +160,29 @@ class ExtractLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
-        from mergetool import api
+        import mergetool
 
         path = host.target(folder, name)
         host.make_folder(path)
         started = time.monotonic()
-        found = api.diff(
-            links.one_model(base, "a LoRA's base"),
-            links.one_model(variant, "the model that a LoRA is taken of"),
-            path,
-            rank_thresh=rank_thresh,
-            rank_max=rank_max,
-            exclude=exclude.split(),
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=host.progress(),
-        )
+        with host.own_tensors():
+            found = mergetool.diff(
+                links.one_model(base, "a LoRA's base"),
+                links.one_model(variant, "the model that a LoRA is taken of"),
+                path,
+                rank_thresh=rank_thresh,
+                rank_max=rank_max,
+                exclude=exclude.split(),
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=host.progress(),
+            )
         report = f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
         return {"ui": {"text": [report]}, "result": (str(path), report)}
 
 
 def _settings(groups: str) -> tuple[Setting, ...]:
     return tuple(parse_setting(line) for line in groups.splitlines() if line.strip())
-
-
-def _first_error(*checks: Callable[[], object]) -> Literal[True] | str:
-    try:
-        for check in checks:
-            check()
-    except MergetoolError as error:
-        return str(error)
-    return True
 
 
 def _is_made(plan: Plan, path: Path) -> bool:
@@ -190,6 +196,16 @@ def _is_made(plan: Plan, path: Path) -> bool:
             return found == wanted and dict(there.metadata) == dict(plan.header.metadata)
     except MergetoolError:
         return False
+
+
+def _advice(plan: Plan, force: bool) -> list[str]:
+    """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
+    from mergetool.comparison import lineage
+
+    findings = lineage.check(plan)
+    if not force:
+        lineage.refuse(findings, way_out="turn on force to merge anyway")
+    return [f"{finding.level}: {finding.text}" for finding in findings]
 
 
 def _write(plan: Plan, path: Path, overwrite: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mergetool.comfyui.arithmetic import Add, MergeExpression, Subtract
+from mergetool.comfyui.comparing import Compare
 from mergetool.comfyui.outputs import ExtractLora, Save
 from mergetool.comfyui.sources import ModelFile, NamedModel
 
@@ -12,6 +13,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "MergetoolSubtract": Subtract,
     "MergetoolAdd": Add,
     "MergetoolExpression": MergeExpression,
+    "MergetoolCompare": Compare,
     "MergetoolSave": Save,
     "MergetoolExtractLora": ExtractLora,
 }
@@ -21,6 +23,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "MergetoolSubtract": "Subtract Models (mergetool)",
     "MergetoolAdd": "Add Difference (mergetool)",
     "MergetoolExpression": "Merge by Expression (mergetool)",
+    "MergetoolCompare": "Compare Models (mergetool)",
     "MergetoolSave": "Merge and Save (mergetool)",
     "MergetoolExtractLora": "Extract Difference LoRA (mergetool)",
 }

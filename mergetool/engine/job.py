@@ -218,7 +218,7 @@ def run_merges(
                     overwrite=overwrite,
                     shard_size=shard_size,
                     inputs=files,
-                    extra_files=_config_files(plan),
+                    extra_files=config_files(plan),
                     resume=_work(plan, non_finite) if resume else None,
                 )
             )
@@ -287,8 +287,10 @@ def _remaining(plan: Plan, writer: CheckpointWriter, progress: Callable[[int], N
     done = {tensor for tensor, names in stored.items() if writer.kept.issuperset(names)}
     kept = [name for tensor in done for name in stored[tensor]]
     writer.keep(kept)
-    progress(sum(plan.header.tensors[name].nbytes for name in kept))
-    return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name not in done))
+    remaining = replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name not in done))
+    written = sum(plan.header.tensors[name].nbytes for name in kept)
+    progress(plan.bytes_read - remaining.bytes_read + written)
+    return remaining
 
 
 def _say_what_is_kept(
@@ -302,7 +304,7 @@ def _say_what_is_kept(
             )
 
 
-def _config_files(plan: Plan) -> Mapping[str, bytes]:
+def config_files(plan: Plan) -> Mapping[str, bytes]:
     """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes."""
     anatomy = plan.inputs[0].anatomy
     for model in plan.inputs:

@@ -14,7 +14,7 @@ import torch
 
 from mergetool.arch import Part
 from mergetool.engine.reading import Fetcher, ValueReader
-from mergetool.lora.krylov import fast_bfloat16
+from mergetool.linalg.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.svd import squared_norm
 from mergetool.ops.cpu import as_tensor

@@ -24,10 +24,12 @@ from math import isfinite, prod
 from mergetool import arch
 from mergetool.arch import Part
 from mergetool.arch.z_image import PAD_TOKENS
-from mergetool.checkpoint.dtypes import BF16, DType
+from mergetool.checkpoint.dtypes import BF16, DType, output_dtype
 from mergetool.errors import FamilyError, UsageError
-from mergetool.lora.rules import Rule, RuleName
+from mergetool.lora.rules import RULES, Rule, RuleName
 from mergetool.recipe.steps import Input
+
+FACTOR_DTYPES = ("bf16", "fp16", "fp32")
 
 UNCHANGED = "not changed by the LoRA"
 """The reason of the base's parts that a LoRA leaves alone."""
@@ -99,6 +101,42 @@ class DiffOptions:
     def share(self) -> float | None:
         """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
         return None if self.rank or self.budget else self.chosen.share
+
+
+def chosen(
+    *,
+    rank: int,
+    rank_thresh: float | None,
+    rank_max: int | None,
+    rule: str,
+    budget: int,
+    min_dim: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    dtype: str,
+    seed: int,
+) -> DiffOptions:
+    """The options for what a user said, None where nothing was said. Raises UsageError for what contradicts itself."""
+    if dtype not in FACTOR_DTYPES:
+        raise UsageError(f'--dtype is one of {", ".join(FACTOR_DTYPES)}, not "{dtype}".')
+    if rule not in RULES:
+        raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{rule}".')
+    if rank_thresh is not None and (rule == "knee" or budget):
+        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
+    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
+        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
+    return DiffOptions(
+        rank=rank,
+        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
+        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
+        rule=rule,
+        budget=budget,
+        min_dim=min_dim,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        dtype=output_dtype(dtype),
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, slots=True)
