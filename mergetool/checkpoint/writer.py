@@ -21,6 +21,7 @@ from mergetool.errors import UsageError
 class CheckpointWriter:
     """A checkpoint whose complete layout is known, being written beside its target.
 
+    ``kept`` are the finished tensors of an interrupted run, ``resumed`` the bytes of those that `keep` took over.
     Only `commit` publishes, and only when every byte of every tensor was written exactly once: leaving the
     ``with`` block without it, by an exception or not, leaves the target as it was and nothing beside it.
 
@@ -38,6 +39,7 @@ class CheckpointWriter:
     ) -> None:
         self.header = header
         self.kept = frozenset[str]()
+        self.resumed = 0
         self._progress = progress
         self._staged = staged
         self._files = files
@@ -106,6 +108,7 @@ class CheckpointWriter:
             self._written[name] = [(0, self.header.tensors[name].nbytes)]
         if self._progress is not None:
             self._progress.keep(names)
+        self.resumed += sum(self.header.tensors[name].nbytes for name in names)
 
     @property
     def removed(self) -> tuple[Path, ...]:

@@ -45,6 +45,8 @@ Examples:
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
   mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
 
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --resume -o out.safetensors
+
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
@@ -340,6 +342,12 @@ def _scales(tensor: OutputTensor) -> list[str]:
 
 def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
     console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
+    if outcome.resumed:
+        console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
+    if outcome.begun_anew is not None:
+        console.heading(
+            "note", f"what an interrupted run had left was of no use, {outcome.begun_anew}: all was done anew"
+        )
     for counts, what in (
         (outcome.capped, "beyond the dtype and capped"),
         (outcome.non_finite, "NaN or infinite"),
@@ -440,6 +448,8 @@ def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> 
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),
+        "resumed": outcome.resumed,
+        "begun_anew": outcome.begun_anew,
         "rounding": {
             "mode": plan.options.rounding,
             "seed": plan.options.seed,

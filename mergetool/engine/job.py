@@ -242,6 +242,8 @@ def run_merges(
                 progress=progress,
             )
             outcomes |= zip(together, found, strict=True)
+        for i, writer in enumerate(writers):
+            outcomes[i].resumed, outcomes[i].begun_anew = writer.resumed, writer.not_resumed
         for writer in writers:
             writer.prepare()
         for writer in writers:

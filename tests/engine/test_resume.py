@@ -12,6 +12,7 @@ import pytest
 from mergetool.checkpoint import journal
 from mergetool.checkpoint.files import StagedFile
 from mergetool.engine import job
+from mergetool.engine.worker import Outcome
 from mergetool.errors import StorageError, UsageError
 from mergetool.recipe.options import Options
 from tests.checkpoint.faults import beside, content_of
@@ -28,9 +29,9 @@ def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "INTERVAL", 50_000)
 
 
-def merge(output: Path, options: Options, progress: Callable[[int], None] = lambda _: None, **how: bool) -> None:
+def merge(output: Path, options: Options, progress: Callable[[int], None] = lambda _: None, **how: bool) -> Outcome:
     with job.open_merge(EXPRESSION, options) as plan:
-        job.run_merge(plan, output, threads=2, progress=progress, **how)
+        return job.run_merge(plan, output, threads=2, progress=progress, **how)
 
 
 def stop_before_the_end(monkeypatch: pytest.MonkeyPatch, output: Path, options: Options) -> str:
@@ -69,7 +70,9 @@ def test_resumed_bytes_are_those_of_one_run(family: Path, monkeypatch: pytest.Mo
     lines = journal.place(stage).read_bytes().splitlines(keepends=True)
     journal.place(stage).write_bytes(b"".join(lines[: len(lines) // 2]))
     moved: list[int] = []
-    merge(output, options, progress=moved.append, resume=True)
+    outcome = merge(output, options, progress=moved.append, resume=True)
+    assert outcome.resumed > 50_000
+    assert outcome.begun_anew is None
     assert content_of(output) == content_of(whole)
     assert beside(output) == ([], [])
     assert moved[0] > 50_000  # what was kept is told at once
@@ -87,7 +90,8 @@ def test_other_options_begin_anew(family: Path, monkeypatch: pytest.MonkeyPatch)
     whole, output = family / "whole.safetensors", family / "out.safetensors"
     merge(whole, Options(rounding="stochastic", seed=4))
     stop_before_the_end(monkeypatch, output, Options(rounding="stochastic", seed=3))
-    merge(output, Options(rounding="stochastic", seed=4), resume=True)
+    outcome = merge(output, Options(rounding="stochastic", seed=4), resume=True)
+    assert (outcome.resumed, outcome.begun_anew) == (0, "it was of another recipe")
     assert content_of(output) == content_of(whole)
     assert beside(output) == ([], [])
 

@@ -104,6 +104,8 @@ def _folder_refuses(disk: Disk, names: list[str]) -> bool:
                 staged.add(name, 1).write(0, memoryview(b"x"))
         except ValueError:
             return True
+        except OutputError:  # only this disk knew, and too late
+            return False
         staged.publish()
     return False
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mergetool.checkpoint import files, shards
 from tests.faults import broken, calls, doubles, inputs, kills, power, refusals, resuming, space, systems, together
 from tests.faults.rows import Bench
 from tests.faults.tally import Tally
@@ -41,6 +42,14 @@ def test_wrong_protocol_is_caught_on_a_disk_in_memory(bench: Bench, wrong: str) 
 def test_file_that_is_removed_while_open_is_caught_under_windows_rules(bench: Bench) -> None:
     with broken.for_a_while("unlink while open"):
         assert systems.windows(bench.world, bench.empty).violations
+
+
+def test_names_that_differ_in_case_and_are_both_written_are_caught(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "folded", lambda name: name)
+    monkeypatch.setattr(files, "same_name", lambda one, other: one == other)
+    assert len(systems.caseless(bench.empty).violations) > 50
 
 
 def test_every_wrong_protocol_is_used() -> None:
