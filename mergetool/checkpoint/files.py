@@ -10,153 +10,40 @@ new one:
    Any error before the rename removes the temporary file. A failed sync is never tried again: the kernel
    reports lost pages only once, so a second one can succeed without them.
 
-Only `system`, `targets` and this module open for writing, rename or unlink.
+Only `system`, `targets`, `output_file`, `journal` and this module open for writing, rename or unlink.
 """
 
 from __future__ import annotations
 
-import threading
+import stat
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.names import quoted, why_not_plain
-from mergetool.checkpoint.targets import TargetClaim, attempt, belongs_to_model_folder, remove_model_folder
+from mergetool.checkpoint.names import quoted, same_name, why_not_plain
+from mergetool.checkpoint.output_file import OutputFile
+from mergetool.checkpoint.targets import TargetClaim, attempt, belongs_to_model_folder, is_own, remove_model_folder
 from mergetool.errors import OutputError, StorageError
 
-KEPT_BEHIND = 8
-"""Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when they are let go of."""
-
-
-class OutputFile:
-    """One file being written under a temporary name: ``size`` bytes, zero until written.
-
-    ``shown`` is the path that errors name, the one the user asked for.
-    """
-
-    def __init__(self, path: Path, shown: Path, size: int) -> None:
-        """Create the file, which must not exist yet, lock it and reserve its blocks; raises OutputError."""
-        self.path = path
-        self.size = size
-        self._shown = shown
-        self._lock = threading.Lock()
-        self._writers = 0
-        self._behind: deque[tuple[int, int]] = deque()
-        memory = system.main_memory()
-        self._is_large = memory is not None and size > memory // 4
-        self._closing = False
-        self._damaged = False
-        with system.explained(shown, "creating it"):
-            self._fd = system.open_new(path)
-            try:
-                system.try_lock(self._fd)  # tells a later run that this one is alive
-                system.allocate(self._fd, size)
-            except BaseException:
-                self.abandon()
-                raise
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write all of ``data`` at ``offset``; safe from several threads.
-
-        Raises ValueError outside the file, OutputError when the disk is full, StorageError when it fails.
-        After an error the file can no longer be published.
-        """
-        view = data.cast("B")
-        self._require_inside(offset, len(view))
-        done = 0
-        with self._writing("writing") as fd:
-            while done < len(view):
-                count = system.write_at(fd, view[done:], offset + done)
-                if count <= 0:
-                    raise StorageError(f'"{self._shown}": the system wrote no bytes; check the disk and run again.')
-                done += count
-
-    def flush_behind(self, offset: int, size: int) -> None:
-        """Start writing these bytes to the disk, so that little is left for the sync at the end.
-
-        A file of more than a quarter of the memory lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now: the
-        search for pages to reclaim took two thirds of the system's time of a run that wrote 12.3 GB (18 s of 25 on 24 GB).
-        """
-        self._require_inside(offset, size)
-        with self._writing("writing") as fd:
-            system.start_write_back(fd, offset, size)
-            if self._is_large:
-                self._behind.append((offset, size))
-                if len(self._behind) > KEPT_BEHIND:
-                    system.forget(fd, *self._behind.popleft())
-
-    def copy_owner_and_mode(self, claim: TargetClaim) -> None:
-        """Take over owner and permissions of the file that will be replaced, if there is one."""
-        if claim.old is not None:
-            with self._writing("setting its permissions") as fd:
-                system.copy_owner_and_mode(fd, claim.old)
-
-    def finish(self) -> None:
-        """Return with every byte on stable storage and the file closed.
-
-        Raises StorageError when the sync, the closing, or an earlier write failed: the file must then be
-        abandoned, never synced again.
-        """
-        if self._damaged:
-            raise StorageError(f'"{self._shown}": an earlier write failed; nothing was published, run again.')
-        with self._writing("syncing") as fd:
-            system.fsync(fd)
-        with system.explained(self._shown, "closing"):
-            self._close()
-
-    def abandon(self) -> None:
-        """Close and remove the file. Idempotent; a failure is ignored, because the next run removes it too."""
-        attempt(system.unlink, self.path)
-        attempt(self._close)
-
-    @contextmanager
-    def _writing(self, action: str) -> Iterator[int]:
-        """The descriptor, which stays open within the block even if another thread abandons the file.
-
-        Otherwise a late write of a worker could go to whatever file got the freed number.
-        """
-        with self._lock:
-            if self._closing:
-                raise ValueError(f'"{self._shown}" is no longer open for writing')
-            self._writers += 1
-        try:
-            with system.explained(self._shown, action):
-                yield self._fd
-        except BaseException:
-            self._damaged = True
-            raise
-        finally:
-            with self._lock:
-                self._writers -= 1
-                late = self._closing and self._writers == 0
-            if late:
-                attempt(system.close, self._fd)
-
-    def _close(self) -> None:
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
-            idle = self._writers == 0
-        if idle:
-            system.close(self._fd)
-
-    def _require_inside(self, offset: int, size: int) -> None:
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise ValueError(f'"{self._shown}" has {self.size} bytes; bytes {offset} to {offset + size} are outside')
+T = TypeVar("T")
+Adopt = Callable[[Path], bool]
+"""Whether to go on with a stage that an interrupted run left."""
 
 
 class _Staged(ABC):
-    """What a staged file and a staged folder share: a claim that ends with `publish` or `discard`."""
+    """What a staged file and a staged folder share: a claim that ends with `publish`, `discard` or `leave`.
+
+    ``resumed`` says that the stage is one that an interrupted run left.
+    """
 
     def __init__(self, claim: TargetClaim) -> None:
         self._claim = claim
+        self.resumed = False
         self._prepared = False
         self._ended = False
 
@@ -228,6 +115,26 @@ class _Staged(ABC):
             self._abandon()
             self._claim.release()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was published, discarded or left."""
+        return self._ended
+
+    def leave(self) -> None:
+        """Let everything staged lie, for a later run to go on with, and let go of the target. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._leave()
+            self._claim.release()
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The temporary file or folder."""
+
+    @abstractmethod
+    def _leave(self) -> None: ...
+
     @abstractmethod
     def _finish(self) -> None: ...
 
@@ -251,20 +158,29 @@ class StagedFile(_Staged):
 
     @classmethod
     def create(
-        cls, target: Path, size: int, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()
+        cls,
+        target: Path,
+        size: int,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[InputFile] = (),
+        adopt: Adopt | None = None,
     ) -> StagedFile:
         """Stage ``size`` zero bytes for ``target``; a link is followed, so that the file it leads to is replaced.
 
         The new file has mode 0666 less the umask, or owner and mode of the file it replaces. Raises
         OutputError when the target may not be written or does not fit, BusyError when another run holds it.
+        With ``adopt`` the bytes are those that an interrupted run staged, if it takes that stage; else they are removed.
         """
-        claim = TargetClaim.claim(target, size, "file", overwrite=overwrite, inputs=inputs)
+        claim = TargetClaim.claim(target, size, "file", overwrite=overwrite, inputs=inputs, resumes=adopt is not None)
         try:
-            file = OutputFile(claim.temporary(), claim.path, size)
+            left = _adopted(claim, adopt, lambda path: OutputFile(path, claim.path, size, left=True))
+            file = left or OutputFile(claim.temporary(), claim.path, size)
         except BaseException:
             claim.release()
             raise
         staged = cls(claim, file)
+        staged.resumed = left is not None
         try:
             file.copy_owner_and_mode(claim)
         except BaseException:
@@ -276,9 +192,21 @@ class StagedFile(_Staged):
         """Write all of ``data`` at ``offset``, as `OutputFile.write` does."""
         self._file.write(offset, data)
 
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    @property
+    def file(self) -> OutputFile:
+        """The temporary file itself."""
+        return self._file
+
     def flush_behind(self, offset: int, size: int) -> None:
         """Start writing these bytes to the disk, so that little is left for `publish`."""
         self._file.flush_behind(offset, size)
+
+    def _leave(self) -> None:
+        self._file.leave()
 
     def _finish(self) -> None:
         self._file.finish()
@@ -307,23 +235,33 @@ class StagedFolder(_Staged):
 
     @classmethod
     def create(
-        cls, target: Path, size: int, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()
+        cls,
+        target: Path,
+        size: int,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[InputFile] = (),
+        adopt: Adopt | None = None,
     ) -> StagedFolder:
         """Stage an empty folder that will hold ``size`` bytes in all.
 
         With ``overwrite`` a folder is replaced only if all it holds looks like a model's files, and only
         where the system can swap two folders in one step. Raises OutputError otherwise, BusyError when
-        another run holds the target.
+        another run holds the target. With ``adopt`` the folder is the one that an interrupted run staged, if it takes that; else that
+        is removed.
         """
-        claim = TargetClaim.claim(target, size, "folder", overwrite=overwrite, inputs=inputs)
-        path = claim.temporary()
+        claim = TargetClaim.claim(target, size, "folder", overwrite=overwrite, inputs=inputs, resumes=adopt is not None)
         try:
-            with system.explained(claim.path, "creating it"):
-                system.make_folder(path)
+            left = _adopted(claim, adopt, _require_own_folder)
+            path = left or claim.temporary()
+            if left is None:
+                with system.explained(claim.path, "creating it"):
+                    system.make_folder(path)
         except BaseException:
             claim.release()
             raise
         staged = cls(claim, path)
+        staged.resumed = left is not None
         try:
             staged._lock_and_prove()
         except BaseException:
@@ -334,15 +272,39 @@ class StagedFolder(_Staged):
     def add(self, name: str, size: int) -> OutputFile:
         """A new file of ``size`` zero bytes in the folder, to be written before `publish`.
 
-        ``name`` must be a plain name of a kind that model folders hold, else ValueError.
+        ``name`` must be a plain name of a kind that model folders hold, and no other file's on a system that ignores case, else
+        ValueError. In a folder that was resumed the file may be there already.
         """
         if why_not_plain(name, "") is not None or not belongs_to_model_folder(name):
             raise ValueError(f"{quoted(name)} is not the plain name of a model folder's file")
         if self._ended:
             raise ValueError(f'"{self.target}" was already published or discarded')
-        file = OutputFile(self._path / name, self.target / name, size)
-        self._files.append(file)
-        return file
+        if any(same_name(name, file.path.name) for file in self._files):
+            raise ValueError(f"{quoted(name)} is the name of another file in the folder")
+        path = self._path / name
+        file = self._left(path, size) if self.resumed else None
+        self._files.append(file or OutputFile(path, self.target / name, size))
+        return self._files[-1]
+
+    def _left(self, path: Path, size: int) -> OutputFile | None:
+        """The file of that name and size that the interrupted run left; None, and nothing is there, when there is no such file."""
+        if system.status(path) is None:
+            return None
+        with suppress(OutputError, StorageError):
+            return OutputFile(path, self.target / path.name, size, left=True)
+        if system.status(path) is not None:
+            with system.explained(self.target / path.name, "removing what was left"):
+                system.unlink(path)
+        return None
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def _leave(self) -> None:
+        for file in self._files:
+            file.leave()
+        self._unlock()
 
     def _lock_and_prove(self) -> None:
         """Lock the folder, and prove before all the bytes are written that it can be swapped with the old one."""
@@ -362,15 +324,25 @@ class StagedFolder(_Staged):
             ) from None
         for probe in probes:
             probe.abandon()
-            if probe.path.exists():  # else it would be published with the others
+            if system.status(probe.path) is not None:  # else it would be published with the others
                 raise StorageError(f'"{self.target}": removing a file of its own failed; check the disk and run again.')
         self._files.clear()
 
     def _finish(self) -> None:
         for file in self._files:
             file.finish()
+        if self.resumed:
+            with system.explained(self.target, "clearing it"):
+                self._remove_others()
         with system.explained(self.target, "syncing"):
             system.fsync_folder(self._path)
+
+    def _remove_others(self) -> None:
+        """Remove what an interrupted run left in the folder that is no part of the output: its probes."""
+        names = {file.path.name for file in self._files}
+        for name in system.names_in(self._path):
+            if name not in names:
+                system.unlink(self._path / name)
 
     def _rename(self) -> None:
         if self._claim.old is None:
@@ -395,6 +367,26 @@ class StagedFolder(_Staged):
         lock, self._folder_lock = self._folder_lock, None
         if lock is not None:
             attempt(system.close, lock)
+
+
+def _adopted(claim: TargetClaim, adopt: Adopt | None, take: Callable[[Path], T]) -> T | None:
+    """The first interrupted stage that ``adopt`` accepts and ``take`` can open; every other one is removed."""
+    found: T | None = None
+    for stage in claim.interrupted:
+        if found is None and adopt is not None and adopt(stage):
+            with suppress(OutputError, StorageError):
+                found = take(stage)
+                continue
+        claim.remove(stage)
+    return found
+
+
+def _require_own_folder(path: Path) -> Path:
+    """A staged folder of this user's; raises StorageError for anything else."""
+    found = system.status(path)
+    if found is None or not stat.S_ISDIR(found.st_mode) or not is_own(found):
+        raise StorageError(f'"{path}" is not a folder that an earlier run left.')
+    return path
 
 
 def write_file(target: Path, data: bytes, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()) -> None:

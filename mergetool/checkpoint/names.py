@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _SHOWN = 200
 _LONGEST_FILE_NAME = 255  # bytes on ext4, XFS, APFS; UTF-16 units on NTFS
@@ -30,6 +31,16 @@ def quoted(name: str) -> str:
     )
     rest = "" if cut is name else f"… ({len(name)} characters)"
     return f'"{shown}"{rest}'
+
+
+def folded(name: str) -> str:
+    """What equal names have in common on systems that ignore case and how accents are composed."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are one file on some system."""
+    return folded(one) == folded(other)
 
 
 def why_not_plain(name: str, suffix: str) -> str | None:

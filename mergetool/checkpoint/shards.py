@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from mergetool.checkpoint import strict_json
 from mergetool.checkpoint.header import Header
-from mergetool.checkpoint.names import quoted, why_not_plain
+from mergetool.checkpoint.names import folded, quoted, why_not_plain
 from mergetool.errors import InputMissing, ShardIndexError, UsageError
 
 SUFFIX = ".safetensors"
@@ -57,7 +56,7 @@ class ShardIndex:
                     f'"{self.source}" names the shard {quoted(shard)}, which is refused because {reason}; '
                     "download the model again from a source you trust."
                 )
-            other = seen.setdefault(unicodedata.normalize("NFC", shard).casefold(), shard)
+            other = seen.setdefault(folded(shard), shard)
             if other != shard:
                 raise ShardIndexError(
                     f'"{self.source}" names the shards {quoted(other)} and {quoted(shard)}, '

@@ -119,6 +119,11 @@ def open_new(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC | _BINARY, 0o666)
 
 
+def open_stage(path: Path) -> int:
+    """A read-write descriptor of a file that an earlier run left."""
+    return os.open(path, os.O_RDWR | _NOFOLLOW | _CLOEXEC | _NONBLOCK | _BINARY)
+
+
 def open_lock(path: Path) -> int:
     """A read-write descriptor of a lock file, made when missing."""
     return os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW | _CLOEXEC | _BINARY, 0o666)
@@ -275,6 +280,29 @@ def copy_owner_and_mode(fd: int, old: os.stat_result) -> None:
 
 
 # ---- names
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What is at a path, links not followed; None for nothing."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def status_of(fd: int) -> os.stat_result:
+    """What an open file is."""
+    return os.fstat(fd)
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted."""
+    return sorted(os.listdir(folder))
+
+
+def cut(fd: int) -> None:
+    """Make an open file empty."""
+    os.ftruncate(fd, 0)
 
 
 def replace(source: Path, target: Path) -> None:

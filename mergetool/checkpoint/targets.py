@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,9 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.errors import BusyError, OutputError
 
 Kind = Literal["file", "folder"]
+
+JOURNAL = ".journal"
+"""What the name of a stage's journal ends in (`mergetool.checkpoint.journal`)."""
 
 _MODEL_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt", "README", "README.md"})
 
@@ -30,6 +33,8 @@ def resolve_target(target: Path) -> Path:
     """
     if target.name in ("", ".", ".."):
         raise OutputError(f'"{target}" does not name an output; add a file or folder name.')
+    with system.explained(target, "looking at it"):
+        system.status(target)  # a name that is too long, a folder that may not be entered
     try:
         if target.is_symlink():
             return target.resolve(strict=True)
@@ -47,7 +52,7 @@ class TargetClaim:
     """The right to replace one output path, held from `claim` until `release`.
 
     ``path`` is the resolved target, ``old`` the status of what is there now (None: nothing), ``removed``
-    what dead runs had left beside it and this claim deleted.
+    what dead runs had left beside it and this claim deleted, ``interrupted`` the stages with a journal that it left.
 
     The lock file ``.NAME.mergetool.lock`` is a courtesy to a second run on the same output. Results stay
     whole without it (Windows, and network file systems whose locks do not work), because every run
@@ -58,16 +63,26 @@ class TargetClaim:
         self.path = path
         self.old: os.stat_result | None = None
         self.removed: tuple[Path, ...] = ()
+        self.interrupted: tuple[Path, ...] = ()
         self._kind = kind
         self._overwrite = overwrite
         self._inputs = tuple(inputs)
         self._lock: int | None = None
 
     @classmethod
-    def claim(cls, target: Path, size: int, kind: Kind, *, overwrite: bool, inputs: Sequence[InputFile]) -> TargetClaim:
+    def claim(
+        cls,
+        target: Path,
+        size: int,
+        kind: Kind,
+        *,
+        overwrite: bool,
+        inputs: Sequence[InputFile],
+        resumes: bool = False,
+    ) -> TargetClaim:
         """Lock ``target`` for an output of ``size`` bytes, clear what dead runs left, and check there is room.
 
-        Raises OutputError when the target may not be replaced or does not fit, BusyError when another run
+        Who ``resumes`` is left the stages that have a journal. Raises OutputError when the target may not be replaced or does not fit, BusyError when another run
         holds it.
         """
         path = resolve_target(target)
@@ -77,8 +92,9 @@ class TargetClaim:
             claim._lock = _take_lock(_lock_path(path))
         try:
             with system.explained(path, "preparing"):
-                claim.removed = tuple(claim._remove_leftovers())
-                _require_space(path, size)
+                claim._clear(resumes)
+                held = sum(map(_allocated, claim.interrupted))
+                _require_space(path, max(0, size - held))
         except BaseException:
             claim.release()
             raise
@@ -108,31 +124,55 @@ class TargetClaim:
         attempt(system.unlink, _lock_path(self.path))
         attempt(system.close, lock)
 
-    def _remove_leftovers(self) -> Iterator[Path]:
+    def remove(self, stage: Path) -> None:
+        """Remove an interrupted stage and its journal after all."""
+        if _remove_if_dead(stage):
+            self.removed += (stage,)
+        if system.status(stage) is None:
+            attempt(system.unlink, stage.with_name(stage.name + JOURNAL))
+
+    def _clear(self, resumes: bool) -> None:
         if self._lock is None:  # without locks nobody can tell a dead run from a living one
             return
         pattern = re.compile(re.escape(f".{self.path.name}.mergetool-") + "[0-9a-f]{16}")
-        for name in sorted(os.listdir(self.path.parent)):
-            leftover = self.path.with_name(name)
-            if pattern.fullmatch(name) and _remove_if_dead(leftover):
-                yield leftover
+        names = system.names_in(self.path.parent)
+        for name in names:
+            if pattern.fullmatch(name):
+                stage = self.path.with_name(name)
+                if resumes and name + JOURNAL in names and _is_dead(stage):
+                    self.interrupted += (stage,)
+                elif _remove_if_dead(stage):
+                    self.removed += (stage,)
+        for name in names:  # a journal goes with its stage
+            stage_name = name.removesuffix(JOURNAL)
+            is_journal = stage_name != name and pattern.fullmatch(stage_name)
+            if is_journal and system.status(self.path.with_name(stage_name)) is None:
+                attempt(system.unlink, self.path.with_name(name))
 
 
 def remove_model_folder(folder: Path) -> None:
     """Delete a folder that holds nothing but model files, and nothing of one that also holds others' files."""
-    for name in sorted(os.listdir(folder)):
+    for name in system.names_in(folder):
         item = folder / name
-        if belongs_to_model_folder(name) and not stat.S_ISDIR(os.lstat(item).st_mode):
+        found = system.status(item)
+        if belongs_to_model_folder(name) and found is not None and not stat.S_ISDIR(found.st_mode):
             system.unlink(item)
     system.remove_folder(folder)
 
 
 def _status(path: Path) -> os.stat_result | None:
     with system.explained(path, "looking at it"):
-        try:
-            return os.lstat(path)
-        except FileNotFoundError:
-            return None
+        return system.status(path)
+
+
+def _allocated(stage: Path) -> int:
+    """Bytes of the disk that a stage takes already."""
+    found = system.status(stage)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        parts = [found]
+    else:
+        parts = [system.status(stage / name) for name in system.names_in(stage)]
+    return sum(512 * (getattr(part, "st_blocks", None) or 0) for part in parts if part is not None)
 
 
 def _require_space(path: Path, size: int) -> None:
@@ -171,7 +211,8 @@ def _require_replaceable(
 
 def _entries(folder: Path) -> dict[Path, os.stat_result]:
     with system.explained(folder, "listing it"):
-        return {folder / name: os.lstat(folder / name) for name in sorted(os.listdir(folder))}
+        found = {folder / name: system.status(folder / name) for name in system.names_in(folder)}
+        return {path: status for path, status in found.items() if status is not None}
 
 
 def _lock_path(path: Path) -> Path:
@@ -191,7 +232,7 @@ def _take_lock(path: Path) -> int | None:
                 raise _busy(fd, path)
             mine = _still_named(fd, path)  # else its last holder unlinked it between our open and our lock
             if mine and taken:
-                os.ftruncate(fd, 0)
+                system.cut(fd)
                 system.write_at(fd, memoryview(f"{os.getpid()} {os.uname().nodename}\n".encode()), 0)
                 return fd
         except BaseException:
@@ -207,16 +248,16 @@ def _take_lock(path: Path) -> int | None:
 
 
 def _busy(fd: int, path: Path) -> BusyError:
-    owner = os.read(fd, 300).decode("utf-8", "replace").split()
+    said = bytearray(300)
+    count = system.read_at(fd, memoryview(said), 0)
+    owner = said[:count].decode("utf-8", "replace").split()
     who = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
     return BusyError(f'{who} is writing the output that "{path}" guards; wait for it to end or choose another name.')
 
 
 def _still_named(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
+    found = system.status(path)
+    return found is not None and os.path.samestat(system.status_of(fd), found)
 
 
 def _remove_if_dead(leftover: Path) -> bool:
@@ -228,7 +269,7 @@ def _remove_if_dead(leftover: Path) -> bool:
     try:
         if system.try_lock(fd) is not True:
             return False
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
+        if stat.S_ISDIR(system.status_of(fd).st_mode):
             remove_model_folder(leftover)
         else:
             system.unlink(leftover)
@@ -237,6 +278,25 @@ def _remove_if_dead(leftover: Path) -> bool:
     finally:
         attempt(system.close, fd)
     return True
+
+
+def _is_dead(leftover: Path) -> bool:
+    """Whether no living run holds the lock of a stage."""
+    try:
+        fd = system.open_input(leftover)
+    except OSError:
+        return False
+    try:
+        return system.try_lock(fd) is True
+    finally:
+        attempt(system.close, fd)
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a stage or journal is this user's and has no other name: another's could be forged, digests and all."""
+    return (not hasattr(os, "geteuid") or status.st_uid == os.geteuid()) and (
+        stat.S_ISDIR(status.st_mode) or status.st_nlink == 1
+    )
 
 
 def attempt(call: Callable[..., None], *arguments: object) -> None:

@@ -65,9 +65,35 @@ def printable(text: str) -> str:
     )
 
 
+class _Stdout:
+    """The standard output. That it is closed (``| head``) or on a full disk stops no work: what comes later goes nowhere."""
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+
+    def print(self, text: str) -> None:
+        try:
+            print(text)
+        except OSError as error:
+            self._give_up(error)
+
+    def flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.failure = self.failure or error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_stdout = _Stdout()
+
+
 def say(text: str = "") -> None:
     """One line on stdout."""
-    print(printable(text))
+    _stdout.print(printable(text))
 
 
 def heading(word: str, text: str) -> None:
@@ -77,7 +103,7 @@ def heading(word: str, text: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
-    print(json.dumps(value, indent=2, ensure_ascii=True))
+    _stdout.print(json.dumps(value, indent=2, ensure_ascii=True))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
@@ -118,16 +144,21 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 
 
 @contextmanager
-def progress(word: str, total: int, *, shown: bool, unit: str = "B") -> Iterator[Callable[[int], None]]:
+def progress(
+    word: str, total: int, *, shown: bool, unit: str = "B", publishes: bool = False
+) -> Iterator[Callable[[int], None]]:
     """A bar of bytes, or of another ``unit``, with rate and time left on stderr; gives the function that moves it on.
 
     Within the block a signal is acted on only when that function is called: raised anywhere, it could fall between the
-    making of a temporary file and the block that removes it.
+    making of a temporary file and the block that removes it. When the block ``publishes`` the command's output, signals that come
+    after its end are too late: what is left is to say so.
     """
     _signals.deferred = True
+    done = False
     try:
         if not shown or not sys.stderr.isatty():
             yield lambda _: _signals.check()
+            done = publishes
             return
         from tqdm import tqdm
 
@@ -138,8 +169,9 @@ def progress(word: str, total: int, *, shown: bool, unit: str = "B") -> Iterator
                 _signals.check()
 
             yield advance
+            done = publishes
     finally:
-        _signals.deferred = False
+        _signals.deferred = done
 
 
 def bar(word: str, total: int, unit: str, *, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
@@ -194,19 +226,30 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            _stdout.flush()  # here, where its failure can be told
         except MergetoolError as error:
-            fail(str(error), error.exit_code)
+            fail(_with_notes(str(error), error), error.exit_code)
         except _Ended as ended:
-            fail("stopped; nothing was written at the output's place.", 128 + ended.number)
+            sentence = "stopped; nothing was written at the output's place."
+            fail(_with_notes(sentence, ended), 128 + ended.number)
         except MemoryError:
             fail("the machine is out of memory; lower --threads or close other programs.", 74)
-        except BrokenPipeError:
-            # `mergetool inspect x | head`: the reader has what it wanted.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+        except OSError as error:  # of a disk that fails under the program's own files, or under what it prints to
+            where = f'"{error.filename}"' if error.filename else "a file"
+            fail(f"{where} failed with {error.strerror or error}; check the disk it is on and run again.", 74)
+        if _stdout.failure is not None and not isinstance(_stdout.failure, BrokenPipeError):
+            why = _stdout.failure.strerror
+            fail(f"the work was done, but its report could not be printed ({why}); check where stdout goes.", 74)
+        return result
 
     return wrapped
+
+
+def _with_notes(sentence: str, error: BaseException) -> str:
+    """A sentence and what else is to be said of the error: what is kept for --resume."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join([sentence.removesuffix("."), *notes]) + "." if notes else sentence
 
 
 def fail(sentence: str, code: int) -> NoReturn:

@@ -66,7 +66,7 @@ def convert(
         if not as_json:
             _print_plan(model, plan)
         total = plan.bytes_read + plan.header.data_size
-        with console.progress("convert", total, shown=not (no_progress or as_json)) as bar:
+        with console.progress("convert", total, shown=not (no_progress or as_json), publishes=True) as bar:
             outcome = job.run_merge(
                 plan,
                 output,

@@ -172,7 +172,9 @@ def diff(
         only = on_the_cpu(options, spectra, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
-        with console.progress("diff", pairing.bytes_to_read(options), shown=not (no_progress or as_json)) as bar:
+        shown = not (no_progress or as_json)
+        reads = pairing.bytes_to_read(options)
+        with console.progress("diff", reads, shown=shown, publishes=checkpoint is None) as bar:
             found = extract(
                 pairing,
                 target,
@@ -188,7 +190,6 @@ def diff(
             )
         if checkpoint is not None:
             stored = [target, full] if full is not None and found.whole else [target]
-            shown = not (no_progress or as_json)
             diff_outputs.bake(base, stored, checkpoint, overwrite=overwrite, threads=threads, shown=shown)
         seconds = time.monotonic() - started
         if as_json:

@@ -48,7 +48,7 @@ def bake(
     terms = [f"{path.absolute()}:1" for path in loras]
     with (
         job.open_merge(expression(base, terms)) as plan,
-        console.progress("bake", plan.bytes_read + plan.header.data_size, shown=shown) as advance,
+        console.progress("bake", plan.bytes_read + plan.header.data_size, shown=shown, publishes=True) as advance,
     ):
         job.run_merge(plan, checkpoint, overwrite=overwrite, threads=threads, progress=advance)
 

@@ -143,7 +143,11 @@ def perform(
             return
         passes = 2 if isinstance(settings.selection, Budget) else 1
         with console.progress(
-            settings.command[:7], passes * len(gathering.modules), shown=settings.shows_progress, unit=" modules"
+            settings.command[:7],
+            passes * len(gathering.modules),
+            shown=settings.shows_progress,
+            unit=" modules",
+            publishes=True,
         ) as bar:
             done = combine(
                 gathering,

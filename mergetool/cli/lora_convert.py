@@ -59,10 +59,11 @@ def convert(
     wanted = console.choice("--key-format", key_format, KEY_FORMATS)
     started = time.monotonic()
     with opened(lora, model) as file:
-        with console.progress("convert", 1, shown=not (no_progress or as_json), unit="file") as advance:
+        shown = not (no_progress or as_json)
+        with console.progress("convert", 1, shown=shown, unit="file", publishes=True) as advance:
             known = model is not None
-            done = write(file, output, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
             advance(1)
+            done = write(file, output, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
         dialect = file.dialect
     with open_lora(output) as written:
         found = loading(written)

@@ -45,6 +45,8 @@ Examples:
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
   mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
 
+  mergetool merge "alkahest + 20 * (turbo - deturbo)" --resume -o out.safetensors
+
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
@@ -135,6 +137,12 @@ def merge(
         bool, typer.Option("--force", help="Merge models that do not look as if they belong together.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep what is finished when the run is stopped; the same command then goes on from there."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
@@ -177,6 +185,7 @@ def merge(
         skip_unmatched=skip_unmatched,
         force=force,
         overwrite=overwrite,
+        resume=resume,
         dry_run=dry_run,
         as_json=as_json,
         shows_progress=not (no_progress or as_json),
@@ -208,6 +217,7 @@ class Settings:
     skip_unmatched: bool = False
     force: bool = False
     overwrite: bool = False
+    resume: bool = False
     dry_run: bool = False
     as_json: bool = False
     shows_progress: bool = True
@@ -241,7 +251,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
                 console.print_json(plan_json(plan, memory) | lineage_json(findings))
             return
         total = plan.bytes_read + plan.header.data_size
-        with console.progress(bar, total, shown=settings.shows_progress) as advance:
+        with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
             outcome = job.run_merge(
                 plan,
                 output,
@@ -252,6 +262,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
                 non_finite=non_finite,
                 device=on,
                 measure=measure,
+                resume=settings.resume,
                 progress=advance,
             )
         seconds = time.monotonic() - started
@@ -331,6 +342,12 @@ def _scales(tensor: OutputTensor) -> list[str]:
 
 def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
     console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
+    if outcome.resumed:
+        console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
+    if outcome.begun_anew is not None:
+        console.heading(
+            "note", f"what an interrupted run had left was of no use, {outcome.begun_anew}: all was done anew"
+        )
     for counts, what in (
         (outcome.capped, "beyond the dtype and capped"),
         (outcome.non_finite, "NaN or infinite"),
@@ -431,6 +448,8 @@ def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> 
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
         "off_device": dict(sorted(outcome.off_device.items())),
+        "resumed": outcome.resumed,
+        "begun_anew": outcome.begun_anew,
         "rounding": {
             "mode": plan.options.rounding,
             "seed": plan.options.seed,

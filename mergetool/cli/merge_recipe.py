@@ -119,7 +119,7 @@ class _Run:
                 _print_together(plans, settings.threads, on, total)
             if settings.dry_run:
                 return
-            with console.progress("merge", total, shown=settings.shows_progress) as advance:
+            with console.progress("merge", total, shown=settings.shows_progress, publishes=True) as advance:
                 outcomes = job.run_merges(
                     plans,
                     [task.path for task in tasks],
@@ -130,6 +130,7 @@ class _Run:
                     non_finite=console.choice("--nonfinite", settings.nonfinite, ("refuse", "keep")),
                     device=on,
                     measure=console.choice("--measure", settings.measure, ("sample", "all", "off")),
+                    resume=settings.resume,
                     progress=advance,
                 )
             seconds = time.monotonic() - started

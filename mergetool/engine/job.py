@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from mergetool import models
+import numpy
+import torch
+
+from mergetool import __version__, models
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
-from mergetool.checkpoint import dtypes
+from mergetool.checkpoint import dtypes, journal
 from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.journal import Work
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.targets import resolve_target
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
 from mergetool.engine.bundles import bytes_read, passes
@@ -145,6 +153,7 @@ def run_merge(
     device: Device = CPU,
     measure: Measure = "sample",
     compared: bool = False,
+    resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
@@ -152,6 +161,10 @@ def run_merge(
     ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
     and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError,
     BusyError, StorageError, DeviceError, NonFiniteError or DataError; ``output`` is then what it was before.
+
+    With ``resume`` a run that is interrupted leaves what it had finished beside ``output``, and one that finds such a stage of the same
+    recipe, inputs and versions goes on from it: what is there is read again, and its digests checked. An exception then says in a note
+    how much is kept.
     """
     (outcome,) = run_merges(
         [plan],
@@ -164,6 +177,7 @@ def run_merge(
         device=device,
         measure=measure,
         compared=compared,
+        resume=resume,
         progress=progress,
     )
     return outcome
@@ -181,14 +195,19 @@ def run_merges(
     device: Device = CPU,
     measure: Measure = "sample",
     compared: bool = False,
+    resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
     """Run ``plans`` of one `open_merges` and publish ``outputs[i]`` of ``plans[i]``: all of them complete, or none.
 
     Every output is the same, byte for byte, as `run_merge` of its plan alone makes it. When a plan fails none is published. Each is as
-    for `run_merge`, and raises what that does, and UsageError for outputs of one path.
+    for `run_merge`, and raises what that does, and UsageError for outputs of one path, or for several that are to be resumed.
     """
     _require_places(outputs)
+    if resume and len(plans) > 1:
+        raise UsageError(
+            "only a merge with one output can be resumed; leave out --resume, or merge them one at a time."
+        )
     files = list(dict.fromkeys(file for plan in plans for model in plan.inputs for file in model.checkpoint.files))
     with ExitStack() as stack:
         writers = [
@@ -200,12 +219,16 @@ def run_merges(
                     shard_size=shard_size,
                     inputs=files,
                     extra_files=config_files(plan),
+                    resume=_work(plan, non_finite) if resume else None,
                 )
             )
             for plan, output in zip(plans, outputs, strict=True)
         ]
+        if resume:
+            stack.push(partial(_say_what_is_kept, writers[0]))
         device = CPU if compared else device
         outcomes: dict[int, Outcome] = {}
+        plans = [_remaining(plan, writer, progress) for plan, writer in zip(plans, writers, strict=True)]
         for together in passes(plans, device):
             items = [(plans[i], writers[i], str(outputs[i]) if len(plans) > 1 else "") for i in together]
             found = merge.run_together(
@@ -219,6 +242,8 @@ def run_merges(
                 progress=progress,
             )
             outcomes |= zip(together, found, strict=True)
+        for i, writer in enumerate(writers):
+            outcomes[i].resumed, outcomes[i].begun_anew = writer.resumed, writer.not_resumed
         for writer in writers:
             writer.prepare()
         for writer in writers:
@@ -236,12 +261,49 @@ def _require_places(outputs: Sequence[Path]) -> None:
     """Raises OutputError where the folder of an output is missing, UsageError where two outputs are one."""
     places: dict[Path, Path] = {}
     for output in outputs:
-        if not output.parent.exists():
+        if not os.path.exists(output.parent):
             raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
-        place = output.resolve()
+        place = resolve_target(output)
         if place in places:
             raise UsageError(f'two outputs, "{places[place]}" and "{output}", are one file; give each its own name.')
         places[place] = output
+
+
+def _work(plan: Plan, non_finite: NonFinite) -> Work:
+    """What the bytes of a merge depend on beyond its planned header, which holds the recipe and the inputs' fingerprints."""
+    # Without the device number, which a restart can change.
+    files = [file.identity[1:] for model in plan.inputs for file in model.checkpoint.files]
+    return {
+        "other inputs": journal.digest_of(json.dumps(files).encode()),
+        "other versions": journal.digest_of(f"{__version__} {torch.__version__} {numpy.__version__}".encode()),
+        "another --nonfinite": non_finite,
+    }
+
+
+def _remaining(plan: Plan, writer: CheckpointWriter, progress: Callable[[int], None]) -> Plan:
+    """``plan`` without the tensors that an interrupted run had finished; ``progress`` is told their bytes."""
+    if not writer.kept:
+        return plan
+    # Of a quantised weight all tensors are written together, or none.
+    stored = {tensor.name: [name for name, _, _ in tensor.entries()] for tensor in plan.tensors}
+    done = {tensor for tensor, names in stored.items() if writer.kept.issuperset(names)}
+    kept = [name for tensor in done for name in stored[tensor]]
+    writer.keep(kept)
+    remaining = replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name not in done))
+    written = sum(plan.header.tensors[name].nbytes for name in kept)
+    progress(plan.bytes_read - remaining.bytes_read + written)
+    return remaining
+
+
+def _say_what_is_kept(
+    writer: CheckpointWriter, kind: type[BaseException] | None, error: BaseException | None, trace: object
+) -> None:
+    if error is not None:
+        writer.discard()
+        if writer.left:
+            error.add_note(
+                f"{writer.left:,} bytes of finished tensors are kept, and the same command goes on from them"
+            )
 
 
 def config_files(plan: Plan) -> Mapping[str, bytes]:

@@ -56,7 +56,8 @@ class Outcome:
     had no memory for and the CPU computed. ``movements`` is what became of
     the first model's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
     scales that were searched for, over that of the scales by amax; ``errors`` is what storing changed in every tensor that was
-    rounded, where the run compared.
+    rounded, where the run compared. ``resumed`` counts the bytes that an interrupted run had written, of which nothing else here
+    speaks; ``begun_anew`` says why what one left could not be used.
     """
 
     capped: dict[str, int] = field(default_factory=dict)
@@ -65,6 +66,8 @@ class Outcome:
     movements: Movements = field(default_factory=Movements)
     search_gain: float | None = None
     errors: dict[str, Fidelity] = field(default_factory=dict)
+    resumed: int = 0
+    begun_anew: str | None = None
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from mergetool.checkpoint import system, writer
+from mergetool.checkpoint import progress, system
 from mergetool.checkpoint.dtypes import BF16, BY_CODE, F16, F32
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
@@ -338,7 +338,7 @@ def test_replaced_folder_holds_only_the_new_files(tmp_path: Path) -> None:
 
 
 def test_blocks_go_to_the_disk_once_and_only_when_full(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "FLUSH_BLOCK", 4096)
+    monkeypatch.setattr(progress, "FLUSH_BLOCK", 4096)
     started: list[tuple[int, int]] = []
     monkeypatch.setattr(system, "start_write_back", lambda fd, offset, size: started.append((offset, size)))
     header = Header.plan([("x", BF16, (50_000,))])
