@@ -10,6 +10,7 @@ it. A watched run also reports every audit event that would mean that something 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import locale
@@ -127,7 +128,8 @@ def _load_pickles() -> None:
         except Exception:
             import torch
 
-            torch.load(path, weights_only=False)
+            with contextlib.suppress(Exception):
+                torch.load(path, weights_only=False)
             raise
 
     reader.Checkpoint.open = careless  # type: ignore[method-assign]
@@ -197,6 +199,7 @@ def _import_everything() -> None:
     import mergetool
 
     torch.set_num_threads(1)
+    "\x1b".encode("unicode_escape")  # a codec is imported when it is first used
     for module in pkgutil.walk_packages(mergetool.__path__, "mergetool."):
         if ".lab.training" not in module.name and "__main__" not in module.name:
             importlib.import_module(module.name)

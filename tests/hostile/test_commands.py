@@ -1,0 +1,35 @@
+"""Every command against inputs that would run code or steer the terminal; each harness also meets a program that has the hole."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.hostile import pickles, terminal
+
+
+def test_no_pickle_is_loaded_by_any_command(tmp_path: Path) -> None:
+    assert len(pickles.contents(tmp_path)) >= 30
+    pickles.run(tmp_path).require(600)
+
+
+def test_a_program_that_falls_back_to_torch_load_is_caught(tmp_path: Path) -> None:
+    found = pickles.run(tmp_path, patched="load pickles")
+    assert any("loaded the pickle" in violation for violation in found.violations)
+
+
+@pytest.mark.parametrize("kind", ["pickle, protocol 0", "pickle, protocol 5", "text pickle"])
+def test_the_canary_works(tmp_path: Path, kind: str) -> None:
+    pickle.loads(pickles.contents(tmp_path / "canary")[kind])
+    assert (tmp_path / "canary").is_dir()
+
+
+def test_no_file_steers_the_terminal(tmp_path: Path) -> None:
+    assert len(terminal.strings()) >= 100
+    terminal.run(tmp_path).require(3500)
+
+
+def test_a_program_that_prints_names_as_they_are_is_caught(tmp_path: Path) -> None:
+    assert any("prints" in violation for violation in terminal.run(tmp_path, step=40, patched="print raw").violations)
