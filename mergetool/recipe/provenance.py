@@ -75,12 +75,20 @@ def read(stored: Mapping[str, str], source: str) -> Recorded:
     try:
         recipe = json.loads(stored["mergetool.recipe"])
         recorded = {
-            _text(entry["name"]): _text(entry["fingerprint"]) for entry in json.loads(stored["mergetool.inputs"])
+            _name(entry["name"]): _text(entry["fingerprint"]) for entry in json.loads(stored["mergetool.inputs"])
         }
         _text(recipe["expression"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{source} carries a damaged recipe in its metadata; it cannot be verified.") from None
     return Recorded(recipe["expression"], _options(recipe), recorded)
+
+
+def _name(value: object) -> str:
+    """A recorded name, as `display_names` gives it; a path or an ``hf://`` address would let a file choose what is opened or fetched."""
+    name = _text(value)
+    if "/" in name or "\\" in name:
+        raise ValueError
+    return name
 
 
 def _text(value: object) -> str:

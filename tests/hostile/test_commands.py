@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import pickles, terminal
+from tests.hostile import injections, pickles, terminal
 
 
 def test_no_pickle_is_loaded_by_any_command(tmp_path: Path) -> None:
@@ -33,3 +33,12 @@ def test_no_file_steers_the_terminal(tmp_path: Path) -> None:
 
 def test_a_program_that_prints_names_as_they_are_is_caught(tmp_path: Path) -> None:
     assert any("prints" in violation for violation in terminal.run(tmp_path, step=40, patched="print raw").violations)
+
+
+def test_no_text_of_a_file_is_run_imported_or_fetched(tmp_path: Path) -> None:
+    injections.run(tmp_path).require(2500)
+
+
+def test_a_program_that_imports_what_metadata_names_is_caught(tmp_path: Path) -> None:
+    found = injections.run(tmp_path, step=9, patched="trust names")
+    assert any("did import" in violation for violation in found.violations)
