@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool.lora.krylov import fast_bfloat16
+from mergetool.linalg.krylov import fast_bfloat16
 from mergetool.lora.svd import decompose
 
 CAP, CAPPED_THRESHOLD = 64, 0.995

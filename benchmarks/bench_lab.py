@@ -360,17 +360,17 @@ def handoff(lab: Lab) -> None:
 # ---- where they go
 
 
-def write_table(name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str = "") -> None:
-    """Put a table between its markers in docs/lab.md, with where and from how many pictures it was measured."""
+def write_table(name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str = "", *, page: str = "lab.md") -> None:
+    """Put a table between its markers in a page of docs, with where and from how many pictures it was measured."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     source = f"{len(lab.shots)} pictures each · commit {commit()} · {machine(DOCS)} · torch {torch.__version__}"
     text = "\n".join([*lines, "", *([note, ""] if note else []), f"<sub>{source}</sub>", ""])
-    path = DOCS / "lab.md"
-    page = path.read_text()
+    path = DOCS / page
+    before = path.read_text()
     pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(page):
+    if not pattern.search(before):
         raise SystemExit(f"{path} has no place for the table {name}")
-    path.write_text(pattern.sub(lambda found: found[1] + text + found[2], page))
+    path.write_text(pattern.sub(lambda found: found[1] + text + found[2], before))
     print(f"\n{name}\n" + "\n".join(lines) + (f"\n{note}" if note else ""), flush=True)
 
 

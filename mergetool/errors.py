@@ -4,11 +4,13 @@
     ├── CheckFailed        1    a check said no
     ├── UsageError         2    the request itself is wrong
     │   ├── ExpressionError     a merge expression that cannot be read or has the wrong degree
-    │   └── PatternError        a selection pattern that is malformed or matches nothing
+    │   ├── PatternError        a selection pattern that is malformed or matches nothing
+    │   └── RecipeError         a recipe file that cannot be read, or asks for what there is not
     ├── DataError         65    an input's bytes are not what they should be
     │   ├── HeaderError         a safetensors header breaks a rule of the format
     │   ├── ShardIndexError     a shard index is malformed, unsafe, or disagrees with its shards
     │   ├── FamilyError         a file is not a model this tool can merge, or two models do not fit
+    │   │   └── LineageError        two models fit, and a merge of them as asked makes noise
     │   └── NonFiniteError      NaN or infinity where a finite number is needed
     ├── InputMissing      66    an input does not exist or may not be opened
     ├── OutputError       73    the output cannot be made at the place asked for
@@ -49,6 +51,10 @@ class PatternError(UsageError):
     """A selection pattern that is malformed or matches nothing."""
 
 
+class RecipeError(UsageError):
+    """A recipe file that cannot be read or asks for what there is not; says the line and column."""
+
+
 class DataError(MergetoolError):
     """An input's bytes are not what they should be."""
 
@@ -65,6 +71,10 @@ class ShardIndexError(DataError):
 
 class FamilyError(DataError):
     """A file is not a model this tool can merge, or two models do not fit together."""
+
+
+class LineageError(FamilyError):
+    """Models that fit each other and do not belong together; ``--force`` merges them anyway."""
 
 
 class NonFiniteError(DataError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from mergetool.arch.presets import Preset
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
 from mergetool.quant.encoding import Encoding
@@ -90,6 +91,7 @@ class Family(ABC):
     layouts: tuple[str, ...]
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
+    presets: tuple[Preset, ...] = ()
 
     @abstractmethod
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
@@ -187,6 +189,18 @@ def _size(name: str, parts: Iterable[Part]) -> GroupSize:
         parameters=sum(part.numel for part in chosen),
         nbytes=sum(part.nbytes for part in chosen),
     )
+
+
+def block_of(part: str) -> tuple[str, int] | None:
+    """The stack and the number of the block that a part is in, by its first numbered component; None where it has none.
+
+    Example: ``layers.3.attention.to_q.weight`` gives ``("layers", 3)``.
+    """
+    components = part.split(".")
+    for i, component in enumerate(components[:-1]):
+        if i and is_number(component) and len(component) <= 9:
+            return ".".join(components[:i]), int(component)
+    return None
 
 
 def is_number(component: str) -> bool:

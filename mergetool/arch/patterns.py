@@ -14,6 +14,7 @@ from mergetool.errors import PatternError
 
 MAX_PATTERN = 500  # characters; the longest tensor name of Z-Image has 51
 _MAX_NAMES_SUGGESTED_FROM = 5_000
+_RANGE_WITHIN = re.compile(r"(?P<stack>[^*?\[]+?)\.(?P<range>[0-9]{1,9}-[0-9]{1,9})\.(?P<rest>.+)")
 _BLOCKS = re.compile(r"(?P<stack>.+)\.(?P<first>[0-9]{1,9})(?:-(?P<last>[0-9]{1,9}))?")
 
 
@@ -26,7 +27,10 @@ def select(patterns: Iterable[str], anatomy: Anatomy) -> dict[str, frozenset[str
     - a group of the family (``refiner``);
     - ``layers.N`` or ``layers.A-B``: everything under those numbered components, B included. Components are
       compared whole, so ``layers.1`` is not ``layers.10``; any numbered stack works (``noise_refiner.0``);
-    - a glob (``*``, ``?``, ``[...]``) over whole tensor names, case-sensitive; ``*`` also crosses dots.
+    - a glob (``*``, ``?``, ``[...]``) over whole tensor names, case-sensitive; ``*`` also crosses dots;
+    - a glob over modules, when it is no tensor's whole name: everything beneath (``layers.*.attention``);
+    - a range inside a path: ``layers.0-9.attention`` is each of ``layers.0.attention`` to ``layers.9.attention``;
+    - ``PATTERN.GROUP``: what of a group PATTERN selects (``layers.q``, ``layers.*.attention.q``, ``layers.0-9.ffn``).
 
     Names are the canonical one, the one of each layout, and the stored one with its prefix. A name that stands
     for several parts selects all of them: ``layers.0.attention.qkv.weight`` means q, k and v.
@@ -48,10 +52,21 @@ def _select_one(pattern: str, anatomy: Anatomy) -> frozenset[str]:
     if pattern.startswith("re:"):
         found = _by_name(Regex(pattern.removeprefix("re:")).fullmatch, anatomy)
     else:
-        found = _by_group(pattern, anatomy) or _by_block(pattern, anatomy) or _by_glob(pattern, anatomy)
+        found = _by_path(pattern, anatomy)
     if not found:
         raise PatternError(_nothing_matched(pattern, anatomy))
     return found
+
+
+def _by_path(pattern: str, anatomy: Anatomy) -> frozenset[str]:
+    return (
+        _by_group(pattern, anatomy)
+        or _by_block(pattern, anatomy)
+        or _by_glob(pattern, anatomy)
+        or _by_glob(f"{pattern}.*", anatomy)
+        or _by_inner_range(pattern, anatomy)
+        or _by_group_within(pattern, anatomy)
+    )
 
 
 def _by_group(group: str, anatomy: Anatomy) -> frozenset[str]:
@@ -76,6 +91,23 @@ def _by_block(pattern: str, anatomy: Anatomy) -> frozenset[str]:
             f'"{stack}.{min(blocks)}-{max(blocks)}".'
         )
     return frozenset(name for block, names in blocks.items() if first <= block <= last for name in names)
+
+
+def _by_inner_range(pattern: str, anatomy: Anatomy) -> frozenset[str]:
+    """``STACK.A-B.REST``: a range that is not the end of the path."""
+    match = _RANGE_WITHIN.fullmatch(pattern.removeprefix(anatomy.prefix))
+    if match is None or not _by_block(f"{match['stack']}.{match['range']}", anatomy):
+        return frozenset()
+    first, last = map(int, match["range"].split("-"))
+    numbers = (number for number in _blocks(match["stack"], anatomy) if first <= number <= last)
+    return frozenset[str]().union(*(_by_path(f"{match['stack']}.{n}.{match['rest']}", anatomy) for n in numbers))
+
+
+def _by_group_within(pattern: str, anatomy: Anatomy) -> frozenset[str]:
+    """``PATTERN.GROUP``."""
+    outer, dot, group = pattern.rpartition(".")
+    members = _by_group(group, anatomy) if dot and outer else frozenset()
+    return members & _by_path(outer, anatomy) if members else members
 
 
 def _blocks(stack: str, anatomy: Anatomy) -> dict[int, list[str]]:
@@ -119,8 +151,6 @@ def _nothing_matched(pattern: str, anatomy: Anatomy) -> str:
 def _nearest(pattern: str, anatomy: Anatomy) -> str | None:
     if pattern.startswith("re:"):
         return None
-    if _by_glob(f"{pattern}.*", anatomy):
-        return f"{pattern}.*"
     candidates = list(anatomy.family.group_names(anatomy))
     if len(anatomy.parts) <= _MAX_NAMES_SUGGESTED_FROM:
         candidates += sorted({spelling for part in anatomy.parts for spelling in _spellings(part, anatomy)})
@@ -131,7 +161,7 @@ def _forms(anatomy: Anatomy) -> str:
     groups = ", ".join(anatomy.family.group_names(anatomy))
     layers = _blocks("layers", anatomy)
     blocks = f"blocks such as layers.{min(layers)}-{max(layers)}, " if layers else "blocks such as layers.0-3, "
-    return f"a group ({groups}), {blocks}a glob over whole tensor names, or re:REGEX"
+    return f"a group ({groups}), {blocks}a glob over tensor or module names, or re:REGEX"
 
 
 def _count(blocks: dict[int, list[str]]) -> str:

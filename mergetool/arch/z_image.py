@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mergetool.arch import presets
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
 from mergetool.arch.fused_qkv import HeadRows
 from mergetool.checkpoint.header import TensorInfo
@@ -91,6 +92,7 @@ class ZImage(Family):
         *("embedder", "pad", "siglip", "final"),
     )
     unused = frozenset({"norm_final.weight"})
+    presets = presets.Z_IMAGE
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The groups of a part, from its name alone."""

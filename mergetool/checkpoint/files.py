@@ -157,6 +157,7 @@ class _Staged(ABC):
 
     def __init__(self, claim: TargetClaim) -> None:
         self._claim = claim
+        self._prepared = False
         self._ended = False
 
     @property
@@ -177,6 +178,23 @@ class _Staged(ABC):
     ) -> None:
         self.discard()
 
+    def prepare(self) -> None:
+        """Bring what was written to stable storage and check that it may be published; `publish` then only renames.
+
+        Raises as `publish` does, with the old target untouched and nothing left behind.
+        """
+        if self._ended:
+            raise ValueError(f'"{self.target}" was already published or discarded')
+        try:
+            if not self._prepared:
+                self._finish()
+                self._prepared = True
+            self._claim.check_inputs()
+            self._claim.check_replaceable()
+        except BaseException:
+            self.discard()
+            raise
+
     def publish(self) -> None:
         """Make the target the complete new output, on stable storage when the call returns.
 
@@ -184,12 +202,8 @@ class _Staged(ABC):
         storage fails, DataError when an input changed meanwhile. Only when the very last step fails, the
         sync of the folder after the rename, is the new output already in place; the StorageError says so.
         """
-        if self._ended:
-            raise ValueError(f'"{self.target}" was already published or discarded')
+        self.prepare()
         try:
-            self._finish()
-            self._claim.check_inputs()
-            self._claim.check_replaceable()
             with system.explained(self.target, "publishing"):
                 self._rename()
         except BaseException:

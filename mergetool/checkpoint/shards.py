@@ -24,7 +24,8 @@ from mergetool.errors import InputMissing, ShardIndexError, UsageError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
-PREFERRED = ("diffusion_pytorch_model", "model")  # the names diffusers and transformers give
+STEM = "diffusion_pytorch_model"
+PREFERRED = (STEM, "model")  # the names diffusers and transformers give
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_INDEX = 100_000_000
 MAX_SHARDS = 1_000  # the largest public models have about 200; each shard costs an open file
@@ -158,7 +159,7 @@ class Shard:
     header: Header
 
 
-def split(header: Header, shard_size: int, *, stem: str = "diffusion_pytorch_model") -> tuple[Shard, ...]:
+def split(header: Header, shard_size: int, *, stem: str = STEM) -> tuple[Shard, ...]:
     """The files that together hold ``header``'s tensors, in its order, each with at most ``shard_size`` data bytes.
 
     A tensor larger than that has a file of its own. Every file carries the whole metadata. Names are
@@ -191,7 +192,20 @@ def split(header: Header, shard_size: int, *, stem: str = "diffusion_pytorch_mod
     )
 
 
-def index_name(stem: str = "diffusion_pytorch_model") -> str:
+def folder(
+    header: Header, shard_size: int | None, extra_files: Mapping[str, bytes], *, stem: str = STEM
+) -> tuple[Sequence[Shard], dict[str, bytes]]:
+    """What a folder output consists of: its safetensors files, one where that suffices, and its small files by name.
+
+    Raises what `split` raises.
+    """
+    parts: Sequence[Shard] = () if shard_size is None else split(header, shard_size, stem=stem)
+    if len(parts) <= 1:
+        return [Shard(f"{stem}{SUFFIX}", header)], dict(extra_files)
+    return parts, {**extra_files, index_name(stem): index_json(parts)}
+
+
+def index_name(stem: str = STEM) -> str:
     """The name under which diffusers and transformers look for the index of shards named by ``stem``."""
     return f"{stem}{SUFFIX}{INDEX_SUFFIX}"
 

@@ -15,8 +15,6 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import UsageError
 
-STEM = "diffusion_pytorch_model"
-
 # Finished blocks of this size go to the disk while later ones are computed. 2 GiB onto ext4 on a virtual disk,
 # 2 cores, median of 6: 0.69 s until published with it, 1.44 s without (0.83 s and 1.68 s when the blocks are
 # not reserved first).
@@ -74,6 +72,7 @@ class CheckpointWriter:
         self._home: Mapping[str, _File] = MappingProxyType({name: f for f in files for name in f.header.tensors})
         self._lock = threading.Lock()
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in header.tensors}
+        self._prepared = False
 
     @classmethod
     def stage(
@@ -85,7 +84,7 @@ class CheckpointWriter:
         shard_size: int | None = None,
         inputs: Sequence[InputFile] = (),
         extra_files: Mapping[str, bytes] = MappingProxyType({}),
-        stem: str = STEM,
+        stem: str = shards.STEM,
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
 
@@ -102,14 +101,7 @@ class CheckpointWriter:
                     f'"{target}" names one file, but shards need a folder; leave out ".safetensors" or the shard size.'
                 )
             return _stage_file(target, header, overwrite, inputs)
-        parts: Sequence[shards.Shard] = ()
-        if shard_size is not None:
-            parts = shards.split(header, shard_size, stem=stem)
-        if len(parts) <= 1:
-            parts = [shards.Shard(f"{stem}.safetensors", header)]
-        small = dict(extra_files)
-        if len(parts) > 1:
-            small[shards.index_name(stem)] = shards.index_json(parts)
+        parts, small = shards.folder(header, shard_size, extra_files, stem=stem)
         return _stage_folder(target, header, parts, small, overwrite, inputs)
 
     @property
@@ -151,6 +143,23 @@ class CheckpointWriter:
         with self._lock:
             self._written[name].append((start, start + len(view)))
 
+    def prepare(self) -> None:
+        """Write the headers and bring everything to stable storage: all of `commit` that takes long or is likely to fail.
+
+        For several outputs of which none may be published unless all can be. Raises what `commit` does; the output is then discarded.
+        """
+        if self._prepared:
+            return
+        try:
+            self._require_complete()
+            for file in self._files:
+                file.write_header()
+            self._staged.prepare()
+        except BaseException:
+            self.discard()
+            raise
+        self._prepared = True
+
     def commit(self) -> None:
         """Write the headers and publish: the target is the complete new checkpoint, on stable storage.
 
@@ -158,13 +167,7 @@ class CheckpointWriter:
         twice, DataError when an input changed meanwhile, OutputError or StorageError when the storage fails.
         The target is then what it was; only a StorageError that says so comes after it was replaced.
         """
-        try:
-            self._require_complete()
-            for file in self._files:
-                file.write_header()
-        except BaseException:
-            self.discard()
-            raise
+        self.prepare()
         self._staged.publish()
 
     def discard(self) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from mergetool.checkpoint.sizes import parse_size as parse_size
 from mergetool.errors import MergetoolError, UsageError
 
 P = ParamSpec("P")
@@ -214,18 +215,3 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> Any:
     if value not in known:
         raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
     return value
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``300MB`` or ``2GB`` (decimal) or ``4GiB`` (binary); raises UsageError."""
-    units = {"": 1, "B": 1}
-    for i, letter in enumerate("KMGT", 1):
-        units |= {f"{letter}B": 1000**i, f"{letter}IB": 1024**i, letter: 1000**i}
-    digits = text.strip().rstrip("BKMGTIbkmgti ")
-    try:
-        value = float(digits) * units[text.strip()[len(digits) :].strip().upper()]
-    except (KeyError, ValueError):
-        raise UsageError(f'"{text}" is not a size; write for example 300MB, 2GB or 4GiB.') from None
-    if not 0 < value < 2**63:
-        raise UsageError(f'"{text}" is not a size that a file can have.')
-    return int(value)

@@ -35,8 +35,13 @@ REPORT = "report.html"
 STEPS: tuple[tuple[str, str, int], ...] = (
     ("What the bridge model is", "inspect lab.alkahest", 0),
     (
-        "Averaging two models whose refiners differ loses what the prompts ask for, and verify says so",
+        "Averaging two models whose refiners differ is refused, with what was measured",
         "merge '0.5*lab.turbo + 0.5*lab.base' -o naive.safetensors",
+        65,
+    ),
+    (
+        "Forced, it loses what the prompts ask for, and verify says so",
+        "merge '0.5*lab.turbo + 0.5*lab.base' --force -o naive.safetensors",
         0,
     ),
     ("", "verify naive.safetensors --strength 0.15 --report naive.html", 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,9 +133,21 @@ def diff(
     """
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, on_the_cpu, open_diff
+    from mergetool.lora.pairs import chosen
 
     options = replace(
-        _options(rank, rank_thresh, rank_max, rule, budget, min_dim, include, exclude, dtype, seed),
+        chosen(
+            rank=rank,
+            rank_thresh=rank_thresh,
+            rank_max=rank_max,
+            rule=rule,
+            budget=console.parse_size(budget) if budget else 0,
+            min_dim=min_dim,
+            include=include or (),
+            exclude=exclude or (),
+            dtype=dtype,
+            seed=seed,
+        ),
         full=full is not None,
         full_layers=tuple(full_layer or ()),
         union=union,
@@ -150,18 +161,18 @@ def diff(
     with open_diff(base, variant, options, second=variant2, skip_unmatched=skip_unmatched) as pairing:
         target = output or _default_output(base, variant)
         if not as_json:
-            _print_pairing(pairing, verbose=verbose or dry_run)
+            print_pairing(pairing, verbose=verbose or dry_run)
             diff_outputs.print_operands(pairing, options)
         if dry_run:
             if as_json:
-                console.print_json(_pairing_json(pairing))
+                console.print_json(pairing_json(pairing))
             return
         if checkpoint is not None:
             diff_outputs.check_checkpoint(checkpoint, (target, full, spectra), pairing, overwrite=overwrite)
         only = on_the_cpu(options, spectra, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
-        with console.progress("diff", _bytes_read(pairing, options), shown=not (no_progress or as_json)) as bar:
+        with console.progress("diff", pairing.bytes_to_read(options), shown=not (no_progress or as_json)) as bar:
             found = extract(
                 pairing,
                 target,
@@ -183,60 +194,17 @@ def diff(
         if as_json:
             note = {"note": f"{only} works on the CPU; the device is not used"} if only else {}
             console.print_json(
-                _pairing_json(pairing)
+                pairing_json(pairing)
                 | note
-                | _extraction_json(found, options, spectra, target, seconds)
+                | extraction_json(found, options, spectra, target, seconds)
                 | diff_outputs.whole_json(found, full, checkpoint, pairing)
             )
         else:
-            _print_extraction(
+            print_extraction(
                 found, options, pairing, target, seconds, full=full, checkpoint=checkpoint, verbose=verbose
             )
             if spectra is not None:
                 diff_ranks.print_spectra(found, spectra)
-
-
-def _options(
-    rank: int,
-    rank_thresh: float | None,
-    rank_max: int | None,
-    rule: str,
-    budget: str | None,
-    min_dim: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    dtype: str,
-    seed: int,
-) -> DiffOptions:
-    from mergetool.checkpoint.dtypes import output_dtype
-    from mergetool.errors import UsageError
-    from mergetool.lora.pairs import DiffOptions
-    from mergetool.lora.rules import RULES
-
-    console.choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
-    console.choice("--rule", rule, RULES)
-    if rank_thresh is not None and (rule == "knee" or budget):
-        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
-    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
-        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
-    return DiffOptions(
-        rank=rank,
-        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
-        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
-        rule=rule,  # type: ignore[arg-type]
-        budget=console.parse_size(budget) if budget else 0,
-        min_dim=min_dim,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        dtype=output_dtype(dtype),
-        seed=seed,
-    )
-
-
-def _bytes_read(pairing: Pairing, options: DiffOptions) -> int:
-    """What the progress bar runs to: a budget reads the matrices once to find directions and once to use them."""
-    again = sum(map(pairing.nbytes, pairing.decomposed)) if options.budget else 0
-    return pairing.bytes_read + again
 
 
 def _default_output(base: str, variant: str) -> Path:
@@ -246,7 +214,7 @@ def _default_output(base: str, variant: str) -> Path:
     return Path(f"{names[variant]}-minus-{names[base]}.safetensors")
 
 
-def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
+def print_pairing(pairing: Pairing, *, verbose: bool) -> None:
     from mergetool.lora.pairs import UNCHANGED
 
     reasons: dict[str, list[str]] = {}
@@ -272,7 +240,7 @@ def _action(pair: Pair) -> str:
     return f"{pair.reason}, stored whole" if pair.whole else pair.reason or "decomposed"
 
 
-def _print_extraction(
+def print_extraction(
     found: Extraction,
     options: DiffOptions,
     pairing: Pairing,
@@ -310,7 +278,7 @@ def _print_extraction(
     console.heading("next", f"load it at strength 1 on {base}; at other strengths it moves part of the way, or past")
 
 
-def _pairing_json(pairing: Pairing) -> dict[str, Any]:
+def pairing_json(pairing: Pairing) -> dict[str, Any]:
     return {
         "base": pairing.base.name,
         "variant": pairing.variant.name,
@@ -321,7 +289,7 @@ def _pairing_json(pairing: Pairing) -> dict[str, Any]:
     }
 
 
-def _extraction_json(
+def extraction_json(
     found: Extraction, options: DiffOptions, spectra: Path | None, target: Path, seconds: float
 ) -> dict[str, Any]:
     return {

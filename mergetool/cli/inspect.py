@@ -97,6 +97,8 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
             for group in description.groups
         ),
     )
+    for i, preset in enumerate(anatomy.family.presets):
+        console.heading("" if i else "preset", f"--set preset:{preset.name}  {', '.join(preset.settings)}")
     for key, value in checkpoint.metadata.items():
         console.heading("meta", f"{key}: {value if verbose or len(value) <= 300 else value[:300] + '...'}")
     for name, digest in hashes.items():
@@ -127,6 +129,7 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "groups": {
             g.name: {"tensors": g.tensors, "parameters": g.parameters, "bytes": g.nbytes} for g in description.groups
         },
+        "presets": {preset.name: list(preset.settings) for preset in anatomy.family.presets},
         "outside": list(anatomy.outside),
         "metadata": dict(checkpoint.metadata),
     }

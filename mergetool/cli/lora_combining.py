@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mergetool.lora.combine import Combined, Derive, Outcome
     from mergetool.lora.gathering import Gathering
     from mergetool.lora.selection import Selection
+    from mergetool.recipe.groups import Setting
 
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="FILE.safetensors. Needed unless --dry-run.")]
 RankOption = Annotated[
@@ -63,7 +64,7 @@ class Settings:
     output: Path | None
     selection: Selection
     dtype: DType | None = None
-    multipliers: tuple[tuple[str, Fraction], ...] = ()
+    multipliers: tuple[Setting, ...] = ()
     threads: int | None = None
     skip_unmatched: bool = False
     overwrite: bool = False

@@ -10,6 +10,7 @@ import typer
 
 from mergetool import __version__
 from mergetool.cli import (
+    compare,
     console,
     convert,
     demo,
@@ -26,6 +27,7 @@ from mergetool.cli import (
     lora_subtract,
     lora_verify,
     merge,
+    replay,
     sample,
     verify,
 )
@@ -45,9 +47,11 @@ app = typer.Typer(
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=replay.EXAMPLES)(replay.replay)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models, name="models")
 lora = typer.Typer(

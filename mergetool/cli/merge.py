@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +18,17 @@ from mergetool.cli.console import (
     SkipUnmatchedOption,
     VerboseOption,
 )
-from mergetool.errors import UsageError
+from mergetool.errors import LineageError, UsageError
 
 if TYPE_CHECKING:
+    from mergetool.compare.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
+    from mergetool.recipe.groups import Setting
     from mergetool.recipe.options import Options
     from mergetool.recipe.plan import Plan
+    from mergetool.recipe.steps import OutputTensor
 
 WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
@@ -34,26 +36,50 @@ EXAMPLES = """\b
 Examples:
   mergetool merge "alkahest + 20 * (artshoot - 'z-image')" --protect refiner -o out.safetensors
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
+  mergetool merge "alk + 20*(a - b)" --set refiner=0 --set "layers=linear(0.2,1)" --set "layers.*.attention=2" --dry-run
   mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "turbo + 0.7 * lora('style.safetensors') - 0.2 * lora('other.safetensors')" -o baked.safetensors
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
+  mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
 
 Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
-names ("layers.*.attention.*") or re:REGEX.
+or module names ("layers.*.attention"), re:REGEX, or what of a group is in one of those (layers.q, layers.0-9.ffn). SHAPE(FIRST,LAST) over the
+blocks of one stack: linear, smooth, bell (LAST in the middle). `mergetool inspect MODEL` lists groups and presets.
 """
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from mergetool.recipe.schema import json_schema
+
+        console.print_json(json_schema())
+        raise typer.Exit
 
 
 @console.command
 def merge(
-    expression: Annotated[str, typer.Argument(help="What to compute, as in: alkahest + 20 * (tuned - base)")],
+    expression: Annotated[
+        str,
+        typer.Argument(
+            help="What to compute, as in: alkahest + 20 * (tuned - base); or a recipe file.",
+            metavar="EXPRESSION|RECIPE.yaml",
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="FILE.safetensors, or a folder for shards. Needed unless --dry-run."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.safetensors, or a folder for shards. Needed unless --dry-run. Of a recipe: the folder for its outputs.",
+        ),
+    ] = None,
+    variables: Annotated[
+        list[str] | None, typer.Option("--var", help="Set a variable of a recipe. Repeatable.", metavar="NAME=VALUE")
     ] = None,
     protect: Annotated[
         list[str] | None,
@@ -66,7 +92,8 @@ def merge(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Scale the change in a group: 0 leaves the first model, 1 is the expression. Repeatable; later wins.",
+            help="Scale the change in a group: 0 leaves the first model, 1 is the expression; layers=linear(0.2,1) runs over "
+            "depth, preset:NAME is a named set of those. Repeatable; later wins.",
             metavar="GROUP=MULT",
         ),
     ] = None,
@@ -104,13 +131,24 @@ def merge(
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same bytes.")] = "auto",
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
     skip_unmatched: SkipUnmatchedOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge models that do not look as if they belong together.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done to every tensor.")] = False,
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
     verbose: VerboseOption = False,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of recipe files."),
+    ] = False,
 ) -> None:
-    """Merge checkpoints by an expression, streaming; memory stays small whatever their size."""
+    """Merge checkpoints by an expression, streaming; memory stays small whatever their size.
+
+    A recipe file (docs/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
+    """
+    from mergetool.cli import merge_recipe
     from mergetool.engine import job
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
@@ -128,26 +166,32 @@ def merge(
         quant=quant,
         scale_search=scale_search,
     )
-    perform(
-        expression,
-        options,
-        output,
-        Settings(
-            shard_size=shard_size,
-            threads=threads,
-            device=device,
-            gpu_memory=gpu_memory,
-            measure=measure,
-            reader=reader,
-            nonfinite=nonfinite,
-            skip_unmatched=skip_unmatched,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-            shows_progress=not (no_progress or as_json),
-            verbose=verbose,
-        ),
+    settings = Settings(
+        shard_size=shard_size,
+        threads=threads,
+        device=device,
+        gpu_memory=gpu_memory,
+        measure=measure,
+        reader=reader,
+        nonfinite=nonfinite,
+        skip_unmatched=skip_unmatched,
+        force=force,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        shows_progress=not (no_progress or as_json),
+        verbose=verbose,
     )
+    if expression.lower().endswith((".yaml", ".yml")):
+        if options != Options() or shard_size:
+            raise UsageError(
+                f"what is merged, and how, is said in {expression}; leave the options for that out, or write them there."
+            )
+        merge_recipe.perform(Path(expression), variables or (), output, settings)
+        return
+    if variables:
+        raise UsageError("--var sets a variable of a recipe file; in an expression, write the number itself.")
+    perform(expression, options, output, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +206,7 @@ class Settings:
     reader: str = "auto"
     nonfinite: str = "refuse"
     skip_unmatched: bool = False
+    force: bool = False
     overwrite: bool = False
     dry_run: bool = False
     as_json: bool = False
@@ -189,10 +234,11 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         on = devices.choose(settings.device, work=plan.bytes_read, memory=gpu_bytes)
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
-            _print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+            print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+        findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
         if settings.dry_run or output is None:
             if settings.as_json:
-                console.print_json(_plan_json(plan, memory))
+                console.print_json(plan_json(plan, memory) | lineage_json(findings))
             return
         total = plan.bytes_read + plan.header.data_size
         with console.progress(bar, total, shown=settings.shows_progress) as advance:
@@ -210,25 +256,36 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
             )
         seconds = time.monotonic() - started
         if settings.as_json:
-            console.print_json(_plan_json(plan, memory) | _outcome_json(plan, outcome, output, seconds))
+            console.print_json(
+                plan_json(plan, memory) | lineage_json(findings) | outcome_json(plan, outcome, output, seconds)
+            )
         else:
-            _print_outcome(plan, outcome, output, seconds)
+            print_outcome(plan, outcome, output, seconds)
 
 
-def multiplier(text: str) -> tuple[str, Fraction]:
-    """The pattern and the number of ``GROUP=MULT``; raises UsageError."""
-    pattern, equals, number = text.rpartition("=")
-    try:
-        value = Fraction(number.strip()) if len(number) < 40 and abs(float(number)) < 1e38 else None
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if not equals or not pattern or value is None:
-        raise UsageError(f'--set "{text}" is not GROUP=MULT with a finite number, as in --set refiner=0.')
-    return pattern.strip(), value
+def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
+    """Whether the models of ``plan`` belong together, printed where ``shown``; raises LineageError where they do not, unless with ``force``."""
+    from mergetool.compare import lineage
+
+    findings = lineage.check(plan)
+    for finding in findings:
+        if finding.is_error and not force:
+            raise LineageError(f"{finding.text}; --force merges anyway.")
+        if shown:
+            console.heading(finding.level, finding.text)
+    return findings
 
 
-def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+def multiplier(text: str) -> Setting:
+    """What one ``--set`` says; raises UsageError."""
+    from mergetool.recipe.groups import parse_setting
+
+    return parse_setting(text)
+
+
+def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     from mergetool.quant import is_side_tensor
+    from mergetool.recipe.groups import setting_text
 
     family = plan.inputs[0].anatomy.family.name
     dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
@@ -239,10 +296,13 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
         f"{plan.layout} layout",
     )
     console.heading("", str(plan.expression.graph))
+    if plan.options.multipliers:
+        console.heading("", "set " + ", ".join(map(setting_text, plan.options.multipliers)))
     if every_tensor:
         for tensor in plan.tensors:
             reasons = dict.fromkeys(step.reason for step in tensor.steps)
-            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.stored_as}  {', '.join(reasons)}")
+            scaled = "".join(f"  {scale}" for scale in _scales(tensor))
+            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.stored_as}  {', '.join(reasons)}{scaled}")
     reasons_of = plan.reasons()
     console.heading("", " · ".join(f"{len(names)} {reason}" for reason, names in reasons_of.items()))
     for reason, names in reasons_of.items():
@@ -261,7 +321,15 @@ def _print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
         console.heading("note", warning)
 
 
-def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
+def _scales(tensor: OutputTensor) -> list[str]:
+    """The multipliers other than 1 in a tensor: "x 0.5", or by part where those of a fused tensor differ."""
+    found = {step.part: step.multiplier for step in tensor.steps}
+    if len(set(found.values())) > 1:
+        return [f"{part.removesuffix('.weight').rpartition('.')[2]} x {float(by):.6g}" for part, by in found.items()]
+    return [f"x {float(by):.6g}" for by in set(found.values()) if by not in (0, 1)]  # 0 is a reason of its own
+
+
+def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
     console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
     for counts, what in (
         (outcome.capped, "beyond the dtype and capped"),
@@ -312,7 +380,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
+def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     return {
         "expression": str(plan.expression.graph),
         "family": plan.inputs[0].anatomy.family.name,
@@ -327,7 +395,10 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
                 "name": tensor.name,
                 "shape": list(tensor.shape),
                 "dtype": tensor.stored_as,
-                "steps": [{"part": step.part, "action": step.reason} for step in tensor.steps],
+                "steps": [
+                    {"part": step.part, "action": step.reason, "multiplier": float(step.multiplier)}
+                    for step in tensor.steps
+                ],
             }
             for tensor in plan.tensors
         ],
@@ -335,6 +406,10 @@ def _plan_json(plan: Plan, memory: int) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "metadata": dict(plan.header.metadata),
     }
+
+
+def lineage_json(findings: list[Finding]) -> dict[str, Any]:
+    return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
 def _movement_json(movement: Movement) -> dict[str, Any]:
@@ -347,7 +422,7 @@ def _movement_json(movement: Movement) -> dict[str, Any]:
     }
 
 
-def _outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
     movements = outcome.movements
     return {
         "output": str(output),

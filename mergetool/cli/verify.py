@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from mergetool.cli.console import JsonOption, NoProgressOption
 from mergetool.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
+    from mergetool.verify.looking import Wish
     from mergetool.verify.pictures import PicturesReport
     from mergetool.verify.weights import WeightsReport
 
@@ -72,16 +75,100 @@ def verify(
     the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
     Nothing is written but the report. Exit code 1 when a check says no.
     """
+    from mergetool.verify.looking import Wish
+
+    wish = Wish(
+        steps,
+        guidance,
+        shift,
+        refiner,
+        strength,
+        strength_as,
+        refine_steps,
+        prompts,
+        seeds,
+        size,
+        pipeline,
+        text_encoder,
+        tokenizer,
+        vae,
+        console.choice("--device", device, ("auto", "cpu", "cuda")),
+    )
+    examined = examine(
+        output,
+        dict(place(text) for text in inputs or ()),
+        wish,
+        with_images=with_images,
+        report=report,
+        clip=clip,
+        threads=threads,
+        overwrite=overwrite,
+        shown=not (no_progress or as_json),
+    )
+    if as_json:
+        console.print_json(examined.json())
+    else:
+        examined.print()
+        if report is not None:
+            console.heading("report", str(report))
+    examined.require_passed()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What `examine` found: ``left_out`` says why there are no pictures."""
+
+    output: str
+    weights: WeightsReport
+    looked: PicturesReport | None
+    left_out: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.weights.sound and (self.looked is None or self.looked.passed)
+
+    def json(self) -> dict[str, Any]:
+        from mergetool.verify import pictures
+
+        seen = None if self.looked is None else pictures.summary(self.looked)
+        return _json(self.weights) | {"pictures": seen, "left_out": self.left_out, "passed": self.passed}
+
+    def print(self) -> None:
+        _print(self.weights, self.seconds)
+        _print_pictures(self.looked, self.left_out)
+
+    def require_passed(self) -> None:
+        """Raises CheckFailed unless all is as it should be."""
+        if not self.weights.sound:
+            raise CheckFailed(f"{self.output} is not what its recipe says.")
+        if not self.passed:
+            said = [verdict.name for verdict in self.looked.verdicts if not verdict.passed] if self.looked else []
+            raise CheckFailed(f"{self.output} does not make the pictures it should ({', '.join(said)}).")
+
+
+def examine(
+    output: str,
+    places: Mapping[str, str],
+    wish: Wish,
+    *,
+    with_images: bool | None,
+    report: Path | None = None,
+    clip: Path | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    shown: bool = True,
+) -> Examined:
+    """Check a merge's weights, and its pictures where they are asked for, or with None where they take minutes."""
+    from mergetool.compare import page
     from mergetool.verify import looking, pictures
-    from mergetool.verify import report as page
+    from mergetool.verify.report import render
     from mergetool.verify.scores import clip_scorer
     from mergetool.verify.weights import check_weights
 
     started = time.monotonic()
-    shown = not (no_progress or as_json)
     if report is not None:
         page.require_target(report, overwrite=overwrite)
-    places = dict(_place(text) for text in inputs or ())
     with console.progress("weights", 100, shown=shown, unit="%") as bar:
         percent = 0
 
@@ -93,23 +180,6 @@ def verify(
         weights = check_weights(output, inputs=places, threads=threads, progress=advance)
     looked, left_out = None, "--no-images"
     if with_images is not False:
-        wish = looking.Wish(
-            steps,
-            guidance,
-            shift,
-            refiner,
-            strength,
-            strength_as,
-            refine_steps,
-            prompts,
-            seeds,
-            size,
-            pipeline,
-            text_encoder,
-            tokenizer,
-            vae,
-            console.choice("--device", device, ("auto", "cpu", "cuda")),
-        )
         try:
             studio, look = looking.plan(output, weights.parents[weights.first], wish, patient=bool(with_images))
         except looking.NotLookedAt as reason:
@@ -121,34 +191,20 @@ def verify(
             with console.progress("look", asked, shown=shown, unit="step") as bar:
                 looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
     if report is not None:
-        page.write(report, page.render(Path(output).name, weights, looked, left_out=left_out))
-    passed = weights.sound and (looked is None or looked.passed)
-    if as_json:
-        console.print_json(
-            _json(weights)
-            | {"pictures": None if looked is None else pictures.summary(looked), "left_out": left_out, "passed": passed}
-        )
-    else:
-        _print(weights, time.monotonic() - started)
-        _print_pictures(looked, left_out)
-        if report is not None:
-            console.heading("report", str(report))
-    if not weights.sound:
-        raise CheckFailed(f"{output} is not what its recipe says.")
-    if not passed:
-        said = [verdict.name for verdict in looked.verdicts if not verdict.passed] if looked else []
-        raise CheckFailed(f"{output} does not make the pictures it should ({', '.join(said)}).")
+        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
+    return Examined(output, weights, looked, left_out, time.monotonic() - started)
 
 
-def _place(text: str) -> tuple[str, str]:
-    name, equals, place = text.partition("=")
-    if not (name and equals and place):
+def place(text: str) -> tuple[str, str]:
+    """The name and the MODEL of ``--input NAME=MODEL``; raises UsageError."""
+    name, equals, where = text.partition("=")
+    if not (name and equals and where):
         raise UsageError(f'--input "{text}" is not NAME=MODEL, as in --input tuned=/models/tuned.safetensors.')
-    return name, place
+    return name, where
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     console.heading("recipe", report.expression)
     for what, names in report.damage():
@@ -193,7 +249,7 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
-    from mergetool.verify.distances import relative
+    from mergetool.compare.energies import relative
 
     return {
         "sound": report.sound,

@@ -1,9 +1,9 @@
-"""A merge from beginning to end: open the models, plan, stage, run, commit."""
+"""One merge or several from beginning to end: open the models, plan, stage, run, commit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from mergetool.adapters.rows import anatomy_of
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
+from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.worker import Measure, NonFinite, Outcome
-from mergetool.errors import DataError, OutputError
+from mergetool.errors import DataError, OutputError, UsageError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
@@ -42,22 +44,75 @@ def open_merge(
     What a LoRA has for no tensor of the first model is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
     DataError and their kin: every failure that needs no tensor data happens here.
     """
-    options = options or Options()
-    expression = parse(text, known=[entry.name for entry in models.listing()])
-    names = list(expression.models)
-    if options.keep_from and options.keep_from not in names:
-        names.append(options.keep_from)
+    items = [(text, options or Options())]
+    with open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched) as (plan,):
+        yield plan
+
+
+@contextmanager
+def open_merges(
+    items: Sequence[tuple[str, Options]], *, fingerprints: bool = True, skip_unmatched: bool = False
+) -> Iterator[list[Plan]]:
+    """The plans of several merges, for `run_merges`: one for each expression with its options, in their order.
+
+    A model that several of them name is opened, and its fingerprint taken, once, and is the same checkpoint in all plans. The rest is as
+    for `open_merge`.
+    """
     with ExitStack() as stack:
-        inputs = []
-        for name in names:
-            opened = models.open_model(name)
-            stack.enter_context(opened.checkpoint)
-            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
-        inputs += [open_change(name, inputs[0], stack, skip_unmatched=skip_unmatched) for name in expression.loras]
-        prints = {model.name: model.checkpoint.fingerprint() for model in inputs} if fingerprints else None
-        found = {model.name: noise.measure(model) for model in inputs if not model.is_lora} if fingerprints else {}
+        opened = _Opened(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
+        yield [opened.plan(text, options) for text, options in items]
+
+
+class _Opened:
+    """The inputs of several merges, each opened and looked at once; ``stack`` closes them."""
+
+    def __init__(self, stack: ExitStack, *, fingerprints: bool, skip_unmatched: bool) -> None:
+        self._stack = stack
+        self._fingerprints = fingerprints
+        self._skip_unmatched = skip_unmatched
+        self._known = [entry.name for entry in models.listing()]
+        self._models: dict[str, Input] = {}
+        self._loras: dict[tuple[str, str], Input] = {}  # of a name and the first model: what it adds depends on both
+        self._prints: dict[Checkpoint, str] = {}
+        self._noise: dict[str, float | None] = {}
+
+    def plan(self, text: str, options: Options) -> Plan:
+        """The plan of one of them."""
+        expression = parse(text, known=self._known)
+        names = list(expression.models)
+        if options.keep_from and options.keep_from not in names:
+            names.append(options.keep_from)
+        inputs = [self._model(name) for name in names]
+        inputs += [self._lora(name, inputs[0]) for name in expression.loras]
+        if not self._fingerprints:
+            return plan_merge(expression, inputs, options)
+        prints = {model.name: self._fingerprint(model.checkpoint) for model in inputs}
+        found = {model.name: self._share(model) for model in inputs if not model.is_lora}
         shares = {name: share for name, share in found.items() if share is not None}
-        yield plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
+        return plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
+
+    def _model(self, name: str) -> Input:
+        if name not in self._models:
+            opened = models.open_model(name)
+            self._stack.enter_context(opened.checkpoint)
+            self._models[name] = Input(name, opened.checkpoint, opened.anatomy)
+        return self._models[name]
+
+    def _lora(self, name: str, first: Input) -> Input:
+        key = name, first.name
+        if key not in self._loras:
+            self._loras[key] = open_change(name, first, self._stack, skip_unmatched=self._skip_unmatched)
+        return self._loras[key]
+
+    def _fingerprint(self, checkpoint: Checkpoint) -> str:
+        if checkpoint not in self._prints:
+            self._prints[checkpoint] = checkpoint.fingerprint()
+        return self._prints[checkpoint]
+
+    def _share(self, model: Input) -> float | None:
+        if model.name not in self._noise:
+            self._noise[model.name] = noise.measure(model)
+        return self._noise[model.name]
 
 
 def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None = None, skip_unmatched: bool) -> Input:
@@ -98,33 +153,98 @@ def run_merge(
     and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError,
     BusyError, StorageError, DeviceError, NonFiniteError or DataError; ``output`` is then what it was before.
     """
-    if not output.parent.exists():
-        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
-    files = [file for model in plan.inputs for file in model.checkpoint.files]
-    with CheckpointWriter.stage(
-        output,
-        plan.header,
+    (outcome,) = run_merges(
+        [plan],
+        [output],
         overwrite=overwrite,
         shard_size=shard_size,
-        inputs=files,
-        extra_files=_config_files(plan),
-    ) as writer:
-        outcome = merge.run(
-            plan,
-            writer,
-            threads=threads,
-            method=method,
-            non_finite=non_finite,
-            device=device,
-            measure=measure,
-            compared=compared,
-            progress=progress,
-        )
-        writer.commit()
+        threads=threads,
+        method=method,
+        non_finite=non_finite,
+        device=device,
+        measure=measure,
+        compared=compared,
+        progress=progress,
+    )
     return outcome
 
 
-def _config_files(plan: Plan) -> Mapping[str, bytes]:
+def run_merges(
+    plans: Sequence[Plan],
+    outputs: Sequence[Path],
+    *,
+    overwrite: bool = False,
+    shard_size: int | None = None,
+    threads: int | None = None,
+    method: Method = "auto",
+    non_finite: NonFinite = "refuse",
+    device: Device = CPU,
+    measure: Measure = "sample",
+    compared: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Outcome]:
+    """Run ``plans`` of one `open_merges` and publish ``outputs[i]`` of ``plans[i]``: all of them complete, or none.
+
+    Every output is the same, byte for byte, as `run_merge` of its plan alone makes it. When a plan fails none is published. Each is as
+    for `run_merge`, and raises what that does, and UsageError for outputs of one path.
+    """
+    _require_places(outputs)
+    files = list(dict.fromkeys(file for plan in plans for model in plan.inputs for file in model.checkpoint.files))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                CheckpointWriter.stage(
+                    output,
+                    plan.header,
+                    overwrite=overwrite,
+                    shard_size=shard_size,
+                    inputs=files,
+                    extra_files=config_files(plan),
+                )
+            )
+            for plan, output in zip(plans, outputs, strict=True)
+        ]
+        device = CPU if compared else device
+        outcomes: dict[int, Outcome] = {}
+        for together in passes(plans, device):
+            items = [(plans[i], writers[i], str(outputs[i]) if len(plans) > 1 else "") for i in together]
+            found = merge.run_together(
+                items,
+                threads=threads,
+                method=method,
+                non_finite=non_finite,
+                device=device,
+                measure=measure,
+                compared=compared,
+                progress=progress,
+            )
+            outcomes |= zip(together, found, strict=True)
+        for writer in writers:
+            writer.prepare()
+        for writer in writers:
+            writer.commit()
+    return [outcomes[i] for i in range(len(plans))]
+
+
+def bytes_moved(plans: Sequence[Plan], device: Device = CPU) -> int:
+    """Bytes that `run_merges` reads and writes, for a progress bar: what several plans of a pass read counts once."""
+    read = sum(bytes_read([plans[i] for i in together]) for together in passes(plans, device))
+    return read + sum(plan.header.data_size for plan in plans)
+
+
+def _require_places(outputs: Sequence[Path]) -> None:
+    """Raises OutputError where the folder of an output is missing, UsageError where two outputs are one."""
+    places: dict[Path, Path] = {}
+    for output in outputs:
+        if not output.parent.exists():
+            raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
+        place = output.resolve()
+        if place in places:
+            raise UsageError(f'two outputs, "{places[place]}" and "{output}", are one file; give each its own name.')
+        places[place] = output
+
+
+def config_files(plan: Plan) -> Mapping[str, bytes]:
     """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes."""
     anatomy = plan.inputs[0].anatomy
     for model in plan.inputs:

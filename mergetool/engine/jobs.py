@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from math import lcm
+from types import MappingProxyType
 
 from mergetool.engine import quantising
 from mergetool.engine.quantising import Piece
@@ -72,8 +74,42 @@ class Quantise:
         return self.piece.stored * quantising.padded(self.piece.tensor)[1]
 
 
-def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
-    """The work in output order, in chunks of ``size`` elements (`CHUNK` without it), or of whole rows where those are needed.
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How a step may be cut: into multiples of ``tile`` elements, of about ``size``."""
+
+    tile: int
+    size: int
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a job."""
+        return max(1, self.size // self.tile) * self.tile
+
+    def __or__(self, other: Grain) -> Grain:
+        """What suits two steps for the same part."""
+        return Grain(lcm(self.tile, other.tile), max(self.size, other.size))
+
+
+Cuts = Mapping[tuple[str, int], Grain]
+"""How to cut the steps that begin at an element of an output tensor, where it is not as `grain` would."""
+
+
+def grain(tensor: OutputTensor, step: Step, options: Options, size: int | None = None) -> Grain:
+    """How a step is cut when its plan is alone: ``size`` elements (`CHUNK` without it), or whole rows where those are needed."""
+    if step.program is not None and step.program.calls:  # a method sees the whole parameter
+        return Grain(max(1, step.elements), 1)
+    whole_rows = _has_feedback(tensor, step, options)
+    encodings = [window.encoding for window in step.windows if window.encoding]
+    rows = _row(tensor, step)
+    if rows and (whole_rows or encodings):  # no row is decoded twice, and no tile of rows is cut
+        tile = max((encoding.tile_rows * encoding.width for encoding in encodings), default=rows)
+        return Grain(tile, ROWS_CHUNK if whole_rows else CHUNK)
+    return Grain(1, CHUNK if size is None or tensor.quantiser else size)
+
+
+def jobs(plan: Plan, size: int | None = None, cuts: Cuts = MappingProxyType({})) -> Iterator[Job | Quantise]:
+    """The work in output order, each step in the chunks that ``cuts``, or else `grain`, says.
 
     A quantised tensor's jobs are in phases, numbered from 0 over the whole plan: none of a phase may begin before the last of the
     phase before it has ended. While one weight is encoded the next one is read: alternately, so that the disk has work meanwhile.
@@ -82,9 +118,9 @@ def jobs(plan: Plan, size: int | None = None) -> Iterator[Job | Quantise]:
     encoding: list[Quantise] = []
     for tensor in plan.tensors:
         if tensor.quantiser is None:
-            yield from _chunks(tensor, options, size or CHUNK)
+            yield from _chunks(tensor, options, size, cuts)
             continue
-        filling = [replace(job, phase=phase) for job in _chunks(tensor, options, CHUNK)]
+        filling = [replace(job, phase=phase) for job in _chunks(tensor, options, size, cuts)]
         yield from _alternately(filling, encoding)
         if options.scale_search:
             phase += 1
@@ -108,7 +144,7 @@ def _alternately(filling: list[Job], encoding: list[Quantise]) -> Iterator[Job |
             yield other
 
 
-def pieces(job: Job) -> Iterator[Job]:
+def cut(job: Job) -> Iterator[Job]:
     """A job in chunks for the CPU, where it is larger and can be cut."""
     if job.phase is not None or job.is_of_rows:
         yield job
@@ -120,29 +156,28 @@ def pieces(job: Job) -> Iterator[Job]:
         yield replace(job, start=job.start + start, count=min(CHUNK, job.count - start), rounding=rounding)
 
 
-def _chunks(tensor: OutputTensor, options: Options, size: int) -> Iterator[Job]:
-    row = tensor.shape[-1] if tensor.shape else 1
+def _chunks(tensor: OutputTensor, options: Options, size: int | None, cuts: Cuts) -> Iterator[Job]:
     key = stream_key(options.seed, tensor.name)
     for step in tensor.steps:
-        rounded = step.program is not None and tensor.quantiser is None
-        whole_rows = options.rounding == "error-feedback" and rounded
-        # A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next.
-        rows = min(row, step.elements)
-        chunk = size
-        encodings = [window.encoding for window in step.windows if window.encoding]
-        if rows and (whole_rows or encodings):  # no row is decoded twice, and no tile of rows is cut
-            tile = max((encoding.tile_rows * encoding.width for encoding in encodings), default=rows)
-            chunk = max(1, (ROWS_CHUNK if whole_rows else CHUNK) // tile) * tile
-        if step.program is not None and step.program.calls:  # a method sees the whole parameter
-            chunk = max(1, step.elements)
+        chunk = (cuts.get((tensor.name, step.first)) or grain(tensor, step, options, size)).chunk
         for start in range(0, step.elements, chunk):
             rounding: Rounding = NEAREST
             if options.rounding == "stochastic":
                 rounding = Stochastic(key, step.first + start)
-            elif whole_rows:
-                rounding = ErrorFeedback(rows)
+            elif _has_feedback(tensor, step, options):
+                rounding = ErrorFeedback(_row(tensor, step))
             sampled = start // chunk % SAMPLED == 0
             yield Job(tensor, step, start, min(chunk, step.elements - start), rounding, sampled=sampled)
+
+
+def _has_feedback(tensor: OutputTensor, step: Step, options: Options) -> bool:
+    """Whether rounding errors go along the rows of what is stored: of a quantised tensor that is done when it is encoded."""
+    return options.rounding == "error-feedback" and step.program is not None and tensor.quantiser is None
+
+
+def _row(tensor: OutputTensor, step: Step) -> int:
+    """A row's elements. A part of a fused 1-D tensor is a row of its own: a row never goes on from one part to the next."""
+    return min(tensor.shape[-1] if tensor.shape else 1, step.elements)
 
 
 def _rounding(piece: Piece, options: Options) -> Rounding:

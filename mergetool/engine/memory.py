@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from mergetool.checkpoint import system
-from mergetool.engine import calling, gpu, jobs, quantising
+from mergetool.engine import bundles, calling, gpu, quantising
 from mergetool.engine.device import CPU, Device
 from mergetool.recipe.plan import Plan
 
@@ -20,33 +21,48 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def workers(plan: Plan, threads: int | None = None) -> int:
-    """How many threads a run uses: ``threads``, or every processor, unless merge methods would fill the memory with their parameters."""
+def workers(plans: Sequence[Plan], threads: int | None = None) -> int:
+    """How many threads a pass uses: ``threads``, or every processor, unless merge methods would fill the memory with their parameters."""
     if threads is not None:
         return threads
-    if not any(step.program and step.program.calls for tensor in plan.tensors for step in tensor.steps):
+    steps = [step for plan in plans for tensor in plan.tensors for step in tensor.steps]
+    if not any(step.program and step.program.calls for step in steps):
         return default_threads()
     memory = system.main_memory() or 1 << 33
-    return max(1, min(default_threads(), int(memory * SHARE_FOR_METHODS) // _of_worker(plan)))
+    return max(1, min(default_threads(), int(memory * SHARE_FOR_METHODS) // _of_worker(plans)))
 
 
 def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) -> int:
     """Bytes of anonymous memory that a run allocates, over the interpreter's own."""
-    held = sum(quantising.capacities([tensor for tensor in plan.tensors if tensor.quantiser]))
-    pinned = len(device.names) * gpu.room(plan, device).pinned if device.is_gpu else 0
-    return 4 * held + workers(plan, threads) * _of_worker(plan) + pinned
+    return memory_of([plan], threads, device)
 
 
-def _of_worker(plan: Plan) -> int:
+def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device = CPU) -> int:
+    """The same for several plans that are run in as few passes as possible: what the largest pass allocates."""
+    return max(
+        (_of_pass([plans[number] for number in one], threads, device) for one in bundles.passes(plans, device)),
+        default=0,
+    )
+
+
+def _of_pass(plans: Sequence[Plan], threads: int | None, device: Device) -> int:
+    held = sum(sum(quantising.capacities([t for t in plan.tensors if t.quantiser])) for plan in plans)
+    pinned = len(device.names) * gpu.room(plans[0], device).pinned if device.is_gpu else 0
+    return 4 * held + workers(plans, threads) * _of_worker(plans) + pinned
+
+
+def _of_worker(plans: Sequence[Plan]) -> int:
     """Bytes that one thread works in."""
-    steps = [step for tensor in plan.tensors for step in tensor.steps]
-    windows = max((len(step.windows) for step in steps), default=1)
-    decoded = max((sum(window.encoding is not None for window in step.windows) for step in steps), default=0)
-    elements = max((job.capacity for job in jobs.jobs(plan)), default=0)
-    feedback = 6 if plan.options.rounding == "error-feedback" else 0
-    encoding = (
-        16 if any(tensor.quantiser for tensor in plan.tensors) else 0
-    )  # a piece scaled, rounded and, in a search, read back
-    called = max((calling.buffers(step.program) for step in steps if step.program), default=0)
-    each = 4 * (plan.registers + 1 + called) + 4 + 4 * windows + 6 * decoded + feedback + encoding
+    work = bundles.bundles(plans)
+    elements = max((one.capacity for one in work), default=0)
+    operands = {id(one.operands): one.operands for one in work if isinstance(one, bundles.Bundle)}.values()
+    windows = max((len(found.windows) for found in operands), default=1)
+    decoded = max((sum(window.encoding is not None for _, window in found.windows) for found in operands), default=0)
+    registers = max((found.registers + len(found.common) for found in operands), default=1)
+    programs = [program for found in operands for program in (*found.common, *found.programs) if program]
+    called = max((calling.buffers(program) for program in programs), default=0)
+    feedback = 6 if any(plan.options.rounding == "error-feedback" for plan in plans) else 0
+    # a piece scaled, rounded and, in a search, read back
+    encoding = 16 if any(tensor.quantiser for plan in plans for tensor in plan.tensors) else 0
+    each = 4 * (registers + 1 + called) + 4 + 4 * windows + 6 * decoded + feedback + encoding
     return int(elements * each) + 6_000_000

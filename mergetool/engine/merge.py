@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from mergetool.checkpoint import system
 from mergetool.engine import gpu
+from mergetool.engine.bundles import Bundle, Operands, bundles, pieces
 from mergetool.engine.calling import Caller
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.fidelity import Fidelity
-from mergetool.engine.jobs import Job, Quantise, jobs, pieces
+from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
@@ -46,55 +47,87 @@ def run(
     unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
     exception nothing more is written.
     """
+    (outcome,) = run_together(
+        [(plan, writer, "")],
+        threads=threads,
+        method=method,
+        non_finite=non_finite,
+        device=device,
+        measure=measure,
+        compared=compared,
+        progress=progress,
+    )
+    return outcome
+
+
+def run_together(
+    items: Sequence[tuple[Plan, Output, str]],
+    *,
+    threads: int | None = None,
+    method: Method = "auto",
+    non_finite: NonFinite = "refuse",
+    device: Device = CPU,
+    measure: Measure = "sample",
+    compared: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Outcome]:
+    """`run` for the plans of one of `bundles.passes`, in one pass over their inputs.
+
+    An item is a plan, where its bytes go, and what errors call that. The bytes are those of `run`; what several plans read or compute
+    alike is read or computed once.
+    """
     device = CPU if compared else device
     system.keep_freed_memory()  # quantising makes megabytes of values at a time
-    pool = _Workers(plan, writer, method, non_finite, device, threads, measure=measure)
-    pool.shared.compared = compared
+    runs = [
+        Run(
+            plan,
+            writer,
+            method,
+            non_finite,
+            measure,
+            Weights([tensor for tensor in plan.tensors if tensor.quantiser]),
+            Caller(device),
+            compared,
+            name,
+        )
+        for plan, writer, name in items
+    ]
+    pool = _Workers(runs, device, threads)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
     try:
         pool.run(progress)
     finally:
         torch.set_num_threads(torch_threads)
-    return pool.shared.outcome
+    return [run.outcome for run in runs]
 
 
 class _Workers:
-    def __init__(
-        self,
-        plan: Plan,
-        writer: Output,
-        method: Method,
-        non_finite: NonFinite,
-        device: Device,
-        threads: int | None,
-        *,
-        measure: Measure,
-    ) -> None:
+    def __init__(self, runs: Sequence[Run], device: Device, threads: int | None) -> None:
+        plans = [run.plan for run in runs]
+        self._runs = runs
         self._device = device
-        self._threads = workers(plan, threads)
-        self._room = gpu.room(plan, device) if device.is_gpu else None
-        self._jobs = list(jobs(plan, self._room.chunk if self._room else None))
-        sizes = Counter(job.phase for job in self._jobs if job.phase is not None)
+        self._threads = workers(plans, threads)
+        self._room = gpu.room(plans[0], device) if device.is_gpu else None  # a GPU's passes are of one plan
+        self._work_list = bundles(plans, self._room.chunk if self._room else None)
+        sizes = Counter(work.phase for work in self._work_list if work.phase is not None)
         self._phases = Phases([sizes[phase] for phase in range(len(sizes))])
-        on_gpu = [device.is_gpu and gpu.suits(job) for job in self._jobs]
+        on_gpu = [device.is_gpu and gpu.suits(work.jobs[0][1]) for work in self._work_list]
         self._for_cpu = iter([i for i, suited in enumerate(on_gpu) if not suited])
         self._for_gpu = iter([i for i, suited in enumerate(on_gpu) if suited])
-        self._capacity = max((job.capacity for job in self._jobs), default=0)
         self._spare: Worker | None = None
         self._redoing = threading.Lock()
-        weights = Weights([tensor for tensor in plan.tensors if tensor.quantiser])
-        self.shared = Run(plan, writer, method, non_finite, measure, plan.registers, weights, Caller(device))
-        self._movements: dict[int, Movement] = {}
+        self._movements: dict[tuple[int, int], Movement] = {}  # of a run's part of a piece of work
         self._moved = 0
         self._failure: BaseException | None = None
         self._stop = threading.Event()
-        self._lock = self.shared.lock
+        self._lock = threading.Lock()
 
     def run(self, progress: Callable[[int], None]) -> None:
-        for tensor in self.shared.plan.tensors:
-            if tensor.constant is not None:
-                self.shared.writer.write(tensor.name, 0, memoryview(tensor.constant))
+        for run in self._runs:
+            for tensor in run.plan.tensors:
+                if tensor.constant is not None:
+                    run.writer.write(tensor.name, 0, memoryview(tensor.constant))
         pool = [threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self._threads)]
         pool += [threading.Thread(target=self._drive, args=[name], name=f"merge-{name}") for name in self._device.names]
         for thread in pool:
@@ -112,34 +145,43 @@ class _Workers:
         if self._failure is not None:
             raise self._failure
         progress(self._take_moved())
-        self.shared.outcome.movements = Movements.of(self._moves(), sampled=self._passes_over())
-        self.shared.outcome.errors = {
-            tensor.name: Fidelity.total(self.shared.errors[tensor.name])
-            for tensor in self.shared.plan.tensors
-            if tensor.name in self.shared.errors
-        }
-        self.shared.outcome.search_gain = self.shared.weights.search_gain()
+        for number, run in enumerate(self._runs):
+            run.outcome.movements = Movements.of(self._moves(number), sampled=self._passes_over(number))
+            run.outcome.errors = {
+                tensor.name: Fidelity.total(run.errors[tensor.name])
+                for tensor in run.plan.tensors
+                if tensor.name in run.errors
+            }
+            run.outcome.search_gain = run.weights.search_gain()
 
     def _end(self) -> None:
         self._stop.set()
         self._phases.stop()
 
-    def _passes_over(self) -> bool:
-        """Whether some of what was merged was not measured: of a sample on the CPU."""
-        if self.shared.measure != "sample":
+    def _passes_over(self, number: int) -> bool:
+        """Whether some of what a run merged was not measured: of a sample on the CPU."""
+        if self._runs[number].measure != "sample":
             return False
-        on_cpu = (job for job in self._jobs if not (self._device.is_gpu and gpu.suits(job)))
+        on_cpu = (job for _, job in self._jobs_of(number) if not (self._device.is_gpu and gpu.suits(job)))
         return any(not job.sampled for job in on_cpu if isinstance(job, Quantise) or _is_stored(job))
 
-    def _moves(self) -> Iterator[tuple[tuple[str, str], Movement]]:
+    def _jobs_of(self, number: int) -> Iterator[tuple[int, Job | Quantise]]:
+        """A run's jobs, each with the index of the work that it is part of."""
+        for index, work in enumerate(self._work_list):
+            for member, job in work.jobs:
+                if member == number:
+                    yield index, job
+
+    def _moves(self, number: int) -> Iterator[tuple[tuple[str, str], Movement]]:
         """What became of the first model's elements: of plain outputs by job, then of quantised ones, each in file order."""
-        for index, job in enumerate(self._jobs):
-            if isinstance(job, Job) and index in self._movements:
-                yield (job.tensor.name, job.step.part), self._movements[index]
-        for tensor in self.shared.plan.tensors:
+        for index, job in self._jobs_of(number):
+            if isinstance(job, Job) and (index, number) in self._movements:
+                yield (job.tensor.name, job.step.part), self._movements[index, number]
+        run = self._runs[number]
+        for tensor in run.plan.tensors:
             for step in tensor.steps:
                 place = (tensor.name, step.part)
-                for movement in self.shared.movements.get(place, ()):
+                for movement in run.movements.get(place, ()):
                     yield place, movement
 
     def _take_moved(self) -> int:
@@ -150,46 +192,50 @@ class _Workers:
     def _work(self) -> None:
         try:
             worker = None
-            while (taken := self._take(self._for_cpu)) is not None:
-                index, job = taken
-                worker = worker or Worker(self.shared, self._capacity)
-                if job.phase is not None and not self._phases.enter(job.phase):
+            while (index := self._take(self._for_cpu)) is not None:
+                work = self._work_list[index]
+                worker = worker or Worker(self._runs, self._work_list)
+                if work.phase is not None and not self._phases.enter(work.phase):
                     return
-                for part in pieces(job) if isinstance(job, Job) else [job]:
-                    self._done(index, job, *worker.do(part))
-                if job.phase is not None:
-                    self._phases.leave(job.phase)
+                for part in pieces(work):
+                    for (number, _), done in zip(part.jobs, worker.do(part), strict=True):
+                        self._done(index, number, *done)
+                if work.phase is not None:
+                    self._phases.leave(work.phase)
         except BaseException as error:
             self._fail(error)
 
     def _drive(self, name: str) -> None:
         assert self._room is not None
-        tasks = gpu.Tasks(self._take_plain, self._redo, self._done, self._off_device, self._fail)
-        plan, write = self.shared.plan, self.shared.writer.write
+        (run,) = self._runs
+        tasks = gpu.Tasks(self._take_plain, self._redo, self._done_by_gpu, self._off_device, self._fail)
         try:
-            gpu.Driver(plan, write, tasks, name, self._room, measured=self.shared.measure != "off").work()
+            gpu.Driver(run.plan, run.writer.write, tasks, name, self._room, measured=run.measure != "off").work()
         except BaseException as error:
             self._fail(error)
 
-    def _take(self, queue: Iterator[int]) -> tuple[int, Job | Quantise] | None:
+    def _take(self, queue: Iterator[int]) -> int | None:
         with self._lock:
-            index = None if self._stop.is_set() else next(queue, None)
-            return None if index is None else (index, self._jobs[index])
+            return None if self._stop.is_set() else next(queue, None)
 
     def _take_plain(self) -> tuple[int, Job] | None:
-        taken = self._take(self._for_gpu)
-        if taken is None:
+        index = self._take(self._for_gpu)
+        if index is None:
             return None
-        assert isinstance(taken[1], Job)
-        return taken[0], taken[1]
+        ((_, job),) = self._work_list[index].jobs
+        assert isinstance(job, Job)
+        return index, job
 
-    def _done(self, index: int, job: Job | Quantise, moved: int, movement: Movement | None, capped: int = 0) -> None:
+    def _done(self, index: int, number: int, moved: int, movement: Movement | None) -> None:
         with self._lock:
             self._moved += moved
             if movement is not None:
-                self._movements[index] = movement
-        if capped and isinstance(job, Job):
-            self.shared.note(self.shared.outcome.capped, job.tensor.name, capped)
+                self._movements[index, number] = movement
+
+    def _done_by_gpu(self, index: int, job: Job, moved: int, movement: Movement | None, capped: int) -> None:
+        self._done(index, 0, moved, movement)
+        if capped:
+            self._runs[0].note(self._runs[0].outcome.capped, job.tensor.name, capped)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -197,13 +243,14 @@ class _Workers:
         self._end()
 
     def _off_device(self, job: Job) -> None:
-        self.shared.note(self.shared.outcome.off_device, job.tensor.name, job.count)
+        self._runs[0].note(self._runs[0].outcome.off_device, job.tensor.name, job.count)
 
     def _redo(self, job: Job) -> Done:
         """A GPU's job by the CPU, one at a time."""
         with self._redoing:
-            self._spare = self._spare or Worker(self.shared, self._capacity)
-            done = [self._spare.do(part) for part in pieces(job)]
+            self._spare = self._spare or Worker(self._runs, self._work_list)
+            work = Bundle(((0, job),), Operands.of([(self._runs[0].plan, job.step)]))
+            done = [found for part in pieces(work) for found in self._spare.do(part)]
         movements = [movement for _, movement in done if movement is not None]
         return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from mergetool.checkpoint.dtypes import F16, DType
+from mergetool.checkpoint.dtypes import F16, F32, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
+from mergetool.engine.bundles import Bundle, Encoding, Work
 from mergetool.engine.calling import Caller, shape_of
 from mergetool.engine.fidelity import Fidelity, read_back
 from mergetool.engine.jobs import Job, Quantise
@@ -28,13 +30,14 @@ from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
 from mergetool.recipe.plan import Plan
-from mergetool.recipe.steps import COPY
 
 NonFinite = Literal["refuse", "keep"]
 Measure = Literal["sample", "all", "off"]
 """On how much of a merge to measure what became of the first model's elements."""
 Done = tuple[int, Movement | None]
 """Bytes read and written by a job, and what it did to the first model."""
+LoadOperand = Callable[[int, int], None]
+"""Sets a register to what an operand of a program is."""
 
 
 class Output(Protocol):
@@ -66,17 +69,17 @@ class Outcome:
 
 @dataclass
 class Run:
-    """What the workers of one run share."""
+    """What the workers share of one plan of a pass; ``name`` is what errors call its output, where there are several."""
 
     plan: Plan
     writer: Output
     method: Method
     non_finite: NonFinite
     measure: Measure
-    registers: int
     weights: Weights
     caller: Caller
     compared: bool = False
+    name: str = ""
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
     movements: dict[tuple[str, str], list[Movement]] = field(default_factory=dict)  # of quantised outputs
@@ -116,77 +119,120 @@ class Run:
 
 
 class Worker:
-    """One thread's registers, buffers and reading method."""
+    """One thread's registers, buffers and reading method, for all the plans of a pass."""
 
-    def __init__(self, run: Run, capacity: int) -> None:
-        """With room for jobs of ``capacity`` elements."""
-        self._run = run
-        self._ops = CpuOps(capacity=capacity, registers=run.registers + 1)
-        self._reader = ValueReader(fetcher(run.method, run.files, buffered=run.decodes))
+    def __init__(self, runs: Sequence[Run], work: Sequence[Work]) -> None:
+        """With room for any of ``work``."""
+        self._runs = runs
+        self._registers = max((one.operands.registers for one in work if isinstance(one, Bundle)), default=1)
+        capacity = max((one.capacity for one in work), default=0)
+        self._ops = CpuOps(
+            capacity=capacity, registers=self._registers + 1
+        )  # the last is for what the result is measured against
+        files = list(dict.fromkeys(file for run in runs for file in run.files))
+        self._reader = ValueReader(fetcher(runs[0].method, files, buffered=any(run.decodes for run in runs)))
+        self._kept: list[Floats] = []
 
-    def do(self, job: Job | Quantise) -> Done:
-        """Do one job."""
-        return self._compute(job) if isinstance(job, Job) else self._quantise(job)
-
-    def _compute(self, job: Job) -> Done:
+    def do(self, work: Work) -> list[Done]:
+        """Do a bundle's jobs, in their order."""
+        if isinstance(work, Encoding):
+            return [self._quantise(self._runs[work.run], work.job)]
+        operands, (_, first) = work.operands, work.jobs[0]
         fetched = [
-            self._reader.fetch(slot, self._run.plan.inputs[window.input].checkpoint, window, job.start, job.count)
-            for slot, window in enumerate(job.step.windows)
+            self._reader.fetch(slot, checkpoint, window, first.start, first.count)
+            for slot, (checkpoint, window) in enumerate(operands.windows)
         ]
-        movement, written = None, 0
-        if job.step.program is None:
-            if fetched[0].dtype.blendable:
-                self._execute(COPY, fetched, job)
-                self._check(job, fetched)
-            written = self._write(job, fetched[0].raw[0])
-        elif job.phase is not None:
-            with self._ops.writing(0, self._run.weights.room(job.tensor, job.step.first + job.start, job.count)):
-                self._execute(job.step.program, fetched, job)
-                largest = self._ops.largest(0)
-                if not math.isfinite(largest):
-                    self._check(job, fetched)
-            self._run.weights.note(job.tensor, largest)
-        else:
-            out, movement = self._result(job, job.step.program, fetched)
-            written = self._write(job, out)
+        load = self._loading(fetched, first.count)
+        for place, program in enumerate(operands.common):
+            with self._ops.writing(0, self._room(place, first.count)):
+                self._execute(program, load, self._runs[work.jobs[0][0]], first)
+        done = []
+        read = sum(found.nbytes for found in fetched)  # counted with the first
+        for place, (number, job) in enumerate(work.jobs):
+            own = [fetched[column] for column in operands.columns[place]]
+            try:
+                written, movement = self._compute(self._runs[number], job, operands.programs[place], own, load)
+            except NonFiniteError as error:
+                name = self._runs[number].name
+                raise NonFiniteError(f'"{name}": {error}' if name else str(error)) from None
+            done.append((written + read, movement))
+            read = 0
         for found in fetched:
             self._reader.release(found)
-        return written + sum(found.nbytes for found in fetched), movement
+        return done
 
-    def _result(self, job: Job, program: Program, fetched: list[Fetched]) -> tuple[memoryview, Movement | None]:
-        self._execute(program, fetched, job)
+    def _loading(self, fetched: Sequence[Fetched], count: int) -> LoadOperand:
+        """How programs get at their operands: what was fetched, then what was computed for several of them."""
+
+        def load(register: int, operand: int) -> None:
+            if operand < len(fetched):
+                self._load(register, fetched[operand])
+            else:
+                self._ops.load(register, self._room(operand - len(fetched), count).data.cast("B"), F32)
+
+        return load
+
+    def _room(self, place: int, count: int) -> Floats:
+        """Where a value waits that several programs need."""
+        while place >= len(self._kept):
+            self._kept.append(np.empty(0, np.float32))
+        if len(self._kept[place]) < count:
+            self._kept[place] = np.empty(count, np.float32)
+        return self._kept[place][:count]
+
+    def _compute(self, run: Run, job: Job, program: Program | None, fetched: list[Fetched], load: LoadOperand) -> Done:
+        """Do one job, with its own windows' elements; returns the bytes written."""
+        if program is None:
+            if fetched[0].dtype.blendable:
+                self._load(0, fetched[0])
+                self._check(run, job, fetched)
+            return self._write(run, job, fetched[0].raw[0]), None
+        if job.phase is None:
+            self._execute(program, load, run, job)
+            out, movement = self._result(run, job, fetched)
+            return self._write(run, job, out), movement
+        with self._ops.writing(0, run.weights.room(job.tensor, job.step.first + job.start, job.count)):
+            self._execute(program, load, run, job)
+            largest = self._ops.largest(0)
+            if not math.isfinite(largest):
+                self._check(run, job, fetched)
+        run.weights.note(job.tensor, largest)
+        return 0, None
+
+    def _result(self, run: Run, job: Job, fetched: list[Fetched]) -> tuple[memoryview, Movement | None]:
+        """What register 0 is stored as, checked, and what it did to the first model."""
         first, movement, values = None, None, None
-        if self._run.compared:
+        if run.compared:
             values = self._ops.values(0).copy()
-        if job.step.base is not None and self._run.measures(job):
-            first = self._run.registers  # one more than any program needs
+        if job.step.base is not None and run.measures(job):
+            first = self._registers
             self._load(first, fetched[job.step.base])
         out, beyond = self._ops.store(0, job.tensor.dtype, job.rounding, first)
         if first is not None:
             movement = self._ops.measure(0, first, job.tensor.dtype)
-        self._check(job, fetched)
+        self._check(run, job, fetched)
         if beyond:
-            self._beyond(job, beyond)
+            self._beyond(run, job, beyond)
         if values is not None:
-            self._run.compare(job.tensor.name, values, read_back(out, job.tensor.dtype))
+            run.compare(job.tensor.name, values, read_back(out, job.tensor.dtype))
         return out, movement
 
-    def _write(self, job: Job, out: memoryview) -> int:
-        self._run.writer.write(job.tensor.name, (job.step.first + job.start) * job.tensor.dtype.bits // 8, out)
+    def _write(self, run: Run, job: Job, out: memoryview) -> int:
+        run.writer.write(job.tensor.name, (job.step.first + job.start) * job.tensor.dtype.bits // 8, out)
         return len(out)
 
-    def _quantise(self, job: Quantise) -> Done:
-        weights, piece = self._run.weights, job.piece
+    def _quantise(self, run: Run, job: Quantise) -> Done:
+        weights, piece = run.weights, job.piece
         if job.searching:
             weights.search(piece, self._rounder(job.rounding))
             return 0, None
         scale, values = weights.scale(piece.tensor), weights.rows(piece)
         raw = quantising.encode(values, piece, scale, self._rounder(job.rounding))
-        if self._run.compared:
-            self._run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
-        written = quantising.write(piece, raw, scale, self._run.writer.write)
-        if self._run.measures(job):
-            self._measure(piece, values, raw, scale)
+        if run.compared:
+            run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
+        written = quantising.write(piece, raw, scale, run.writer.write)
+        if run.measures(job):
+            self._measure(run, piece, values, raw, scale)
         return written, None
 
     def _rounder(self, rounding: Rounding) -> Round:
@@ -203,7 +249,7 @@ class Worker:
 
         return round_to
 
-    def _measure(self, piece: Piece, values: Floats, raw: tuple[Octets, ...], scale: np.float32) -> None:
+    def _measure(self, run: Run, piece: Piece, values: Floats, raw: tuple[Octets, ...], scale: np.float32) -> None:
         """Note what became of the first model's elements in every part that the piece has rows of."""
         raw = tuple(np.array(part) for part in raw)  # the next rounding goes where the last one is
         columns = piece.tensor.shape[1]
@@ -215,9 +261,7 @@ class Worker:
             if step.base is None or count <= 0:
                 continue
             window = step.windows[step.base]
-            fetched = self._reader.fetch(
-                0, self._run.plan.inputs[window.input].checkpoint, window, start - step.first, count
-            )
+            fetched = self._reader.fetch(0, run.plan.inputs[window.input].checkpoint, window, start - step.first, count)
             self._load(0, fetched)
             rows = slice(start // columns - piece.row, (start + count) // columns - piece.row)
             base[rows] = self._ops.values(0).reshape(-1, columns)
@@ -229,27 +273,22 @@ class Worker:
                 one = np.array(values)
                 one[rows] = base[rows]
             found = quantising.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
-            self._run.moved(piece.tensor.name, part, found)
+            run.moved(piece.tensor.name, part, found)
 
-    def _execute(self, program: Program, fetched: list[Fetched], job: Job) -> None:
-        execute(
-            program,
-            self._ops,
-            lambda register, model: self._load(register, fetched[model]),
-            lambda call: self._apply(call, job),
-        )
+    def _execute(self, program: Program, load: LoadOperand, run: Run, job: Job) -> None:
+        execute(program, self._ops, load, lambda call: self._apply(call, run, job))
 
-    def _apply(self, call: Apply, job: Job) -> None:
+    def _apply(self, call: Apply, run: Run, job: Job) -> None:
         """Do a method call; the job is of its whole part."""
         shape = shape_of(job.tensor, job.step)
         arguments = [
             torch.zeros(shape) if register is None else torch.from_numpy(self._ops.values(register)).view(shape)
             for register in call.arguments
         ]
-        result, was_off_device = self._run.caller.apply(call, arguments, job.step.part)
+        result, was_off_device = run.caller.apply(call, arguments, job.step.part)
         np.copyto(self._ops.room(call.register, job.count), result.reshape(-1).numpy())
         if was_off_device:
-            self._run.note(self._run.outcome.off_device, job.tensor.name, job.count)
+            run.note(run.outcome.off_device, job.tensor.name, job.count)
 
     def _load(self, register: int, found: Fetched) -> None:
         if found.is_plain:
@@ -257,18 +296,18 @@ class Worker:
         else:
             found.decode(self._ops.room(register, found.count))
 
-    def _check(self, job: Job, fetched: list[Fetched]) -> None:
+    def _check(self, run: Run, job: Job, fetched: list[Fetched]) -> None:
         if self._ops.is_finite(0):
             return
-        outcome = self._run.outcome
-        if self._run.non_finite == "keep" and job.phase is None:
+        outcome = run.outcome
+        if run.non_finite == "keep" and job.phase is None:
             count, _ = self._ops.first_non_finite(0)
-            self._run.note(outcome.non_finite, job.tensor.name, count)
+            run.note(outcome.non_finite, job.tensor.name, count)
             return
         for window, found in zip(job.step.windows, fetched, strict=True):
             self._load(0, found)
             if not self._ops.is_finite(0):
-                model = self._run.plan.inputs[window.input].name
+                model = run.plan.inputs[window.input].name
                 count, first = self._ops.first_non_finite(0)
                 at = window.first_element + job.start + first
                 keep = "" if job.phase is not None else ", or pass --nonfinite keep"
@@ -280,12 +319,12 @@ class Worker:
             f'tensor "{job.tensor.name}" overflows float32 although its inputs are finite; use smaller multipliers.'
         )
 
-    def _beyond(self, job: Job, count: int) -> None:
-        dtype, outcome = job.tensor.dtype, self._run.outcome
+    def _beyond(self, run: Run, job: Job, count: int) -> None:
+        dtype, outcome = job.tensor.dtype, run.outcome
         if dtype.bits == 8:
-            self._run.note(outcome.capped, job.tensor.name, count)
-        elif self._run.non_finite == "keep":
-            self._run.note(outcome.non_finite, job.tensor.name, count)
+            run.note(outcome.capped, job.tensor.name, count)
+        elif run.non_finite == "keep":
+            run.note(outcome.non_finite, job.tensor.name, count)
         else:
             way_out = "write bf16 with --dtype bf16" if dtype is F16 else "use smaller multipliers"
             raise NonFiniteError(

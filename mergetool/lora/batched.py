@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergetool.lora.krylov import Products, fast_bfloat16
-from mergetool.lora.range_finder import CAP_TOLERANCE, LARGEST_BASIS, ZERO, Goal, Projection, whole_spectrum
+from mergetool.linalg.krylov import Products, fast_bfloat16
+from mergetool.linalg.range_finder import CAP_TOLERANCE, LARGEST_BASIS, ZERO, Goal, Projection, whole_spectrum
+from mergetool.linalg.tail import rank_for_energy
 from mergetool.lora.svd import (
     SMALL,
     Decomposition,
@@ -37,7 +38,6 @@ from mergetool.lora.svd import (
     scaled_by,
     zero_decomposition,
 )
-from mergetool.lora.tail import rank_for_energy
 
 STEPS = 8
 """Steps of the first search."""

@@ -32,6 +32,7 @@ from mergetool.lora.sources import Source
 from mergetool.lora.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.graph import number
+from mergetool.recipe.groups import setting_text
 from mergetool.recipe.provenance import display_names
 
 
@@ -222,7 +223,7 @@ def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, c
     if dtype is not None:
         recipe["dtype"] = dtype.name
     if gathering.multipliers:
-        recipe["set"] = [f"{pattern}={number(value)}" for pattern, value in gathering.multipliers]
+        recipe["set"] = [setting_text(setting) for setting in gathering.multipliers]
     prints = [
         {"name": names[term.file.name], "fingerprint": term.file.checkpoint.fingerprint()} for term in gathering.terms
     ]

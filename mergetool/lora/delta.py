@@ -14,7 +14,7 @@ import torch
 
 from mergetool.arch import Part
 from mergetool.engine.reading import Fetcher, ValueReader
-from mergetool.lora.krylov import fast_bfloat16
+from mergetool.linalg.krylov import fast_bfloat16
 from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.svd import squared_norm
 from mergetool.ops.cpu import as_tensor
@@ -76,14 +76,6 @@ class DeltaReader:
     def energy(self, pair: Pair) -> float:
         """The energy of the difference of ``pair`` alone."""
         return sum(map(_energy, self._differences(pair)), 0.0)
-
-    def energies(self, pair: Pair) -> tuple[float, float]:
-        """The energies of the base's parameter and of the difference; of two checkpoints."""
-        of_base = of_delta = 0.0
-        for difference in self._differences(pair):
-            of_delta += _energy(difference)
-            of_base += _energy(self._other[: difference.numel()])
-        return of_base, of_delta
 
     def _differences(self, pair: Pair) -> Iterator[torch.Tensor]:
         """The difference of ``pair`` chunk by chunk, in one buffer; the base's values are in ``_other`` meanwhile."""

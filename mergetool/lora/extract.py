@@ -130,7 +130,7 @@ def extract(
     side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
     run = partial(stream, pairing, options, files=files, method=method, threads=threads or default_threads())
     with ThreadPoolExecutor(1, "metadata") as background:
-        early = background.submit(_metadata, pairing, options, spectra=spectra)
+        early = background.submit(metadata_of, pairing, options, spectra=spectra)
         solved: list[Solved] = []
         found_in: Iterator[Solved]
         if device is not None:
@@ -236,7 +236,7 @@ def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
     )
 
 
-def _metadata(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = None) -> dict[str, str]:
+def metadata_of(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = None) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
     models_ = pairing.inputs
     names = display_names([model.name for model in models_])

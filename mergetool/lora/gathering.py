@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 
-from mergetool import arch, models
+from mergetool import models
 from mergetool.adapters import Change, LoraFile, open_lora
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.values import dense_rows
@@ -22,6 +22,8 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
 from mergetool.lora import dialects
 from mergetool.lora.sources import Source, source_of, total
+from mergetool.recipe import groups
+from mergetool.recipe.groups import Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Gathering:
     family: Family
     modules: tuple[Module, ...]
     left_out: tuple[tuple[str, str, float | None], ...] = ()
-    multipliers: tuple[tuple[str, Fraction], ...] = field(default=())
+    multipliers: tuple[Setting, ...] = field(default=())
 
     @property
     def files(self) -> list[InputFile]:
@@ -103,10 +105,9 @@ def opened(loras: Iterable[tuple[str, Fraction]]) -> Iterator[list[Term]]:
         ]
 
 
-def gather(
-    terms: Sequence[Term], *, multipliers: Sequence[tuple[str, Fraction]] = (), skip_unmatched: bool = False
-) -> Gathering:
-    """What ``terms`` add up to, matrix by matrix; ``multipliers`` scale groups, the last that matches one counting.
+def gather(terms: Sequence[Term], *, multipliers: Sequence[Setting] = (), skip_unmatched: bool = False) -> Gathering:
+    """What ``terms`` add up to, matrix by matrix; ``multipliers`` scale groups, the last that matches one counting, gradients
+    running over the blocks that the LoRAs change.
 
     Raises FamilyError for LoRAs of different families or shapes, PatternError for a group that nothing is in, DataError for keys that
     change nothing (unless ``skip_unmatched``, which lists them as left out), for a part that one file changes twice, and where
@@ -114,7 +115,8 @@ def gather(
     """
     family = _family(terms)
     shapes = _shapes(terms)
-    scales = _scales(terms, family, shapes, multipliers)
+    settings = groups.expand(multipliers, family)
+    scales = groups.resolve(settings, anatomy_of(family, shapes))
     pieces: dict[str, list[Piece]] = {}
     left_out: list[tuple[str, str, float | None]] = []
     for term in terms:
@@ -135,7 +137,7 @@ def gather(
     if not modules:
         names = " and ".join(quoted(term.file.name) for term in terms)
         raise DataError(f"{names}: no matrix is changed at these strengths; there is nothing to write.")
-    return Gathering(tuple(terms), family, modules, tuple(left_out), tuple(multipliers))
+    return Gathering(tuple(terms), family, modules, tuple(left_out), settings)
 
 
 def total_of(pieces: Sequence[Piece]) -> Source:
@@ -185,21 +187,6 @@ def _shapes(terms: Sequence[Term]) -> dict[str, tuple[int, ...]]:
                     "a sum needs LoRAs for one model."
                 )
     return {part: shape for part, (shape, _) in found.items()}
-
-
-def _scales(
-    terms: Sequence[Term],
-    family: Family,
-    shapes: dict[str, tuple[int, ...]],
-    multipliers: Sequence[tuple[str, Fraction]],
-) -> dict[str, Fraction]:
-    scales: dict[str, Fraction] = {}
-    if multipliers:
-        anatomy = anatomy_of(family, shapes)
-        for pattern, value in multipliers:
-            (chosen,) = arch.select([pattern], anatomy).values()
-            scales |= dict.fromkeys(chosen, value)
-    return scales
 
 
 def _unmatched(file: LoraFile, skip: bool) -> list[tuple[str, str, float | None]]:

@@ -24,10 +24,12 @@ from math import isfinite, prod
 from mergetool import arch
 from mergetool.arch import Part
 from mergetool.arch.z_image import PAD_TOKENS
-from mergetool.checkpoint.dtypes import BF16, DType
+from mergetool.checkpoint.dtypes import BF16, DType, output_dtype
 from mergetool.errors import FamilyError, UsageError
-from mergetool.lora.rules import Rule, RuleName
+from mergetool.lora.rules import RULES, Rule, RuleName
 from mergetool.recipe.steps import Input
+
+FACTOR_DTYPES = ("bf16", "fp16", "fp32")
 
 UNCHANGED = "not changed by the LoRA"
 """The reason of the base's parts that a LoRA leaves alone."""
@@ -101,6 +103,42 @@ class DiffOptions:
         return None if self.rank or self.budget else self.chosen.share
 
 
+def chosen(
+    *,
+    rank: int,
+    rank_thresh: float | None,
+    rank_max: int | None,
+    rule: str,
+    budget: int,
+    min_dim: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    dtype: str,
+    seed: int,
+) -> DiffOptions:
+    """The options for what a user said, None where nothing was said. Raises UsageError for what contradicts itself."""
+    if dtype not in FACTOR_DTYPES:
+        raise UsageError(f'--dtype is one of {", ".join(FACTOR_DTYPES)}, not "{dtype}".')
+    if rule not in RULES:
+        raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{rule}".')
+    if rank_thresh is not None and (rule == "knee" or budget):
+        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
+    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
+        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
+    return DiffOptions(
+        rank=rank,
+        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
+        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
+        rule=rule,
+        budget=budget,
+        min_dim=min_dim,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        dtype=output_dtype(dtype),
+        seed=seed,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One parameter in both models. ``reason`` says why it is not decomposed; empty when it is.
@@ -162,6 +200,10 @@ class Pairing:
     def bytes_read(self) -> int:
         """Bytes of all models that will be read."""
         return sum(map(self.nbytes, self.pairs))
+
+    def bytes_to_read(self, options: DiffOptions) -> int:
+        """Bytes that a run moves: a budget reads the matrices once to find directions and once to use them."""
+        return self.bytes_read + (sum(map(self.nbytes, self.decomposed)) if options.budget else 0)
 
     def nbytes(self, pair: Pair) -> int:
         """Bytes that are read for ``pair``; of a LoRA those of float32 factors' product, as a measure of the work."""

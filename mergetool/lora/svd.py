@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.lora.above import above, strongest_above
-from mergetool.lora.krylov import Products, fast_bfloat16, orthonormal_rows
-from mergetool.lora.range_finder import (
+from mergetool.linalg.above import above, strongest_above
+from mergetool.linalg.krylov import Products, fast_bfloat16, orthonormal_rows
+from mergetool.linalg.range_finder import (
     Goal,
     Projection,
     Search,
@@ -32,8 +32,8 @@ from mergetool.lora.range_finder import (
     truncate,
     whole_spectrum,
 )
+from mergetool.linalg.tail import rank_for_energy
 from mergetool.lora.rules import Rule, RuleName
-from mergetool.lora.tail import rank_for_energy
 
 SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""

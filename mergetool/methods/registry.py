@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 Takes = Literal["models", "deltas", "any"]
 """Whether the arguments are models, differences of models, or all models or all differences; so is the result."""
 
-FAMILIES: tuple[str, ...] = ("affine", "spherical")
+FAMILIES: tuple[str, ...] = (
+    "affine", "agreement", "algebra", "bounded", "center", "gated", "smoothing", "sparse", "spherical",
+)  # fmt: skip
 """The modules of this room that hold methods."""
 
 GROUP = "mergetool.methods"
@@ -263,6 +266,7 @@ def _load_families() -> None:
         import_module(f"mergetool.methods.{family}")
 
 
+@cache
 def _installed() -> list[EntryPoint]:
     return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
 

@@ -108,13 +108,16 @@ class CpuOps:
         return max(-float(low), float(high))
 
     def scale(self, register: int, factor: float) -> None:
-        self._changing(register).mul_(factor)
+        operand = self._operand(register)
+        torch.mul(operand, factor, out=self._changed(register))
 
     def add(self, register: int, other: int) -> None:
-        self._changing(register).add_(self._values(other))
+        operand = self._operand(register)
+        torch.add(operand, self._operand(other), out=self._changed(register))
 
     def subtract(self, register: int, other: int) -> None:
-        self._changing(register).sub_(self._values(other))
+        operand = self._operand(register)
+        torch.sub(operand, self._operand(other), out=self._changed(register))
 
     def is_finite(self, register: int) -> bool:
         return math.isfinite(self._square(register)) or bool(torch.isfinite(self._values(register)).all())
@@ -189,9 +192,15 @@ class CpuOps:
             self._raw[register] = None
         return self._views[register]
 
-    def _changing(self, register: int) -> torch.Tensor:
-        self._squares[register] = None
-        return self._values(register)
+    def _operand(self, register: int) -> torch.Tensor:
+        """A register's values to be read: of float32 that was only loaded the stored ones, which saves a copy."""
+        raw = self._raw[register]
+        return as_tensor(*raw) if raw is not None and raw[1] is dtypes.F32 else self._values(register)
+
+    def _changed(self, register: int) -> torch.Tensor:
+        """Where a register's new values go, which it holds from now on."""
+        self._raw[register] = self._squares[register] = None
+        return self._views[register]
 
     def _square(self, register: int) -> float:
         """The sum of a register's squares: finite unless an element is not, or is 2**64 or larger.

@@ -8,6 +8,8 @@ everywhere, and its elements are the same bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +20,21 @@ from mergetool.ops.cpu_rounding import random_bits
 BLOCK = 1 << 18
 """Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
 
+SAMPLE = 1 << 16
+"""Elements that say about where the k-th largest is: to half a percent of their number, so that one percent of all is looked at closely."""
+
 
 def total(values: Tensor) -> float:
     """The sum of all elements, in float64."""
     flat = values.reshape(-1)
-    sums = [_halved(flat[at : at + BLOCK].to(torch.float64)) for at in range(0, flat.numel(), BLOCK)]
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    return _sum([_halved(_exact(flat[at : at + BLOCK])) for at in range(0, flat.numel(), BLOCK)])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     """The dot product of all elements of two tensors of one shape, in float64."""
     x, y = a.reshape(-1), b.reshape(-1)
-    sums = []
-    for at in range(0, x.numel(), BLOCK):
-        product = x[at : at + BLOCK].to(torch.float64)
-        sums.append(_halved(product.mul_(y[at : at + BLOCK])))
-    return math.fsum(torch.cat(sums).tolist()) if sums else 0.0
+    starts = range(0, x.numel(), BLOCK)
+    return _sum([_halved(_exact(x[at : at + BLOCK]).mul_(y[at : at + BLOCK])) for at in starts])
 
 
 def norm(values: Tensor) -> float:
@@ -42,14 +43,29 @@ def norm(values: Tensor) -> float:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it."""
-    width = max(1, a.shape[-1])
+    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it.
+
+    A tensor without dimensions is one row of one element.
+    """
+    width = max(1, a.shape[-1] if a.ndim else 1)
     x, y = a.reshape(-1, width), b.reshape(-1, width)
     rows = max(1, BLOCK // width)
-    sums = [
-        _halved(x[at : at + rows].to(torch.float64).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)
-    ]
-    return torch.cat(sums).reshape(a.shape[:-1]) if sums else torch.zeros(a.shape[:-1], dtype=torch.float64)
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows]), dim=1) for at in range(0, len(x), rows)]
+    return torch.cat(sums).reshape(a.shape[:-1]) if sums else a.new_zeros(a.shape[:-1], dtype=torch.float64)
+
+
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each pair of columns (the first dimension), float64, of the shape of the dimensions after it.
+
+    A tensor without dimensions is one column of one element.
+    """
+    if not a.numel():
+        return a.new_zeros(a.shape[1:], dtype=torch.float64)
+    height = a.shape[0] if a.ndim else 1
+    x, y = a.reshape(height, -1), b.reshape(height, -1)
+    rows = max(1, BLOCK // x.shape[1])
+    sums = [_halved(_exact(x[at : at + rows]).mul_(y[at : at + rows])) for at in range(0, height, rows)]
+    return _halved(torch.cat(sums)).reshape(a.shape[1:])
 
 
 def row_norms(values: Tensor) -> Tensor:
@@ -57,18 +73,52 @@ def row_norms(values: Tensor) -> Tensor:
     return row_dots(values, values).sqrt()
 
 
+def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The dot products of all pairs of some tensors of one shape, in float64."""
+    half = [[dot(a, b) for b in tensors[: i + 1]] for i, a in enumerate(tensors)]
+    return [[half[max(i, j)][min(i, j)] for j in range(len(half))] for i in range(len(half))]
+
+
+def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """The sum of factor times tensor, in order, two roundings a term; in place of the tensors, which it overwrites."""
+    result = tensors[0].mul_(factors[0])
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        result.add_(tensor.mul_(factor))
+    return result
+
+
+def in_blocks(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """What ``function`` makes of the tensors element by element, in blocks that stay in the cache; in place of the first."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for at in range(0, flat[0].numel(), BLOCK):
+        first, *others = (each[at : at + BLOCK] for each in flat)
+        first.copy_(function(first, *others))
+    return flat[0].reshape(tensors[0].shape)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """A copy in float64, which may be overwritten."""
+    return values.to(torch.float64, copy=True)
+
+
+def _sum(parts: Sequence[Tensor]) -> float:
+    """The sum of tensors of one element each, rounded once; NaN or infinite where one of them is."""
+    numbers = torch.cat(list(parts)).tolist() if parts else []
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+
+
 def _halved(values: Tensor, dim: int = 0) -> Tensor:
-    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``."""
+    """The sums along a dimension, which is kept for ``dim`` 0 and gone for 1; overwrites ``values``, and keeps nothing of their memory."""
     while (length := values.shape[dim]) > 1:
         half = -(-length // 2)
         head = values.narrow(dim, 0, half)
         head.narrow(dim, 0, length - half).add_(values.narrow(dim, half, length - half))
         values = head
-    return values if dim == 0 else values.squeeze(dim)
+    return values.clone() if dim == 0 else values.squeeze(dim).clone()
 
 
-def kth_largest(values: Tensor, count: int) -> float:
-    """The ``count``-th largest element (from 1) of any number of them.
+def kth_largest(values: Tensor, count: int, *, magnitude: bool = False) -> float:
+    """The ``count``-th largest element (from 1) of any number of them, or of their magnitudes; NaN is larger than any number.
 
     torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
     """
@@ -76,35 +126,83 @@ def kth_largest(values: Tensor, count: int) -> float:
         raise ValueError(f"there is no {count}-th largest of {values.numel()} elements")
     flat = values.reshape(-1)
     if flat.is_cuda:
-        return float(flat.kthvalue(flat.numel() - count + 1).values)
-    at = flat.numel() - count
-    return float(np.partition(flat.numpy(), at)[at])
+        return float((flat.abs() if magnitude else flat).kthvalue(flat.numel() - count + 1).values)
+    if flat.numel() > 4 * SAMPLE:
+        found = _near(flat, count, magnitude)
+        if found is not None:
+            return found
+    return _partitioned((flat.abs() if magnitude else flat).numpy(), count)
 
 
-def largest(values: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` largest elements, of the shape of ``values``: exactly so many; of equal ones the first.
+def _partitioned(values: np.ndarray[Any, Any], count: int) -> float:
+    at = len(values) - count
+    return float(np.partition(values, at)[at])
 
-    Every element for a count at least as large as the tensor, none for 0 or less.
+
+def _near(flat: Tensor, count: int, magnitude: bool) -> float | None:
+    """The same from the few elements near where a sample has it; None where it is not among them, as for structured values."""
+    sample = flat[:: flat.numel() // SAMPLE].numpy()
+    ordered = np.sort(np.abs(sample) if magnitude else sample)[::-1]
+    share = count / flat.numel()
+    place, margin = share * len(ordered), 4 * math.sqrt(share * (1 - share) * len(ordered)) + 2
+    high = ordered[int(place - margin)] if place > margin else np.inf
+    low = ordered[int(place + margin)] if place + margin < len(ordered) else -np.inf
+    above, between = 0, []
+    for piece in _pieces(flat, magnitude):
+        each = piece.numpy()
+        below = each <= high
+        above += len(each) - int(np.count_nonzero(below))
+        between.append(each[below & (each >= low)])
+    near = np.concatenate(between)
+    return _partitioned(near, count - above) if above < count <= above + len(near) else None
+
+
+def _pieces(flat: Tensor, magnitude: bool) -> Iterator[Tensor]:
+    """The elements or their magnitudes, in blocks."""
+    for at in range(0, flat.numel(), BLOCK):
+        piece = flat[at : at + BLOCK]
+        yield piece.abs() if magnitude else piece
+
+
+def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
+    """A mask of the ``count`` elements that are largest, or largest by magnitude, of the shape of ``values``: exactly so many; of equal ones the first.
+
+    Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """
     if count <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     if count >= values.numel():
-        return torch.ones_like(values, dtype=torch.bool)
-    threshold = kth_largest(values, count)
-    chosen = values > threshold
-    equal = (values == threshold).reshape(-1).nonzero().reshape(-1)
-    chosen.reshape(-1)[equal[: count - int(chosen.sum())]] = True
-    return chosen
+        return torch.ones(values.shape, dtype=torch.bool, device=values.device)
+    flat = values.reshape(-1)
+    threshold = kth_largest(flat, count, magnitude=magnitude)
+    unknown = math.isnan(threshold)
+    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    if not unknown:
+        for at, piece in enumerate(_pieces(flat, magnitude)):
+            chosen[at * BLOCK : at * BLOCK + len(piece)] = (piece <= threshold).logical_not_()
+    missing = count - int(chosen.count_nonzero())
+    for at, piece in enumerate(_pieces(flat, magnitude)):  # the places of 39 M equal elements would take 315 MB
+        if missing == 0:
+            break
+        places = (piece.isnan() if unknown else piece == threshold).nonzero().reshape(-1)[:missing]
+        chosen[at * BLOCK + places] = True
+        missing -= len(places)
+    return chosen.reshape(values.shape)
 
 
-def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone."""
+def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device, start: int = 0) -> Tensor:
+    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone.
+
+    The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
+    """
     count = math.prod(shape)
-    found, scratch = np.empty(count, np.uint32), np.empty(min(count, BLOCK), np.uint32)
+    draws = np.empty(count, np.float32)
+    bits, scratch = np.empty((2, min(count, BLOCK)), np.uint32)
     for at in range(0, count, BLOCK):
-        size = min(BLOCK, count - at)
-        random_bits(key, at, found[at : at + size], scratch[:size])
-    found >>= np.uint32(8)
-    draws = found.astype(np.float32)
-    draws *= np.float32(2.0**-24)
+        block = draws[at : at + BLOCK]
+        words = bits[: len(block)]
+        random_bits(key, start + at, words, scratch[: len(block)])
+        words >>= np.uint32(8)
+        np.copyto(block, words, casting="same_kind")
+        block *= np.float32(2.0**-24)
     return torch.from_numpy(draws).reshape(shape).to(device)

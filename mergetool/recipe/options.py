@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
 from mergetool.ops.rounding import MODES, Mode
+from mergetool.recipe.groups import Setting
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the user asked for besides the expression.
 
-    ``keep_from`` names the model of kept tensors, ``multipliers`` are the ``--set GROUP=MULT`` pairs in order (a later
-    one wins), ``dtype`` and ``layout`` are the output's, None for the first model's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
+    ``keep_from`` names the model of kept tensors, ``multipliers`` are the settings of ``--set`` in order (a later
+    one wins; see ``recipe.groups``), ``dtype`` and ``layout`` are the output's, None for the first model's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
     the output's large matrices, None for plain floats, ``scale_search`` whether its tensor scales are searched for. ``rounding`` is how every element that is
     not copied becomes the output's dtype, ``seed`` that of stochastic rounding. Raises UsageError for a rounding that
     does not exist, a negative seed, and a seed for what is not random.
@@ -24,7 +24,7 @@ class Options:
     protect: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    multipliers: tuple[tuple[str, Fraction], ...] = ()
+    multipliers: tuple[Setting, ...] = ()
     keep_from: str | None = None
     dtype: DType | None = None
     layout: str | None = None

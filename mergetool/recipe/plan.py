@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
 from types import MappingProxyType
@@ -32,12 +32,12 @@ from mergetool.checkpoint.header import Header
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
 from mergetool.quant import is_side_tensor
-from mergetool.recipe import provenance, quantised
+from mergetool.recipe import groups, provenance, quantised
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.options import Options
 from mergetool.recipe.stacking import Stack, stack_loras, stack_name
-from mergetool.recipe.steps import COPY, MERGED, Input, OutputTensor, Step, Window, window_of
+from mergetool.recipe.steps import COPY, MERGED, SET_TO_0, Input, OutputTensor, Step, Window, window_of
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class _Planner:
         self.noise = noise
         self.expression = expression
         self.inputs = inputs
-        self.options = options
         self.first = inputs[0]
         self.family = self.first.anatomy.family
+        self.options = options = replace(options, multipliers=groups.expand(options.multipliers, self.family))
         self.column = {model.name: i for i, model in enumerate(inputs)}
         self.needed = [self.column[name] for name in expression.graph.models()]
         self.loras = [self.column[name] for name in expression.loras]
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
         self._check_families()
         self.kept = self._kept_parts()
-        self.multiplier = self._multipliers()
+        self.multiplier = groups.resolve(self.options.multipliers, self.first.anatomy)
         self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
@@ -181,13 +181,6 @@ class _Planner:
             raise UsageError("every tensor is protected or excluded, so nothing would be merged.")
         return kept
 
-    def _multipliers(self) -> dict[str, Fraction]:
-        chosen: dict[str, Fraction] = {}
-        for pattern, multiplier in self.options.multipliers:
-            for names in arch.select([pattern], self.first.anatomy).values():
-                chosen |= dict.fromkeys(names, multiplier)
-        return chosen
-
     def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:
         anatomy = self.first.anatomy
         wanted = self.options.layout
@@ -230,25 +223,29 @@ class _Planner:
         multiplier = self.multiplier.get(part.name, Fraction(1))
         reason = self.kept.get(part.name) or self._obstacle(part.name)
         if reason is None and multiplier == 0:
-            reason = "--set to 0"
+            reason = SET_TO_0
         if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the first model itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
+            applied = Fraction(0) if reason == SET_TO_0 else Fraction(1)
             column = self.keeper if part.name in self.kept else 0
             window = self._window(column, part.name)
             kept = self.inputs[column].anatomy.parts[part.name]
             if column and kept.shape != part.shape:
                 raise self._shape_clash(part.name, column)
             if kept.dtype == dtype and kept.encoding is None and quantiser is None:
-                return Step(part.name, first, part.numel, None, (window,), reason)
+                return Step(part.name, first, part.numel, None, (window,), reason, multiplier=applied)
             stored = quantiser.quant if quantiser else dtype.name
-            return Step(part.name, first, part.numel, COPY, (window,), reason + quantised.rounded_to(stored))
+            reason += quantised.rounded_to(stored)
+            return Step(part.name, first, part.numel, COPY, (window,), reason, multiplier=applied)
         program, stacks = self._program(part.name, multiplier)
         columns = self._columns(program)
         if 0 not in columns:
             columns += (0,)
         windows = tuple(self._window(column, part.name, stacks) for column in columns)
-        return Step(part.name, first, part.numel, self._reindexed(program), windows, MERGED, columns.index(0))
+        return Step(
+            part.name, first, part.numel, self._reindexed(program), windows, MERGED, columns.index(0), multiplier
+        )
 
     def _obstacle(self, part: str) -> str | None:
         """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""

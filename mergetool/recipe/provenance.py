@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from mergetool import __version__
 from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, MergetoolError
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.graph import number
+from mergetool.recipe.groups import parse_setting, setting_text
 from mergetool.recipe.options import Options
 
 # A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
@@ -33,7 +33,7 @@ def metadata(
         if patterns:
             recipe[key] = list(patterns)
     if options.multipliers:
-        recipe["set"] = [f"{pattern}={number(value)}" for pattern, value in options.multipliers]
+        recipe["set"] = [setting_text(setting) for setting in options.multipliers]
     if options.keep_from:
         recipe["from"] = names[options.keep_from]
     if options.dtype:
@@ -98,16 +98,61 @@ def _text(value: object) -> str:
     return value
 
 
+def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
+    """What the metadata of an output says that would be written otherwise now: version, inputs, recipe, each in words.
+
+    Example: ``the input "tuned" has changed``. Empty where both are the same.
+    """
+    found = []
+    for key in sorted({*stored, *planned}):
+        old, new = stored.get(key), planned.get(key)
+        if old == new:
+            continue
+        if key == "mergetool.version":
+            found.append(f"it was made by mergetool {old or 'without a version'}, and this is {new}")
+        elif key == "mergetool.inputs":
+            found += _changed_inputs(_loaded(old), _loaded(new))
+        elif key in ("mergetool.recipe", "mergetool.diff"):
+            found.append(_changed_recipe(_loaded(old), _loaded(new)))
+        else:
+            found.append(
+                f"its metadata has {'another' if old and new else 'no' if new else 'an additional'} {quoted(key)}"
+            )
+    return found
+
+
+def _loaded(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def _changed_inputs(old: Any, new: Any) -> list[str]:
+    try:
+        before, after = ({entry["name"]: entry["fingerprint"] for entry in inputs} for inputs in (old, new))
+    except (TypeError, KeyError):
+        return ["its record of inputs is damaged"]
+    if before.keys() != after.keys():
+        return [f"it was made of {', '.join(map(quoted, before))}, not of {', '.join(map(quoted, after))}"]
+    changed = [name for name in after if before[name] != after[name]]
+    return [f"the input {quoted(name)} has changed" for name in changed] or ["its inputs are written in another way"]
+
+
+def _changed_recipe(old: Any, new: Any) -> str:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return "it carries no recipe" if old is None else "its recipe is damaged"
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return f"its recipe is another ({', '.join(differing)})" if differing else "its recipe is written in another way"
+
+
 def _options(recipe: Mapping[str, Any]) -> Options:
     try:
         return Options(
             protect=tuple(_text(pattern) for pattern in recipe.get("protect", ())),
             include=tuple(_text(pattern) for pattern in recipe.get("include", ())),
             exclude=tuple(_text(pattern) for pattern in recipe.get("exclude", ())),
-            multipliers=tuple(
-                (pattern, Fraction(value))
-                for pattern, _, value in (text.rpartition("=") for text in recipe.get("set", ()))
-            ),
+            multipliers=tuple(parse_setting(_text(text)) for text in recipe.get("set", ())),
             keep_from=_text(recipe["from"]) if "from" in recipe else None,
             dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
             layout=_text(recipe["layout"]) if "layout" in recipe else None,

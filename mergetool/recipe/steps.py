@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import DType
@@ -11,6 +12,7 @@ from mergetool.ops.program import Load, Program
 from mergetool.quant import Encoding, Quantiser
 
 MERGED = "merged"
+SET_TO_0 = "--set to 0"
 COPY = Program((Load(0, 0),))
 
 
@@ -63,7 +65,8 @@ class Step:
 
     ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
     ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the first model's elements, which what is
-    merged is measured against; the program may not need it.
+    merged is measured against; the program may not need it. ``multiplier`` is the ``--set`` that is in the program, 0 where it is
+    the reason.
     """
 
     part: str
@@ -73,6 +76,7 @@ class Step:
     windows: tuple[Window, ...]
     reason: str
     base: int | None = None
+    multiplier: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,14 @@ import base64
 import functools
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mergetool import __version__
-from mergetool.checkpoint.files import write_file
-from mergetool.errors import OutputError
+from mergetool.compare import heatmap, page
+from mergetool.compare.energies import Distance, relative
+from mergetool.compare.page import Table
 from mergetool.sampler import sheet
-from mergetool.verify import distances, pictures
+from mergetool.verify import pictures
 from mergetool.verify.pictures import PicturesReport
 from mergetool.verify.weights import WeightsReport
 
@@ -29,22 +24,13 @@ SHEET_ROWS = 12
 """Shots that the page shows; all are measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A heading over each column, then rows of text; the first column is a name, the others are numbers."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, left_out: str = "") -> str:
     """The page of one verification. ``left_out`` says why there are no pictures."""
-    from mergetool.verify import plots  # matplotlib takes half a second, which only a page is worth
+    from mergetool.compare.plots import svg  # matplotlib takes half a second, which only a page is worth
+    from mergetool.verify import plots
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("templates/report.html.j2").read_text())
     first = weights.distances.get(weights.first, [])
-    return template.render(
+    return page.template("mergetool.verify", "report.html.j2").render(
         name=name,
         version=__version__,
         passed=weights.sound and (looked is None or looked.passed),
@@ -53,7 +39,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         verdicts=() if looked is None else looked.verdicts,
         left_out=left_out,
         distances=_distances(weights),
-        heat_map=plots.heat_map(first) if first else "",
+        heat_map=svg(heatmap.of_distances(first), label="relative change") if first else "",
         columns=None if looked is None else _columns(looked),
         measures="" if looked is None else plots.measures(looked.columns),
         sheet="" if looked is None else _sheet(looked),
@@ -63,21 +49,6 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
     )
 
 
-def require_target(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputError, before any work, when the page cannot be written there."""
-    if not path.parent.exists():
-        raise OutputError(f'the folder "{path.parent}" does not exist; make it first.')
-    if path.is_dir():
-        raise OutputError(f'"{path}" is a folder; name a file, as in --report {path}/report.html.')
-    if path.exists() and not overwrite:
-        raise OutputError(f'"{path}" exists; choose another place with --report, or replace it with --overwrite.')
-
-
-def write(path: Path, text: str) -> None:
-    """Write the page, complete or not at all."""
-    write_file(path, text.encode(), overwrite=True)
-
-
 def _distances(weights: WeightsReport) -> Table:
     """The relative distance from each parent, by group."""
     every = [distance for found in weights.distances.values() for distance in found]
@@ -85,15 +56,15 @@ def _distances(weights: WeightsReport) -> Table:
     rows = [
         [
             parent,
-            _percent(distances.relative(found)),
-            *(_percent(distances.relative(found, functools.partial(_in_group, group))) for group in groups),
+            _percent(relative(found)),
+            *(_percent(relative(found, functools.partial(_in_group, group))) for group in groups),
         ]
         for parent, found in weights.distances.items()
     ]
     return Table(["distance from", "all", *groups], rows)
 
 
-def _in_group(group: str, distance: distances.Distance) -> bool:
+def _in_group(group: str, distance: Distance) -> bool:
     return group in distance.groups
 
 

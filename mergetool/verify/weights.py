@@ -15,14 +15,14 @@ from pathlib import Path
 from mergetool import models
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.compare import distances
+from mergetool.compare.energies import Distance
 from mergetool.engine import job, merge
-from mergetool.errors import InputMissing
+from mergetool.errors import DataError, InputMissing
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import MERGED, Input
-from mergetool.verify import distances
-from mergetool.verify.distances import Distance
 
 
 @dataclass
@@ -80,29 +80,19 @@ def check_weights(
     damaged one, InputMissing for an input that is nowhere, and what planning and reading raise.
     """
     with ExitStack() as stack:
-        opened = stack.enter_context(models.open_model(output))
-        folder = models.resolve(output).path.absolute().parent
-        recorded = provenance.read(opened.checkpoint.metadata, output)
-        expression = parse(recorded.expression, known=list(recorded.fingerprints))
-        places = {name: (inputs or {}).get(name) for name in recorded.fingerprints}
-        opened_inputs = [
-            _open_input(name, place, folder, stack) for name, place in places.items() if name not in expression.loras
-        ]
-        found = [model for _, model in opened_inputs]
-        found += [_open_lora(name, places.get(name), folder, found[0], stack) for name in expression.loras]
-        plan = plan_merge(expression, found, recorded.options)
+        again = reopen(output, inputs or {}, stack)
+        opened, plan, found, recorded = again.opened, again.plan, again.plan.inputs, again.recorded
+        expression = plan.expression
         adding = [name for name, factor in expression.graph.coefficients().items() if factor > 0]
         report = WeightsReport(recorded.expression, expression.first)
         report.parents = {
             model.name: place
-            for place, model in sorted(opened_inputs, key=lambda entry: entry[1].name != expression.first)
+            for place, model in sorted(again.places, key=lambda entry: entry[1].name != expression.first)
             if model.name in adding or model.name == expression.first
         }
-        report.changed = [
-            model.name for model in found if model.checkpoint.fingerprint() != recorded.fingerprints[model.name]
-        ]
-        report.missing, report.extra = _against_header(plan, opened.checkpoint)
-        comparer = _Comparer(opened.checkpoint, report)
+        report.changed = [name for name, now in again.fingerprints.items() if now != recorded.fingerprints[name]]
+        report.missing, report.extra = against_header(plan, opened.checkpoint)
+        comparer = Comparer(opened.checkpoint)
         stored = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         total = plan.bytes_read + plan.header.data_size + 2 * len(report.parents) * stored
         moved = 0
@@ -115,6 +105,7 @@ def check_weights(
         if not (report.missing or report.extra):
             outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measure="off", progress=advance)
             report.non_finite = outcome.non_finite
+            report.bytes_compared, report.differing = comparer.compared, comparer.differing
         result = Input(output, opened.checkpoint, opened.anatomy)
         for model in found:
             if model.name in report.parents:
@@ -125,6 +116,43 @@ def check_weights(
             else:
                 report.kept += 1
         return report
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A merge that was made, and its plan made again: ``places`` are where its models are, ``fingerprints`` what they are now."""
+
+    opened: models.OpenedModel
+    recorded: provenance.Recorded
+    plan: Plan
+    places: list[tuple[str, Input]]
+    fingerprints: Mapping[str, str]
+
+
+def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
+    """The merge that ``output`` records, planned again from its inputs; ``stack`` closes them.
+
+    ``inputs`` gives recorded names their places; other names are looked up as MODEL arguments, then beside the output. Raises
+    DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere.
+    """
+    opened = stack.enter_context(models.open_model(output))
+    folder = models.resolve(output).path.absolute().parent
+    recorded = provenance.read(opened.checkpoint.metadata, output)
+    expression = parse(recorded.expression, known=list(recorded.fingerprints))
+    named = [*expression.models, *expression.loras, *([recorded.options.keep_from] if recorded.options.keep_from else [])]
+    unknown = next((name for name in named if name not in recorded.fingerprints), None)
+    if unknown is not None:
+        raise DataError(
+            f"{output} carries a damaged recipe in its metadata: {quoted(unknown)} is not among its inputs; it cannot be verified."
+        )
+    given = {name: inputs.get(name) for name in recorded.fingerprints}
+    places = [_open_input(name, place, folder, stack) for name, place in given.items() if name not in expression.loras]
+    found = [model for _, model in places]
+    found += [_open_lora(name, given.get(name), folder, found[0], stack) for name in expression.loras]
+    prints = {model.name: model.checkpoint.fingerprint() for model in found}
+    return Reopened(
+        opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints
+    )
 
 
 def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) -> tuple[str, Input]:
@@ -158,26 +186,31 @@ def _not_found(name: str) -> InputMissing:
     )
 
 
-def _against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+def against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     wanted = {name: (info.dtype, info.shape) for name, info in plan.header.tensors.items()}
     stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     missing = [name for name, kind in wanted.items() if stored.get(name) != kind]
     return missing, [name for name in stored if name not in wanted]
 
 
-class _Comparer:
-    """Takes what a merge would write, and compares it with what is there."""
+class Comparer:
+    """Takes what a merge would write, and compares it with what is there.
 
-    def __init__(self, checkpoint: Checkpoint, report: WeightsReport) -> None:
+    ``compared`` counts bytes, ``differing`` maps a tensor to the offset of its first byte that is another.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.compared = 0
+        self.differing: dict[str, int] = {}
         self._checkpoint = checkpoint
-        self._report = report
         self._lock = threading.Lock()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
+        """Compare the bytes from ``start`` of tensor ``name``; safe from several threads."""
         wanted = bytes(data)
         found = self._checkpoint.read(name, start, len(wanted))
         with self._lock:
-            self._report.bytes_compared += len(wanted)
+            self.compared += len(wanted)
             if found != wanted:
                 first = start + next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-                self._report.differing[name] = min(first, self._report.differing.get(name, first))
+                self.differing[name] = min(first, self.differing.get(name, first))

@@ -80,7 +80,8 @@ def test_a_dora_is_called_one(tmp_path: Path) -> None:
 
 def test_the_plot_has_a_cell_for_every_block_and_kind(tmp_path: Path) -> None:
     found = described(split("diffusion_model.", ".lora_A.weight", ".lora_B.weight").save(tmp_path)).targets
-    blocks, kinds, values = plots.cells(found)
+    heat = plots.cells(found)
+    blocks, kinds, values = list(heat.blocks), list(heat.kinds), heat.values
     assert blocks == ["noise_refiner.0", "layers.1"]
     assert kinds == ["q", "k", "v", "out", "ffn"]
     ffn = [target.norm for target in found if "feed_forward" in target.part]

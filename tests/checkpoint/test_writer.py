@@ -267,7 +267,7 @@ def test_commit_twice(target: Path) -> None:
         write_all(out)
         out.commit()
         before = target.read_bytes()
-        with pytest.raises(ValueError, match="no longer open"):
+        with pytest.raises(ValueError, match="already published"):
             out.commit()
     assert target.read_bytes() == before
 

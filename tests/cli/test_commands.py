@@ -77,7 +77,18 @@ def test_every_command_is_listed_in_the_help(family: Path) -> None:
     out = mergetool("--help", cwd=family).out
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
     groups = {group.name for group in app.registered_groups}
-    assert commands | groups == {"inspect", "merge", "convert", "diff", "lora", "sample", "verify", "demo", "models"}
+    assert commands | groups == {
+        "inspect",
+        "merge",
+        "compare",
+        "convert",
+        "diff",
+        "lora",
+        "sample",
+        "verify",
+        "demo",
+        "models",
+    }
     assert commands | groups <= set(out.split())
 
 

@@ -63,7 +63,7 @@ def random_merge(pipelines: Path, tmp_path: Path) -> Path:
     """A merge whose parents have random weights: sound, and without any picture."""
     for name in ("base", "turbo"):
         mergetool("models", "add", name, pipelines / name, cwd=tmp_path)
-    ran = mergetool("merge", "0.5*base + 0.5*turbo", "-o", "out.safetensors", cwd=tmp_path)
+    ran = mergetool("merge", "0.5*base + 0.5*turbo", "--force", "-o", "out.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     return tmp_path / "out.safetensors"
 

@@ -122,8 +122,8 @@ def test_memory_counts_whole_parameters_and_bounds_the_threads(family: Path, mon
         one = memory.memory_needed(plan, 1)
         monkeypatch.setattr(memory.system, "main_memory", lambda: int(2.5 * one / memory.SHARE_FOR_METHODS))
         monkeypatch.setattr(memory, "default_threads", lambda: 64)
-        assert memory.workers(plan) == 2
-        assert memory.workers(plan, 5) == 5
+        assert memory.workers([plan]) == 2
+        assert memory.workers([plan], 5) == 5
 
 
 def test_a_gpu_without_memory_leaves_the_call_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mergetool.errors import UsageError
-from mergetool.lora import above, svd
-from mergetool.lora.krylov import Products, orthonormal_rows
+from mergetool.linalg import above
+from mergetool.linalg.krylov import Products, orthonormal_rows
+from mergetool.lora import svd
 from mergetool.lora.pairs import DiffOptions
 from mergetool.lora.rules import RULES, Rule, RuleName
 from mergetool.lora.svd import Decomposition, balanced_factors, decompose, squared_norm

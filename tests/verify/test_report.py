@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mergetool.compare import page as pages
+from mergetool.compare.energies import Distance, Energies
 from mergetool.errors import OutputError
 from mergetool.lab.world import SCENES, Placing, render
 from mergetool.sampler.session import Made
 from mergetool.sampler.studio import Refinement, Shot, Stage
 from mergetool.verify import report
-from mergetool.verify.distances import Distance
 from mergetool.verify.looking import Look
 from mergetool.verify.pictures import PicturesReport, judge, observe
 from mergetool.verify.weights import WeightsReport
@@ -66,8 +67,8 @@ def looked() -> PicturesReport:
 
 def weights(**damage: object) -> WeightsReport:
     found = [
-        Distance("layers.0.attention.to_q.weight", frozenset({"layers", "q"}), 10.0, 1.0),
-        Distance("noise_refiner.0.attention.to_q.weight", frozenset({"refiner", "q"}), 10.0, 0.0),
+        Distance("layers.0.attention.to_q.weight", frozenset({"layers", "q"}), Energies(1, base=100.0, delta=1.0)),
+        Distance("noise_refiner.0.attention.to_q.weight", frozenset({"refiner", "q"}), Energies(1, base=100.0)),
     ]
     made = WeightsReport("alkahest + 2*(a - b)", "alkahest", {"alkahest": "/models/alkahest"}, merged=5, kept=2)
     made.distances = {"alkahest": found}
@@ -137,5 +138,5 @@ def test_a_place_where_no_page_can_be_is_refused_before_any_work(tmp_path: Path)
     (tmp_path / "there.html").write_text("mine")
     for path in (tmp_path, tmp_path / "there.html", tmp_path / "nothing" / "report.html"):
         with pytest.raises(OutputError):
-            report.require_target(path, overwrite=False)
-    report.require_target(tmp_path / "there.html", overwrite=True)
+            pages.require_target(path, overwrite=False)
+    pages.require_target(tmp_path / "there.html", overwrite=True)

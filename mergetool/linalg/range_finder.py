@@ -1,6 +1,6 @@
 """Which directions of a delta to keep: search cheaply, then certify with one float32 projection.
 
-Everything works on a matrix whose largest value is near 1 (see svd.py), with energies = squared singular values.
+Everything works on a matrix whose largest value is near 1 (see lora.svd), with energies = squared singular values.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergetool.lora.krylov import BlockKrylov, Products, orthonormal_rows
-from mergetool.lora.tail import rank_for_energy
+from mergetool.linalg.krylov import BlockKrylov, Products, orthonormal_rows
+from mergetool.linalg.tail import rank_for_energy
 
 CAP_TOLERANCE = 7e-4
 """At a fixed rank or at the cap, the search ends when it expects to gain less than this share of all energy."""

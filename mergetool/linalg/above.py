@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mergetool.lora.krylov import BlockKrylov, Products, orthonormal_rows
-from mergetool.lora.range_finder import LARGEST_BASIS, Projection, project
+from mergetool.linalg.krylov import BlockKrylov, Products, orthonormal_rows
+from mergetool.linalg.range_finder import LARGEST_BASIS, Projection, project
 
 COLUMNS = 16
 FACTOR = 4.0

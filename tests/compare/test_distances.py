@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mergetool import models
+from mergetool.compare import distances
+from mergetool.compare.energies import Distance, relative
 from mergetool.recipe.steps import Input
-from mergetool.verify import distances
 from tests.families import checkpoint
 
 
@@ -21,7 +22,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "out.safetensors", tmp_path / "parent.safetensors"
 
 
-def measured(out: Path, parent: Path) -> list[distances.Distance]:
+def measured(out: Path, parent: Path) -> list[Distance]:
     with models.open_model(str(out)) as a, models.open_model(str(parent)) as b:
         return distances.measure(Input("out", a.checkpoint, a.anatomy), Input("parent", b.checkpoint, b.anatomy))
 
@@ -32,18 +33,18 @@ def test_norms_are_numpys(pair: tuple[Path, Path]) -> None:
     whole = [name for name in found if name in out]
     assert whole
     for name in whole:
-        assert found[name].norm == pytest.approx(np.linalg.norm(parent[name]), rel=1e-6)
-        assert found[name].change == pytest.approx(np.linalg.norm(out[name] - parent[name]), rel=1e-6)
+        assert found[name].energies.base ** 0.5 == pytest.approx(np.linalg.norm(parent[name]), rel=1e-6)
+        assert found[name].energies.delta ** 0.5 == pytest.approx(np.linalg.norm(out[name] - parent[name]), rel=1e-6)
     total = sum(np.sum((out[n] - parent[n]) ** 2) for n in out) / sum(np.sum(parent[n] ** 2) for n in out)
-    assert distances.relative(list(found.values())) == pytest.approx(total**0.5, rel=1e-6)
+    assert relative(list(found.values())) == pytest.approx(total**0.5, rel=1e-6)
 
 
 def test_a_group_is_measured_alone(pair: tuple[Path, Path]) -> None:
     found = measured(*pair)
-    refiner = distances.relative(found, lambda d: "refiner" in d.groups)
+    refiner = relative(found, lambda d: "refiner" in d.groups)
     assert refiner > 0
-    assert refiner == distances.relative([d for d in found if "refiner" in d.name])
+    assert refiner == relative([d for d in found if "refiner" in d.name])
 
 
 def test_a_model_is_at_distance_zero_from_itself(pair: tuple[Path, Path]) -> None:
-    assert distances.relative(measured(pair[0], pair[0])) == 0.0
+    assert relative(measured(pair[0], pair[0])) == 0.0

@@ -6,7 +6,7 @@ a delta has below its low-rank part (rounding noise), it lost a third of the ene
 wide blocks lost after nine passes; and since it keeps its blocks, they can be narrow, which is what makes a pass cheap.
 
 Nothing here is a certificate. The products may be BF16; whoever uses the directions projects onto them once
-more in float32 and states that energy (see svd.py).
+more in float32 and states that energy (see lora.svd).
 """
 
 from __future__ import annotations

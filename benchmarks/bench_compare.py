@@ -1,0 +1,140 @@
+"""Comparing two checkpoints, against reading them once and doing nothing else.
+
+    python -m benchmarks.bench_compare --dir DIR [--size full] [--runs 3]
+
+Takes turbo and deturbo of the family in DIR, and makes them if there are none. The read and `mergetool compare` run once a round, in
+turn, the page cache emptied before each: the read is the fastest of the strategies that `benchmarks.ceiling` knows, chosen on the files
+themselves, and a second one is the positioned-read loop that compare itself has, with its threads. Prints medians, ratios to both and
+memory, and appends them to benchmarks/results.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import ceiling, provenance
+from benchmarks.contenders import console_script
+from benchmarks.measure import Usage, measure
+from mergetool import models
+from mergetool.engine.jobs import CHUNK
+from mergetool.engine.memory import default_threads
+from mergetool.engine.reading import PositionedFetcher, too_large
+
+MEMBERS = ("turbo", "deturbo")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make what is missing, run the rounds, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True, help="holds the models")
+    parser.add_argument("--size", choices=("tiny", "small", "medium", "full"), default="full", help="of models to make")
+    parser.add_argument("--runs", type=int, default=3, help="rounds")
+    parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="the table to append to")
+    options = parser.parse_args(arguments)
+    provenance.commit()
+    folder: Path = options.dir.resolve()
+    paths = [folder / f"{name}.safetensors" for name in MEMBERS]
+    if not all(path.exists() for path in paths):
+        command = [sys.executable, "-m", "benchmarks.generate", "family", folder, "--size", options.size, "--overwrite"]
+        subprocess.run(command, check=True, cwd=ROOT)
+    strategy = fastest(paths)
+    contenders: dict[str, Callable[[], Usage]] = {
+        "read": lambda: Usage(seconds=ceiling.read(paths, strategy)),
+        "read, compare's loop": lambda: Usage(seconds=positioned(paths)),
+        "mergetool compare": lambda: compare(paths),
+    }
+    found: dict[str, list[Usage]] = {name: [] for name in contenders}
+    cache = ""
+    for number in range(options.runs):
+        for name, run in contenders.items():
+            cache = ceiling.drop_caches(paths)
+            found[name].append(run())
+            print(f"round {number + 1}: {name} {found[name][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+    seconds = {name: [usage.seconds for usage in usages] for name, usages in found.items()}
+    ours = found["mergetool compare"]
+    for name in list(contenders)[:2]:
+        print(f"compare / {name}: {provenance.median_ratio(seconds['mergetool compare'], seconds[name]):.2f}")
+    anon = max(usage.peak_anon for usage in ours) / 1e6
+    print(f"{anon:.0f} MB anonymous memory")
+    size = sum(path.stat().st_size for path in paths)
+    case = f"{provenance.size_name(paths[0])} pair"
+    configs = {
+        "read": {"read": str(strategy)},
+        "read, compare's loop": {"read": f"{default_threads()} threads x 1 MiB, positioned"},
+    }
+    rows = [
+        provenance.Result(
+            "compare", case, name, "seconds", seconds[name], "s", ratio_to=reference,
+            ratio=provenance.median_ratio(seconds[name], seconds[reference]), cache=cache, bytes_read=size,
+            peak_anon_mb=anon if name == "mergetool compare" else None, config=configs.get(name, {}),
+        )
+        for name, reference in [*((each, "read") for each in contenders), ("mergetool compare", "read, compare's loop")]
+    ]  # fmt: skip
+    provenance.append(rows, folder=folder, path=options.results)
+
+
+def fastest(paths: Sequence[Path]) -> ceiling.Strategy:
+    """The strategy that reads the first gigabyte of each file in the least time, of two tries each."""
+    seconds = {}
+    for strategy in ceiling.STRATEGIES:
+        if not strategy.direct_write:  # the same reads as with cached writes
+            tries = []
+            for _ in range(2):
+                ceiling.drop_caches(paths)
+                tries.append(ceiling.read(paths, strategy, limit=ceiling.PROBE_BYTES))
+            seconds[strategy] = min(tries)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def positioned(paths: Sequence[Path]) -> float:
+    """Seconds to read the tensors of both files as compare does, chunk by chunk in turn on all its threads, and nothing else."""
+    opened = [models.open_model(str(path)) for path in paths]
+    try:
+        files = [model.checkpoint.files[0] for model in opened]
+        first = min(file.size for file in files)
+        starts = iter(range(0, first, 2 * CHUNK))
+        lock = threading.Lock()
+
+        def work() -> None:
+            fetch = PositionedFetcher(forgetful=too_large(files))
+            while True:
+                with lock:
+                    start = next(starts, None)
+                if start is None:
+                    return
+                for slot, file in enumerate(files):
+                    size = min(2 * CHUNK, file.size - start)
+                    fetch.fetch(slot, file, start, size)
+                    fetch.release(file, start, size)
+
+        begin = time.perf_counter()
+        pool = [threading.Thread(target=work) for _ in range(default_threads())]
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+        return time.perf_counter() - begin
+    finally:
+        for model in opened:
+            model.checkpoint.close()
+
+
+def compare(paths: Sequence[Path]) -> Usage:
+    """One run of the console script; RuntimeError with its words when it fails."""
+    command: list[str | Path] = [console_script(), "compare", *paths, "--json"]
+    usage = measure(command, env={**os.environ, "MERGETOOL_CONFIG_DIR": str(paths[0].parent / "no-config")})
+    if usage.exit_code != 0:
+        raise RuntimeError(usage.output[-2000:])
+    return usage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Merge methods: the list and the table of docs/methods.md, from the register and from the comparisons with mergekit and sd-mecha.
+
+    python -m benchmarks.peers_parity
+
+What is compared is in tests/methods/parity, where tests hold every line of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.bench_rounding import write_page
+from mergetool.methods import Method, methods
+from tests.methods.parity.case import Case
+from tests.methods.parity.cases import CASES
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+
+
+def method_lines() -> list[str]:
+    """Every registered method: how it is called, what it does, its formula, source and parameters."""
+    return [line for method in methods().values() for line in ("", *_method(method))]
+
+
+def _method(method: Method) -> list[str]:
+    lines = [f"### {method.name}", "", f"`{method.signature}`", "", method.summary, ""]
+    lines += [f"- Formula: `{method.formula}`", f"- Source: {method.source}"]
+    return [*lines, *(f"- `{p.name}`: {p.text}; {p.wanted()}, {p.shown} if left out" for p in method.parameters)]
+
+
+def parity_lines(differences: Sequence[float]) -> list[str]:
+    """The table, with the largest difference of each of CASES."""
+    lines = ["| method | against | largest difference | why |", "| --- | --- | ---: | --- |"]
+    return lines + [_row(case, found) for case, found in zip(CASES, differences, strict=True)]
+
+
+def _row(case: Case, difference: float) -> str:
+    ours = ", ".join(f"{name}={_shown(value)}" for name, value in case.parameters.items())
+    return f"| {case.method}({ours}) | {case.theirs.peer} {case.theirs.text} | {difference:.0e} | {case.why or 'rounding'} |"
+
+
+def _shown(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write both into the page."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)  # fmt: skip
+    write_page("methods", method_lines(), PAGE)
+    peers = " and ".join(f"{name} {version(name)}" for name in ("mergekit", "sd-mecha"))
+    note = f"<sub>{peers} from PyPI. Written by `python -m benchmarks.peers_parity`.</sub>"
+    write_page("parity", [*parity_lines([case.largest_difference() for case in CASES]), "", note], PAGE)
+
+
+if __name__ == "__main__":
+    main()

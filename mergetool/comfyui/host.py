@@ -1,0 +1,112 @@
+"""What ComfyUI offers to nodes, and what stands for it where ComfyUI is not running.
+
+ComfyUI has imported ``folder_paths``, ``comfy.utils`` and ``comfy.model_management`` before it loads a custom node; they are taken from
+there and never imported, since other packages may have the same names.
+"""
+
+from __future__ import annotations
+
+import ntpath
+import posixpath
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
+
+MODELS = "diffusion_models"
+LORAS = "loras"
+OUTPUT = "output"
+
+_READ = (".safetensors", ".sft", ".gguf")
+
+
+def files_input(kind: str) -> tuple[Any, dict[str, Any]]:
+    """The type of an input that names a file in ComfyUI's folders of a kind: a list to choose from, or text without ComfyUI."""
+    folders = sys.modules.get("folder_paths")
+    if folders is None:
+        return "STRING", {"default": ""}
+    return [name for name in folders.get_filename_list(kind) if name.lower().endswith(_READ)], {}
+
+
+def file(kind: str, name: str) -> Path:
+    """The path of a file as ``files_input`` names it. Raises InputMissing."""
+    folders = sys.modules.get("folder_paths")
+    path = folders.get_full_path(kind, name) if folders is not None else name
+    if not path:
+        raise InputMissing(
+            f'"{name}" is in none of ComfyUI\'s folders for {kind}; reload the page to see which files there are.'
+        )
+    return Path(path)
+
+
+def target(kind: str, name: str, suffix: str = ".safetensors") -> Path:
+    """Where a file called ``name`` is written: in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
+
+    Raises UsageError for a name that leads out of that folder: workflows come from strangers.
+    """
+    parts = name.replace("\\", "/").split("/")
+    leads_out = posixpath.isabs(name) or ntpath.isabs(name) or bool(ntpath.splitdrive(name)[0])
+    if leads_out or ".." in parts or not name.isprintable() or not parts[-1].strip(". "):
+        raise UsageError(
+            f"{quoted(name)} is not a name inside one of ComfyUI's folders; give one such as merged.safetensors or styles/merged.safetensors."
+        )
+    path = _folder(kind) / "/".join(parts)
+    return path if path.suffix == suffix else path.with_name(path.name + suffix)
+
+
+def first_error(*checks: Callable[[], object]) -> Literal[True] | str:
+    """True when no check raises a MergetoolError, else its sentence: what VALIDATE_INPUTS answers."""
+    try:
+        for check in checks:
+            check()
+    except MergetoolError as error:
+        return str(error)
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """The folder that a target is in, with those above it. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f'the folder "{path.parent}" cannot be made ({error.strerror}); choose another name.'
+        ) from None
+
+
+def progress() -> Callable[[int, int], None]:
+    """A function of what is done and the total, which moves ComfyUI's progress bar and raises when the user pressed cancel."""
+    utils, management = sys.modules.get("comfy.utils"), sys.modules.get("comfy.model_management")
+    bar = utils.ProgressBar(1) if utils is not None else None
+
+    def report(done: int, total: int) -> None:
+        if bar is not None:
+            bar.update_absolute(done, total)
+        if management is not None:
+            management.throw_exception_if_processing_interrupted()
+
+    return report
+
+
+@contextmanager
+def own_tensors() -> Iterator[None]:
+    """ComfyUI runs nodes in torch's inference mode, whose tensors other threads may not write to; within the block it is off."""
+    import torch
+
+    with torch.inference_mode(False):
+        yield
+
+
+def _folder(kind: str) -> Path:
+    folders = sys.modules.get("folder_paths")
+    if folders is None:
+        return Path()
+    if kind == OUTPUT:
+        return Path(folders.get_output_directory())
+    places = [Path(place) for place in folders.get_folder_paths(kind)]
+    # "diffusion_models" is also read from models/unet, which comes first and is the old name.
+    return next((place for place in places if place.name == kind), places[0])

@@ -1,0 +1,241 @@
+"""Nodes that write files: complete or not at all, in ComfyUI's folders, over nothing that exists unless asked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.comfyui import host, links
+from mergetool.comfyui.sources import CATEGORY
+from mergetool.errors import LineageError, MergetoolError
+from mergetool.ops.rounding import MODES
+from mergetool.recipe.graph import quote
+from mergetool.recipe.groups import parse_setting
+from mergetool.recipe.options import Options
+
+if TYPE_CHECKING:
+    from mergetool.lora.extract import Extraction
+    from mergetool.recipe.groups import Setting
+    from mergetool.recipe.plan import Plan
+
+FIRST = "as the first model"
+PLAIN = "none"
+DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e5m2")
+LAYOUTS = ("comfyui", "diffusers")
+QUANTS = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
+LARGEST_SEED = 2**53 - 1  # JavaScript's numbers are exact up to here
+OVERWRITE = ("BOOLEAN", {"default": False, "tooltip": "Replace an existing file of that name."})
+
+
+class Save:
+    """A merge, streamed into a checkpoint."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Merge and write a checkpoint, in one pass over the files. A file that was made of the same inputs in the same way is left as it is."
+    RETURN_TYPES = (links.MODEL, "STRING", "STRING")
+    RETURN_NAMES = ("model", "path", "report")
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """What to merge, where to and in which form."""
+        protect = "Take the refiners bit for bit from the first model. Turn it off for architectures that have none."
+        groups = "GROUP=MULT, one a line, as --set takes them: layers=linear(0.2,1)"
+        return {
+            "required": {
+                "model": (links.MODEL, {}),
+                "name": ("STRING", {"default": "mergetool/merged.safetensors"}),
+                "folder": ([host.MODELS, host.OUTPUT], {}),
+                "protect_refiner": ("BOOLEAN", {"default": True, "tooltip": protect}),
+                "dtype": ([FIRST, *DTYPES], {}),
+                "quant": ([PLAIN, *QUANTS], {"tooltip": "Container of the large matrices."}),
+                "layout": ([FIRST, *LAYOUTS], {}),
+                "rounding": (list(MODES), {}),
+                # Called seed, ComfyUI's page would draw a new one after every run.
+                "rounding_seed": ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "tooltip": "Of stochastic."}),
+                "overwrite": OVERWRITE,
+                "force": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Merge models that do not look as if they belong together."},
+                ),
+            },
+            "optional": {"groups": ("STRING", {"default": "", "multiline": True, "tooltip": groups})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, name: str | None, groups: str | None = None) -> Literal[True] | str:  # noqa: N802
+        """True, or what is wrong with a name or a group, before anything runs; what is linked is None and not known yet."""
+        return host.first_error(
+            lambda: host.target(host.OUTPUT, "later" if name is None else name), lambda: _settings(groups or "")
+        )
+
+    @classmethod
+    def IS_CHANGED(cls, name: str, folder: str, **_: Any) -> float | str:  # noqa: N802
+        """Never the same while the file is not there, so that one that was deleted is made again."""
+        return "there" if host.target(folder, name).exists() else float("nan")
+
+    def save(
+        self,
+        model: str,
+        name: str,
+        folder: str,
+        protect_refiner: bool,
+        dtype: str,
+        quant: str,
+        layout: str,
+        rounding: Any,
+        rounding_seed: int,
+        overwrite: bool,
+        force: bool,
+        groups: str = "",
+    ) -> dict[str, Any]:
+        """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
+        from mergetool.engine import job
+
+        options = Options(
+            protect=("refiner",) if protect_refiner else (),
+            multipliers=_settings(groups),
+            dtype=None if dtype == FIRST else job.output_dtype(dtype),
+            layout=None if layout == FIRST else layout,
+            quant=None if quant == PLAIN else quant,
+            rounding=rounding,
+            seed=rounding_seed if rounding == "stochastic" else 0,
+        )
+        path = host.target(folder, name)
+        with host.own_tensors(), job.open_merge(model, options) as plan:
+            if _is_made(plan, path):
+                report = f"{path} was already made of this"
+            else:
+                advice = _advice(plan, force)
+                report = "\n".join([_write(plan, path, overwrite), *advice])
+        return {"ui": {"text": [report]}, "result": (quote(str(path.absolute())), str(path), report)}
+
+
+class ExtractLora:
+    """The difference of two checkpoints as a LoRA."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "variant - base as a LoRA. Both are files: link a merge through Save first."
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("path", "report")
+    FUNCTION = "extract"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """Two models, and how much of their difference to keep."""
+        share = "Share of every matrix's energy to keep; --rank-thresh of mergetool diff."
+        return {
+            "required": {
+                "base": (links.MODEL, {}),
+                "variant": (links.MODEL, {}),
+                "name": ("STRING", {"default": "mergetool/difference.safetensors"}),
+                "folder": ([host.LORAS, host.OUTPUT], {}),
+                "rank_thresh": ("FLOAT", {"default": 0.995, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": share}),
+                "rank_max": ("INT", {"default": 64, "min": 1, "max": 4096}),
+                "exclude": ("STRING", {"default": "refiner", "tooltip": "Groups or patterns, separated by spaces."}),
+                "dtype": (["bf16", "fp16", "fp32"], {}),
+                "overwrite": OVERWRITE,
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, name: str | None) -> Literal[True] | str:  # noqa: N802
+        """True, or what is wrong with the name, before anything runs; None is a linked one, not known yet."""
+        return host.first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
+
+    def extract(
+        self,
+        base: str,
+        variant: str,
+        name: str,
+        folder: str,
+        rank_thresh: float,
+        rank_max: int,
+        exclude: str,
+        dtype: Any,
+        overwrite: bool,
+    ) -> dict[str, Any]:
+        """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
+        from mergetool import api
+
+        path = host.target(folder, name)
+        host.make_folder(path)
+        started = time.monotonic()
+        with host.own_tensors():
+            found = api.diff(
+                links.one_model(base, "a LoRA's base"),
+                links.one_model(variant, "the model that a LoRA is taken of"),
+                path,
+                rank_thresh=rank_thresh,
+                rank_max=rank_max,
+                exclude=exclude.split(),
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=host.progress(),
+            )
+        report = f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
+        return {"ui": {"text": [report]}, "result": (str(path), report)}
+
+
+def _settings(groups: str) -> tuple[Setting, ...]:
+    return tuple(parse_setting(line) for line in groups.splitlines() if line.strip())
+
+
+def _is_made(plan: Plan, path: Path) -> bool:
+    """Whether the file at ``path`` was written by this version for the same expression, options and inputs; its metadata says so."""
+    if not path.exists():
+        return False
+    try:
+        with Checkpoint.open(path) as there:
+            found = {name: (info.dtype, info.shape) for name, info in there.tensors.items()}
+            wanted = {name: (info.dtype, info.shape) for name, info in plan.header.tensors.items()}
+            return found == wanted and dict(there.metadata) == dict(plan.header.metadata)
+    except MergetoolError:
+        return False
+
+
+def _advice(plan: Plan, force: bool) -> list[str]:
+    """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
+    from mergetool.compare import lineage
+
+    findings = lineage.check(plan)
+    for finding in findings:
+        if finding.is_error and not force:
+            raise LineageError(f"{finding.text}; turn on force to merge anyway.")
+    return [f"{finding.level}: {finding.text}" for finding in findings]
+
+
+def _write(plan: Plan, path: Path, overwrite: bool) -> str:
+    from mergetool.engine import device as devices
+    from mergetool.engine import job
+
+    started, done = time.monotonic(), 0
+    report, total = host.progress(), plan.bytes_read + plan.header.data_size
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    host.make_folder(path)
+    device = devices.choose("auto", work=plan.bytes_read, memory=0)
+    outcome = job.run_merge(plan, path, overwrite=overwrite, device=device, progress=advance)
+    movement = outcome.movements.total
+    lines = [
+        f"{path}: {plan.header.file_size / 1e9:.3g} GB, {time.monotonic() - started:.1f} s",
+        str(plan.expression.graph),
+        ", ".join(f"{len(names)} {reason}" for reason, names in plan.reasons().items()),
+    ]
+    if movement.moved:
+        lines.append(f"{100 * movement.projection:.1f} % of the delta came through rounding")
+    return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _kept(found: Extraction) -> float:
+    """The share of the decomposed matrices' energy that is in the LoRA."""
+    total = sum(layer.total for layer in found.layers)
+    return sum(layer.energy * layer.total for layer in found.layers) / total if total else 1.0

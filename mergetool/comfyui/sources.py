@@ -1,0 +1,70 @@
+"""Nodes that name a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mergetool import models
+from mergetool.comfyui import host, links
+from mergetool.recipe.graph import quote
+
+CATEGORY = "mergetool"
+
+
+class ModelFile:
+    """A checkpoint in ComfyUI's folder of diffusion models."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "A checkpoint in ComfyUI's folder of diffusion models. It is read while something is saved, never loaded whole."
+    )
+    RETURN_TYPES = (links.MODEL,)
+    RETURN_NAMES = ("model",)
+    FUNCTION = "name"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """The file."""
+        return {"required": {"file": host.files_input(host.MODELS)}}
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> str:  # noqa: N802
+        """The content's fingerprint, sizes and times: another file under the same name is another input."""
+        return state(str(host.file(host.MODELS, file)))
+
+    def name(self, file: str) -> tuple[str]:
+        """The file as an expression."""
+        return (quote(str(host.file(host.MODELS, file).absolute())),)
+
+
+class NamedModel:
+    """A model as on the command line: a registered name, a path, hf:// or lab.NAME."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "A model as mergetool's command line names it: a registered name, a path of a file or folder, hf://org/repo, or lab.NAME."
+    RETURN_TYPES = (links.MODEL,)
+    RETURN_NAMES = ("model",)
+    FUNCTION = "name"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """The name."""
+        return {"required": {"model": ("STRING", {"default": "lab.base"})}}
+
+    @classmethod
+    def IS_CHANGED(cls, model: str) -> str:  # noqa: N802
+        """As of a file."""
+        return state(model.strip())
+
+    def name(self, model: str) -> tuple[str]:
+        """The model as an expression."""
+        return (quote(models.resolve(model.strip()).name),)
+
+
+def state(model: str) -> str:
+    """What changes when the content of ``model`` does. Raises what opening it raises."""
+    with models.open_model(model, names_only=True) as opened:
+        stats = [os.stat(file.path) for file in opened.checkpoint.files]
+        times = [f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats]
+        return " ".join([opened.checkpoint.fingerprint(), *times])

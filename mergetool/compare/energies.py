@@ -1,0 +1,94 @@
+"""Sums of squares over two models and their difference, and what follows from them: distances, cosines, multipliers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from mergetool.quant.encoding import Floats
+
+RUN = 1024
+"""Products that are added up in float32; further sums are in float64, so an energy is within 1e-6 of its float64 value."""
+
+_SAFE = 1e-30, 1e30  # outside, squares of float32 may have vanished or overflowed
+
+
+@dataclass(frozen=True, slots=True)
+class Energies:
+    """Sums over ``elements``: of the squares of base, variant, delta = variant - base, of the model that the delta is added to, and
+    of a reference delta; ``shared`` is the sum of delta * reference delta."""
+
+    elements: int = 0
+    base: float = 0.0
+    variant: float = 0.0
+    delta: float = 0.0
+    onto: float = 0.0
+    reference: float = 0.0
+    shared: float = 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[Energies]) -> Energies:
+        """The sums over all, correctly rounded, so that they depend on no order."""
+        found = list(parts)
+        names = [each.name for each in fields(cls)][1:]
+        return cls(
+            sum(part.elements for part in found), *(math.fsum(getattr(part, name) for part in found) for name in names)
+        )
+
+    @property
+    def distance(self) -> float:
+        """||delta|| / ||base||; 0 where nothing changed, infinite where something became of zeros."""
+        return _ratio(self.delta, self.base)
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine between delta and reference delta; None where one of them is zero."""
+        size = math.sqrt(self.delta) * math.sqrt(self.reference)
+        return self.shared / size if size else None
+
+    @property
+    def to_reference(self) -> float | None:
+        """The m that makes ||m * delta|| that of the reference delta; None where one of them is zero."""
+        return math.sqrt(self.reference / self.delta) if self.delta and self.reference else None
+
+    def to_change(self, share: float) -> float | None:
+        """The m that makes ||m * delta|| ``share`` of the norm of what it is added to; None where one of them is zero."""
+        return share * math.sqrt(self.onto / self.delta) if self.delta and self.onto else None
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """One parameter under its canonical name, with its sums."""
+
+    name: str
+    groups: frozenset[str]
+    energies: Energies
+
+
+def relative(found: Sequence[Distance], wanted: Callable[[Distance], bool] = lambda _: True) -> float:
+    """The norm of the delta over that of the base, over the parts ``wanted``; 0 where there are none."""
+    return Energies.total(one.energies for one in found if wanted(one)).distance
+
+
+def energy(values: Floats) -> float:
+    """The sum of the squares of a vector; not finite when one of its elements is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = dot(values, values)
+        if _SAFE[0] < found < _SAFE[1] or (found == 0 and not values.any()):
+            return found
+        wide = values.astype(np.float64)
+        return float(wide @ wide)
+
+
+def dot(a: Floats, b: Floats) -> float:
+    """The dot product of two vectors, in runs of `RUN`."""
+    whole = len(a) // RUN * RUN
+    runs = np.vecdot(a[:whole].reshape(-1, RUN), b[:whole].reshape(-1, RUN)).sum(dtype=np.float64)
+    return float(runs + np.dot(a[whole:], b[whole:]))
+
+
+def _ratio(of: float, to: float) -> float:
+    return math.sqrt(of / to) if to else 0.0 if not of else math.inf

@@ -1,0 +1,48 @@
+"""What the HTML pages have in common: one self-contained file each, for a phone or a printer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from mergetool.checkpoint.files import write_file
+from mergetool.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading over each column, then rows of text; the first column is a name, the others are numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def template(package: str, name: str) -> jinja2.Template:
+    """A template of a room, which may include "style.css" and import `table` from "table.html.j2"."""
+
+    def load(wanted: str) -> str:
+        place = package if wanted == name else __package__
+        return resources.files(place).joinpath("templates", wanted).read_text()
+
+    loader = jinja2.FunctionLoader(load)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=loader)
+    return environment.get_template(name)
+
+
+def require_target(path: Path, *, overwrite: bool) -> None:
+    """Raises OutputError, before any work, when the page cannot be written there."""
+    if not path.parent.exists():
+        raise OutputError(f'the folder "{path.parent}" does not exist; make it first.')
+    if path.is_dir():
+        raise OutputError(f'"{path}" is a folder; name a file, as in --report {path}/report.html.')
+    if path.exists() and not overwrite:
+        raise OutputError(f'"{path}" exists; choose another place with --report, or replace it with --overwrite.')
+
+
+def write(path: Path, text: str) -> None:
+    """Write the page, complete or not at all."""
+    write_file(path, text.encode(), overwrite=True)

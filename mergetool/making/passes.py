@@ -1,0 +1,42 @@
+"""Which outputs of a recipe are made together: an output after those that it uses, and merges of the same models in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mergetool.recipe.file import Output
+from mergetool.recipe.schema import MergeOutput
+
+
+def passes(outputs: Sequence[Output], place: Callable[[Output], frozenset[str]]) -> list[list[Output]]:
+    """The outputs in passes, in an order in which each pass finds the outputs it uses.
+
+    Merges that can be made at the same time, have a model in common and are sharded alike are one pass; ``place`` gives the models of an
+    output. A LoRA is a pass of its own.
+    """
+    depth: dict[int, int] = {}
+    for output in outputs:  # a recipe has every output after those that it uses
+        depth[id(output)] = 1 + max((depth.get(id(used), -1) for used in output.earlier), default=-1)
+    found: list[list[Output]] = []
+    for level in range(max(depth.values(), default=-1) + 1):
+        at_level = [output for output in outputs if depth[id(output)] == level]
+        found += _joined([output for output in at_level if isinstance(output.spec, MergeOutput)], place)
+        found += [[output] for output in at_level if not isinstance(output.spec, MergeOutput)]
+    return found
+
+
+def _joined(merges: Sequence[Output], place: Callable[[Output], frozenset[str]]) -> list[list[Output]]:
+    """Merges in groups that have models in common, directly or through others of the group."""
+    groups: list[tuple[set[str], object, list[Output]]] = []
+    for output in merges:
+        assert isinstance(output.spec, MergeOutput)
+        models, shards, members = set(place(output)), output.spec.shard_size, [output]
+        apart = []
+        for group in groups:
+            if group[1] == shards and group[0] & models:
+                models |= group[0]
+                members = group[2] + members
+            else:
+                apart.append(group)
+        groups = [*apart, (models, shards, members)]
+    return [members for _, _, members in groups]

@@ -1,0 +1,88 @@
+"""Where the models and outputs of a recipe are on this disk, and what an error about one of them has to do with the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergetool import models
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import MergetoolError
+from mergetool.recipe import naming
+from mergetool.recipe.document import Node, Place
+from mergetool.recipe.file import Model, Output, Recipe
+from mergetool.recipe.graph import quote
+
+
+@dataclass(frozen=True)
+class Places:
+    """A recipe whose outputs go to ``folder``, or its only one to ``file``."""
+
+    recipe: Recipe
+    folder: Path
+    file: Path | None = None
+
+    def path(self, output: Output) -> Path:
+        """Where an output goes."""
+        return self.file if self.file is not None else self.folder / output.file
+
+    def model(self, used: Output | Model) -> str:
+        """The MODEL argument for a name: a relative path counts from the recipe's folder, unless it is a registered name."""
+        if isinstance(used, Output):
+            return str(self.path(used))
+        meaning = used.meaning
+        if meaning.startswith("lab.") or "://" in meaning or meaning in {entry.name for entry in models.listing()}:
+            return meaning
+        place = self.recipe.folder / meaning
+        # A word that is no file either: the error about registered names says more than the one about a path.
+        return meaning if not (place.exists() or "/" in meaning or "." in meaning) else str(place)
+
+    def names(self, output: Output) -> dict[str, str]:
+        """The MODEL arguments of all names that an output uses."""
+        return {name: self.model(used) for name, used in output.uses.items()}
+
+    def expression(self, output: Output) -> str:
+        """A merge's expression as `mergetool merge` takes it, every name written as its MODEL argument."""
+        assert output.written is not None
+        names = self.names(output)
+        text = output.written.text
+        by = {name: quote(names[name.name]) for name in naming.names_in(text) if name.name in names}
+        return " ".join(naming.replaced(text, by).text.split())
+
+    @contextmanager
+    def located(self, *outputs: Output) -> Iterator[None]:
+        """Put the place in the recipe in front of an error's sentence: of the model or pattern that it names, else of the output."""
+        try:
+            yield
+        except MergetoolError as error:
+            sentence = str(error)
+            if sentence.startswith(f"{self.recipe.path}:"):
+                raise
+            # Of what it has in quotes, the first is what is wrong; a name that is near comes later.
+            named = [(sentence.find(text), place) for output in outputs for text, place in self._named(output)]
+            place = min((found for found in named if found[0] >= 0), key=lambda found: found[0], default=(0, None))[1]
+            whole = outputs[0].place_of("diff" if outputs[0].expression is None else "merge")
+            raise type(error)(f"{place or whole}: {sentence}") from None
+
+    def _named(self, output: Output) -> Iterator[tuple[str, Place]]:
+        """What an error may have in quotes, and where it stands in the recipe."""
+        for used in output.uses.values():
+            if isinstance(used, Model):
+                yield quoted(self.model(used)), used.at
+        yield from _texts(output.node)
+
+
+def _texts(node: Node) -> Iterator[tuple[str, Place]]:
+    """The keys and texts below a node, in quotes, but for an expression."""
+    if isinstance(node.value, dict):
+        for key, inner in node.value.items():
+            if key != "merge":
+                yield quoted(key), node.keys[key]
+                yield from _texts(inner)
+    elif isinstance(node.value, list):
+        for inner in node.value:
+            yield from _texts(inner)
+    elif isinstance(node.value, str):
+        yield quoted(node.value), node.at

@@ -1,0 +1,414 @@
+"""A recipe file: from its bytes to the outputs it asks for, each with its variables put in, before any model is opened.
+
+    recipe = load(Path("bridge.yaml"), ["m=20"])
+    for output in recipe.outputs:
+        print(output.label, output.file)
+
+Reading the file is all that is done: nothing in it is evaluated, and no other file, environment variable or address is looked at.
+"""
+
+from __future__ import annotations
+
+import keyword
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.names import quoted, why_not_plain
+from mergetool.checkpoint.sizes import parse_size
+from mergetool.errors import RecipeError, UsageError
+from mergetool.recipe import document, naming, variables
+from mergetool.recipe.document import MAX_BYTES, Node, Place
+from mergetool.recipe.expression import Expression
+from mergetool.recipe.groups import Setting, parse_setting
+from mergetool.recipe.naming import Replaced, Variable
+from mergetool.recipe.options import Options
+from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
+from mergetool.recipe.validation import keys_of, nearest, validated
+from mergetool.recipe.variables import Variables
+
+MAX_OUTPUTS = 256
+
+_HEADING = tuple(keys_of(Heading))
+_FILE = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One file to make, with its variables put in.
+
+    ``name`` is its key, ``values`` are those of the swept variables it depends on, ``file`` its name in the output folder. ``spec`` says
+    what it is; of a merge ``expression`` is the graph over the names in the recipe. ``uses`` maps these names, and the other models that
+    the output names, to what they stand for: an earlier output, or a MODEL argument. ``node`` and ``written`` lead to places in the file.
+    """
+
+    name: str
+    values: Mapping[str, Variable]
+    file: str
+    spec: MergeOutput | LoraOutput
+    uses: Mapping[str, Output | Model]
+    node: Node
+    expression: Expression | None = None
+    written: Replaced | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with the values of a sweep: ``bridge (m=20)``."""
+        values = ", ".join(f"{name}={value.text}" for name, value in self.values.items())
+        return f"{self.name} ({values})" if values else self.name
+
+    @property
+    def earlier(self) -> tuple[Output, ...]:
+        """The outputs that have to be there first."""
+        return tuple(used for used in self.uses.values() if isinstance(used, Output))
+
+    def place_of(self, *path: str) -> Place:
+        """Where the value under these keys stands; the nearest one around it if it is not in the file."""
+        node = self.node
+        for key in path:
+            inner = node.value.get(key) if isinstance(node.value, dict) else None
+            if inner is None:
+                break
+            node = inner
+        return node.at
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a name under ``models`` stands for, or an embedded model, and where the recipe says so."""
+
+    name: str
+    meaning: str
+    at: Place
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file that was read: its models, and what it asks for, every output after those that it uses."""
+
+    path: Path
+    models: Mapping[str, Model]
+    outputs: tuple[Output, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths of models begin."""
+        return self.path.parent
+
+
+def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe at ``path``, with variables set as ``NAME=VALUE`` texts say.
+
+    Raises InputMissing where there is no file, RecipeError with line and column for all that is wrong in it, UsageError for a setting
+    of a variable that the recipe does not have.
+    """
+    with InputFile.open(path, follow_links=any_target) as file:
+        raw = file.read(0, min(file.size, MAX_BYTES + 1))
+    return read(raw, path, settings)
+
+
+def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """`load` for the bytes of a file; opens none. Raises what `load` raises but InputMissing."""
+    root = document.parse(raw, str(path))
+    return _Reader(root, path, dict(map(variables.from_option, settings))).recipe()
+
+
+def options_of(output: Output, names: Mapping[str, str]) -> Options:
+    """The options of a merge; ``names`` are the MODEL arguments that its names stand for. Raises RecipeError."""
+    spec = output.spec
+    assert isinstance(spec, MergeOutput)
+    try:
+        return Options(
+            protect=patterns(spec.protect),
+            include=patterns(spec.include),
+            exclude=patterns(spec.exclude),
+            multipliers=tuple(_multiplier(output, group, value) for group, value in (spec.set or {}).items()),
+            keep_from=names[spec.keep_from] if spec.keep_from else None,
+            dtype=dtypes.output_dtype(spec.dtype) if spec.dtype else None,
+            layout=spec.layout,
+            quant=spec.quant,
+            scale_search=spec.scale_search,
+            rounding=spec.rounding,
+            seed=spec.seed,
+        )
+    except RecipeError:
+        raise
+    except UsageError as error:
+        raise output.place_of("seed").error(str(error)) from None
+
+
+def patterns(given: str | list[str] | None) -> tuple[str, ...]:
+    """One pattern or several, as a tuple."""
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _multiplier(output: Output, group: str, value: int | Decimal | str) -> Setting:
+    try:
+        return parse_setting(f"{group}={value}")
+    except UsageError:
+        raise output.place_of("set", group).error(
+            f"{quoted(str(value))} is no multiplier that float32 can hold; write a number, as in {group}: 0.5, or a gradient over "
+            "blocks, as in layers: linear(0.2, 1.0)."
+        ) from None
+
+
+@dataclass
+class _Reader:
+    root: Node
+    path: Path
+    set_: Mapping[str, Variable]
+    models: dict[str, Model] = field(default_factory=dict)
+    made: dict[str, list[Output]] = field(default_factory=dict)
+    depends: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def recipe(self) -> Recipe:
+        several = "outputs" in self._keys
+        validated(Heading, self._part(self.root, inside=True))
+        self.models = {name: Model(name, str(n.value), n.at) for name, n in self._heading("models").items()}
+        self.variables = self._variables()
+        nodes = self._several() if several else self._single()
+        self._check_names(nodes)
+        for name, node in nodes.items():
+            self.depends[name] = self._depends(name, node)
+            self.made[name] = list(self._instances(name, node, later=list(nodes)[len(self.made) :]))
+        outputs = tuple(output for made in self.made.values() for output in made)
+        self._check_files(outputs)
+        return Recipe(self.path, self.models, outputs)
+
+    @property
+    def _keys(self) -> dict[str, Node]:
+        assert isinstance(self.root.value, dict)
+        return self.root.value
+
+    def _part(self, node: Node, *, inside: bool) -> Node:
+        """The heading's keys of the root, or the others."""
+        kept = {key: value for key, value in self._keys.items() if (key in _HEADING) == inside}
+        return replace(node, value=kept)
+
+    def _heading(self, key: str) -> dict[str, Node]:
+        node = self._keys.get(key)
+        return node.value if node is not None and isinstance(node.value, dict) else {}
+
+    # --- outputs as they stand in the file -----------------------------------------------------------------------
+
+    def _several(self) -> dict[str, Node]:
+        for key in self._keys:
+            if key not in (*_HEADING, "outputs"):
+                at = self.root.keys[key]
+                if key in (*keys_of(OneMerge), *keys_of(OneLora)):
+                    raise at.error(f"{quoted(key)} belongs to an output; move it into one of those under outputs.")
+                raise at.error(f"there is no key {quoted(key)} here{nearest(key, (*_HEADING, 'outputs'))}")
+        node = self._keys["outputs"]
+        if not isinstance(node.value, dict) or not node.value:
+            raise node.at.error('"outputs" has to be a mapping of names to outputs, at least one.')
+        return node.value
+
+    def _single(self) -> dict[str, Node]:
+        return {self.path.stem: self._part(self.root, inside=False)}
+
+    def _check_names(self, nodes: Mapping[str, Node]) -> None:
+        for name, model in self.models.items():
+            if name.startswith("lab."):
+                raise self._at("models", name).error(
+                    f"{quoted(name)} is taken: lab. begins the embedded models' names."
+                )
+            if not model.meaning.isprintable() or not model.meaning.strip():
+                raise model.at.error(f"{quoted(name)} has no path, address or name of a model.")
+        if "outputs" in self._keys:
+            for name in nodes:
+                at = self._keys["outputs"].keys[name]
+                reason = why_not_plain(name, "")
+                if reason or name.startswith((".", "lab.")) or name in self.models or name in self.variables.names:
+                    taken = reason or ("it is taken" if not name.startswith(".") else "it begins with a dot")
+                    raise at.error(f"an output cannot be named {quoted(name)}, because {taken}; give it another name.")
+        for section in ("variables", "sweep"):
+            for name in self._heading(section):
+                if name in self.models or keyword.iskeyword(name) or name == "lora":
+                    raise self._at(section, name).error(
+                        f"a variable cannot be named {quoted(name)}, which means something else in an expression."
+                    )
+
+    def _at(self, section: str, key: str) -> Place:
+        return self._keys[section].keys[key]
+
+    def _variables(self) -> Variables:
+        single = {name: variables.variable(node) for name, node in self._heading("variables").items()}
+        swept = {}
+        for name, node in self._heading("sweep").items():
+            if name in single:
+                raise self._at("sweep", name).error(
+                    f"{quoted(name)} is under variables too; leave it out in one place."
+                )
+            assert isinstance(node.value, list)
+            swept[name] = [variables.variable(value) for value in node.value]
+            texts = [value.text for value in swept[name]]
+            for text, value in zip(texts, node.value, strict=True):
+                if texts.count(text) > 1:
+                    raise value.at.error(f"the value {text} stands more than once in this sweep; leave one out.")
+        for name, given in self.set_.items():
+            if name not in {*single, *swept}:
+                raise UsageError(
+                    f"--var sets {quoted(name)}, which {self.path} does not have{nearest(name, {*single, *swept})}"
+                )
+            swept.pop(name, None)
+            single[name] = given
+        return Variables(single, swept)
+
+    # --- outputs with their variables put in -----------------------------------------------------------------------
+
+    def _depends(self, name: str, node: Node) -> tuple[str, ...]:
+        """The swept variables that an output depends on, by itself or through the outputs it may use."""
+        used: set[str] = set()
+        named = set(_leaves(node))
+        for key, part in self._parts(node):
+            if key == "merge" and isinstance(part.value, str):
+                named |= (words := {found.name for found in naming.names_in(part.value)})
+                used |= words & self.variables.names
+            else:
+                used |= set(variables.names_in_braces(part)) & self.variables.names
+        for variable in used:
+            named |= {value.text for value in self.variables.values(variable)}
+        for earlier in named & set(self.depends):
+            used |= set(self.depends[earlier])
+        return tuple(swept for swept in self.variables.swept if swept in used)
+
+    @staticmethod
+    def _parts(node: Node) -> Iterator[tuple[str, Node]]:
+        if isinstance(node.value, dict):
+            yield from node.value.items()
+
+    def _instances(self, name: str, node: Node, *, later: Sequence[str]) -> Iterator[Output]:
+        if not isinstance(node.value, dict):
+            raise node.at.error(f"{quoted(name)} has to be a mapping with merge or diff in it.")
+        kinds = [key for key in ("merge", "diff") if key in node.value]
+        if len(kinds) != 1:
+            said = "both merge and diff" if kinds else "neither merge nor diff"
+            known = {*keys_of(MergeOutput), *keys_of(LoraOutput), *(_HEADING if "outputs" not in self._keys else ())}
+            strange = next((key for key in node.value if key not in known), None)
+            if strange is not None and not kinds:
+                raise node.keys[strange].error(f"there is no key {quoted(strange)} here{nearest(strange, known)}")
+            raise node.at.error(f"this output has {said}; it needs one of them.")
+        before = sum(map(len, self.made.values()))
+        for number, values in enumerate(self.variables.combinations(self.depends[name]), 1):
+            if before + number > MAX_OUTPUTS:
+                raise node.at.error(f"the recipe makes more than {MAX_OUTPUTS} outputs; sweep over fewer values.")
+            yield self._instance(name, node, values, kinds[0], later)
+
+    def _instance(
+        self, name: str, node: Node, values: Mapping[str, Variable], kind: str, later: Sequence[str]
+    ) -> Output:
+        known = {**self.variables.single, **values}
+        assert isinstance(node.value, dict)
+        expression = node.value.get("merge")
+        rest = replace(node, value={key: inner for key, inner in node.value.items() if key != "merge"})
+        whole = variables.filled(rest, known)
+        assert isinstance(whole.value, dict)
+        if expression is not None:
+            whole = replace(whole, value={"merge": expression, **whole.value})
+        beside = () if "outputs" in self._keys else _HEADING
+        spec = validated(MergeOutput, whole, beside) if kind == "merge" else validated(LoraOutput, whole, beside)
+        # Of an output with other swept values than these there is none to use: it would have made this one depend on them too.
+        earlier = {
+            output.name: output
+            for made in self.made.values()
+            for output in made
+            if all(values.get(swept) == value for swept, value in output.values.items())
+        }
+        _check_size(whole, spec)
+        output = Output(name, values, self._file(name, whole, values, spec), spec, {}, whole)
+        if isinstance(spec, LoraOutput):
+            return replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
+        assert expression is not None
+        written = naming.with_variables(expression, known)
+        parsed = naming.read(expression, written, {*self.models, *earlier}, later, known)
+        uses = {
+            model: self._meaning(model, earlier) or Model(model, model, expression.at)
+            for model in (*parsed.models, *parsed.loras)
+        }
+        uses |= self._named(output, earlier, _models_of_merge(spec))
+        done = replace(output, uses=uses, expression=parsed, written=written)
+        options_of(done, {name: name for name in uses})  # what contradicts itself is said before any file is looked for
+        return done
+
+    def _meaning(self, name: str, earlier: Mapping[str, Output]) -> Output | Model | None:
+        return earlier.get(name) or self.models.get(name)
+
+    def _named(
+        self, output: Output, earlier: Mapping[str, Output], names: Sequence[tuple[tuple[str, ...], str]]
+    ) -> dict[str, Output | Model]:
+        found: dict[str, Output | Model] = {}
+        for path, name in names:
+            meaning = self._meaning(name, earlier)
+            if meaning is None and not name.startswith("lab."):
+                raise output.place_of(*path).error(
+                    f"{quoted(name)} is no model or earlier output of this recipe{nearest(name, {*self.models, *earlier})}"
+                )
+            found[name] = meaning or Model(name, name, output.place_of(*path))
+        return found
+
+    def _file(self, name: str, node: Node, values: Mapping[str, Variable], spec: MergeOutput | LoraOutput) -> str:
+        shards = isinstance(spec, MergeOutput) and spec.shard_size is not None
+        file = spec.output
+        if file is None:
+            file = "-".join([name, *(value.text for value in values.values())]) + ("" if shards else _FILE)
+        inner = node.value.get("output") if isinstance(node.value, dict) else None
+        at = inner.at if inner is not None else node.at
+        reason = why_not_plain(file, "")
+        if reason or file.startswith(".") or "{" in file or "}" in file:
+            reason = reason or (
+                "it begins with a dot" if file.startswith(".") else "braces stand around a variable only"
+            )
+            raise at.error(f"an output cannot be called {quoted(file)}, because {reason}; -o says the folder.")
+        if isinstance(spec, LoraOutput) and not file.endswith(_FILE):
+            raise at.error(f"a LoRA is one file: call it {quoted(file + _FILE)}.")
+        if shards and file.endswith(_FILE):
+            raise at.error(f"{quoted(file)} is one file, but shards need a folder; leave out {_FILE} or shard_size.")
+        return file
+
+    def _check_files(self, outputs: Sequence[Output]) -> None:
+        seen: dict[str, Output] = {}
+        for output in outputs:
+            same = unicodedata.normalize("NFC", output.file).casefold()
+            if same in seen:
+                hint = ", ".join(f"{{{name}}}" for name in output.values) or "another name"
+                raise output.place_of("output").error(
+                    f"{output.label} and {seen[same].label} would both be written to {quoted(output.file)}; "
+                    f"put {hint} into its name."
+                )
+            seen[same] = output
+
+
+def _check_size(node: Node, spec: MergeOutput | LoraOutput) -> None:
+    place = Output("", {}, "", spec, {}, node).place_of
+    size = spec.shard_size if isinstance(spec, MergeOutput) else spec.diff.budget
+    if isinstance(size, str):
+        try:
+            parse_size(size)
+        except UsageError as error:
+            raise place(*(("shard_size",) if isinstance(spec, MergeOutput) else ("diff", "budget"))).error(
+                str(error)
+            ) from None
+
+
+def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:
+    found: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
+    if isinstance(spec.verify, Pictures):
+        found += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
+    return [(path, name) for path, name in found if name]
+
+
+def _models_of_diff(spec: LoraOutput) -> list[tuple[tuple[str, ...], str]]:
+    found = [(("diff", key), getattr(spec.diff, key)) for key in ("base", "variant", "variant2")]
+    return [(path, name) for path, name in found if name]
+
+
+def _leaves(node: Node) -> Iterator[str]:
+    if isinstance(node.value, dict | list):
+        for inner in node.value.values() if isinstance(node.value, dict) else node.value:
+            yield from _leaves(inner)
+    elif isinstance(node.value, str):
+        yield node.value

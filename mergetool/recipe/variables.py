@@ -1,0 +1,88 @@
+"""Variables of a recipe: their values, their combinations in a sweep, and ``{NAME}`` in the texts of an output."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import UsageError
+from mergetool.recipe.document import Node, Place, plain
+from mergetool.recipe.naming import Variable
+from mergetool.recipe.schema import VARIABLE
+from mergetool.recipe.validation import nearest
+
+_BRACES = re.compile(rf"\{{({VARIABLE})\}}")
+
+
+def variable(node: Node) -> Variable:
+    """A scalar's value as a variable has it."""
+    return Variable(node.typed, not isinstance(node.value, str))
+
+
+def from_option(text: str) -> tuple[str, Variable]:
+    """The name and value of ``--var NAME=VALUE``, the value read as in a file. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(VARIABLE, name.strip()) or not value.strip():
+        raise UsageError(f"--var {quoted(text)} is not NAME=VALUE, as in --var m=20.")
+    at = Place("--var", 1, len(name) + 2)
+    found = Node(plain(value.strip(), at), at, typed=value.strip())
+    if found.value is None or isinstance(found.value, bool) or not value.isprintable():
+        raise UsageError(f"--var {quoted(text)} gives neither a number nor a text.")
+    return name.strip(), variable(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """The variables that have one value, and those that a sweep gives several."""
+
+    single: Mapping[str, Variable]
+    swept: Mapping[str, Sequence[Variable]]
+
+    @property
+    def names(self) -> set[str]:
+        """Every name."""
+        return {*self.single, *self.swept}
+
+    def values(self, name: str) -> Sequence[Variable]:
+        """What a variable may be."""
+        return self.swept.get(name) or [self.single[name]]
+
+    def combinations(self, used: Sequence[str]) -> Iterator[dict[str, Variable]]:
+        """Every combination of the swept variables among ``used``, the last one changing fastest."""
+        for values in itertools.product(*(self.swept[name] for name in used)):
+            yield dict(zip(used, values, strict=True))
+
+
+def names_in_braces(node: Node) -> Iterator[str]:
+    """Every ``{NAME}`` in the texts of a node."""
+    if isinstance(node.value, dict | list):
+        for inner in node.value.values() if isinstance(node.value, dict) else node.value:
+            yield from names_in_braces(inner)
+    elif isinstance(node.value, str):
+        yield from _BRACES.findall(node.value)
+
+
+def filled(node: Node, variables: Mapping[str, Variable]) -> Node:
+    """``node`` with the values of the variables in its texts; a text that is one ``{NAME}`` alone becomes the value itself.
+
+    Raises RecipeError at the first name that is no variable.
+    """
+    if isinstance(node.value, dict):
+        return replace(node, value={key: filled(inner, variables) for key, inner in node.value.items()})
+    if isinstance(node.value, list):
+        return replace(node, value=[filled(inner, variables) for inner in node.value])
+    if not isinstance(node.value, str) or not _BRACES.search(node.value):
+        return node
+    for found in _BRACES.finditer(node.value):
+        if found[1] not in variables:
+            at = node.place_of(found.start(1))
+            raise at.error(f"{quoted(found[1])} is no variable of this recipe{nearest(found[1], variables)}")
+    alone = _BRACES.fullmatch(node.value)
+    if alone and variables[alone[1]].is_number:
+        typed = variables[alone[1]].text
+        return replace(node, value=plain(typed, node.at), typed=typed, places=())
+    text = _BRACES.sub(lambda found: variables[found[1]].text, node.value)
+    return replace(node, value=text, typed=text, places=())
