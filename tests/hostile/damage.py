@@ -80,7 +80,8 @@ class Output:
 
     def dropped(self, dice: random.Random) -> bytes:
         """One tensor gone, and the others moved up."""
-        return self._moved({name: name for name in self.names if name != dice.choice(self.names)} or {})
+        gone = dice.choice(self.names)
+        return self._moved({name: name for name in self.names if name != gone})
 
     def renamed(self, dice: random.Random) -> bytes:
         gone = dice.choice(self.names)
