@@ -14,6 +14,7 @@ from typing import Any
 from mergetool.engine import job
 from mergetool.errors import MergetoolError
 from mergetool.recipe.options import Options
+from mergetool.verify.replay import replay
 from mergetool.verify.weights import check_weights
 from tests.hostile.models import family
 from tests.hostile.tally import Tally
@@ -218,3 +219,11 @@ def _shards(count: int, dice: random.Random, look: Callable[[str], bool]) -> Ite
             Path("damaged", one).write_bytes(raw)
         Path("damaged", index).write_text(json.dumps(table))
         yield None if look("damaged") else f"damage of kind {kind} to shards is not found"
+
+
+def replayed(path: str) -> bool:
+    """The same by `replay`, which compares every byte of every file."""
+    try:
+        return not replay(path, threads=1).same
+    except MergetoolError:
+        return True

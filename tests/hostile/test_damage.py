@@ -13,6 +13,10 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
     damage.run(tmp_path, 2000).require(2200)
 
 
+def test_replay_finds_every_damage_too(tmp_path: Path) -> None:
+    damage.run(tmp_path, 300, look=damage.replayed).require(330)
+
+
 def test_a_check_of_names_and_sizes_only_is_caught(tmp_path: Path) -> None:
     def lax(path: str) -> bool:
         try:
