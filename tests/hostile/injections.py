@@ -92,22 +92,19 @@ def asked(folder: Path, text: str, number: int) -> list[list[str]]:
     ]  # the user's own hf:// may be fetched; a file's may not
 
 
-def run(folder: Path, *, step: int = 1, patched: str | None = None) -> Tally:
+def run(warm: Warm, folder: Path, *, step: int = 1, patched: str | None = None) -> Tally:
     """Every ``step``-th text in every place; any import, exec, socket or process, any new file, any network name is a violation."""
     tally = Tally("audit", "texts that would run, import or fetch, through every command")
     family(folder)
     for name in "abc":
         _model(folder / f"{name}.safetensors", {})
-    with Warm(environment={"HF_HUB_OFFLINE": "0"}) as warm:
-        warmed(warm, folder)
-        for line in (["merge", "slerp('a.safetensors', 'b.safetensors')", "--dry-run"], ["merge", "a", "--dry-run"]):
-            warm.warm_up(line, folder)
-        for number, text in enumerate(TEXTS[::step]):
-            commands = asked(folder, text, number)
-            tally.injected += len(commands)
-            more = {"patched": patched} if patched else {}
-            for line, ran in zip(commands, warm.run_each(commands, folder, watched=True, **more), strict=True):
-                fault = f"did {ran.events[0]}" if ran.events else verdict(ran.code, ran.out, ran.err)
-                fault = "made a file" if (folder / "canary").exists() else fault
-                tally.judge(None if fault is None else f"{text!a} in {ascii(' '.join(line))[:90]}: {fault}")
+    warmed(warm, folder)
+    for number, text in enumerate(TEXTS[::step]):
+        commands = asked(folder, text, number)
+        tally.injected += len(commands)
+        more = {"patched": patched} if patched else {}
+        for line, ran in zip(commands, warm.run_each(commands, folder, watched=True, **more), strict=True):
+            fault = f"did {ran.events[0]}" if ran.events else verdict(ran.code, ran.out, ran.err)
+            fault = "made a file" if (folder / "canary").exists() else fault
+            tally.judge(None if fault is None else f"{text!a} in {ascii(' '.join(line))[:90]}: {fault}")
     return tally

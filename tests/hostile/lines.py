@@ -44,13 +44,18 @@ def _overwrite(line: list[str]) -> list[str]:
 
 
 def warmed(warm: Warm, folder: Path) -> None:
-    """Run every command on a good model, a good LoRA and something that is refused, so that all of its imports are done."""
+    """Run every command on a good model, a good LoRA and something that is refused, so that all of its imports are done; once a server."""
+    if warm.is_warmed:
+        return
     (folder / "refused").write_bytes(b"no model")
     for name in ("small-alk.safetensors", "lora.safetensors", "refused", "missing"):
         for line in lines(name):
             warm.warm_up(line, folder)
+    for line in (["merge", "slerp('a.safetensors', 'b.safetensors')", "--dry-run"], ["merge", "a", "--dry-run"]):
+        warm.warm_up(line, folder)
     for path in folder.glob("out*"):
         path.unlink()
+    warm.is_warmed = True
 
 
 def verdict(code: int, out: str, err: str) -> str | None:

@@ -51,6 +51,7 @@ class Warm:
 
     hash_seed: str = "0"
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_warmed: bool = False
 
     def __enter__(self) -> Self:
         env = {
