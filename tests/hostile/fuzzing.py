@@ -34,7 +34,7 @@ BROKEN_RUNS: Mapping[str, tuple[str, int, str]] = {
 
 def fuzz(target: str, runs: int, folder: Path, *, seed: int = 1, broken: str | None = None) -> Tally:
     """``runs`` inputs for ``target``; the first that breaks its promise ends the run and is kept in ``folder``."""
-    tally = Tally("fuzz", f"coverage-guided: {target}", injected=runs)
+    tally = Tally(f"fuzz {target}", f"bytes for {target}, guided by coverage", injected=runs)
     command = [
         sys.executable,
         "-W",

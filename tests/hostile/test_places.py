@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import escapes, links
+from tests.hostile import escapes, links, names
 
 
 def test_no_shard_name_opens_anything_outside_its_folder(tmp_path: Path) -> None:
@@ -25,3 +25,11 @@ def test_links_and_odd_files(tmp_path: Path, case: links.Case) -> None:
     before = os.listdir("/proc/self/fd")
     assert links.opened_within_a_second(path) is case.verdict
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_random_names_that_pass_stay_in_the_folder() -> None:
+    names.run(20_000, seed=21).require(20_000)
+
+
+def test_a_check_that_only_looks_for_slashes_is_caught() -> None:
+    assert names.run(20_000, check=lambda name, end: "a slash" if "/" in name else None).violations
