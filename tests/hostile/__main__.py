@@ -104,6 +104,8 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "12": lambda place: determinism.matrix(place.folder),
     "15": lambda place: offsets.run(place.warm, place.folder, list(offsets.COMMANDS) if place.is_long else ["merge"]),
     "16": lambda place: memory.run(place.folder, 135 if place.is_long else 45, memory.RUNS),
+    "18": lambda place: values.plant(place.folder),
+    "19": lambda place: values.blend(place.folder),
     "20": lambda place: escapes.run(place.folder / "cases"),
     "20, random": lambda place: names.run(2_000_000 if place.is_long else 20_000),
     "21": linked,
