@@ -139,7 +139,11 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
     folder = models.resolve(output).path.absolute().parent
     recorded = provenance.read(opened.checkpoint.metadata, output)
     expression = parse(recorded.expression, known=list(recorded.fingerprints))
-    named = [*expression.models, *expression.loras, *([recorded.options.keep_from] if recorded.options.keep_from else [])]
+    named = [
+        *expression.models,
+        *expression.loras,
+        *([recorded.options.keep_from] if recorded.options.keep_from else []),
+    ]
     unknown = next((name for name in named if name not in recorded.fingerprints), None)
     if unknown is not None:
         raise DataError(

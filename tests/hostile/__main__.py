@@ -27,7 +27,9 @@ from tests.hostile import (
     names,
     offsets,
     pickles,
+    pipelines,
     terminal,
+    values,
 )
 from tests.hostile.fuzzing import CI_RUNS, fuzz
 from tests.hostile.tally import Tally
@@ -112,6 +114,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "22": exploded,
     "23": lambda place: pickles.run(place.warm, place.folder),
     "28": lambda place: terminal.run(place.warm, place.folder),
+    "29": lambda place: pipelines.run(place.warm, place.folder),
     "31": lambda place: damage.run(place.folder, 20_000 if place.is_long else 2000),
     "31, replay": lambda place: damage.run(place.folder, 5000 if place.is_long else 300, look=damage.replayed),
     "audit": lambda place: injections.run(place.warm, place.folder),

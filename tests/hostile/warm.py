@@ -155,7 +155,16 @@ def _write_the_folder() -> None:
     header.Header.plan = telling  # type: ignore[method-assign]
 
 
+def _trust_folders() -> None:
+    """A loader that hands folders on as they are, and lets them bring code."""
+    from mergetool.sampler import load
+
+    load._examine = lambda folder, stem: None
+    load._LOCAL = {"local_files_only": True, "trust_remote_code": True}
+
+
 PATCHES = {
+    "trust folders": _trust_folders,
     "write the folder": _write_the_folder,
     "trust names": _trust_names,
     "load pickles": _load_pickles,
