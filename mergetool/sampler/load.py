@@ -294,7 +294,10 @@ def _examine(folder: Path, stem: str) -> None:
     """
     found = [name for name in (f"{stem}{SUFFIX}", f"{stem}{SUFFIX}{INDEX_SUFFIX}") if os.path.lexists(folder / name)]
     if not found:
-        raise DataError(f'"{folder}" has no {stem}{SUFFIX}, and pickles are never loaded; get the safetensors files.')
+        raise DataError(
+            f'"{folder}" is not a readable part of a pipeline: it has no {stem}{SUFFIX}, and pickles are never loaded; '
+            "get its safetensors files."
+        )
     for name in found:
         Checkpoint.open(folder / name, follow_links=neighbouring_target).close()
 
