@@ -52,12 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "mergetool compare": lambda: compare(paths),
     }
     found: dict[str, list[Usage]] = {name: [] for name in contenders}
+    work: dict[str, list[float]] = {name: [] for name in contenders}
     cache = ""
     for number in range(options.runs):
         for name, run in contenders.items():
             cache = ceiling.drop_caches(paths)
+            before = processor_seconds()
             found[name].append(run())
-            print(f"round {number + 1}: {name} {found[name][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+            work[name].append(processor_seconds() - before)
+            said = f"{found[name][-1].seconds:.2f} s, {work[name][-1]:.1f} s of CPU"
+            print(f"round {number + 1}: {name} {said}", file=sys.stderr, flush=True)
     seconds = {name: [usage.seconds for usage in usages] for name, usages in found.items()}
     ours = found["mergetool compare"]
     for name in list(contenders)[:2]:
@@ -78,7 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for name, reference in [*((each, "read") for each in contenders), ("mergetool compare", "read, compare's loop")]
     ]  # fmt: skip
+    rows += [
+        provenance.Result("compare", case, name, "cpu_seconds", work[name], "s", ratio_to="read", bytes_read=size,
+                          ratio=provenance.median_ratio(work[name], work["read"]), cache=cache)
+        for name in contenders
+    ]  # fmt: skip
+    print(f"load {os.getloadavg()[1]:.1f} on {default_threads()} cores")
     provenance.append(rows, folder=folder, path=options.results)
+
+
+def processor_seconds() -> float:
+    """What this process and those that it waited for have taken, of all threads."""
+    return sum(os.times()[:4])
 
 
 def fastest(paths: Sequence[Path]) -> ceiling.Strategy:

@@ -32,9 +32,9 @@ from mergetool.sampler import sheet
 from mergetool.sampler.load import Components, WeightedLora
 from mergetool.sampler.schedule import StrengthMeaning
 from mergetool.sampler.studio import Pictures, Refinement, Shot, Stage, Studio
-from mergetool.verify import images
-from mergetool.verify.looking import EMBEDDED_PROMPTS
-from mergetool.verify.pictures import ALLOWED, KEPT_ADHERENCE
+from mergetool.verification import images
+from mergetool.verification.looking import EMBEDDED_PROMPTS
+from mergetool.verification.pictures import ALLOWED, KEPT_ADHERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = (world.SIZE, world.SIZE)

@@ -25,6 +25,9 @@ from pathlib import Path
 from mergetool.checkpoint import system
 
 Range = tuple[int, int]  # bytes [start, end) of a file
+Job = tuple[
+    Sequence[Range | None], Sequence[Range | None]
+]  # what to read of each input, and what to write of the output
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")  # writable for root only
 PROBE_BYTES = 1 << 30  # of each input; long enough that caches of a few hundred MB do not decide
@@ -103,7 +106,8 @@ def copy(
     if wanted is not None:
         ranges[1:] = [[(start, min(end, size)) for start, end in wanted(path) if start < size]
                       for path, size in zip(inputs[1:], sizes[1:], strict=True)]  # fmt: skip
-    jobs = itertools.zip_longest(*(_chunks(each, strategy.chunk) for each in ranges))
+    chunks = itertools.zip_longest(*(_chunks(each, strategy.chunk) for each in ranges))
+    jobs = ((job, job[:1]) for job in chunks)  # the first input's chunk is written where it came from
     begin = time.perf_counter()
     with ExitStack() as stack:
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
@@ -115,6 +119,36 @@ def copy(
     return time.perf_counter() - begin
 
 
+def copy_to_many(inputs: Sequence[Path], output: Path, sizes: Sequence[int], strategy: Strategy) -> float:
+    """Seconds to read the inputs once and to write a file of each of ``sizes`` bytes, one after the other, each deleted once synced.
+
+    A share of every input is read beside each output, evenly, so that reading and writing overlap. Raises as `copy` does.
+    """
+    seconds = 0.0
+    for number, size in enumerate(sizes):
+        ranges = [
+            [(number * whole // len(sizes), (number + 1) * whole // len(sizes))]
+            for whole in (path.stat().st_size for path in inputs)
+        ]
+        reads = list(itertools.zip_longest(*(_chunks(each, strategy.chunk) for each in ranges)))
+        writes = list(_chunks([(0, size)], strategy.chunk))
+        count = len(reads)
+        jobs = ((job, writes[i * len(writes) // count : (i + 1) * len(writes) // count]) for i, job in enumerate(reads))
+        try:
+            begin = time.perf_counter()
+            with ExitStack() as stack:
+                readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
+                writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
+                system.allocate(writer, size)
+                _run(jobs, readers, writer, strategy)
+                os.ftruncate(writer, size)
+                os.fsync(writer)
+            seconds += time.perf_counter() - begin
+        finally:
+            output.unlink(missing_ok=True)
+    return seconds
+
+
 def read(inputs: Sequence[Path], strategy: Strategy, *, limit: int | None = None) -> float:
     """Seconds to read the inputs, or the first `limit` bytes of each, once, side by side, into reused buffers.
 
@@ -122,7 +156,8 @@ def read(inputs: Sequence[Path], strategy: Strategy, *, limit: int | None = None
     for pages to reclaim (25 s for 24.6 GB on a 24 GB machine).
     """
     sizes = [min(path.stat().st_size, limit or 1 << 62) for path in inputs]
-    jobs = itertools.zip_longest(*(_chunks([(0, size)], strategy.chunk) for size in sizes))
+    chunks = itertools.zip_longest(*(_chunks([(0, size)], strategy.chunk) for size in sizes))
+    jobs: Iterator[Job] = ((job, ()) for job in chunks)
     begin = time.perf_counter()
     with ExitStack() as stack:
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
@@ -131,14 +166,14 @@ def read(inputs: Sequence[Path], strategy: Strategy, *, limit: int | None = None
 
 
 def _run(
-    jobs: Iterator[tuple[Range | None, ...]],
+    jobs: Iterator[Job],
     readers: list[int],
     writer: int | None,
     strategy: Strategy,
     *,
     forget: bool = False,
 ) -> None:
-    """Do every job: read its chunk of each input, then write the first input's chunk where it came from."""
+    """Do every job: read its chunk of each input, then write its chunks of the output."""
     lock = threading.Lock()
 
     def work() -> None:
@@ -148,14 +183,18 @@ def _run(
                     job = next(jobs, None)
                 if job is None:
                     return
-                for fd, chunk in reversed(list(zip(readers, job, strict=True))):  # the first input last: it is written
+                reads, writes = job
+                for fd, chunk in reversed(
+                    list(zip(readers, reads, strict=True))
+                ):  # the first input last: it is written
                     if chunk is not None:
                         _read(fd, buffer, *chunk)
                         if forget and chunk[1] % _FORGOTTEN_AT_ONCE < strategy.chunk:
                             end = chunk[1] // _FORGOTTEN_AT_ONCE * _FORGOTTEN_AT_ONCE
                             system.forget(fd, max(0, end - _FORGOTTEN_AT_ONCE), _FORGOTTEN_AT_ONCE)
-                if writer is not None and job[0] is not None:
-                    _write(writer, buffer, *job[0], strategy)
+                for chunk in writes:
+                    if writer is not None and chunk is not None:
+                        _write(writer, buffer, *chunk, strategy)
 
     with ThreadPoolExecutor(strategy.threads) as pool:
         for worker in [pool.submit(work) for _ in range(strategy.threads)]:

@@ -1,7 +1,12 @@
 """Merge diffusion-transformer checkpoints and take difference LoRAs, streaming.
 
-The library behind the command line. What is listed in ``__all__`` is public; nothing is imported before it is used, so
-``import mergetool`` costs nothing and never loads torch by itself.
+The commands as functions: ``merge``, ``diff``, ``compare``, ``sample``, ``verify``, ``replay`` and ``Recipe`` (see ``mergetool.api``), and the library under
+them: plans, options, checkpoints. What is listed in ``__all__`` is public; nothing is imported before it is used, so ``import mergetool`` costs nothing
+and never loads torch by itself.
+
+    import mergetool
+
+    mergetool.merge("alkahest + 20 * (turbo - deturbo)", "out.safetensors", protect=["refiner"])
 
     with mergetool.open_merge("alkahest + 20 * (turbo - deturbo)", mergetool.Options(protect=("refiner",))) as plan:
         mergetool.run_merge(plan, Path("out.safetensors"))
@@ -13,6 +18,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergetool.api.looking import sample, verify
+    from mergetool.api.measuring import compare, diff
+    from mergetool.api.merging import Recipe, merge, replay
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
     from mergetool.engine.job import open_merge, run_merge
@@ -31,12 +39,19 @@ __all__ = [
     "DiffOptions",
     "MergetoolError",
     "Options",
+    "Recipe",
+    "compare",
+    "diff",
     "extract",
+    "merge",
     "open_diff",
     "open_merge",
     "open_model",
     "parse",
+    "replay",
     "run_merge",
+    "sample",
+    "verify",
 ]
 
 _HOME = {
@@ -45,12 +60,19 @@ _HOME = {
     "DiffOptions": "lora.pairs",
     "MergetoolError": "errors",
     "Options": "recipe.options",
+    "Recipe": "api.merging",
+    "compare": "api.measuring",
+    "diff": "api.measuring",
     "extract": "lora.extract",
+    "merge": "api.merging",
     "open_diff": "lora.extract",
     "open_merge": "engine.job",
     "open_model": "models",
     "parse": "recipe.expression",
+    "replay": "api.merging",
     "run_merge": "engine.job",
+    "sample": "api.looking",
+    "verify": "api.looking",
 }
 
 

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mergetool import api
-from mergetool.errors import MergetoolError, UsageError
-from tests.cli.run import mergetool
+import mergetool
+from mergetool.api.looking import Picture
+from mergetool.errors import LineageError, MergetoolError, UsageError
+from tests.cli.run import mergetool as command
 
 BRIDGE = "lab.alkahest + 1.5*(lab.striped - lab.base)"
 
 
 def test_a_merge_is_the_commands_bytes_and_says_what_was_done(tmp_path: Path) -> None:
     groups = {"layers": "linear(0.5,1)", "layers.0-1": 0.5, "v": Fraction(1, 3)}
-    done = api.merge(BRIDGE, tmp_path / "api.safetensors", protect=["refiner"], multipliers=groups)
+    done = mergetool.merge(BRIDGE, tmp_path / "api.safetensors", protect=["refiner"], multipliers=groups)
     settings = [word for group, value in groups.items() for word in ("--set", f"{group}={value}")]
-    code = mergetool("merge", BRIDGE, "--protect", "refiner", *settings, "-o", "cli.safetensors", cwd=tmp_path).code
+    code = command("merge", BRIDGE, "--protect", "refiner", *settings, "-o", "cli.safetensors", cwd=tmp_path).code
     assert code == 0
     assert done.output.read_bytes() == (tmp_path / "cli.safetensors").read_bytes()
     assert set(done.tensors) == {"merged", "protected: refiner"}
@@ -29,26 +30,28 @@ def test_a_merge_is_the_commands_bytes_and_says_what_was_done(tmp_path: Path) ->
 
 def test_progress_is_told_what_is_done_and_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    api.merge(BRIDGE, tmp_path / "out.safetensors", progress=lambda done, total: seen.append((done, total)))
+    mergetool.merge(BRIDGE, tmp_path / "out.safetensors", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_patterns_as_one_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'\["refiner"\]'):
-        api.merge(BRIDGE, tmp_path / "out.safetensors", protect="refiner")
+        mergetool.merge(BRIDGE, tmp_path / "out.safetensors", protect="refiner")
 
 
 def test_a_failed_merge_is_one_error_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(MergetoolError, match="no embedded model is named"):
-        api.merge("lab.alkahest + (lab.stripes - lab.base)", tmp_path / "out.safetensors")
+        mergetool.merge("lab.alkahest + (lab.stripes - lab.base)", tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_difference_is_the_commands_bytes(tmp_path: Path) -> None:
-    found = api.diff("lab.base", "lab.striped", tmp_path / "api.safetensors", rank_thresh=0.9, exclude=["refiner"])
+    found = mergetool.diff(
+        "lab.base", "lab.striped", tmp_path / "api.safetensors", rank_thresh=0.9, exclude=["refiner"]
+    )
     options = ["--base", "lab.base", "--variant", "lab.striped", "--rank-thresh", "0.9", "--exclude", "refiner"]
-    assert mergetool("diff", *options, "-o", "cli.safetensors", cwd=tmp_path).code == 0
+    assert command("diff", *options, "-o", "cli.safetensors", cwd=tmp_path).code == 0
     assert (tmp_path / "api.safetensors").read_bytes() == (tmp_path / "cli.safetensors").read_bytes()
     with safe_open(tmp_path / "api.safetensors", "np") as stored:
         ranks = [stored.get_slice(key).get_shape()[0] for key in stored.keys() if "lora_A" in key]  # noqa: SIM118
@@ -56,8 +59,8 @@ def test_a_difference_is_the_commands_bytes(tmp_path: Path) -> None:
 
 
 def test_pictures_of_every_seed_and_strength_repeat(tmp_path: Path) -> None:
-    def make() -> list[api.Picture]:
-        return api.sample(
+    def make() -> list[Picture]:
+        return mergetool.sample(
             "a blue circle on a gold background",
             base="lab.base",
             refiner="lab.turbo",
@@ -75,12 +78,60 @@ def test_pictures_of_every_seed_and_strength_repeat(tmp_path: Path) -> None:
 
 
 def test_verify_tells_a_sound_merge_from_a_damaged_one(tmp_path: Path) -> None:
-    out = api.merge(BRIDGE, tmp_path / "out.safetensors").output
-    assert api.verify(out, images=False).passed
+    out = mergetool.merge(BRIDGE, tmp_path / "out.safetensors").output
+    assert mergetool.verify(out, images=False).passed
     raw = bytearray(out.read_bytes())
     raw[-1] ^= 1
     out.write_bytes(raw)
-    checked = api.verify(out, images=False)
+    checked = mergetool.verify(out, images=False)
     assert not checked.passed
     assert len(checked.weights.differing) == 1
-    assert checked.left_out == "images=False"
+    assert checked.left_out == "not asked for"
+
+
+RECIPE = """
+models: {alkahest: lab.alkahest, striped: lab.striped, base: lab.base}
+variables: {m: 1}
+outputs:
+  carried:
+    merge: alkahest + m * (striped - base)
+    protect: refiner
+    output: carried-{m}.safetensors
+    verify: weights
+  lora:
+    diff: {base: base, variant: striped, rank: 4}
+"""
+
+
+def test_a_recipe_makes_what_is_not_there_and_says_what_it_made(tmp_path: Path) -> None:
+    (tmp_path / "bridge.yaml").write_text(RECIPE)
+    recipe = mergetool.Recipe(tmp_path / "bridge.yaml", m=1.5)
+    assert recipe.outputs == ("carried", "lora")
+    carried, lora = recipe.make(tmp_path)
+    assert (carried.state, lora.state) == ("absent", "absent")
+    assert carried.path.name == "carried-1.5.safetensors"
+    assert carried.verification is not None
+    assert carried.verification.passed
+    assert lora.extraction is not None
+    assert {layer.rank for layer in lora.extraction.layers} <= {0, 4}
+    plain = mergetool.merge(BRIDGE, tmp_path / "plain.safetensors", protect=["refiner"])
+    assert mergetool.replay(carried.path).same
+    with safe_open(plain.output, "pt") as one, safe_open(carried.path, "pt") as other:
+        assert all((one.get_tensor(name) == other.get_tensor(name)).all() for name in one.keys())  # noqa: SIM118
+    again = recipe.make(tmp_path)
+    assert [made.state for made in again] == ["current", "current"]
+    assert again[0].merged is None
+
+
+def test_models_that_do_not_belong_together_are_merged_with_force_only(tmp_path: Path) -> None:
+    with pytest.raises(LineageError, match="force=True"):
+        mergetool.merge("0.5*lab.base + 0.5*lab.turbo", tmp_path / "out.safetensors")
+    done = mergetool.merge("0.5*lab.base + 0.5*lab.turbo", tmp_path / "out.safetensors", force=True)
+    assert any("refiner" in warning for warning in done.warnings)
+
+
+def test_compare_recommends_the_multiplier_of_the_reference(tmp_path: Path) -> None:
+    mergetool.merge("lab.base + 0.25*(lab.striped - lab.base)", tmp_path / "weak.safetensors", dtype="fp32")
+    found = mergetool.compare("lab.base", str(tmp_path / "weak.safetensors"), reference="lab.striped")
+    assert found.recommended is not None
+    assert float(found.recommended) == pytest.approx(4, rel=0.01)

@@ -17,8 +17,8 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 from mergetool.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from mergetool.compare.comparison import Report
-    from mergetool.compare.energies import Energies
+    from mergetool.comparison.comparison import Report
+    from mergetool.comparison.energies import Energies
     from mergetool.ops.movement import Movement
 
 EXAMPLES = """\b
@@ -76,7 +76,9 @@ def compare(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map.", metavar="FILE.png")] = None,
     report: Annotated[Path | None, typer.Option(help="Write all of it as one HTML page.", metavar="FILE.html")] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Worker threads [default: two more than cores]", min=1, max=256)
+    ] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same figures.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plot or report.")] = False,
     as_json: JsonOption = False,
@@ -84,7 +86,7 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure how far B lies from A, block by block, in one pass; and advise a multiplier for B - A."""
-    from mergetool.compare import comparison as comparing
+    from mergetool.comparison import comparison as comparing
     from mergetool.engine import job
     from mergetool.recipe.options import Options
 
@@ -158,11 +160,11 @@ def _condition(text: str) -> re.Match[str]:
 
 def _require_targets(plot: Path | None, report: Path | None, *, overwrite: bool) -> None:
     if plot is not None:
-        from mergetool.compare import plots
+        from mergetool.comparison import plots
 
         plots.require_target(plot, overwrite=overwrite)
     if report is not None:
-        from mergetool.compare import page
+        from mergetool.comparison import page
 
         page.require_target(report, overwrite=overwrite)
 
@@ -208,7 +210,7 @@ def _print(report: Report, *, verbose: bool) -> None:
 
 
 def _heads(report: Report) -> list[str]:
-    heads = ["group", "parameters", f"norm of {report.base}", f"of {report.variant}", "of the delta", "distance"]
+    heads = ["group", "parameters", "|A|", "|B|", "|B - A|", "distance"]
     if report.reference is not None:
         heads += ["cosine", "m by reference"]
     return [*heads, f"m for {_percent(report.target)}"]
@@ -255,7 +257,7 @@ def _rounding_row(name: str, movement: Movement) -> list[str]:
 
 
 def _print_blocks(report: Report) -> None:
-    from mergetool.compare import heatmap
+    from mergetool.comparison import heatmap
 
     heat = heatmap.of_distances(report.distances)
     palette = heatmap.SHADES if _can_print(heatmap.SHADES) else heatmap.PLAIN_SHADES
@@ -310,8 +312,8 @@ def _percent(share: float) -> str:
 
 
 def _draw(found: Report, plot: Path | None, report: Path | None, *, overwrite: bool) -> None:
-    from mergetool.compare import heatmap, page, plots
-    from mergetool.compare.report import render
+    from mergetool.comparison import heatmap, page, plots
+    from mergetool.comparison.report import render
 
     if plot is not None:
         title = f"{found.variant} - {found.base}"
@@ -322,6 +324,6 @@ def _draw(found: Report, plot: Path | None, report: Path | None, *, overwrite: b
 
 
 def _json(report: Report) -> dict[str, Any]:
-    from mergetool.compare.report import record
+    from mergetool.comparison.report import record
 
     return record(report)

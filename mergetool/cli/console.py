@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
@@ -140,6 +140,11 @@ def progress(word: str, total: int, *, shown: bool, unit: str = "B") -> Iterator
             yield advance
     finally:
         _signals.deferred = False
+
+
+def bar(word: str, total: int, unit: str, *, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
+    """`progress` in the order in which the library asks for it."""
+    return progress(word, total, shown=shown, unit=unit)
 
 
 class _Ended(BaseException):

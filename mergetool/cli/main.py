@@ -27,6 +27,7 @@ from mergetool.cli import (
     lora_subtract,
     lora_verify,
     merge,
+    methods,
     replay,
     sample,
     verify,
@@ -48,6 +49,7 @@ app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=sample.EXAMPLES)(sample.sample)
 app.command(epilog=verify.EXAMPLES)(verify.verify)

@@ -18,10 +18,10 @@ from mergetool.cli.console import (
     SkipUnmatchedOption,
     VerboseOption,
 )
-from mergetool.errors import LineageError, UsageError
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.compare.lineage import Finding
+    from mergetool.comparison.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.worker import Outcome
     from mergetool.ops.movement import Movement
@@ -265,14 +265,14 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
 
 def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
     """Whether the models of ``plan`` belong together, printed where ``shown``; raises LineageError where they do not, unless with ``force``."""
-    from mergetool.compare import lineage
+    from mergetool.comparison import lineage
 
     findings = lineage.check(plan)
     for finding in findings:
-        if finding.is_error and not force:
-            raise LineageError(f"{finding.text}; --force merges anyway.")
-        if shown:
+        if shown and (force or not finding.is_error):
             console.heading(finding.level, finding.text)
+    if not force:
+        lineage.refuse(findings)
     return findings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
     from mergetool.cli.merge import Settings
+    from mergetool.engine.device import Device
     from mergetool.making.places import Places
     from mergetool.making.survey import Task
-    from mergetool.recipe.file import Output, Recipe
-    from mergetool.recipe.schema import Pictures
-    from mergetool.verify.looking import Wish
+    from mergetool.recipe.file import Recipe
+    from mergetool.recipe.plan import Plan
 
 
 def perform(path: Path, variables: Sequence[str], target: Path | None, settings: Settings) -> None:
@@ -91,8 +92,7 @@ class _Run:
         from mergetool.engine import device as devices
         from mergetool.engine import job
         from mergetool.engine.memory import memory_needed
-        from mergetool.making import survey
-        from mergetool.recipe.provenance import display_names
+        from mergetool.making import looks, survey
 
         settings = self.settings
         outputs = [task.output for task in tasks]
@@ -100,14 +100,13 @@ class _Run:
         with survey.open_plans(
             self.places, outputs, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
         ) as plans:
-            total = sum(plan.bytes_read + plan.header.data_size for plan in plans)
             gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
-            on = devices.choose(settings.device, work=total, memory=gpu_bytes)
+            on = devices.choose(settings.device, work=sum(plan.bytes_read for plan in plans), memory=gpu_bytes)
+            total = job.bytes_moved(plans, on)
             for task, plan in zip(tasks, plans, strict=True):
                 memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
                 self.json[task.path] |= merging.plan_json(plan, memory)
-                shown = display_names([model.name for model in plan.inputs])
-                self._inputs[task.path] = {name: place for place, name in shown.items()}
+                self._inputs[task.path] = looks.places_of(plan)
                 if not settings.as_json:
                     console.say()
                     console.heading("output", task.output.label)
@@ -115,6 +114,9 @@ class _Run:
                 with self.places.located(task.output):
                     findings = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
                 self.json[task.path] |= merging.lineage_json(findings)
+            if len(plans) > 1 and not settings.as_json:
+                console.say()
+                _print_together(plans, settings.threads, on, total)
             if settings.dry_run:
                 return
             with console.progress("merge", total, shown=settings.shows_progress) as advance:
@@ -176,7 +178,9 @@ class _Run:
 
     def verify(self, tasks: Sequence[Task]) -> None:
         """Check what was made now and asks for it."""
+        from mergetool.making import looks
         from mergetool.recipe.schema import MergeOutput
+        from mergetool.verification import checking
 
         for task in tasks:
             spec = task.output.spec
@@ -185,48 +189,37 @@ class _Run:
             if not self.settings.as_json:
                 console.say()
                 console.heading("verify", task.output.label)
-            wish, with_images = self._wish(task.output, spec.verify)
-            examined = verifying.examine(
+            wish, with_images = looks.wish_of(self.places, task.output, spec.verify)
+            found = checking.verify(
                 str(task.path),
                 self._inputs[task.path],
                 wish,
+                partial(console.bar, shown=self.settings.shows_progress),
                 with_images=with_images,
                 threads=self.settings.threads,
-                shown=self.settings.shows_progress,
             )
-            self.json[task.path]["verify"] = examined.json()
+            self.json[task.path]["verify"] = verifying.described(found)
             if not self.settings.as_json:
-                examined.print()
+                verifying.print_found(found)
             try:
-                examined.require_passed()
+                found.require_passed()
             except CheckFailed as failure:
                 self.failed.append(str(failure).rstrip("."))
 
-    def _wish(self, output: Output, asked: bool | str | Pictures) -> tuple[Wish, bool]:
-        """How to look at an output, and whether to make pictures."""
-        from mergetool.verify.looking import Wish
 
-        if isinstance(asked, bool | str):
-            return Wish(), asked == "pictures"
-        names, folder = self.places.names(output), self.places.recipe.folder
-        default = Wish()
-        wish = Wish(
-            steps=asked.steps,
-            guidance=float(asked.guidance),
-            shift=None if asked.shift is None else float(asked.shift),
-            refiner=names[asked.refiner] if asked.refiner else None,
-            strength=default.strength if asked.strength is None else str(asked.strength),
-            strength_as=asked.strength_as,
-            refine_steps=asked.refine_steps,
-            prompts=folder / asked.prompts if asked.prompts else None,
-            seeds=default.seeds if asked.seeds is None else str(asked.seeds),
-            size=asked.size,
-            pipeline=names[asked.pipeline] if asked.pipeline else None,
-            text_encoder=folder / asked.text_encoder if asked.text_encoder else None,
-            tokenizer=folder / asked.tokenizer if asked.tokenizer else None,
-            vae=folder / asked.vae if asked.vae else None,
-        )
-        return wish, asked.pictures
+def _print_together(plans: Sequence[Plan], threads: int | None, on: Device, total: int) -> None:
+    """How several merges are made, and what that takes."""
+    from mergetool.engine import bundles, job
+    from mergetool.engine.memory import memory_of
+
+    rounds = bundles.passes(plans, on)
+    how = "in one pass over their models" if len(rounds) == 1 else f"in {len(rounds)} passes"
+    memory = job.BASE_MEMORY + memory_of(plans, threads, on)
+    written = sum(plan.header.file_size for plan in plans)
+    console.heading(
+        "run",
+        f"{len(plans)} merges {how}: moves {console.size(total)}, memory {console.size(memory)}, disk {console.size(written)}",
+    )
 
 
 def _described(task: Task) -> dict[str, Any]:

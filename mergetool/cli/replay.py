@@ -14,7 +14,7 @@ from mergetool.cli.verify import place
 from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from mergetool.verify.replay import Replay
+    from mergetool.verification.replay import Replay
 
 EXAMPLES = """\b
 Examples:
@@ -45,7 +45,7 @@ def replay(
 
     Exit code 1 when the bytes are not the same; a changed input, recipe or version is named.
     """
-    from mergetool.verify.replay import replay as again
+    from mergetool.verification.replay import replay as again
 
     started = time.monotonic()
     with console.progress("replay", 100, shown=not (no_progress or as_json), unit="%") as bar:

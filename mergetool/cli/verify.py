@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +10,12 @@ import typer
 
 from mergetool.cli import console
 from mergetool.cli.console import JsonOption, NoProgressOption
-from mergetool.errors import CheckFailed, UsageError
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.verify.looking import Wish
-    from mergetool.verify.pictures import PicturesReport
-    from mergetool.verify.weights import WeightsReport
+    from mergetool.verification.checking import Verification
+    from mergetool.verification.pictures import PicturesReport
+    from mergetool.verification.weights import WeightsReport
 
 EXAMPLES = """\b
 Examples:
@@ -75,7 +73,8 @@ def verify(
     the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
     Nothing is written but the report. Exit code 1 when a check says no.
     """
-    from mergetool.verify.looking import Wish
+    from mergetool.verification import checking
+    from mergetool.verification.looking import Wish
 
     wish = Wish(
         steps,
@@ -94,105 +93,38 @@ def verify(
         vae,
         console.choice("--device", device, ("auto", "cpu", "cuda")),
     )
-    examined = examine(
+    found = checking.verify(
         output,
         dict(place(text) for text in inputs or ()),
         wish,
+        partial(console.bar, shown=not (no_progress or as_json)),
         with_images=with_images,
         report=report,
         clip=clip,
         threads=threads,
         overwrite=overwrite,
-        shown=not (no_progress or as_json),
     )
     if as_json:
-        console.print_json(examined.json())
+        console.print_json(described(found))
     else:
-        examined.print()
+        print_found(found)
         if report is not None:
             console.heading("report", str(report))
-    examined.require_passed()
+    found.require_passed()
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What `examine` found: ``left_out`` says why there are no pictures."""
+def described(found: Verification) -> dict[str, Any]:
+    """What ``--json`` has of it."""
+    from mergetool.verification import pictures
 
-    output: str
-    weights: WeightsReport
-    looked: PicturesReport | None
-    left_out: str
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        return self.weights.sound and (self.looked is None or self.looked.passed)
-
-    def json(self) -> dict[str, Any]:
-        from mergetool.verify import pictures
-
-        seen = None if self.looked is None else pictures.summary(self.looked)
-        return _json(self.weights) | {"pictures": seen, "left_out": self.left_out, "passed": self.passed}
-
-    def print(self) -> None:
-        _print(self.weights, self.seconds)
-        _print_pictures(self.looked, self.left_out)
-
-    def require_passed(self) -> None:
-        """Raises CheckFailed unless all is as it should be."""
-        if not self.weights.sound:
-            raise CheckFailed(f"{self.output} is not what its recipe says.")
-        if not self.passed:
-            said = [verdict.name for verdict in self.looked.verdicts if not verdict.passed] if self.looked else []
-            raise CheckFailed(f"{self.output} does not make the pictures it should ({', '.join(said)}).")
+    seen = None if found.pictures is None else pictures.summary(found.pictures)
+    return _json(found.weights) | {"pictures": seen, "left_out": found.left_out, "passed": found.passed}
 
 
-def examine(
-    output: str,
-    places: Mapping[str, str],
-    wish: Wish,
-    *,
-    with_images: bool | None,
-    report: Path | None = None,
-    clip: Path | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    shown: bool = True,
-) -> Examined:
-    """Check a merge's weights, and its pictures where they are asked for, or with None where they take minutes."""
-    from mergetool.compare import page
-    from mergetool.verify import looking, pictures
-    from mergetool.verify.report import render
-    from mergetool.verify.scores import clip_scorer
-    from mergetool.verify.weights import check_weights
-
-    started = time.monotonic()
-    if report is not None:
-        page.require_target(report, overwrite=overwrite)
-    with console.progress("weights", 100, shown=shown, unit="%") as bar:
-        percent = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal percent
-            bar(100 * done // total - percent)
-            percent = 100 * done // total
-
-        weights = check_weights(output, inputs=places, threads=threads, progress=advance)
-    looked, left_out = None, "--no-images"
-    if with_images is not False:
-        try:
-            studio, look = looking.plan(output, weights.parents[weights.first], wish, patient=bool(with_images))
-        except looking.NotLookedAt as reason:
-            left_out = str(reason)
-        else:
-            left_out = ""
-            scorer = None if clip is None else clip_scorer(clip)
-            asked = pictures.evaluations(look, len(weights.parents))
-            with console.progress("look", asked, shown=shown, unit="step") as bar:
-                looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
-    if report is not None:
-        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
-    return Examined(output, weights, looked, left_out, time.monotonic() - started)
+def print_found(found: Verification) -> None:
+    """What was found, in lines."""
+    _print(found.weights, found.seconds)
+    _print_pictures(found.pictures, found.left_out)
 
 
 def place(text: str) -> tuple[str, str]:
@@ -204,7 +136,7 @@ def place(text: str) -> tuple[str, str]:
 
 
 def _print(report: WeightsReport, seconds: float) -> None:
-    from mergetool.compare.energies import relative
+    from mergetool.comparison.energies import relative
 
     console.heading("recipe", report.expression)
     for what, names in report.damage():
@@ -249,7 +181,7 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
-    from mergetool.compare.energies import relative
+    from mergetool.comparison.energies import relative
 
     return {
         "sound": report.sound,

@@ -34,7 +34,7 @@ class Subtract:
     FUNCTION = "subtract"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """Two models and a number."""
         return {"required": {"a": (links.MODEL, {}), "b": (links.MODEL, {}), "multiplier": MULTIPLIER}}
 
@@ -53,7 +53,7 @@ class Add:
     FUNCTION = "add"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """A model, a difference and a number."""
         return {"required": {"model": (links.MODEL, {}), "delta": (links.DELTA, {}), "multiplier": MULTIPLIER}}
 
@@ -75,7 +75,7 @@ class MergeExpression:
     FUNCTION = "merge"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The text, and what its names mean."""
         return {
             "required": {"expression": ("STRING", {"default": "a + 20 * (b - c)", "multiline": True})},
@@ -83,7 +83,7 @@ class MergeExpression:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, expression: str | None) -> Literal[True] | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, expression: str | None) -> Literal[True] | str:
         """True, or why the text is no merge, before anything runs; None is a linked text, not known yet."""
         try:
             parse("a" if expression is None else expression)

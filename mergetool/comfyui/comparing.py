@@ -9,7 +9,7 @@ from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
 
 if TYPE_CHECKING:
-    from mergetool.compare.comparison import Report
+    from mergetool.comparison.comparison import Report
 
 
 class Compare:
@@ -26,7 +26,7 @@ class Compare:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The models, the wanted change, and where to draw it."""
         change = "Wanted size of the change, as a share of the norm of what is changed."
         picture = "Name of a heat map in the output folder; empty for none."
@@ -47,7 +47,7 @@ class Compare:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, picture: str | None) -> Literal[True] | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, picture: str | None) -> Literal[True] | str:
         """True, or what is wrong with the picture's name, before anything runs; None is a linked one, not known yet."""
         return host.first_error(lambda: host.target(host.OUTPUT, picture, ".png") if picture else None)
 
@@ -61,11 +61,11 @@ class Compare:
         onto: str | None = None,
     ) -> dict[str, Any]:
         """The advised multiplier, 0 where nothing differs, and the report. Raises MergetoolError."""
-        from mergetool import api
+        import mergetool
 
         asked = "a comparison"
         with host.own_tensors():
-            found = api.compare(
+            found = mergetool.compare(
                 links.one_model(base, asked),
                 links.one_model(variant, asked),
                 reference=links.one_model(reference, asked) if reference else None,
@@ -98,7 +98,7 @@ def _report(found: Report) -> str:
 
 def _draw(found: Report, picture: str) -> dict[str, str]:
     """Write the heat map, over an older one of that name, and say where in the words of ComfyUI's page."""
-    from mergetool.compare import heatmap, plots
+    from mergetool.comparison import heatmap, plots
 
     path = host.target(host.OUTPUT, picture, ".png")
     host.make_folder(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
-from mergetool.errors import LineageError, MergetoolError
+from mergetool.errors import MergetoolError
 from mergetool.ops.rounding import MODES
 from mergetool.recipe.graph import quote
 from mergetool.recipe.groups import parse_setting
@@ -40,7 +40,7 @@ class Save:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """What to merge, where to and in which form."""
         protect = "Take the refiners bit for bit from the first model. Turn it off for architectures that have none."
         groups = "GROUP=MULT, one a line, as --set takes them: layers=linear(0.2,1)"
@@ -66,14 +66,14 @@ class Save:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, name: str | None, groups: str | None = None) -> Literal[True] | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, name: str | None, groups: str | None = None) -> Literal[True] | str:
         """True, or what is wrong with a name or a group, before anything runs; what is linked is None and not known yet."""
         return host.first_error(
             lambda: host.target(host.OUTPUT, "later" if name is None else name), lambda: _settings(groups or "")
         )
 
     @classmethod
-    def IS_CHANGED(cls, name: str, folder: str, **_: Any) -> float | str:  # noqa: N802
+    def IS_CHANGED(cls, name: str, folder: str, **_: Any) -> float | str:
         """Never the same while the file is not there, so that one that was deleted is made again."""
         return "there" if host.target(folder, name).exists() else float("nan")
 
@@ -125,7 +125,7 @@ class ExtractLora:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """Two models, and how much of their difference to keep."""
         share = "Share of every matrix's energy to keep; --rank-thresh of mergetool diff."
         return {
@@ -143,7 +143,7 @@ class ExtractLora:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, name: str | None) -> Literal[True] | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, name: str | None) -> Literal[True] | str:
         """True, or what is wrong with the name, before anything runs; None is a linked one, not known yet."""
         return host.first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
 
@@ -160,13 +160,13 @@ class ExtractLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
-        from mergetool import api
+        import mergetool
 
         path = host.target(folder, name)
         host.make_folder(path)
         started = time.monotonic()
         with host.own_tensors():
-            found = api.diff(
+            found = mergetool.diff(
                 links.one_model(base, "a LoRA's base"),
                 links.one_model(variant, "the model that a LoRA is taken of"),
                 path,
@@ -200,12 +200,11 @@ def _is_made(plan: Plan, path: Path) -> bool:
 
 def _advice(plan: Plan, force: bool) -> list[str]:
     """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
-    from mergetool.compare import lineage
+    from mergetool.comparison import lineage
 
     findings = lineage.check(plan)
-    for finding in findings:
-        if finding.is_error and not force:
-            raise LineageError(f"{finding.text}; turn on force to merge anyway.")
+    if not force:
+        lineage.refuse(findings, way_out="turn on force to merge anyway")
     return [f"{finding.level}: {finding.text}" for finding in findings]
 
 

@@ -24,12 +24,12 @@ class ModelFile:
     FUNCTION = "name"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The file."""
         return {"required": {"file": host.files_input(host.MODELS)}}
 
     @classmethod
-    def IS_CHANGED(cls, file: str) -> str:  # noqa: N802
+    def IS_CHANGED(cls, file: str) -> str:
         """The content's fingerprint, sizes and times: another file under the same name is another input."""
         return state(str(host.file(host.MODELS, file)))
 
@@ -48,12 +48,12 @@ class NamedModel:
     FUNCTION = "name"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The name."""
         return {"required": {"model": ("STRING", {"default": "lab.base"})}}
 
     @classmethod
-    def IS_CHANGED(cls, model: str) -> str:  # noqa: N802
+    def IS_CHANGED(cls, model: str) -> str:
         """As of a file."""
         return state(model.strip())
 

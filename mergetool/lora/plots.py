@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mergetool.adapters.describe import Target, by_block, total
-from mergetool.compare import plots
-from mergetool.compare.heatmap import KINDS, TALLEST, HeatMap, kind
-from mergetool.compare.plots import require_target
+from mergetool.comparison import plots
+from mergetool.comparison.heatmap import KINDS, TALLEST, HeatMap, kind
+from mergetool.comparison.plots import require_target
 
 __all__ = ["cells", "require_target", "write"]
 

@@ -4,6 +4,6 @@ A method is a pure function of whole parameters (tensors of one shape), of the s
 parameters. It registers itself with ``registry.method``, or ``registry.affine`` where it is a weighted sum.
 """
 
-from mergetool.methods.registry import Method, Parameter, Site, affine, find, method, methods
+from mergetool.methods.registry import Method, Parameter, Site, affine, find, listing, method, methods
 
-__all__ = ["Method", "Parameter", "Site", "affine", "find", "method", "methods"]
+__all__ = ["Method", "Parameter", "Site", "affine", "find", "listing", "method", "methods"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache
@@ -42,6 +42,9 @@ FAMILIES: tuple[str, ...] = (
 """The modules of this room that hold methods."""
 
 GROUP = "mergetool.methods"
+
+LARGEST = 2**127
+"""What a float32 can be multiplied by, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,14 @@ class Parameter:
         if self.kind is tuple:
             return "a list of numbers, one an argument, as in [1, 0.5]"
         what = "a whole number" if self.kind is int else "a number"
-        if self.low == -float("inf"):
-            return what
-        return f"{what} from {self.low:g}" + ("" if self.high == float("inf") else f" to {self.high:g}")
+        low = "" if self.low == -float("inf") else f" from {self.low:g}"
+        return what + low + ("" if self.high == float("inf") else f" to {self.high:g}")
 
     @property
     def shown(self) -> str:
-        """The default as it would be written."""
+        """The default as it would be written; [...] where it depends on the number of arguments."""
+        if self.default == ():
+            return "[...]"
         return f"{float(self.default):g}" if isinstance(self.default, Fraction | float) else repr(self.default)
 
     def accepts(self, value: Value, arguments: int) -> bool:
@@ -108,10 +112,15 @@ class Parameter:
         if self.kind is str:
             return value in self.choices
         if self.kind is tuple:
-            return isinstance(value, tuple) and len(value) == arguments
+            return isinstance(value, tuple) and len(value) == arguments and all(map(_is_float, value))
         if isinstance(value, bool) or not isinstance(value, Fraction):
             return False
-        return self.low <= value <= self.high and (self.kind is not int or value.denominator == 1)
+        return self.low <= value <= self.high and (value.denominator == 1 if self.kind is int else _is_float(value))
+
+
+def _is_float(value: Fraction) -> bool:
+    """Whether a number is one that a tensor can be multiplied by without losing it."""
+    return abs(value) <= LARGEST
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class Method:
     ``function`` takes the arguments (float32 tensors of one shape, which it may overwrite), the ``Site`` and its parameters by
     name; it returns a float32 tensor of that shape. An affine one has ``factors`` instead: from the number of arguments
     and its parameters, as exact fractions, to the factor of each argument. At least ``least`` and at most ``most`` arguments. ``buffers(n)`` is how
-    many more float32 tensors of the arguments' size it holds at once with n of them.
+    many more float32 tensors of the arguments' size it holds at once with n of them. ``package`` is the installed package that gives it, "" for
+    mergetool's own.
     """
 
     name: str
@@ -135,6 +145,7 @@ class Method:
     function: Callable[..., Tensor] | None = None
     factors: Callable[..., Sequence[Fraction]] | None = None
     buffers: Callable[[int], float] = lambda arguments: 2 + arguments
+    package: str = ""
 
     def apply(self, tensors: Sequence[Tensor], site: Site, parameters: Mapping[str, Value]) -> Tensor:
         """What the method makes of the tensors, all of one shape and dtype."""
@@ -151,6 +162,16 @@ class Method:
         shown = [f"{noun}{i + 1}" if self.most != 1 else noun for i in range(self.least)]
         shown += ["..."] if self.most is None else [f"{noun}{i + 1}" for i in range(self.least, self.most)]
         return f"{self.name}({', '.join([*shown, *(f'{p.name}={p.shown}' for p in self.parameters)])})"
+
+    @property
+    def example(self) -> str:
+        """A merge of the embedded models by it, every parameter at its default."""
+        count = max(self.least, min(2, self.most or 2))
+        arguments = ["lab.alkahest", "lab.striped", "lab.hollow", "lab.turbo"][:count]
+        arguments += ["base=lab.base"] if self.takes == "deltas" else []
+        values = (f"[{', '.join('1' * count)}]" if p.kind is tuple else p.shown for p in self.parameters)
+        given = [f"{p.name}={value}" for p, value in zip(self.parameters, values, strict=True)]
+        return f"{self.name}({', '.join([*arguments, *given])})"
 
 
 def _plain(parameter: Parameter, value: Value) -> object:
@@ -189,6 +210,13 @@ def affine(
 
 def _register(function: Callable[..., Any], facts: Mapping[str, Any]) -> None:
     name = function.__name__
+    wanted = 2 if "function" in facts else 1
+    positional = [
+        each for each in inspect.signature(function).parameters.values() if each.kind is not each.KEYWORD_ONLY
+    ]
+    if len(positional) != wanted or name == "lora":
+        shown = "(tensors, site, *, ...)" if wanted == 2 else "(count, *, ...)"
+        raise TypeError(f'the merge method "{name}" is not a function {shown} of a name that is free')
     found = Method(name=name, parameters=_parameters(function), **(_texts(function) | dict(facts)))
     if name in _registered:
         raise TypeError(f'the merge method "{name}" is registered twice')
@@ -202,7 +230,7 @@ def _texts(function: Callable[..., Any]) -> dict[str, Any]:
         head, colon, rest = line.partition(":")
         if not line.strip():
             field = ""
-        elif colon and head in ("Formula", "Source"):
+        elif colon and head in ("Formula", "Source") and head.lower() not in texts:
             field = head.lower()
             texts[field] = rest.strip()
         elif field:
@@ -233,30 +261,42 @@ def _parameter(given: inspect.Parameter, hint: Any) -> Parameter:
         kind = float
     elif typing.get_origin(kind) is tuple:
         kind = tuple
-    if kind not in (float, int, bool, str, tuple) or given.default is inspect.Parameter.empty:
-        raise TypeError(f'the parameter "{given.name}" of a merge method has no usable type or no default')
+    if kind not in (float, int, bool, str, tuple) or given.default is inspect.Parameter.empty or given.name == "base":
+        raise TypeError(
+            f'the parameter "{given.name}" of a merge method has no usable type, no default or the name base'
+        )
     return Parameter(given.name, kind, given.default, low, high, choices, text.text)
 
 
 def methods() -> Mapping[str, Method]:
-    """Every method by name, those of installed packages too."""
+    """Every method by name, those of installed packages too. Raises UsageError where one of these cannot be loaded."""
+    found, errors = listing()
+    if errors:
+        raise UsageError(errors[0])
+    return MappingProxyType({method.name: method for method in found})
+
+
+def listing() -> tuple[list[Method], list[str]]:
+    """Every method, in order of names, and a sentence for every method of an installed package that cannot be loaded."""
     _load_families()
-    for entry in _installed():
-        _load(entry)
-    return MappingProxyType(dict(sorted(_registered.items())))
+    errors = []
+    for name in dict.fromkeys(entry.name for entry in _installed()):
+        try:
+            _load(name)
+        except UsageError as error:
+            errors.append(str(error))
+    return [_registered[name] for name in sorted(_registered)], errors
 
 
 def find(name: str) -> Method:
-    """The method of that name. Raises UsageError, with the nearest name, where there is none."""
+    """The method of that name; only the package that gives it is imported. Raises UsageError, with the nearest name, where there is none."""
     _load_families()
-    if name not in _registered:
-        for entry in _installed():
-            if entry.name == name:
-                _load(entry)
     if name in _registered:
         return _registered[name]
-    known = sorted({*_registered, *(entry.name for entry in _installed()), "lora"})
-    near = get_close_matches(name, known, n=1)
+    installed = [entry.name for entry in _installed()]
+    if name in installed:
+        return _load(name)
+    near = get_close_matches(name, sorted({*_registered, *installed, "lora"}), n=1)
     advice = f'did you mean "{near[0]}"?' if near else "`mergetool methods` lists them."
     raise UsageError(f'no merge method "{name}" is registered; {advice}')
 
@@ -268,16 +308,37 @@ def _load_families() -> None:
 
 @cache
 def _installed() -> list[EntryPoint]:
-    return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _package(entry)))
 
 
-def _load(entry: EntryPoint) -> None:
-    """Import the package that gives a method. Raises UsageError where it cannot be, or registers something else."""
-    if entry.name in _registered:
-        return
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
+
+
+def _load(name: str) -> Method:
+    """Import the package that gives a method. Raises UsageError where it cannot be, where it registers something else, and for a name that is taken."""
+    given = [entry for entry in _installed() if entry.name == name]
+    entry, packages = given[0], [_package(entry) for entry in given]
+    known = _registered.get(name)
+    if len(given) > 1 or (known and not known.package):
+        others = packages if len(given) > 1 else [*packages, "mergetool"]
+        raise UsageError(f'the merge method "{name}" is given by {" and by ".join(others)}; uninstall all but one.')
+    if known:
+        return known
+    before = set(_registered)
     try:
         entry.load()
     except Exception as error:
-        raise UsageError(f'the merge method "{entry.name}" of {entry.value} cannot be loaded: {error}.') from None
-    if entry.name not in _registered:
-        raise UsageError(f'{entry.value} does not register the merge method "{entry.name}" that it is installed for.')
+        for partial in set(_registered) - before:
+            del _registered[partial]
+        raise UsageError(
+            f'the merge method "{name}" of the package {packages[0]} cannot be loaded: {error} ({type(error).__name__}); '
+            "update or uninstall it."
+        ) from None
+    for new in set(_registered) - before:
+        _registered[new] = replace(_registered[new], package=packages[0])
+    if name not in _registered:
+        raise UsageError(
+            f'the package {packages[0]} does not register the merge method "{name}" in {entry.value}; update or uninstall it.'
+        )
+    return _registered[name]

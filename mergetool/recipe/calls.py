@@ -38,8 +38,7 @@ def read_call(node: ast.Call, name: str, read: Read) -> Sum:
     base, parameters = _keywords(node, method, read)
     _check_count(node, method, arguments)
     if base is not None:
-        arguments = [normal(add(argument, _negative(base))) for argument in arguments]
-        _check_degrees(node, method, arguments, base=True)
+        arguments = _differences(node, method, arguments, base)
     degree = _check_degrees(node, method, arguments)
     given = {key: _value(value, read, method, key, len(arguments)) for key, value in parameters.items()}
     if method.factors is not None:
@@ -72,17 +71,17 @@ def _keywords(node: ast.Call, method: Method, read: Read) -> tuple[Sum | None, d
     parameters: dict[str, ast.expr] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
-            raise _error(node, "an expression has no ** arguments.")
+            raise _error(keyword, "an expression has no ** arguments.")
+        if keyword.arg in parameters or (keyword.arg == "base" and base is not None):
+            raise _error(keyword, f"{method.name} is given {keyword.arg} twice.")
         if keyword.arg == "base" and method.takes == "deltas":
             base = _argument(keyword.value, read, method)
             if base.degree() != 1:
                 raise _error(keyword.value, f"the base of {method.name} must be a model, not a difference of models.")
             continue
-        if keyword.arg in parameters:
-            raise _error(node, f"{method.name} is given {keyword.arg} twice.")
         if keyword.arg not in (parameter.name for parameter in method.parameters):
             known = ", ".join(parameter.name for parameter in method.parameters) or "none"
-            raise _error(node, f'{method.name} has no parameter "{keyword.arg}"; it has: {known}.')
+            raise _error(keyword, f'{method.name} has no parameter "{keyword.arg}"; it has: {known}.')
         parameters[keyword.arg] = keyword.value
     return base, parameters
 
@@ -95,20 +94,36 @@ def _check_count(node: ast.Call, method: Method, arguments: Sequence[Sum]) -> No
     raise _error(node, f"{method.name} takes {wanted} arguments, not {len(arguments)}: {method.signature}.")
 
 
-def _check_degrees(node: ast.Call, method: Method, arguments: Sequence[Sum], *, base: bool = False) -> Fraction:
+def _differences(node: ast.Call, method: Method, arguments: Sequence[Sum], base: Sum) -> list[Sum]:
+    """The arguments, which must be models, minus the base."""
+    for written, argument in zip(node.args, arguments, strict=True):
+        if argument.degree() != 1:
+            raise _error(
+                written, f"with base= the arguments of {method.name} are models, and {argument} has degree "
+                f"{number(argument.degree())}; leave out base= or the subtraction."
+            )  # fmt: skip
+        if argument == base:
+            raise _error(written, f"{argument} is both an argument and the base of {method.name}; leave it out.")
+    return [normal(add(argument, _negative(base))) for argument in arguments]
+
+
+def _check_degrees(node: ast.Call, method: Method, arguments: Sequence[Sum]) -> Fraction:
     """The degree of all arguments, which must be equal, and what the method takes."""
-    degrees = [argument.degree() for argument in arguments]
     wanted = {"models": (1,), "deltas": (0,), "any": (0, 1)}[method.takes]
-    for argument, degree in zip(arguments, degrees, strict=True):
-        if degree not in wanted or degree != degrees[0]:
-            kinds = {"models": "models", "deltas": "differences of models", "any": "either models or differences"}
-            shown = (
-                f"{method.name} takes {kinds[method.takes]}, and its argument {argument} has degree {number(degree)}"
-            )
+    first = arguments[0].degree()
+    for written, argument in zip(node.args, arguments, strict=True):
+        degree = argument.degree()
+        shown = f"{argument} has degree {number(degree)}"
+        if degree not in wanted:
+            kinds = {"models": "models", "deltas": "differences of models", "any": "models or differences of models"}
             advice = "; write x - y, or give base=y" if method.takes == "deltas" and degree == 1 else ""
-            advice = "; with base= the arguments are whole models" if base else advice
-            raise _error(node, f"{shown}{advice}.")
-    return degrees[0]
+            raise _error(written, f"{method.name} takes {kinds[method.takes]}, and {shown}{advice}.")
+        if degree != first:
+            raise _error(
+                written, f"{method.name} takes models or differences of models, not some of each: {arguments[0]} has "
+                f"degree {number(first)}, and {shown}."
+            )  # fmt: skip
+    return first
 
 
 def _value(node: ast.expr, read: Read, method: Method, name: str, arguments: int) -> Value:
@@ -147,5 +162,5 @@ def _negative(value: Sum) -> Sum:
     return scaled
 
 
-def _error(node: ast.expr, text: str) -> ExpressionError:
+def _error(node: ast.expr | ast.keyword, text: str) -> ExpressionError:
     return ExpressionError(f"column {node.col_offset + 1}: {text}")

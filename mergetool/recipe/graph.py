@@ -148,8 +148,11 @@ def add(left: Sum, right: Sum) -> Sum:
 
 
 def normal(value: Sum) -> Sum:
-    """``value`` with repeated operands added up and opposite ones paired."""
-    paired = Sum(_pair(_collect(value.terms)))
+    """``value`` with repeated operands added up and opposite ones paired; a sum that it begins with is no operand of its own."""
+    terms = _collect(value.terms)
+    while terms and terms[0].factor == 1 and isinstance(terms[0].operand, Sum):
+        terms = _collect(terms[0].operand.terms + terms[1:])
+    paired = Sum(_pair(terms))
     if len(paired.terms) == 1:
         only = paired.terms[0]
         if only.factor == 1 and isinstance(only.operand, Sum):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ceiling
-from benchmarks.ceiling import STRATEGIES, Strategy, best_strategy, copy
+from benchmarks.ceiling import STRATEGIES, Strategy, best_strategy, copy, copy_to_many
 
 CACHED = Strategy(threads=3, chunk=1 << 16, direct_read=False, direct_write=False)
 
@@ -51,6 +51,30 @@ def test_every_byte_of_every_input_is_read(inputs: list[Path], tmp_path: Path, m
     monkeypatch.setattr(ceiling, "_read", counted)
     copy(inputs, tmp_path / "out", CACHED)
     assert sum(end - start for start, end in read) == sum(path.stat().st_size for path in inputs)
+
+
+@pytest.mark.parametrize("size", [400_000, 3_000_001], ids=["small outputs", "large outputs"])
+def test_a_copy_to_many_reads_the_inputs_once_and_writes_every_output_whole(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    moved = {"_read": 0, "_write": 0}
+
+    def counted(name: str) -> None:
+        real = getattr(ceiling, name)
+
+        def move(fd: int, buffer: memoryview, start: int, end: int, *how: Strategy) -> None:
+            moved[name] += end - start
+            real(fd, buffer, start, end, *how)
+
+        monkeypatch.setattr(ceiling, name, move)
+
+    counted("_read")
+    counted("_write")
+    copy_to_many(inputs, tmp_path / "out", [size] * 3, CACHED)
+    whole = sum(path.stat().st_size for path in inputs)
+    assert moved["_write"] == 3 * size
+    assert whole <= moved["_read"] < whole + 2 * 3 * 4096  # a share begins at a page, which the one before may end in
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_old_longer_output_is_replaced(inputs: list[Path], tmp_path: Path) -> None:

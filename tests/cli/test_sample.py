@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mergetool.lab import checker
-from mergetool.verify.images import psnr
+from mergetool.verification.images import psnr
 from tests.cli.run import mergetool
 
 PROMPT = "a blue circle on a gold background"

@@ -16,7 +16,7 @@ from mergetool.engine.device import Device
 from mergetool.ops import oracle
 from mergetool.ops.program import Apply
 from mergetool.recipe.options import Options
-from mergetool.verify.weights import check_weights
+from mergetool.verification.weights import check_weights
 from tests.families import checkpoint
 
 F32 = Options(dtype=dtypes.F32)

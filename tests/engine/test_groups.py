@@ -14,7 +14,7 @@ from mergetool.engine import job
 from mergetool.ops import oracle
 from mergetool.recipe.groups import parse_setting
 from mergetool.recipe.options import Options
-from mergetool.verify.weights import check_weights
+from mergetool.verification.weights import check_weights
 from tests.families import TINY, checkpoint
 
 LAYERS = 5

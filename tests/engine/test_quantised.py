@@ -263,7 +263,7 @@ def test_an_unknown_container_lists_those_there_are(family: Path) -> None:
 
 
 def test_verify_derives_a_quantised_merge_again(family: Path) -> None:
-    from mergetool.verify.weights import check_weights
+    from mergetool.verification.weights import check_weights
 
     quantised(family / "q.safetensors", family / "alk.safetensors", "nvfp4")
     out = run(MERGE, family / "out.safetensors", quant="fp8-scaled", scale_search=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.peers_parity import PAGE, method_lines, parity_lines
+from benchmarks.peers_parity import PAGE, absent_lines, method_lines, parity_lines
 from tests.methods.parity.cases import CASES
 
 
@@ -25,8 +25,12 @@ def test_the_comparisons_are_current() -> None:
     assert names(between("parity")) == names(parity_lines([0.0] * len(CASES))), "run: python -m benchmarks.peers_parity"
 
 
+def test_what_is_not_compared_is_current() -> None:
+    assert between("absent") == absent_lines(), "run: python -m benchmarks.peers_parity"
+
+
 def test_differences_in_the_table_are_those_that_tests_allow() -> None:
     rows = between("parity")[2 : 2 + len(CASES)]
     for case, row in zip(CASES, rows, strict=True):
-        shown = float(row.split("|")[3])
+        shown = float(row.split("|")[4])
         assert (shown > case.rounding) == bool(case.why), row

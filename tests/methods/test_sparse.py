@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergetool import methods
 from mergetool.methods import Site, sparsity
+from mergetool.ops.reductions import BLOCK
 from tests.methods.parity.case import SITE, tensors
 
 Floats = np.ndarray
@@ -147,6 +148,13 @@ def test_no_two_parameters_arguments_or_seeds_share_a_mask(name: str) -> None:
         for other in masks[:i]:
             assert 0.4 < ((mask != 0) == (other != 0)).mean() < 0.6
     assert (masks[0] == call(name, [ones], Site("a"), density=0.5)).all()
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear", "dropout"])
+def test_no_part_of_a_large_parameter_repeats_the_mask_of_another(name: str) -> None:
+    first, second = np.split(call(name, [torch.ones(1024, 512)], density=0.5) != 0, 2)
+    assert first.size == BLOCK
+    assert 0.45 < (first == second).mean() < 0.55
 
 
 def test_sd_mecha_gives_equal_shapes_one_mask() -> None:

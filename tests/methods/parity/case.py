@@ -48,11 +48,15 @@ class Case:
         shown = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
         return f"{self.method}({shown}) against {self.theirs.peer} {self.theirs.text}"
 
+    @property
+    def kind(self) -> str:
+        """Whether its tensors are models or differences."""
+        return self.inputs or ("deltas" if methods.find(self.method).takes == "deltas" else "models")
+
     def difference(self, shape: Shape) -> float:
         """The largest absolute difference, relative to their largest element. Raises AssertionError where a result is not finite."""
         method = methods.find(self.method)
-        kind = self.inputs or ("deltas" if method.takes == "deltas" else "models")
-        given = [self.size * tensor for tensor in tensors(kind, self.count, shape)]
+        given = [self.size * tensor for tensor in tensors(self.kind, self.count, shape)]
         ours = apply(method, [tensor.clone() for tensor in given], self.parameters)
         theirs = self.theirs.call([tensor.clone() for tensor in given])
         assert ours.shape == theirs.shape == shape

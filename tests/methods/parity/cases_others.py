@@ -64,7 +64,8 @@ CASES = [
         why="sd-mecha: the filter at exactly 2 cuts at 1-alpha, those on either side of it at alpha",
     ),
     Case("crossover", mecha("crossover", alpha=0.37, tilt=3.2), {"alpha": 0.37, "tilt": 0.8}, count=2),
-    Case("truncate_rank", _truncated(rank=5, use_approximate_basis=False), {"rank": 5}, count=1),
+    # the fifth and sixth singular value are 1 % apart, so that float32 turns the directions by up to 1e-5
+    Case("truncate_rank", _truncated(rank=5, use_approximate_basis=False), {"rank": 5}, count=1, rounding=1e-4),
     Case(
         "truncate_rank",
         _truncated(rank=5, approximate_basis_seed=0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.methods.parity.case import Case
+from tests.methods.parity.case import Case, Theirs
 from tests.methods.parity.peers import mecha, mergekit
 
 MATRICES = ((96, 40), (257,))
@@ -12,6 +12,7 @@ L1 = "mergekit multiplies what is left by the ratio of the sums of magnitudes be
 VOTES = (
     "sd-mecha's flag is reversed: with vote_sgn=False it lets the elements vote by their number, with True by their sum"
 )
+REVERSED = "sd-mecha's flag is reversed: with apply_stock=False it also multiplies by model stock's factor of each row, with True it does not"
 EXTRA = "sd-mecha keeps one element more than the share k, and all that equal the last: its threshold is the element that should go"
 STOCK = "sd-mecha takes the cosine of neighbours alone (1 with 2, 2 with 3), not of all pairs, and of rows, where the paper takes layers"
 UNBIASED = "sd-mecha divides the mean of what is left by 1-p as if one difference could be left; with several that is too much, and the result is larger than their mean"
@@ -27,6 +28,15 @@ LINEAR = [
     ),
     Case("linear", mecha("n_average")),
     Case("weighted_sum", mecha("weighted_sum", alpha=0.3), {"alpha": 0.3}, count=2),
+    Case(
+        "add_difference",
+        Theirs(
+            "sd-mecha",
+            "add_difference(a, b - c, alpha=0.7)",
+            lambda given: mecha("add_difference", alpha=0.7).call([given[0], given[1] - given[2]]),
+        ),
+        {"alpha": 0.7},
+    ),
     Case("task_arithmetic", mergekit("task_arithmetic", base="zero", weight=[1, 0.5, -2]), {"weights": (1, 0.5, -2)}),
 ]
 
@@ -47,6 +57,14 @@ TIES = [
     Case("ties", mecha("ties_sum", k=1.0, vote_sgn=True), {"density": 1, "elect": "sum"}),
     Case("ties", mecha("ties_sum", k=1.0, vote_sgn=False), {"density": 1, "elect": "count"}),
     Case("ties", mecha("ties_sum", k=1.0, vote_sgn=False), {"density": 1, "elect": "sum"}, why=VOTES),
+    Case("ties", mecha("ties_sum_extended", k=1.0, vote_sgn=True, apply_stock=True), {"density": 1}),
+    Case(
+        "ties",
+        mecha("ties_sum_extended", k=1.0, vote_sgn=True, apply_stock=False),
+        {"density": 1},
+        why=REVERSED,
+        shapes=((96, 40),),
+    ),
     Case("ties", mecha("ties_sum", k=0.25, vote_sgn=True), {"density": 0.25}, why=EXTRA),
     Case("ties", mecha("ties_sum", k=0.25, vote_sgn=True), {"density": 0.26}, shapes=((10, 10),)),
 ]
@@ -79,7 +97,7 @@ RANDOM = [
         "dare_ties",
         mecha("ties_sum_with_dropout", probability=0.7, k=1.0, vote_sgn=True, apply_stock=False, random=True),
         {"density": 0.3, "normalize": True},
-        why="sd-mecha's flag is reversed: with apply_stock=False it also multiplies by model stock's factor of each row, with True it does not",
+        why=REVERSED,
         shapes=((96, 40),),
     ),
     Case(

@@ -1,0 +1,82 @@
+"""``mergetool methods``: the merge methods that an expression can call."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli import console
+from mergetool.cli.console import JsonOption
+
+if TYPE_CHECKING:
+    from mergetool.methods import Method
+
+EXAMPLES = """\b
+Examples:
+  mergetool methods
+  mergetool methods ties
+  mergetool methods --json
+  mergetool merge "ties(alkahest, artshoot, base=z-image, density=0.2)" -o out.safetensors
+
+model: a whole model; delta: a difference of models, as in a - b, or two models and base=; x: all models, or all differences. Other
+packages add methods by the entry point "mergetool.methods"; they are marked with the package's name.
+"""
+
+
+@console.command
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, with all there is to say of it", metavar="NAME")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the merge methods, or show one: formula, source, parameters and an example."""
+    from mergetool.methods import find, listing
+
+    found, errors = ([find(name)], []) if name else listing()
+    for error in errors:
+        print(f"mergetool: {console.printable(error)}", file=sys.stderr)
+    if as_json:
+        console.print_json({"methods": [_facts(method) for method in found], "errors": errors})
+    elif name:
+        _show(found[0])
+    else:
+        for method in found:
+            console.say(method.signature + (f"   [{method.package}]" if method.package else ""))
+            console.say(f"        {method.summary}")
+
+
+def _show(method: Method) -> None:
+    console.say(method.signature)
+    facts = [("", method.summary), ("formula", method.formula), ("source", method.source)]
+    facts += [("package", method.package)] if method.package else []
+    for word, text in facts:
+        first, *others = textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+        console.heading(word, first)
+        for line in others:
+            console.heading("", line)
+    if method.parameters:
+        rows = [(p.name, p.shown, p.wanted(), p.text) for p in method.parameters]
+        console.table(["parameter", "default", "values", ""], rows, left=4)
+    console.heading("example", f'mergetool merge "{method.example}" --protect refiner -o out.safetensors')
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "signature": method.signature,
+        "summary": method.summary,
+        "formula": method.formula,
+        "source": method.source,
+        "package": method.package or "mergetool",
+        "takes": method.takes,
+        "least": method.least,
+        "most": method.most,
+        "parameters": [
+            {"name": p.name, "default": p.shown, "values": p.wanted(), "text": p.text} for p in method.parameters
+        ],
+        "example": method.example,
+    }

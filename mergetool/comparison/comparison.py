@@ -1,0 +1,290 @@
+"""Two models side by side in one pass: the sums of every part, and what a merge of their difference would lose to rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mergetool import models
+from mergetool.comparison import lineage
+from mergetool.comparison.distances import by_part, comparable, cut
+from mergetool.comparison.energies import Distance, Energies
+from mergetool.comparison.heatmap import block
+from mergetool.comparison.lineage import Finding
+from mergetool.comparison.streaming import Chunk, Operands, stream
+from mergetool.engine.jobs import Job, jobs
+from mergetool.engine.movements import Movements
+from mergetool.engine.reading import Method
+from mergetool.errors import FamilyError, UsageError
+from mergetool.ops.movement import Movement
+from mergetool.recipe.expression import parse
+from mergetool.recipe.graph import number, quote
+from mergetool.recipe.options import Options
+from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.steps import MERGED, Input
+
+RECOMMENDED = "recommended"
+REFINER = "refiner"
+"""The group that is measured and left out of all totals, unless the user says what to leave out: merges protect it."""
+TARGET = 0.01
+"""The change that is aimed at without another wish, as a share of the norm of what is changed: enough to survive rounding to bf16 (whose unit
+is 0.4 to 0.8 % of a weight), and less than any fine-tune of the embedded family moved its base by (5.9 to 16 %)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The models, open, and what will be measured: ``parts`` in the order of reading, of which ``excluded`` count in no total; ``left_out``
+    are not measured, with the reason. ``options`` are those of the merge whose rounding is looked at."""
+
+    operands: Operands
+    options: Options
+    parts: tuple[str, ...]
+    excluded: frozenset[str]
+    left_out: tuple[tuple[str, str], ...]
+    known: tuple[str, ...]
+
+    @property
+    def base(self) -> Input:
+        """The model that is subtracted."""
+        return self.operands.inputs[self.operands.base]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that the pass will read."""
+        inputs = [self.operands.inputs[column].anatomy.parts for column in self.operands.columns]
+        return sum(parts[part].nbytes for parts in inputs for part in self.parts)
+
+    def expression(self, multiplier: Fraction) -> str:
+        """The merge that the rounding figures are of."""
+        columns = (self.operands.onto, self.operands.variant, self.operands.base)
+        onto, variant, base = (self.operands.inputs[column].name for column in columns)
+        return merge_of(onto, variant, base, multiplier)
+
+    def plan(self, multiplier: Fraction) -> Plan:
+        """That merge, as `engine.job.open_merge` plans it."""
+        expression = parse(self.expression(multiplier), known=self.known)
+        by_name = {model.name: model for model in self.operands.inputs}
+        return plan_merge(expression, [by_name[name] for name in expression.models], self.options)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a comparison found. ``excluded`` parts are measured and in no total. ``expression`` is the merge, with ``multiplier``, whose
+    rounding to ``dtype`` ``rounding`` tells of: by group, what `mergetool merge` reports. ``target`` is the wanted change, as a share."""
+
+    base: str
+    variant: str
+    onto: str
+    reference: tuple[str, str] | None
+    distances: tuple[Distance, ...]
+    excluded: frozenset[str]
+    left_out: tuple[tuple[str, str], ...]
+    group_names: tuple[str, ...]
+    multiplier: Fraction
+    expression: str
+    options: Options
+    dtype: str
+    rounding: dict[str, Movement]
+    lost: Movement
+    sampled: bool
+    target: float
+    lineage: tuple[Finding, ...]
+
+    @property
+    def included(self) -> list[Distance]:
+        """The parts that count in the totals."""
+        return [one for one in self.distances if one.name not in self.excluded]
+
+    @property
+    def total(self) -> Energies:
+        """Of all parts that count."""
+        return Energies.total(one.energies for one in self.included)
+
+    def groups(self) -> dict[str, Energies]:
+        """By group of the family, of the parts that count; of a group of which none does, of all its parts. Groups overlap."""
+        found = {}
+        for group in self.group_names:
+            held = [one for one in self.distances if group in one.groups]
+            counted = [one for one in held if one.name not in self.excluded]
+            if held:
+                found[group] = Energies.total(one.energies for one in counted or held)
+        return found
+
+    def blocks(self) -> dict[str, Energies]:
+        """By block, and by what lies outside the blocks, in the order of a forward pass; excluded ones as well."""
+        held: dict[str, list[Energies]] = {}
+        for one in self.distances:
+            held.setdefault(block(one), []).append(one.energies)
+        return {name: Energies.total(found) for name, found in held.items()}
+
+    def merge_with(self, multiplier: Fraction) -> str:
+        """The expression of the merge with another multiplier."""
+        return merge_of(self.onto, self.variant, self.base, multiplier)
+
+    def is_excluded(self, group: str) -> bool:
+        """Whether no part of a group counts in the totals."""
+        return all(one.name in self.excluded for one in self.distances if group in one.groups)
+
+    @property
+    def recommended(self) -> Fraction | None:
+        """To four digits, the multiplier that gives the delta the size of the reference delta, without one that which makes the wanted
+        change; None where nothing differs."""
+        return advised(self.total, self.target, referenced=self.reference is not None)
+
+
+def merge_of(onto: str, variant: str, base: str, multiplier: Fraction) -> str:
+    """``onto + multiplier * (variant - base)`` as an expression."""
+    size = "" if abs(multiplier) == 1 else f"{number(abs(multiplier))}*"
+    return f"{quote(onto)} {'-' if multiplier < 0 else '+'} {size}({quote(variant)} - {quote(base)})"
+
+
+def advised(total: Energies, target: float, *, referenced: bool) -> Fraction | None:
+    """See `Report.recommended`."""
+    found = total.to_reference if referenced else total.to_change(target)
+    return None if found is None or not math.isfinite(found) else Fraction(f"{found:.4g}")
+
+
+@contextmanager
+def open_comparison(
+    base: str,
+    variant: str,
+    *,
+    reference: str | None = None,
+    reference_base: str | None = None,
+    onto: str | None = None,
+    options: Options | None = None,
+) -> Iterator[Comparison]:
+    """Open MODELs to compare ``variant`` with ``base``; headers only are read, and the files are closed at the end of the ``with`` block.
+
+    The delta is variant - base, the reference delta ``reference`` - ``reference_base`` (``base`` without it), and ``onto`` the model that the
+    delta would be added to (``base`` without it). Raises what `models.open_model` and `plan_merge` raise, FamilyError for models of
+    different families and UsageError for a model that is compared with itself.
+    """
+    if base == variant:
+        raise UsageError(f'"{base}" is both models; name two to compare.')
+    if reference_base is not None and reference is None:
+        raise UsageError("--reference-base is what --reference is a difference to; name that too.")
+    pair = None if reference is None else (reference, reference_base or base)
+    if pair is not None and pair[0] == pair[1]:
+        raise UsageError(f'the reference "{pair[0]}" has no difference to itself; name its base with --reference-base.')
+    names = list(dict.fromkeys((onto or base, variant, base, *(pair or ()))))
+    with ExitStack() as stack:
+        inputs = []
+        for name in names:
+            opened = stack.enter_context(models.open_model(name))
+            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
+        _check_families(inputs)
+        reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))
+        operands = Operands(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
+        yield _planned(operands, options or Options())
+
+
+def compare(
+    comparison: Comparison,
+    *,
+    multiplier: Fraction | str = Fraction(1),
+    target: float = TARGET,
+    threads: int | None = None,
+    method: Method = "auto",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Report:
+    """Read the models once and report; with the multiplier that turns out to be "recommended", an eighth of three of them once more.
+
+    Rounding is looked at on the elements that `mergetool merge` measures by itself, and its figures are equal to those of that merge on a CPU.
+    Memory is about 15 MB a thread. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError for NaN or infinity in a
+    model, and what reading raises.
+    """
+    operands = comparison.operands
+    first = Fraction(1) if multiplier == RECOMMENDED else multiplier
+    if not isinstance(first, Fraction) or first == 0:
+        raise UsageError(f'a multiplier is a number other than 0, or "{RECOMMENDED}", not "{multiplier}".')
+    plan = comparison.plan(first)
+    chunks = list(_chunks(comparison, plan, merges=multiplier != RECOMMENDED))
+    found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method, progress=progress)
+    distances = by_part(operands, chunks, found)
+    if multiplier == RECOMMENDED:
+        counted = (one.energies for one in distances if one.name not in comparison.excluded)
+        first = advised(Energies.total(counted), target, referenced=operands.reference is not None) or first
+        plan = comparison.plan(first)
+        chunks = [chunk for chunk in _chunks(comparison, plan, sums=False) if chunk.merge]
+        found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method)
+    moved = (
+        ((chunk.merge.tensor.name, chunk.merge.step.part), movement)
+        for chunk, (_, movement) in zip(chunks, found, strict=True)
+        if chunk.merge and movement
+    )
+    movements = Movements.of(moved, sampled=any(not job.sampled for job in _merged(plan)))
+    names = [model.name for model in operands.inputs]
+    return Report(
+        names[operands.base],
+        names[operands.variant],
+        names[operands.onto],
+        None if operands.reference is None else (names[operands.reference[0]], names[operands.reference[1]]),
+        tuple(sorted(distances, key=lambda one: comparison.base.anatomy.family.order(one.name))),
+        comparison.excluded,
+        comparison.left_out,
+        comparison.base.anatomy.family.group_names(comparison.base.anatomy),
+        first,
+        comparison.expression(first),
+        comparison.options,
+        "/".join(sorted({job.tensor.dtype.name for job in _merged(plan)})),
+        movements.groups(plan),
+        movements.total,
+        movements.sampled,
+        target,
+        tuple(lineage.between(operands.inputs[operands.variant], comparison.base)),
+    )
+
+
+def _check_families(inputs: Sequence[Input]) -> None:
+    for other in inputs[1:]:
+        if other.anatomy.family is not inputs[0].anatomy.family:
+            raise FamilyError(
+                f"{other.name} is a {other.anatomy.family.name} model and {inputs[0].name} a {inputs[0].anatomy.family.name} one; "
+                "models of different families cannot be compared."
+            )
+
+
+def _planned(operands: Operands, options: Options) -> Comparison:
+    """Without a word on what to include, the refiners are measured but excluded."""
+    base = operands.inputs[operands.base].anatomy
+    by_default = not (options.include or options.exclude) and REFINER in base.family.group_names(base)
+    if by_default:
+        options = Options(exclude=(REFINER,), dtype=options.dtype)
+    known = tuple(entry.name for entry in models.listing())
+    draft = Comparison(operands, options, (), frozenset(), (), known)
+    reasons = {step.part: step.reason for tensor in draft.plan(Fraction(1)).tensors for step in tensor.steps}
+    shared = comparable([operands.inputs[column] for column in operands.columns])
+    wanted = [part for part in shared if by_default or reasons[part] == MERGED]
+    left_out = [(part, reasons.get(part, "")) for part in base.parts if part not in wanted]
+    return Comparison(
+        operands,
+        options,
+        tuple(wanted),
+        frozenset(part for part in wanted if reasons[part] != MERGED),
+        tuple(
+            (part, reason if reason not in ("", MERGED) else "not in all models in one shape")
+            for part, reason in left_out
+        ),
+        known,
+    )
+
+
+def _chunks(comparison: Comparison, plan: Plan, *, merges: bool = True, sums: bool = True) -> Iterator[Chunk]:
+    """What to read, in the order of the output: of what is merged the engine's own chunks, of the rest others."""
+    wanted = set(comparison.parts)
+    for tensor in plan.tensors:
+        for step in tensor.steps:
+            if step.part in wanted and step.reason != MERGED:
+                yield from cut(comparison.operands, step.part) if sums else ()
+    for job in _merged(plan):
+        if job.step.part in wanted:
+            merge = job if merges and job.sampled else None
+            yield Chunk(job.step.part, job.start, job.count, merge, sums)
+
+
+def _merged(plan: Plan) -> Iterator[Job]:
+    return (job for job in jobs(plan) if isinstance(job, Job) and job.step.reason == MERGED)

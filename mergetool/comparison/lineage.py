@@ -1,0 +1,307 @@
+"""Do the models of a merge belong together? What a sample of their weights says about every ``x - y``, average and fp16 output.
+
+Two facts decide. A fine-tune moves everything about alike, while models with refiners of their own, as Z-Image Base and Turbo, are far apart
+there and not so far elsewhere: the *ratio* of the distance of refiners to that of layers is 0.9 to 1.2 between parents and children of the
+embedded family and 3.2 to 5 between all others. And the gains of RMSNorms begin at 1 and move away from it as training goes on, so that in
+most of them the child is farther from 1 than its parent: a sign test over the tensors says which is which. Which of a model's ancestors is
+the right one to subtract cannot be told from two models; where a known model lies nearer, that is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from mergetool import models
+from mergetool.arch.z_image import Z_IMAGE
+from mergetool.checkpoint.dtypes import F16
+from mergetool.checkpoint.hub import SCHEME
+from mergetool.comparison import sampling
+from mergetool.comparison.energies import Distance
+from mergetool.comparison.result import part_of_result
+from mergetool.comparison.sampling import Sample, middle
+from mergetool.comparison.weights import differences, whole_models
+from mergetool.errors import LineageError, MergetoolError
+from mergetool.recipe.plan import Plan
+from mergetool.recipe.steps import MERGED, Input
+
+MOST_RATIO = 2.0
+"""Refiners this many times farther apart than layers are not one fine-tune's: the middle, in ratio, of 1.2 and 3.2."""
+LEAST_APART = 0.1
+"""Refiners nearer than this are never called unrelated: quantised weights alone differ by 2 to 10 % from what they were."""
+MOST_APART = 0.5
+"""Layers farther apart than this share of their norm are not one fine-tune's, whatever the refiners: unrelated models are at 1.4."""
+LEAST_DOUBT = 1e-3
+"""The chance, by the sign test, at which a difference is called reversed."""
+NEARER = 0.9
+"""A known model this many times as far is worth naming."""
+MOST_KNOWN = 12
+FP16_LIMIT = 0.42
+"""ComfyUI computes Z-Image in fp16 only where the standard deviation of `fp16_part` is below this."""
+NEAR_LIMIT = 0.95
+
+Level = Literal["note", "warn", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence about a merge, with what was measured. An error means that pictures would be noise."""
+
+    level: Level
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the merge should not be made without the user's word."""
+        return self.level == "error"
+
+
+def refuse(findings: Sequence[Finding], *, way_out: str = "--force merges anyway") -> None:
+    """Raises LineageError for the first finding that is an error; ``way_out`` says how to merge nevertheless."""
+    for finding in findings:
+        if finding.is_error:
+            raise LineageError(f"{finding.text}; {way_out}.")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Two samples, of what is subtracted from and of what is subtracted."""
+
+    x: Sample
+    y: Sample
+
+    @cached_property
+    def _found(self) -> list[Distance]:
+        return sampling.distances(self.x, self.y)
+
+    @cached_property
+    def refiners(self) -> float:
+        """How far apart the refiners are; 0 in a family that has none."""
+        return middle(self._found, "refiner")
+
+    @cached_property
+    def layers(self) -> float:
+        """How far apart the main layers are; all parts in a family without such a group."""
+        has_layers = any("layers" in one.groups for one in self._found)
+        return middle(self._found, "layers" if has_layers else None)
+
+    @cached_property
+    def whole(self) -> float:
+        """How far apart all parts are."""
+        return middle(self._found)
+
+    @property
+    def is_related(self) -> bool:
+        """Whether one can be a fine-tune of the other, or both of a third."""
+        by_refiners = self.refiners <= LEAST_APART or self.refiners <= MOST_RATIO * self.layers
+        return by_refiners and self.layers <= MOST_APART
+
+    @cached_property
+    def gains(self) -> tuple[int, int]:
+        """Of how many RMSNorms y's gains are farther from 1 than x's, and of how many they differ at all."""
+        if self.x.model.anatomy.family is not Z_IMAGE:
+            return 0, 0
+        norms = [one.name for one in self._found if "norm" in one.groups]
+        away = [tuple(_from_one(sample.values[name]) for sample in (self.x, self.y)) for name in norms]
+        return sum(y > x for x, y in away), sum(y != x for x, y in away)
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether y looks trained on from x, not x from y."""
+        farther, differing = self.gains
+        ways = sum(math.comb(differing, k) for k in range(farther, differing + 1))
+        return bool(ways < LEAST_DOUBT * 2**differing)
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether the two look like one model, quantised in different ways: its norms, which nobody quantises, are equal."""
+        parts = (part for sample in (self.x, self.y) for part in sample.model.anatomy.parts.values())
+        return self.gains[1] == 0 and any(part.encoding or part.dtype.bits == 8 for part in parts)
+
+    def apart(self) -> str:
+        """The distances in words."""
+        refiners = f", {_percent(self.refiners)} in the refiners" if self.refiners else ""
+        return f"{_percent(self.layers)} apart in the layers{refiners}"
+
+
+def check(plan: Plan) -> list[Finding]:
+    """What a sample of the inputs says about ``plan``: a few megabytes of each, and of known models when something is subtracted.
+
+    The inputs must be open. Raises what reading them raises; known models that cannot be read are passed over.
+    """
+    lineage = _Lineage(plan.inputs)
+    found = [one for pair in differences(plan.expression.graph) for one in lineage.of_difference(*pair)]
+    found += lineage.of_averages(plan)
+    return [*dict.fromkeys(found), *_fp16(plan)]
+
+
+def between(x: Input, y: Input) -> list[Finding]:
+    """The same about ``x - y`` alone."""
+    return list(_Lineage((x, y)).of_difference(x.name, y.name))
+
+
+class _Lineage:
+    """One check: samples are read when they are first asked for."""
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self._inputs = {model.name: model for model in inputs if not model.is_lora}
+        self._samples: dict[str, Sample] = {}
+
+    def of_averages(self, plan: Plan) -> Iterator[Finding]:
+        """Whole models that are averaged, in the refiners and elsewhere."""
+        refiners = self._averaged(plan, "refiner")
+        for pair in refiners:
+            relation = self._relation(*pair)
+            both = f"{pair[0]} and {pair[1]}"
+            if not relation.is_related:
+                yield Finding(
+                    "error",
+                    f"the refiners would be averaged from {both}, which lie {relation.apart()}: what the refiners hand on means something "
+                    f"else in each, and pictures become noise; keep one model's with --protect refiner, or add a difference within one "
+                    "family instead of averaging two",
+                )
+            elif relation.refiners:
+                yield Finding(
+                    "note",
+                    f"the refiners are averaged from {both}, {_percent(relation.refiners)} apart; --protect refiner keeps one model's",
+                )
+        for pair in self._averaged(plan, "layers"):
+            relation = self._relation(*pair)
+            if pair not in refiners and not relation.is_related:
+                yield Finding(
+                    "warn",
+                    f"{pair[0]} and {pair[1]} are averaged although they lie {relation.apart()}: pictures depend on whose refiners are "
+                    "kept, and may be lost with either; adding a difference within one family is the safer way",
+                )
+
+    def _averaged(self, plan: Plan, group: str) -> list[tuple[str, str]]:
+        """The pairs of models that parts of a group are averaged from."""
+        anatomy = plan.inputs[0].anatomy
+        pairs: dict[tuple[str, str], None] = {}
+        seen = set()
+        for step in (step for tensor in plan.tensors for step in tensor.steps):
+            if step.reason != MERGED or step.program is None or step.part not in anatomy.parts:
+                continue
+            key = (step.program, tuple(window.input for window in step.windows))
+            if key in seen or group not in anatomy.family.groups(step.part, anatomy.parts[step.part].shape):
+                continue
+            seen.add(key)
+            names = [name for name in whole_models(plan, step) if name in self._inputs]
+            pairs |= dict.fromkeys(combinations(names, 2))
+        return list(pairs)
+
+    def of_difference(self, x: str, y: str) -> Iterator[Finding]:
+        """Whether y looks like what x was trained from."""
+        relation = self._relation(x, y)
+        farther, differing = relation.gains
+        if not relation.is_related:
+            why = "refiners of their own" if relation.layers <= MOST_APART else "different weights altogether"
+            yield Finding(
+                "warn",
+                f"{x} - {y}: {y} does not look like the model that {x} was trained from; they lie {relation.apart()}: {why}"
+                f"{self._nearest(relation)}",
+            )
+        elif relation.whole == 0:
+            yield Finding("note", f"{x} - {y}: the two do not differ where they were looked at")
+        elif relation.is_reversed:
+            yield Finding(
+                "warn",
+                f"{x} - {y} looks reversed: {y} seems trained on from {x}, with gains farther from 1 in {farther} of {differing} norms, so that "
+                f"this takes away what {y} learned; {y} - {x} adds it",
+            )
+        elif (nearer := self._nearer(relation)) is not None:
+            yield Finding(
+                "note",
+                f"{x} - {y}: {nearer.y.name} lies nearer to {x} ({_percent(nearer.whole)} apart, {y} {_percent(relation.whole)}); where it is "
+                f"what {x} builds on, subtract that instead",
+            )
+
+    def _nearest(self, relation: Relation) -> str:
+        found = self._nearer(relation)
+        return "" if found is None else f"; {found.y.name} looks like it ({found.apart()})"
+
+    def _nearer(self, relation: Relation) -> Relation | None:
+        """The nearest known relative of x that is not trained on from it, where it is clearly nearer than y."""
+        best = None
+        for name in self._known(relation):
+            other = self._known_sample(name)
+            if other is None or other.model.anatomy.family is not relation.x.model.anatomy.family:
+                continue
+            found = Relation(relation.x, other)
+            if found.is_twin or found.is_reversed or not found.is_related:
+                continue
+            if 0 < found.whole < (best or relation).whole:
+                best = found
+        return best if best is not None and best.whole < NEARER * relation.whole else None
+
+    def _known(self, relation: Relation) -> list[str]:
+        """The models of this merge, then registered ones that are on this disk, and the embedded ones beside an embedded one."""
+        names = [*self._inputs]
+        names += [entry.name for entry in models.listing() if not entry.path.startswith(SCHEME)]
+        if any(name.startswith("lab.") for name in (relation.x.name, relation.y.name)):
+            names += [f"lab.{folder.name}" for folder in sorted(models.EMBEDDED.iterdir()) if folder.is_dir()]
+        names = [name for name in dict.fromkeys(names) if name not in (relation.x.name, relation.y.name)]
+        return names[:MOST_KNOWN]
+
+    def _relation(self, x: str, y: str) -> Relation:
+        return Relation(self._sample(x), self._sample(y))
+
+    def _sample(self, name: str) -> Sample:
+        """The sample of an input."""
+        if name not in self._samples:
+            self._samples[name] = sampling.read(self._inputs[name])
+        return self._samples[name]
+
+    def _known_sample(self, name: str) -> Sample | None:
+        """The sample of an input or of a known model, where that can be read."""
+        if name in self._inputs:
+            return self._sample(name)
+        try:
+            with models.open_model(name) as opened:
+                return sampling.read(Input(name, opened.checkpoint, opened.anatomy))
+        except MergetoolError:
+            return None
+
+
+def fp16_part(plan: Plan) -> str | None:
+    """The norm that ComfyUI looks at before it computes in fp16: of the last layer but one."""
+    anatomy = plan.inputs[0].anatomy
+    if anatomy.family is not Z_IMAGE:
+        return None
+    depth = len({name.split(".")[1] for name in anatomy.parts if name.startswith("layers.")})
+    name = f"layers.{depth - 2}.ffn_norm1.weight"
+    return name if name in anatomy.parts else None
+
+
+def _fp16(plan: Plan) -> list[Finding]:
+    part = fp16_part(plan)
+    if part is None or plan.options.dtype is not F16:
+        return []
+    spread = float(part_of_result(plan, part).astype(np.float64).std())
+    if spread < NEAR_LIMIT * FP16_LIMIT:
+        return []
+    measured = f"the standard deviation of {part} in the result is {spread:.3f}"
+    if spread < FP16_LIMIT:
+        return [
+            Finding("warn", f"{measured}, just below the {FP16_LIMIT} from which on ComfyUI does not compute in fp16")
+        ]
+    return [
+        Finding(
+            "warn",
+            f"{measured}: from {FP16_LIMIT} on ComfyUI does not compute in fp16, because activations overflow; write bf16 with --dtype bf16",
+        )
+    ]
+
+
+def _from_one(gains: np.ndarray) -> float:
+    return float(np.square(gains.astype(np.float64) - 1).sum())
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

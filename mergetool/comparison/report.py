@@ -1,0 +1,134 @@
+"""One self-contained HTML page of a comparison, and the same as a record for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from mergetool import __version__
+from mergetool.comparison import heatmap, page
+from mergetool.comparison.comparison import Report
+from mergetool.comparison.energies import Energies
+from mergetool.comparison.page import Table
+from mergetool.ops.movement import Movement
+
+
+def render(report: Report) -> str:
+    """The page."""
+    from mergetool.comparison import plots  # matplotlib takes half a second, which only a page is worth
+
+    groups = report.groups()
+    return page.template("mergetool.comparison", "compare.html.j2").render(
+        report=report,
+        version=__version__,
+        recommended=None if report.recommended is None else f"{float(report.recommended):g}",
+        target=percent(report.target),
+        distance=percent(report.total.distance),
+        lost=percent(1 - report.lost.projection),
+        untraced=percent(report.lost.eaten / report.lost.moved if report.lost.moved else 0),
+        groups=_table(
+            "group", {f"{name}*" if report.is_excluded(name) else name: groups[name] for name in groups}, report
+        ),
+        blocks=_table("block", report.blocks(), report),
+        rounding=_rounding(report),
+        heat_map=plots.svg(heatmap.of_distances(report.distances), label="relative distance"),
+        record=json.dumps(record(report), indent=1),
+    )
+
+
+def record(report: Report) -> dict[str, Any]:
+    """Everything that was found, for JSON: None for what has no finite value."""
+    return {
+        "base": report.base,
+        "variant": report.variant,
+        "onto": report.onto,
+        "reference": None if report.reference is None else list(report.reference),
+        "target": report.target,
+        "recommended": None if report.recommended is None else float(report.recommended),
+        "total": _energies(report.total, report.target),
+        "groups": {
+            name: _energies(found, report.target) | {"excluded": report.is_excluded(name)}
+            for name, found in report.groups().items()
+        },
+        "blocks": {name: _energies(found, report.target) for name, found in report.blocks().items()},
+        "parts": {
+            one.name: _energies(one.energies, report.target) | {"excluded": one.name in report.excluded}
+            for one in report.distances
+        },
+        "lineage": [{"level": finding.level, "text": finding.text} for finding in report.lineage],
+        "left_out": [{"name": name, "reason": reason} for name, reason in report.left_out],
+        "rounding": {
+            "expression": report.expression,
+            "multiplier": float(report.multiplier),
+            "dtype": report.dtype,
+            "sampled": report.sampled,
+            "total": _movement(report.lost),
+            "groups": {name: _movement(movement) for name, movement in report.rounding.items()},
+        },
+    }
+
+
+def percent(share: float) -> str:
+    """A share with three digits."""
+    return f"{100 * share:.3g} %"
+
+
+def _table(first: str, rows: dict[str, Energies], report: Report) -> Table:
+    referenced = report.reference is not None
+    heads = ["cosine", "m by reference"] if referenced else []
+    return Table(
+        [first, "distance", *heads, f"m for {percent(report.target)}"],
+        [
+            [
+                name,
+                percent(found.distance),
+                *([_text(found.cosine, ".3f"), _text(found.to_reference)] if referenced else []),
+                _text(found.to_change(report.target)),
+            ]
+            for name, found in [*rows.items(), *([("all", report.total)] if first == "group" else [])]
+        ],
+    )
+
+
+def _rounding(report: Report) -> Table:
+    rows = [(name, each) for name, each in (*report.rounding.items(), ("all", report.lost)) if each.moved]
+    return Table(
+        ["group", "left no trace", "below half a unit", "came through"],
+        [
+            [
+                name,
+                percent(each.eaten / each.moved),
+                percent(each.below_half_ulp / each.moved),
+                percent(each.projection),
+            ]
+            for name, each in rows
+        ],
+    )
+
+
+def _energies(found: Energies, target: float) -> dict[str, Any]:
+    return {
+        "elements": found.elements,
+        "norm_base": math.sqrt(found.base),
+        "norm_variant": math.sqrt(found.variant),
+        "norm_delta": math.sqrt(found.delta),
+        "distance": found.distance if math.isfinite(found.distance) else None,
+        "cosine": found.cosine,
+        "multiplier_by_reference": found.to_reference,
+        "multiplier_by_target": found.to_change(target),
+    }
+
+
+def _movement(movement: Movement) -> dict[str, Any]:
+    return {
+        "moved": movement.moved,
+        "eaten": movement.eaten,
+        "below_half_ulp": movement.below_half_ulp,
+        "delta_energy": movement.delta_energy,
+        "projection": movement.projection,
+    }
+
+
+def _text(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,201 @@
+"""One pass over the models of a comparison: chunks on several threads, each element read once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mergetool.checkpoint.names import quoted
+from mergetool.comparison.energies import Energies, dot, energy
+from mergetool.engine.jobs import Job
+from mergetool.engine.memory import default_threads
+from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
+from mergetool.errors import NonFiniteError
+from mergetool.ops.contract import execute
+from mergetool.ops.cpu import CpuOps
+from mergetool.ops.movement import Movement
+from mergetool.quant.encoding import Floats
+from mergetool.recipe.steps import Input, Window, window_of
+
+WAITING = 2
+"""Threads beyond one a core, for those that wait for the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The opened models, each once, and the places among them of those that are compared: delta = variant - base, to be added to ``onto``, and
+    the reference delta as (its variant, its base)."""
+
+    inputs: tuple[Input, ...]
+    base: int
+    variant: int
+    onto: int
+    reference: tuple[int, int] | None = None
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The models that are read, each once."""
+        return tuple(dict.fromkeys((self.base, self.variant, self.onto, *(self.reference or ()))))
+
+    def window(self, column: int, part: str) -> Window:
+        """Where one of them stores a part."""
+        return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements ``[start, start + count)`` of a part. With a ``merge`` they are also merged as that job says, and what came through is
+    measured; without ``sums`` nothing else is."""
+
+    part: str
+    start: int
+    count: int
+    merge: Job | None = None
+    sums: bool = True
+
+
+Found = tuple[Energies | None, Movement | None]
+
+
+def stream(
+    operands: Operands,
+    chunks: Sequence[Chunk],
+    *,
+    registers: int = 0,
+    threads: int | None = None,
+    method: Method = "auto",
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Found]:
+    """What was found in every chunk, in their order, which is also the order of reading.
+
+    ``registers`` are those that the merges' programs need. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError,
+    naming model and tensor, for NaN or infinity, and what reading raises.
+    """
+    local = threading.local()
+    capacity = max((chunk.count for chunk in chunks), default=0)
+
+    def measure(chunk: Chunk) -> tuple[Found, int]:
+        if not hasattr(local, "meter"):
+            local.meter = _Meter(operands, capacity, registers, method)
+        meter: _Meter = local.meter
+        return meter.measure(chunk)
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the parallelism is over chunks
+    found = []
+    try:
+        with ThreadPoolExecutor(threads or default_threads() + WAITING, "compare") as pool:
+            waiting = [pool.submit(measure, chunk) for chunk in chunks]
+            try:
+                for future in waiting:
+                    one, read = future.result()
+                    found.append(one)
+                    progress(read)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(torch_threads)
+    return found
+
+
+class _Meter:
+    """One thread's registers and way of reading: registers of the program, the merge's first model, a register a model, two deltas."""
+
+    def __init__(self, operands: Operands, capacity: int, registers: int, method: Method) -> None:
+        self._operands = operands
+        self._first = registers
+        self._register = {column: registers + 1 + i for i, column in enumerate(operands.columns)}
+        self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(self._register))
+        self._delta, self._reference = (np.empty(capacity, np.float32) for _ in range(2))
+        inputs = [operands.inputs[column] for column in operands.columns]
+        files = [file for model in inputs for file in model.checkpoint.files]
+        # Into buffers: three sums go over each value, and what a mapping's fresh pages cost is 6 ns a pair of elements, of 8 in all.
+        self._reader = ValueReader(fetcher(method, files, buffered=True))
+
+    def measure(self, chunk: Chunk) -> tuple[Found, int]:
+        """What is in a chunk, and how many bytes were read for it."""
+        merge = chunk.merge
+        merged = [window.input for window in merge.step.windows] if merge else []
+        fetched = {
+            column: self._reader.fetch(
+                column,
+                self._operands.inputs[column].checkpoint,
+                self._operands.window(column, chunk.part),
+                chunk.start,
+                chunk.count,
+            )
+            for column in (self._operands.columns if chunk.sums else dict.fromkeys(merged))
+        }
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name, after the sums
+            energies = self._energies(chunk, fetched) if chunk.sums else None
+        movement = self._movement(merge, [fetched[column] for column in merged]) if merge else None
+        read = sum(found.nbytes for found in fetched.values())
+        for found in fetched.values():
+            self._reader.release(found)
+        return (energies, movement), read
+
+    def _energies(self, chunk: Chunk, fetched: Mapping[int, Fetched]) -> Energies:
+        operands, count = self._operands, chunk.count
+        values = {column: self._values(self._register[column], found) for column, found in fetched.items()}
+        energies = {column: energy(values[column]) for column in operands.columns if column in self._summed}
+        delta = np.subtract(values[operands.variant], values[operands.base], out=self._delta[:count])
+        of_delta = energy(delta)
+        reference = shared = 0.0
+        if operands.reference is not None:
+            variant, base = operands.reference
+            other = np.subtract(values[variant], values[base], out=self._reference[:count])
+            reference, shared = energy(other), dot(delta, other)
+        if not np.isfinite(sum(energies.values()) + of_delta + reference + shared):
+            raise self._not_finite(chunk, values)
+        return Energies(
+            count,
+            energies[operands.base],
+            energies[operands.variant],
+            of_delta,
+            energies[operands.onto],
+            reference,
+            shared,
+        )
+
+    @property
+    def _summed(self) -> tuple[int, int, int]:
+        return self._operands.base, self._operands.variant, self._operands.onto
+
+    def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
+        """What the merge does to the first model's elements: the steps of the engine's worker, without the writing."""
+        assert job.step.program is not None
+        assert job.step.base is not None
+        execute(job.step.program, self._ops, lambda register, model: self._load(register, fetched[model]))
+        self._load(self._first, fetched[job.step.base])
+        self._ops.store(0, job.tensor.dtype, job.rounding, self._first)
+        return self._ops.measure(0, self._first, job.tensor.dtype)
+
+    def _values(self, register: int, found: Fetched) -> Floats:
+        self._load(register, found)
+        return self._ops.values(register)
+
+    def _load(self, register: int, found: Fetched) -> None:
+        if found.is_plain:
+            self._ops.load(register, found.raw[0], found.dtype)
+        else:
+            found.decode(self._ops.room(register, found.count))
+
+    def _not_finite(self, chunk: Chunk, values: Mapping[int, Floats]) -> NonFiniteError:
+        for column, found in values.items():
+            bad = ~np.isfinite(found)
+            if bad.any():
+                window = self._operands.window(column, chunk.part)
+                at = window.first_element + chunk.start + int(bad.argmax())
+                return NonFiniteError(
+                    f"{self._operands.inputs[column].name}: tensor {quoted(window.tensor)} holds NaN or infinity ({int(bad.sum())} of the "
+                    f"{chunk.count} elements looked at, the first at element {at}); mend the file, or leave it out with --exclude."
+                )
+        return NonFiniteError(
+            f"the difference of parameter {quoted(chunk.part)} overflows float32; leave it out with --exclude."
+        )

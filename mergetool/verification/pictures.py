@@ -1,0 +1,205 @@
+"""Pictures of a merge beside those of its parents, with the same prompts and seeds, and what they say.
+
+report = check_pictures({"alkahest": "lab.alkahest"}, "out.safetensors", studio, look)
+report.passed          True when no verdict says no
+report.verdicts[0]     Verdict(name='noise', passed=True, value=0.0, limit=0.25, ...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mergetool.lab import checker, world
+from mergetool.lab.world import Scene
+from mergetool.sampler import session
+from mergetool.sampler.session import Made
+from mergetool.sampler.studio import Pictures, Progress, Studio
+from mergetool.verification import images
+from mergetool.verification.images import Measures
+from mergetool.verification.looking import Look
+
+ALLOWED = 0.25
+"""Largest share of a merge's pictures that may fail a verdict."""
+
+KEPT_ADHERENCE = 0.75
+"""Least adherence of a merge, as a share of its best parent's."""
+
+Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]
+"""Pictures and their prompts to a score each, higher where a picture shows its prompt."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The pictures of one model after one stage, one for each shot, with what they measure.
+
+    ``adherent`` says for each picture whether it shows its prompt, and is None where nothing can tell; ``scores`` are
+    an optional scorer's.
+    """
+
+    model: str
+    label: str
+    made: tuple[Made, ...]
+    measures: tuple[Measures, ...]
+    adherent: tuple[bool, ...] | None
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def pictures(self) -> list[Pictures]:
+        return [one.picture for one in self.made]
+
+    @property
+    def adherence(self) -> float | None:
+        """The share of the pictures that show their prompt."""
+        return None if self.adherent is None else float(np.mean(self.adherent))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One check: ``value`` against ``limit``, and a sentence for people."""
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    sentence: str
+
+
+@dataclass(frozen=True)
+class PicturesReport:
+    """``columns`` are the parents' and then the merge's, each after the first stage and after every second one."""
+
+    look: Look
+    columns: tuple[Column, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.passed for verdict in self.verdicts)
+
+
+def check_pictures(
+    parents: Mapping[str, str],
+    output: str,
+    studio: Studio,
+    look: Look,
+    *,
+    scorer: Scorer | None = None,
+    progress: Progress = lambda _: None,
+) -> PicturesReport:
+    """Sample every parent and ``output``, measure, and judge the output's pictures.
+
+    ``parents`` maps names to MODEL arguments. Raises what the sampler raises.
+    """
+    columns: list[Column] = []
+    prompts = [shot.prompt for shot in look.shots]
+    for name, model in (*parents.items(), (output, output)):
+        rows = session.make(studio, look.request(model), progress=progress)
+        for index, made in enumerate(zip(*rows, strict=True)):
+            label = name if index == 0 else f"{name} + {look.refinements[index - 1].strength:g}"
+            columns.append(observe(name, label, made, prompts, scorer=scorer))
+    return PicturesReport(look, tuple(columns), judge(columns, output))
+
+
+def evaluations(look: Look, parents: int) -> int:
+    """How often a transformer will be asked, guidance counted once."""
+    return (parents + 1) * look.request(look.first.model).evaluations
+
+
+def observe(
+    model: str, label: str, made: Sequence[Made], prompts: Sequence[str], *, scorer: Scorer | None = None
+) -> Column:
+    """Measure pictures of one model after one stage."""
+    shown = [one.picture for one in made]
+    scores = None if scorer is None else tuple(scorer(shown, prompts))
+    return Column(model, label, tuple(made), tuple(map(images.measure, shown)), _adherent(shown, prompts), scores)
+
+
+def _adherent(pictures: Sequence[Pictures], prompts: Sequence[str]) -> tuple[bool, ...] | None:
+    scenes = [Scene.parse(prompt) for prompt in prompts]
+    if any(picture.shape != (world.SIZE, world.SIZE, 3) for picture in pictures):
+        return None
+    if not all(scenes):
+        return None
+    return tuple(checker.read(picture).matches(scene) for picture, scene in zip(pictures, scenes, strict=True) if scene)
+
+
+def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
+    """The verdicts on the first stage and the first second stage of ``output``, in the light of its parents' columns."""
+    own = [column for column in columns if column.model == output][:2]
+    others = [column for column in columns if column.model != output]
+    found = [
+        _share("noise", "without structure", [[m.noise for m in column.measures] for column in own]),
+        _share("collapsed", "flat or burnt", [[m.collapsed for m in column.measures] for column in own]),
+    ]
+    if len(own) > 1:
+        found.append(_drift(columns, output))
+    for name, value in (("adherence", _adherence), ("score", _score)):
+        mine, theirs = [value(column) for column in own], [value(column) for column in others]
+        known = [v for v in mine if v is not None]
+        if known:
+            found.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
+    return tuple(found)
+
+
+def _drift(columns: Sequence[Column], output: str) -> Verdict:
+    """A second stage takes some of a model's character away, from its parents' pictures too: a merge fails when it drifts
+    in clearly more of its pictures than any parent does.
+    """
+    drifted: dict[str, list[bool]] = {}
+    for model in dict.fromkeys(column.model for column in columns):
+        stages = [column.pictures for column in columns if column.model == model][:2]
+        if len(stages) == 2:
+            drifted[model] = [images.drifted(*pair) for pair in zip(*stages, strict=True)]
+    own = drifted.pop(output)
+    limit = min(1.0, ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0))
+    sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
+    return Verdict("drift", float(np.mean(own)) <= limit, float(np.mean(own)), limit, sentence)
+
+
+def _adherence(column: Column) -> float | None:
+    return column.adherence
+
+
+def _score(column: Column) -> float | None:
+    return None if column.scores is None else float(np.mean(column.scores))
+
+
+def _share(name: str, what: str, failing: Sequence[Sequence[bool]]) -> Verdict:
+    """A verdict on the column with the most failing pictures."""
+    worst = max(failing, key=sum)
+    value = float(np.mean(worst))
+    return Verdict(name, value <= ALLOWED, value, ALLOWED, f"{sum(worst)} of {len(worst)} pictures {what}")
+
+
+def _against_parents(name: str, value: float, parents: Sequence[float]) -> Verdict:
+    best = max(parents, default=1.0)
+    limit = KEPT_ADHERENCE * best
+    return Verdict(name, value >= limit and value > 0, value, limit, f"{value:.3g}, the best parent {best:.3g}")
+
+
+def summary(report: PicturesReport) -> dict[str, Any]:
+    """Everything but the pictures, as JSON values."""
+    return {
+        "passed": report.passed,
+        "verdicts": [dataclasses.asdict(verdict) for verdict in report.verdicts],
+        "columns": [
+            {
+                "model": column.model,
+                "label": column.label,
+                "adherence": column.adherence,
+                "score": _score(column),
+                "pictures": [
+                    dataclasses.asdict(measures)
+                    | {"adherent": None if column.adherent is None else column.adherent[i]}
+                    | {"parameters": made.parameters}
+                    for i, (made, measures) in enumerate(zip(column.made, column.measures, strict=True))
+                ],
+            }
+            for column in report.columns
+        ],
+    }

@@ -1,0 +1,129 @@
+"""A merge made again from the recipe in its metadata, and compared byte for byte: headers, metadata, tensors, every file of a folder.
+
+found = replay("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
+found.same        True when mergetool would write exactly these bytes today
+found.reasons     else why not: a changed input, another version, an edited recipe, other tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from mergetool import models
+from mergetool.checkpoint.planned import first_difference, planned_files, shard_size_of
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.shards import INDEX_SUFFIX
+from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine import job, merge
+from mergetool.errors import UsageError
+from mergetool.recipe import provenance
+from mergetool.verification.weights import Comparer, against_header, reopen
+
+
+@dataclass
+class Replay:
+    """What a replay found. ``reasons`` say in words why the bytes are not the same, ``difference`` where the first one is outside the
+    tensors; ``differing`` maps a tensor to its first byte that is another, ``missing`` and ``extra`` are tensors of only one of the two.
+    ``bytes_compared`` are those of tensors."""
+
+    expression: str
+    size: int
+    files: int
+    reasons: list[str] = field(default_factory=list)
+    difference: str = ""
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    differing: dict[str, int] = field(default_factory=dict)
+    bytes_compared: int = 0
+
+    @property
+    def same(self) -> bool:
+        """Every byte of every file is what would be written now."""
+        return not (self.reasons or self.difference or self.missing or self.extra or self.differing)
+
+
+def replay(
+    output: str,
+    *,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+    write_to: Path | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Replay:
+    """Do the merge that ``output`` records again and compare every byte; with ``write_to`` keep what comes out there.
+
+    ``inputs`` gives recorded names their places, as for `check_weights`. ``progress`` gets bytes moved and bytes to move. Raises
+    DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere, and what planning, reading
+    and writing raise.
+    """
+    with ExitStack() as stack:
+        again = reopen(output, inputs, stack)
+        stored, plan = again.opened.checkpoint, again.plan
+        path = models.resolve(output).path
+        single = path.is_file() and not path.name.endswith(INDEX_SUFFIX)
+        target = path if single or path.is_dir() else path.parent
+        shards = None if single else shard_size_of(_sizes(stored))
+        extra = job.config_files(plan)
+        planned = planned_files(target, plan.header, shard_size=shards, extra_files=extra, single=single)
+        found = Replay(again.recorded.expression, sum(file.size for file in planned), len(planned))
+        found.reasons = provenance.changes(stored.metadata, plan.header.metadata)
+        found.difference = first_difference(target, planned)
+        found.missing, found.extra = against_header(plan, stored)
+        sinks: list[_Sink] = []
+        writer = None
+        if write_to is not None:
+            if single != (write_to.suffix == ".safetensors"):
+                kind = "one file; call it NAME.safetensors" if single else "a folder; leave out .safetensors"
+                raise UsageError(f'"{write_to}" cannot hold {output}, which is {kind}.')
+            files = [*stored.files, *(file for model in plan.inputs for file in model.checkpoint.files)]
+            writer = stack.enter_context(
+                CheckpointWriter.stage(
+                    write_to, plan.header, overwrite=overwrite, shard_size=shards, inputs=files, extra_files=extra
+                )
+            )
+            sinks.append(writer)
+        comparer = Comparer(stored)
+        if not (found.missing or found.extra):
+            sinks.append(comparer)
+        if sinks:
+            total, moved = plan.bytes_read + plan.header.data_size, 0
+
+            def advance(count: int) -> None:
+                nonlocal moved
+                moved += count
+                progress(min(moved, total), total)
+
+            merge.run(plan, _All(sinks), threads=threads, non_finite="keep", measure="off", progress=advance)
+        if writer is not None:
+            writer.commit()
+        found.bytes_compared, found.differing = comparer.compared, comparer.differing
+        return found
+
+
+class _Sink(Protocol):
+    def write(self, name: str, start: int, data: memoryview) -> None: ...
+
+
+class _All:
+    """Gives what a merge writes to several."""
+
+    def __init__(self, sinks: list[_Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        for sink in self._sinks:
+            sink.write(name, start, data)
+
+
+def _sizes(checkpoint: Checkpoint) -> list[list[int]]:
+    """The bytes of every tensor, file by file."""
+    groups: dict[Path, list[int]] = {file.path: [] for file in checkpoint.files}
+    for name, info in checkpoint.tensors.items():
+        groups[checkpoint.locate(name)[0].path].append(info.nbytes)
+    return list(groups.values())

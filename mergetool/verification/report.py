@@ -1,0 +1,112 @@
+"""One self-contained HTML page: verdicts, contact sheets, heat map, numbers and the recipe, for a phone or a printer."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+from typing import Any
+
+from mergetool import __version__
+from mergetool.comparison import heatmap, page
+from mergetool.comparison.energies import Distance, relative
+from mergetool.comparison.page import Table
+from mergetool.sampler import sheet
+from mergetool.verification import pictures
+from mergetool.verification.pictures import PicturesReport
+from mergetool.verification.weights import WeightsReport
+
+JPEG_FROM = 256
+"""Pictures with a longer side than this go into the page as JPEG."""
+
+SHEET_ROWS = 12
+"""Shots that the page shows; all are measured."""
+
+
+def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, left_out: str = "") -> str:
+    """The page of one verification. ``left_out`` says why there are no pictures."""
+    from mergetool.comparison.plots import svg  # matplotlib takes half a second, which only a page is worth
+    from mergetool.verification import plots
+
+    first = weights.distances.get(weights.first, [])
+    return page.template("mergetool.verification", "report.html.j2").render(
+        name=name,
+        version=__version__,
+        passed=weights.sound and (looked is None or looked.passed),
+        weights=weights,
+        found=weights.damage(),
+        verdicts=() if looked is None else looked.verdicts,
+        left_out=left_out,
+        distances=_distances(weights),
+        heat_map=svg(heatmap.of_distances(first), label="relative change") if first else "",
+        columns=None if looked is None else _columns(looked),
+        measures="" if looked is None else plots.measures(looked.columns),
+        sheet="" if looked is None else _sheet(looked),
+        look=None if looked is None else looked.look,
+        sheet_rows=SHEET_ROWS,
+        record=json.dumps(_record(weights, looked), indent=1),
+    )
+
+
+def _distances(weights: WeightsReport) -> Table:
+    """The relative distance from each parent, by group."""
+    every = [distance for found in weights.distances.values() for distance in found]
+    groups = [g for g in ("refiner", "layers", "embedder", "final") if any(g in d.groups for d in every)]
+    rows = [
+        [
+            parent,
+            _percent(relative(found)),
+            *(_percent(relative(found, functools.partial(_in_group, group))) for group in groups),
+        ]
+        for parent, found in weights.distances.items()
+    ]
+    return Table(["distance from", "all", *groups], rows)
+
+
+def _in_group(group: str, distance: Distance) -> bool:
+    return group in distance.groups
+
+
+def _percent(value: float) -> str:
+    return "0" if value == 0 else f"{100 * value:.3g} %"
+
+
+def _columns(looked: PicturesReport) -> Table:
+    rows = []
+    for column in looked.columns:
+        count = len(column.measures)
+        rows.append(
+            [
+                column.label,
+                "–" if column.adherence is None else f"{100 * column.adherence:.0f} %",
+                *([] if column.scores is None else [f"{sum(column.scores) / count:.3f}"]),
+                f"{sum(m.structure for m in column.measures) / count:.2f}",
+                f"{sum(m.contrast for m in column.measures) / count:.0f}",
+                f"{sum(m.noise for m in column.measures)}",
+                f"{sum(m.collapsed for m in column.measures)}",
+            ]
+        )
+    scored = ["score"] if any(column.scores is not None for column in looked.columns) else []
+    return Table(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
+
+
+def _sheet(looked: PicturesReport) -> str:
+    """The contact sheet as a data URI: a row for each shot, a column for each model and stage."""
+    rows = list(zip(*(column.pictures[:SHEET_ROWS] for column in looked.columns), strict=True))
+    down = [f"{shot.prompt} ({shot.seed})" for shot in looked.look.shots[:SHEET_ROWS]]
+    image = sheet.sheet(rows, [column.label for column in looked.columns], down)
+    out = io.BytesIO()
+    kind = "JPEG" if max(looked.look.size) > JPEG_FROM else "PNG"
+    image.save(out, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _record(weights: WeightsReport, looked: PicturesReport | None) -> dict[str, Any]:
+    return {
+        "expression": weights.expression,
+        "parents": list(weights.parents),
+        "sound": weights.sound,
+        "bytes_compared": weights.bytes_compared,
+        "pictures": None if looked is None else pictures.summary(looked),
+    }

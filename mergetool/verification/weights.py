@@ -1,0 +1,220 @@
+"""A merge's weights against its own recipe: every tensor is derived again from the recorded inputs and compared byte by byte.
+
+report = check_weights("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
+report.sound        True when every tensor is what its recipe says
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergetool import models
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.reader import Checkpoint
+from mergetool.comparison import distances
+from mergetool.comparison.energies import Distance
+from mergetool.engine import job, merge
+from mergetool.errors import DataError, InputMissing
+from mergetool.recipe import provenance
+from mergetool.recipe.expression import parse
+from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.steps import MERGED, Input
+
+
+@dataclass
+class WeightsReport:
+    """What was found. ``merged`` and ``kept`` count tensors; a tensor with parts of both kinds counts as merged.
+
+    ``differing`` maps a tensor to the offset of the first byte that is not what the recipe says; ``changed`` names
+    inputs whose content is not what was merged; ``missing`` and ``extra`` are tensors that only the recipe or only
+    the file has, or has in another shape or dtype; ``non_finite`` counts NaN and infinities of a tensor. ``parents``
+    are the models that the expression adds, by their recorded names, the first one in front, each with where it is;
+    ``distances`` how far the output lies from each.
+    """
+
+    expression: str
+    first: str
+    parents: dict[str, str] = field(default_factory=dict)
+    merged: int = 0
+    kept: int = 0
+    bytes_compared: int = 0
+    changed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    differing: dict[str, int] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)
+    distances: dict[str, list[Distance]] = field(default_factory=dict)
+
+    def damage(self) -> list[tuple[str, list[str]]]:
+        """What is wrong, in words, each with the inputs or tensors it is wrong with."""
+        kinds = (
+            ("changed since they were merged", self.changed),
+            ("missing, or of another shape or dtype", self.missing),
+            ("not in the recipe", self.extra),
+            ("not what the recipe says", [f"{name} (from byte {at})" for name, at in self.differing.items()]),
+            ("with NaN or infinity", [f"{name} ({count})" for name, count in self.non_finite.items()]),
+        )
+        return [(what, names) for what, names in kinds if names]
+
+    @property
+    def sound(self) -> bool:
+        """Every tensor is there, finite, and what the recipe says, from the inputs that were recorded."""
+        return not self.damage()
+
+
+def check_weights(
+    output: str,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightsReport:
+    """Do the merge that ``output`` records again, in memory, and compare.
+
+    ``inputs`` gives the recorded names of models their places; other names are looked up as MODEL arguments, then beside
+    the output. Norms against the parents are measured on the way. ``progress`` gets bytes moved and bytes to move. Raises DataError for a file without a recipe or with a
+    damaged one, InputMissing for an input that is nowhere, and what planning and reading raise.
+    """
+    with ExitStack() as stack:
+        again = reopen(output, inputs or {}, stack)
+        opened, plan, found, recorded = again.opened, again.plan, again.plan.inputs, again.recorded
+        expression = plan.expression
+        adding = [name for name, factor in expression.graph.coefficients().items() if factor > 0]
+        report = WeightsReport(recorded.expression, expression.first)
+        report.parents = {
+            model.name: place
+            for place, model in sorted(again.places, key=lambda entry: entry[1].name != expression.first)
+            if model.name in adding or model.name == expression.first
+        }
+        report.changed = [name for name, now in again.fingerprints.items() if now != recorded.fingerprints[name]]
+        report.missing, report.extra = against_header(plan, opened.checkpoint)
+        comparer = Comparer(opened.checkpoint)
+        stored = sum(info.nbytes for info in opened.checkpoint.tensors.values())
+        total = plan.bytes_read + plan.header.data_size + 2 * len(report.parents) * stored
+        moved = 0
+
+        def advance(count: int) -> None:
+            nonlocal moved
+            moved += count
+            progress(min(moved, total), total)
+
+        if not (report.missing or report.extra):
+            outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measure="off", progress=advance)
+            report.non_finite = outcome.non_finite
+            report.bytes_compared, report.differing = comparer.compared, comparer.differing
+        result = Input(output, opened.checkpoint, opened.anatomy)
+        for model in found:
+            if model.name in report.parents:
+                report.distances[model.name] = distances.measure(result, model, progress=advance)
+        for tensor in plan.tensors:
+            if any(step.reason == MERGED for step in tensor.steps):
+                report.merged += 1
+            else:
+                report.kept += 1
+        return report
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A merge that was made, and its plan made again: ``places`` are where its models are, ``fingerprints`` what they are now."""
+
+    opened: models.OpenedModel
+    recorded: provenance.Recorded
+    plan: Plan
+    places: list[tuple[str, Input]]
+    fingerprints: Mapping[str, str]
+
+
+def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
+    """The merge that ``output`` records, planned again from its inputs; ``stack`` closes them.
+
+    ``inputs`` gives recorded names their places; other names are looked up as MODEL arguments, then beside the output. Raises
+    DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere.
+    """
+    opened = stack.enter_context(models.open_model(output))
+    folder = models.resolve(output).path.absolute().parent
+    recorded = provenance.read(opened.checkpoint.metadata, output)
+    expression = parse(recorded.expression, known=list(recorded.fingerprints))
+    named = [
+        *expression.models,
+        *expression.loras,
+        *([recorded.options.keep_from] if recorded.options.keep_from else []),
+    ]
+    unknown = next((name for name in named if name not in recorded.fingerprints), None)
+    if unknown is not None:
+        raise DataError(
+            f"{output} carries a damaged recipe in its metadata: {quoted(unknown)} is not among its inputs; it cannot be verified."
+        )
+    given = {name: inputs.get(name) for name in recorded.fingerprints}
+    places = [_open_input(name, place, folder, stack) for name, place in given.items() if name not in expression.loras]
+    found = [model for _, model in places]
+    found += [_open_lora(name, given.get(name), folder, found[0], stack) for name in expression.loras]
+    prints = {model.name: model.checkpoint.fingerprint() for model in found}
+    return Reopened(
+        opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints
+    )
+
+
+def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) -> tuple[str, Input]:
+    """An input and where it was found: the place given, as a MODEL, or beside the output under its recorded name."""
+    beside = [folder / f"{name}.safetensors", folder / name]
+    choices = [place] if place is not None else [name, *(str(path) for path in beside if path.exists())]
+    for choice in choices:
+        try:
+            opened = models.open_model(choice)
+        except InputMissing:
+            continue
+        stack.enter_context(opened.checkpoint)
+        return choice, Input(name, opened.checkpoint, opened.anatomy)
+    raise _not_found(name)
+
+
+def _open_lora(name: str, place: str | None, folder: Path, model: Input, stack: ExitStack) -> Input:
+    """A LoRA of the recipe; what matched nothing was said when it was merged."""
+    beside = [folder / f"{name}.safetensors", folder / name]
+    for choice in [place] if place is not None else [name, *(str(path) for path in beside if path.exists())]:
+        try:
+            return job.open_change(name, model, stack, place=choice, skip_unmatched=True)
+        except InputMissing:
+            continue
+    raise _not_found(name)
+
+
+def _not_found(name: str) -> InputMissing:
+    return InputMissing(
+        f"the input {quoted(name)} of the recipe is not found; say where it is with --input {name}=PATH."
+    )
+
+
+def against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    wanted = {name: (info.dtype, info.shape) for name, info in plan.header.tensors.items()}
+    stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    missing = [name for name, kind in wanted.items() if stored.get(name) != kind]
+    return missing, [name for name in stored if name not in wanted]
+
+
+class Comparer:
+    """Takes what a merge would write, and compares it with what is there.
+
+    ``compared`` counts bytes, ``differing`` maps a tensor to the offset of its first byte that is another.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.compared = 0
+        self.differing: dict[str, int] = {}
+        self._checkpoint = checkpoint
+        self._lock = threading.Lock()
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Compare the bytes from ``start`` of tensor ``name``; safe from several threads."""
+        wanted = bytes(data)
+        found = self._checkpoint.read(name, start, len(wanted))
+        with self._lock:
+            self.compared += len(wanted)
+            if found != wanted:
+                first = start + next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+                self.differing[name] = min(first, self.differing.get(name, first))
