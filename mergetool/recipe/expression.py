@@ -249,7 +249,8 @@ def _constant(node: ast.Constant, source: str) -> Fraction:
         return Fraction(0)  # also 1e-999999999, whose exact fraction would fill the memory
     try:
         # The digits as typed, not the double they round to: 0.7 + 0.3 is exactly 1.
-        return Fraction(text.replace("_", ""))
+        whole = ast.get_source_segment(source, node) or text
+        return Fraction(whole.replace("_", ""))
     except ValueError:
         return Fraction(value)
 

@@ -14,8 +14,8 @@ from typing import Any
 from mergetool.engine import job
 from mergetool.errors import MergetoolError
 from mergetool.recipe.options import Options
-from mergetool.verify.replay import replay
-from mergetool.verify.weights import check_weights
+from mergetool.verification.replay import replay
+from mergetool.verification.weights import check_weights
 from tests.hostile.models import family
 from tests.hostile.tally import Tally
 
