@@ -298,7 +298,7 @@ def _trainer(metadata: Mapping[str, str]) -> str | None:
         software: Any = (
             json.loads(metadata["software"]) if len(metadata.get("software", "")) in range(1, 10_000) else {}
         )
-    except ValueError:
+    except (ValueError, RecursionError):
         software = {}
     if isinstance(software, dict) and isinstance(software.get("name"), str):
         return str(software["name"])[:60]

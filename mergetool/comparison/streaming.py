@@ -129,7 +129,8 @@ class _Meter:
             )
             for column in (self._operands.columns if chunk.sums else dict.fromkeys(merged))
         }
-        energies = self._energies(chunk, fetched) if chunk.sums else None
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name, after the sums
+            energies = self._energies(chunk, fetched) if chunk.sums else None
         movement = self._movement(merge, [fetched[column] for column in merged]) if merge else None
         read = sum(found.nbytes for found in fetched.values())
         for found in fetched.values():

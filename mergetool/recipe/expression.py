@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -131,7 +132,10 @@ def _is_product(source: str) -> bool:
 
 def _syntax_tree(source: str) -> ast.Expression:
     try:
-        return ast.parse(source, mode="eval")
+        with warnings.catch_warnings():  # "1if" and "\\d" warn on stderr before they are refused, or read as they stand
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ast.parse(source, mode="eval")
     except SyntaxError as error:
         at = f" at column {error.offset}" if error.offset else ""
         raise ExpressionError(
@@ -245,7 +249,8 @@ def _constant(node: ast.Constant, source: str) -> Fraction:
         return Fraction(0)  # also 1e-999999999, whose exact fraction would fill the memory
     try:
         # The digits as typed, not the double they round to: 0.7 + 0.3 is exactly 1.
-        return Fraction(text.replace("_", ""))
+        whole = ast.get_source_segment(source, node) or text
+        return Fraction(whole.replace("_", ""))
     except ValueError:
         return Fraction(value)
 

@@ -74,12 +74,28 @@ def read(stored: Mapping[str, str], source: str) -> Recorded:
         raise DataError(f"{source} carries no recipe: it was not made by mergetool merge, or lost its metadata since.")
     try:
         recipe = json.loads(stored["mergetool.recipe"])
-        recorded = {entry["name"]: entry["fingerprint"] for entry in json.loads(stored["mergetool.inputs"])}
-        if not isinstance(recipe["expression"], str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
+        recorded = {
+            _name(entry["name"]): _text(entry["fingerprint"]) for entry in json.loads(stored["mergetool.inputs"])
+        }
+        _text(recipe["expression"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{source} carries a damaged recipe in its metadata; it cannot be verified.") from None
     return Recorded(recipe["expression"], _options(recipe), recorded)
+
+
+def _name(value: object) -> str:
+    """A recorded name, as `display_names` gives it; a path or an ``hf://`` address would let a file choose what is opened or fetched."""
+    name = _text(value)
+    if "/" in name or "\\" in name:
+        raise ValueError
+    return name
+
+
+def _text(value: object) -> str:
+    """A recorded name or pattern; raises TypeError for anything else, which the planner would trip over."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} where a text is wanted")
+    return value
 
 
 def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
@@ -133,16 +149,16 @@ def _changed_recipe(old: Any, new: Any) -> str:
 def _options(recipe: Mapping[str, Any]) -> Options:
     try:
         return Options(
-            protect=tuple(recipe.get("protect", ())),
-            include=tuple(recipe.get("include", ())),
-            exclude=tuple(recipe.get("exclude", ())),
-            multipliers=tuple(parse_setting(text) for text in recipe.get("set", ())),
-            keep_from=recipe.get("from"),
+            protect=tuple(_text(pattern) for pattern in recipe.get("protect", ())),
+            include=tuple(_text(pattern) for pattern in recipe.get("include", ())),
+            exclude=tuple(_text(pattern) for pattern in recipe.get("exclude", ())),
+            multipliers=tuple(parse_setting(_text(text)) for text in recipe.get("set", ())),
+            keep_from=_text(recipe["from"]) if "from" in recipe else None,
             dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
-            layout=recipe.get("layout"),
-            quant=recipe.get("quant"),
+            layout=_text(recipe["layout"]) if "layout" in recipe else None,
+            quant=_text(recipe["quant"]) if "quant" in recipe else None,
             scale_search=recipe.get("scale_search", False) is True,
-            prefix=recipe.get("prefix"),
+            prefix=_text(recipe["prefix"]) if "prefix" in recipe else None,
             rounding=recipe.get("rounding", "nearest"),
             seed=recipe.get("seed", 0),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Anatomy, Part
 from mergetool.arch.z_image import Z_IMAGE
+from mergetool.checkpoint.inputs import neighbouring_target
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.models import OpenedModel
 from mergetool.ops.cpu import as_tensor
@@ -29,6 +32,10 @@ from mergetool.quant import Encoding
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Nothing is fetched, and no code that lies in a model's folder is run, nor is the user asked whether it may be.
+_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +224,12 @@ def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[Pr
 
     with _quiet(), _readable(components.text_encoder, "text encoder"):
         if components.text_encoder.is_dir():
-            encoder = AutoModel.from_pretrained(components.text_encoder, dtype=dtype, local_files_only=True)
+            _examine(components.text_encoder, "model")
+            encoder = AutoModel.from_pretrained(components.text_encoder, dtype=dtype, **_LOCAL, use_safetensors=True)
         else:
             encoder = _single_text_encoder(components.text_encoder, dtype)
     with _quiet(), _readable(components.tokenizer, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, **_LOCAL)
     if tokenizer.chat_template is None:
         raise DataError(
             f'"{components.tokenizer}" has no chat template; take the tokenizer of the model\'s own repository.'
@@ -233,7 +241,7 @@ def _single_text_encoder(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A text encoder of one file under transformers' names, with or without ``model.`` before them."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(_config_folder(path, "text_encoder"), local_files_only=True)
+    config = AutoConfig.from_pretrained(_config_folder(path, "text_encoder"), **_LOCAL)
     with torch.device("meta"):
         built = AutoModel.from_config(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
@@ -265,11 +273,33 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
 
     with _quiet(), _readable(components.vae, "VAE"):
         if components.vae.is_dir():
-            vae = AutoencoderKL.from_pretrained(components.vae, dtype=dtype, local_files_only=True)
+            _examine(components.vae, "diffusion_pytorch_model")
+            vae = AutoencoderKL.from_pretrained(
+                components.vae, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
         else:
+            Checkpoint.open(components.vae).close()  # the library would unpickle what is no safetensors file
             config = _config_folder(components.vae, "vae")
-            vae = AutoencoderKL.from_single_file(str(components.vae), config=str(config), dtype=dtype)
+            vae = AutoencoderKL.from_single_file(
+                str(components.vae), config=str(config), dtype=dtype, local_files_only=True
+            )
     return vae.eval().requires_grad_(False)
+
+
+def _examine(folder: Path, stem: str) -> None:
+    """Refuse a component's folder unless what its library will read is safetensors files inside it.
+
+    The libraries join the names of an index to the folder unchecked, and read a pickle where there is nothing else. Raises what
+    `Checkpoint.open` raises.
+    """
+    found = [name for name in (f"{stem}{SUFFIX}", f"{stem}{SUFFIX}{INDEX_SUFFIX}") if os.path.lexists(folder / name)]
+    if not found:
+        raise DataError(
+            f'"{folder}" is not a readable part of a pipeline: it has no {stem}{SUFFIX}, and pickles are never loaded; '
+            "get its safetensors files."
+        )
+    for name in found:
+        Checkpoint.open(folder / name, follow_links=neighbouring_target).close()
 
 
 @contextmanager

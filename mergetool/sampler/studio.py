@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -121,12 +122,22 @@ class Studio:
     def _encode(
         self, encoder: torch.nn.Module, tokenizer: Callable[..., object], prompts: Sequence[str]
     ) -> list[Tensor]:
-        texts = [
-            tokenizer.apply_chat_template(  # type: ignore[attr-defined]
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
+        try:
+            texts = [
+                tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=True,
+                )
+                for prompt in prompts
+            ]
+        except TemplateError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(
+                f'"{self.components.tokenizer}" has a chat template that cannot be used ({reason}); '
+                "take the tokenizer of the model's own repository."
+            ) from None
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_CAPTION, return_tensors="pt")
         mask = inputs.attention_mask.bool().to(self.device)  # type: ignore[attr-defined]
         states = encoder(

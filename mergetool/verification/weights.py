@@ -18,7 +18,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison import distances
 from mergetool.comparison.energies import Distance
 from mergetool.engine import job, merge
-from mergetool.errors import InputMissing
+from mergetool.errors import DataError, InputMissing
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
 from mergetool.recipe.plan import Plan, plan_merge
@@ -139,6 +139,16 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
     folder = models.resolve(output).path.absolute().parent
     recorded = provenance.read(opened.checkpoint.metadata, output)
     expression = parse(recorded.expression, known=list(recorded.fingerprints))
+    named = [
+        *expression.models,
+        *expression.loras,
+        *([recorded.options.keep_from] if recorded.options.keep_from else []),
+    ]
+    unknown = next((name for name in named if name not in recorded.fingerprints), None)
+    if unknown is not None:
+        raise DataError(
+            f"{output} carries a damaged recipe in its metadata: {quoted(unknown)} is not among its inputs; it cannot be verified."
+        )
     given = {name: inputs.get(name) for name in recorded.fingerprints}
     places = [_open_input(name, place, folder, stack) for name, place in given.items() if name not in expression.loras]
     found = [model for _, model in places]

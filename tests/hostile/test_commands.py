@@ -1,0 +1,47 @@
+"""Every command against inputs that would run code or steer the terminal; each harness also meets a program that has the hole."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.hostile import injections, pickles, terminal
+from tests.hostile.warm import Warm
+
+
+def test_no_pickle_is_loaded_by_any_command(warm: Warm, tmp_path: Path) -> None:
+    assert len(pickles.contents(tmp_path)) >= 30
+    pickles.run(warm, tmp_path).require(600)
+
+
+def test_a_program_that_falls_back_to_torch_load_is_caught(warm: Warm, tmp_path: Path) -> None:
+    found = pickles.run(warm, tmp_path, step=5, patched="load pickles")
+    assert any("loaded the pickle" in violation for violation in found.violations)
+
+
+@pytest.mark.parametrize("kind", ["pickle, protocol 0", "pickle, protocol 5", "text pickle"])
+def test_the_canary_works(tmp_path: Path, kind: str) -> None:
+    pickle.loads(pickles.contents(tmp_path / "canary")[kind])
+    assert (tmp_path / "canary").is_dir()
+
+
+def test_no_file_steers_the_terminal(warm: Warm, tmp_path: Path) -> None:
+    assert len(terminal.strings()) >= 100
+    terminal.run(warm, tmp_path).require(2000)
+
+
+def test_a_program_that_prints_names_as_they_are_is_caught(warm: Warm, tmp_path: Path) -> None:
+    assert any(
+        "prints" in violation for violation in terminal.run(warm, tmp_path, step=40, patched="print raw").violations
+    )
+
+
+def test_no_text_of_a_file_is_run_imported_or_fetched(warm: Warm, tmp_path: Path) -> None:
+    injections.run(warm, tmp_path).require(2500)
+
+
+def test_a_program_that_imports_what_metadata_names_is_caught(warm: Warm, tmp_path: Path) -> None:
+    found = injections.run(warm, tmp_path, step=9, patched="trust names")
+    assert any("did import" in violation for violation in found.violations)
