@@ -10,6 +10,8 @@ import pytest
 from tests.hostile import memory, offsets
 from tests.hostile.warm import Warm
 
+pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
+
 CI_RUNS = ("merge", "merge, quantised", "merge, method", "merge, sharded", "lora bake")
 
 
