@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -66,8 +67,9 @@ class Tally:
             file.write(json.dumps(line) + "\n")
 
 
+@functools.cache
 def provenance() -> dict[str, str]:
-    """The commit and the machine of a count."""
+    """The commit and the machine of a count; asked once, before the first count changes the file it is written to."""
     described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     system = f"{platform.system()} {platform.release().split('-')[0]}"
