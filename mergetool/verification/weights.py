@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison import distances
 from mergetool.comparison.energies import Distance
 from mergetool.engine import job, merge
-from mergetool.errors import DataError, InputMissing
+from mergetool.errors import DataError, InputMissing, NonFiniteError
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import parse
 from mergetool.recipe.plan import Plan, plan_merge
@@ -33,7 +33,7 @@ class WeightsReport:
     inputs whose content is not what was merged; ``missing`` and ``extra`` are tensors that only the recipe or only
     the file has, or has in another shape or dtype; ``non_finite`` counts NaN and infinities of a tensor. ``parents``
     are the models that the expression adds, by their recorded names, the first one in front, each with where it is;
-    ``distances`` how far the output lies from each.
+    ``distances`` how far the output lies from each, but for those where NaN or infinity leave no distance.
     """
 
     expression: str
@@ -109,7 +109,9 @@ def check_weights(
         result = Input(output, opened.checkpoint, opened.anatomy)
         for model in found:
             if model.name in report.parents:
-                report.distances[model.name] = distances.measure(result, model, progress=advance)
+                # From or to NaN there is no distance; what holds it is named in `non_finite`, or is the parent's own affair.
+                with suppress(NonFiniteError):
+                    report.distances[model.name] = distances.measure(result, model, progress=advance)
         for tensor in plan.tensors:
             if any(step.reason == MERGED for step in tensor.steps):
                 report.merged += 1

@@ -148,3 +148,17 @@ def test_a_damaged_recipe_is_an_error_not_a_crash(family: Path, damage: str) -> 
     rewritten(out, lambda tensors: None, **{"mergetool.recipe": damage})
     with pytest.raises(MergetoolError):
         check_weights(str(out))
+
+
+def test_nan_that_was_kept_is_named_and_does_not_stop_the_check(family: Path) -> None:
+    name = "layers.0.attention.qkv.weight"
+    tensors = load_file(family / "a.safetensors")
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, family / "a.safetensors")
+    out = family / "out.safetensors"
+    with job.open_merge("'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')", PROTECTED) as plan:
+        job.run_merge(plan, out, non_finite="keep")
+    found = check_weights(str(out))
+    assert not found.sound
+    assert found.non_finite == {name: 1}
+    assert not found.differing
