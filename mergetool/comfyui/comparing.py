@@ -81,7 +81,9 @@ class Compare:
 
 
 def _report(found: Report) -> str:
-    size = "the reference's size" if found.reference else f"a change of {_percent(found.target)}"
+    from mergetool.comparison.energies import percent
+
+    size = "the reference's size" if found.reference else f"a change of {percent(found.target)}"
     lines = [f"{found.variant} - {found.base}, to be added to {found.onto}"]
     lines += [f"{finding.level}: {finding.text}" for finding in found.lineage]
     for name, energies in (*found.groups().items(), ("all", found.total)):
@@ -89,9 +91,9 @@ def _report(found: Report) -> str:
         cosine = f", cosine {energies.cosine:.3f}" if found.reference and energies.cosine is not None else ""
         advice = "" if wanted is None else f", x {wanted:.4g} for {size}"
         kept = " (not in the totals)" if name != "all" and found.is_excluded(name) else ""
-        lines.append(f"{name}: distance {_percent(energies.distance)}{cosine}{advice}{kept}")
+        lines.append(f"{name}: distance {percent(energies.distance)}{cosine}{advice}{kept}")
     if found.lost.moved:
-        untraced = _percent(found.lost.eaten / found.lost.moved)
+        untraced = percent(found.lost.eaten / found.lost.moved)
         lines.append(f"{found.expression} in {found.dtype}: {untraced} of the elements would show nothing of it")
     return "\n".join(lines)
 
@@ -110,7 +112,3 @@ def _draw(found: Report, picture: str) -> dict[str, str]:
         "subfolder": "" if place.parent == Path() else place.parent.as_posix(),
         "type": "output",
     }
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

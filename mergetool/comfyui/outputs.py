@@ -6,10 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
-from mergetool.errors import MergetoolError
 from mergetool.ops.rounding import MODES
 from mergetool.recipe.graph import quote
 from mergetool.recipe.groups import parse_setting
@@ -94,6 +92,7 @@ class Save:
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
         from mergetool.engine import job
+        from mergetool.making import state
 
         options = Options(
             protect=("refiner",) if protect_refiner else (),
@@ -106,7 +105,7 @@ class Save:
         )
         path = host.target(folder, name)
         with host.own_tensors(), job.open_merge(model, options) as plan:
-            if _is_made(plan, path):
+            if state.of_merge(plan, path, None) == state.CURRENT:
                 report = f"{path} was already made of this"
             else:
                 advice = _advice(plan, force)
@@ -183,19 +182,6 @@ class ExtractLora:
 
 def _settings(groups: str) -> tuple[Setting, ...]:
     return tuple(parse_setting(line) for line in groups.splitlines() if line.strip())
-
-
-def _is_made(plan: Plan, path: Path) -> bool:
-    """Whether the file at ``path`` was written by this version for the same expression, options and inputs; its metadata says so."""
-    if not path.exists():
-        return False
-    try:
-        with Checkpoint.open(path) as there:
-            found = {name: (info.dtype, info.shape) for name, info in there.tensors.items()}
-            wanted = {name: (info.dtype, info.shape) for name, info in plan.header.tensors.items()}
-            return found == wanted and dict(there.metadata) == dict(plan.header.metadata)
-    except MergetoolError:
-        return False
 
 
 def _advice(plan: Plan, force: bool) -> list[str]:

@@ -74,6 +74,11 @@ def relative(found: Sequence[Distance], wanted: Callable[[Distance], bool] = lam
     return Energies.total(one.energies for one in found if wanted(one)).distance
 
 
+def percent(share: float) -> str:
+    """A share with three digits."""
+    return f"{100 * share:.3g} %"
+
+
 def energy(values: Floats) -> float:
     """The sum of the squares of a vector; not finite when one of its elements is not."""
     with np.errstate(over="ignore", invalid="ignore"):

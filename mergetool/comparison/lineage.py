@@ -23,7 +23,7 @@ from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import sampling
-from mergetool.comparison.energies import Distance
+from mergetool.comparison.energies import Distance, percent
 from mergetool.comparison.result import part_of_result
 from mergetool.comparison.sampling import Sample, middle
 from mergetool.comparison.weights import differences, whole_models
@@ -126,8 +126,8 @@ class Relation:
 
     def apart(self) -> str:
         """The distances in words."""
-        refiners = f", {_percent(self.refiners)} in the refiners" if self.refiners else ""
-        return f"{_percent(self.layers)} apart in the layers{refiners}"
+        refiners = f", {percent(self.refiners)} in the refiners" if self.refiners else ""
+        return f"{percent(self.layers)} apart in the layers{refiners}"
 
 
 def check(plan: Plan) -> list[Finding]:
@@ -169,7 +169,7 @@ class _Lineage:
             elif relation.refiners:
                 yield Finding(
                     "note",
-                    f"the refiners are averaged from {both}, {_percent(relation.refiners)} apart; --protect refiner keeps one model's",
+                    f"the refiners are averaged from {both}, {percent(relation.refiners)} apart; --protect refiner keeps one model's",
                 )
         for pair in self._averaged(plan, "layers"):
             relation = self._relation(*pair)
@@ -218,7 +218,7 @@ class _Lineage:
         elif (nearer := self._nearer(relation)) is not None:
             yield Finding(
                 "note",
-                f"{x} - {y}: {nearer.y.name} lies nearer to {x} ({_percent(nearer.whole)} apart, {y} {_percent(relation.whole)}); where it is "
+                f"{x} - {y}: {nearer.y.name} lies nearer to {x} ({percent(nearer.whole)} apart, {y} {percent(relation.whole)}); where it is "
                 f"what {x} builds on, subtract that instead",
             )
 
@@ -301,7 +301,3 @@ def _fp16(plan: Plan) -> list[Finding]:
 
 def _from_one(gains: np.ndarray) -> float:
     return float(np.square(gains.astype(np.float64) - 1).sum())
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

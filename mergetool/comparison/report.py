@@ -9,7 +9,7 @@ from typing import Any
 from mergetool import __version__
 from mergetool.comparison import heatmap, page
 from mergetool.comparison.comparison import Report
-from mergetool.comparison.energies import Energies
+from mergetool.comparison.energies import Energies, percent
 from mergetool.comparison.page import Table
 from mergetool.ops.movement import Movement
 
@@ -67,11 +67,6 @@ def record(report: Report) -> dict[str, Any]:
             "groups": {name: _movement(movement) for name, movement in report.rounding.items()},
         },
     }
-
-
-def percent(share: float) -> str:
-    """A share with three digits."""
-    return f"{100 * share:.3g} %"
 
 
 def _table(first: str, rows: dict[str, Energies], report: Report) -> Table:

@@ -56,17 +56,13 @@ class Ops(Protocol):
         """
 
 
-def no_methods(step: Apply) -> None:
-    """For implementations that are only given programs without method calls."""
-    raise NotImplementedError(step.method)
-
-
 def execute(
-    program: Program, ops: Ops, load: Callable[[int, int], None], apply: Callable[[Apply], None] = no_methods
+    program: Program, ops: Ops, load: Callable[[int, int], None], apply: Callable[[Apply], None] | None = None
 ) -> None:
     """Run ``program`` on ``ops``.
 
-    ``load(register, model)`` sets a register from a model's stored elements, ``apply`` does a method call.
+    ``load(register, model)`` sets a register from a model's stored elements, ``apply`` does a method call; a program that has none
+    needs no ``apply``.
     """
     for step in program.instructions:
         match step:
@@ -79,4 +75,5 @@ def execute(
             case Subtract():
                 ops.subtract(step.register, step.other)
             case Apply():
+                assert apply is not None
                 apply(step)
