@@ -15,9 +15,11 @@ from mergetool.ops.cpu import as_tensor
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, window_of
 
-EACH = 4096
+MOST, LEAST = 4096, 64
 """Elements of a part, or a row where that is longer: of Z-Image 3 to 4 MB of a BF16 file, norms whole. The verdicts on the embedded family are the same
 with 64 elements of each part."""
+TOTAL = 1 << 21
+"""Elements of a model of very many parts, in which the smaller ones give up some of theirs: a sample is held in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,13 @@ class Sample:
 def read(model: Input) -> Sample:
     """Read the sample of ``model``. Raises what reading raises."""
     parts = {name: part for name, part in model.anatomy.parts.items() if part.dtype.blendable and part.numel}
+    each = min(MOST, max(LEAST, TOTAL // max(1, len(parts))))
     reader = ValueReader(PositionedFetcher())
     values: dict[str, Floats] = {}
     for name, part in parts.items():
         width = part.shape[-1] if part.shape else 1
         rows = part.numel // width
-        taken = min(rows, max(1, EACH // width))
+        taken = min(rows, max(1, each // width))
         start = (rows - taken) // 2 * width
         found = reader.fetch(0, model.checkpoint, window_of(0, model, part), start, taken * width)
         out = np.empty(taken * width, np.float32)

@@ -17,6 +17,7 @@ from mergetool.comparison.lineage import Finding
 from mergetool.comparison.result import part_of_result
 from mergetool.engine import job
 from mergetool.recipe.options import Options
+from mergetool.recipe.steps import Input
 from tests.families import checkpoint
 from tests.quant.models import quantised
 
@@ -34,9 +35,9 @@ def levels(expression: str, **options: object) -> list[str]:
     return [finding.level for finding in checked(expression, **options)]
 
 
-@pytest.mark.parametrize("each", [sampling.EACH, 64])
+@pytest.mark.parametrize("each", [sampling.MOST, 64])
 def test_every_ordered_pair_of_members_is_judged_right(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
-    monkeypatch.setattr(sampling, "EACH", each)
+    monkeypatch.setattr(sampling, "MOST", each)
     for x, y in permutations(MEMBERS, 2):
         onto = next(name for name in MEMBERS if name not in (x, y))
         found = levels(f"lab.{onto} + 2*(lab.{x} - lab.{y})")
@@ -173,3 +174,14 @@ def test_a_part_of_the_result_is_what_the_merge_writes(tmp_path: Path) -> None:
             assert torch.equal(torch.from_numpy(part_of_result(plan, name)), stored[name].float().flatten())
         with pytest.raises(KeyError):
             part_of_result(plan, "layers.99.ffn_norm1.weight")
+
+
+def test_a_model_of_very_many_parts_is_sampled_in_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"layers.{i}.weight": torch.ones(64, 64) for i in range(50)}, tmp_path / "many.safetensors")
+    monkeypatch.setattr(sampling, "TOTAL", 50 * 128)
+    with models.open_model(str(tmp_path / "many.safetensors")) as opened:
+        sample = sampling.read(Input("many", opened.checkpoint, opened.anatomy))
+    assert sum(values.size for values in sample.values.values()) == 50 * 128
+    assert set(sample.sizes.values()) == {64 * 64}

@@ -11,8 +11,6 @@ from tests.faults import broken, calls, doubles, inputs, kills, power, refusals,
 from tests.faults.rows import Bench
 from tests.faults.tally import Tally
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 CAUGHT: list[tuple[str, str, Callable[[Bench, str], Tally]]] = [
     ("calls", "rename first", lambda b, wrong: calls.sweep(b.world, count=25, broken=wrong)),
     ("kills", "rename first", lambda b, wrong: kills.kill(b.world, count=40, broken=wrong)),

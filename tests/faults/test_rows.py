@@ -9,8 +9,6 @@ import pytest
 
 from tests.faults.rows import ROWS, Bench, Row
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_promise(bench: Bench, row: Row) -> None:

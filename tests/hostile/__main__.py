@@ -105,7 +105,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     **{f"fuzz {target}": fuzzed(target) for target in CI_RUNS},
     "12": lambda place: determinism.matrix(place.folder),
     "15": lambda place: offsets.run(place.warm, place.folder, list(offsets.COMMANDS) if place.is_long else ["merge"]),
-    "16": lambda place: memory.run(place.folder, 135 if place.is_long else 45, memory.RUNS),
+    "16": lambda place: memory.every(place.warm, place.folder, is_long=place.is_long),
     "18": lambda place: values.plant(place.folder),
     "19": lambda place: values.blend(place.folder),
     "20": lambda place: escapes.run(place.folder / "cases"),

@@ -1,4 +1,4 @@
-"""Row 16: a run needs no more memory than ``--dry-run`` said: in a memory cgroup of that figure and 5 %, with inputs that are many times larger.
+"""Row 16: a run needs no more memory than ``--dry-run`` said: in a memory cgroup of that figure and 5 %, by every method and kind of output.
 
 Inputs are sparse, so they take no disk; their holes are read as zeros through the page cache as any other bytes.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mergetool.methods import methods
 from tests.hostile.tally import Tally
+from tests.hostile.values import MODELS, call
+from tests.hostile.warm import Warm
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 WIDTH = 2048
-LARGEST = 2 * WIDTH * WIDTH  # bytes of one matrix
+RANK = 4
+SHARE = 1.05
+TIMES = 4
+"""How much larger than the limit inputs are together that have to be streamed."""
+
+Shapes = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A command without its output; "OUT" stands for a file, "FOLDER" for a folder."""
+    """A command without its output; the output is a folder where there is none in the name."""
 
     name: str
     line: list[str]
-    output: str = "OUT"
+    output: str = "out.safetensors"
 
 
 MERGE = "'a.safetensors' + 3 * ('b.safetensors' - 'c.safetensors')"
@@ -41,38 +49,48 @@ RUNS = [
     Run("merge, pread", ["merge", MERGE, "--reader", "pread"]),
     Run("merge, quantised", ["merge", MERGE, "--quant", "fp8-scaled", "--scale-search"]),
     Run("merge, error feedback", ["merge", MERGE, "--dtype", "fp8_e4m3", "--rounding", "error-feedback"]),
-    Run("merge, method", ["merge", "slerp('a.safetensors', 'b.safetensors', t=0.3)"]),
-    Run("merge, sharded", ["merge", MERGE, "--shard-size", "100MB"], "FOLDER"),
+    Run("merge, sharded", ["merge", MERGE, "--shard-size", "100MB"], "out"),
     Run("convert", ["convert", "a.safetensors", "--quant", "int8"]),
     Run("lora bake", ["lora", "bake", "a.safetensors", "lora.safetensors:0.5"]),
-]  # fmt: skip
+    *(Run(f"merge by {name}", ["merge", call(method), "--force"]) for name, method in methods().items()),
+]
+
+SHAPES: dict[str, Shapes] = {
+    "even": [(WIDTH, WIDTH)] * 3,
+    "one large": [(3 * WIDTH, WIDTH), *[(512, 512)] * 8],
+    "many small": [(64, 64)] * 1500,
+}
+"""Checkpoints of one size, of one tensor that is most of them, and of more names than bytes."""
+IN_TURN = {"even": RUNS[::2], "one large": RUNS[1::4], "many small": RUNS[3::4]}
+"""Every run on one of them."""
 
 
-def inputs(folder: Path, count: int) -> None:
-    """``a``, ``b`` and ``c`` of ``count`` matrices of 8 MB, all holes, and a LoRA on every one of them."""
-    names = [f"layers.{i}.attention.proj.weight" for i in range(count)]
-    table = {
-        name: {"dtype": "BF16", "shape": [WIDTH, WIDTH], "data_offsets": [i * LARGEST, (i + 1) * LARGEST]}
-        for i, name in enumerate(names)
-    }
+def streamed(limit: int) -> Shapes:
+    """Matrices of one size, so many that two models are `TIMES` a limit in bytes."""
+    return [(WIDTH, WIDTH)] * (TIMES * limit // (2 * 2 * WIDTH * WIDTH) + 1)
+
+
+def inputs(folder: Path, shapes: Shapes) -> None:
+    """Models ``a`` to ``d`` in BF16, all holes but for a row of every matrix, and a LoRA on each of ``a``'s."""
+    names = [f"layers.{i}.attention.proj.weight" for i in range(len(shapes))]
+    table, starts = {}, [0]
+    for name, shape in zip(names, shapes, strict=True):
+        starts.append(starts[-1] + 2 * shape[0] * shape[1])
+        table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": starts[-2:]}
     text = json.dumps(table).encode()
-    for stem in "abc":
+    for seed, stem in enumerate(MODELS):
+        random = torch.Generator().manual_seed(seed)
         with (folder / f"{stem}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + count * LARGEST)
-    with (folder / "b.safetensors").open("r+b") as file:  # something to merge in every matrix
-        for i in range(count):
-            file.seek(8 + len(text) + i * LARGEST)
-            file.write(
-                torch.randn(WIDTH, generator=torch.Generator().manual_seed(i)).bfloat16().view(torch.uint8).numpy()
-            )
+            for start, shape in zip(starts, shapes, strict=False):
+                file.seek(8 + len(text) + start)
+                file.write(torch.randn(shape[1], generator=random).bfloat16().view(torch.uint8).numpy())
+            file.truncate(8 + len(text) + starts[-1])
     lora = {}
-    for name in names:
+    for name, shape in zip(names, shapes, strict=True):
         module = name.removesuffix(".weight")
-        lora |= {
-            f"{module}.lora_A.weight": torch.ones(4, WIDTH).bfloat16(),
-            f"{module}.lora_B.weight": torch.ones(WIDTH, 4).bfloat16(),
-        }
+        lora[f"{module}.lora_A.weight"] = torch.ones(RANK, shape[1]).bfloat16()
+        lora[f"{module}.lora_B.weight"] = torch.ones(shape[0], RANK).bfloat16()
     save_file(lora, folder / "lora.safetensors")
 
 
@@ -88,48 +106,46 @@ def limited(size: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def figure(line: list[str], folder: Path) -> int:
+def figure(warm: Warm, line: list[str], folder: Path) -> int:
     """The bytes that a dry run of the command says it needs; of convert, which has no dry run, those of the same merge."""
     if line[0] == "convert":
         line = ["merge", f"'{line[1]}'", *line[2:]]
-    done = subprocess.run(
-        _command([*line, "--dry-run", "--json"]), cwd=folder, capture_output=True, text=True, check=True
-    )
-    return int(json.loads(done.stdout)["memory"])
+    return int(json.loads(warm.run([*line, "--dry-run", "--json"], folder).out)["memory"])
 
 
-def run(
-    folder: Path, count: int, runs: list[Run], *, figure: Callable[[list[str], Path], int] = figure, share: float = 1.05
-) -> Tally:
+def run(warm: Warm, folder: Path, runs: Sequence[Run], shapes: Shapes, tally: Tally, *, share: float = SHARE) -> None:
     """Every command within ``share`` of the figure it printed, on two threads; each has to succeed."""
-    tally = Tally("16", "memory cgroup at the figure of --dry-run and 5 %")
-    inputs(folder, count)
+    inputs(folder, shapes)
     for one in runs:
-        line = [*one.line, "-o", "out" + (".safetensors" if one.output == "OUT" else ""), "--threads", "2"]
+        line = [*one.line, "-o", one.output, "--threads", "2", "--no-progress"]
         tally.injected += 1
-        printed = figure(line, folder)
-        with limited(int(printed * share)) as group:
+        limit = int(figure(warm, line, folder) * share)
+        with limited(limit) as group:
             ended = _in(group, line, folder)
-            failures = int((group / "memory.failcnt").read_text())
-        fault = None
-        if ended.returncode != 0:
-            reason = (
-                "killed" if ended.returncode == -signal.SIGKILL else f"exit {ended.returncode}: {ended.stderr[-200:]}"
-            )
-            fault = f"{one.name}: {reason} within {int(printed * share) >> 20} MiB ({failures} refusals)"
-        tally.judge(fault)
-        subprocess.run(["rm", "-rf", folder / "out", folder / "out.safetensors"], check=True)
+            most = int((group / "memory.max_usage_in_bytes").read_text())
+        told = f"{one.name}: within {limit >> 20} MiB, {most >> 20} used, exit {ended.returncode} {ended.stderr[-200:]}"
+        tally.judge(None if ended.returncode == 0 else told)
+        written = folder / one.output
+        shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
+
+
+def every(warm: Warm, folder: Path, *, is_long: bool = False) -> Tally:
+    """Every run on one of the shapes in turn; before a release on all of them, and on models of `TIMES` the limit."""
+    tally = Tally("16", "memory cgroup at the figure of --dry-run and 5 %")
+    for name, shapes in SHAPES.items():
+        (folder / name).mkdir()
+        run(warm, folder / name, RUNS if is_long else IN_TURN[name], shapes, tally)
+    (folder / "streamed").mkdir()
+    largest = max(figure(warm, one.line, folder / "even") for one in RUNS) if is_long else 300 << 20
+    run(warm, folder / "streamed", RUNS if is_long else RUNS[:1], streamed(largest), tally)
     return tally
 
 
 def _in(group: Path, line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: a fork of a warm one shares pages, and copies others that a run has once."""
+
     def enter() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    return subprocess.run(
-        [*_command(line), "--no-progress"], cwd=folder, capture_output=True, text=True, check=False, preexec_fn=enter
-    )
-
-
-def _command(line: list[str]) -> list[str]:
-    return [str(Path(sys.executable).with_name("mergetool")), *line]
+    command = [str(Path(sys.executable).with_name("mergetool")), *line]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=enter)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-import pytest
-
 from tests.hostile import bombs
-
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
 
 
 def test_every_bomb_is_refused_or_done_in_time_and_memory(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 from tests.hostile import injections, pickles, terminal
 from tests.hostile.warm import Warm
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 def test_no_pickle_is_loaded_by_any_command(warm: Warm, tmp_path: Path) -> None:
     assert len(pickles.contents(tmp_path)) >= 30

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import MergetoolError
 from tests.hostile import damage
-
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
 
 
 def test_every_damage_is_found(tmp_path: Path) -> None:

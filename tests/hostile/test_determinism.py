@@ -10,8 +10,6 @@ import pytest
 
 from tests.hostile.determinism import matrix
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 @pytest.fixture
 def memory_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

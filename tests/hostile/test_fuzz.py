@@ -9,8 +9,6 @@ import pytest
 from tests.hostile.fuzzing import BROKEN_RUNS, CI_RUNS, fuzz
 from tests.hostile.targets import TARGETS
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 def test_every_target_has_a_number_of_runs() -> None:
     assert CI_RUNS.keys() == TARGETS.keys()

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.hostile import pipelines
 from tests.hostile.warm import Warm
-
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
 
 
 def test_no_pipeline_folder_runs_code(warm: Warm, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ import pytest
 
 from tests.hostile import escapes, links, names
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 def test_no_shard_name_opens_anything_outside_its_folder(tmp_path: Path) -> None:
     escapes.run(tmp_path / "cases").require(150)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.hostile import memory, offsets
+from tests.hostile.tally import Tally
 from tests.hostile.warm import Warm
-
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
-CI_RUNS = ("merge", "merge, quantised", "merge, method", "merge, sharded", "lora bake")
 
 
 def test_tensors_beyond_31_and_32_bits_are_read_by_commands(warm: Warm, tmp_path: Path) -> None:
@@ -26,16 +22,11 @@ def test_both_ends_of_a_tensor_of_billions_of_elements_are_read(tmp_path: Path, 
 
 
 def test_a_run_needs_no_more_memory_than_was_said(warm: Warm, tmp_path: Path) -> None:
-    """The inputs are sparse files of 380 MB each, more than four times the limit together."""
-
-    def figure(line: list[str], folder: Path) -> int:
-        return int(json.loads(warm.run([*line, "--dry-run", "--json"], folder).out)["memory"])
-
-    runs = [run for run in memory.RUNS if run.name in CI_RUNS]
-    memory.run(tmp_path, 45, runs, figure=figure).require(len(CI_RUNS))
+    memory.every(warm, tmp_path).require(len(memory.RUNS) + 1)
 
 
-def test_half_of_that_memory_is_not_enough(tmp_path: Path) -> None:
+def test_half_of_that_memory_is_not_enough(warm: Warm, tmp_path: Path) -> None:
     """Otherwise the limit would prove nothing."""
-    found = memory.run(tmp_path, 4, memory.RUNS[:1], figure=lambda line, folder: 250_000_000, share=0.5)
-    assert "killed" in found.violations[0]
+    tally = Tally("16", "half of the memory")
+    memory.run(warm, tmp_path, memory.RUNS[:1], memory.SHAPES["even"], tally, share=0.5)
+    assert "exit -9" in tally.violations[0]

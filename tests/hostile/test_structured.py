@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from tests.checkpoint.header_corpus import file
 from tests.hostile import targets
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 QUICK = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

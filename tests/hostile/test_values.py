@@ -9,8 +9,6 @@ import pytest
 from mergetool.ops.cpu import CpuOps
 from tests.hostile import values
 
-pytestmark = pytest.mark.long  # minutes of processor time: python -m pytest -m long
-
 
 def test_what_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     values.plant(tmp_path).require(200)

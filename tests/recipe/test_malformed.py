@@ -64,15 +64,9 @@ def fuzzed(count: int, seed: int) -> dict[str, object]:
     return json.loads(ran.stdout)  # type: ignore[no-any-return]
 
 
-def test_a_thousand_damaged_recipes_crash_nothing_and_touch_nothing() -> None:
-    found = fuzzed(1000, seed=1)
+def test_twenty_thousand_damaged_recipes_crash_nothing_and_touch_nothing() -> None:
+    found = fuzzed(20_000, seed=1)
     assert found["crashes"] == []
     assert found["events"] == {}
-    assert int(str(found["refused"])) > 500
-    assert int(str(found["read"])) > 20
-
-
-@pytest.mark.long
-def test_twenty_thousand_damaged_recipes_crash_nothing_and_touch_nothing() -> None:
-    found = fuzzed(20_000, seed=2)
-    assert (found["crashes"], found["events"]) == ([], {})
+    assert int(str(found["refused"])) > 10_000
+    assert int(str(found["read"])) > 400
