@@ -9,6 +9,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from tests.hostile import (
     values,
 )
 from tests.hostile.fuzzing import CI_RUNS, fuzz
-from tests.hostile.tally import Tally
+from tests.hostile.tally import ROOT, Tally
 from tests.hostile.warm import Warm
 
 LONG_FUZZ = 50
@@ -94,6 +97,17 @@ def linked(place: Place) -> Tally:
     return tally
 
 
+def recipes(place: Place) -> Tally:
+    """Damaged recipe files, read in a process under an audit hook, which stays in a process for good."""
+    count = 200_000 if place.is_long else 20_000
+    tally = Tally("26", "damaged recipes: no crash, no import, no file touched", injected=count)
+    command = [sys.executable, "-m", "tests.recipe.fuzz", str(count), "1"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    tally.judged = found["read"] + found["refused"] + len(found["crashes"])
+    tally.violations += [*found["crashes"], *found["events"]]
+    return tally
+
+
 def exploded(place: Place) -> Tally:
     """Every bomb, in a long run the slow ones too."""
     return bombs.run(place.folder, [bomb for bomb in bombs.BOMBS if place.is_long or not bomb.is_slow])
@@ -113,6 +127,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "21": linked,
     "22": exploded,
     "23": lambda place: pickles.run(place.warm, place.folder),
+    "26": recipes,
     "28": lambda place: terminal.run(place.warm, place.folder),
     "29": lambda place: pipelines.run(place.warm, place.folder),
     "31": lambda place: damage.run(place.folder, 20_000 if place.is_long else 2000),
