@@ -83,17 +83,6 @@ def fuzzed(target: str) -> Callable[[Place], Tally]:
     return lambda place: fuzz(target, CI_RUNS[target] * (LONG_FUZZ if place.is_long else 1), place.folder)
 
 
-def linked(place: Place) -> Tally:
-    """Every link and odd file in a folder of its own."""
-    tally = Tally("21", "links that lead out, and files that are no files", injected=len(links.CASES))
-    for number, case in enumerate(links.CASES):
-        folder = place.folder / str(number)
-        folder.mkdir()
-        verdict = links.opened_within_a_second(case.make(folder))
-        tally.judge(None if verdict is case.verdict else f"{case.name}: {verdict}")
-    return tally
-
-
 def exploded(place: Place) -> Tally:
     """Every bomb, in a long run the slow ones too."""
     return bombs.run(place.folder, [bomb for bomb in bombs.BOMBS if place.is_long or not bomb.is_slow])
@@ -110,7 +99,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "19": lambda place: values.blend(place.folder),
     "20": lambda place: escapes.run(place.folder / "cases"),
     "20, random": lambda place: names.run(2_000_000 if place.is_long else 20_000),
-    "21": linked,
+    "21": lambda place: links.run(place.folder),
     "22": exploded,
     "23": lambda place: pickles.run(place.warm, place.folder),
     "28": lambda place: terminal.run(place.warm, place.folder),

@@ -11,6 +11,7 @@ it. A watched run also reports every audit event that would mean that something 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import locale
@@ -163,7 +164,18 @@ def _trust_folders() -> None:
     load._LOCAL = {"local_files_only": True, "trust_remote_code": True}
 
 
+def _narrow_offsets(bits: int) -> None:
+    """A reader that keeps only the low ``bits`` of a place in a file."""
+    from mergetool.checkpoint.inputs import InputFile
+
+    read_into, window, kept = InputFile.read_into, InputFile.window, (1 << bits) - 1
+    InputFile.read_into = lambda self, buffer, offset: read_into(self, buffer, offset & kept)  # type: ignore[method-assign]
+    InputFile.window = lambda self, offset, size: window(self, offset & kept, size)  # type: ignore[method-assign]
+
+
 PATCHES = {
+    "31-bit offsets": functools.partial(_narrow_offsets, 31),
+    "32-bit offsets": functools.partial(_narrow_offsets, 32),
     "trust folders": _trust_folders,
     "write the folder": _write_the_folder,
     "trust names": _trust_names,
