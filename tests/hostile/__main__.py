@@ -106,7 +106,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "29": lambda place: pipelines.run(place.warm, place.folder),
     "31": lambda place: damage.run(place.folder, 20_000 if place.is_long else 2000),
     "31, replay": lambda place: damage.run(place.folder, 5000 if place.is_long else 300, look=damage.replayed),
-    "audit": lambda place: injections.run(place.warm, place.folder),
+    "audit": lambda place: injections.run(place.warm, place.folder, thin=1 if place.is_long else 5),
 }
 
 

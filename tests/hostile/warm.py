@@ -173,7 +173,48 @@ def _narrow_offsets(bits: int) -> None:
     InputFile.window = lambda self, offset, size: window(self, offset & kept, size)  # type: ignore[method-assign]
 
 
+def _obey_tags() -> None:
+    """A reader of recipes that has PyYAML make objects of what it reads."""
+    import yaml
+
+    from mergetool.recipe import document
+
+    parsed = document.parse
+
+    def careless(raw: bytes, source: str) -> Any:
+        with contextlib.suppress(Exception):
+            yaml.unsafe_load(raw)
+        return parsed(raw, source)
+
+    document.parse = careless
+
+
+def _evaluate_texts() -> None:
+    """A reader of recipes that tries whether a text is Python."""
+    from mergetool.recipe import document
+
+    plain = document.plain
+
+    def careless(text: str, at: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return eval(text)
+        return plain(text, at)
+
+    document.plain = careless
+
+
+def _expand_environment() -> None:
+    """A reader of recipes that puts in what the environment says."""
+    from mergetool.recipe import document
+
+    parsed = document.parse
+    document.parse = lambda raw, source: parsed(os.path.expandvars(raw), source)
+
+
 PATCHES = {
+    "obey tags": _obey_tags,
+    "evaluate texts": _evaluate_texts,
+    "expand the environment": _expand_environment,
     "31-bit offsets": functools.partial(_narrow_offsets, 31),
     "32-bit offsets": functools.partial(_narrow_offsets, 32),
     "trust folders": _trust_folders,
