@@ -106,7 +106,7 @@ def run(
 ) -> Tally:
     """Every ``step``-th text in every place, and in every ``thin``-th place of a recipe; any import, exec, socket or process, any new file, any network name is a violation."""
     tally = Tally("audit", "texts that would run, import or fetch, through every command")
-    family(folder)
+    folder = family(folder / "inside")  # so that what is around it is nobody else's
     for name in "abc":
         _model(folder / f"{name}.safetensors", {})
     conditions = {"patched": patched} if patched else {}
