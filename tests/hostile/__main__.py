@@ -86,17 +86,6 @@ def fuzzed(target: str) -> Callable[[Place], Tally]:
     return lambda place: fuzz(target, CI_RUNS[target] * (LONG_FUZZ if place.is_long else 1), place.folder)
 
 
-def linked(place: Place) -> Tally:
-    """Every link and odd file in a folder of its own."""
-    tally = Tally("21", "links that lead out, and files that are no files", injected=len(links.CASES))
-    for number, case in enumerate(links.CASES):
-        folder = place.folder / str(number)
-        folder.mkdir()
-        verdict = links.opened_within_a_second(case.make(folder))
-        tally.judge(None if verdict is case.verdict else f"{case.name}: {verdict}")
-    return tally
-
-
 def recipes(place: Place) -> Tally:
     """Damaged recipe files, read in a process under an audit hook, which stays in a process for good."""
     count = 200_000 if place.is_long else 20_000
@@ -124,7 +113,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "19": lambda place: values.blend(place.folder),
     "20": lambda place: escapes.run(place.folder / "cases"),
     "20, random": lambda place: names.run(2_000_000 if place.is_long else 20_000),
-    "21": linked,
+    "21": lambda place: links.run(place.folder),
     "22": exploded,
     "23": lambda place: pickles.run(place.warm, place.folder),
     "26": recipes,
@@ -132,7 +121,7 @@ ROWS: dict[str, Callable[[Place], Tally]] = {
     "29": lambda place: pipelines.run(place.warm, place.folder),
     "31": lambda place: damage.run(place.folder, 20_000 if place.is_long else 2000),
     "31, replay": lambda place: damage.run(place.folder, 5000 if place.is_long else 300, look=damage.replayed),
-    "audit": lambda place: injections.run(place.warm, place.folder),
+    "audit": lambda place: injections.run(place.warm, place.folder, thin=1 if place.is_long else 5),
 }
 
 

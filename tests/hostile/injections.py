@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from tests.hostile import recipes
 from tests.hostile.lines import lines, verdict, warmed
 from tests.hostile.models import LAYERS, family, tensors
 from tests.hostile.tally import Tally
@@ -92,19 +95,48 @@ def asked(folder: Path, text: str, number: int) -> list[list[str]]:
     ]  # the user's own hf:// may be fetched; a file's may not
 
 
-def run(warm: Warm, folder: Path, *, step: int = 1, patched: str | None = None) -> Tally:
-    """Every ``step``-th text in every place; any import, exec, socket or process, any new file, any network name is a violation."""
+def run(
+    warm: Warm,
+    folder: Path,
+    *,
+    step: int = 1,
+    thin: int = 5,
+    patched: str | None = None,
+    carriers: Collection[str] = ("files", "recipes"),
+) -> Tally:
+    """Every ``step``-th text in every place, and in every ``thin``-th place of a recipe; any import, exec, socket or process, any new file, any network name is a violation."""
     tally = Tally("audit", "texts that would run, import or fetch, through every command")
-    family(folder)
+    folder = family(folder / "inside")  # so that what is around it is nobody else's
     for name in "abc":
         _model(folder / f"{name}.safetensors", {})
-    warmed(warm, folder)
-    for number, text in enumerate(TEXTS[::step]):
-        commands = asked(folder, text, number)
-        tally.injected += len(commands)
-        more = {"patched": patched} if patched else {}
-        for line, ran in zip(commands, warm.run_each(commands, folder, watched=True, **more), strict=True):
-            fault = f"did {ran.events[0]}" if ran.events else verdict(ran.code, ran.out, ran.err)
-            fault = "made a file" if (folder / "canary").exists() else fault
-            tally.judge(None if fault is None else f"{text!a} in {ascii(' '.join(line))[:90]}: {fault}")
+    conditions = {"patched": patched} if patched else {}
+    if "files" in carriers:
+        warmed(warm, folder)
+        for number, text in enumerate(TEXTS[::step]):
+            _judge(tally, warm, folder, asked(folder, text, number), text, **conditions)
+    if "recipes" in carriers:
+        (folder / recipes.FOLDER).mkdir()
+        codes = [warm.warm_up(line, folder).code for line in recipes.sound(folder)]
+        assert codes == [0] * 6 + [2] * 4, codes  # else the runs could all fail for another reason
+        conditions |= {"env": {"HOME": recipes.HOME}}
+        for number, text in enumerate(TEXTS[::step]):
+            _judge(tally, warm, folder, recipes.asked(folder, text, number, thin), text, **conditions)
+        _judge(tally, warm, folder, recipes.of_yaml(folder), "YAML", **conditions)
     return tally
+
+
+def _judge(tally: Tally, warm: Warm, folder: Path, commands: list[list[str]], text: str, **conditions: Any) -> None:
+    tally.injected += len(commands)
+    before = _around(folder)
+    for line, ran in zip(commands, warm.run_each(commands, folder, watched=True, **conditions), strict=True):
+        fault = f"did {ran.events[0]}" if ran.events else verdict(ran.code, ran.out, ran.err)
+        fault = fault or ("says what the environment says" if recipes.HOME in ran.out + ran.err else None)
+        tally.judge(None if fault is None else f"{text!a} in {ascii(' '.join(line))[:90]}: {fault}")
+    made = {path for path in _around(folder) - before if not path.startswith("out")}
+    if made:
+        tally.violations.append(f"{text!a} made {sorted(made)[0]!a}")
+
+
+def _around(folder: Path) -> set[str]:
+    """What is in the working folder and in the one around it; outputs have names or a folder of their own."""
+    return {*os.listdir(folder), *(f"../{name}" for name in os.listdir(folder.parent))}

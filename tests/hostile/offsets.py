@@ -50,7 +50,7 @@ def far(path: Path, stored: Mapping[str, torch.Tensor], place: int) -> Path:
     return path
 
 
-def run(warm: Warm, folder: Path, commands: list[str]) -> Tally:
+def run(warm: Warm, folder: Path, commands: list[str], *, patched: str | None = None) -> Tally:
     """Every command with a file at every place, by both readers: the output is that of the same tensors at the start of a file."""
     tally = Tally("15", "offsets at 2^31 and 2^32, commands")
     for seed, name in ((0, "a"), (2, "c")):
@@ -61,14 +61,16 @@ def run(warm: Warm, folder: Path, commands: list[str]) -> Tally:
         reader = ("mmap", "pread")
         save_file(near, folder / "far.safetensors")
         save_file(lora, folder / "far-lora.safetensors")
-        wanted = _output(warm, folder, name, "mmap")
+        wanted, said = _output(warm, folder, name, "mmap")
+        assert not said, said  # else every place could fail as the near file does, and pass
         for place in PLACES:
             far(folder / "far.safetensors", near, place)
             far(folder / "far-lora.safetensors", lora, place)
             for way in reader:
                 tally.injected += 1
-                found = _output(warm, folder, name, way)
-                tally.judge(None if found == wanted else f"{name} by {way} with a file at {place}: another output")
+                found, said = _output(warm, folder, name, way, patched)
+                fault = said or ("another output" if found != wanted else None)
+                tally.judge(None if fault is None else f"{name} by {way} with a file at {place}: {fault}")
     return tally
 
 
@@ -82,15 +84,15 @@ def _lora() -> dict[str, torch.Tensor]:
     return found
 
 
-def _output(warm: Warm, folder: Path, name: str, reader: str) -> bytes:
-    """The data of an output; its metadata has the input's fingerprint, which counts the hole."""
+def _output(warm: Warm, folder: Path, name: str, reader: str, patched: str | None = None) -> tuple[bytes, str]:
+    """The data of an output, or what was said instead; its metadata has the input's fingerprint, which counts the hole."""
     line = [*COMMANDS[name], "--reader", reader, "-o", "out.safetensors", "--overwrite"]
     line += ["--skip-unmatched"] if "lora" in line[1] else []
-    ran = warm.run(line, folder)
+    ran = warm.run(line, folder, **({"patched": patched} if patched else {}))
     if ran.code != 0:
-        return ran.err.encode()
+        return b"", ran.err or f"exit {ran.code}"
     raw = (folder / "out.safetensors").read_bytes()
-    return raw[8 + struct.unpack("<Q", raw[:8])[0] :]
+    return raw[8 + struct.unpack("<Q", raw[:8])[0] :], ""
 
 
 @contextmanager

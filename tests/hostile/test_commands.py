@@ -39,9 +39,22 @@ def test_a_program_that_prints_names_as_they_are_is_caught(warm: Warm, tmp_path:
 
 
 def test_no_text_of_a_file_is_run_imported_or_fetched(warm: Warm, tmp_path: Path) -> None:
-    injections.run(warm, tmp_path).require(2500)
+    injections.run(warm, tmp_path).require(3600)
 
 
 def test_a_program_that_imports_what_metadata_names_is_caught(warm: Warm, tmp_path: Path) -> None:
-    found = injections.run(warm, tmp_path, step=9, patched="trust names")
+    found = injections.run(warm, tmp_path, step=9, patched="trust names", carriers=["files"])
     assert any("did import" in violation for violation in found.violations)
+
+
+@pytest.mark.parametrize(
+    ("patched", "fault"),
+    [
+        ("obey tags", "did os.system"),
+        ("evaluate texts", "did exec"),
+        ("expand the environment", "says what the environment says"),
+    ],
+)
+def test_a_reader_of_recipes_that_obeys_them_is_caught(warm: Warm, tmp_path: Path, patched: str, fault: str) -> None:
+    found = injections.run(warm, tmp_path, step=9, patched=patched, carriers=["recipes"])
+    assert any(fault in violation for violation in found.violations)

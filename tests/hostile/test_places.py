@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mergetool.checkpoint import inputs, system
 from tests.hostile import escapes, links, names
 
 
@@ -21,10 +22,38 @@ def test_a_check_that_only_looks_for_absolute_names_is_caught(tmp_path: Path) ->
 
 @pytest.mark.parametrize("case", links.CASES, ids=lambda case: case.name)
 def test_links_and_odd_files(tmp_path: Path, case: links.Case) -> None:
-    path = case.make(tmp_path)
-    before = os.listdir("/proc/self/fd")
-    assert links.opened_within_a_second(path) is case.verdict
-    assert os.listdir("/proc/self/fd") == before
+    assert case.fault(tmp_path) is None
+
+
+def test_a_program_that_follows_links_out_of_the_folder_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "neighbouring_target", inputs.any_target)
+    found = links.run(tmp_path).violations
+    assert "a link up: opened" in found
+    assert "another cache's blob: opened" in found
+
+
+def test_a_program_that_opens_what_is_no_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_require_regular", lambda status, path: None)
+    names = {violation.split(":")[0] for violation in links.run(tmp_path).violations}
+    assert {"a FIFO", "a socket", "a character device"} <= names
+
+
+def test_a_program_that_waits_for_a_writer_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_require_regular", lambda status, path: None)
+    monkeypatch.setattr(system, "open_input", lambda path: os.open(path, os.O_RDONLY))
+    case = next(case for case in links.CASES if case.name == "a FIFO")
+    assert case.fault(tmp_path) == "waits"
+
+
+def test_a_program_that_leaves_a_refused_file_open_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(system, "close", left.append)
+    found = links.run(tmp_path).violations
+    for fd in left:
+        os.close(fd)
+    assert "an empty file: left open" in found
 
 
 def test_random_names_that_pass_stay_in_the_folder() -> None:

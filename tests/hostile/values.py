@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,14 +138,14 @@ def mixed(path: Path, seed: int) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def blend(folder: Path) -> Tally:
-    """Every dtype that is no float through every run: the first model's bytes, and a reason in the plan that says so."""
+def blend(folder: Path, only: Collection[str] = ()) -> Tally:
+    """Every dtype that is no float through every run (or those in ``only``): the first model's bytes, and a reason in the plan that says so."""
     tally = Tally("19", "integers and booleans through every method and kind of output")
     with working_in(folder):
         for seed, name in enumerate(MODELS):
             mixed(Path(f"{name}.safetensors"), seed)
         first = _integers("a.safetensors")
-        for what, text, options in runs():
+        for what, text, options in (run for run in runs() if not only or run[0] in only):
             with job.open_merge(text, options) as plan:
                 merged = set(plan.reasons().get("merged", ()))
                 kept = {name for names in plan.reasons().values() for name in names} - merged

@@ -11,6 +11,7 @@ it. A watched run also reports every audit event that would mean that something 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import locale
@@ -163,7 +164,59 @@ def _trust_folders() -> None:
     load._LOCAL = {"local_files_only": True, "trust_remote_code": True}
 
 
+def _narrow_offsets(bits: int) -> None:
+    """A reader that keeps only the low ``bits`` of a place in a file."""
+    from mergetool.checkpoint.inputs import InputFile
+
+    read_into, window, kept = InputFile.read_into, InputFile.window, (1 << bits) - 1
+    InputFile.read_into = lambda self, buffer, offset: read_into(self, buffer, offset & kept)  # type: ignore[method-assign]
+    InputFile.window = lambda self, offset, size: window(self, offset & kept, size)  # type: ignore[method-assign]
+
+
+def _obey_tags() -> None:
+    """A reader of recipes that has PyYAML make objects of what it reads."""
+    import yaml
+
+    from mergetool.recipe import document
+
+    parsed = document.parse
+
+    def careless(raw: bytes, source: str) -> Any:
+        with contextlib.suppress(Exception):
+            yaml.unsafe_load(raw)
+        return parsed(raw, source)
+
+    document.parse = careless
+
+
+def _evaluate_texts() -> None:
+    """A reader of recipes that tries whether a text is Python."""
+    from mergetool.recipe import document
+
+    plain = document.plain
+
+    def careless(text: str, at: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return eval(text)
+        return plain(text, at)
+
+    document.plain = careless
+
+
+def _expand_environment() -> None:
+    """A reader of recipes that puts in what the environment says."""
+    from mergetool.recipe import document
+
+    parsed = document.parse
+    document.parse = lambda raw, source: parsed(os.path.expandvars(raw), source)
+
+
 PATCHES = {
+    "obey tags": _obey_tags,
+    "evaluate texts": _evaluate_texts,
+    "expand the environment": _expand_environment,
+    "31-bit offsets": functools.partial(_narrow_offsets, 31),
+    "32-bit offsets": functools.partial(_narrow_offsets, 32),
     "trust folders": _trust_folders,
     "write the folder": _write_the_folder,
     "trust names": _trust_names,
