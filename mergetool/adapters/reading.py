@@ -193,7 +193,9 @@ class _Reading:
             return ranks[0]
         # LoKr's alpha counts only where a factor is a product itself; trainers write huge ones beside two whole factors.
         for whole, tucker in (("w1", False), ("w2", "t2" in roles)):
-            if whole not in roles:
+            if whole in roles:
+                self._shape(module, roles[whole])
+            else:
                 rank = self._inner(module, roles[f"{whole}_a"], roles[f"{whole}_b"], tucker=tucker)
         return None if {"w1", "w2"} <= roles.keys() else rank
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, merge_report
 from mergetool.cli.console import (
     JsonOption,
     NoProgressOption,
@@ -22,15 +22,9 @@ from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.comparison.lineage import Finding
-    from mergetool.engine.movements import Movements
-    from mergetool.engine.worker import Outcome
-    from mergetool.ops.movement import Movement
     from mergetool.recipe.groups import Setting
     from mergetool.recipe.options import Options
     from mergetool.recipe.plan import Plan
-    from mergetool.recipe.steps import OutputTensor
-
-WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
 EXAMPLES = """\b
 Examples:
@@ -244,11 +238,11 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         on = devices.choose(settings.device, work=plan.bytes_read, memory=gpu_bytes)
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
-            print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
+            merge_report.print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
         findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
         if settings.dry_run or output is None:
             if settings.as_json:
-                console.print_json(plan_json(plan, memory) | lineage_json(findings))
+                console.print_json(merge_report.plan_json(plan, memory) | merge_report.lineage_json(findings))
             return
         total = plan.bytes_read + plan.header.data_size
         with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
@@ -268,10 +262,12 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         seconds = time.monotonic() - started
         if settings.as_json:
             console.print_json(
-                plan_json(plan, memory) | lineage_json(findings) | outcome_json(plan, outcome, output, seconds)
+                merge_report.plan_json(plan, memory)
+                | merge_report.lineage_json(findings)
+                | merge_report.outcome_json(plan, outcome, output, seconds)
             )
         else:
-            print_outcome(plan, outcome, output, seconds)
+            merge_report.print_outcome(plan, outcome, output, seconds)
 
 
 def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
@@ -292,170 +288,3 @@ def multiplier(text: str) -> Setting:
     from mergetool.recipe.groups import parse_setting
 
     return parse_setting(text)
-
-
-def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
-    from mergetool.quant import is_side_tensor
-    from mergetool.recipe.groups import setting_text
-
-    family = plan.inputs[0].anatomy.family.name
-    dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
-    count = sum(step.elements for tensor in plan.tensors for step in tensor.steps)
-    console.heading(
-        "plan",
-        f"{family}, {console.plural(len(plan.tensors), 'tensor')}, {console.parameters(count)} parameters, {dtypes}, "
-        f"{plan.layout} layout",
-    )
-    console.heading("", str(plan.expression.graph))
-    if plan.options.multipliers:
-        console.heading("", "set " + ", ".join(map(setting_text, plan.options.multipliers)))
-    if every_tensor:
-        for tensor in plan.tensors:
-            reasons = dict.fromkeys(step.reason for step in tensor.steps)
-            scaled = "".join(f"  {scale}" for scale in _scales(tensor))
-            console.heading("", f"{tensor.name}  {list(tensor.shape)} {tensor.stored_as}  {', '.join(reasons)}{scaled}")
-    reasons_of = plan.reasons()
-    console.heading("", " · ".join(f"{len(names)} {reason}" for reason, names in reasons_of.items()))
-    for reason, names in reasons_of.items():
-        if reason.startswith("not in ") and not every_tensor:
-            console.heading("", f"{reason}: {console.listed(names)}")
-    if plan.left_out:
-        console.heading(
-            "", f"{len(plan.left_out)} left out: " + console.listed([f"{n} ({r})" for n, r in plan.left_out])
-        )
-    console.heading(
-        "",
-        f"reads {console.size(plan.bytes_read)}, writes {console.size(plan.header.file_size)}, "
-        f"memory {console.size(memory)}, disk {console.size(plan.header.file_size)}",
-    )
-    for warning in plan.warnings:
-        console.heading("note", warning)
-
-
-def _scales(tensor: OutputTensor) -> list[str]:
-    """The multipliers other than 1 in a tensor: "x 0.5", or by part where those of a fused tensor differ."""
-    found = {step.part: step.multiplier for step in tensor.steps}
-    if len(set(found.values())) > 1:
-        return [f"{part.removesuffix('.weight').rpartition('.')[2]} x {float(by):.6g}" for part, by in found.items()]
-    return [f"x {float(by):.6g}" for by in set(found.values()) if by not in (0, 1)]  # 0 is a reason of its own
-
-
-def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
-    console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
-    if outcome.resumed:
-        console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
-    if outcome.begun_anew is not None:
-        console.heading(
-            "note", f"what an interrupted run had left was of no use, {outcome.begun_anew}: all was done anew"
-        )
-    for counts, what in (
-        (outcome.capped, "beyond the dtype and capped"),
-        (outcome.non_finite, "NaN or infinite"),
-        (outcome.off_device, "computed by the CPU, since the GPU had no memory left"),
-    ):
-        if counts:
-            names = [f"{name} ({count})" for name, count in sorted(counts.items())]
-            console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
-    _print_rounding(plan, outcome.movements)
-    if outcome.search_gain is not None:
-        console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
-    console.heading("next", f"mergetool verify {output}")
-
-
-def _print_rounding(plan: Plan, movements: Movements) -> None:
-    """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
-    from mergetool.engine.jobs import SAMPLED, SAMPLED_PIECES
-    from mergetool.quant import is_side_tensor
-
-    floats = [t for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)]
-    dtypes = {tensor.stored_as for tensor in floats if tensor.quantiser or tensor.dtype.bits < 32}
-    total = movements.total
-    if not (dtypes and total.moved):
-        return
-    to, mode = "/".join(sorted(dtypes)), plan.options.rounding
-    if mode == "nearest" and total.projection < WORTH_ADVICE:
-        lost = _percent(1 - total.projection)
-        console.heading("delta", f"rounding to {to} lost {lost} of the delta; --rounding stochastic keeps it")
-    else:
-        how = "" if mode == "nearest" else f"{mode} "
-        console.heading("delta", f"{_percent(total.projection)} of the delta came through {how}rounding to {to}")
-    console.table(
-        ["group", "moved", "left no trace", "below half a unit", "came through"],
-        [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
-    )
-    if movements.sampled:
-        share = SAMPLED_PIECES if any(tensor.quantiser for tensor in floats) else SAMPLED
-        console.heading("", f"one chunk in {share} of large tensors was measured; --measure all looks at every element")
-
-
-def _rounding_row(name: str, movement: Movement) -> list[str]:
-    shares = (movement.eaten / movement.moved, movement.below_half_ulp / movement.moved, movement.projection)
-    return [name, console.parameters(movement.moved), *map(_percent, shares)]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
-    return {
-        "expression": str(plan.expression.graph),
-        "family": plan.inputs[0].anatomy.family.name,
-        "layout": plan.layout,
-        "inputs": [model.name for model in plan.inputs],
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.header.file_size,
-        "memory": memory,
-        "actions": {reason: len(names) for reason, names in plan.reasons().items()},
-        "tensors": [
-            {
-                "name": tensor.name,
-                "shape": list(tensor.shape),
-                "dtype": tensor.stored_as,
-                "steps": [
-                    {"part": step.part, "action": step.reason, "multiplier": float(step.multiplier)}
-                    for step in tensor.steps
-                ],
-            }
-            for tensor in plan.tensors
-        ],
-        "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
-        "warnings": list(plan.warnings),
-        "metadata": dict(plan.header.metadata),
-    }
-
-
-def lineage_json(findings: list[Finding]) -> dict[str, Any]:
-    return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
-
-
-def _movement_json(movement: Movement) -> dict[str, Any]:
-    return {
-        "moved": movement.moved,
-        "eaten": movement.eaten,
-        "below_half_ulp": movement.below_half_ulp,
-        "delta_energy": movement.delta_energy,
-        "projection": movement.projection,
-    }
-
-
-def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
-    movements = outcome.movements
-    return {
-        "output": str(output),
-        "seconds": round(seconds, 3),
-        "search_gain": outcome.search_gain,
-        "capped": dict(sorted(outcome.capped.items())),
-        "non_finite": dict(sorted(outcome.non_finite.items())),
-        "off_device": dict(sorted(outcome.off_device.items())),
-        "resumed": outcome.resumed,
-        "begun_anew": outcome.begun_anew,
-        "rounding": {
-            "mode": plan.options.rounding,
-            "seed": plan.options.seed,
-            "sampled": movements.sampled,
-            "total": _movement_json(movements.total),
-            "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
-            "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},
-        },
-    }

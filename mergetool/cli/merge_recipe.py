@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.cli import console, diff
+from mergetool.cli import console, diff, merge_report
 from mergetool.cli import merge as merging
 from mergetool.cli import verify as verifying
 from mergetool.errors import CheckFailed
@@ -105,15 +105,15 @@ class _Run:
             total = job.bytes_moved(plans, on)
             for task, plan in zip(tasks, plans, strict=True):
                 memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
-                self.json[task.path] |= merging.plan_json(plan, memory)
+                self.json[task.path] |= merge_report.plan_json(plan, memory)
                 self._inputs[task.path] = looks.places_of(plan)
                 if not settings.as_json:
                     console.say()
                     console.heading("output", task.output.label)
-                    merging.print_plan(plan, memory, every_tensor=settings.verbose)
+                    merge_report.print_plan(plan, memory, every_tensor=settings.verbose)
                 with self.places.located(task.output):
                     findings = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
-                self.json[task.path] |= merging.lineage_json(findings)
+                self.json[task.path] |= merge_report.lineage_json(findings)
             if len(plans) > 1 and not settings.as_json:
                 console.say()
                 _print_together(plans, settings.threads, on, total)
@@ -135,9 +135,9 @@ class _Run:
                 )
             seconds = time.monotonic() - started
             for task, plan, outcome in zip(tasks, plans, outcomes, strict=True):
-                self.json[task.path] |= merging.outcome_json(plan, outcome, task.path, seconds)
+                self.json[task.path] |= merge_report.outcome_json(plan, outcome, task.path, seconds)
                 if not settings.as_json:
-                    merging.print_outcome(plan, outcome, task.path, seconds)
+                    merge_report.print_outcome(plan, outcome, task.path, seconds)
 
     def _diff(self, task: Task) -> None:
         from mergetool.lora import on_device

@@ -254,3 +254,15 @@ def test_zero_factors(tmp_path: Path) -> None:
     after, _ = bake(tmp_path, tmp_path / "lora.safetensors")
     before = load_file(tmp_path / "base.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4)])
+def test_whole_factors_of_a_kronecker_product_are_matrices(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    name = "diffusion_model.layers.0.attention.to_q"
+    factors = {f"{name}.lokr_w1": torch.ones(shape), f"{name}.lokr_w2": torch.ones(4, 4)}
+    save_file(factors, tmp_path / "lokr.safetensors")
+    with (
+        pytest.raises(DataError, match=r"has a factor of shape .*, where a matrix"),
+        open_lora(tmp_path / "lokr.safetensors"),
+    ):
+        pass
