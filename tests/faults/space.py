@@ -39,7 +39,7 @@ def size_of(content: Content) -> int:
 
 def full(world: World, *, count: int, seed: int = 6, broken: str = "") -> Tally:
     """Each command on disks that are a page, half and nearly all too small, under file size limits, and in a race for the space."""
-    tally = Tally("6", "full disk, quota, file size limit")
+    tally = Tally("6", "full disk, file size limit")
     draw = random.Random(seed)
     kinds = ("a page short", "half", "64 KiB", "file size limit", "race")
     with small_disk(world.folder / "small", 1 << 24) as disk:
