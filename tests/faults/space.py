@@ -1,4 +1,4 @@
-"""Row 6: the disk is full, a quota is used up, a file may not become so large, another program takes the space meanwhile."""
+"""Row 6: the disk is full, a file may not become so large, another program takes the space meanwhile."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Row 22: small or cheap files that want all of the memory or all of the time; each is refused or done under 30 s of CPU and 2 GiB.
 
-``python -m tests.hostile.bombs READER PATH`` reads one in a process of its own, whose time and memory the system counts.
+``python -m tests.hostile.bombs READER PATH MEMORY`` reads one in a process of its own, and writes to MEMORY how many bytes it took.
 """
 
 from __future__ import annotations
@@ -173,8 +173,10 @@ def run(folder: Path, bombs: Sequence[Bomb]) -> Tally:
 
 def explode(bomb: Bomb, path: Path) -> tuple[str | None, float, int]:
     """What is wrong with how the reader ended, its seconds of CPU and its bytes."""
+    told = path.with_name("memory")
+    told.unlink(missing_ok=True)
     reading = subprocess.Popen(
-        [sys.executable, "-m", "tests.hostile.bombs", bomb.reader, str(path)],
+        [sys.executable, "-m", "tests.hostile.bombs", bomb.reader, str(path), str(told)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=_limit,
     )  # fmt: skip
     assert reading.stderr is not None
@@ -182,7 +184,7 @@ def explode(bomb: Bomb, path: Path) -> tuple[str | None, float, int]:
     _, status, used = os.wait4(reading.pid, 0)
     reading.returncode = os.waitstatus_to_exitcode(status)
     reading.stderr.close()
-    seconds, memory = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    seconds, memory = used.ru_utime + used.ru_stime, int(told.read_text()) if told.exists() else 0
     fault = None
     if reading.returncode not in (0, 65) or said.count("\n") > 1:
         fault = f"exit {reading.returncode}: {said[-300:]}"
@@ -203,6 +205,14 @@ def main() -> None:
     except MergetoolError as error:
         print(str(error)[:4000], file=sys.stderr)
         sys.exit(65)
+    finally:
+        Path(sys.argv[3]).write_text(str(_most_memory()))
+
+
+def _most_memory() -> int:
+    """Bytes of this process; its ru_maxrss would begin with that of the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ BROKEN_RUNS: Mapping[str, tuple[str, int, str]] = {
 def fuzz(target: str, runs: int, folder: Path, *, seed: int = 1, broken: str | None = None) -> Tally:
     """``runs`` inputs for ``target``; the first that breaks its promise ends the run and is kept in ``folder``."""
     tally = Tally(f"fuzz {target}", f"bytes for {target}, guided by coverage", injected=runs)
+    # By a shell: a program's most memory begins with that of the process it was forked from, which libFuzzer takes for its own.
     command = [
+        *("sh", "-c", '"$@"; exit $?', "sh"),
         sys.executable,
         "-W",
         "ignore",
