@@ -153,16 +153,6 @@ def lineage_json(findings: list[Finding]) -> dict[str, Any]:
     return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
-def _movement_json(movement: Movement) -> dict[str, Any]:
-    return {
-        "moved": movement.moved,
-        "eaten": movement.eaten,
-        "below_half_ulp": movement.below_half_ulp,
-        "delta_energy": movement.delta_energy,
-        "projection": movement.projection,
-    }
-
-
 def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
     movements = outcome.movements
     return {
@@ -178,8 +168,8 @@ def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> 
             "mode": plan.options.rounding,
             "seed": plan.options.seed,
             "sampled": movements.sampled,
-            "total": _movement_json(movements.total),
-            "groups": {name: _movement_json(movement) for name, movement in movements.groups(plan).items()},
-            "tensors": {name: _movement_json(movement) for name, movement in movements.tensors().items()},
+            "total": movements.total.record(),
+            "groups": {name: movement.record() for name, movement in movements.groups(plan).items()},
+            "tensors": {name: movement.record() for name, movement in movements.tensors().items()},
         },
     }

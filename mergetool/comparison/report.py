@@ -11,7 +11,6 @@ from mergetool.comparison import heatmap, page
 from mergetool.comparison.comparison import Report
 from mergetool.comparison.energies import Energies, percent
 from mergetool.comparison.page import Table
-from mergetool.ops.movement import Movement
 
 
 def render(report: Report) -> str:
@@ -63,8 +62,8 @@ def record(report: Report) -> dict[str, Any]:
             "multiplier": float(report.multiplier),
             "dtype": report.dtype,
             "sampled": report.sampled,
-            "total": _movement(report.lost),
-            "groups": {name: _movement(movement) for name, movement in report.rounding.items()},
+            "total": report.lost.record(),
+            "groups": {name: movement.record() for name, movement in report.rounding.items()},
         },
     }
 
@@ -112,16 +111,6 @@ def _energies(found: Energies, target: float) -> dict[str, Any]:
         "cosine": found.cosine,
         "multiplier_by_reference": found.to_reference,
         "multiplier_by_target": found.to_change(target),
-    }
-
-
-def _movement(movement: Movement) -> dict[str, Any]:
-    return {
-        "moved": movement.moved,
-        "eaten": movement.eaten,
-        "below_half_ulp": movement.below_half_ulp,
-        "delta_energy": movement.delta_energy,
-        "projection": movement.projection,
     }
 
 

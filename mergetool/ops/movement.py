@@ -28,6 +28,16 @@ class Movement:
         """The share of the delta that came through: that of the stored delta along the wanted one; 1 where none was."""
         return self.kept_energy / self.delta_energy if self.delta_energy else 1.0
 
+    def record(self) -> dict[str, int | float]:
+        """The figures for JSON, under the names that every command gives them."""
+        return {
+            "moved": self.moved,
+            "eaten": self.eaten,
+            "below_half_ulp": self.below_half_ulp,
+            "delta_energy": self.delta_energy,
+            "projection": self.projection,
+        }
+
     @classmethod
     def total(cls, movements: Iterable[Movement]) -> Movement:
         """The sum, correctly rounded, so that it depends on no order."""

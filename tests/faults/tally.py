@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -73,12 +74,10 @@ class Tally:
             file.write(json.dumps(line) + "\n")
 
 
+@functools.cache
 def provenance() -> dict[str, str]:
-    """The commit and the machine of a count."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "machine": f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
-    }
+    """The commit and the machine of a count; asked once, before the first count changes the file it is written to."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
+    return {"commit": commit, "machine": f"{system}, Python {platform.python_version()}"}

@@ -34,8 +34,8 @@ from tests.hostile import (
     terminal,
     values,
 )
-from tests.hostile.fuzzing import CI_RUNS, fuzz
-from tests.hostile.tally import ROOT, Tally
+from tests.hostile.fuzzing import CI_RUNS, ROOT, fuzz
+from tests.hostile.tally import Tally
 from tests.hostile.warm import Warm
 
 LONG_FUZZ = 50

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hostile.tally import Tally
+from tests.resident import resident
 
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 30
@@ -206,13 +207,7 @@ def main() -> None:
         print(str(error)[:4000], file=sys.stderr)
         sys.exit(65)
     finally:
-        Path(sys.argv[3]).write_text(str(_most_memory()))
-
-
-def _most_memory() -> int:
-    """Bytes of this process; its ru_maxrss would begin with that of the process it was forked from."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        Path(sys.argv[3]).write_text(str(resident("VmHWM")))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.faults.tally import RESULTS, provenance
+
 SHOWN = 3
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "faults.json"
 
 
 @dataclass
@@ -65,12 +62,3 @@ class Tally:
         }
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-@functools.cache
-def provenance() -> dict[str, str]:
-    """The commit and the machine of a count; asked once, before the first count changes the file it is written to."""
-    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    system = f"{platform.system()} {platform.release().split('-')[0]}"
-    return {"commit": commit, "machine": f"{system}, Python {platform.python_version()}"}

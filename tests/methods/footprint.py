@@ -18,12 +18,7 @@ import torch
 from mergetool import methods
 from mergetool.methods import Method
 from tests.methods.parity.case import SITE
-
-
-def resident(what: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or the most since the last reset (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
+from tests.resident import resident
 
 
 def measure(method: Method, shape: tuple[int, int]) -> tuple[float, float]:
