@@ -192,6 +192,10 @@ class InputFile:
         """Start reading these bytes into the page cache and return at once; a hint that never fails."""
         system.read_ahead(self._fd, offset, size)
 
+    def bring(self, offset: int, size: int) -> bool:
+        """Read these bytes into the page cache, until they are there; False where that cannot be done. Raises OSError."""
+        return system.bring(self._fd, offset, size)
+
     def forget(self, offset: int, size: int) -> None:
         """Let these bytes go from the page cache, for files too large to stay there; a hint that never fails."""
         system.forget(self._fd, offset, size)

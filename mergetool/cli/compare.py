@@ -6,6 +6,8 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,24 +88,31 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure how far B lies from A, block by block, in one pass; and advise a multiplier for B - A."""
-    from mergetool.comparison import comparison as comparing
-    from mergetool.engine import job
-    from mergetool.recipe.options import Options
-
+    started = time.monotonic()
     conditions = [_condition(text) for text in fail_on or ()]
     size, share = _multiplier(multiplier), _share("--target", target)
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
-    options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=job.output_dtype(dtype))
-    _require_targets(plot, report, overwrite=overwrite)
-    started = time.monotonic()
-    with comparing.open_comparison(
-        base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
-    ) as opened:
-        with console.progress("compare", opened.bytes_read, shown=not (no_progress or as_json)) as advance:
-            found = comparing.compare(
-                opened, multiplier=size, target=share, threads=threads, method=method, progress=advance
-            )
-        read = opened.bytes_read
+    names = [onto or base, variant, base, *(name for name in (reference, reference_base) if name is not None)]
+    with _reading_ahead([] if include or exclude else names) as used:
+        from mergetool.comparison import comparison as comparing
+        from mergetool.engine import job
+        from mergetool.recipe.options import Options
+
+        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=job.output_dtype(dtype))
+        _require_targets(plot, report, overwrite=overwrite)
+        with comparing.open_comparison(
+            base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
+        ) as opened:
+            read = opened.bytes_read
+            with console.progress("compare", read, shown=not (no_progress or as_json)) as advance:
+
+                def moved(count: int) -> None:
+                    used(count)
+                    advance(count)
+
+                found = comparing.compare(
+                    opened, multiplier=size, target=share, threads=threads, method=method, progress=moved
+                )
     failed = [said for condition in conditions if (said := _failure(found, condition))]
     if plot is not None or report is not None:
         _draw(found, plot, report, overwrite=overwrite)
@@ -118,6 +127,18 @@ def compare(
         _print_next(found)
     if failed:
         raise CheckFailed(f"{base} and {variant}: {'; '.join(failed)}.")
+
+
+@contextmanager
+def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+    """Within the block, which first imports torch for a second, the models' files are read into memory; gives the function to tell of bytes used."""
+    from mergetool import models
+    from mergetool.checkpoint.read_ahead import ReadAhead
+    from mergetool.checkpoint.reader import Checkpoint
+
+    with ExitStack() as stack:
+        found = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]
+        yield stack.enter_context(ReadAhead([file for each in found for file in each.files])).used
 
 
 # --- what is asked -------------------------------------------------------------------------------------------

@@ -81,19 +81,37 @@ def percent(share: float) -> str:
 
 def energy(values: Floats) -> float:
     """The sum of the squares of a vector; not finite when one of its elements is not."""
+    return squares(values[np.newaxis])[0]
+
+
+def squares(rows: Floats) -> list[float]:
+    """`energy` of each row of a matrix: one call for all of them is a third of the time that the interpreter's lock is held."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = dot(values, values)
-        if _SAFE[0] < found < _SAFE[1] or (found == 0 and not values.any()):
-            return found
-        wide = values.astype(np.float64)
-        return float(wide @ wide)
+        return [
+            found if _SAFE[0] < found < _SAFE[1] or (found == 0 and not row.any()) else _wide_energy(row)
+            for row, found in zip(rows, _dots(rows, rows), strict=True)
+        ]
 
 
 def dot(a: Floats, b: Floats) -> float:
     """The dot product of two vectors, in runs of `RUN`."""
-    whole = len(a) // RUN * RUN
-    runs = np.vecdot(a[:whole].reshape(-1, RUN), b[:whole].reshape(-1, RUN)).sum(dtype=np.float64)
-    return float(runs + np.dot(a[whole:], b[whole:]))
+    return _dots(a[np.newaxis], b[np.newaxis])[0]
+
+
+def _dots(a: Floats, b: Floats) -> list[float]:
+    """Row by row, the dot products of two matrices."""
+    count = a.shape[1]
+    whole = count // RUN * RUN
+    runs = np.vecdot(*(each[:, :whole].reshape(len(a), -1, RUN) for each in (a, b))).sum(axis=1, dtype=np.float64)
+    if whole < count:
+        runs += np.vecdot(a[:, whole:], b[:, whole:])
+    found: list[float] = runs.tolist()
+    return found
+
+
+def _wide_energy(values: Floats) -> float:
+    wide = values.astype(np.float64)
+    return float(wide @ wide)
 
 
 def _ratio(of: float, to: float) -> float:

@@ -753,6 +753,7 @@ def test_every_call_that_changes_the_disk_can_be_made_to_fail() -> None:
         "status",
         "status_of",
         "read_ahead",
+        "bring",
         "advise",
         "network_file_system",
         "try_lock",
