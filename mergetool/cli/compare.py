@@ -78,9 +78,7 @@ def compare(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map.", metavar="FILE.png")] = None,
     report: Annotated[Path | None, typer.Option(help="Write all of it as one HTML page.", metavar="FILE.html")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Worker threads [default: two more than cores]", min=1, max=256)
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Worker threads [default: one a core]", min=1, max=256)] = None,
     reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same figures.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plot or report.")] = False,
     as_json: JsonOption = False,

@@ -85,7 +85,7 @@ def energy(values: Floats) -> float:
 
 
 def squares(rows: Floats) -> list[float]:
-    """`energy` of each row of a matrix: one call for all of them is a third of the time that the interpreter's lock is held."""
+    """`energy` of each row of a matrix, in one call for all of them: threads that share the interpreter's lock ask for it less often."""
     with np.errstate(over="ignore", invalid="ignore"):
         return [
             found if _SAFE[0] < found < _SAFE[1] or (found == 0 and not row.any()) else _wide_energy(row)

@@ -59,9 +59,7 @@ class Chunk:
 
 Found = tuple[Energies | None, Movement | None]
 TASK = 4
-"""Chunks that a thread takes at a time.
-
-What is handed over chunk by chunk wakes this thread, and so takes the lock from those that work."""
+"""Chunks that a thread takes at a time. Each hand-over wakes the thread that waits for it, which takes the lock from those that work."""
 
 
 def stream(
