@@ -3,9 +3,10 @@
     python -m benchmarks.bench_compare --dir DIR [--size full] [--runs 3]
 
 Takes turbo and deturbo of the family in DIR, and makes them if there are none. The read and `mergetool compare` run once a round, in
-turn, the page cache emptied before each and the program read into it again, since the models are what is measured: the read is the fastest of the strategies that `benchmarks.ceiling` knows, chosen on the files
-themselves, and a second one is the positioned-read loop that compare itself has, with its threads. Prints medians, ratios to both and
-memory, and appends them to benchmarks/results.csv.
+turn, the page cache emptied before each and the program read into it again, since the models are what is measured: the read is the
+fastest of the strategies that `benchmarks.ceiling` knows, chosen on the files themselves, and a second one is the positioned-read
+loop that compare itself has, with its threads. Memory is that of one more run. Prints medians, ratios to both and memory, and appends
+them to benchmarks/results.csv.
 """
 
 from __future__ import annotations

@@ -111,14 +111,14 @@ class _Meter:
     def __init__(self, operands: Operands, capacity: int, registers: int, method: Method) -> None:
         self._operands = operands
         self._first = registers
-        summed = tuple(dict.fromkeys((operands.base, operands.variant, operands.onto)))
+        summed = len({operands.base, operands.variant, operands.onto})  # which the columns begin with
         deltas = 1 if operands.reference is None else 2
-        others = [column for column in operands.columns if column not in summed]
-        self._delta = registers + 1 + len(summed)
-        self._register = {column: registers + 1 + i for i, column in enumerate(summed)}
-        self._register |= {column: self._delta + deltas + i for i, column in enumerate(others)}
+        self._delta = registers + 1 + summed
         self._squared = slice(registers + 1, self._delta + deltas)
-        self._ops = CpuOps(capacity=capacity, registers=self._delta + deltas + len(others))
+        self._register = {
+            column: registers + 1 + i + (deltas if i >= summed else 0) for i, column in enumerate(operands.columns)
+        }
+        self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(operands.columns) + deltas)
         inputs = [operands.inputs[column] for column in operands.columns]
         files = [file for model in inputs for file in model.checkpoint.files]
         # Into buffers: three sums go over each value, and what a mapping's fresh pages cost is 6 ns a pair of elements, of 8 in all.
@@ -159,14 +159,9 @@ class _Meter:
         energies = squares(self._ops.rows(self._squared, count))
         if not math.isfinite(sum(energies) + shared):
             raise self._not_finite(chunk, values)
-        of = {column: energies[self._register[column] - self._squared.start] for column in self._summed}
-        of_delta = energies[self._delta - self._squared.start]
-        reference = 0.0 if operands.reference is None else energies[-1]
-        return Energies(count, of[operands.base], of[operands.variant], of_delta, of[operands.onto], reference, shared)
-
-    @property
-    def _summed(self) -> tuple[int, int, int]:
-        return self._operands.base, self._operands.variant, self._operands.onto
+        of = dict(zip(range(self._squared.start, self._squared.stop), energies, strict=True))
+        base, variant, onto = (of[self._register[each]] for each in (operands.base, operands.variant, operands.onto))
+        return Energies(count, base, variant, of[self._delta], onto, of.get(self._delta + 1, 0.0), shared)
 
     def _subtract(self, register: int, values: Mapping[int, Floats], one: int, other: int) -> Floats:
         return np.subtract(values[one], values[other], out=self._ops.room(register, len(values[one])))

@@ -80,6 +80,5 @@ def test_methods_hold_no_more_memory_than_they_say() -> None:
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert set(found) == {method.name for method in ALL}
     for name, (held, _) in found.items():
-        assert held <= methods.find(name).buffers(3) + 1, (
-            name
-        )  # some blocks of a fixed size and pages of libraries: 0.9 of so small a part
+        # and some blocks of a fixed size and pages of libraries: 0.9 of so small a part
+        assert held <= methods.find(name).buffers(3) + 1, name
