@@ -6,16 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
-
-from mergetool.quant.encoding import Floats
-
-RUN = 4096
-"""Products that are added up in float32; further sums are in float64, so an energy is within 1e-6 of its float64 value. Shorter runs pay
-for calls: 0.16 ns an element of 1024, 0.08 of 4096 (AMD EPYC 9004)."""
-
-_SAFE = 1e-30, 1e30  # outside, squares of float32 may have vanished or overflowed
-
 
 @dataclass(frozen=True, slots=True)
 class Energies:
@@ -77,41 +67,6 @@ def relative(found: Sequence[Distance], wanted: Callable[[Distance], bool] = lam
 def percent(share: float) -> str:
     """A share with three digits."""
     return f"{100 * share:.3g} %"
-
-
-def energy(values: Floats) -> float:
-    """The sum of the squares of a vector; not finite when one of its elements is not."""
-    return squares(values[np.newaxis])[0]
-
-
-def squares(rows: Floats) -> list[float]:
-    """`energy` of each row of a matrix, in one call for all of them: threads that share the interpreter's lock ask for it less often."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return [
-            found if _SAFE[0] < found < _SAFE[1] or (found == 0 and not row.any()) else _wide_energy(row)
-            for row, found in zip(rows, _dots(rows, rows), strict=True)
-        ]
-
-
-def dot(a: Floats, b: Floats) -> float:
-    """The dot product of two vectors, in runs of `RUN`."""
-    return _dots(a[np.newaxis], b[np.newaxis])[0]
-
-
-def _dots(a: Floats, b: Floats) -> list[float]:
-    """Row by row, the dot products of two matrices."""
-    count = a.shape[1]
-    whole = count // RUN * RUN
-    runs = np.vecdot(*(each[:, :whole].reshape(len(a), -1, RUN) for each in (a, b))).sum(axis=1, dtype=np.float64)
-    if whole < count:
-        runs += np.vecdot(a[:, whole:], b[:, whole:])
-    found: list[float] = runs.tolist()
-    return found
-
-
-def _wide_energy(values: Floats) -> float:
-    wide = values.astype(np.float64)
-    return float(wide @ wide)
 
 
 def _ratio(of: float, to: float) -> float:

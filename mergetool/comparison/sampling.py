@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergetool.comparison.distances import comparable
-from mergetool.comparison.energies import Distance, Energies, energy
+from mergetool.comparison.energies import Distance, Energies
 from mergetool.engine.reading import PositionedFetcher, ValueReader
 from mergetool.ops.cpu import as_tensor
+from mergetool.ops.sums import square
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, window_of
 
@@ -62,7 +63,7 @@ def distances(variant: Sample, base: Sample) -> list[Distance]:
         x, y = variant.values[name], base.values[name]
         share = base.sizes[name] / y.size
         groups = family.groups(name, base.model.anatomy.parts[name].shape)
-        of_y, of_x, of_delta = (energy(values) * share for values in (y, x, x - y))
+        of_y, of_x, of_delta = (square(values) * share for values in (y, x, x - y))
         if math.isfinite(of_x + of_y + of_delta):
             found.append(Distance(name, groups, Energies(base.sizes[name], of_y, of_x, of_delta, of_y)))
     return found

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
-from mergetool.comparison.energies import Energies, dot, squares
+from mergetool.comparison.energies import Energies
 from mergetool.engine.jobs import Job
 from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
@@ -20,6 +21,7 @@ from mergetool.errors import NonFiniteError
 from mergetool.ops.contract import execute
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
+from mergetool.ops.sums import Stored, is_read, side_by_side
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
 
@@ -105,20 +107,14 @@ def stream(
 
 
 class _Meter:
-    """One thread's registers and way of reading. Its registers: those of the merge's program, the merge's first model, and, side by side since
-    the sums of their squares are taken in one call, base, variant and what the delta is added to, each once, and the deltas; then the models of the reference."""
+    """One thread's registers and way of reading. Its registers: those of the merge's program, the merge's first model, and one for each model
+    whose elements cannot be summed as they are stored."""
 
     def __init__(self, operands: Operands, capacity: int, registers: int, method: Method) -> None:
         self._operands = operands
         self._first = registers
-        summed = len({operands.base, operands.variant, operands.onto})  # which the columns begin with
-        deltas = 1 if operands.reference is None else 2
-        self._delta = registers + 1 + summed
-        self._squared = slice(registers + 1, self._delta + deltas)
-        self._register = {
-            column: registers + 1 + i + (deltas if i >= summed else 0) for i, column in enumerate(operands.columns)
-        }
-        self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(operands.columns) + deltas)
+        self._register = {column: registers + 1 + i for i, column in enumerate(operands.columns)}
+        self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(operands.columns))
         inputs = [operands.inputs[column] for column in operands.columns]
         files = [file for model in inputs for file in model.checkpoint.files]
         # Into buffers: three sums go over each value, and what a mapping's fresh pages cost is 6 ns a pair of elements, of 8 in all.
@@ -146,25 +142,22 @@ class _Meter:
         return (energies, movement), read
 
     def _energies(self, chunk: Chunk, fetched: Mapping[int, Fetched]) -> Energies:
-        # Whole chunks at a time, by a thread a core, in as few calls as can be: what counts is how often a thread asks for the interpreter's lock.
-        # A pair of elements in the page cache took 0.82 ns of two threads' time in chunks of 512 Ki elements, 1.05 in blocks of 128 Ki and 1.6 in such of
-        # 64 Ki, which stay in the cache; one thread takes 0.73 to 0.87 (AMD EPYC 9004).
-        operands, count = self._operands, chunk.count
-        values = {column: self._values(self._register[column], found) for column, found in fetched.items()}
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name, after the sums
-            delta = self._subtract(self._delta, values, operands.variant, operands.base)
-            shared = 0.0
-            if operands.reference is not None:
-                shared = dot(delta, self._subtract(self._delta + 1, values, *operands.reference))
-        energies = squares(self._ops.rows(self._squared, count))
-        if not math.isfinite(sum(energies) + shared):
-            raise self._not_finite(chunk, values)
-        of = dict(zip(range(self._squared.start, self._squared.stop), energies, strict=True))
-        base, variant, onto = (of[self._register[each]] for each in (operands.base, operands.variant, operands.onto))
-        return Energies(count, base, variant, of[self._delta], onto, of.get(self._delta + 1, 0.0), shared)
+        operands = self._operands
+        stored = {column: self._stored(self._register[column], found) for column, found in fetched.items()}
+        onto = None if operands.onto in (operands.base, operands.variant) else operands.onto
+        asked = (operands.base, operands.variant, onto, *(operands.reference or (None, None)))
+        sums = side_by_side([None if column is None else stored[column] for column in asked], chunk.count)
+        if not math.isfinite(sum(sums)):
+            raise self._not_finite(chunk, fetched)
+        base, variant, delta, other, reference, shared = sums
+        of_onto = {operands.base: base, operands.variant: variant}.get(operands.onto, other)
+        return Energies(chunk.count, base, variant, delta, of_onto, reference, shared)
 
-    def _subtract(self, register: int, values: Mapping[int, Floats], one: int, other: int) -> Floats:
-        return np.subtract(values[one], values[other], out=self._ops.room(register, len(values[one])))
+    def _stored(self, register: int, found: Fetched) -> Stored:
+        """Elements as they can be summed: as they are stored, or else in a register."""
+        if found.is_plain and is_read(found.dtype):
+            return found.raw[0], found.dtype
+        return self._values(register, found).data.cast("B"), F32
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
         """What the merge does to the first model's elements: the steps of the engine's worker, without the writing."""
@@ -185,9 +178,9 @@ class _Meter:
         else:
             found.decode(self._ops.room(register, found.count))
 
-    def _not_finite(self, chunk: Chunk, values: Mapping[int, Floats]) -> NonFiniteError:
-        for column, found in values.items():
-            bad = ~np.isfinite(found)
+    def _not_finite(self, chunk: Chunk, fetched: Mapping[int, Fetched]) -> NonFiniteError:
+        for column, found in fetched.items():
+            bad = ~np.isfinite(self._values(self._register[column], found))
             if bad.any():
                 window = self._operands.window(column, chunk.part)
                 at = window.first_element + chunk.start + int(bad.argmax())

@@ -67,8 +67,7 @@ class CpuOps:
     """
 
     def __init__(self, *, capacity: int, registers: int) -> None:
-        self._matrix = torch.empty(registers, capacity)
-        self._buffers: list[torch.Tensor] = list(self._matrix)
+        self._buffers = [torch.empty(capacity, dtype=torch.float32) for _ in range(registers)]
         self._views = list(self._buffers)
         self._raw: list[tuple[memoryview, DType] | None] = [None] * registers  # what is loaded, until it is used
         self._squares: list[float | None] = [None] * registers  # the sum of a register's squares, once it was asked for
@@ -91,11 +90,6 @@ class CpuOps:
         """A register's elements, float32, valid until it changes."""
         values: Floats = self._values(register).numpy()
         return values
-
-    def rows(self, registers: slice, count: int) -> Floats:
-        """The first ``count`` elements of neighbouring registers, whose values were asked for, as the rows of a matrix."""
-        rows: Floats = self._matrix[registers, :count].numpy()
-        return rows
 
     @contextmanager
     def writing(self, register: int, out: Floats) -> Iterator[None]:
