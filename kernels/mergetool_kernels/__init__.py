@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; imports torch and triton only, nothing of mergetool."""
+"""Kernels and their launchers, Triton's for GPUs and compiled ones for the processor; imports torch, triton and numpy only, nothing of mergetool."""

@@ -48,7 +48,9 @@ def with_numpy(models: Sequence[Floats | None]) -> list[float]:
         found = [square(base), square(variant), square(delta), 0.0 if onto is None else square(onto), 0.0, 0.0]
         if reference is not None and reference_base is not None:
             other = reference - reference_base
-            found[4:] = square(other), _dot(delta, other)
+            found[4] = square(other)
+            is_safe = all(_SAFE[0] < found[i] < _SAFE[1] for i in (2, 4))
+            found[5] = _dot(delta, other) if is_safe else float(delta.astype(np.float64) @ other.astype(np.float64))
     return found
 
 
