@@ -117,7 +117,7 @@ class _Meter:
         self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(operands.columns))
         inputs = [operands.inputs[column] for column in operands.columns]
         files = [file for model in inputs for file in model.checkpoint.files]
-        # Into buffers: three sums go over each value, and what a mapping's fresh pages cost is 6 ns a pair of elements, of 8 in all.
+        # Into buffers: a mapping's fresh pages took 6 ns a pair of elements, which is more than all that is done with them.
         self._reader = ValueReader(fetcher(method, files, buffered=True))
 
     def measure(self, chunk: Chunk) -> tuple[Found, int]:
