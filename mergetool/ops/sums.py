@@ -50,7 +50,7 @@ def with_numpy(models: Sequence[Floats | None]) -> list[float]:
             other = reference - reference_base
             found[4] = square(other)
             is_safe = all(_SAFE[0] < found[i] < _SAFE[1] for i in (2, 4))
-            found[5] = _dot(delta, other) if is_safe else float(delta.astype(np.float64) @ other.astype(np.float64))
+            found[5] = (_dot if is_safe else _wide_dot)(delta, other)
     return found
 
 
@@ -60,11 +60,14 @@ def square(values: Floats) -> float:
         found = _dot(values, values)
     if _SAFE[0] < found < _SAFE[1] or (found == 0 and not values.any()):
         return found
-    wide = values.astype(np.float64)
-    return float(wide @ wide)
+    return _wide_dot(values, values)
 
 
 def _dot(a: Floats, b: Floats) -> float:
     whole = len(a) // RUN * RUN
     runs = np.vecdot(a[:whole].reshape(-1, RUN), b[:whole].reshape(-1, RUN))
     return float(runs.sum(dtype=np.float64)) + float(np.vecdot(a[whole:], b[whole:]))
+
+
+def _wide_dot(a: Floats, b: Floats) -> float:
+    return float(a.astype(np.float64) @ b.astype(np.float64))
