@@ -1,6 +1,6 @@
 """Builds the compiled kernels of mergetool_kernels with the C compiler of this machine, where there is one.
 
-Without it the package is installed as it is: everything works, `mergetool compare` on more of the processor's time.
+Without it the package is installed as it is: everything works, with numpy and torch, on more of the processor's time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("kernels/mergetool_kernels")
-LIBRARY = FOLDER / "sums.so"
+SOURCES = ("sums.c", "blend.c")
+LIBRARY = FOLDER / "for_processor.so"
 # No -march: the kernels choose by themselves what the processor can do. No contraction: the same sums on all of them.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
 
@@ -28,7 +29,8 @@ class CompiledKernels(BuildHookInterface[Any]):
         root = Path(self.root)
         library = root / LIBRARY
         fresh = library.with_suffix(".new")
-        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(root / FOLDER / "sums.c"), "-o", str(fresh)]
+        sources = [str(root / FOLDER / name) for name in SOURCES]
+        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *sources, "-o", str(fresh)]
         library.unlink(missing_ok=True)
         if sys.platform == "win32" or sys.byteorder != "little":
             return

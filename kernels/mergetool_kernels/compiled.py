@@ -1,6 +1,7 @@
 """Kernels for the processor, compiled from C when the package is installed; imports neither torch nor triton.
 
 sums([(raw, BFLOAT16), (other, BFLOAT16)], count)     [of base, of variant, of their delta, 0.0, 0.0, 0.0]
+blend([(LOAD, 0, 0), (LOAD, 1, 1), (SCALE, 1, 0), (ADD, 0, 1)], [0.5], [(raw, BFLOAT16), (other, FLOAT16)], count, out, BFLOAT16)
 """
 
 from __future__ import annotations
@@ -9,16 +10,39 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-LIBRARY = Path(__file__).with_name("sums.so")
-FLOAT32, BFLOAT16 = 0, 1
-_WIDTHS = {FLOAT32: 4, BFLOAT16: 2}
+LIBRARY = Path(__file__).with_name("for_processor.so")
+FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3, FLOAT8_E5M2 = range(5)
+LOAD, SCALE, ADD, SUBTRACT = range(4)
+REGISTERS = 8
+"""Registers that a program of `blend` may have."""
+_WIDTHS = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT8_E4M3: 1, FLOAT8_E5M2: 1}
 _MODELS, _SUMS = 5, 6
 
 Stored = tuple[memoryview, int]
-"""Elements as they are stored, at any address, and `FLOAT32` or `BFLOAT16`."""
+"""Elements as they are stored, at any address, and what they are, `FLOAT32` to `FLOAT8_E5M2`."""
+Step = tuple[int, int, int]
+"""What to do, to which register, with what: an operand (`LOAD`), a factor (`SCALE`) or a register."""
+
+
+class Movement(NamedTuple):
+    """What a merge did to its first model, in the order of `mergetool.ops.movement.Movement`."""
+
+    moved: int
+    eaten: int
+    below_half_ulp: int
+    delta_energy: float
+    kept_energy: float
+
+
+class _Movement(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in Movement._fields[:3]),
+        *((name, ctypes.c_double) for name in Movement._fields[3:]),
+    )
 
 
 def is_available() -> bool:
@@ -34,10 +58,53 @@ def sums(models: Sequence[Stored | None], count: int) -> list[float]:
     in float64. The same on every processor. A sum is not finite only when an element, or a difference in float32, is not. The interpreter's
     lock is free meanwhile. Raises ValueError for too few bytes, RuntimeError where `is_available` is False.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not built; install mergetool where there is a C compiler")
-    addresses, kinds = (ctypes.c_void_p * _MODELS)(), (ctypes.c_int * _MODELS)()
+    found = (ctypes.c_double * _SUMS)()
+    _built().mergetool_sums(*_operands(models, count, _MODELS), count, found)
+    return list(found)
+
+
+def blend(
+    program: Sequence[Step],
+    factors: Sequence[float],
+    operands: Sequence[Stored],
+    count: int,
+    out: memoryview,
+    kind: int,
+    first: int | None = None,
+) -> tuple[bool, Movement | None]:
+    """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
+
+    Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. The first answer is
+    False, and nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number
+    of ``kind``, or of 2**126 or more. The interpreter's lock is free meanwhile. Raises ValueError for too few bytes and for a step that
+    names what is not there, RuntimeError where `is_available` is False.
+    """
+    library = _built()
+    if len(out) < count * _WIDTHS[kind]:
+        raise ValueError(f"the output has {len(out)} bytes, and is to take {count} elements")
+    bounds = {LOAD: len(operands), SCALE: len(factors), ADD: REGISTERS, SUBTRACT: REGISTERS}
+    for step in program:
+        operation, target, argument = step
+        if not (operation in bounds and 0 <= target < REGISTERS and 0 <= argument < bounds[operation]):
+            raise ValueError(f"the step {step} names what is not there")
+    if first is not None and not 0 <= first < len(operands):
+        raise ValueError(f"there is no operand {first}")
+    steps = np.array(program, np.int32)
+    numbers = np.array(factors, np.float32)
+    room, found = np.frombuffer(out, np.uint8), _Movement()
+    is_ordinary = library.mergetool_blend(
+        steps.ctypes.data, len(steps), numbers.ctypes.data, *_operands(operands, count, len(operands)),
+        count, -1 if first is None else first, room.ctypes.data, kind, ctypes.byref(found),
+    )  # fmt: skip
+    movement = None if first is None else Movement(*(getattr(found, name) for name in Movement._fields))
+    return bool(is_ordinary), movement
+
+
+def _operands(
+    models: Sequence[Stored | None], count: int, places: int
+) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int]]:
+    """Where the models' elements are, and what."""
+    addresses, kinds = (ctypes.c_void_p * places)(), (ctypes.c_int * places)()
     for place, model in enumerate(models):
         if model is not None:
             raw, kind = model
@@ -45,9 +112,14 @@ def sums(models: Sequence[Stored | None], count: int) -> list[float]:
                 raise ValueError(f"model {place} has {raw.nbytes} bytes, and {count} elements of it were asked for")
             addresses[place] = np.frombuffer(raw, np.uint8).ctypes.data if count else None
             kinds[place] = kind
-    found = (ctypes.c_double * _SUMS)()
-    library.mergetool_sums(addresses, kinds, count, found)
-    return list(found)
+    return addresses, kinds
+
+
+def _built() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not built; install mergetool where there is a C compiler")
+    return library
 
 
 @cache
@@ -56,6 +128,11 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
-    library.mergetool_sums.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.mergetool_sums.argtypes = [pointer, pointer, ctypes.c_size_t, pointer]
     library.mergetool_sums.restype = None
+    library.mergetool_blend.argtypes = [
+        pointer, number, pointer, pointer, pointer, ctypes.c_size_t, number, pointer, number, pointer,
+    ]  # fmt: skip
+    library.mergetool_blend.restype = number
     return library

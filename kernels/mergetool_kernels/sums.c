@@ -4,47 +4,10 @@
  * The order of additions is fixed by LANES and RUN, and no product is contracted with its sum, so the sums are the same
  * for every instruction set. */
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "stored.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define EVERY_PROCESSOR __attribute__((target_clones("avx2", "default")))
-#else
-#define EVERY_PROCESSOR
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-enum { LANES = 8, RUN = 1024 }; /* 128 products a lane are added up in float32, and runs in float64: within 3e-7 */
 enum { BASE, VARIANT, ONTO, REFERENCE, REFERENCE_BASE, MODELS };
 enum { OF_BASE, OF_VARIANT, OF_DELTA, OF_ONTO, OF_REFERENCE, SHARED, SUMS };
-enum { FLOAT32, BFLOAT16 };
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef const unsigned char *stored;
-
-INLINE size_t width(int kind) { return kind == FLOAT32 ? 4 : 2; }
-
-/* LANES elements from element `at` on, which may lie at any address. */
-INLINE floats load(stored model, int kind, size_t at) {
-    words bits;
-    if (kind == FLOAT32) {
-        memcpy(&bits, model + 4 * at, sizeof bits);
-    } else {
-        halves found;
-        memcpy(&found, model + 2 * at, sizeof found);
-        bits = __builtin_convertvector(found, words) << 16;
-    }
-    return (floats)bits;
-}
-
-INLINE double total(floats lanes) {
-    double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
-    return sum;
-}
 
 INLINE int is_safe(double sum) { return sum > 1e-30 && sum < 1e30; } /* float32 has lost or overflowed no squares */
 

@@ -18,10 +18,12 @@ from mergetool.engine.jobs import Job
 from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
+from mergetool.ops.blending import blend
 from mergetool.ops.contract import execute
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
-from mergetool.ops.sums import Stored, is_read, side_by_side
+from mergetool.ops.stored import Stored
+from mergetool.ops.sums import is_read, side_by_side
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
 
@@ -155,14 +157,19 @@ class _Meter:
 
     def _stored(self, register: int, found: Fetched) -> Stored:
         """Elements as they can be summed: as they are stored, or else in a register."""
-        if found.is_plain and is_read(found.dtype):
-            return found.raw[0], found.dtype
+        stored = found.stored
+        if stored is not None and is_read(stored[1]):
+            return stored
         return self._values(register, found).data.cast("B"), F32
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
         """What the merge does to the first model's elements: the steps of the engine's worker, without the writing."""
         assert job.step.program is not None
         assert job.step.base is not None
+        stored = [found.stored for found in fetched]
+        blended = blend(job.step.program, stored, job.tensor.dtype, self._ops.out, job.step.base)
+        if blended and blended.movement:
+            return blended.movement
         execute(job.step.program, self._ops, lambda register, model: self._load(register, fetched[model]))
         self._load(self._first, fetched[job.step.base])
         self._ops.store(0, job.tensor.dtype, job.rounding, self._first)

@@ -18,6 +18,7 @@ from mergetool.checkpoint import system
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Encoding, Floats
 from mergetool.recipe.steps import Window
 
@@ -111,6 +112,11 @@ class Fetched:
     def is_plain(self) -> bool:
         """Whether ``raw[0]`` holds the elements as ``dtype``."""
         return self.window.encoding is None
+
+    @property
+    def stored(self) -> Stored | None:
+        """The elements as they are stored; None where they must be decoded."""
+        return (self.raw[0], self.dtype) if self.is_plain else None
 
     def decode(self, out: Floats) -> None:
         """Write the values of a quantised window's elements into ``out`` [count]."""

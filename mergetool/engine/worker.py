@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -22,11 +22,13 @@ from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Piece, Weights
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.errors import NonFiniteError
+from mergetool.ops.blending import Blended, blend
 from mergetool.ops.contract import execute
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Apply, Program
-from mergetool.ops.rounding import NEAREST, Rounding
+from mergetool.ops.rounding import NEAREST, Nearest, Rounding
+from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
 from mergetool.recipe.plan import Plan
@@ -36,8 +38,6 @@ Measure = Literal["sample", "all", "off"]
 """On how much of a merge to measure what became of the first model's elements."""
 Done = tuple[int, Movement | None]
 """Bytes read and written by a job, and what it did to the first model."""
-LoadOperand = Callable[[int, int], None]
-"""Sets a register to what an operand of a program is."""
 
 
 class Output(Protocol):
@@ -121,6 +121,19 @@ class Run:
                 self.errors.setdefault(tensor, []).append(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a bundle's programs can load: what was fetched, then what was computed for several of them."""
+
+    fetched: Sequence[Fetched]
+    rooms: Sequence[Floats]
+
+    @property
+    def stored(self) -> list[Stored | None]:
+        """All of it as `blend` takes it."""
+        return [*(found.stored for found in self.fetched), *((room.data.cast("B"), F32) for room in self.rooms)]
+
+
 class Worker:
     """One thread's registers, buffers and reading method, for all the plans of a pass."""
 
@@ -145,16 +158,18 @@ class Worker:
             self._reader.fetch(slot, checkpoint, window, first.start, first.count)
             for slot, (checkpoint, window) in enumerate(operands.windows)
         ]
-        load = self._loading(fetched, first.count)
-        for place, program in enumerate(operands.common):
-            with self._ops.writing(0, self._room(place, first.count)):
-                self._execute(program, load, self._runs[work.jobs[0][0]], first)
+        rooms = [self._room(place, first.count) for place in range(len(operands.common))]
+        loaded = _Loaded(fetched, rooms)
+        for room, shared in zip(rooms, operands.common, strict=True):
+            if blend(shared, loaded.stored, F32, room.data.cast("B")) is None:
+                with self._ops.writing(0, room):
+                    self._execute(shared, loaded, self._runs[work.jobs[0][0]], first)
         done = []
         read = sum(found.nbytes for found in fetched)  # counted with the first
         for place, (number, job) in enumerate(work.jobs):
-            own = [fetched[column] for column in operands.columns[place]]
+            program, columns = operands.programs[place], operands.columns[place]
             try:
-                written, movement = self._compute(self._runs[number], job, operands.programs[place], own, load)
+                written, movement = self._compute(self._runs[number], job, program, columns, loaded)
             except NonFiniteError as error:
                 name = self._runs[number].name
                 raise NonFiniteError(f'"{name}": {error}' if name else str(error)) from None
@@ -164,17 +179,6 @@ class Worker:
             self._reader.release(found)
         return done
 
-    def _loading(self, fetched: Sequence[Fetched], count: int) -> LoadOperand:
-        """How programs get at their operands: what was fetched, then what was computed for several of them."""
-
-        def load(register: int, operand: int) -> None:
-            if operand < len(fetched):
-                self._load(register, fetched[operand])
-            else:
-                self._ops.load(register, self._room(operand - len(fetched), count).data.cast("B"), F32)
-
-        return load
-
     def _room(self, place: int, count: int) -> Floats:
         """Where a value waits that several programs need."""
         while place >= len(self._kept):
@@ -183,27 +187,44 @@ class Worker:
             self._kept[place] = np.empty(count, np.float32)
         return self._kept[place][:count]
 
-    def _compute(self, run: Run, job: Job, program: Program | None, fetched: list[Fetched], load: LoadOperand) -> Done:
-        """Do one job, with its own windows' elements; returns the bytes written."""
+    def _compute(self, run: Run, job: Job, program: Program | None, columns: Sequence[int], loaded: _Loaded) -> Done:
+        """Do one job, whose windows are ``columns`` of what is loaded; returns the bytes written."""
+        fetched = [loaded.fetched[column] for column in columns]
         if program is None:
             if fetched[0].dtype.blendable:
                 self._load(0, fetched[0])
                 self._check(run, job, fetched)
             return self._write(run, job, fetched[0].raw[0]), None
         if job.phase is None:
-            self._execute(program, load, run, job)
-            out, movement = self._result(run, job, fetched)
+            out, movement = self._blended(run, job, program, columns, loaded) or self._result(
+                run, job, program, fetched, loaded
+            )
             return self._write(run, job, out), movement
-        with self._ops.writing(0, run.weights.room(job.tensor, job.step.first + job.start, job.count)):
-            self._execute(program, load, run, job)
+        room = run.weights.room(job.tensor, job.step.first + job.start, job.count)
+        if blend(program, loaded.stored, F32, room.data.cast("B")):
+            run.weights.note(job.tensor, max(-float(room.min()), float(room.max())))
+            return 0, None
+        with self._ops.writing(0, room):
+            self._execute(program, loaded, run, job)
             largest = self._ops.largest(0)
             if not math.isfinite(largest):
                 self._check(run, job, fetched)
         run.weights.note(job.tensor, largest)
         return 0, None
 
-    def _result(self, run: Run, job: Job, fetched: list[Fetched]) -> tuple[memoryview, Movement | None]:
-        """What register 0 is stored as, checked, and what it did to the first model."""
+    def _blended(self, run: Run, job: Job, program: Program, columns: Sequence[int], loaded: _Loaded) -> Blended | None:
+        """The same as `_result`, in one pass, of what is ordinary; else None."""
+        if run.compared or not isinstance(job.rounding, Nearest):
+            return None
+        measured = job.step.base is not None and run.measures(job)
+        first = columns[job.step.base] if measured and job.step.base is not None else None
+        return blend(program, loaded.stored, job.tensor.dtype, self._ops.out, first)
+
+    def _result(
+        self, run: Run, job: Job, program: Program, fetched: list[Fetched], loaded: _Loaded
+    ) -> tuple[memoryview, Movement | None]:
+        """What a program's result is stored as, checked, and what it did to the first model."""
+        self._execute(program, loaded, run, job)
         first, movement, values = None, None, None
         if run.compared:
             values = self._ops.values(0).copy()
@@ -278,7 +299,13 @@ class Worker:
             found = quantising.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
             run.moved(piece.tensor.name, part, found)
 
-    def _execute(self, program: Program, load: LoadOperand, run: Run, job: Job) -> None:
+    def _execute(self, program: Program, loaded: _Loaded, run: Run, job: Job) -> None:
+        def load(register: int, operand: int) -> None:
+            if operand < len(loaded.fetched):
+                self._load(register, loaded.fetched[operand])
+            else:
+                self._ops.load(register, loaded.rooms[operand - len(loaded.fetched)].data.cast("B"), F32)
+
         execute(program, self._ops, load, lambda call: self._apply(call, run, job))
 
     def _apply(self, call: Apply, run: Run, job: Job) -> None:

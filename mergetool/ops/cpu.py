@@ -74,6 +74,12 @@ class CpuOps:
         self._out = torch.empty(capacity * 8, dtype=torch.uint8)  # memory that only fp64 touches the second half of
         self._scratch = Scratch()
 
+    @property
+    def out(self) -> memoryview:
+        """Where `store` writes, for another implementation to write to: room for ``capacity`` elements of any dtype."""
+        out: memoryview = self._out.numpy().data
+        return out
+
     def load(self, register: int, raw: memoryview, dtype: DType) -> None:
         self._views[register] = self._buffers[register][: raw.nbytes // dtype.itemsize]
         self._raw[register] = raw, dtype

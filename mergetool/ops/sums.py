@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mergetool.checkpoint import dtypes
-from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.dtypes import F32, DType
+from mergetool.ops.stored import Stored, kind_of
 from mergetool.quant.encoding import Floats
 from mergetool_kernels import compiled
 
@@ -16,15 +16,11 @@ RUN = 4096
 for calls: 0.16 ns an element of 1024, 0.08 of 4096 (AMD EPYC 9004)."""
 
 _SAFE = 1e-30, 1e30  # outside, squares of float32 may have vanished or overflowed
-_KINDS = {dtypes.F32: compiled.FLOAT32, dtypes.BF16: compiled.BFLOAT16}
-
-Stored = tuple[memoryview, DType]
-"""Elements as they are stored, of a dtype that `is_read` as such."""
 
 
 def is_read(dtype: DType) -> bool:
     """Whether `side_by_side` takes elements of this dtype as they are stored; others must be made float32 before."""
-    return dtype is dtypes.F32 or (dtype in _KINDS and compiled.is_available())
+    return dtype is F32 or kind_of(dtype) is not None
 
 
 def side_by_side(models: Sequence[Stored | None], count: int) -> list[float]:
@@ -34,8 +30,15 @@ def side_by_side(models: Sequence[Stored | None], count: int) -> list[float]:
     delta; 0 where there is no such model. Deltas are in float32. A sum is not finite only when an element, or a delta, is not.
     """
     if compiled.is_available():
-        return compiled.sums([None if model is None else (model[0], _KINDS[model[1]]) for model in models], count)
+        return compiled.sums([None if model is None else (model[0], _kind(model[1])) for model in models], count)
     return with_numpy([None if model is None else np.frombuffer(model[0], np.float32, count) for model in models])
+
+
+def _kind(dtype: DType) -> int:
+    kind = kind_of(dtype)
+    if kind is None:
+        raise ValueError(f"{dtype.code} is not summed as it is stored")
+    return kind
 
 
 def with_numpy(models: Sequence[Floats | None]) -> list[float]:

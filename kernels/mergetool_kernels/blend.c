@@ -1,0 +1,200 @@
+/* What a merge does to an element, in one pass over the stored bytes: widen, the program's instructions, one rounding, and
+ * if asked what became of the first model's element. It stays in the nearest cache between them.
+ *
+ * Only what is ordinary is done here, elements that are finite and that the output can hold; of anything else the caller is
+ * told, and does it elsewhere. */
+
+#include "stored.h"
+
+enum { LOAD, SCALE, ADD, SUBTRACT };
+enum { REGISTERS = 8 };
+
+typedef struct {
+    int32_t operation, target, argument; /* an argument is an operand, a factor or a register */
+} instruction;
+
+typedef struct {
+    int64_t moved, eaten, below;
+    double energy, kept;
+} movement;
+
+/* Of each kind of output: stored bits of the mantissa, smallest exponent, and below what magnitude everything is ordinary:
+ * no result becomes larger than the largest number by rounding, and no difference of two overflows. */
+static const int MANTISSA[] = {23, 7, 10, 3, 2}, SMALLEST[] = {-126, -126, -14, -6, -14};
+static const uint32_t LIMIT[] = {0x7E800000, 0x7E800000, 0x477FE000, 0x43E00000, 0x47600000}; /* 2^126, 65504, 448, 57344 */
+
+/* Float32 rounded to nearest even to a code of a format that can hold it. */
+INLINE words code_of(floats value, int kind) {
+    words bits = (words)value;
+    if (kind == FLOAT32) return bits;
+    const int dropped = 23 - MANTISSA[kind];
+    if (kind == BFLOAT16) return (bits + 0x7FFF + (bits >> dropped & 1)) >> dropped;
+    words sign = bits >> 31, magnitude = bits & 0x7FFFFFFF;
+    const uint32_t rebias = (uint32_t)(SMALLEST[kind] + 126) << 23;
+    words normal = (magnitude - rebias + ((1u << (dropped - 1)) - 1) + (magnitude >> dropped & 1)) >> dropped;
+    /* Of a number whose spacing is the smallest of the format, float32 itself does the rounding. */
+    words magic = (words){0} + ((uint32_t)(SMALLEST[kind] + dropped + 127) << 23);
+    words subnormal = (words)((floats)magnitude + (floats)magic) - magic;
+    words small = is_less(magnitude, (words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
+    return choose(small, subnormal, normal) | sign << (width(kind) == 2 ? 15 : 7);
+}
+
+INLINE void put(unsigned char *out, int kind, size_t at, words code) {
+    halves half = __builtin_convertvector(code, halves);
+    octets octet = __builtin_convertvector(code, octets);
+    switch (width(kind)) {
+    case 4:
+        memcpy(out + 4 * at, &code, sizeof code);
+        break;
+    case 2:
+        memcpy(out + 2 * at, &half, sizeof half);
+        break;
+    default:
+        memcpy(out + at, &octet, sizeof octet);
+    }
+}
+
+INLINE void widen(stored model, int kind, floats *into) {
+    for (size_t at = 0; at < RUN; at += LANES) into[at / LANES] = load(model, kind, at);
+}
+
+/* One copy of the loop for each format, so that none of them asks which one it is. */
+INLINE void widen_any(stored model, int kind, floats *into) {
+    switch (kind) {
+    case FLOAT32: widen(model, FLOAT32, into); break;
+    case BFLOAT16: widen(model, BFLOAT16, into); break;
+    case FLOAT16: widen(model, FLOAT16, into); break;
+    case FLOAT8_E4M3: widen(model, FLOAT8_E4M3, into); break;
+    default: widen(model, FLOAT8_E5M2, into);
+    }
+}
+
+/* Rounds a run into `out`; returns whether all of it is ordinary. */
+INLINE int round_run(const floats *result, int kind, unsigned char *out) {
+    words largest = {0};
+    for (size_t at = 0; at < RUN; at += LANES) {
+        words magnitude = (words)result[at / LANES] & 0x7FFFFFFF;
+        largest = choose(is_less(largest, magnitude), magnitude, largest);
+        put(out, kind, at, code_of(result[at / LANES], kind));
+    }
+    words beyond = is_less((words){0} + LIMIT[kind], largest);
+    uint32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= beyond[lane];
+    return !any;
+}
+
+INLINE int round_any(const floats *result, int kind, unsigned char *out) {
+    switch (kind) {
+    case FLOAT32: return round_run(result, FLOAT32, out);
+    case BFLOAT16: return round_run(result, BFLOAT16, out);
+    case FLOAT16: return round_run(result, FLOAT16, out);
+    case FLOAT8_E4M3: return round_run(result, FLOAT8_E4M3, out);
+    default: return round_run(result, FLOAT8_E5M2, out);
+    }
+}
+
+/* Adds what a run did to the first model to `found`, as mergetool.ops.movement defines it; returns whether the first model's
+ * elements are ordinary. */
+INLINE int measure(const floats *result, const floats *first, stored out, int kind, movement *found) {
+    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
+    const floats half_unit = (floats)((words){0} + ((uint32_t)(126 - MANTISSA[kind]) << 23));
+    floats energies = {0}, kept = {0};
+    words moves = {0}, eats = {0}, belows = {0}, largest = {0};
+    for (size_t at = 0; at < RUN; at += LANES) {
+        floats x = first[at / LANES], delta = result[at / LANES] - x;
+        floats change = load(out, kind, at) - value_of(code_of(x, kind), kind);
+        words magnitude = (words)x & 0x7FFFFFFF;
+        largest = choose(is_less(largest, magnitude), magnitude, largest);
+        floats unit = (floats)(magnitude & 0x7F800000);
+        floats half = (floats)choose((words)(unit < smallest), (words)smallest, (words)unit) * half_unit;
+        words moved = (words)(delta != 0), size = (words)delta & 0x7FFFFFFF;
+        moves -= moved;
+        eats -= moved & (words)(change == 0);
+        belows -= moved & (words)((floats)size < half);
+        energies += delta * delta;
+        kept += delta * change;
+    }
+    words beyond = is_less((words){0} + LIMIT[kind], largest);
+    uint32_t any = 0, moved = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        any |= beyond[lane];
+        moved += moves[lane];
+        found->eaten += eats[lane];
+        found->below += belows[lane];
+    }
+    if (any) return 0;
+    found->moved += moved;
+    double energy = total(energies), through = total(kept);
+    if (moved && !(energy > 0x1p-100 && energy < 0x1p120)) { /* squares that float32 may have lost or overflowed */
+        energy = through = 0;
+        for (size_t at = 0; at < RUN; at += LANES) {
+            floats x = first[at / LANES], delta = result[at / LANES] - x;
+            floats change = load(out, kind, at) - value_of(code_of(x, kind), kind);
+            for (int lane = 0; lane < LANES; lane++) {
+                energy += (double)delta[lane] * delta[lane];
+                through += (double)delta[lane] * change[lane];
+            }
+        }
+    }
+    found->energy += energy;
+    found->kept += through;
+    return 1;
+}
+
+INLINE int measure_any(const floats *result, const floats *first, stored out, int kind, movement *found) {
+    switch (kind) {
+    case FLOAT32: return measure(result, first, out, FLOAT32, found);
+    case BFLOAT16: return measure(result, first, out, BFLOAT16, found);
+    case FLOAT16: return measure(result, first, out, FLOAT16, found);
+    case FLOAT8_E4M3: return measure(result, first, out, FLOAT8_E4M3, found);
+    default: return measure(result, first, out, FLOAT8_E5M2, found);
+    }
+}
+
+/* A run's elements where they lie, or if the model ends before the run does a copy with zeros behind them. */
+INLINE stored whole_run(stored model, int kind, size_t at, size_t count, unsigned char *padded) {
+    stored here = model + at * width(kind);
+    if (count - at >= RUN) return here;
+    memset(padded, 0, 4 * RUN);
+    memcpy(padded, here, (count - at) * width(kind));
+    return padded;
+}
+
+/* Runs a program of `instructions` steps, on registers below REGISTERS, over `count` elements of the operands and rounds
+ * register 0 to `out`. With a `first` operand that is not negative it also adds to `found`. Returns 0 when something is not
+ * ordinary; what was written is of no use then. */
+EVERY_PROCESSOR
+int mergetool_blend(const instruction *program, int instructions, const float *factors, const stored *operands,
+                    const int *kinds, size_t count, int first, unsigned char *out, int out_kind, movement *found) {
+    static const size_t VECTORS = RUN / LANES;
+    floats registers[REGISTERS][RUN / LANES], base[RUN / LANES];
+    unsigned char padded[4 * RUN], last[4 * RUN];
+    for (size_t at = 0; at < count; at += RUN) {
+        for (int step = 0; step < instructions; step++) {
+            floats *target = registers[program[step].target];
+            int argument = program[step].argument;
+            switch (program[step].operation) {
+            case LOAD:
+                widen_any(whole_run(operands[argument], kinds[argument], at, count, padded), kinds[argument], target);
+                break;
+            case SCALE:
+                for (size_t i = 0; i < VECTORS; i++) target[i] *= factors[argument];
+                break;
+            case ADD:
+                for (size_t i = 0; i < VECTORS; i++) target[i] += registers[argument][i];
+                break;
+            default:
+                for (size_t i = 0; i < VECTORS; i++) target[i] -= registers[argument][i];
+            }
+        }
+        size_t bytes = width(out_kind);
+        unsigned char *here = count - at < RUN ? last : out + at * bytes;
+        if (!round_any(registers[0], out_kind, here)) return 0;
+        if (here == last) memcpy(out + at * bytes, last, (count - at) * bytes);
+        if (first >= 0) {
+            widen_any(whole_run(operands[first], kinds[first], at, count, padded), kinds[first], base);
+            if (!measure_any(registers[0], base, here, out_kind, found)) return 0;
+        }
+    }
+    return 1;
+}

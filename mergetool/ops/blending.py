@@ -1,0 +1,78 @@
+"""A whole program in one pass on the CPU, from stored elements to stored elements, for what is ordinary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.ops.movement import Movement
+from mergetool.ops.program import Add, Load, Program, Scale, Subtract
+from mergetool.ops.stored import Stored, kind_of
+from mergetool_kernels import compiled
+
+
+class Blended(NamedTuple):
+    """A program's result as it is stored, and what it did to the first model where that was asked for."""
+
+    stored: memoryview
+    movement: Movement | None
+
+
+def blend(
+    program: Program, operands: Sequence[Stored | None], dtype: DType, room: memoryview, first: int | None = None
+) -> Blended | None:
+    """The bytes of ``CpuOps.store`` to nearest, and with ``first``, the operand that is the first model, the figures of ``CpuOps.measure``.
+
+    ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
+    that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program
+    calls methods or has many registers, or an element is not finite or beyond what the dtype holds. The interpreter's lock is free meanwhile.
+    """
+    steps, kind = _steps(program), kind_of(dtype)
+    if steps is None or kind is None:
+        return None
+    models = [*steps.models, *(() if first is None else (first,))]
+    given = []
+    for model in models:
+        stored = operands[model]
+        operand_kind = None if stored is None else kind_of(stored[1])
+        if stored is None or operand_kind is None:
+            return None
+        given.append((stored[0], operand_kind))
+    raw, source = operands[steps.models[0]] or (room, dtype)
+    count = raw.nbytes // source.itemsize
+    out = room[: count * dtype.itemsize]
+    is_ordinary, movement = compiled.blend(
+        steps.steps, steps.factors, given, count, out, kind, None if first is None else len(given) - 1
+    )
+    return Blended(out, None if movement is None else Movement(*movement)) if is_ordinary else None
+
+
+class _Steps(NamedTuple):
+    """A program as the compiled kernel takes it: an operand is a place in ``models``."""
+
+    steps: tuple[compiled.Step, ...]
+    factors: tuple[float, ...]
+    models: tuple[int, ...]
+
+
+@cache
+def _steps(program: Program) -> _Steps | None:
+    """None for what the kernel cannot do."""
+    if program.registers > compiled.REGISTERS or program.calls:
+        return None
+    steps: list[compiled.Step] = []
+    factors: list[float] = []
+    for step in program.instructions:
+        match step:
+            case Load():
+                steps.append((compiled.LOAD, step.register, program.models.index(step.model)))
+            case Scale():
+                steps.append((compiled.SCALE, step.register, len(factors)))
+                factors.append(step.factor)
+            case Add():
+                steps.append((compiled.ADD, step.register, step.other))
+            case Subtract():
+                steps.append((compiled.SUBTRACT, step.register, step.other))
+    return _Steps(tuple(steps), tuple(factors), program.models)

@@ -1,0 +1,23 @@
+"""Elements as they lie in a file, and which of them the compiled kernels take so."""
+
+from __future__ import annotations
+
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool_kernels import compiled
+
+Stored = tuple[memoryview, DType]
+"""Little-endian elements at any address, and what they are."""
+
+_KINDS = {
+    dtypes.F32: compiled.FLOAT32,
+    dtypes.BF16: compiled.BFLOAT16,
+    dtypes.F16: compiled.FLOAT16,
+    dtypes.F8_E4M3: compiled.FLOAT8_E4M3,
+    dtypes.F8_E5M2: compiled.FLOAT8_E5M2,
+}
+
+
+def kind_of(dtype: DType) -> int | None:
+    """What the compiled kernels call a dtype; None for one that they do not know, and where they are not built."""
+    return _KINDS.get(dtype) if compiled.is_available() else None

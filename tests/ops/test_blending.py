@@ -1,0 +1,189 @@
+"""The compiled pass over a merge's elements: the bytes and figures of the numpy oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.dtypes import DType
+from mergetool.ops import blending, oracle
+from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
+from mergetool.ops.rounding import NEAREST
+from mergetool.ops.stored import Stored
+from mergetool.recipe.compiler import compile_merge
+from mergetool.recipe.expression import parse
+from mergetool_kernels import compiled
+
+pytestmark = pytest.mark.usefixtures("built")
+
+DTYPES = (dtypes.F32, dtypes.BF16, dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2)
+SIZES = (0, 1, 7, 8, 1023, 1024, 1025, 10_007)
+THREE = compile_merge(parse("a + 1.7 * (b - c)"), {"a": 0, "b": 1, "c": 2})
+WEIGHTED = compile_merge(parse("0.3 * a + 0.7 * b"), {"a": 0, "b": 1})
+ONE = Program((Load(0, 0),))
+
+
+@pytest.fixture
+def built() -> None:
+    assert compiled.is_available(), "these tests want a C compiler where mergetool is installed"
+
+
+def elements(dtype: DType, count: int, seed: int, *, offset: int = 0) -> memoryview:
+    """Finite values over many magnitudes, at an address that is ``offset`` bytes from an aligned one."""
+    random = np.random.default_rng(seed)
+    values = random.standard_normal(count) * np.exp2(random.integers(-20, 3, count))
+    return memoryview(bytearray(offset) + oracle.encode(values.astype(np.float32), dtype))[offset:]
+
+
+def blend(
+    program: Program, operands: list[Stored | None], dtype: DType, first: int | None = None, *, count: int = 20_000
+) -> blending.Blended | None:
+    return blending.blend(program, operands, dtype, memoryview(bytearray(4 * count)), first)
+
+
+def every_code(dtype: DType) -> np.ndarray:
+    """Every number up to 2**126 of a format of 16 bits or fewer, in float32."""
+    codes = np.arange(1 << dtype.bits, dtype=np.uint16 if dtype.bits == 16 else np.uint8)
+    with np.errstate(invalid="ignore"):  # NaN
+        values = oracle.decode(codes.tobytes(), dtype).astype(np.float32)
+    return values[np.abs(values) <= 2.0**126]
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("output", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_bytes_and_movement_are_the_oracles(source: DType, output: DType, count: int) -> None:
+    raws = [elements(source, count, seed, offset=seed) for seed in range(3)]
+    given = [oracle.decode(bytes(raw), source).astype(np.float32) for raw in raws]
+    wanted = oracle.run(THREE, given, np.float32)
+
+    found = blend(THREE, [(raw, source) for raw in raws], output, 0)
+
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(wanted, output, NEAREST)
+    assert_same_movement(found, wanted, given[0], output)
+
+
+def assert_same_movement(found: blending.Blended, result: np.ndarray, first: np.ndarray, output: DType) -> None:
+    wanted = oracle.measure(result, first, oracle.store(result, output, NEAREST), output)
+    movement = found.movement
+    assert movement is not None
+    assert (movement.moved, movement.eaten, movement.below_half_ulp) == (
+        wanted.moved,
+        wanted.eaten,
+        wanted.below_half_ulp,
+    )
+    assert movement.delta_energy == pytest.approx(wanted.delta_energy, rel=1e-6)
+    assert movement.kept_energy == pytest.approx(wanted.kept_energy, rel=1e-6, abs=1e-6 * wanted.delta_energy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_finite_code_comes_back(dtype: DType) -> None:
+    raw = oracle.encode(every_code(dtype), dtype)
+    as_floats = blend(ONE, [(memoryview(raw), dtype)], dtypes.F32, count=1 << 16)
+    assert as_floats is not None
+    assert bytes(as_floats.stored) == oracle.decode(raw, dtype).astype(np.float32).tobytes()
+    back = blend(ONE, [(memoryview(raw), dtype)], dtype, count=1 << 16)
+    assert back is not None
+    assert bytes(back.stored) == raw
+
+
+@pytest.mark.parametrize("output", DTYPES[1:])
+def test_rounding_is_right_at_and_beside_every_tie(output: DType) -> None:
+    """Between every two neighbours of the format: the middle, and the float32 numbers on both sides of it."""
+    numbers = np.unique(np.abs(every_code(output)).astype(np.float64))
+    middles = ((numbers[:-1] + numbers[1:]) / 2).astype(np.float32)
+    sizes = np.concatenate([middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf))])
+    values = np.concatenate([sizes, -sizes])
+
+    found = blend(ONE, [(memoryview(values.tobytes()), dtypes.F32)], output, count=len(values))
+
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(values, output, NEAREST)
+
+
+@pytest.mark.parametrize("output", DTYPES)
+def test_movement_of_tiny_and_huge_deltas_is_float64s(output: DType) -> None:
+    random = np.random.default_rng(3)
+    sizes = np.array([2.0**-149, 2.0**-80, 2.0**-60, 1.0, output.largest / 4 if output.bits < 32 else 2.0**100])
+    for size in np.minimum(sizes, 2.0**120):
+        first = (random.standard_normal(3000).clip(-3, 3) * size / 4).astype(np.float32)
+        other = (random.standard_normal(3000).clip(-3, 3) * size / 4).astype(np.float32)
+        operands: list[Stored | None] = [(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
+        program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
+        found = blend(program, operands, output, 0)
+        assert found is not None
+        assert_same_movement(found, first + other, first, output)
+
+
+def test_a_register_may_be_loaded_again_and_added_to_itself() -> None:
+    raws = [elements(dtypes.BF16, 1500, seed) for seed in range(3)]
+    program = Program((Load(0, 2), Load(1, 0), Add(1, 1), Subtract(0, 1), Load(1, 1), Scale(1, -0.25), Add(0, 1)))
+    given = [oracle.decode(bytes(raw), dtypes.BF16) for raw in raws]
+
+    found = blend(program, [(raw, dtypes.BF16) for raw in raws], dtypes.BF16)
+
+    assert found is not None
+    assert found.movement is None
+    assert bytes(found.stored) == oracle.store(oracle.run(program, given, np.float32), dtypes.BF16, NEAREST)
+
+
+@pytest.mark.parametrize("at", [0, 5, 1023, 1024, 2999])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+@pytest.mark.parametrize("output", DTYPES)
+def test_what_is_not_finite_or_does_not_fit_is_left_to_others(output: DType, value: float, at: int) -> None:
+    values = np.zeros(3000, np.float32)
+    values[at] = value
+    assert blend(ONE, [(memoryview(values.tobytes()), dtypes.F32)], output) is None
+
+
+@pytest.mark.parametrize("output", [dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2])
+def test_the_largest_number_fits_and_the_next_does_not(output: DType) -> None:
+    for sign in (1, -1):
+        fits = np.array([sign * output.largest], np.float32)
+        beyond = np.nextafter(fits, np.float32(sign * np.inf))
+        assert blend(ONE, [(memoryview(fits.tobytes()), dtypes.F32)], output) is not None
+        assert blend(ONE, [(memoryview(beyond.tobytes()), dtypes.F32)], output) is None
+
+
+def test_a_first_model_that_does_not_fit_is_left_to_others() -> None:
+    first, other = np.full(4, 500, np.float32), np.full(4, -400, np.float32)
+    operands: list[Stored | None] = [(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
+    program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
+    assert blend(program, operands, dtypes.F8_E4M3) is not None
+    assert blend(program, operands, dtypes.F8_E4M3, 0) is None
+
+
+def test_programs_and_operands_that_are_not_compiled_are_left_to_others() -> None:
+    raw = elements(dtypes.BF16, 8, 1)
+    many = Program(tuple(Load(register, 0) for register in range(compiled.REGISTERS + 1)))
+    assert blend(many, [(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blend(Program((Load(0, 0), Apply(0, "x", (0,)))), [(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blend(ONE, [None], dtypes.BF16) is None
+    assert blend(ONE, [(memoryview(bytes(8)), dtypes.F64)], dtypes.BF16) is None
+    assert blend(ONE, [(raw, dtypes.BF16)], dtypes.F64) is None
+
+
+def test_steps_and_buffers_that_do_not_fit_each_other_are_refused() -> None:
+    raw, out = memoryview(bytes(16)), memoryview(bytearray(16))
+    one = [(raw, compiled.BFLOAT16)]
+    for steps in ([(compiled.LOAD, 0, 1)], [(compiled.LOAD, 8, 0)], [(compiled.SCALE, 0, 0)], [(9, 0, 0)]):
+        with pytest.raises(ValueError, match="not there"):
+            compiled.blend(steps, [], one, 8, out, compiled.BFLOAT16)
+    with pytest.raises(ValueError, match="model 0 has 16 bytes"):
+        compiled.blend([(compiled.LOAD, 0, 0)], [], one, 9, memoryview(bytearray(18)), compiled.BFLOAT16)
+    with pytest.raises(ValueError, match="the output has 16 bytes"):
+        compiled.blend([(compiled.LOAD, 0, 0)], [], one, 8, out, compiled.FLOAT32)
+    with pytest.raises(ValueError, match="no operand 1"):
+        compiled.blend([(compiled.LOAD, 0, 0)], [], one, 8, out, compiled.BFLOAT16, 1)
+
+
+def test_the_weighted_sum_is_the_oracles() -> None:
+    raws = [elements(dtypes.F16, 5000, seed) for seed in range(2)]
+    given = [oracle.decode(bytes(raw), dtypes.F16) for raw in raws]
+    found = blend(WEIGHTED, [(raw, dtypes.F16) for raw in raws], dtypes.F8_E4M3, 1)
+    assert found is not None
+    result = oracle.run(WEIGHTED, given, np.float32)
+    assert bytes(found.stored) == oracle.store(result, dtypes.F8_E4M3, NEAREST)
+    assert_same_movement(found, result, given[1], dtypes.F8_E4M3)
