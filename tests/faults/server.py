@@ -17,6 +17,8 @@ import signal
 import sys
 from typing import Any
 
+from tests.forking import take_new_threads
+
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_threads] = "1"  # a thread of a library would not survive the fork
 
@@ -79,6 +81,7 @@ def _child(main: Any, request: dict[str, Any]) -> None:
     """Never returns: runs the program, and ends as the interpreter would, but without tearing torch down."""
     code = 70
     try:
+        take_new_threads()
         _prepare(request)
         if request["short"]:
             _short_writes(request["short"], request["mark"])

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.forking import take_new_threads
+
 ROOT = Path(__file__).parents[2]
 
 FORBIDDEN = (
@@ -294,6 +296,7 @@ def _in_fork(request: dict[str, Any], scratch: Path) -> list[dict[str, Any]]:
     if child == 0:
         code = 70
         try:
+            take_new_threads()
             _set_conditions(request)
             watch = _Watch() if request.get("watched") else None
             (scratch / "answer").write_text(json.dumps(_commands(request, scratch, watch)))
