@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -9,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.hostile.warm import Warm
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,17 @@ class Ran:
 
 
 def mergetool(*arguments: object, cwd: Path, **environment: str) -> Ran:
+    """Run a command in ``cwd``, with a config folder of its own there, in a fork of a process that has imported the program.
+
+    With an ``environment`` it is the installed console script, as with `installed`: 2 to 6 seconds instead of a tenth of one.
+    """
+    if environment:
+        return installed(*arguments, cwd=cwd, **environment)
+    done = _warm().run(arguments, cwd)
+    return Ran(done.code, done.out, done.err)
+
+
+def installed(*arguments: object, cwd: Path, **environment: str) -> Ran:
     """Run the installed console script in ``cwd``, with a config folder of its own there."""
     program = Path(sys.executable).with_name("mergetool")
     env = {**os.environ, "MERGETOOL_CONFIG_DIR": str(cwd / "config"), "HF_HUB_OFFLINE": "1", **environment}
@@ -32,3 +47,10 @@ def mergetool(*arguments: object, cwd: Path, **environment: str) -> Ran:
         [program, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120
     )
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@functools.cache
+def _warm() -> Warm:
+    server = Warm(warnings="default").__enter__()
+    atexit.register(server.__exit__, None, None, None)
+    return server

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergetool.cli.main import app
-from tests.cli.run import mergetool
+from tests.cli.run import installed, mergetool
 from tests.families import checkpoint
 
 MERGE = "alkahest + 20 * (turbo - deturbo)"
@@ -54,6 +54,22 @@ def test_inspect_never_imports_torch(family: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=family)
     assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", MERGE, "-o", "parity.safetensors", "--overwrite", "--protect", "refiner"),
+        ("merge", "alkahest + turbo", "-o", "none.safetensors"),
+        ("inspect", "turbo", "--hash"),
+        ("inspect", "turbo", "--hsah"),
+    ],
+)
+def test_a_forked_run_is_what_the_installed_program_does(arguments: tuple[str, ...], family: Path) -> None:
+    """Most tests of commands rely on it."""
+    forked, real = mergetool(*arguments, cwd=family), installed(*arguments, cwd=family)
+    timeless = [(ran.code, re.sub(r"[\d.]+ (s|MB/s|GB/s)\b", "", ran.out), ran.err) for ran in (forked, real)]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("command", ["inspect", "merge", "diff", "models"])

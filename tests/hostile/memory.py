@@ -44,7 +44,7 @@ class Run:
 
 
 MERGE = "'a.safetensors' + 3 * ('b.safetensors' - 'c.safetensors')"
-RUNS = [
+KINDS = [
     Run("merge", ["merge", MERGE]),
     Run("merge, pread", ["merge", MERGE, "--reader", "pread"]),
     Run("merge, quantised", ["merge", MERGE, "--quant", "fp8-scaled", "--scale-search"]),
@@ -52,8 +52,9 @@ RUNS = [
     Run("merge, sharded", ["merge", MERGE, "--shard-size", "100MB"], "out"),
     Run("convert", ["convert", "a.safetensors", "--quant", "int8"]),
     Run("lora bake", ["lora", "bake", "a.safetensors", "lora.safetensors:0.5"]),
-    *(Run(f"merge by {name}", ["merge", call(method), "--force"]) for name, method in methods().items()),
 ]
+METHODS = [Run(f"merge by {name}", ["merge", call(method), "--force"]) for name, method in methods().items()]
+RUNS = [*KINDS, *METHODS]
 
 SHAPES: dict[str, Shapes] = {
     "even": [(WIDTH, WIDTH)] * 3,
@@ -61,8 +62,10 @@ SHAPES: dict[str, Shapes] = {
     "many small": [(64, 64)] * 1500,
 }
 """Checkpoints of one size, of one tensor that is most of them, and of more names than bytes."""
-IN_TURN = {"even": RUNS[::2], "one large": RUNS[1::2], "many small": RUNS[::14]}
-"""Every run on one of them, and a few on the last, which takes the longest."""
+SOME = [*KINDS, *METHODS[::4]]
+IN_TURN = {"even": SOME[::2], "one large": SOME[1::2], "many small": SOME[:1]}
+"""What CI runs, two to five seconds each: every kind of output and every fourth method on one of the shapes, one on the last, which takes the longest.
+What every method itself holds is measured by `tests.methods.footprint`."""
 
 
 def streamed(limit: int) -> Shapes:
@@ -130,7 +133,7 @@ def run(warm: Warm, folder: Path, runs: Sequence[Run], shapes: Shapes, tally: Ta
 
 
 def every(warm: Warm, folder: Path, *, is_long: bool = False) -> Tally:
-    """Every run on one of the shapes in turn; before a release on all of them, and on models of `TIMES` the limit."""
+    """The runs of CI on one of the shapes in turn; before a release all of them on all shapes, and on models of `TIMES` the limit."""
     tally = Tally("16", "memory cgroup at the figure of --dry-run and 5 %")
     for name, shapes in SHAPES.items():
         (folder / name).mkdir()

@@ -23,12 +23,12 @@ def test_both_ends_of_a_tensor_of_billions_of_elements_are_read(tmp_path: Path, 
 
 @pytest.mark.usefixtures("cgroup")
 def test_a_run_needs_no_more_memory_than_was_said(warm: Warm, tmp_path: Path) -> None:
-    memory.every(warm, tmp_path).require(len(memory.RUNS) + 4)
+    memory.every(warm, tmp_path).require(len(memory.SOME) + 2)
 
 
 @pytest.mark.usefixtures("cgroup")
 def test_half_of_that_memory_is_not_enough(warm: Warm, tmp_path: Path) -> None:
     """Otherwise the limit would prove nothing."""
     tally = Tally("16", "half of the memory")
-    memory.run(warm, tmp_path, memory.RUNS[:1], memory.SHAPES["even"], tally, share=0.5)
+    memory.run(warm, tmp_path, memory.KINDS[:1], memory.SHAPES["even"], tally, share=0.5)
     assert "exit -9" in tally.violations[0]

@@ -38,6 +38,13 @@ FORBIDDEN = (
 """Audit events (their beginnings) that no run may cause once everything it needs is imported."""
 
 
+LATE = {
+    "diffusers": ("AutoencoderKL", "FlowMatchEulerDiscreteScheduler", "ZImagePipeline", "ZImageTransformer2DModel"),
+    "transformers": ("AutoConfig", "AutoModel", "AutoTokenizer", "Qwen2Tokenizer", "Qwen3Model"),
+}
+"""What the sampler imports when it first draws, which takes four seconds."""
+
+
 @dataclass(frozen=True)
 class Forked:
     """A finished run: exit code, what it printed, and the audit events that were watched for."""
@@ -54,6 +61,7 @@ class Warm:
 
     hash_seed: str = "0"
     environment: Mapping[str, str] = field(default_factory=dict)
+    warnings: str = "ignore"
     is_warmed: bool = False
 
     def __enter__(self) -> Self:
@@ -62,7 +70,7 @@ class Warm:
             "PYTHONDONTWRITEBYTECODE": "1", **self.environment,
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.hostile.warm"],
+            [sys.executable, "-W", self.warnings, "-m", "tests.hostile.warm"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=env, text=True,
         )  # fmt: skip
         return self
@@ -242,6 +250,7 @@ class _Watch:
 
 def _serve() -> None:
     out = os.fdopen(os.dup(1), "w")
+    sys.modules["__main__"].__package__ = None  # click calls a program that is part of a package by the module's name
     _import_everything()
     _build_commands_once()
     gc.freeze()
@@ -268,6 +277,9 @@ def _import_everything() -> None:
     for module in pkgutil.walk_packages(mergetool.__path__, "mergetool."):
         if ".lab.training" not in module.name and "__main__" not in module.name:
             importlib.import_module(module.name)
+    for name, classes in LATE.items():
+        for each in classes:
+            getattr(importlib.import_module(name), each)
 
 
 def _build_commands_once() -> None:
@@ -297,6 +309,7 @@ def _in_fork(request: dict[str, Any], scratch: Path) -> list[dict[str, Any]]:
         code = 70
         try:
             take_new_threads()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # requests are the server's to read
             _set_conditions(request)
             watch = _Watch() if request.get("watched") else None
             (scratch / "answer").write_text(json.dumps(_commands(request, scratch, watch)))
