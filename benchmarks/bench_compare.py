@@ -25,8 +25,8 @@ from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
 from mergetool import models
 from mergetool.engine.jobs import CHUNK
-from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import PositionedFetcher, too_large
+from mergetool.engine.threads import default_threads
 
 MEMBERS = ("turbo", "deturbo")
 ROOT = Path(__file__).resolve().parent.parent

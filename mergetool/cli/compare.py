@@ -92,11 +92,12 @@ def compare(
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     names = [onto or base, variant, base, *(name for name in (reference, reference_base) if name is not None)]
     with _reading_ahead([] if include or exclude else names) as used:
+        from mergetool.checkpoint import dtypes
         from mergetool.comparison import comparison as comparing
-        from mergetool.engine import job
         from mergetool.recipe.options import Options
 
-        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=job.output_dtype(dtype))
+        rounded = dtypes.output_dtype(dtype) if dtype is not None else None
+        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=rounded)
         _require_targets(plot, report, overwrite=overwrite)
         with comparing.open_comparison(
             base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
@@ -129,7 +130,7 @@ def compare(
 
 @contextmanager
 def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
-    """Within the block, which first imports torch for a second, the models' files are read into memory; gives the function to tell of bytes used."""
+    """Within the block the models' files are read into memory; gives the function to tell of bytes used."""
     from mergetool import models
     from mergetool.checkpoint.read_ahead import ReadAhead
     from mergetool.checkpoint.reader import Checkpoint

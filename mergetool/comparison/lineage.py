@@ -24,7 +24,6 @@ from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import sampling
 from mergetool.comparison.energies import Distance, percent
-from mergetool.comparison.result import part_of_result
 from mergetool.comparison.sampling import Sample, middle
 from mergetool.comparison.weights import differences, whole_models
 from mergetool.errors import LineageError, MergetoolError
@@ -283,6 +282,8 @@ def _fp16(plan: Plan) -> list[Finding]:
     part = fp16_part(plan)
     if part is None or plan.options.dtype is not F16:
         return []
+    from mergetool.comparison.result import part_of_result  # with it comes torch, which takes a second to import
+
     spread = float(part_of_result(plan, part).astype(np.float64).std())
     if spread < NEAR_LIMIT * FP16_LIMIT:
         return []

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from mergetool.adapters.values import widened
 from mergetool.engine import merge
-from mergetool.ops.cpu import as_tensor
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan
 
@@ -24,7 +24,7 @@ def part_of_result(plan: Plan, part: str) -> Floats:
                 merge.run(
                     replace(plan, tensors=(tensor,)), kept, threads=1, method="pread", non_finite="keep", measure="off"
                 )
-                values = as_tensor(memoryview(kept.octets), tensor.dtype).float().numpy()
+                values = widened(memoryview(kept.octets), tensor.dtype)
                 return np.array(values[step.first : step.first + step.elements])
     raise KeyError(part)
 

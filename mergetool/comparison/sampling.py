@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergetool.adapters.values import widened
 from mergetool.comparison.distances import comparable
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.engine.reading import PositionedFetcher, ValueReader
-from mergetool.ops.cpu import as_tensor
 from mergetool.ops.sums import square
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, window_of
@@ -47,7 +47,7 @@ def read(model: Input) -> Sample:
         found = reader.fetch(0, model.checkpoint, window_of(0, model, part), start, taken * width)
         out = np.empty(taken * width, np.float32)
         if found.is_plain:
-            out[:] = as_tensor(found.raw[0], found.dtype).float().numpy()
+            out[:] = widened(found.raw[0], found.dtype)
         else:
             found.decode(out)
         reader.release(found)

@@ -7,25 +7,29 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison.energies import Energies
 from mergetool.engine.jobs import Job
-from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
+from mergetool.engine.threads import default_threads
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import blend
 from mergetool.ops.contract import execute
-from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.stored import Stored
 from mergetool.ops.sums import is_read, side_by_side
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
+
+if TYPE_CHECKING:
+    from mergetool.ops.cpu import CpuOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +93,17 @@ def stream(
         meter: _Meter = local.meter
         return [meter.measure(chunk) for chunk in some]
 
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over chunks
     found = []
-    try:
-        with ThreadPoolExecutor(threads or default_threads(), "compare") as pool:
-            waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
-            try:
-                for future in waiting:
-                    for one, read in future.result():
-                        found.append(one)
-                        progress(read)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(torch_threads)
+    with ThreadPoolExecutor(threads or default_threads(), "compare", give_way) as pool:
+        waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
+        try:
+            for future in waiting:
+                for one, read in future.result():
+                    found.append(one)
+                    progress(read)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
 
 
@@ -114,13 +113,24 @@ class _Meter:
 
     def __init__(self, operands: Operands, capacity: int, registers: int, method: Method) -> None:
         self._operands = operands
+        self._capacity = capacity
         self._first = registers
         self._register = {column: registers + 1 + i for i, column in enumerate(operands.columns)}
-        self._ops = CpuOps(capacity=capacity, registers=registers + 1 + len(operands.columns))
+        self._out = memoryview(bytearray(4 * capacity))
         inputs = [operands.inputs[column] for column in operands.columns]
         files = [file for model in inputs for file in model.checkpoint.files]
         # Into buffers: a mapping's fresh pages took 6 ns a pair of elements, which is more than all that is done with them.
         self._reader = ValueReader(fetcher(method, files, buffered=True))
+
+    @cached_property
+    def _ops(self) -> CpuOps:
+        """For what cannot be done with elements as they are stored. Made then: with it comes torch, which takes a second to import."""
+        import torch
+
+        from mergetool.ops.cpu import CpuOps
+
+        torch.set_num_threads(1)  # of this thread: the parallelism is over chunks
+        return CpuOps(capacity=self._capacity, registers=self._first + 1 + len(self._register))
 
     def measure(self, chunk: Chunk) -> tuple[Found, int]:
         """What is in a chunk, and how many bytes were read for it."""
@@ -167,7 +177,7 @@ class _Meter:
         assert job.step.program is not None
         assert job.step.base is not None
         stored = [found.stored for found in fetched]
-        blended = blend(job.step.program, stored, job.tensor.dtype, self._ops.out, job.step.base)
+        blended = blend(job.step.program, stored, job.tensor.dtype, self._out, job.step.base)
         if blended and blended.movement:
             return blended.movement
         execute(job.step.program, self._ops, lambda register, model: self._load(register, fetched[model]))

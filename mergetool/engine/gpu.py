@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergetool.engine.device import Device, free_memory
+from mergetool.engine.threads import default_threads
 from mergetool.errors import DeviceError
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
@@ -56,8 +57,6 @@ class Room:
 
 def readers() -> int:
     """How many threads read: more than this machine's processors where they are few, since they wait for the disk."""
-    from mergetool.engine.memory import default_threads
-
     return max(4, min(READERS, default_threads()))
 
 

@@ -1,24 +1,17 @@
-"""How much memory a run takes, and how many threads it uses."""
+"""How much memory a run takes, and how many threads that allows."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from mergetool.checkpoint import system
 from mergetool.engine import bundles, calling, gpu, quantising
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.threads import default_threads
 from mergetool.recipe.plan import Plan
 
 SHARE_FOR_METHODS = 0.25
 """Of the main memory, for whole parameters that merge methods work on."""
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def workers(plans: Sequence[Plan], threads: int | None = None) -> int:

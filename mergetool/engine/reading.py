@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from mergetool.adapters.rows import TILE_ROWS, StackedRows
 from mergetool.checkpoint import system
@@ -176,6 +175,8 @@ class ValueReader:
 
 def _multiply(encoding: StackedRows, row: int, out: Floats) -> None:
     """What LoRAs add to rows from ``row`` on, by tiles of `TILE_ROWS`: torch, whose threads a run has under control."""
+    import torch  # takes a second to import, and a model without LoRAs can be read without it
+
     up, down = (torch.from_numpy(factor) for factor in encoding.factors())
     for at in range(0, len(out), TILE_ROWS):
         count = min(TILE_ROWS, len(out) - at)

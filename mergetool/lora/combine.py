@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergetool import __version__
 from mergetool.checkpoint.dtypes import DType
-from mergetool.engine.memory import default_threads
+from mergetool.engine.threads import default_threads
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated

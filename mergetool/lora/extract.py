@@ -21,8 +21,8 @@ from mergetool import __version__, models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
 from mergetool.engine.job import open_change
-from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Method
+from mergetool.engine.threads import default_threads
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
 from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra

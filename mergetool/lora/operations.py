@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergetool.checkpoint.names import quoted
-from mergetool.engine.memory import default_threads
+from mergetool.engine.threads import default_threads
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import sets
 from mergetool.lora.delta import Delta

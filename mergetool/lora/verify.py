@@ -27,8 +27,8 @@ from mergetool.adapters.loaders import Loading, loading
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, F32
-from mergetool.engine.memory import default_threads
 from mergetool.engine.reading import Fetcher, ValueReader, fetcher
+from mergetool.engine.threads import default_threads
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lora.svd import squared_norm
 from mergetool.models import OpenedModel

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.read_ahead import PIECE, ReadAhead
+from mergetool.checkpoint.read_ahead import PIECE, ReadAhead, give_way
 
 SIZE = 5 * PIECE
 
@@ -106,3 +106,19 @@ def test_a_file_named_twice_is_read_once(file: InputFile, monkeypatch: pytest.Mo
         assert wait_until(lambda: len(brought) >= 5)
         time.sleep(0.05)
     assert sum(size for _, size in brought) == SIZE
+
+
+@linux
+def test_a_thread_gives_way_alone() -> None:
+    found: list[int] = []
+
+    def look() -> None:
+        give_way()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [min(19, before + 10)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -44,15 +45,20 @@ def test_help_never_imports_torch_numpy_or_the_hub() -> None:
     assert done.stdout.endswith("heavy: []\n"), done.stdout[-200:]
 
 
-def test_inspect_never_imports_torch(family: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "alkahest.safetensors", "--hash"], ["compare", "alkahest", "turbo", "--json"]]
+)
+def test_what_can_do_without_torch_never_imports_it(arguments: list[str], family: Path) -> None:
+    """It takes a second to import: where no kernel was compiled, compare does need it."""
     code = (
-        "import sys; sys.argv = ['mergetool', 'inspect', 'alkahest.safetensors', '--hash']\n"
+        f"import sys; sys.argv = ['mergetool', *{arguments}]\n"
         "from mergetool.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=family)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=family,
+                          env={**os.environ, "MERGETOOL_CONFIG_DIR": str(family / "config")})  # fmt: skip
     assert done.stdout.endswith("False\n")
 
 
