@@ -13,14 +13,14 @@ from typing import Self
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
 
-PIECE = 8 << 20
-"""Bytes of a file that are read in one call, which holds no lock of the interpreter."""
-ROOM = 512 << 20
-"""Bytes that are read but not used yet: what a fast disk gives in a fifth of a second. More makes the page cache take fresh pages, which a virtual machine
-must get from its host: of 24.6 GB, 64 MiB ahead took 13.5 to 15.4 s, 128 to 512 MiB 12.4 to 13.5, and 3 GiB 13 (2 cores, AMD EPYC 9004)."""
+PIECE = 32 << 20
+"""Bytes of a file that are read in one call, which holds no lock of the interpreter: a thread that wants it back waits for those that compute."""
+ROOM = 256 << 20
+"""Bytes that are read but not used yet: what a fast disk gives in a tenth of a second. More makes the page cache take fresh pages, which a virtual machine
+must get from its host: with 2 GiB, comparing two files of 12.3 GB took 14 s instead of 10.3 to 11.9 (2 cores, AMD EPYC 7003)."""
 READERS = 2
 """Threads. One keeps a disk busy while nothing else runs, but not beside threads that compute: it waits for a core after every piece.
-Comparing two BF16 files of 12.3 GB took 12.5 s with one and 10.3 to 11.9 with two, reading alone 8.7 (2 cores, AMD EPYC 7003)."""
+The same took 12.5 s with one and 10.3 to 11.9 with two, reading alone 8.7."""
 
 
 def give_way() -> None:

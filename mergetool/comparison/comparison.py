@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
 from mergetool import models
+from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison import lineage
 from mergetool.comparison.distances import by_part, comparable, cut
 from mergetool.comparison.energies import Distance, Energies
@@ -203,7 +205,11 @@ def compare(
         raise UsageError(f'a multiplier is a number other than 0, or "{RECOMMENDED}", not "{multiplier}".')
     plan = comparison.plan(first)
     chunks = list(_chunks(comparison, plan, merges=multiplier != RECOMMENDED))
-    found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method, progress=progress)
+    with ThreadPoolExecutor(
+        1, "lineage", give_way
+    ) as beside:  # it reads samples, of every known model where they look like no pair
+        advice = beside.submit(lineage.between, operands.inputs[operands.variant], comparison.base)
+        found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method, progress=progress)
     distances = by_part(operands, chunks, found)
     if multiplier == RECOMMENDED:
         counted = (one.energies for one in distances if one.name not in comparison.excluded)
@@ -235,7 +241,7 @@ def compare(
         movements.total,
         movements.sampled,
         target,
-        tuple(lineage.between(operands.inputs[operands.variant], comparison.base)),
+        tuple(advice.result()),
     )
 
 
