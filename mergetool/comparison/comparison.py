@@ -205,9 +205,7 @@ def compare(
         raise UsageError(f'a multiplier is a number other than 0, or "{RECOMMENDED}", not "{multiplier}".')
     plan = comparison.plan(first)
     chunks = list(_chunks(comparison, plan, merges=multiplier != RECOMMENDED))
-    with ThreadPoolExecutor(
-        1, "lineage", give_way
-    ) as beside:  # it reads samples, of every known model where they look like no pair
+    with ThreadPoolExecutor(1, "lineage", give_way) as beside:
         advice = beside.submit(lineage.between, operands.inputs[operands.variant], comparison.base)
         found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method, progress=progress)
     distances = by_part(operands, chunks, found)
