@@ -23,7 +23,7 @@ from mergetool.recipe.steps import Window
 
 Method = Literal["auto", "mmap", "pread"]
 
-FORGOTTEN_AT_ONCE = 16 << 20
+FORGOTTEN_AT_ONCE = 8 << 20
 
 
 class Fetcher(Protocol):
