@@ -18,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would f
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests to the front, where a worker begins; the others are taken from the back of its queue."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipeline folders ``base`` and ``turbo``, of random weights."""

@@ -26,6 +26,7 @@ def test_readme_begins_with_two_commands_that_set_up_from_nothing() -> None:
     assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for command in start_commands())
 
 
+@pytest.mark.first
 def test_the_first_command_tells_the_story_and_ends_in_a_report(tmp_path: Path) -> None:
     """Everything after the installation, with this environment's program."""
     command = shlex.split(start_commands()[0].rsplit("&& ", 1)[1])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import pytest
+
 from tests.hostile import bombs
 
 
+@pytest.mark.first
 def test_every_bomb_is_refused_or_done_in_time_and_memory(tmp_path: Path) -> None:
     quick = [bomb for bomb in bombs.BOMBS if not bomb.is_slow]
     bombs.run(tmp_path, quick).require(30)

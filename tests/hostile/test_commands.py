@@ -27,6 +27,7 @@ def test_the_canary_works(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "canary").is_dir()
 
 
+@pytest.mark.first
 def test_no_file_steers_the_terminal(warm: Warm, tmp_path: Path) -> None:
     assert len(terminal.strings()) >= 100
     terminal.run(warm, tmp_path).require(2000)
@@ -38,6 +39,7 @@ def test_a_program_that_prints_names_as_they_are_is_caught(warm: Warm, tmp_path:
     )
 
 
+@pytest.mark.first
 def test_no_text_of_a_file_is_run_imported_or_fetched(warm: Warm, tmp_path: Path) -> None:
     injections.run(warm, tmp_path).require(3600)
 

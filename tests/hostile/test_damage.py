@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import MergetoolError
 from tests.hostile import damage
 
 
+@pytest.mark.first
 def test_every_damage_is_found(tmp_path: Path) -> None:
     damage.run(tmp_path, 2000).require(2200)
 

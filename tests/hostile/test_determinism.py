@@ -20,6 +20,7 @@ def memory_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
         yield Path(folder)
 
 
+@pytest.mark.first
 def test_one_digest_a_command_under_all_conditions(memory_folder: Path) -> None:
     matrix(memory_folder).require(500)
 

@@ -21,6 +21,7 @@ def test_both_ends_of_a_tensor_of_billions_of_elements_are_read(tmp_path: Path, 
         assert offsets.read_ends(path, length) == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.first
 @pytest.mark.usefixtures("cgroup")
 def test_a_run_needs_no_more_memory_than_was_said(warm: Warm, tmp_path: Path) -> None:
     memory.every(warm, tmp_path).require(len(memory.SOME) + 2)

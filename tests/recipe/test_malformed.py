@@ -64,6 +64,7 @@ def fuzzed(count: int, seed: int) -> dict[str, object]:
     return json.loads(ran.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.first
 def test_twenty_thousand_damaged_recipes_crash_nothing_and_touch_nothing() -> None:
     found = fuzzed(20_000, seed=1)
     assert found["crashes"] == []
