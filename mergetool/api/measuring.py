@@ -93,12 +93,12 @@ def compare(
     share; ``onto`` is what the difference will be added to (``base`` without it). ``multiplier`` is a number, exact as text, or
     "recommended": that of the merge whose rounding is looked at.
     """
+    from mergetool.checkpoint import dtypes
     from mergetool.comparison import comparison
-    from mergetool.engine import job
     from mergetool.recipe.options import Options
 
     size = multiplier if multiplier == comparison.RECOMMENDED else Fraction(str(multiplier))
-    options = Options(include=patterns(include), exclude=patterns(exclude), dtype=job.output_dtype(dtype))
+    options = Options(include=patterns(include), exclude=patterns(exclude), dtype=dtypes.output_dtype(dtype))
     with (
         comparison.open_comparison(
             base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options

@@ -69,6 +69,7 @@ def merge(
     UsageError for what is asked, InputMissing and DataError for inputs, OutputError, BusyError and StorageError for the output, NonFiniteError for
     NaN and infinity.
     """
+    from mergetool.checkpoint import dtypes
     from mergetool.comparison import lineage
     from mergetool.engine import device as devices
     from mergetool.engine import job
@@ -81,7 +82,7 @@ def merge(
         exclude=patterns(exclude),
         multipliers=tuple(parse_setting(f"{pattern}={value}") for pattern, value in (multipliers or {}).items()),
         keep_from=keep_from,
-        dtype=job.output_dtype(dtype),
+        dtype=dtypes.output_dtype(dtype),
         layout=layout,
         rounding=rounding,
         seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, overload
 
 from mergetool.errors import UsageError
 
@@ -75,11 +75,19 @@ BY_CODE: Mapping[str, DType] = MappingProxyType({dtype.code: dtype for dtype in 
 OUTPUT: Mapping[str, DType] = MappingProxyType({d.name: d for d in (BF16, F16, F32, F8_E4M3, F8_E5M2)})
 
 
-def output_dtype(name: str) -> DType:
-    """The dtype a user named for an output: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2.
+@overload
+def output_dtype(name: str) -> DType: ...
+@overload
+def output_dtype(name: None) -> None: ...
+@overload
+def output_dtype(name: str | None) -> DType | None: ...
+def output_dtype(name: str | None) -> DType | None:
+    """The dtype a user named for an output: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2; None, the first model's, where none was named.
 
     Raises UsageError for any other word.
     """
+    if name is None:
+        return None
     try:
         return OUTPUT[name]
     except KeyError:

@@ -96,8 +96,7 @@ def compare(
         from mergetool.comparison import comparison as comparing
         from mergetool.recipe.options import Options
 
-        rounded = dtypes.output_dtype(dtype) if dtype is not None else None
-        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=rounded)
+        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=dtypes.output_dtype(dtype))
         _require_targets(plot, report, overwrite=overwrite)
         with comparing.open_comparison(
             base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options

@@ -53,12 +53,13 @@ def convert(
     verbose: VerboseOption = False,
 ) -> None:
     """Convert between dtypes, quantised containers, layouts and shards, streaming; says what it cost each layer."""
+    from mergetool.checkpoint import dtypes
     from mergetool.engine import job
     from mergetool.recipe.options import Options
 
     non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
-        dtype=job.output_dtype(dtype), quant=quant, scale_search=scale_search, layout=layout, prefix=prefix
+        dtype=dtypes.output_dtype(dtype), quant=quant, scale_search=scale_search, layout=layout, prefix=prefix
     )
     started = time.monotonic()
     shard_bytes = console.parse_size(shard_size) if shard_size else None

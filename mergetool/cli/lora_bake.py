@@ -73,14 +73,14 @@ def bake(
     verbose: VerboseOption = False,
 ) -> None:
     """Add LoRAs to a checkpoint of any layout or container, streaming, in one pass."""
-    from mergetool.engine import job
+    from mergetool.checkpoint import dtypes
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
     options = Options(
         exclude=tuple(exclude or ()),
         multipliers=tuple(merging.multiplier(text) for text in multipliers or ()),
-        dtype=job.output_dtype(dtype),
+        dtype=dtypes.output_dtype(dtype),
         layout=layout,
         rounding=console.choice("--rounding", rounding, MODES),
         seed=seed,

@@ -115,7 +115,8 @@ def output_dtype(name: str | None) -> DType | None:
 
     if name is None:
         return None
-    return dtypes.output_dtype(console.choice("--dtype", name, ("bf16", "fp16", "fp32")))
+    chosen: str = console.choice("--dtype", name, ("bf16", "fp16", "fp32"))
+    return dtypes.output_dtype(chosen)
 
 
 def perform(

@@ -150,8 +150,8 @@ def merge(
 
     A recipe file (docs/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
     """
+    from mergetool.checkpoint import dtypes
     from mergetool.cli import merge_recipe
-    from mergetool.engine import job
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
@@ -161,7 +161,7 @@ def merge(
         exclude=tuple(exclude or ()),
         multipliers=tuple(multiplier(text) for text in multipliers or ()),
         keep_from=keep_from,
-        dtype=job.output_dtype(dtype),
+        dtype=dtypes.output_dtype(dtype),
         layout=layout,
         rounding=console.choice("--rounding", rounding, MODES),
         seed=seed,

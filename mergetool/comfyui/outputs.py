@@ -91,13 +91,14 @@ class Save:
         groups: str = "",
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
+        from mergetool.checkpoint import dtypes
         from mergetool.engine import job
         from mergetool.making import state
 
         options = Options(
             protect=("refiner",) if protect_refiner else (),
             multipliers=_settings(groups),
-            dtype=None if dtype == FIRST else job.output_dtype(dtype),
+            dtype=None if dtype == FIRST else dtypes.output_dtype(dtype),
             layout=None if layout == FIRST else layout,
             quant=None if quant == PLAIN else quant,
             rounding=rounding,

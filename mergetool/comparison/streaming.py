@@ -18,7 +18,7 @@ from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison.energies import Energies
 from mergetool.engine.jobs import Job
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import TorchThreads, default_threads
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import blend
 from mergetool.ops.contract import execute
@@ -84,17 +84,17 @@ def stream(
     ``registers`` are those that the merges' programs need. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError,
     naming model and tensor, for NaN or infinity, and what reading raises.
     """
-    local = threading.local()
+    local, torch_threads = threading.local(), TorchThreads()
     capacity = max((chunk.count for chunk in chunks), default=0)
 
     def measure(some: Sequence[Chunk]) -> list[tuple[Found, int]]:
         if not hasattr(local, "meter"):
-            local.meter = _Meter(operands, capacity, registers, method)
+            local.meter = _Meter(operands, capacity, registers, method, torch_threads)
         meter: _Meter = local.meter
         return [meter.measure(chunk) for chunk in some]
 
     found = []
-    with ThreadPoolExecutor(threads or default_threads(), "compare", give_way) as pool:
+    with torch_threads, ThreadPoolExecutor(threads or default_threads(), "compare", give_way) as pool:
         waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
         try:
             for future in waiting:
@@ -111,8 +111,11 @@ class _Meter:
     """One thread's registers and way of reading. Its registers: those of the merge's program, the merge's first model, and one for each model
     whose elements cannot be summed as they are stored."""
 
-    def __init__(self, operands: Operands, capacity: int, registers: int, method: Method) -> None:
+    def __init__(
+        self, operands: Operands, capacity: int, registers: int, method: Method, torch_threads: TorchThreads
+    ) -> None:
         self._operands = operands
+        self._torch_threads = torch_threads
         self._capacity = capacity
         self._first = registers
         self._register = {column: registers + 1 + i for i, column in enumerate(operands.columns)}
@@ -125,11 +128,9 @@ class _Meter:
     @cached_property
     def _ops(self) -> CpuOps:
         """For what cannot be done with elements as they are stored. Made then: with it comes torch, which takes a second to import."""
-        import torch
-
         from mergetool.ops.cpu import CpuOps
 
-        torch.set_num_threads(1)  # of this thread: the parallelism is over chunks
+        self._torch_threads.one()  # the parallelism is over chunks
         return CpuOps(capacity=self._capacity, registers=self._first + 1 + len(self._register))
 
     def measure(self, chunk: Chunk) -> tuple[Found, int]:

@@ -16,8 +16,7 @@ import torch
 from mergetool import __version__, models
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
-from mergetool.checkpoint import dtypes, journal
-from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint import journal
 from mergetool.checkpoint.journal import Work
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
@@ -36,11 +35,6 @@ from mergetool.recipe.steps import Input
 
 # Anonymous memory of a process that has imported torch and opened three models, before it works.
 BASE_MEMORY = 220_000_000
-
-
-def output_dtype(name: str | None) -> DType | None:
-    """The dtype that ``--dtype`` names, None for the first model's; raises UsageError."""
-    return None if name is None else dtypes.output_dtype(name)
 
 
 @contextmanager

@@ -68,8 +68,9 @@ class PositionedFetcher:
     def release(self, file: InputFile, offset: int, size: int) -> None:
         # By whole aligned blocks: the kernel keeps its large folios while any page of them is still wanted.
         boundary = (offset + size) // FORGOTTEN_AT_ONCE * FORGOTTEN_AT_ONCE
-        if self._forgetful and boundary > offset:
-            file.forget(max(0, boundary - FORGOTTEN_AT_ONCE), FORGOTTEN_AT_ONCE)
+        start = offset // FORGOTTEN_AT_ONCE * FORGOTTEN_AT_ONCE
+        if self._forgetful and boundary > start:
+            file.forget(start, boundary - start)
 
 
 def too_large(files: Sequence[InputFile]) -> bool:

@@ -1,8 +1,11 @@
-"""How many threads a run uses without another wish."""
+"""How many threads a run uses without another wish, and torch inside each of them."""
 
 from __future__ import annotations
 
 import os
+import threading
+from types import TracebackType
+from typing import Self
 
 
 def default_threads() -> int:
@@ -10,3 +13,34 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+class TorchThreads:
+    """Within the block torch computes on one thread in every thread that says `one`; threads that come after it have as many as before.
+
+    For a pass that may have no need of torch, which takes a second to import: it is imported by the first `one`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: int | None = None
+
+    def one(self) -> None:
+        """Compute on one thread in this thread. New threads would take that over, until the block ends."""
+        import torch
+
+        with self._lock:
+            if self._before is None:
+                self._before = torch.get_num_threads()
+            torch.set_num_threads(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            import torch
+
+            torch.set_num_threads(self._before)

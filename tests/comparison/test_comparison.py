@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import F32
 from mergetool.comparison import comparison as comparing
 from mergetool.comparison.comparison import RECOMMENDED, Report
@@ -166,7 +168,7 @@ def test_what_rounding_loses_is_exactly_what_the_merge_reports(
 def test_it_is_that_of_another_output_dtype_and_of_the_parts_that_are_included(
     planted: Path, tmp_path: Path, dtype: str
 ) -> None:
-    options = Options(include=("attention", "norm"), dtype=job.output_dtype(dtype))
+    options = Options(include=("attention", "norm"), dtype=dtypes.output_dtype(dtype))
     found = compared(
         planted / "base.safetensors", planted / "variant.safetensors", options=options, multiplier=Fraction("20.5")
     )
@@ -251,3 +253,19 @@ def test_requests_that_make_no_sense_are_refused(planted: Path, large: Path) -> 
         compared(base, large / "base.safetensors")
     with pytest.raises(PatternError, match="layerz"):
         compared(base, variant, options=Options(exclude=("layerz",)))
+
+
+def test_torch_has_its_threads_back_afterwards(tmp_path: Path) -> None:
+    """Values in float64 are widened by torch, one thread of it in each of the comparison's own."""
+    for variant, name in enumerate(("a", "b")):
+        values = load_file(checkpoint(tmp_path / f"{name}.safetensors", variant=variant))
+        save_file({key: value.double() for key, value in values.items()}, tmp_path / f"{name}.safetensors")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        compared(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

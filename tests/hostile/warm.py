@@ -57,7 +57,7 @@ class Forked:
 
 @dataclass
 class Warm:
-    """The server, as a context manager. ``environment`` is that of the whole process, where hash seed and locale are decided."""
+    """The server, as a context manager. ``environment`` is that of the whole process, where hash seed and locale are decided, ``warnings`` Python's ``-W``."""
 
     hash_seed: str = "0"
     environment: Mapping[str, str] = field(default_factory=dict)
