@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from mergetool import quant
-from mergetool.arch import Anatomy, recognise
 from mergetool.checkpoint import hub
 from mergetool.checkpoint.files import write_file
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, InputMissing, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from mergetool.arch import Anatomy
 
 Scope = Literal["here", "user"]
 Origin = Literal["here", "user", "catalogue"]
@@ -108,6 +109,10 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
+        # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
+        from mergetool import quant
+        from mergetool.arch import recognise
+
         refused = names_only and quant.refused_container(checkpoint.tensors, checkpoint.config) is not None
         encodings = {} if refused else quant.encodings_of(checkpoint, model)
         return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model, encodings=encodings))

@@ -10,33 +10,27 @@ from typing import Annotated
 import typer
 
 from mergetool import __version__
-from mergetool.cli import (
-    compare,
-    console,
-    convert,
-    demo,
-    diff,
-    inspect,
-    lora_bake,
-    lora_common,
-    lora_convert,
-    lora_inspect,
-    lora_interference,
-    lora_merge,
-    lora_orthogonal,
-    lora_resize,
-    lora_subtract,
-    lora_verify,
-    merge,
-    methods,
-    replay,
-    sample,
-    verify,
-)
-from mergetool.cli.models import models
+from mergetool.cli import console
+from mergetool.cli.lazily import group_of
 
 app = typer.Typer(
     name="mergetool",
+    cls=group_of(
+        {
+            "inspect": "inspect:inspect",
+            "merge": "merge:merge",
+            "diff": "diff:diff",
+            "compare": "compare:compare",
+            "methods": "methods:methods",
+            "convert": "convert:convert",
+            "sample": "sample:sample",
+            "verify": "verify:verify",
+            "replay": "replay:replay",
+            "demo": "demo:demo",
+            "models": "models:models",
+            "lora": "lora:lora",
+        }
+    ),
     help="Merge diffusion-transformer checkpoints and take difference LoRAs, streaming: 12 GB models in half a GB of "
     "memory. Z-Image first; other architectures merge by their tensor names.",
     rich_markup_mode=None,
@@ -46,32 +40,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check said no, 2 usage, 65 bad data, 66 input missing, 73 output cannot be made, "
     "74 I/O error, 75 busy, 130 interrupted.",
 )
-app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
-app.command(epilog=merge.EXAMPLES)(merge.merge)
-app.command(epilog=diff.EXAMPLES)(diff.diff)
-app.command(epilog=compare.EXAMPLES)(compare.compare)
-app.command(epilog=methods.EXAMPLES)(methods.methods)
-app.command(epilog=convert.EXAMPLES)(convert.convert)
-app.command(epilog=sample.EXAMPLES)(sample.sample)
-app.command(epilog=verify.EXAMPLES)(verify.verify)
-app.command(epilog=replay.EXAMPLES)(replay.replay)
-app.command(epilog=demo.EXAMPLES)(demo.demo)
-app.add_typer(models, name="models")
-lora = typer.Typer(
-    help="Look at LoRAs, add them to checkpoints and to each other, make them smaller, convert and verify them.",
-    no_args_is_help=True,
-)
-lora.command(epilog=lora_inspect.EXAMPLES)(lora_inspect.inspect)
-lora.command(epilog=lora_bake.EXAMPLES)(lora_bake.bake)
-lora.command(epilog=lora_resize.EXAMPLES)(lora_resize.resize)
-lora.command("merge", epilog=lora_merge.EXAMPLES)(lora_merge.merge_loras)
-lora.command(epilog=lora_subtract.EXAMPLES)(lora_subtract.subtract)
-lora.command(epilog=lora_orthogonal.EXAMPLES)(lora_orthogonal.orthogonal)
-lora.command(epilog=lora_common.EXAMPLES)(lora_common.common)
-lora.command(epilog=lora_interference.EXAMPLES)(lora_interference.interference)
-lora.command(epilog=lora_convert.EXAMPLES)(lora_convert.convert)
-lora.command(epilog=lora_verify.EXAMPLES)(lora_verify.verify)
-app.add_typer(lora, name="lora")
 
 
 def _print_version(wanted: bool) -> None:

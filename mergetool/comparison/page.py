@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from mergetool.checkpoint.files import write_file
 from mergetool.errors import OutputError
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Table:
 
 def template(package: str, name: str) -> jinja2.Template:
     """A template of a room, which may include "style.css" and import `table` from "table.html.j2"."""
+    import jinja2
 
     def load(wanted: str) -> str:
         place = package if wanted == name else __package__

@@ -23,7 +23,8 @@ from mergetool.recipe.steps import Window
 
 Method = Literal["auto", "mmap", "pread"]
 
-FORGOTTEN_AT_ONCE = 8 << 20
+FORGOTTEN_AT_ONCE = 32 << 20
+"""Bytes. Comparing two files of 12.3 GB took 11.2 s with 2 MiB, 7.8 to 8.2 with 8 and 7.9 with 32 or 64 (2 cores, AMD EPYC 9005)."""
 
 
 class Fetcher(Protocol):

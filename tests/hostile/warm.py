@@ -288,7 +288,9 @@ def _build_commands_once() -> None:
 
     from mergetool.cli.main import app
 
-    built = typer.main.get_command(app)
+    built: Any = typer.main.get_command(app)
+    for command in built.commands.values():
+        dict(getattr(command, "commands", {}))
     typer.main.get_command = lambda _: built
 
 
