@@ -39,23 +39,20 @@ INLINE words code_of(floats value, int kind) {
     return choose(small, subnormal, normal) | sign << (width(kind) == 2 ? 15 : 7);
 }
 
+/* Stores LANES codes of two or four bytes. */
 INLINE void put(unsigned char *out, int kind, size_t at, words code) {
     halves half = __builtin_convertvector(code, halves);
-    octets octet = __builtin_convertvector(code, octets);
-    switch (width(kind)) {
-    case 4:
+    if (width(kind) == 4)
         memcpy(out + 4 * at, &code, sizeof code);
-        break;
-    case 2:
+    else
         memcpy(out + 2 * at, &half, sizeof half);
-        break;
-    default:
-        memcpy(out + at, &octet, sizeof octet);
-    }
 }
 
 INLINE void widen(stored model, int kind, floats *into) {
-    for (size_t at = 0; at < RUN; at += LANES) into[at / LANES] = load(model, kind, at);
+    words octets[RUN / LANES];
+    if (width(kind) == 1) octets_at(model, octets);
+    for (size_t at = 0; at < RUN; at += LANES)
+        into[at / LANES] = value_of(width(kind) == 1 ? octets[at / LANES] : code_at(model, kind, at), kind);
 }
 
 /* One copy of the loop for each format, so that none of them asks which one it is. */
@@ -71,12 +68,18 @@ INLINE void widen_any(stored model, int kind, floats *into) {
 
 /* Rounds a run into `out`; returns whether all of it is ordinary. */
 INLINE int round_run(const floats *result, int kind, unsigned char *out) {
-    words largest = {0};
+    words largest = {0}, octets[RUN / LANES];
     for (size_t at = 0; at < RUN; at += LANES) {
-        words magnitude = (words)result[at / LANES] & 0x7FFFFFFF;
+        words magnitude = (words)result[at / LANES] & 0x7FFFFFFF, code = code_of(result[at / LANES], kind);
         largest = choose(is_less(largest, magnitude), magnitude, largest);
-        put(out, kind, at, code_of(result[at / LANES], kind));
+        if (width(kind) == 1)
+            octets[at / LANES] = code;
+        else
+            put(out, kind, at, code);
     }
+    const uint32_t *flat = (const uint32_t *)octets;
+    if (width(kind) == 1) /* a plain loop, as in `octets_at` */
+        for (size_t at = 0; at < RUN; at++) out[at] = (unsigned char)flat[at];
     words beyond = is_less((words){0} + LIMIT[kind], largest);
     uint32_t any = 0;
     for (int lane = 0; lane < LANES; lane++) any |= beyond[lane];
@@ -98,11 +101,12 @@ INLINE int round_any(const floats *result, int kind, unsigned char *out) {
 INLINE int measure(const floats *result, const floats *first, stored out, int kind, movement *found) {
     const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
     const floats half_unit = (floats)((words){0} + ((uint32_t)(126 - MANTISSA[kind]) << 23));
-    floats energies = {0}, kept = {0};
+    floats energies = {0}, kept = {0}, came[RUN / LANES];
+    widen(out, kind, came);
     words moves = {0}, eats = {0}, belows = {0}, largest = {0};
     for (size_t at = 0; at < RUN; at += LANES) {
         floats x = first[at / LANES], delta = result[at / LANES] - x;
-        floats change = load(out, kind, at) - value_of(code_of(x, kind), kind);
+        floats change = came[at / LANES] - value_of(code_of(x, kind), kind);
         words magnitude = (words)x & 0x7FFFFFFF;
         largest = choose(is_less(largest, magnitude), magnitude, largest);
         floats unit = (floats)(magnitude & 0x7F800000);
@@ -129,7 +133,7 @@ INLINE int measure(const floats *result, const floats *first, stored out, int ki
         energy = through = 0;
         for (size_t at = 0; at < RUN; at += LANES) {
             floats x = first[at / LANES], delta = result[at / LANES] - x;
-            floats change = load(out, kind, at) - value_of(code_of(x, kind), kind);
+            floats change = came[at / LANES] - value_of(code_of(x, kind), kind);
             for (int lane = 0; lane < LANES; lane++) {
                 energy += (double)delta[lane] * delta[lane];
                 through += (double)delta[lane] * change[lane];

@@ -81,6 +81,12 @@ INLINE words code_at(stored model, int kind, size_t at) {
 
 INLINE floats load(stored model, int kind, size_t at) { return value_of(code_at(model, kind, at), kind); }
 
+/* A run of octets as words, by a plain loop: compilers widen that in whole registers, but take eight octets by themselves apart. */
+INLINE void octets_at(stored model, words *into) {
+    uint32_t *flat = (uint32_t *)into;
+    for (size_t at = 0; at < RUN; at++) flat[at] = model[at];
+}
+
 INLINE double total(floats lanes) {
     double sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];

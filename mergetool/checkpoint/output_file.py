@@ -21,6 +21,27 @@ KEPT_BEHIND = 8
 READ_BACK = 8 << 20
 
 
+class _Open:
+    """Bytes of the outputs that this process has open: a sweep's, or the shards of one, are too many together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._memory = system.main_memory()
+
+    def count(self, size: int) -> None:
+        with self._lock:
+            self._bytes += size
+
+    @property
+    def are_large(self) -> bool:
+        """Whether they are more than a quarter of the memory."""
+        return self._memory is not None and self._bytes > self._memory // 4
+
+
+_open = _Open()
+
+
 class OutputFile:
     """One file being written under a temporary name: ``size`` bytes, zero until written.
 
@@ -38,12 +59,11 @@ class OutputFile:
         self._lock = threading.Lock()
         self._writers = 0
         self._behind: deque[tuple[int, int]] = deque()
-        memory = system.main_memory()
-        self._is_large = memory is not None and size > memory // 4
         self._closing = False
         self._damaged = False
         with system.explained(shown, "creating it"):
             self._fd = system.open_stage(path) if left else system.open_new(path)
+            _open.count(size)
             try:
                 locked = system.try_lock(self._fd)  # tells a later run that this one is alive
                 if left:
@@ -79,13 +99,13 @@ class OutputFile:
     def flush_behind(self, offset: int, size: int) -> None:
         """Start writing these bytes to the disk, so that little is left for the sync at the end.
 
-        A file of more than a quarter of the memory lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now: the
-        search for pages to reclaim took two thirds of the system's time of a run that wrote 12.3 GB (18 s of 25 on 24 GB).
+        When the open files are more than a quarter of the memory, it lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by
+        now: the search for pages to reclaim took two thirds of the system's time of a run that wrote 12.3 GB (18 s of 25 on 24 GB).
         """
         self._require_inside(offset, size)
         with self._writing("writing") as fd:
             system.start_write_back(fd, offset, size)
-            if self._is_large:
+            if _open.are_large:
                 self._behind.append((offset, size))
                 if len(self._behind) > KEPT_BEHIND:
                     system.forget(fd, *self._behind.popleft())
@@ -172,6 +192,7 @@ class OutputFile:
             if self._closing:
                 return
             self._closing = True
+            _open.count(-self.size)
             idle = self._writers == 0
         if idle:
             system.close(self._fd)
