@@ -122,7 +122,7 @@ def positioned(paths: Sequence[Path]) -> float:
         lock = threading.Lock()
 
         def work() -> None:
-            fetch = PositionedFetcher(forgetful=too_large(files))
+            fetch = PositionedFetcher(forgetful=too_large(sum(file.size for file in files)))
             while True:
                 with lock:
                     start = next(starts, None)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergetool.checkpoint import system
+from mergetool.engine.reading import too_large
 
 Range = tuple[int, int]  # bytes [start, end) of a file
 Job = tuple[
@@ -115,7 +116,7 @@ def copy(
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
         writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
         system.allocate(writer, sizes[0])
-        _run(jobs, readers, writer, strategy, let_go=_too_large([*inputs, inputs[0]]))
+        _run(jobs, readers, writer, strategy, let_go=too_large(_size(inputs) + _size(inputs[:1])))
         os.ftruncate(writer, sizes[0])
         os.fsync(writer)
     return time.perf_counter() - begin
@@ -142,7 +143,7 @@ def copy_to_many(inputs: Sequence[Path], output: Path, sizes: Sequence[int], str
                 readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
                 writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
                 system.allocate(writer, size)
-                _run(jobs, readers, writer, strategy, let_go=_too_large(inputs, sum(sizes)))
+                _run(jobs, readers, writer, strategy, let_go=too_large(_size(inputs) + sum(sizes)))
                 os.ftruncate(writer, size)
                 os.fsync(writer)
             seconds += time.perf_counter() - begin
@@ -280,10 +281,8 @@ def _forget_behind(fd: int, start: int, end: int) -> None:
         system.forget(fd, (block - 1) * _FORGOTTEN_AT_ONCE, _FORGOTTEN_AT_ONCE)
 
 
-def _too_large(files: Sequence[Path], more: int = 0) -> bool:
-    """Whether files, and ``more`` bytes, leave less than a quarter of the memory to everything else."""
-    memory = system.main_memory()
-    return memory is not None and sum(file.stat().st_size for file in files) + more > 3 * memory // 4
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _whole_pages(size: int) -> int:

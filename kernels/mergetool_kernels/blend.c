@@ -77,9 +77,7 @@ INLINE int round_run(const floats *result, int kind, unsigned char *out) {
         else
             put(out, kind, at, code);
     }
-    const uint32_t *flat = (const uint32_t *)octets;
-    if (width(kind) == 1) /* a plain loop, as in `octets_at` */
-        for (size_t at = 0; at < RUN; at++) out[at] = (unsigned char)flat[at];
+    if (width(kind) == 1) put_octets(octets, out);
     words beyond = is_less((words){0} + LIMIT[kind], largest);
     uint32_t any = 0;
     for (int lane = 0; lane < LANES; lane++) any |= beyond[lane];

@@ -87,6 +87,12 @@ INLINE void octets_at(stored model, words *into) {
     for (size_t at = 0; at < RUN; at++) flat[at] = model[at];
 }
 
+/* And back. */
+INLINE void put_octets(const words *octets, unsigned char *out) {
+    const uint32_t *flat = (const uint32_t *)octets;
+    for (size_t at = 0; at < RUN; at++) out[at] = (unsigned char)flat[at];
+}
+
 INLINE double total(floats lanes) {
     double sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];

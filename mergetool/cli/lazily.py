@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import typer
@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
 
-class _Commands(MutableMapping[str, Any]):
+class _Commands(Mapping[str, Any]):
     """The commands of one group, in their order: each built when it is first looked up."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -23,20 +23,14 @@ class _Commands(MutableMapping[str, Any]):
             self._built[name] = _built(name, self._places[name])
         return self._built[name]
 
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._built[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._built[name]
-
     def __contains__(self, name: object) -> bool:
-        return name in self._built or name in self._places
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._places, *self._built)))
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len({*self._places, *self._built})
+        return len(self._places)
 
 
 def group_of(places: Mapping[str, str]) -> type[TyperGroup]:

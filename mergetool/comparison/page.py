@@ -25,7 +25,7 @@ class Table:
 
 def template(package: str, name: str) -> jinja2.Template:
     """A template of a room, which may include "style.css" and import `table` from "table.html.j2"."""
-    import jinja2
+    import jinja2  # a report that is only printed does without
 
     def load(wanted: str) -> str:
         place = package if wanted == name else __package__

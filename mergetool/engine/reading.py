@@ -85,10 +85,10 @@ def _forget_blocks(file: InputFile, offset: int, size: int) -> None:
         file.forget(start, boundary - start)
 
 
-def too_large(files: Sequence[InputFile]) -> bool:
-    """True when the files leave less than a quarter of the memory to everything else, so that none can stay cached."""
+def too_large(size: int) -> bool:
+    """True when files of ``size`` bytes leave less than a quarter of the memory to everything else, so that none can stay cached."""
     memory = system.main_memory()
-    return memory is not None and sum(file.size for file in files) > 3 * memory // 4
+    return memory is not None and size > 3 * memory // 4
 
 
 def fetcher(method: Method, files: Sequence[InputFile], *, buffered: bool = False) -> Fetcher:
@@ -97,9 +97,10 @@ def fetcher(method: Method, files: Sequence[InputFile], *, buffered: bool = Fals
     What is decoded wants buffers: codes are gone over twice: of a mapping's small pages that took twice the processor's time of a buffer that is in the cache,
     42 s instead of 32 for a merge of three scaled FP8 files of 7 GB (2 cores, AMD EPYC 9004, cold).
     """
+    forgetful = too_large(sum(file.size for file in files))
     if method == "mmap" or (method == "auto" and not buffered and all(file.can_map for file in files)):
-        return WindowFetcher(forgetful=too_large(files))
-    return PositionedFetcher(forgetful=too_large(files))
+        return WindowFetcher(forgetful=forgetful)
+    return PositionedFetcher(forgetful=forgetful)
 
 
 Place = tuple[InputFile, int, int]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine.reading import FORGOTTEN_AT_ONCE, Fetcher, PositionedFetcher, WindowFetcher
+from mergetool.engine.reading import FORGOTTEN_AT_ONCE, PositionedFetcher, WindowFetcher
 
 
-@pytest.mark.parametrize("fetch", [PositionedFetcher(forgetful=True), WindowFetcher(forgetful=True)])
+@pytest.mark.parametrize("fetcher", [PositionedFetcher, WindowFetcher])
 @pytest.mark.parametrize("share", [0.25, 1, 3.5])
 def test_every_whole_block_that_was_read_is_let_go(
-    share: float, fetch: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, fetcher: type[PositionedFetcher | WindowFetcher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge method reads a whole parameter at once, which may be many blocks."""
     gone = bytearray(7)
@@ -27,6 +27,7 @@ def test_every_whole_block_that_was_read_is_let_go(
     path = tmp_path / "model"
     with path.open("wb") as sparse:
         sparse.truncate(7 * block)
+    fetch = fetcher(forgetful=True)
     size = int(share * block)
     with InputFile.open(path) as file:
         for start in range(0, 7 * block, size):

@@ -289,7 +289,7 @@ def _build_commands_once() -> None:
     from mergetool.cli.main import app
 
     built: Any = typer.main.get_command(app)
-    for command in built.commands.values():
+    for command in built.commands.values():  # a group builds each when it is looked up
         dict(getattr(command, "commands", {}))
     typer.main.get_command = lambda _: built
 
