@@ -171,7 +171,9 @@ def measure(paths: Sequence[Path], device: torch.device, runs: int, *, cpu: bool
     for output in outputs:
         output.unlink(missing_ok=True)
     case = f"{provenance.size_name(paths[0])}, three inputs in RAM"
-    config = {"readers": best, "chunk": gpu.CHUNK, "slots": gpu.SLOTS} | ({"same_bytes": same} if cpu else {})
+    config = {"readers": best, "chunk": gpu.CHUNK, "seats": gpu.SEATS, "ring": gpu.RING} | (
+        {"same_bytes": same} if cpu else {}
+    )
     limit = "read, copy in, copy out"
     rows = [
         Result(

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mergetool.checkpoint.dtypes import DType
 from mergetool.engine.device import Device, free_memory
+from mergetool.engine.ring import ALIGNMENT, Region, Ring, aligned
 from mergetool.engine.threads import default_threads
 from mergetool.errors import DeviceError
 from mergetool.ops.contract import execute
@@ -26,33 +28,39 @@ from mergetool.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from mergetool.engine.jobs import Job, Quantise
-    from mergetool.ops.cuda import CudaOps
 
 CHUNK = 1 << 24
 """Elements of a job: 32 MB of bf16 an operand. Of 2 Mi to 16 Mi each larger one was faster: less Python for each byte."""
 
-SLOTS = 6
-"""Jobs under way at once: some being read, one computed, some written. Six took 1.72 s where four took 2.03 (H100, 16 cores)."""
+SEATS = 4
+"""Jobs on the device at once, being copied in, computed, copied out and written; each has a thread that writes."""
+
+RING = 1 << 29
+"""Bytes of page-locked memory for what is being read and copied in. Simulated (benchmarks.bench_feeding), half of it takes 1.6 times
+as long, and twice as much saves 3 %."""
 
 PIECE = 16 << 20
 """Bytes that one thread reads at once."""
 
 READERS = 16
-WRITERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much a GPU holds of a merge: ``slots`` jobs of at most ``chunk`` elements, of ``element`` bytes each."""
+    """How much a merge holds on a GPU and for it: ``seats`` jobs of at most ``chunk`` elements on the device.
 
-    slots: int
+    ``operands`` and ``results`` are the bytes that a job reads and writes, at most.
+    """
+
+    seats: int
     chunk: int
-    element: int
+    operands: int
+    results: int
 
     @property
     def pinned(self) -> int:
         """Bytes of page-locked host memory, at most."""
-        return self.slots * self.chunk * self.element
+        return RING + self.seats * self.results
 
 
 def readers() -> int:
@@ -61,19 +69,25 @@ def readers() -> int:
 
 
 def room(plan: Plan, device: Device) -> Room:
-    """What fits into the memory that may be taken of each GPU; no slot at all where not even a small job does."""
-    widths = [
-        sum(window.dtype.bits for window in step.windows) + tensor.dtype.bits
-        for tensor in plan.tensors
-        for step in tensor.steps
-        if step.program is not None
-    ]
-    element = max(widths, default=16) // 8
+    """What fits into the memory that may be taken of each GPU; no seat at all where not even a small job does."""
+    merged = [(tensor, step) for tensor in plan.tensors for step in tensor.steps if step.program is not None]
+    read = max((sum(_bytes(window.dtype) for window in step.windows) for _, step in merged), default=1)
+    windows = max((len(step.windows) for _, step in merged), default=1)
+    written = max((_bytes(tensor.dtype) for tensor, _ in merged), default=1)
     allowed = min(device.memory or free_memory(name) * 4 // 5 for name in device.names)
     chunk = CHUNK
-    while chunk > 1 << 16 and 3 * chunk * element > allowed:
+    while chunk > 1 << 16 and (3 * chunk * (read + written) > allowed or 4 * chunk * read > RING):
         chunk //= 2
-    return Room(min(SLOTS, allowed // (chunk * element)), chunk, element)
+    return Room(
+        min(SEATS, allowed // (chunk * (read + written))),
+        chunk,
+        chunk * read + windows * ALIGNMENT,
+        chunk * written,
+    )
+
+
+def _bytes(dtype: DType) -> int:
+    return -(-dtype.bits // 8)
 
 
 def suits(job: Job | Quantise) -> bool:
@@ -101,16 +115,40 @@ class Tasks:
     fail: Callable[[BaseException], None]
 
 
-@dataclass
-class _Slot:
-    """Memory for one job's operands, page-locked and on the device, and what computes on them."""
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """A job whose operands are being read, one after the other in page-locked memory, each at a multiple of 16 bytes."""
 
-    ops: CudaOps
-    pinned: Tensor  # uint8
-    operands: Tensor  # uint8
-    reads: list[Future[None]] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # where in the two each window's bytes begin
-    size: int = 0
+    index: int
+    job: Job
+    region: Region
+    operands: Tensor  # the region's bytes, uint8
+    places: Sequence[int]  # where in the operands each window's bytes begin
+    reads: Sequence[Future[None]]
+
+
+class Seat:
+    """A job's memory on the device, and what computes there."""
+
+    def __init__(self, room: Room, registers: int, device: str) -> None:
+        from mergetool.ops.cuda import CudaOps
+
+        self.operands = torch.empty(room.operands, dtype=torch.uint8, device=device)
+        self.ops = CudaOps(capacity=room.chunk, registers=registers, device=device)
+        # As in CudaOps: a thread that waits must sleep.
+        self._copied = torch.cuda.Event(blocking=True) if self.ops.stream is not None else None  # type: ignore[no-untyped-call]
+
+    def copy_in(self, stored: Tensor) -> None:
+        """Start copying a job's operands to the device."""
+        with torch.cuda.stream(self.ops.stream):
+            self.operands[: stored.numel()].copy_(stored, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record(self.ops.stream)
+
+    def wait_until_copied(self) -> None:
+        """Until then the operands' page-locked memory is in use."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 class Driver:
@@ -125,56 +163,38 @@ class Driver:
         self._room = room
         self._measured = measured
         self._registers = plan.registers
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
+        self._ring = Ring(RING)
 
     def work(self) -> None:
         """Do jobs until there are none left, or the run stops; raises DeviceError when the GPU fails."""
         try:
-            self._work()
+            if self._allocate():
+                self._work()
+            else:
+                self._without_device()
         except torch.AcceleratorError as error:
             raise failure(self._name, error) from None
 
     def _work(self) -> None:
-        reading: deque[tuple[_Slot, int, Job]] = deque()
-        more = self._allocate() > 0
-        if not more:
-            self._without_device()
-            return
-        with ThreadPoolExecutor(readers(), "read") as pool, ThreadPoolExecutor(WRITERS, "write") as writers:
-            while True:
-                while more and (not reading or not self._free.empty()):
-                    slot = self._free.get()
+        pinned = torch.empty(RING, dtype=torch.uint8, pin_memory=torch.device(self._name).type == "cuda")
+        loading: deque[_Loading] = deque()
+        with ThreadPoolExecutor(readers(), "read") as pool, ThreadPoolExecutor(SEATS, "write") as writers:
+            taken = self._tasks.take()
+            while taken or loading:
+                # As much as there is room for is being read before the oldest is waited for.
+                if taken and (region := self._ring.take(_job_bytes(taken[1]), wait=not loading)):
+                    loading.append(self._load(*taken, region, pinned, pool))
                     taken = self._tasks.take()
-                    if taken is None:
-                        more = False
-                        break
-                    self._read(slot, taken[1], pool)
-                    reading.append((slot, *taken))
-                if not reading:
-                    return
-                slot, index, job = reading.popleft()
-                try:
-                    self._launch(slot, job)
-                except torch.OutOfMemoryError:
-                    torch.cuda.empty_cache()
-                    self._tasks.off_device(job)
-                    self._tasks.done(index, job, *self._tasks.redo(job), 0)
-                    self._free.put(slot)
                 else:
-                    writers.submit(self._finish, slot, index, job)
+                    self._compute(loading.popleft(), writers)
 
     def _allocate(self) -> int:
-        """As many slots as there is memory for; returns their number."""
-        from mergetool.ops.cuda import CudaOps
-
+        """As many seats as there is memory for; returns their number."""
         made = 0
         try:
-            for _ in range(self._room.slots):
-                size = self._room.chunk * self._room.element + 16 * 16  # each operand begins at a multiple of 16
-                operands = torch.empty(size, dtype=torch.uint8, device=self._name)
-                pinned = torch.empty(size, dtype=torch.uint8, pin_memory=operands.is_cuda)
-                ops = CudaOps(capacity=self._room.chunk, registers=self._registers + 1, device=self._name)
-                self._free.put(_Slot(ops, pinned, operands))
+            for _ in range(self._room.seats):
+                self._free.put(Seat(self._room, self._registers + 1, self._name))
                 made += 1
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -185,29 +205,43 @@ class Driver:
             self._tasks.off_device(taken[1])
             self._tasks.done(*taken, *self._tasks.redo(taken[1]), 0)
 
-    def _read(self, slot: _Slot, job: Job, pool: ThreadPoolExecutor) -> None:
-        """Start reading the job's operands, one after the other, each at a multiple of 16 bytes."""
-        slot.reads, slot.places, slot.size = [], [], 0
-        room = slot.pinned.numpy().data
+    def _load(self, index: int, job: Job, region: Region, pinned: Tensor, pool: ThreadPoolExecutor) -> _Loading:
+        """Start reading the job's operands."""
+        buffer = pinned.numpy().data
+        places, reads, place = [], [], 0
         for window in job.step.windows:
             file, base = self._plan.inputs[window.input].checkpoint.locate(window.tensor)
-            width = window.dtype.itemsize
-            offset, size = base + window.start + job.start * width, job.count * width
+            offset, size = base + window.start + job.start * window.dtype.itemsize, job.count * window.dtype.itemsize
+            start = region.start + place
             for at in range(0, size, PIECE):
-                piece = room[slot.size + at : slot.size + min(at + PIECE, size)]
-                slot.reads.append(pool.submit(file.read_into, piece, offset + at))
-            slot.places.append(slot.size)
-            slot.size += -(-size // 16) * 16
+                piece = buffer[start + at : start + min(at + PIECE, size)]
+                reads.append(pool.submit(file.read_into, piece, offset + at))
+            places.append(place)
+            place += aligned(size)
+        return _Loading(index, job, region, pinned[region.start : region.start + region.size], places, reads)
 
-    def _launch(self, slot: _Slot, job: Job) -> None:
-        for read in slot.reads:
+    def _compute(self, loading: _Loading, writers: ThreadPoolExecutor) -> None:
+        """Copy a job's operands in when they are read, and start its arithmetic and the copy of its result."""
+        for read in loading.reads:
             read.result()
-        ops, first = slot.ops, None
-        with torch.cuda.stream(ops.stream):
-            slot.operands[: slot.size].copy_(slot.pinned[: slot.size], non_blocking=True)
+        seat = self._free.get()
+        try:
+            self._launch(seat, loading)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self._tasks.off_device(loading.job)
+            self._tasks.done(loading.index, loading.job, *self._tasks.redo(loading.job), 0)
+            self._ring.give_back(loading.region)
+            self._free.put(seat)
+        else:
+            writers.submit(self._finish, seat, loading)
+
+    def _launch(self, seat: Seat, loading: _Loading) -> None:
+        ops, job, first = seat.ops, loading.job, None
+        seat.copy_in(loading.operands)
         operands = [
-            (slot.operands[at : at + job.count * window.dtype.itemsize], window.dtype)
-            for at, window in zip(slot.places, job.step.windows, strict=True)
+            (seat.operands[at : at + job.count * window.dtype.itemsize], window.dtype)
+            for at, window in zip(loading.places, job.step.windows, strict=True)
         ]
         assert job.step.program is not None
         assert not isinstance(job.rounding, ErrorFeedback)
@@ -217,11 +251,16 @@ class Driver:
             ops.take(first, *operands[job.step.base])
         ops.launch(0, job.tensor.dtype, job.rounding, first)
 
-    def _finish(self, slot: _Slot, index: int, job: Job) -> None:
+    def _finish(self, seat: Seat, loading: _Loading) -> None:
+        index, job, ops = loading.index, loading.job, seat.ops
         try:
-            out, beyond = slot.ops.collect()
+            try:
+                seat.wait_until_copied()
+            finally:
+                self._ring.give_back(loading.region)
+            out, beyond = ops.collect()
             narrow = job.tensor.dtype.bits == 8
-            if not slot.ops.is_finite(0) or (beyond and not narrow):
+            if not ops.is_finite(0) or (beyond and not narrow):
                 # The CPU says which model, which element, and whether to keep it.
                 moved, movement, beyond = *self._tasks.redo(job), 0
             else:
@@ -229,14 +268,18 @@ class Driver:
                 self._write(job.tensor.name, at, out)
                 moved = len(out) + sum(job.count * window.dtype.itemsize for window in job.step.windows)
                 measured = self._measured and job.step.base is not None
-                movement = slot.ops.measure(0, self._registers, job.tensor.dtype) if measured else None
+                movement = ops.measure(0, self._registers, job.tensor.dtype) if measured else None
             self._tasks.done(index, job, moved, movement, beyond)
         except torch.AcceleratorError as error:
             self._tasks.fail(failure(self._name, error))
         except BaseException as error:
             self._tasks.fail(error)
         finally:
-            self._free.put(slot)
+            self._free.put(seat)
+
+
+def _job_bytes(job: Job) -> int:
+    return sum(aligned(job.count * window.dtype.itemsize) for window in job.step.windows)
 
 
 def failure(name: str, error: Exception) -> DeviceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """The first GPU, or the CPU under Triton's interpreter, with jobs so small that every tensor takes several."""
     monkeypatch.setattr(gpu, "CHUNK", 1 << 12)
     monkeypatch.setattr(gpu, "PIECE", 1 << 12)
+    monkeypatch.setattr(gpu, "RING", 1 << 17)
     return Device(("cuda:0",) if torch.cuda.is_available() else ("cpu",), ROOM)
 
 
@@ -55,6 +57,34 @@ def test_the_bytes_are_the_cpus(family: Path, device: Device, rounding: str) -> 
     assert by_gpu.movements.total.moved == by_cpu.movements.total.moved
     assert by_gpu.movements.total.eaten == by_cpu.movements.total.eaten
     assert by_gpu.movements.total.projection == pytest.approx(by_cpu.movements.total.projection, rel=1e-6)
+
+
+def test_small_tensors_do_not_keep_large_ones_from_being_read(
+    family: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that fits in the ring is being read before the first job is waited for, however many jobs that are."""
+    takes: list[bool] = []
+    take = gpu.Ring.take
+
+    def noted(self: gpu.Ring, size: int, *, wait: bool = False) -> object:
+        region = take(self, size, wait=wait)
+        takes.append(region is not None)
+        return region
+
+    monkeypatch.setattr(gpu.Ring, "take", noted)
+    merged("gpu.safetensors", Options(include=("norm",)), device)
+    assert [*takes, False].index(False) > 2 * gpu.SEATS
+
+
+def test_page_locked_memory_does_not_grow_with_the_models(family: Path, device: Device) -> None:
+    def pinned(text: str) -> int:
+        with job.open_merge(text) as plan:
+            return gpu.room(plan, Device(device.names, 1 << 30)).pinned
+
+    for name in "cdef":
+        shutil.copyfile("a.safetensors", f"{name}.safetensors")
+    more = " + ".join(f"2 * ('{name}.safetensors' - 'b.safetensors')" for name in "cdef")
+    assert pinned(f"{BRIDGE} + {more}") <= pinned(BRIDGE)
 
 
 def test_what_the_gpu_has_no_room_for_is_computed_by_the_cpu_and_named(family: Path, device: Device) -> None:
