@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from benchmarks import provenance
+from benchmarks.kernel_rivals import Bridge, compiled
 from mergetool_kernels import blend
 
 ELEMENTS = 1 << 29
@@ -74,14 +75,16 @@ def models(dtype: torch.dtype, elements: int) -> list[Tensor]:
 
 
 def bridge(dtype: torch.dtype, elements: int, tune: bool) -> list[Timing]:
-    """``a + 20 * (b - c)``, the plain fused kernel and the one that also counts what rounding took."""
+    """``a + 20 * (b - c)``: the fused kernel plain, with what a merge asks of it besides, and torch.compile at the same work."""
     a, b, c = models(dtype, elements)
     out = torch.empty_like(a)
     moved = 4 * a.numel() * a.element_size()
     name = str(dtype).removeprefix("torch.")
-    scales = [torch.tensor([s], device="cuda") for s in (2e-4, 2.1e-4, 1.9e-4)] if a.element_size() == 1 else [None] * 3
-    operands = [blend.Operand(x, s) for x, s in zip((a, b, c), scales, strict=True)]
-    inverse = torch.tensor([1 / 2e-3], device="cuda") if a.element_size() == 1 else None
+    scales = inverse = None
+    if a.element_size() == 1:
+        one, two, three, inverse = (torch.tensor([s], device="cuda") for s in (2e-4, 2.1e-4, 1.9e-4, 1 / 2e-3))
+        scales = one, two, three
+    operands = [blend.Operand(x, s) for x, s in zip((a, b, c), scales or (None,) * 3, strict=True)]
 
     def fused(**options: object) -> Callable[[], object]:
         return lambda: blend.blend(BRIDGE, operands, [MULTIPLIER], out, inverse_scale=inverse, **options)  # type: ignore[arg-type]
@@ -99,19 +102,20 @@ def bridge(dtype: torch.dtype, elements: int, tune: bool) -> list[Timing]:
                 work = fused(block=block, warps=warps, **options)
                 rows.append(measure(f"bridge {name}", f"block {block} warps {warps}{label}", moved, work))
 
-    def eager() -> Tensor:
-        if inverse is None:
-            return (a.float() + MULTIPLIER * (b.float() - c.float())).to(dtype)
-        value = a.float() * scales[0] + MULTIPLIER * (b.float() * scales[1] - c.float() * scales[2])  # type: ignore[operator]
-        return (value * inverse).clamp(-448, 448).to(dtype)
-
-    rows.append(measure(f"bridge {name}", "torch eager", moved, eager))
-    try:
-        compiled = torch.compile(eager)
-        compiled()
-        rows.append(measure(f"bridge {name}", "torch.compile", moved, compiled))
-    except Exception as error:  # a machine without a compiler: say so, and go on
-        print(f"torch.compile did not run for {name}: {error}")
+    rival = Bridge(a, b, c, MULTIPLIER, scales, inverse)
+    works: dict[str, Callable[[], object]] = {
+        "": rival.plain,
+        ", checked": rival.checked,
+        ", checked and counted": rival.counted,
+    }
+    if dtype == torch.bfloat16:
+        works[", stochastic"] = rival.stochastic
+    rows.append(measure(f"bridge {name}", "torch eager", moved, rival.plain))
+    for extra, does in works.items():
+        try:
+            rows.append(measure(f"bridge {name}", f"torch.compile{extra}", moved, compiled(does)))
+        except Exception as error:  # a machine without a compiler: say so, and go on
+            print(f"torch.compile did not run for {name}{extra}: {error}")
     return rows
 
 
