@@ -189,13 +189,13 @@ def encode(value, random, KIND: tl.constexpr, ROUNDING: tl.constexpr, NATIVE: tl
             rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
         stored = tl.where(value != value, 0x7FC0, rounded).to(tl.int16)
     elif NATIVE:
-        limited = tl.minimum(tl.maximum(value, -largest(KIND)), largest(KIND))
+        # One instruction, which saturates; a NaN comes out without its sign.
         if KIND == E4M3:
-            rounded = limited.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            rounded = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
-            rounded = limited.to(tl.float8e5).to(tl.uint8, bitcast=True)
-        sign = ((value.to(tl.uint32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
-        stored = tl.where(value != value, sign | 0x7F, rounded).to(tl.uint8)
+            rounded = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        sign = (value.to(tl.uint32, bitcast=True) >> 24).to(tl.uint8)
+        stored = (rounded & 0x7F) | (sign & 0x80)
     else:
         stored = _fp8(value, KIND)
     return stored

@@ -42,6 +42,7 @@ def compiled(kind: int, *, native: bool, capability: int) -> dict[str, int]:
     return {
         "contracted": len(re.findall(r"\bfma\.rn\.f32", code)),
         "wide loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]", code)),
+        "not saturating": len(re.findall(r"cvt\.rn\.(?!satfinite)[.\w]*e[45]m[23]x2\.f32", code)),
         "flushing": len(re.findall(r"(?:mul|add|sub)[.\w]*ftz", code)),
     }
 

@@ -12,8 +12,8 @@ import pytest
 
 @pytest.mark.parametrize(
     ("kind", "formats", "capability"),
-    [(2, "native", 90), (3, "native", 90), (3, "integer", 80), (2, "integer", 75)],
-    ids=["bf16 on Hopper", "e4m3 on Hopper", "e4m3 on Ampere", "bf16 on Turing"],
+    [(2, "native", 90), (3, "native", 90), (4, "native", 90), (3, "integer", 80), (2, "integer", 75)],
+    ids=["bf16 on Hopper", "e4m3 on Hopper", "e5m2 on Hopper", "e4m3 on Ampere", "bf16 on Turing"],
 )
 def test_the_merge_kernel_compiles_without_contraction(kind: int, formats: str, capability: int) -> None:
     ran = subprocess.run(
@@ -25,5 +25,5 @@ def test_the_merge_kernel_compiles_without_contraction(kind: int, formats: str, 
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert found["contracted"] == found["flushing"] == 0
+    assert found["contracted"] == found["flushing"] == found["not saturating"] == 0
     assert found["wide loads"] >= 3
