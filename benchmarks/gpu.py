@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {
         "arithmetic": [*test, "not long", "tests/ops/test_cuda.py", "tests/engine/test_gpu.py"],
         "decomposition": [*test, "gpu", "tests/lora/test_batched.py", "tests/lora/test_on_device.py"],
+        "methods": [*test, "gpu", "tests/methods/test_every_method.py"],
         "kernels": ["benchmarks.bench_kernels", *results],
         "merge": ["benchmarks.bench_merge_gpu", *models, "--keep", *results],
         "extraction": ["benchmarks.bench_diff_gpu", *models, "--runs", "3", *results],

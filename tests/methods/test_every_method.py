@@ -67,6 +67,18 @@ def test_the_same_call_gives_the_same_bytes_and_a_seed_other_ones(method: Method
         assert not torch.equal(apply(method, [tensor.clone() for tensor in arguments], {"seed": 1}), result)
 
 
+@pytest.mark.gpu
+@each
+def test_a_gpu_gives_the_cpus_values(method: Method) -> None:
+    """To float32's accuracy of sums; which elements are kept, at random or by their size, is the same to an element or two."""
+    arguments = given(method, (512, 300))
+    wanted = call(method, arguments)
+    found = call(method, [tensor.cuda() for tensor in arguments])
+    assert found.is_cuda
+    assert float((found.cpu() - wanted).norm() / wanted.norm()) < 1e-4
+    assert int((found.cpu() - wanted).abs().gt(1e-3 * wanted.abs().max()).sum()) <= 2
+
+
 @each
 def test_defaults_are_values_that_the_parameter_takes(method: Method) -> None:
     for parameter in method.parameters:
