@@ -48,27 +48,37 @@ INLINE void put(unsigned char *out, int kind, size_t at, words code) {
         memcpy(out + 2 * at, &half, sizeof half);
 }
 
-INLINE void widen(stored model, int kind, floats *into) {
+INLINE void widen(stored model, int kind, float scale, floats *into) {
     words octets[RUN / LANES];
     if (width(kind) == 1) octets_at(model, octets);
     for (size_t at = 0; at < RUN; at += LANES)
-        into[at / LANES] = value_of(width(kind) == 1 ? octets[at / LANES] : code_at(model, kind, at), kind);
+        into[at / LANES] = value_of(width(kind) == 1 ? octets[at / LANES] : code_at(model, kind, at), kind) * scale;
 }
 
 /* One copy of the loop for each format, so that none of them asks which one it is. */
-INLINE void widen_any(stored model, int kind, floats *into) {
+INLINE void widen_any(stored model, int kind, float scale, floats *into) {
     switch (kind) {
-    case FLOAT32: widen(model, FLOAT32, into); break;
-    case BFLOAT16: widen(model, BFLOAT16, into); break;
-    case FLOAT16: widen(model, FLOAT16, into); break;
-    case FLOAT8_E4M3: widen(model, FLOAT8_E4M3, into); break;
-    default: widen(model, FLOAT8_E5M2, into);
+    case FLOAT32: widen(model, FLOAT32, scale, into); break;
+    case BFLOAT16: widen(model, BFLOAT16, scale, into); break;
+    case FLOAT16: widen(model, FLOAT16, scale, into); break;
+    case FLOAT8_E4M3: widen(model, FLOAT8_E4M3, scale, into); break;
+    default: widen(model, FLOAT8_E5M2, scale, into);
     }
 }
 
-/* Rounds a run into `out`; returns whether all of it is ordinary. */
-INLINE int round_run(const floats *result, int kind, unsigned char *out) {
-    words largest = {0}, octets[RUN / LANES];
+/* A run cut to the largest number of a small format; what is not finite stays so. */
+INLINE void cut(floats *result, int kind) {
+    const words limit = (words){0} + LIMIT[kind], infinite = (words){0} + 0x7F800000;
+    for (size_t i = 0; i < RUN / LANES; i++) {
+        words bits = (words)result[i], magnitude = bits & 0x7FFFFFFF;
+        words beyond = is_less(limit, magnitude) & is_less(magnitude, infinite);
+        result[i] = (floats)choose(beyond, limit | (bits & 0x80000000), bits);
+    }
+}
+
+/* Rounds a run into `out`, and raises `top` to the largest magnitude in it; returns whether all of it is ordinary. */
+INLINE int round_run(const floats *result, int kind, unsigned char *out, words *top) {
+    words largest = *top, octets[RUN / LANES];
     for (size_t at = 0; at < RUN; at += LANES) {
         words magnitude = (words)result[at / LANES] & 0x7FFFFFFF, code = code_of(result[at / LANES], kind);
         largest = choose(is_less(largest, magnitude), magnitude, largest);
@@ -78,19 +88,20 @@ INLINE int round_run(const floats *result, int kind, unsigned char *out) {
             put(out, kind, at, code);
     }
     if (width(kind) == 1) put_octets(octets, out);
+    *top = largest;
     words beyond = is_less((words){0} + LIMIT[kind], largest);
     uint32_t any = 0;
     for (int lane = 0; lane < LANES; lane++) any |= beyond[lane];
     return !any;
 }
 
-INLINE int round_any(const floats *result, int kind, unsigned char *out) {
+INLINE int round_any(const floats *result, int kind, unsigned char *out, words *top) {
     switch (kind) {
-    case FLOAT32: return round_run(result, FLOAT32, out);
-    case BFLOAT16: return round_run(result, BFLOAT16, out);
-    case FLOAT16: return round_run(result, FLOAT16, out);
-    case FLOAT8_E4M3: return round_run(result, FLOAT8_E4M3, out);
-    default: return round_run(result, FLOAT8_E5M2, out);
+    case FLOAT32: return round_run(result, FLOAT32, out, top);
+    case BFLOAT16: return round_run(result, BFLOAT16, out, top);
+    case FLOAT16: return round_run(result, FLOAT16, out, top);
+    case FLOAT8_E4M3: return round_run(result, FLOAT8_E4M3, out, top);
+    default: return round_run(result, FLOAT8_E5M2, out, top);
     }
 }
 
@@ -100,7 +111,7 @@ INLINE int measure(const floats *result, const floats *first, stored out, int ki
     const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
     const floats half_unit = (floats)((words){0} + ((uint32_t)(126 - MANTISSA[kind]) << 23));
     floats energies = {0}, kept = {0}, came[RUN / LANES];
-    widen(out, kind, came);
+    widen(out, kind, 1, came);
     words moves = {0}, eats = {0}, belows = {0}, largest = {0};
     for (size_t at = 0; at < RUN; at += LANES) {
         floats x = first[at / LANES], delta = result[at / LANES] - x;
@@ -162,12 +173,15 @@ INLINE stored whole_run(stored model, int kind, size_t at, size_t count, unsigne
     return padded;
 }
 
-/* Runs a program of `instructions` steps, on registers below REGISTERS, over `count` elements of the operands and rounds
- * register 0 to `out`. With a `first` operand that is not negative it also adds to `found`. Returns 0 when something is not
- * ordinary; what was written is of no use then. */
+/* Runs a program of `instructions` steps, on registers below REGISTERS, over `count` elements of the operands, each times
+ * its operand's scale, and rounds register 0 to `out`, cut to its largest number if it is to be `saturating`. `largest` becomes
+ * the largest magnitude before rounding. With a `first` operand that is not negative it also adds to `found`. Returns 0 when
+ * something is not ordinary; what was written is of no use then. */
 EVERY_PROCESSOR
 int mergetool_blend(const instruction *program, int instructions, const float *factors, const stored *operands,
-                    const int *kinds, size_t count, int first, unsigned char *out, int out_kind, movement *found) {
+                    const int *kinds, const float *scales, size_t count, int first, unsigned char *out, int out_kind,
+                    int saturating, float *largest, movement *found) {
+    words top = {0};
     static const size_t VECTORS = RUN / LANES;
     floats registers[REGISTERS][RUN / LANES], base[RUN / LANES];
     unsigned char padded[4 * RUN], last[4 * RUN];
@@ -177,7 +191,8 @@ int mergetool_blend(const instruction *program, int instructions, const float *f
             int argument = program[step].argument;
             switch (program[step].operation) {
             case LOAD:
-                widen_any(whole_run(operands[argument], kinds[argument], at, count, padded), kinds[argument], target);
+                widen_any(whole_run(operands[argument], kinds[argument], at, count, padded), kinds[argument],
+                          scales[argument], target);
                 break;
             case SCALE:
                 for (size_t i = 0; i < VECTORS; i++) target[i] *= factors[argument];
@@ -189,14 +204,57 @@ int mergetool_blend(const instruction *program, int instructions, const float *f
                 for (size_t i = 0; i < VECTORS; i++) target[i] -= registers[argument][i];
             }
         }
+        if (saturating) cut(registers[0], out_kind);
         size_t bytes = width(out_kind);
         unsigned char *here = count - at < RUN ? last : out + at * bytes;
-        if (!round_any(registers[0], out_kind, here)) return 0;
+        if (!round_any(registers[0], out_kind, here, &top)) return 0;
         if (here == last) memcpy(out + at * bytes, last, (count - at) * bytes);
         if (first >= 0) {
-            widen_any(whole_run(operands[first], kinds[first], at, count, padded), kinds[first], base);
+            widen_any(whole_run(operands[first], kinds[first], at, count, padded), kinds[first], scales[first], base);
             if (!measure_any(registers[0], base, here, out_kind, found)) return 0;
         }
     }
+    *largest = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        if (((floats)top)[lane] > *largest) *largest = ((floats)top)[lane];
     return 1;
+}
+
+/* What storing did to the elements of a quantised weight: `came` are its codes, `alone` those of the `first` model's elements
+ * by themselves, both times `scale`. Sums in float64. Returns 0 when one of them is not finite. */
+EVERY_PROCESSOR
+int mergetool_moves(stored result, stored first, stored came, stored alone, int kind, float scale, size_t count,
+                    movement *found) {
+    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
+    const float step = scale / (float)(1 << MANTISSA[kind]);
+    unsigned char padded[4][4 * RUN];
+    floats results[RUN / LANES], firsts[RUN / LANES], stands[RUN / LANES], bases[RUN / LANES];
+    doubles energies = {0}, kept = {0};
+    for (size_t at = 0; at < count; at += RUN) {
+        words moves = {0}, eats = {0}, belows = {0};
+        widen_any(whole_run(result, FLOAT32, at, count, padded[0]), FLOAT32, 1, results);
+        widen_any(whole_run(first, FLOAT32, at, count, padded[1]), FLOAT32, 1, firsts);
+        widen_any(whole_run(came, kind, at, count, padded[2]), kind, 1, stands);
+        widen_any(whole_run(alone, kind, at, count, padded[3]), kind, 1, bases);
+        for (size_t i = 0; i < RUN / LANES; i++) {
+            floats delta = results[i] - firsts[i], change = stands[i] * scale - bases[i] * scale;
+            floats unit = (floats)((words)bases[i] & 0x7F800000);
+            floats half = (floats)choose((words)(unit < smallest), (words)smallest, (words)unit) * step * 0.5f;
+            words moved = (words)(delta != 0), size = (words)delta & 0x7FFFFFFF;
+            moves -= moved;
+            eats -= moved & (words)(change == 0);
+            belows -= moved & (words)((floats)size < half);
+            doubles wide = __builtin_convertvector(delta, doubles);
+            energies += wide * wide;
+            kept += wide * __builtin_convertvector(change, doubles);
+        }
+        for (int lane = 0; lane < LANES; lane++) {
+            found->moved += moves[lane];
+            found->eaten += eats[lane];
+            found->below += belows[lane];
+        }
+    }
+    found->energy = total_of(energies);
+    found->kept = total_of(kept);
+    return found->energy - found->energy == 0 && found->kept - found->kept == 0;
 }

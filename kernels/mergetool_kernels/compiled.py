@@ -1,7 +1,7 @@
 """Kernels for the processor, compiled from C when the package is installed; imports neither torch nor triton.
 
-sums([(raw, BFLOAT16), (other, BFLOAT16)], count)     [of base, of variant, of their delta, 0.0, 0.0, 0.0]
-blend([(LOAD, 0, 0), (LOAD, 1, 1), (SCALE, 1, 0), (ADD, 0, 1)], [0.5], [(raw, BFLOAT16), (other, FLOAT16)], count, out, BFLOAT16)
+sums([(raw, BFLOAT16, 1), (other, BFLOAT16, 1)], count)     [of base, of variant, of their delta, 0.0, 0.0, 0.0]
+blend([(LOAD, 0, 0), (LOAD, 1, 1), (SCALE, 1, 0), (ADD, 0, 1)], [0.5], [(raw, BFLOAT16, 1), (other, FLOAT16, 1)], count, out, BFLOAT16)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ REGISTERS = 8
 _WIDTHS = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT8_E4M3: 1, FLOAT8_E5M2: 1}
 _MODELS, _SUMS = 5, 6
 
-Stored = tuple[memoryview, int]
-"""Elements as they are stored, at any address, and what they are, `FLOAT32` to `FLOAT8_E5M2`."""
+Stored = tuple[memoryview, int, float]
+"""Elements as they are stored, at any address, what they are, `FLOAT32` to `FLOAT8_E5M2`, and what each is multiplied by in float32."""
 Step = tuple[int, int, int]
 """What to do, to which register, with what: an operand (`LOAD`), a factor (`SCALE`) or a register."""
 
@@ -36,6 +36,14 @@ class Movement(NamedTuple):
     below_half_ulp: int
     delta_energy: float
     kept_energy: float
+
+
+class Blended(NamedTuple):
+    """What `blend` found: whether all is ordinary, the largest magnitude before rounding, and what became of a first model."""
+
+    is_ordinary: bool
+    largest: float
+    movement: Movement | None
 
 
 class _Movement(ctypes.Structure):
@@ -71,12 +79,14 @@ def blend(
     out: memoryview,
     kind: int,
     first: int | None = None,
-) -> tuple[bool, Movement | None]:
+    *,
+    saturating: bool = False,
+) -> Blended:
     """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
 
-    Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. The first answer is
-    False, and nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number
-    of ``kind``, or of 2**126 or more. The interpreter's lock is free meanwhile. Raises ValueError for too few bytes and for a step that
+    Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. It is not
+    ordinary, and nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number
+    of ``kind`` (unless ``saturating`` makes it that), or of 2**126 or more. The interpreter's lock is free meanwhile. Raises ValueError for too few bytes and for a step that
     names what is not there, RuntimeError where `is_available` is False.
     """
     library = _built()
@@ -91,28 +101,52 @@ def blend(
         raise ValueError(f"there is no operand {first}")
     steps = np.array(program, np.int32)
     numbers = np.array(factors, np.float32)
-    room, found = np.frombuffer(out, np.uint8), _Movement()
+    room, largest, found = np.frombuffer(out, np.uint8), ctypes.c_float(), _Movement()
     is_ordinary = library.mergetool_blend(
         steps.ctypes.data, len(steps), numbers.ctypes.data, *_operands(operands, count, len(operands)),
-        count, -1 if first is None else first, room.ctypes.data, kind, ctypes.byref(found),
+        count, -1 if first is None else first, room.ctypes.data, kind, saturating, ctypes.byref(largest), ctypes.byref(found),
     )  # fmt: skip
-    movement = None if first is None else Movement(*(getattr(found, name) for name in Movement._fields))
-    return bool(is_ordinary), movement
+    return Blended(bool(is_ordinary), largest.value, None if first is None else _movement(found))
+
+
+def moves(
+    result: memoryview, first: memoryview, came: memoryview, alone: memoryview, kind: int, scale: float
+) -> Movement | None:
+    """What storing did to a weight that is quantised with one scale: its ``result`` and the ``first`` model's elements, both float32, and the
+    codes of ``kind`` that each is stored as. Half a unit is of the first model's code.
+
+    Sums are in float64. None when an element is not finite. The interpreter's lock is free meanwhile. Raises ValueError for lengths that do not
+    fit, RuntimeError where `is_available` is False.
+    """
+    library, found, count = _built(), _Movement(), result.nbytes // 4
+    if not (first.nbytes == result.nbytes and came.nbytes == alone.nbytes == count * _WIDTHS[kind]):
+        raise ValueError(
+            f"{result.nbytes}, {first.nbytes}, {came.nbytes} and {alone.nbytes} bytes are not of the same elements"
+        )
+    parts = [np.frombuffer(part, np.uint8) for part in (result, first, came, alone)]
+    addresses = [part.ctypes.data for part in parts]
+    if not library.mergetool_moves(*addresses, kind, scale, count, ctypes.byref(found)):
+        return None
+    return _movement(found)
+
+
+def _movement(found: _Movement) -> Movement:
+    return Movement(*(getattr(found, name) for name in Movement._fields))
 
 
 def _operands(
     models: Sequence[Stored | None], count: int, places: int
-) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int]]:
-    """Where the models' elements are, and what."""
-    addresses, kinds = (ctypes.c_void_p * places)(), (ctypes.c_int * places)()
+) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int], ctypes.Array[ctypes.c_float]]:
+    """Where the models' elements are, what, and by what they are multiplied."""
+    addresses, kinds, scales = (ctypes.c_void_p * places)(), (ctypes.c_int * places)(), (ctypes.c_float * places)()
     for place, model in enumerate(models):
         if model is not None:
-            raw, kind = model
+            raw, kind, scale = model
             if raw.nbytes < count * _WIDTHS[kind]:
                 raise ValueError(f"model {place} has {raw.nbytes} bytes, and {count} elements of it were asked for")
             addresses[place] = np.frombuffer(raw, np.uint8).ctypes.data if count else None
-            kinds[place] = kind
-    return addresses, kinds
+            kinds[place], scales[place] = kind, scale
+    return addresses, kinds, scales
 
 
 def _built() -> ctypes.CDLL:
@@ -129,10 +163,21 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    library.mergetool_sums.argtypes = [pointer, pointer, ctypes.c_size_t, pointer]
+    library.mergetool_sums.argtypes = [pointer, pointer, pointer, ctypes.c_size_t, pointer]
     library.mergetool_sums.restype = None
     library.mergetool_blend.argtypes = [
-        pointer, number, pointer, pointer, pointer, ctypes.c_size_t, number, pointer, number, pointer,
+        pointer, number, pointer, pointer, pointer, pointer, ctypes.c_size_t, number, pointer, number, number, pointer, pointer,
     ]  # fmt: skip
     library.mergetool_blend.restype = number
+    library.mergetool_moves.argtypes = [
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        number,
+        ctypes.c_float,
+        ctypes.c_size_t,
+        pointer,
+    ]
+    library.mergetool_moves.restype = number
     return library

@@ -7,8 +7,14 @@
 #include <stdint.h>
 #include <string.h>
 
+/* One copy of a function for each kind of processor, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define EVERY_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#if __GNUC__ >= 12 && !defined(__clang__)
+#define AVX512 "arch=x86-64-v4",
+#else
+#define AVX512
+#endif
+#define EVERY_PROCESSOR __attribute__((target_clones(AVX512 "avx2", "default")))
 #else
 #define EVERY_PROCESSOR
 #endif
@@ -18,6 +24,7 @@ enum { LANES = 8, RUN = 1024 }; /* 128 products a lane are added up in float32, 
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3, FLOAT8_E5M2 };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -91,6 +98,12 @@ INLINE void octets_at(stored model, words *into) {
 INLINE void put_octets(const words *octets, unsigned char *out) {
     const uint32_t *flat = (const uint32_t *)octets;
     for (size_t at = 0; at < RUN; at++) out[at] = (unsigned char)flat[at];
+}
+
+INLINE double total_of(doubles lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return sum;
 }
 
 INLINE double total(floats lanes) {

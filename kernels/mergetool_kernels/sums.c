@@ -12,11 +12,11 @@ enum { OF_BASE, OF_VARIANT, OF_DELTA, OF_ONTO, OF_REFERENCE, SHARED, SUMS };
 INLINE int is_safe(double sum) { return sum > 1e-30 && sum < 1e30; } /* float32 has lost or overflowed no squares */
 
 /* The sums of a run in float64: not finite only where an element, or a difference in float32, is not. */
-static void run_wide(const stored *models, const int *kinds, double *sums) {
+static void run_wide(const stored *models, const int *kinds, const float *scales, double *sums) {
     for (size_t at = 0; at < RUN; at += LANES) {
         floats values[MODELS] = {0};
         for (int model = 0; model < MODELS; model++)
-            if (models[model]) values[model] = load(models[model], kinds[model], at);
+            if (models[model]) values[model] = load(models[model], kinds[model], at) * scales[model];
         floats deltas = values[VARIANT] - values[BASE], references = values[REFERENCE] - values[REFERENCE_BASE];
         for (int lane = 0; lane < LANES; lane++) {
             double delta = deltas[lane], reference = references[lane];
@@ -31,8 +31,8 @@ static void run_wide(const stored *models, const int *kinds, double *sums) {
     }
 }
 
-/* The sums of a run. Inlined once for two models in bfloat16, and once for all else. */
-INLINE void run(const stored *models, const int *kinds, double *sums, int is_plain) {
+/* The sums of a run. Inlined once for two models in bfloat16 without scales, and once for all else. */
+INLINE void run(const stored *models, const int *kinds, const float *scales, double *sums, int is_plain) {
     const int base_kind = is_plain ? BFLOAT16 : kinds[BASE], variant_kind = is_plain ? BFLOAT16 : kinds[VARIANT];
     const int has_onto = !is_plain && models[ONTO], has_reference = !is_plain && models[REFERENCE];
     const stored base_at = models[BASE], variant_at = models[VARIANT];
@@ -40,18 +40,19 @@ INLINE void run(const stored *models, const int *kinds, double *sums, int is_pla
     words changed = {0};
     for (size_t at = 0; at < RUN; at += LANES) {
         floats base = load(base_at, base_kind, at), variant = load(variant_at, variant_kind, at);
+        if (!is_plain) base *= scales[BASE], variant *= scales[VARIANT];
         floats delta = variant - base;
         lanes[OF_BASE] += base * base;
         lanes[OF_VARIANT] += variant * variant;
         lanes[OF_DELTA] += delta * delta;
         changed |= (words)delta;
         if (has_onto) {
-            floats onto = load(models[ONTO], kinds[ONTO], at);
+            floats onto = load(models[ONTO], kinds[ONTO], at) * scales[ONTO];
             lanes[OF_ONTO] += onto * onto;
         }
         if (has_reference) {
-            floats reference = load(models[REFERENCE], kinds[REFERENCE], at);
-            reference -= load(models[REFERENCE_BASE], kinds[REFERENCE_BASE], at);
+            floats reference = load(models[REFERENCE], kinds[REFERENCE], at) * scales[REFERENCE];
+            reference -= load(models[REFERENCE_BASE], kinds[REFERENCE_BASE], at) * scales[REFERENCE_BASE];
             lanes[OF_REFERENCE] += reference * reference;
             lanes[SHARED] += delta * reference;
         }
@@ -65,17 +66,18 @@ INLINE void run(const stored *models, const int *kinds, double *sums, int is_pla
                (!has_onto || is_safe(found[OF_ONTO])) && (!has_reference || is_safe(found[OF_REFERENCE]));
     if (!safe) {
         memset(found, 0, sizeof found);
-        run_wide(models, kinds, found);
+        run_wide(models, kinds, scales, found);
     }
     for (int sum = 0; sum < SUMS; sum++) sums[sum] += found[sum];
 }
 
 /* Adds to sums[6]: of the squares of base, variant, delta = variant - base, onto and reference delta, and of delta *
  * reference delta, the deltas in float32. models[5] are base, variant, onto, and the reference with its base, each
- * `count` elements of its kinds[]; the last three may be NULL, and then their sums are left as they are. */
+ * `count` elements of its kinds[], times its scale; the last three may be NULL, and then their sums are left as they are. */
 EVERY_PROCESSOR
-void mergetool_sums(const stored *models, const int *kinds, size_t count, double *sums) {
-    const int is_plain = kinds[BASE] == BFLOAT16 && kinds[VARIANT] == BFLOAT16 && !models[ONTO] && !models[REFERENCE];
+void mergetool_sums(const stored *models, const int *kinds, const float *scales, size_t count, double *sums) {
+    const int is_plain = kinds[BASE] == BFLOAT16 && kinds[VARIANT] == BFLOAT16 && !models[ONTO] && !models[REFERENCE] &&
+                         scales[BASE] == 1 && scales[VARIANT] == 1;
     unsigned char padded[MODELS][4 * RUN];
     for (size_t at = 0; at < count; at += RUN) {
         stored here[MODELS];
@@ -89,8 +91,8 @@ void mergetool_sums(const stored *models, const int *kinds, size_t count, double
             }
         }
         if (is_plain)
-            run(here, kinds, sums, 1);
+            run(here, kinds, scales, sums, 1);
         else
-            run(here, kinds, sums, 0);
+            run(here, kinds, scales, sums, 0);
     }
 }

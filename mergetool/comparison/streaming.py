@@ -169,9 +169,9 @@ class _Meter:
     def _stored(self, register: int, found: Fetched) -> Stored:
         """Elements as they can be summed: as they are stored, or else in a register."""
         stored = found.stored
-        if stored is not None and is_read(stored[1]):
+        if stored is not None and is_read(stored):
             return stored
-        return self._values(register, found).data.cast("B"), F32
+        return Stored(self._values(register, found).data.cast("B"), F32)
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
         """What the merge does to the first model's elements: the steps of the engine's worker, without the writing."""

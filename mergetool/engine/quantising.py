@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergetool.ops.blending import moves
 from mergetool.ops.movement import Movement
+from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Encoding, Floats, Octets
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
 from mergetool.recipe.steps import OutputTensor
@@ -188,23 +190,28 @@ def measure(
     What the base alone would have been stored as, and half of what distance, is asked of the container with the same scale.
     """
     alone = encode(base, piece, scale, nearest)
+    scaled = _encoding(piece.tensor).scaled(_views(piece, raw, scale))
+    if scaled is not None:
+        found = moves(result, base, Stored(*scaled), _views(piece, alone, scale)[0])
+        if found is not None:
+            return found
     steps = np.broadcast_to(_steps(piece, alone, scale), (piece.rows, padded(piece.tensor)[1]))[:, : base.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
-        moves = result - base
+        change = result - base
         kept = decode(piece, raw, scale)
         kept -= decode(piece, alone, scale)
-        moved = moves != 0
-        energy = _dot(moves, moves)
+        moved = change != 0
+        energy = _dot(change, change)
         if not np.isfinite(energy + _dot(kept, kept)):
-            moved &= np.isfinite(moves) & np.isfinite(kept)
-            moves[~moved] = kept[~moved] = 0
-            energy = _dot(moves, moves)
+            moved &= np.isfinite(change) & np.isfinite(kept)
+            change[~moved] = kept[~moved] = 0
+            energy = _dot(change, change)
         return Movement(
             int(np.count_nonzero(moved)),
             int(np.count_nonzero(moved & (kept == 0))),
-            int(np.count_nonzero(moved & (np.abs(moves) < steps / 2))),
+            int(np.count_nonzero(moved & (np.abs(change) < steps / 2))),
             energy,
-            _dot(moves, kept),
+            _dot(change, kept),
         )
 
 

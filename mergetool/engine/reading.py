@@ -14,12 +14,13 @@ import numpy as np
 
 from mergetool.adapters.rows import TILE_ROWS, StackedRows
 from mergetool.checkpoint import system
-from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.dtypes import F32, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.ops.blending import blend
 from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Encoding, Floats
-from mergetool.recipe.steps import Window
+from mergetool.recipe.steps import COPY, Window
 
 Method = Literal["auto", "mmap", "pread"]
 
@@ -128,13 +129,24 @@ class Fetched:
 
     @property
     def stored(self) -> Stored | None:
-        """The elements as they are stored; None where they must be decoded."""
-        return (self.raw[0], self.dtype) if self.is_plain else None
+        """The elements as they are stored, with the scale that they have in common; None where they must be decoded."""
+        encoding = self.window.encoding
+        if encoding is None:
+            return Stored(self.raw[0], self.dtype)
+        scaled = encoding.scaled(self.raw)
+        if scaled is None:
+            return None
+        codes, dtype, scale = scaled
+        first, _ = _rows(encoding, self.start, self.count)
+        begin = self.start - first * encoding.width
+        return Stored(codes[begin * dtype.itemsize : (begin + self.count) * dtype.itemsize], dtype, scale)
 
     def decode(self, out: Floats) -> None:
         """Write the values of a quantised window's elements into ``out`` [count]."""
         encoding = self.window.encoding
         assert encoding is not None
+        if blend(COPY, [self.stored], F32, out.data.cast("B")):
+            return
         first, last = _rows(encoding, self.start, self.count)
         begin, size = self.start - first * encoding.width, (last - first) * encoding.width
         whole = out if size == self.count else np.empty(size, np.float32)

@@ -32,6 +32,7 @@ from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
 from mergetool.recipe.plan import Plan
+from mergetool.recipe.steps import COPY
 
 NonFinite = Literal["refuse", "keep"]
 Measure = Literal["sample", "all", "off"]
@@ -131,7 +132,7 @@ class _Loaded:
     @property
     def stored(self) -> list[Stored | None]:
         """All of it as `blend` takes it."""
-        return [*(found.stored for found in self.fetched), *((room.data.cast("B"), F32) for room in self.rooms)]
+        return [*(found.stored for found in self.fetched), *(Stored(room.data.cast("B"), F32) for room in self.rooms)]
 
 
 class Worker:
@@ -196,13 +197,14 @@ class Worker:
                 self._check(run, job, fetched)
             return self._write(run, job, fetched[0].raw[0]), None
         if job.phase is None:
-            out, movement = self._blended(run, job, program, columns, loaded) or self._result(
-                run, job, program, fetched, loaded
+            blended = self._blended(run, job, program, columns, loaded)
+            out, movement = (
+                (blended.stored, blended.movement) if blended else self._result(run, job, program, fetched, loaded)
             )
             return self._write(run, job, out), movement
         room = run.weights.room(job.tensor, job.step.first + job.start, job.count)
-        if blend(program, loaded.stored, F32, room.data.cast("B")):
-            run.weights.note(job.tensor, max(-float(room.min()), float(room.max())))
+        if blended := blend(program, loaded.stored, F32, room.data.cast("B")):
+            run.weights.note(job.tensor, blended.largest)
             return 0, None
         with self._ops.writing(0, room):
             self._execute(program, loaded, run, job)
@@ -263,6 +265,12 @@ class Worker:
         """Rounding to FP8 as this merge does it."""
 
         def round_to(values: Floats, dtype: DType, factor: np.float32 | None = None) -> Octets:
+            if isinstance(rounding, Nearest):
+                given = Stored(
+                    np.ascontiguousarray(values).data.cast("B"), F32, 1.0 if factor is None else float(factor)
+                )
+                if blended := blend(COPY, [given], dtype, self._ops.out, saturating=True):
+                    return np.frombuffer(blended.stored, np.uint8).reshape(values.shape)
             room = self._ops.room(0, values.size)
             if factor is None:
                 np.copyto(room, values.reshape(-1))

@@ -10,24 +10,32 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Add, Load, Program, Scale, Subtract
 from mergetool.ops.stored import Stored, kind_of
+from mergetool.quant.encoding import Floats
 from mergetool_kernels import compiled
 
 
 class Blended(NamedTuple):
-    """A program's result as it is stored, and what it did to the first model where that was asked for."""
+    """A program's result as it is stored, its largest magnitude before that, and what it did to the first model where that was asked for."""
 
     stored: memoryview
+    largest: float
     movement: Movement | None
 
 
 def blend(
-    program: Program, operands: Sequence[Stored | None], dtype: DType, room: memoryview, first: int | None = None
+    program: Program,
+    operands: Sequence[Stored | None],
+    dtype: DType,
+    room: memoryview,
+    first: int | None = None,
+    *,
+    saturating: bool = False,
 ) -> Blended | None:
     """The bytes of ``CpuOps.store`` to nearest, and with ``first``, the operand that is the first model, the figures of ``CpuOps.measure``.
 
     ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
     that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program
-    calls methods or has many registers, or an element is not finite or beyond what the dtype holds. The interpreter's lock is free meanwhile.
+    calls methods or has many registers, or an element is not finite or beyond what the dtype holds (which is its largest value where it is to be ``saturating``). The interpreter's lock is free meanwhile.
     """
     steps, kind = _steps(program), kind_of(dtype)
     if steps is None or kind is None:
@@ -36,17 +44,35 @@ def blend(
     given = []
     for model in models:
         stored = operands[model]
-        operand_kind = None if stored is None else kind_of(stored[1])
+        operand_kind = None if stored is None else kind_of(stored.dtype)
         if stored is None or operand_kind is None:
             return None
-        given.append((stored[0], operand_kind))
-    raw, source = operands[steps.models[0]] or (room, dtype)
+        given.append((stored.raw, operand_kind, stored.factor))
+    raw, source, _ = operands[steps.models[0]] or Stored(room, dtype)
     count = raw.nbytes // source.itemsize
     out = room[: count * dtype.itemsize]
-    is_ordinary, movement = compiled.blend(
-        steps.steps, steps.factors, given, count, out, kind, None if first is None else len(given) - 1
+    is_ordinary, largest, movement = compiled.blend(
+        steps.steps,
+        steps.factors,
+        given,
+        count,
+        out,
+        kind,
+        None if first is None else len(given) - 1,
+        saturating=saturating,
     )
-    return Blended(out, None if movement is None else Movement(*movement)) if is_ordinary else None
+    return Blended(out, largest, None if movement is None else Movement(*movement)) if is_ordinary else None
+
+
+def moves(result: Floats, first: Floats, came: Stored, alone: memoryview) -> Movement | None:
+    """What storing did to elements of a weight that is quantised with one scale: ``came`` is what ``result`` is stored as, ``alone`` the codes of
+    the ``first`` model's elements with the same scale. None where that is not compiled, or one of them is not finite.
+    """
+    kind = kind_of(came.dtype)
+    if kind is None:
+        return None
+    found = compiled.moves(result.data.cast("B"), first.data.cast("B"), came.raw, alone, kind, came.factor)
+    return None if found is None else Movement(*found)
 
 
 class _Steps(NamedTuple):

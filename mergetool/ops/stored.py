@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool_kernels import compiled
 
-Stored = tuple[memoryview, DType]
-"""Little-endian elements at any address, and what they are."""
+
+class Stored(NamedTuple):
+    """Little-endian elements at any address, what they are, and what each is multiplied by in float32."""
+
+    raw: memoryview
+    dtype: DType
+    factor: float = 1.0
+
 
 _KINDS = {
     dtypes.F32: compiled.FLOAT32,

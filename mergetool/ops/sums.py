@@ -18,9 +18,9 @@ for calls: 0.16 ns an element of 1024, 0.08 of 4096 (AMD EPYC 9004)."""
 _SAFE = 1e-30, 1e30  # outside, squares of float32 may have vanished or overflowed
 
 
-def is_read(dtype: DType) -> bool:
-    """Whether `side_by_side` takes elements of this dtype as they are stored; others must be made float32 before."""
-    return dtype is F32 or kind_of(dtype) is not None
+def is_read(stored: Stored) -> bool:
+    """Whether `side_by_side` takes such elements as they are stored; others must be made float32 before."""
+    return (stored.dtype is F32 and stored.factor == 1) or kind_of(stored.dtype) is not None
 
 
 def side_by_side(models: Sequence[Stored | None], count: int) -> list[float]:
@@ -30,8 +30,8 @@ def side_by_side(models: Sequence[Stored | None], count: int) -> list[float]:
     delta; 0 where there is no such model. Deltas are in float32. A sum is not finite only when an element, or a delta, is not.
     """
     if compiled.is_available():
-        return compiled.sums([None if model is None else (model[0], _kind(model[1])) for model in models], count)
-    return with_numpy([None if model is None else np.frombuffer(model[0], np.float32, count) for model in models])
+        return compiled.sums([None if m is None else (m.raw, _kind(m.dtype), m.factor) for m in models], count)
+    return with_numpy([None if model is None else np.frombuffer(model.raw, np.float32, count) for model in models])
 
 
 def _kind(dtype: DType) -> int:

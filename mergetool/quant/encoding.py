@@ -167,6 +167,13 @@ class Encoding(ABC):
         if values is not out:
             out[:] = values[:, : self.width]
 
+    def scaled(self, raw: Sequence[memoryview]) -> tuple[memoryview, DType, float] | None:
+        """The codes of rows, row by row, as plain floats of a dtype, and one float32 that each is multiplied by; None where it is not so.
+
+        ``raw`` is as for `decode`.
+        """
+        return None
+
     def values(self, read: Callable[[str, int, int], bytes], row: int = 0, rows: int | None = None) -> Floats:
         """The values of rows ``[row, row + rows)``, of all from ``row`` on without ``rows``: float32 [rows, width].
 

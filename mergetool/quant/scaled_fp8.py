@@ -56,6 +56,12 @@ class ScaledFp8(Encoding):
         codes, scales = self._codes(raw, row, rows)
         widen(codes, self.dtype, out.reshape(codes.shape), scales)
 
+    def scaled(self, raw: Sequence[memoryview]) -> tuple[memoryview, DType, float] | None:
+        """Of a weight with one scale."""
+        if self.grid != (1, 1) or self.columns is not None or self.width != self.padded[1]:
+            return None
+        return raw[0], self.dtype, float(floats(raw[1], self.scale_dtype)[0])
+
     def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
         """The spacing of FP8 numbers times the scale."""
         codes, scales = self._codes(raw, row, rows)

@@ -37,9 +37,15 @@ def elements(dtype: DType, count: int, seed: int, *, offset: int = 0) -> memoryv
 
 
 def blend(
-    program: Program, operands: list[Stored | None], dtype: DType, first: int | None = None, *, count: int = 20_000
+    program: Program,
+    operands: list[Stored | None],
+    dtype: DType,
+    first: int | None = None,
+    *,
+    count: int = 20_000,
+    saturating: bool = False,
 ) -> blending.Blended | None:
-    return blending.blend(program, operands, dtype, memoryview(bytearray(4 * count)), first)
+    return blending.blend(program, operands, dtype, memoryview(bytearray(4 * count)), first, saturating=saturating)
 
 
 def every_code(dtype: DType) -> np.ndarray:
@@ -58,7 +64,7 @@ def test_bytes_and_movement_are_the_oracles(source: DType, output: DType, count:
     given = [oracle.decode(bytes(raw), source).astype(np.float32) for raw in raws]
     wanted = oracle.run(THREE, given, np.float32)
 
-    found = blend(THREE, [(raw, source) for raw in raws], output, 0)
+    found = blend(THREE, [Stored(raw, source) for raw in raws], output, 0)
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(wanted, output, NEAREST)
@@ -81,10 +87,10 @@ def assert_same_movement(found: blending.Blended, result: np.ndarray, first: np.
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_finite_code_comes_back(dtype: DType) -> None:
     raw = oracle.encode(every_code(dtype), dtype)
-    as_floats = blend(ONE, [(memoryview(raw), dtype)], dtypes.F32, count=1 << 16)
+    as_floats = blend(ONE, [Stored(memoryview(raw), dtype)], dtypes.F32, count=1 << 16)
     assert as_floats is not None
     assert bytes(as_floats.stored) == oracle.decode(raw, dtype).astype(np.float32).tobytes()
-    back = blend(ONE, [(memoryview(raw), dtype)], dtype, count=1 << 16)
+    back = blend(ONE, [Stored(memoryview(raw), dtype)], dtype, count=1 << 16)
     assert back is not None
     assert bytes(back.stored) == raw
 
@@ -97,7 +103,7 @@ def test_rounding_is_right_at_and_beside_every_tie(output: DType) -> None:
     sizes = np.concatenate([middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf))])
     values = np.concatenate([sizes, -sizes])
 
-    found = blend(ONE, [(memoryview(values.tobytes()), dtypes.F32)], output, count=len(values))
+    found = blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, count=len(values))
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(values, output, NEAREST)
@@ -110,7 +116,7 @@ def test_movement_of_tiny_and_huge_deltas_is_float64s(output: DType) -> None:
     for size in np.minimum(sizes, 2.0**120):
         first = (random.standard_normal(3000).clip(-3, 3) * size / 4).astype(np.float32)
         other = (random.standard_normal(3000).clip(-3, 3) * size / 4).astype(np.float32)
-        operands: list[Stored | None] = [(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
+        operands: list[Stored | None] = [Stored(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
         program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
         found = blend(program, operands, output, 0)
         assert found is not None
@@ -122,7 +128,7 @@ def test_a_register_may_be_loaded_again_and_added_to_itself() -> None:
     program = Program((Load(0, 2), Load(1, 0), Add(1, 1), Subtract(0, 1), Load(1, 1), Scale(1, -0.25), Add(0, 1)))
     given = [oracle.decode(bytes(raw), dtypes.BF16) for raw in raws]
 
-    found = blend(program, [(raw, dtypes.BF16) for raw in raws], dtypes.BF16)
+    found = blend(program, [Stored(raw, dtypes.BF16) for raw in raws], dtypes.BF16)
 
     assert found is not None
     assert found.movement is None
@@ -135,7 +141,7 @@ def test_a_register_may_be_loaded_again_and_added_to_itself() -> None:
 def test_what_is_not_finite_or_does_not_fit_is_left_to_others(output: DType, value: float, at: int) -> None:
     values = np.zeros(3000, np.float32)
     values[at] = value
-    assert blend(ONE, [(memoryview(values.tobytes()), dtypes.F32)], output) is None
+    assert blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output) is None
 
 
 @pytest.mark.parametrize("output", [dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2])
@@ -143,13 +149,13 @@ def test_the_largest_number_fits_and_the_next_does_not(output: DType) -> None:
     for sign in (1, -1):
         fits = np.array([sign * output.largest], np.float32)
         beyond = np.nextafter(fits, np.float32(sign * np.inf))
-        assert blend(ONE, [(memoryview(fits.tobytes()), dtypes.F32)], output) is not None
-        assert blend(ONE, [(memoryview(beyond.tobytes()), dtypes.F32)], output) is None
+        assert blend(ONE, [Stored(memoryview(fits.tobytes()), dtypes.F32)], output) is not None
+        assert blend(ONE, [Stored(memoryview(beyond.tobytes()), dtypes.F32)], output) is None
 
 
 def test_a_first_model_that_does_not_fit_is_left_to_others() -> None:
     first, other = np.full(4, 500, np.float32), np.full(4, -400, np.float32)
-    operands: list[Stored | None] = [(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
+    operands: list[Stored | None] = [Stored(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
     program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
     assert blend(program, operands, dtypes.F8_E4M3) is not None
     assert blend(program, operands, dtypes.F8_E4M3, 0) is None
@@ -158,16 +164,16 @@ def test_a_first_model_that_does_not_fit_is_left_to_others() -> None:
 def test_programs_and_operands_that_are_not_compiled_are_left_to_others() -> None:
     raw = elements(dtypes.BF16, 8, 1)
     many = Program(tuple(Load(register, 0) for register in range(compiled.REGISTERS + 1)))
-    assert blend(many, [(raw, dtypes.BF16)], dtypes.BF16) is None
-    assert blend(Program((Load(0, 0), Apply(0, "x", (0,)))), [(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blend(many, [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blend(Program((Load(0, 0), Apply(0, "x", (0,)))), [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
     assert blend(ONE, [None], dtypes.BF16) is None
-    assert blend(ONE, [(memoryview(bytes(8)), dtypes.F64)], dtypes.BF16) is None
-    assert blend(ONE, [(raw, dtypes.BF16)], dtypes.F64) is None
+    assert blend(ONE, [Stored(memoryview(bytes(8)), dtypes.F64)], dtypes.BF16) is None
+    assert blend(ONE, [Stored(raw, dtypes.BF16)], dtypes.F64) is None
 
 
 def test_steps_and_buffers_that_do_not_fit_each_other_are_refused() -> None:
     raw, out = memoryview(bytes(16)), memoryview(bytearray(16))
-    one = [(raw, compiled.BFLOAT16)]
+    one = [(raw, compiled.BFLOAT16, 1.0)]
     for steps in ([(compiled.LOAD, 0, 1)], [(compiled.LOAD, 8, 0)], [(compiled.SCALE, 0, 0)], [(9, 0, 0)]):
         with pytest.raises(ValueError, match="not there"):
             compiled.blend(steps, [], one, 8, out, compiled.BFLOAT16)
@@ -179,10 +185,76 @@ def test_steps_and_buffers_that_do_not_fit_each_other_are_refused() -> None:
         compiled.blend([(compiled.LOAD, 0, 0)], [], one, 8, out, compiled.BFLOAT16, 1)
 
 
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("scale", [2.1e-4, 1.0, 3.7])
+def test_operands_are_multiplied_by_their_scale_first(source: DType, scale: float) -> None:
+    raws = [elements(source, 5000, seed) for seed in range(3)]
+    scales = [np.float32(scale), np.float32(0.9 * scale), np.float32(1)]
+    given = [oracle.decode(bytes(raw), source).astype(np.float32) * one for raw, one in zip(raws, scales, strict=True)]
+    wanted = oracle.run(THREE, given, np.float32)
+    operands: list[Stored | None] = [Stored(raw, source, float(s)) for raw, s in zip(raws, scales, strict=True)]
+
+    found = blend(THREE, operands, dtypes.BF16, 0)
+
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(wanted, dtypes.BF16, NEAREST)
+    assert found.largest == np.abs(wanted).max()
+    assert_same_movement(found, wanted, given[0], dtypes.BF16)
+
+
+@pytest.mark.parametrize("output", [dtypes.F8_E4M3, dtypes.F8_E5M2])
+def test_saturating_keeps_what_is_beyond_at_the_largest_number(output: DType) -> None:
+    values = np.array([1, 3, 0, -0.0, 1.0001, -1.0001, 1e5, -1e30], np.float32) * np.float32(output.largest)
+    operand: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
+    found = blend(ONE, operand, output, saturating=True)
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(values, output, NEAREST)
+    for bad in (np.nan, np.inf, -np.inf):
+        values[5] = bad
+        operand = [Stored(memoryview(values.tobytes()), dtypes.F32)]
+        assert blend(ONE, operand, output, saturating=True) is None
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("dtype", [dtypes.F8_E4M3, dtypes.F8_E5M2])
+def test_what_storing_with_a_scale_did_is_numpys(dtype: DType, count: int) -> None:
+    random, scale = np.random.default_rng(count), np.float32(2.1e-4)
+    first = (random.standard_normal(count) * 0.02).astype(np.float32)
+    delta = random.standard_normal(count) * np.exp2(random.integers(-20, -6, count)) * (random.random(count) < 0.7)
+    result = (first + delta).astype(np.float32)
+    came, alone = (oracle.encode(values / scale, dtype) for values in (result, first))
+    stands, base = (oracle.decode(codes, dtype).astype(np.float32) for codes in (came, alone))
+
+    found = blending.moves(result, first, Stored(memoryview(came), dtype, float(scale)), memoryview(alone))
+
+    assert found is not None
+    moves, change = result - first, stands * scale - base * scale
+    least, bits = (2.0**-6, 3) if dtype is dtypes.F8_E4M3 else (2.0**-14, 2)
+    exponent = np.floor(np.log2(np.maximum(np.abs(base), least)))
+    half = np.exp2(exponent - bits - 1).astype(np.float32) * scale
+    assert found.moved == np.count_nonzero(moves)
+    assert found.eaten == np.count_nonzero((moves != 0) & (change == 0))
+    assert found.below_half_ulp == np.count_nonzero((moves != 0) & (np.abs(moves) < half))
+    assert found.delta_energy == pytest.approx(np.sum(moves.astype(np.float64) ** 2), rel=1e-12)
+    assert found.kept_energy == pytest.approx(float(moves.astype(np.float64) @ change.astype(np.float64)), rel=1e-12)
+
+
+def test_moves_that_are_not_finite_or_do_not_fit_are_not_summed() -> None:
+    one = np.ones(8, np.float32)
+    codes = memoryview(bytes(8))
+    for bad in (np.nan, np.inf):
+        other = one.copy()
+        other[3] = bad
+        assert blending.moves(other, one, Stored(codes, dtypes.F8_E4M3), codes) is None
+    assert blending.moves(one, one, Stored(codes, dtypes.F64), codes) is None
+    with pytest.raises(ValueError, match="32, 32, 7 and 8 bytes"):
+        blending.moves(one, one, Stored(codes[:7], dtypes.F8_E4M3), codes)
+
+
 def test_the_weighted_sum_is_the_oracles() -> None:
     raws = [elements(dtypes.F16, 5000, seed) for seed in range(2)]
     given = [oracle.decode(bytes(raw), dtypes.F16) for raw in raws]
-    found = blend(WEIGHTED, [(raw, dtypes.F16) for raw in raws], dtypes.F8_E4M3, 1)
+    found = blend(WEIGHTED, [Stored(raw, dtypes.F16) for raw in raws], dtypes.F8_E4M3, 1)
     assert found is not None
     result = oracle.run(WEIGHTED, given, np.float32)
     assert bytes(found.stored) == oracle.store(result, dtypes.F8_E4M3, NEAREST)

@@ -18,7 +18,7 @@ SIZES = (0, 1, 7, 8, 1023, 1024, 1025, 4096, 10_007)
 
 
 def of_numpy(models: Sequence[sums.Stored | None], count: int) -> list[float]:
-    return sums.with_numpy([None if model is None else as_floats(*model)[:count] for model in models])
+    return sums.with_numpy([None if m is None else as_floats(m.raw, m.dtype)[:count] for m in models])
 
 
 IMPLEMENTATIONS: list[Implementation] = [of_numpy, *([sums.side_by_side] if compiled.is_available() else [])]
@@ -35,7 +35,7 @@ def stored(values: Floats, dtype: DType, *, offset: int = 0) -> sums.Stored:
     """The upper halves for bfloat16, at an address that is ``offset`` bytes from an aligned one."""
     values = np.ascontiguousarray(values, np.float32)
     raw = values.tobytes() if dtype is F32 else (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    return memoryview(bytearray(offset) + raw)[offset:], dtype
+    return sums.Stored(memoryview(bytearray(offset) + raw)[offset:], dtype)
 
 
 def models(count: int, kinds: Sequence[DType | None], *, scale: float = 1.0) -> list[sums.Stored | None]:
@@ -46,7 +46,9 @@ def models(count: int, kinds: Sequence[DType | None], *, scale: float = 1.0) -> 
 
 def expected(models: Sequence[sums.Stored | None]) -> list[float]:
     """In float64, but for the differences, which are taken in float32."""
-    base, variant, onto, reference, reference_base = (None if m is None else as_floats(*m) for m in models)
+    base, variant, onto, reference, reference_base = (
+        None if m is None else as_floats(m.raw, m.dtype) * np.float32(m.factor) for m in models
+    )
     assert base is not None
     assert variant is not None
     none = np.zeros_like(base)
@@ -58,7 +60,7 @@ def expected(models: Sequence[sums.Stored | None]) -> list[float]:
 
 def test_the_compiled_kernel_is_built_where_there_is_a_compiler() -> None:
     assert compiled.is_available() or shutil.which("cc") is None
-    assert sums.is_read(BF16) == compiled.is_available()
+    assert sums.is_read(stored(np.zeros(1), BF16)) == compiled.is_available()
 
 
 @each_implementation
@@ -79,6 +81,19 @@ def test_sums_are_those_of_float64(implementation: Implementation, count: int, k
     found = implementation(given, count)
     assert found[:5] == pytest.approx(wanted[:5], rel=1e-6)
     assert found[5] == pytest.approx(wanted[5], abs=1e-6 * size)
+
+
+@pytest.mark.parametrize("kinds", [(BF16, BF16, None, None, None), (BF16, F32, BF16, F32, BF16)])
+def test_every_model_is_multiplied_by_its_scale(kinds: tuple[DType | None, ...]) -> None:
+    given = [
+        None if model is None else model._replace(factor=factor)
+        for model, factor in zip(models(3001, kinds), (0.5, 3e-4, 7.0, 1.0, 0.1), strict=True)
+    ]
+    if compiled.is_available():
+        wanted = expected(given)
+        found = sums.side_by_side(given, 3001)
+        assert found[:5] == pytest.approx(wanted[:5], rel=1e-6)
+        assert found[5] == pytest.approx(wanted[5], abs=1e-6 * np.sqrt(wanted[2] * wanted[4]))
 
 
 @each_implementation
@@ -139,13 +154,14 @@ def test_elements_may_lie_at_any_address() -> None:
 def test_too_few_bytes_are_refused() -> None:
     if compiled.is_available():
         with pytest.raises(ValueError, match="model 1 has 20 bytes"):
-            compiled.sums([(memoryview(bytes(size)), compiled.BFLOAT16) for size in (22, 20)], 11)
+            compiled.sums([(memoryview(bytes(size)), compiled.BFLOAT16, 1.0) for size in (22, 20)], 11)
 
 
 def test_without_the_library_a_comparison_takes_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     given = models(2000, (F32, F32, None, None, None))
     before = sums.side_by_side(given, 2000)
     monkeypatch.setattr(compiled, "is_available", lambda: False)
-    assert not sums.is_read(BF16)
-    assert sums.is_read(F32)
+    assert not sums.is_read(stored(np.zeros(1), BF16))
+    assert sums.is_read(stored(np.zeros(1), F32))
+    assert not sums.is_read(stored(np.zeros(1), F32)._replace(factor=0.5))
     assert sums.side_by_side(given, 2000) == pytest.approx(before, rel=1e-6)
