@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from math import prod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mergetool import methods
-from mergetool.engine.device import Device
-from mergetool.engine.gpu import failure
+from mergetool.engine.device import Device, failure
 from mergetool.methods import Site
 from mergetool.ops.program import Apply, Program
 from mergetool.recipe.steps import OutputTensor, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def buffers(program: Program) -> float:
@@ -42,6 +42,8 @@ class Caller:
         """
         if not self._locks:
             return self._call(call, tensors, part), False
+        import torch
+
         name = next((name for name, lock in self._locks.items() if not lock.locked()), self._device.names[0])
         with self._locks[name]:
             try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from mergetool.errors import UsageError
+from mergetool.errors import DeviceError, UsageError
 
 WORTH_STARTING = 1_000_000_000
 """Bytes to read from which ``auto`` starts a GPU: its driver and kernels take 2 to 4 seconds to come up."""
@@ -33,7 +36,7 @@ def choose(name: str, *, work: int, memory: int = 0) -> Device:
     ``auto`` takes GPUs when there are some, Triton can be imported and ``work`` bytes are worth it, else the CPU; the
     output is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
     """
-    if name == "cpu" or (name == "auto" and work < WORTH_STARTING):
+    if name == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
         return CPU
     if name not in ("auto", "cuda") and not (name.startswith("cuda:") and name[5:].isdecimal()):
         raise UsageError(f'--device "{name}" is not auto, cpu, cuda or cuda:NUMBER.')
@@ -62,10 +65,26 @@ def _obstacle(name: str) -> str | None:
     return None
 
 
+def _torch_is_for_cpus() -> bool:
+    """True where the installed torch is built without any GPU's libraries, told by its version file: importing it takes a second."""
+    found = importlib.util.find_spec("torch")
+    with suppress(OSError):
+        if found is not None and found.origin is not None:
+            said = (Path(found.origin).parent / "version.py").read_text()
+            return all(re.search(rf"^{gpu}\b.*= None$", said, re.MULTILINE) for gpu in ("cuda", "hip"))
+    return False
+
+
 def _gpus(name: str) -> tuple[str, ...]:
     import torch
 
     return (name,) if ":" in name else tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+
+
+def failure(name: str, error: Exception) -> DeviceError:
+    """The sentence for a GPU that stopped working."""
+    reason = str(error).partition("\n")[0]
+    return DeviceError(f"the GPU {name} failed ({reason}); --device cpu gives the same bytes.")
 
 
 def free_memory(name: str) -> int:

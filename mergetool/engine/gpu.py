@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from mergetool.checkpoint.dtypes import DType
-from mergetool.engine.device import Device, free_memory
+from mergetool.engine.device import Device, failure, free_memory
 from mergetool.engine.ring import ALIGNMENT, Region, Ring, aligned
 from mergetool.engine.threads import default_threads
-from mergetool.errors import DeviceError
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import ErrorFeedback
@@ -280,9 +279,3 @@ class Driver:
 
 def _job_bytes(job: Job) -> int:
     return sum(aligned(job.count * window.dtype.itemsize) for window in job.step.windows)
-
-
-def failure(name: str, error: Exception) -> DeviceError:
-    """The sentence for a GPU that stopped working."""
-    reason = str(error).partition("\n")[0]
-    return DeviceError(f"the GPU {name} failed ({reason}); --device cpu gives the same bytes.")

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-
-import numpy
-import torch
 
 from mergetool import __version__, models
 from mergetool.adapters.reading import open_lora
@@ -33,7 +31,7 @@ from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import Input
 
-# Anonymous memory of a process that has imported torch and opened three models, before it works.
+# Anonymous memory of a process that has imported torch, which a merge may come to need, and opened three models, before it works.
 BASE_MEMORY = 220_000_000
 
 
@@ -269,7 +267,7 @@ def _work(plan: Plan, non_finite: NonFinite) -> Work:
     files = [file.identity[1:] for model in plan.inputs for file in model.checkpoint.files]
     return {
         "other inputs": journal.digest_of(json.dumps(files).encode()),
-        "other versions": journal.digest_of(f"{__version__} {torch.__version__} {numpy.__version__}".encode()),
+        "other versions": journal.digest_of(f"{__version__} {version('torch')} {version('numpy')}".encode()),
         "another --nonfinite": non_finite,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergetool.checkpoint import system
-from mergetool.engine import bundles, calling, gpu, quantising
+from mergetool.engine import bundles, calling, quantising
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.threads import default_threads
 from mergetool.recipe.plan import Plan
@@ -40,7 +40,11 @@ def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device 
 
 def _of_pass(plans: Sequence[Plan], threads: int | None, device: Device) -> int:
     held = sum(sum(quantising.capacities([t for t in plan.tensors if t.quantiser])) for plan in plans)
-    pinned = len(device.names) * gpu.room(plans[0], device).pinned if device.is_gpu else 0
+    pinned = 0
+    if device.is_gpu:
+        from mergetool.engine import gpu  # imports torch, which takes a second
+
+        pinned = len(device.names) * gpu.room(plans[0], device).pinned
     return 4 * held + workers(plans, threads) * _of_worker(plans) + pinned
 
 

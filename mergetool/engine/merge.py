@@ -5,11 +5,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from mergetool.checkpoint import system
-from mergetool.engine import gpu
 from mergetool.engine.bundles import Bundle, Operands, bundles, pieces
 from mergetool.engine.calling import Caller
 from mergetool.engine.device import CPU, Device
@@ -19,9 +17,13 @@ from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
+from mergetool.engine.threads import TorchThreads
 from mergetool.engine.worker import Done, Measure, NonFinite, Outcome, Output, Run, Worker
 from mergetool.ops.movement import Movement
 from mergetool.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from mergetool.engine.gpu import Room
 
 # Nothing is read ahead by hand: the kernel sees sequential readers and does it better. Three cold 12.3 GB files, 2 cores:
 # 22-27 s, and 30-45 s when chunks were announced with POSIX_FADV_WILLNEED, which cost twice the kernel time.
@@ -92,27 +94,31 @@ def run_together(
         )
         for plan, writer, name in items
     ]
-    pool = _Workers(runs, device, threads)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over chunks; threads inside an operation would fight for the cores
-    try:
-        pool.run(progress)
-    finally:
-        torch.set_num_threads(torch_threads)
+    # The parallelism is over chunks; threads inside an operation would fight for the cores.
+    with TorchThreads() as torch_threads:
+        if device.is_gpu or any(run.multiplies for run in runs):
+            torch_threads.one()
+        _Workers(runs, device, threads, torch_threads).run(progress)
     return [run.outcome for run in runs]
 
 
 class _Workers:
-    def __init__(self, runs: Sequence[Run], device: Device, threads: int | None) -> None:
+    def __init__(self, runs: Sequence[Run], device: Device, threads: int | None, torch_threads: TorchThreads) -> None:
         plans = [run.plan for run in runs]
         self._runs = runs
         self._device = device
         self._threads = workers(plans, threads)
-        self._room = gpu.room(plans[0], device) if device.is_gpu else None  # a GPU's passes are of one plan
+        self._torch_threads = torch_threads
+        self._suits: Callable[[Job | Quantise], bool] = lambda _: False
+        self._room: Room | None = None
+        if device.is_gpu:
+            from mergetool.engine import gpu  # imports torch, which takes a second
+
+            self._suits, self._room = gpu.suits, gpu.room(plans[0], device)  # a GPU's passes are of one plan
         self._work_list = bundles(plans, self._room.chunk if self._room else None)
         sizes = Counter(work.phase for work in self._work_list if work.phase is not None)
         self._phases = Phases([sizes[phase] for phase in range(len(sizes))])
-        on_gpu = [device.is_gpu and gpu.suits(work.jobs[0][1]) for work in self._work_list]
+        on_gpu = [self._suits(work.jobs[0][1]) for work in self._work_list]
         self._for_cpu = iter([i for i, suited in enumerate(on_gpu) if not suited])
         self._for_gpu = iter([i for i, suited in enumerate(on_gpu) if suited])
         self._spare: Worker | None = None
@@ -162,7 +168,7 @@ class _Workers:
         """Whether some of what a run merged was not measured: of a sample on the CPU."""
         if self._runs[number].measure != "sample":
             return False
-        on_cpu = (job for _, job in self._jobs_of(number) if not (self._device.is_gpu and gpu.suits(job)))
+        on_cpu = (job for _, job in self._jobs_of(number) if not self._suits(job))
         return any(not job.sampled for job in on_cpu if isinstance(job, Quantise) or _is_stored(job))
 
     def _jobs_of(self, number: int) -> Iterator[tuple[int, Job | Quantise]]:
@@ -194,7 +200,7 @@ class _Workers:
             worker = None
             while (index := self._take(self._for_cpu)) is not None:
                 work = self._work_list[index]
-                worker = worker or Worker(self._runs, self._work_list)
+                worker = worker or Worker(self._runs, self._work_list, self._torch_threads)
                 if work.phase is not None and not self._phases.enter(work.phase):
                     return
                 for part in pieces(work):
@@ -206,6 +212,8 @@ class _Workers:
             self._fail(error)
 
     def _drive(self, name: str) -> None:
+        from mergetool.engine import gpu
+
         assert self._room is not None
         (run,) = self._runs
         tasks = gpu.Tasks(self._take_plain, self._redo, self._done_by_gpu, self._off_device, self._fail)
@@ -248,7 +256,7 @@ class _Workers:
     def _redo(self, job: Job) -> Done:
         """A GPU's job by the CPU, one at a time."""
         with self._redoing:
-            self._spare = self._spare or Worker(self._runs, self._work_list)
+            self._spare = self._spare or Worker(self._runs, self._work_list, self._torch_threads)
             work = Bundle(((0, job),), Operands.of([(self._runs[0].plan, job.step)]))
             done = [found for part in pieces(work) for found in self._spare.do(part)]
         movements = [movement for _, movement in done if movement is not None]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-import torch
 
+from mergetool.adapters.rows import StackedRows
 from mergetool.checkpoint.dtypes import F16, F32, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
@@ -21,10 +22,10 @@ from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Piece, Weights
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
+from mergetool.engine.threads import TorchThreads
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import Blended, blend
 from mergetool.ops.contract import execute
-from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Apply, Program
 from mergetool.ops.rounding import NEAREST, Nearest, Rounding
@@ -33,6 +34,9 @@ from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import COPY
+
+if TYPE_CHECKING:
+    from mergetool.ops.cpu import CpuOps
 
 NonFinite = Literal["refuse", "keep"]
 Measure = Literal["sample", "all", "off"]
@@ -97,8 +101,16 @@ class Run:
     @property
     def decodes(self) -> bool:
         """Whether some values are not stored as such."""
-        windows = (window for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
-        return any(window.encoding is not None for window in windows)
+        return any(encoding is not None for encoding in self._encodings)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether some values are products of a LoRA's factors."""
+        return any(isinstance(encoding, StackedRows) for encoding in self._encodings)
+
+    @property
+    def _encodings(self) -> Iterator[object]:
+        return (window.encoding for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
 
     def measures(self, job: Job | Quantise) -> bool:
         """Whether what the delta did is measured on this job."""
@@ -138,17 +150,26 @@ class _Loaded:
 class Worker:
     """One thread's registers, buffers and reading method, for all the plans of a pass."""
 
-    def __init__(self, runs: Sequence[Run], work: Sequence[Work]) -> None:
+    def __init__(self, runs: Sequence[Run], work: Sequence[Work], torch_threads: TorchThreads) -> None:
         """With room for any of ``work``."""
         self._runs = runs
+        self._torch_threads = torch_threads
         self._registers = max((one.operands.registers for one in work if isinstance(one, Bundle)), default=1)
-        capacity = max((one.capacity for one in work), default=0)
-        self._ops = CpuOps(
-            capacity=capacity, registers=self._registers + 1
-        )  # the last is for what the result is measured against
+        self._capacity = max((one.capacity for one in work), default=0)
+        # Memory that only fp64 touches the second half of; what is ordinary is stored to it.
+        self._out = np.empty(self._capacity * 8, np.uint8).data
         files = list(dict.fromkeys(file for run in runs for file in run.files))
         self._reader = ValueReader(fetcher(runs[0].method, files, buffered=any(run.decodes for run in runs)))
         self._kept: list[Floats] = []
+
+    @cached_property
+    def _ops(self) -> CpuOps:
+        """For what is not done in one pass. Made then: with it comes torch, which takes a second to import."""
+        from mergetool.ops.cpu import CpuOps
+
+        self._torch_threads.one()
+        # The last register is for what the result is measured against.
+        return CpuOps(capacity=self._capacity, registers=self._registers + 1)
 
     def do(self, work: Work) -> list[Done]:
         """Do a bundle's jobs, in their order."""
@@ -192,7 +213,7 @@ class Worker:
         """Do one job, whose windows are ``columns`` of what is loaded; returns the bytes written."""
         fetched = [loaded.fetched[column] for column in columns]
         if program is None:
-            if fetched[0].dtype.blendable:
+            if fetched[0].dtype.blendable and not blend(COPY, [fetched[0].stored], F32, self._out):
                 self._load(0, fetched[0])
                 self._check(run, job, fetched)
             return self._write(run, job, fetched[0].raw[0]), None
@@ -220,7 +241,7 @@ class Worker:
             return None
         measured = job.step.base is not None and run.measures(job)
         first = columns[job.step.base] if measured and job.step.base is not None else None
-        return blend(program, loaded.stored, job.tensor.dtype, self._ops.out, first)
+        return blend(program, loaded.stored, job.tensor.dtype, self._out, first)
 
     def _result(
         self, run: Run, job: Job, program: Program, fetched: list[Fetched], loaded: _Loaded
@@ -269,7 +290,7 @@ class Worker:
                 given = Stored(
                     np.ascontiguousarray(values).data.cast("B"), F32, 1.0 if factor is None else float(factor)
                 )
-                if blended := blend(COPY, [given], dtype, self._ops.out, saturating=True):
+                if blended := blend(COPY, [given], dtype, self._out, saturating=True):
                     return np.frombuffer(blended.stored, np.uint8).reshape(values.shape)
             room = self._ops.room(0, values.size)
             if factor is None:
@@ -294,9 +315,8 @@ class Worker:
                 continue
             window = step.windows[step.base]
             fetched = self._reader.fetch(0, run.plan.inputs[window.input].checkpoint, window, start - step.first, count)
-            self._load(0, fetched)
             rows = slice(start // columns - piece.row, (start + count) // columns - piece.row)
-            base[rows] = self._ops.values(0).reshape(-1, columns)
+            self._fill(base[rows].reshape(-1), fetched)
             self._reader.release(fetched)
             merged.append((step.part, rows))
         for part, rows in merged:
@@ -318,6 +338,8 @@ class Worker:
 
     def _apply(self, call: Apply, run: Run, job: Job) -> None:
         """Do a method call; the job is of its whole part."""
+        import torch
+
         shape = shape_of(job.tensor, job.step)
         arguments = [
             torch.zeros(shape) if register is None else torch.from_numpy(self._ops.values(register)).view(shape)
@@ -327,6 +349,12 @@ class Worker:
         np.copyto(self._ops.room(call.register, job.count), result.reshape(-1).numpy())
         if was_off_device:
             run.note(run.outcome.off_device, job.tensor.name, job.count)
+
+    def _fill(self, out: Floats, found: Fetched) -> None:
+        """Write elements as float32 into ``out``."""
+        if not blend(COPY, [found.stored], F32, out.data.cast("B")):
+            self._load(0, found)
+            np.copyto(out, self._ops.values(0))
 
     def _load(self, register: int, found: Fetched) -> None:
         if found.is_plain:

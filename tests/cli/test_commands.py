@@ -63,10 +63,18 @@ def test_a_command_imports_no_other_and_names_are_looked_up_without_numpy(family
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", "alkahest.safetensors", "--hash"], ["compare", "alkahest", "turbo", "--json"]]
+    "arguments",
+    [
+        ["inspect", "alkahest.safetensors", "--hash"],
+        ["compare", "alkahest", "turbo", "--json"],
+        ["merge", MERGE, "-o", "out.safetensors", "--protect", "refiner"],
+        ["merge", MERGE, "-o", "out.safetensors", "--quant", "fp8-scaled", "--measure", "all"],
+        ["merge", MERGE, "-o", "out.safetensors", "--dtype", "fp8_e4m3", "--dry-run"],
+        ["convert", "turbo", "-o", "out.safetensors", "--dtype", "fp32"],
+    ],
 )
 def test_what_can_do_without_torch_never_imports_it(arguments: list[str], family: Path) -> None:
-    """It takes a second to import: where no kernel was compiled, compare does need it."""
+    """It takes a second to import: where no kernel was compiled, comparing and merging do need it."""
     code = (
         f"import sys; sys.argv = ['mergetool', *{arguments}]\n"
         "from mergetool.cli.main import main\n"

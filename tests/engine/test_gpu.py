@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,7 +154,32 @@ def test_asking_for_a_gpu_that_is_not_there_says_so_and_auto_takes_the_cpu() -> 
     assert devices.choose("auto", work=10**12) == CPU
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", True),
+        ("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n", False),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", False),
+        ("cuda = None\nhip = None\n", True),
+        ("something else\n", False),
+        (None, False),
+    ],
+)
+def test_auto_asks_torch_unless_its_version_file_says_it_is_for_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, expected: bool
+) -> None:
+    if said is not None:
+        (tmp_path / "version.py").write_text(said)
+    place = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: place)
+    asked: list[str] = []
+    monkeypatch.setattr(devices, "_obstacle", lambda name: asked.append(name) or "a GPU")
+    assert devices.choose("auto", work=10**12) == CPU
+    assert (not asked) == expected
+
+
 def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_torch_is_for_cpus", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs Triton, which is missing \(pip install triton\)"):
