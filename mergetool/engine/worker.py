@@ -104,6 +104,11 @@ class Run:
         return any(encoding is not None for encoding in self._encodings)
 
     @property
+    def collects(self) -> bool:
+        """Whether some weights wait in memory to be quantised."""
+        return any(tensor.quantiser for tensor in self.plan.tensors)
+
+    @property
     def multiplies(self) -> bool:
         """Whether some values are products of a LoRA's factors."""
         return any(isinstance(encoding, StackedRows) for encoding in self._encodings)
@@ -159,7 +164,9 @@ class Worker:
         # Memory that only fp64 touches the second half of; what is ordinary is stored to it.
         self._out = np.empty(self._capacity * 8, np.uint8).data
         files = list(dict.fromkeys(file for run in runs for file in run.files))
-        self._reader = ValueReader(fetcher(runs[0].method, files, buffered=any(run.decodes for run in runs)))
+        self._reader = ValueReader(
+            fetcher(runs[0].method, files, buffered=any(run.decodes or run.collects for run in runs))
+        )
         self._kept: list[Floats] = []
 
     @cached_property
