@@ -105,25 +105,47 @@ INLINE int round_any(const floats *result, int kind, unsigned char *out, words *
     }
 }
 
+typedef struct {
+    words moved, eaten, below;
+} counts;
+
+/* Counts one vector's elements: `delta` is what a merge added to them, `change` what of it is stored, `half` half a unit there. */
+INLINE void tally(counts *of, floats delta, floats change, floats half) {
+    words moved = (words)(delta != 0), size = (words)delta & 0x7FFFFFFF;
+    of->moved -= moved;
+    of->eaten -= moved & (words)(change == 0);
+    of->below -= moved & (words)((floats)size < half);
+}
+
+INLINE void add_counts(const counts *of, movement *found) {
+    for (int lane = 0; lane < LANES; lane++) {
+        found->moved += of->moved[lane];
+        found->eaten += of->eaten[lane];
+        found->below += of->below[lane];
+    }
+}
+
+/* The power of two of a number's binade; of a format's subnormals that of its smallest normal numbers. */
+INLINE floats binade(floats value, int kind) {
+    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
+    floats power = (floats)((words)value & 0x7F800000);
+    return (floats)choose((words)(power < smallest), (words)smallest, (words)power);
+}
+
 /* Adds what a run did to the first model to `found`, as mergetool.ops.movement defines it; returns whether the first model's
  * elements are ordinary. */
 INLINE int measure(const floats *result, const floats *first, stored out, int kind, movement *found) {
-    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
     const floats half_unit = (floats)((words){0} + ((uint32_t)(126 - MANTISSA[kind]) << 23));
     floats energies = {0}, kept = {0}, came[RUN / LANES];
     widen(out, kind, 1, came);
-    words moves = {0}, eats = {0}, belows = {0}, largest = {0};
+    words largest = {0};
+    counts of = {0};
     for (size_t at = 0; at < RUN; at += LANES) {
         floats x = first[at / LANES], delta = result[at / LANES] - x;
         floats change = came[at / LANES] - value_of(code_of(x, kind), kind);
         words magnitude = (words)x & 0x7FFFFFFF;
         largest = choose(is_less(largest, magnitude), magnitude, largest);
-        floats unit = (floats)(magnitude & 0x7F800000);
-        floats half = (floats)choose((words)(unit < smallest), (words)smallest, (words)unit) * half_unit;
-        words moved = (words)(delta != 0), size = (words)delta & 0x7FFFFFFF;
-        moves -= moved;
-        eats -= moved & (words)(change == 0);
-        belows -= moved & (words)((floats)size < half);
+        tally(&of, delta, change, binade(x, kind) * half_unit);
         energies += delta * delta;
         kept += delta * change;
     }
@@ -131,12 +153,10 @@ INLINE int measure(const floats *result, const floats *first, stored out, int ki
     uint32_t any = 0, moved = 0;
     for (int lane = 0; lane < LANES; lane++) {
         any |= beyond[lane];
-        moved += moves[lane];
-        found->eaten += eats[lane];
-        found->below += belows[lane];
+        moved |= of.moved[lane];
     }
     if (any) return 0;
-    found->moved += moved;
+    add_counts(&of, found);
     double energy = total(energies), through = total(kept);
     if (moved && !(energy > 0x1p-100 && energy < 0x1p120)) { /* squares that float32 may have lost or overflowed */
         energy = through = 0;
@@ -225,34 +245,24 @@ int mergetool_blend(const instruction *program, int instructions, const float *f
 EVERY_PROCESSOR
 int mergetool_moves(stored result, stored first, stored came, stored alone, int kind, float scale, size_t count,
                     movement *found) {
-    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
     const float step = scale / (float)(1 << MANTISSA[kind]);
     unsigned char padded[4][4 * RUN];
     floats results[RUN / LANES], firsts[RUN / LANES], stands[RUN / LANES], bases[RUN / LANES];
     doubles energies = {0}, kept = {0};
     for (size_t at = 0; at < count; at += RUN) {
-        words moves = {0}, eats = {0}, belows = {0};
+        counts of = {0};
         widen_any(whole_run(result, FLOAT32, at, count, padded[0]), FLOAT32, 1, results);
         widen_any(whole_run(first, FLOAT32, at, count, padded[1]), FLOAT32, 1, firsts);
         widen_any(whole_run(came, kind, at, count, padded[2]), kind, 1, stands);
         widen_any(whole_run(alone, kind, at, count, padded[3]), kind, 1, bases);
         for (size_t i = 0; i < RUN / LANES; i++) {
             floats delta = results[i] - firsts[i], change = stands[i] * scale - bases[i] * scale;
-            floats unit = (floats)((words)bases[i] & 0x7F800000);
-            floats half = (floats)choose((words)(unit < smallest), (words)smallest, (words)unit) * step * 0.5f;
-            words moved = (words)(delta != 0), size = (words)delta & 0x7FFFFFFF;
-            moves -= moved;
-            eats -= moved & (words)(change == 0);
-            belows -= moved & (words)((floats)size < half);
+            tally(&of, delta, change, binade(bases[i], kind) * step * 0.5f);
             doubles wide = __builtin_convertvector(delta, doubles);
             energies += wide * wide;
             kept += wide * __builtin_convertvector(change, doubles);
         }
-        for (int lane = 0; lane < LANES; lane++) {
-            found->moved += moves[lane];
-            found->eaten += eats[lane];
-            found->below += belows[lane];
-        }
+        add_counts(&of, found);
     }
     found->energy = total_of(energies);
     found->kept = total_of(kept);

@@ -84,10 +84,10 @@ def blend(
 ) -> Blended:
     """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
 
-    Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. It is not
-    ordinary, and nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number
-    of ``kind`` (unless ``saturating`` makes it that), or of 2**126 or more. The interpreter's lock is free meanwhile. Raises ValueError for too few bytes and for a step that
-    names what is not there, RuntimeError where `is_available` is False.
+    Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. It is not ordinary, and
+    nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number of ``kind``,
+    which ``saturating`` makes of what is beyond, or of 2**126 or more. The interpreter's lock is free meanwhile. Raises ValueError for too
+    few bytes and for a step that names what is not there, RuntimeError where `is_available` is False.
     """
     library = _built()
     if len(out) < count * _WIDTHS[kind]:

@@ -35,7 +35,8 @@ def blend(
 
     ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
     that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program
-    calls methods or has many registers, or an element is not finite or beyond what the dtype holds (which is its largest value where it is to be ``saturating``). The interpreter's lock is free meanwhile.
+    calls methods or has many registers, or an element is not finite or beyond what the dtype holds. With ``saturating`` what is beyond
+    becomes the dtype's largest value. The interpreter's lock is free meanwhile.
     """
     steps, kind = _steps(program), kind_of(dtype)
     if steps is None or kind is None:
