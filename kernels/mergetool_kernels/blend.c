@@ -76,6 +76,60 @@ INLINE void cut(floats *result, int kind) {
     }
 }
 
+/* The power of two of a number's binade; of a format's subnormals that of its smallest normal numbers. */
+INLINE floats binade(floats value, int kind) {
+    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
+    floats power = (floats)((words)value & 0x7F800000);
+    return (floats)choose((words)(power < smallest), (words)smallest, (words)power);
+}
+
+/* A bijection of words that leaves no visible pattern ("lowbias32", C. Wellons, 2018). */
+INLINE words mix(words x) {
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+/* The random bits of LANES elements from `index` on, as mergetool.ops.rounding defines them. */
+INLINE words random_bits(uint64_t key, uint64_t index) {
+    const words count = {0, 1, 2, 3, 4, 5, 6, 7};
+    words low = (uint32_t)index + count, high = (words){0} + (uint32_t)(index >> 32);
+    if ((uint32_t)index > UINT32_MAX - LANES) high += (words)(low < (uint32_t)index) & 1;
+    return mix(mix(low + (uint32_t)key) ^ ((uint32_t)(key >> 32) + high * 0x9E3779B9u));
+}
+
+/* A run moved to numbers of a small format: away from zero with the probability of what would be cut, else towards it. Raises
+ * `top` to the largest magnitude before that: what is not finite may come out as a number. */
+INLINE void dither(const floats *result, int kind, uint64_t key, uint64_t index, floats *rounded, words *top) {
+    for (size_t i = 0; i < RUN / LANES; i++) {
+        words bits = (words)result[i], random = random_bits(key, index + i * LANES), magnitude = bits & 0x7FFFFFFF;
+        *top = choose(is_less(*top, magnitude), magnitude, *top);
+        if (kind == BFLOAT16) { /* the same choice on the bits: what is cut, plus random ones, carries over or not */
+            rounded[i] = (floats)((bits + (0xFFFF - (random >> 16))) & 0xFFFF0000u);
+            continue;
+        }
+        floats size = (floats)magnitude;
+        floats spacing = binade(size, kind) * (1.0f / (float)(1 << MANTISSA[kind]));
+        floats steps = size * (floats)(0x7F000000u - (words)spacing); /* by 1 / spacing, a power of two */
+        floats below = __builtin_convertvector(__builtin_convertvector(steps, integers), floats);
+        floats drawn = __builtin_convertvector((integers)(random >> 8), floats) * 0x1p-24f;
+        floats up = (floats)((words)(drawn < steps - below) & (words)((floats){0} + 1.0f));
+        rounded[i] = (floats)((words)((below + up) * spacing) | (bits & 0x80000000u));
+    }
+}
+
+INLINE const floats *dither_any(const floats *result, int kind, uint64_t key, uint64_t index, floats *rounded,
+                                words *top) {
+    switch (kind) {
+    case BFLOAT16: dither(result, BFLOAT16, key, index, rounded, top); break;
+    case FLOAT16: dither(result, FLOAT16, key, index, rounded, top); break;
+    case FLOAT8_E4M3: dither(result, FLOAT8_E4M3, key, index, rounded, top); break;
+    case FLOAT8_E5M2: dither(result, FLOAT8_E5M2, key, index, rounded, top); break;
+    default: return result; /* nothing of a float32 is cut */
+    }
+    return rounded;
+}
+
 /* Rounds a run into `out`, and raises `top` to the largest magnitude in it; returns whether all of it is ordinary. */
 INLINE int round_run(const floats *result, int kind, unsigned char *out, words *top) {
     words largest = *top, octets[RUN / LANES];
@@ -123,13 +177,6 @@ INLINE void add_counts(const counts *of, movement *found) {
         found->eaten += of->eaten[lane];
         found->below += of->below[lane];
     }
-}
-
-/* The power of two of a number's binade; of a format's subnormals that of its smallest normal numbers. */
-INLINE floats binade(floats value, int kind) {
-    const floats smallest = (floats)((words){0} + ((uint32_t)(SMALLEST[kind] + 127) << 23));
-    floats power = (floats)((words)value & 0x7F800000);
-    return (floats)choose((words)(power < smallest), (words)smallest, (words)power);
 }
 
 /* Adds what a run did to the first model to `found`, as mergetool.ops.movement defines it; returns whether the first model's
@@ -194,16 +241,17 @@ INLINE stored whole_run(stored model, int kind, size_t at, size_t count, unsigne
 }
 
 /* Runs a program of `instructions` steps, on registers below REGISTERS, over `count` elements of the operands, each times
- * its operand's scale, and rounds register 0 to `out`, cut to its largest number if it is to be `saturating`. `largest` becomes
- * the largest magnitude before rounding. With a `first` operand that is not negative it also adds to `found`. Returns 0 when
+ * its operand's scale, and rounds register 0 to `out`, cut to its largest number if it is to be `saturating`: to nearest, or if
+ * it is to be `stochastic` by the random bits of `key`, the first element being number `index`. `largest` becomes the largest
+ * magnitude before rounding. With a `first` operand that is not negative it also adds to `found`. Returns 0 when
  * something is not ordinary; what was written is of no use then. */
 EVERY_PROCESSOR
 int mergetool_blend(const instruction *program, int instructions, const float *factors, const stored *operands,
                     const int *kinds, const float *scales, size_t count, int first, unsigned char *out, int out_kind,
-                    int saturating, float *largest, movement *found) {
+                    int saturating, int stochastic, uint64_t key, uint64_t index, float *largest, movement *found) {
     words top = {0};
     static const size_t VECTORS = RUN / LANES;
-    floats registers[REGISTERS][RUN / LANES], base[RUN / LANES];
+    floats registers[REGISTERS][RUN / LANES], base[RUN / LANES], dithered[RUN / LANES];
     unsigned char padded[4 * RUN], last[4 * RUN];
     for (size_t at = 0; at < count; at += RUN) {
         for (int step = 0; step < instructions; step++) {
@@ -227,7 +275,9 @@ int mergetool_blend(const instruction *program, int instructions, const float *f
         if (saturating) cut(registers[0], out_kind);
         size_t bytes = width(out_kind);
         unsigned char *here = count - at < RUN ? last : out + at * bytes;
-        if (!round_any(registers[0], out_kind, here, &top)) return 0;
+        const floats *rounded = registers[0];
+        if (stochastic) rounded = dither_any(rounded, out_kind, key, index + at, dithered, &top);
+        if (!round_any(rounded, out_kind, here, &top)) return 0;
         if (here == last) memcpy(out + at * bytes, last, (count - at) * bytes);
         if (first >= 0) {
             widen_any(whole_run(operands[first], kinds[first], at, count, padded), kinds[first], scales[first], base);

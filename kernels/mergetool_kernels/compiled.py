@@ -81,8 +81,12 @@ def blend(
     first: int | None = None,
     *,
     saturating: bool = False,
+    stochastic: tuple[int, int] | None = None,
 ) -> Blended:
     """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
+
+    ``stochastic`` is a 64-bit key and the number of the first element, by whose random bits it is rounded instead, see
+    `mergetool.ops.rounding.Stochastic`.
 
     Every step is one IEEE float32 operation an element. With ``first``, an operand, also what became of its elements. It is not ordinary, and
     nothing of use was written, when a result (with ``first`` also one of its elements) is not finite, beyond the largest number of ``kind``,
@@ -104,7 +108,7 @@ def blend(
     room, largest, found = np.frombuffer(out, np.uint8), ctypes.c_float(), _Movement()
     is_ordinary = library.mergetool_blend(
         steps.ctypes.data, len(steps), numbers.ctypes.data, *_operands(operands, count, len(operands)),
-        count, -1 if first is None else first, room.ctypes.data, kind, saturating, ctypes.byref(largest), ctypes.byref(found),
+        count, -1 if first is None else first, room.ctypes.data, kind, saturating, stochastic is not None, *(stochastic or (0, 0)), ctypes.byref(largest), ctypes.byref(found),
     )  # fmt: skip
     return Blended(bool(is_ordinary), largest.value, None if first is None else _movement(found))
 
@@ -166,7 +170,8 @@ def _library() -> ctypes.CDLL | None:
     library.mergetool_sums.argtypes = [pointer, pointer, pointer, ctypes.c_size_t, pointer]
     library.mergetool_sums.restype = None
     library.mergetool_blend.argtypes = [
-        pointer, number, pointer, pointer, pointer, pointer, ctypes.c_size_t, number, pointer, number, number, pointer, pointer,
+        pointer, number, pointer, pointer, pointer, pointer, ctypes.c_size_t, number, pointer, number,
+        number, number, ctypes.c_uint64, ctypes.c_uint64, pointer, pointer,
     ]  # fmt: skip
     library.mergetool_blend.restype = number
     library.mergetool_moves.argtypes = [

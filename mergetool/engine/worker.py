@@ -28,7 +28,7 @@ from mergetool.ops.blending import Blended, blend
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Apply, Program
-from mergetool.ops.rounding import NEAREST, Nearest, Rounding
+from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
@@ -244,11 +244,11 @@ class Worker:
 
     def _blended(self, run: Run, job: Job, program: Program, columns: Sequence[int], loaded: _Loaded) -> Blended | None:
         """The same as `_result`, in one pass, of what is ordinary; else None."""
-        if run.compared or not isinstance(job.rounding, Nearest):
+        if run.compared:
             return None
         measured = job.step.base is not None and run.measures(job)
         first = columns[job.step.base] if measured and job.step.base is not None else None
-        return blend(program, loaded.stored, job.tensor.dtype, self._out, first)
+        return blend(program, loaded.stored, job.tensor.dtype, self._out, first, rounding=job.rounding)
 
     def _result(
         self, run: Run, job: Job, program: Program, fetched: list[Fetched], loaded: _Loaded
@@ -293,12 +293,9 @@ class Worker:
         """Rounding to FP8 as this merge does it."""
 
         def round_to(values: Floats, dtype: DType, factor: np.float32 | None = None) -> Octets:
-            if isinstance(rounding, Nearest):
-                given = Stored(
-                    np.ascontiguousarray(values).data.cast("B"), F32, 1.0 if factor is None else float(factor)
-                )
-                if blended := blend(COPY, [given], dtype, self._out, saturating=True):
-                    return np.frombuffer(blended.stored, np.uint8).reshape(values.shape)
+            given = Stored(np.ascontiguousarray(values).data.cast("B"), F32, 1.0 if factor is None else float(factor))
+            if blended := blend(COPY, [given], dtype, self._out, rounding=rounding, saturating=True):
+                return np.frombuffer(blended.stored, np.uint8).reshape(values.shape)
             room = self._ops.room(0, values.size)
             if factor is None:
                 np.copyto(room, values.reshape(-1))

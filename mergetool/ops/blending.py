@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Add, Load, Program, Scale, Subtract
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic
 from mergetool.ops.stored import Stored, kind_of
 from mergetool.quant.encoding import Floats
 from mergetool_kernels import compiled
@@ -29,17 +30,18 @@ def blend(
     room: memoryview,
     first: int | None = None,
     *,
+    rounding: Rounding = NEAREST,
     saturating: bool = False,
 ) -> Blended | None:
-    """The bytes of ``CpuOps.store`` to nearest, and with ``first``, the operand that is the first model, the figures of ``CpuOps.measure``.
+    """The bytes of ``CpuOps.store``, and with ``first``, the operand that is the first model, the figures of ``CpuOps.measure``.
 
     ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
     that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program
-    calls methods or has many registers, or an element is not finite or beyond what the dtype holds. With ``saturating`` what is beyond
+    calls methods or has many registers, errors are to be fed back, or an element is not finite or beyond what the dtype holds. With ``saturating`` what is beyond
     becomes the dtype's largest value. The interpreter's lock is free meanwhile.
     """
     steps, kind = _steps(program), kind_of(dtype)
-    if steps is None or kind is None:
+    if steps is None or kind is None or isinstance(rounding, ErrorFeedback):
         return None
     models = [*steps.models, *(() if first is None else (first,))]
     given = []
@@ -61,6 +63,7 @@ def blend(
         kind,
         None if first is None else len(given) - 1,
         saturating=saturating,
+        stochastic=(rounding.key, rounding.first) if isinstance(rounding, Stochastic) else None,
     )
     return Blended(out, largest, None if movement is None else Movement(*movement)) if is_ordinary else None
 

@@ -9,7 +9,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops import blending, oracle
 from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
-from mergetool.ops.rounding import NEAREST
+from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic
 from mergetool.ops.stored import Stored
 from mergetool.recipe.compiler import compile_merge
 from mergetool.recipe.expression import parse
@@ -43,9 +43,11 @@ def blend(
     first: int | None = None,
     *,
     count: int = 20_000,
+    rounding: Rounding = NEAREST,
     saturating: bool = False,
 ) -> blending.Blended | None:
-    return blending.blend(program, operands, dtype, memoryview(bytearray(4 * count)), first, saturating=saturating)
+    room = memoryview(bytearray(4 * count))
+    return blending.blend(program, operands, dtype, room, first, rounding=rounding, saturating=saturating)
 
 
 def every_code(dtype: DType) -> np.ndarray:
@@ -213,6 +215,79 @@ def test_saturating_keeps_what_is_beyond_at_the_largest_number(output: DType) ->
         values[5] = bad
         operand = [Stored(memoryview(values.tobytes()), dtypes.F32)]
         assert blend(ONE, operand, output, saturating=True) is None
+
+
+@pytest.mark.parametrize("first", [0, 12_345, 2**32 - 777, 2**32 - 3, 7 * 2**32 + 5, 2**62])
+@pytest.mark.parametrize("output", DTYPES)
+def test_stochastic_bytes_and_movement_are_the_oracles(output: DType, first: int) -> None:
+    raws = [elements(dtypes.BF16, 3001, seed) for seed in range(3)]
+    given = [oracle.decode(bytes(raw), dtypes.BF16).astype(np.float32) for raw in raws]
+    wanted = oracle.run(THREE, given, np.float32)
+    rounding = Stochastic(0xFEDC_BA98_7654_3210, first)
+    expected = oracle.store(wanted, output, rounding)
+
+    found = blend(THREE, [Stored(raw, dtypes.BF16) for raw in raws], output, 0, rounding=rounding)
+
+    assert found is not None
+    assert bytes(found.stored) == expected
+    movement, measured = oracle.measure(wanted, given[0], expected, output), found.movement
+    assert measured is not None
+    assert (measured.moved, measured.eaten) == (movement.moved, movement.eaten)
+    assert measured.kept_energy == pytest.approx(movement.kept_energy, rel=1e-5)
+
+
+@pytest.mark.parametrize("output", DTYPES[1:])
+def test_stochastic_rounding_of_every_number_leaves_it_and_of_every_middle_is_the_oracles(output: DType) -> None:
+    numbers = np.unique(np.abs(every_code(output)).astype(np.float64))
+    middles = ((numbers[:-1] + numbers[1:]) / 2).astype(np.float32)
+    values = np.concatenate([numbers.astype(np.float32), middles, np.nextafter(middles, np.float32(0)), -middles])
+    rounding = Stochastic(99, 3)
+
+    found = blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, rounding=rounding, count=len(values))
+
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(values, output, rounding)
+    assert bytes(found.stored)[: len(numbers) * output.itemsize] == oracle.encode(numbers.astype(np.float32), output)
+
+
+def test_a_draw_that_equals_the_rest_rounds_down() -> None:
+    drawn = oracle.random_bits(Stochastic(3, 0), 1000) >> 8
+    index = int(np.flatnonzero(drawn % 16 == 0)[0])  # 8 + the draw is then a float32
+    one = np.array([1 + int(drawn[index]) * 2.0**-27, 0], np.float32)  # of steps of 1/8
+    above = np.nextafter(one, np.float32(2))
+    for values, code in ((one, 0x38), (above, 0x39)):
+        given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
+        found = blend(ONE, given, dtypes.F8_E4M3, rounding=Stochastic(3, index))
+        assert found is not None
+        assert found.stored[0] == code
+
+
+@pytest.mark.parametrize("at", [0, 1023, 2999])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001, 0x7F800000, 0xFF800000])
+@pytest.mark.parametrize("output", DTYPES)
+def test_what_is_not_finite_is_never_dithered_into_a_number(output: DType, bits: int, at: int) -> None:
+    values = np.zeros(3000, np.uint32)
+    values[at] = bits
+    given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
+    for saturating in (False, True):
+        assert blend(ONE, given, output, rounding=Stochastic(1, 0), saturating=saturating) is None
+
+
+@pytest.mark.parametrize("output", [dtypes.F8_E4M3, dtypes.F8_E5M2])
+def test_stochastic_rounding_saturates_as_the_oracle_does(output: DType) -> None:
+    values = (np.random.default_rng(1).standard_normal(4000) * output.largest / 2).astype(np.float32)
+    given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
+    rounding = Stochastic(5, 77)
+    assert blend(ONE, given, output, rounding=rounding) is None
+    found = blend(ONE, given, output, rounding=rounding, saturating=True)
+    assert found is not None
+    assert bytes(found.stored) == oracle.store(values, output, rounding)
+
+
+def test_error_feedback_is_left_to_others() -> None:
+    assert (
+        blend(ONE, [Stored(elements(dtypes.BF16, 8, 1), dtypes.BF16)], dtypes.BF16, rounding=ErrorFeedback(8)) is None
+    )
 
 
 @pytest.mark.parametrize("count", SIZES)
