@@ -30,6 +30,7 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
+from mergetool.engine.worker import Measure
 from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, Mode
@@ -79,7 +80,7 @@ def _merged(
     out = folder / "out.safetensors"
     text = f"'{folder}/base.safetensors' + ('{folder}/tuned.safetensors' - '{folder}/base.safetensors')"
     with job.open_merge(text, Options(rounding=mode)) as plan:
-        summary = job.run_merge(plan, out, overwrite=True).movements.total
+        summary = job.run_merge(plan, out, overwrite=True, measure="all").movements.total
     with Checkpoint.open(out) as merged:
         stored = merged.read(TENSOR)
     return summary, oracle.measure(base + (tuned - base), base, stored, output)
@@ -132,16 +133,20 @@ def costs(folder: Path, runs: int) -> list[Result]:
     """Seconds of merges of the models in ``folder``, unmeasured and by every rounding: from a warm cache, and from the disk."""
     files = [folder / f"{name}.safetensors" for name in ("alkahest", "turbo", "deturbo")]
     text = "'{}' + 20*('{}' - '{}')".format(*files)
-    ways: dict[str, tuple[Mode, bool]] = {"unmeasured": ("nearest", False), **{mode: (mode, True) for mode in MODES}}
+    ways: dict[str, tuple[Mode, Measure]] = {
+        "unmeasured": ("nearest", "off"),
+        **{mode: (mode, "sample") for mode in MODES},
+        "nearest, --measure all": ("nearest", "all"),
+    }
     results = []
     for cache in ("warm", "cold (fadvise)"):
         wall: dict[str, list[float]] = {way: [] for way in ways}
         cpu: dict[str, list[float]] = {way: [] for way in ways}
-        for turn, (way, (mode, measured)) in product(range(runs + 1), ways.items()):
+        for turn, (way, (mode, measure)) in product(range(runs + 1), ways.items()):
             if cache != "warm":
                 _forget(files)
             began, used = time.perf_counter(), time.process_time()
-            _merge(text, folder / "out.safetensors", mode, measured=measured)
+            _merge(text, folder / "out.safetensors", mode, measure)
             if turn:  # the first turn warms the cache
                 wall[way].append(time.perf_counter() - began)
                 cpu[way].append(time.process_time() - used)
@@ -161,12 +166,12 @@ def _forget(files: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _merge(text: str, output: Path, mode: Mode, *, measured: bool) -> None:
+def _merge(text: str, output: Path, mode: Mode, measure: Measure) -> None:
     with (
         job.open_merge(text, Options(rounding=mode), fingerprints=False) as plan,
         CheckpointWriter.stage(output, plan.header, overwrite=True) as writer,
     ):
-        merge.run(plan, writer, measure="sample" if measured else "off")
+        merge.run(plan, writer, measure=measure)
         writer.commit()
 
 

@@ -22,6 +22,12 @@ def test_the_summaries_are_the_oracles(found: list[Case]) -> None:
     assert disagreement(found) < 1e-6
 
 
+def test_the_summary_is_of_more_than_a_sample(tmp_path: Path) -> None:
+    """Of a weight of two chunks a merge looks at the first by itself."""
+    (one, *_) = cases(tmp_path, shape=(2, 1 << 19), outputs=(dtypes.BF16,))
+    assert disagreement([one]) < 1e-6
+
+
 def test_a_summary_that_counts_wrongly_is_not_accepted(found: list[Case]) -> None:
     wrong = replace(found[0], summary=replace(found[0].summary, eaten=found[0].summary.eaten + 1))
     with pytest.raises(ValueError, match="the oracle"):
