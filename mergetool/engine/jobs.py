@@ -20,8 +20,8 @@ CHUNK = 1 << 19
 # Error feedback needs whole rows, and many of them at a time: 6 ns an element of 2048 rows, 46 of 128.
 ROWS_CHUNK = 1 << 22
 # Of every part one chunk in eight is measured, the first always: without the compiled kernels what the delta did takes as
-# long as the merge itself (3 ns an element), and 1 in 8 of 6 G elements is sample enough. For quantised outputs, which are encoded and decoded once more
-# (7 ns), one piece in sixteen.
+# long as the merge itself (3 ns an element), and 1 in 8 of 6 G elements is sample enough. For quantised outputs, which are
+# encoded and decoded once more (7 ns), one piece in sixteen.
 SAMPLED = 8
 SAMPLED_PIECES = 16
 
