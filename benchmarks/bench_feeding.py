@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance
+from benchmarks.bench_merge_gpu import Nowhere
 from benchmarks.generate import SIZES
 from benchmarks.provenance import Result
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
@@ -113,13 +114,6 @@ class WaitingSeat(gpu.Seat):
 
     def wait_until_copied(self) -> None:
         sleep_until(self.ops.copied)
-
-
-class Nowhere:
-    """An output that is complete when it is in host memory."""
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Leave it there."""
 
 
 def waiting_read(_: InputFile, buffer: memoryview, offset: int) -> None:

@@ -12,7 +12,7 @@ from mergetool.api.progress import Progress, StrPath, bars, counting, patterns, 
 
 if TYPE_CHECKING:
     from mergetool.comparison.lineage import Finding
-    from mergetool.engine.worker import Outcome
+    from mergetool.engine.running import Outcome
     from mergetool.lora.extract import Extraction
     from mergetool.making.places import Places
     from mergetool.making.survey import Task

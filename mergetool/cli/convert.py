@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mergetool.engine.fidelity import Fidelity
-    from mergetool.engine.worker import Outcome
+    from mergetool.engine.running import Outcome
     from mergetool.recipe.plan import Plan
 
 EXAMPLES = """\b

@@ -10,7 +10,7 @@ from mergetool.cli import console
 if TYPE_CHECKING:
     from mergetool.comparison.lineage import Finding
     from mergetool.engine.movements import Movements
-    from mergetool.engine.worker import Outcome
+    from mergetool.engine.running import Outcome
     from mergetool.ops.movement import Movement
     from mergetool.recipe.plan import Plan
     from mergetool.recipe.steps import OutputTensor

@@ -24,7 +24,7 @@ from mergetool.engine import merge, noise
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
-from mergetool.engine.worker import Measure, NonFinite, Outcome
+from mergetool.engine.running import Measure, NonFinite, Outcome
 from mergetool.errors import DataError, OutputError, UsageError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options

@@ -17,8 +17,9 @@ from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
+from mergetool.engine.running import Measure, NonFinite, Outcome, Output, Run
 from mergetool.engine.threads import TorchThreads
-from mergetool.engine.worker import Done, Measure, NonFinite, Outcome, Output, Run, Worker
+from mergetool.engine.worker import Done, Worker
 from mergetool.ops.movement import Movement
 from mergetool.recipe.plan import Plan
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergetool.adapters.rows import StackedRows
 from mergetool.checkpoint.dtypes import F16, F32, DType
-from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import quantising
 from mergetool.engine.bundles import Bundle, Encoding, Work
-from mergetool.engine.calling import Caller, shape_of
-from mergetool.engine.fidelity import Fidelity, read_back
+from mergetool.engine.calling import shape_of
+from mergetool.engine.fidelity import read_back
 from mergetool.engine.jobs import Job, Quantise
-from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Piece, Weights
-from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
+from mergetool.engine.quantising import Piece
+from mergetool.engine.reading import Fetched, ValueReader, fetcher
+from mergetool.engine.running import Run
 from mergetool.engine.threads import TorchThreads
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import Blended, blend
@@ -32,111 +29,13 @@ from mergetool.ops.rounding import NEAREST, Rounding
 from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
-from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import COPY
 
 if TYPE_CHECKING:
     from mergetool.ops.cpu import CpuOps
 
-NonFinite = Literal["refuse", "keep"]
-Measure = Literal["sample", "all", "off"]
-"""On how much of a merge to measure what became of the first model's elements."""
 Done = tuple[int, Movement | None]
 """Bytes read and written by a job, and what it did to the first model."""
-
-
-class Output(Protocol):
-    """Where a run's bytes go: a CheckpointWriter, or something that compares them with a file's."""
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Take the bytes [start, start + len(data)) of tensor ``name``; called from several threads."""
-
-
-@dataclass
-class Outcome:
-    """What a run has to say beyond its output.
-
-    ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
-    had no memory for and the CPU computed. ``movements`` is what became of
-    the first model's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
-    scales that were searched for, over that of the scales by amax; ``errors`` is what storing changed in every tensor that was
-    rounded, where the run compared. ``resumed`` counts the bytes that an interrupted run had written, of which nothing else here
-    speaks; ``begun_anew`` says why what one left could not be used.
-    """
-
-    capped: dict[str, int] = field(default_factory=dict)
-    non_finite: dict[str, int] = field(default_factory=dict)
-    off_device: dict[str, int] = field(default_factory=dict)
-    movements: Movements = field(default_factory=Movements)
-    search_gain: float | None = None
-    errors: dict[str, Fidelity] = field(default_factory=dict)
-    resumed: int = 0
-    begun_anew: str | None = None
-
-
-@dataclass
-class Run:
-    """What the workers share of one plan of a pass; ``name`` is what errors call its output, where there are several."""
-
-    plan: Plan
-    writer: Output
-    method: Method
-    non_finite: NonFinite
-    measure: Measure
-    weights: Weights
-    caller: Caller
-    compared: bool = False
-    name: str = ""
-    outcome: Outcome = field(default_factory=Outcome)
-    errors: dict[str, list[Fidelity]] = field(default_factory=dict)
-    movements: dict[tuple[str, str], list[Movement]] = field(default_factory=dict)  # of quantised outputs
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def files(self) -> list[InputFile]:
-        """Every file of every input."""
-        return [file for model in self.plan.inputs for file in model.checkpoint.files]
-
-    @property
-    def decodes(self) -> bool:
-        """Whether some values are not stored as such."""
-        return any(encoding is not None for encoding in self._encodings)
-
-    @property
-    def collects(self) -> bool:
-        """Whether some weights wait in memory to be quantised."""
-        return any(tensor.quantiser for tensor in self.plan.tensors)
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether some values are products of a LoRA's factors."""
-        return any(isinstance(encoding, StackedRows) for encoding in self._encodings)
-
-    @property
-    def _encodings(self) -> Iterator[object]:
-        return (window.encoding for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
-
-    def measures(self, job: Job | Quantise) -> bool:
-        """Whether what the delta did is measured on this job."""
-        return self.measure == "all" or (self.measure == "sample" and job.sampled)
-
-    def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
-        """Add to one of the outcome's counts."""
-        with self.lock:
-            counts[tensor] = counts.get(tensor, 0) + count
-
-    def moved(self, tensor: str, part: str, movement: Movement) -> None:
-        """Note what became of some elements of the first model's ``part`` in a quantised tensor."""
-        with self.lock:
-            self.movements.setdefault((tensor, part), []).append(movement)
-
-    def compare(self, tensor: str, values: Floats, stored: Floats | None) -> None:
-        """Note what storing changed in some elements of a tensor."""
-        if stored is not None:
-            found = Fidelity.of(values, stored)
-            with self.lock:
-                self.errors.setdefault(tensor, []).append(found)
 
 
 @dataclass(frozen=True, slots=True)

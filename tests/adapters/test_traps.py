@@ -14,7 +14,7 @@ from mergetool.adapters import open_lora
 from mergetool.checkpoint.dtypes import F16, F32
 from mergetool.cli.lora_bake import expression
 from mergetool.engine import job
-from mergetool.engine.worker import Outcome
+from mergetool.engine.running import Outcome
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.recipe.options import Options
 from tests.adapters.spellings import BLOCK, DIM, DOWN, FFN, UP, A, B, f64, fused, musubi_for_comfy, random, split

@@ -15,7 +15,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import device as devices
 from mergetool.engine import gpu, job
 from mergetool.engine.device import CPU, Device
-from mergetool.engine.worker import Outcome
+from mergetool.engine.running import Outcome
 from mergetool.errors import DeviceError, NonFiniteError, UsageError
 from mergetool.recipe.options import Options
 
