@@ -25,11 +25,9 @@ from torch import Tensor
 
 from benchmarks import provenance
 from benchmarks.bench_merge_gpu import Nowhere
-from benchmarks.generate import SIZES
+from benchmarks.device_pair import header_of
 from benchmarks.provenance import Result
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
-from mergetool.checkpoint.dtypes import BF16, DType
-from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import gpu, job, merge
 from mergetool.engine.device import Device
@@ -123,9 +121,7 @@ def waiting_read(_: InputFile, buffer: memoryview, offset: int) -> None:
 
 def sparse_models(folder: Path) -> list[Path]:
     """Three full-size checkpoints, BF16 zeros that are no blocks on the disk."""
-    shapes = reference_shapes(SIZES["full"], "comfyui")
-    stored = dict(Z_IMAGE.outputs(reference_shapes(SIZES["full"], "diffusers"), "comfyui"))
-    header = Header.plan([(name, BF16, shapes[name]) for name in stored], {"format": "pt"})
+    header = header_of("full")
     paths = [folder / f"{name}.safetensors" for name in "abc"]
     for path in paths:
         with path.open("wb") as file:

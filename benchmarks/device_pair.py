@@ -27,12 +27,18 @@ WRITERS = 8
 _UNDER_WAY = 16  # tensors waiting to be written: 1.3 GB of host memory
 
 
+def header_of(size: str) -> Header:
+    """That of a BF16 model of ``size`` as ComfyUI lays it out."""
+    shapes = reference_shapes(SIZES[size], "comfyui")
+    stored = Z_IMAGE.outputs(reference_shapes(SIZES[size], "diffusers"), "comfyui")
+    return Header.plan([(name, BF16, shapes[name]) for name, _ in stored], {"format": "pt"})
+
+
 def make_pair(folder: Path, size: str, device: torch.device) -> tuple[Path, Path]:
     """Write ``base.safetensors`` and ``variant.safetensors`` of ``size`` to ``folder``; they are not synced to a disk."""
     canonical = reference_shapes(SIZES[size], "diffusers")
-    shapes = reference_shapes(SIZES[size], "comfyui")
     stored = dict(Z_IMAGE.outputs(canonical, "comfyui"))
-    header = Header.plan([(name, BF16, shapes[name]) for name in stored], {"format": "pt"})
+    header = header_of(size)
     paths = folder / "base.safetensors", folder / "variant.safetensors"
     files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
     room = threading.Semaphore(_UNDER_WAY)

@@ -108,7 +108,8 @@ def blend(
     room, largest, found = np.frombuffer(out, np.uint8), ctypes.c_float(), _Movement()
     is_ordinary = library.mergetool_blend(
         steps.ctypes.data, len(steps), numbers.ctypes.data, *_operands(operands, count, len(operands)),
-        count, -1 if first is None else first, room.ctypes.data, kind, saturating, stochastic is not None, *(stochastic or (0, 0)), ctypes.byref(largest), ctypes.byref(found),
+        count, -1 if first is None else first, room.ctypes.data, kind, saturating, stochastic is not None,
+        *(stochastic or (0, 0)), ctypes.byref(largest), ctypes.byref(found),
     )  # fmt: skip
     return Blended(bool(is_ordinary), largest.value, None if first is None else _movement(found))
 
@@ -175,14 +176,7 @@ def _library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.mergetool_blend.restype = number
     library.mergetool_moves.argtypes = [
-        pointer,
-        pointer,
-        pointer,
-        pointer,
-        number,
-        ctypes.c_float,
-        ctypes.c_size_t,
-        pointer,
-    ]
+        pointer, pointer, pointer, pointer, number, ctypes.c_float, ctypes.c_size_t, pointer,
+    ]  # fmt: skip
     library.mergetool_moves.restype = number
     return library

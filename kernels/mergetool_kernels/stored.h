@@ -106,10 +106,6 @@ INLINE double total_of(doubles lanes) {
     return sum;
 }
 
-INLINE double total(floats lanes) {
-    double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
-    return sum;
-}
+INLINE double total(floats lanes) { return total_of(__builtin_convertvector(lanes, doubles)); }
 
 #endif

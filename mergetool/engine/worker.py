@@ -40,15 +40,13 @@ Done = tuple[int, Movement | None]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What a bundle's programs can load: what was fetched, then what was computed for several of them."""
+    """What a bundle's programs can load: what was fetched, then what was computed for several of them.
+
+    ``stored`` is all of it as `blend` takes it.
+    """
 
     fetched: Sequence[Fetched]
-    rooms: Sequence[Floats]
-
-    @property
-    def stored(self) -> list[Stored | None]:
-        """All of it as `blend` takes it."""
-        return [*(found.stored for found in self.fetched), *(Stored(room.data.cast("B"), F32) for room in self.rooms)]
+    stored: Sequence[Stored | None]
 
 
 class Worker:
@@ -87,9 +85,10 @@ class Worker:
             for slot, (checkpoint, window) in enumerate(operands.windows)
         ]
         rooms = [self._room(place, first.count) for place in range(len(operands.common))]
-        loaded = _Loaded(fetched, rooms)
-        for room, shared in zip(rooms, operands.common, strict=True):
-            if blend(shared, loaded.stored, F32, room.data.cast("B")) is None:
+        computed = [Stored(room.data.cast("B"), F32) for room in rooms]
+        loaded = _Loaded(fetched, [*(found.stored for found in fetched), *computed])
+        for room, into, shared in zip(rooms, computed, operands.common, strict=True):
+            if blend(shared, loaded.stored, F32, into.raw) is None:
                 with self._ops.writing(0, room):
                     self._execute(shared, loaded, self._runs[work.jobs[0][0]], first)
         done = []
@@ -119,7 +118,7 @@ class Worker:
         """Do one job, whose windows are ``columns`` of what is loaded; returns the bytes written."""
         fetched = [loaded.fetched[column] for column in columns]
         if program is None:
-            if fetched[0].dtype.blendable and not blend(COPY, [fetched[0].stored], F32, self._out):
+            if fetched[0].dtype.blendable and not blend(COPY, [loaded.stored[columns[0]]], F32, self._out):
                 self._load(0, fetched[0])
                 self._check(run, job, fetched)
             return self._write(run, job, fetched[0].raw[0]), None
@@ -234,8 +233,10 @@ class Worker:
         def load(register: int, operand: int) -> None:
             if operand < len(loaded.fetched):
                 self._load(register, loaded.fetched[operand])
-            else:
-                self._ops.load(register, loaded.rooms[operand - len(loaded.fetched)].data.cast("B"), F32)
+                return
+            computed = loaded.stored[operand]
+            assert computed is not None
+            self._ops.load(register, computed.raw, computed.dtype)
 
         execute(program, self._ops, load, lambda call: self._apply(call, run, job))
 
@@ -255,7 +256,9 @@ class Worker:
 
     def _fill(self, out: Floats, found: Fetched) -> None:
         """Write elements as float32 into ``out``."""
-        if not blend(COPY, [found.stored], F32, out.data.cast("B")):
+        if not found.is_plain:
+            found.decode(out)
+        elif not blend(COPY, [found.stored], F32, out.data.cast("B")):
             self._load(0, found)
             np.copyto(out, self._ops.values(0))
 

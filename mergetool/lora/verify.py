@@ -28,7 +28,7 @@ from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.reading import Fetcher, ValueReader, fetcher
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import TorchThreads, default_threads
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lora.svd import squared_norm
 from mergetool.models import OpenedModel
@@ -143,21 +143,17 @@ def verify_lora(
         found: Residual = local.comparer.measure(part)
         return found
 
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over parameters
     residuals = []
-    try:
-        with ThreadPoolExecutor(count, "verify") as pool:
-            waiting = [pool.submit(measure, part) for part in comparison.parts]
-            try:
-                for part, future in zip(comparison.parts, waiting, strict=True):
-                    residuals.append(future.result())
-                    progress(sizes[part])
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(torch_threads)
+    # The parallelism is over parameters.
+    with TorchThreads() as torch_threads, ThreadPoolExecutor(count, "verify", torch_threads.one) as pool:
+        waiting = [pool.submit(measure, part) for part in comparison.parts]
+        try:
+            for part, future in zip(comparison.parts, waiting, strict=True):
+                residuals.append(future.result())
+                progress(sizes[part])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     file = comparison.lora
     return LoraReport(
         tuple(residuals),
