@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.families import checkpoint
+
+if TYPE_CHECKING:
+    from tests.oracles import ComfyUI
 
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,6 +36,19 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers and transformers warn on saving
         return family(tmp_path_factory.mktemp("pipelines"))
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Iterator[ComfyUI]:
+    """The real ComfyUI 0.30.0, started by the first request of a worker; what it cannot be fetched for is said by every test that asks."""
+    from tests.oracles import ComfyUI, OracleMissingError
+
+    try:
+        oracle = ComfyUI()
+    except OracleMissingError as error:
+        pytest.fail(str(error), pytrace=False)
+    with oracle:
+        yield oracle
 
 
 @pytest.fixture

@@ -1,0 +1,10 @@
+"""What ComfyUI can be asked: each command takes JSON values, and returns a dictionary of them. Runs in ComfyUI's process only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.oracles.commands import models
+
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {**models.COMMANDS}

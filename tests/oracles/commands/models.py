@@ -1,0 +1,94 @@
+"""Loading a model file as ComfyUI's loader nodes do, and what is in it then."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.sd
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class Loaded(NamedTuple):
+    """A model as ComfyUI's ``Load Diffusion Model`` node holds it, and how its names met the file's."""
+
+    patcher: Any
+    missing: list[str]
+    unexpected: list[str]
+
+
+def loaded(path: str) -> Loaded:
+    """The model of the file at ``path``; the last ones are kept. The model must be left as it was found."""
+    found = os.stat(path)
+    return _loaded(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4)
+def _loaded(path: str, _changed: int, _size: int) -> Loaded:
+    missing: list[str] = []
+    unexpected: list[str] = []
+    original = torch.nn.Module.load_state_dict
+
+    def watched(self: torch.nn.Module, *args: Any, **how: Any) -> Any:
+        met = original(self, *args, **how)
+        missing.extend(met.missing_keys)
+        unexpected.extend(met.unexpected_keys)
+        return met
+
+    torch.nn.Module.load_state_dict = watched  # type: ignore[method-assign, assignment]
+    try:
+        patcher = comfy.sd.load_diffusion_model(path)
+    finally:
+        torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+    return Loaded(patcher, missing, unexpected)
+
+
+def values(patcher: Any) -> dict[str, torch.Tensor]:
+    """Every parameter of a model in float32 by its name in the ComfyUI layout, quantised ones as ComfyUI decodes them.
+
+    A decoded weight is rounded to the type that ComfyUI computes in, as it would be before a layer uses it, unless that is wider.
+    """
+    found = {}
+    for name, parameter in patcher.model.diffusion_model.state_dict(keep_vars=True).items():
+        value = parameter.data if isinstance(parameter, torch.nn.Parameter) else parameter
+        if hasattr(value, "dequantize") and hasattr(value, "_qdata"):
+            value = value.dequantize()
+        found[name] = value.detach().to(torch.float32).contiguous().clone()
+    return found
+
+
+def load(model: str) -> dict[str, Any]:
+    """``missing`` and ``unexpected`` names, the ``model`` and ``config`` classes, ``dtype`` and the number of ``parameters``."""
+    patcher, missing, unexpected = loaded(model)
+    inner = patcher.model
+    return {
+        "missing": missing,
+        "unexpected": unexpected,
+        "model": type(inner).__name__,
+        "config": type(inner.model_config).__name__,
+        "dtype": str(inner.get_dtype()).removeprefix("torch."),
+        "parameters": len(inner.diffusion_model.state_dict()),
+    }
+
+
+def weights(model: str, out: str) -> dict[str, Any]:
+    """Writes every parameter in float32 to the safetensors file ``out``; see ``values``."""
+    save_file(values(loaded(model).patcher), out)
+    return {}
+
+
+def forward(model: str, inputs: str, out: str) -> dict[str, Any]:
+    """Writes as ``x`` what the model makes of ``x`` [n, 16, h, w], ``sigma`` [n] and ``context`` [n, tokens, width] in the file ``inputs``."""
+    given = load_file(inputs)
+    patcher = loaded(model).patcher
+    comfy.model_management.load_models_gpu([patcher])
+    context = given["context"]
+    x = patcher.model.apply_model(given["x"], given["sigma"], c_crossattn=context, num_tokens=context.shape[1])
+    save_file({"x": x.float().contiguous()}, out)
+    return {}
+
+
+COMMANDS = {"load": load, "weights": weights, "forward": forward}
