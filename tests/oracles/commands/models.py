@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -47,17 +48,25 @@ def _loaded(path: str, _changed: int, _size: int) -> Loaded:
 
 
 def values(patcher: Any) -> dict[str, torch.Tensor]:
-    """Every parameter of a model in float32 by its name in the ComfyUI layout, quantised ones as ComfyUI decodes them.
-
-    A decoded weight is rounded to the type that ComfyUI computes in, as it would be before a layer uses it, unless that is wider.
-    """
+    """Every parameter of a model in float32 by its name in the ComfyUI layout, quantised ones as ComfyUI decodes them."""
     found = {}
-    for name, parameter in patcher.model.diffusion_model.state_dict(keep_vars=True).items():
-        value = parameter.data if isinstance(parameter, torch.nn.Parameter) else parameter
-        if hasattr(value, "dequantize") and hasattr(value, "_qdata"):
-            value = value.dequantize()
-        found[name] = value.detach().to(torch.float32).contiguous().clone()
+    for module_name, module in patcher.model.diffusion_model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            value = decoded(parameter.data)
+            if leaf == "weight" and getattr(module, "pre_quant_scale", None) is not None:
+                value = (
+                    value * module.pre_quant_scale.float()
+                )  # of the layer's inputs: the same as of the weight's columns
+            found[".".join(filter(None, (module_name, leaf)))] = value.contiguous().clone()
     return found
+
+
+def decoded(value: torch.Tensor) -> torch.Tensor:
+    """A parameter in float32; where it is quantised, without rounding it to the type that layers compute in first."""
+    if hasattr(value, "_qdata"):
+        params = dataclasses.replace(value._params, orig_dtype=torch.float32)
+        value = type(value)(value._qdata, value._layout_cls, params).dequantize()
+    return value.detach().to(torch.float32)
 
 
 def load(model: str) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def load(model: str) -> dict[str, Any]:
         "model": type(inner).__name__,
         "config": type(inner.model_config).__name__,
         "dtype": str(inner.get_dtype()).removeprefix("torch."),
-        "parameters": len(inner.diffusion_model.state_dict()),
+        "parameters": len(list(inner.diffusion_model.parameters())),
     }
 
 
