@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from mergetool.arch.presets import Preset
 from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
 from mergetool.quant.encoding import Encoding
 
@@ -53,21 +54,26 @@ class Part:
             return sum(span.size for span in self.encoding.spans(0, self.numel // self.encoding.width))
         return self.numel * self.dtype.bits // 8
 
+    @classmethod
+    def whole(cls, stored: str, info: TensorInfo, encoding: Encoding | None = None) -> Part:
+        """A stored tensor under its own name."""
+        return cls(stored, info.shape, info.dtype, Slice(stored, 0, info.shape[0] if info.shape else 1), encoding)
+
 
 @dataclass(frozen=True)
 class Anatomy:
     """What one file's tensor names mean; made by ``recognise``.
 
     ``prefix`` stands before every model tensor in the file. ``parts`` maps canonical names to parts, in file
-    order. ``outside`` lists the stored tensors that are not of the model: a bundled VAE or text encoder. ``sides``
-    lists the markers and scales of the model's quantised weights.
+    order. ``outside`` maps the stored tensors that are not of the model, a bundled VAE or text encoder, to each as a whole;
+    see `arch.bundled`. ``sides`` lists the markers and scales of the model's quantised weights.
     """
 
     family: Family
     layout: str
     prefix: str
     parts: Mapping[str, Part]
-    outside: tuple[str, ...] = ()
+    outside: Mapping[str, Part] = field(default_factory=dict)
     sides: tuple[str, ...] = ()
 
     def stored_parts(self) -> dict[str, tuple[str, ...]]:

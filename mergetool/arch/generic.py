@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, natural_key
+from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
+from mergetool.arch.bundled import bundled
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.quant.containers import is_side_tensor
 from mergetool.quant.encoding import Encoding
@@ -61,13 +62,9 @@ GENERIC = Generic()
 
 
 def anatomy_of(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> Anatomy:
-    """Every tensor as a part under its stored name; markers and scales of quantised weights beside."""
-    parts = {
-        name: Part(
-            name, info.shape, info.dtype, Slice(name, 0, info.shape[0] if info.shape else 1), encodings.get(name)
-        )
-        for name, info in tensors.items()
-        if not is_side_tensor(name)
-    }
-    sides = tuple(name for name in tensors if name not in parts)
-    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, sides=sides)
+    """Every tensor as a part under its stored name; what is bundled with the model, and markers and scales of quantised weights, beside."""
+    whole = {name: Part.whole(name, info, encodings.get(name)) for name, info in tensors.items()}
+    outside = {name: whole[name] for name in bundled(tensors)}
+    parts = {name: part for name, part in whole.items() if name not in outside and not is_side_tensor(name)}
+    sides = tuple(name for name in tensors if name not in parts and name not in outside)
+    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, outside=outside, sides=sides)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mergetool.arch import presets
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
+from mergetool.arch.bundled import bundled
 from mergetool.arch.fused_qkv import HeadRows
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
@@ -23,8 +24,6 @@ from mergetool.quant.encoding import Encoding
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"})
 
-# Top-level components of what all-in-one checkpoints bundle with a model that has no prefix of its own.
-_BUNDLED = frozenset({"vae", "first_stage_model", "text_encoder", "text_encoders", "cond_stage_model", "conditioner"})
 _STACKS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
 _QKV = ("to_q", "to_k", "to_v")
 
@@ -265,13 +264,14 @@ def anatomy_of(
     when a fused tensor cannot be split, or two tensors hold the same part.
     """
     parts: dict[str, Part] = {}
-    outside: list[str] = []
+    outside: dict[str, Part] = {}
     sides: list[str] = []
+    beside = bundled(tensors)
     heads = HeadRows(tensors, prefix, "noise_refiner.0.attention", source)
     for stored, info in tensors.items():
         name = stored.removeprefix(prefix)
-        if not stored.startswith(prefix) or name.split(".")[0] in _BUNDLED:
-            outside.append(stored)
+        if not stored.startswith(prefix) or stored in beside:
+            outside[stored] = Part.whole(stored, info, encodings.get(stored))
             continue
         if is_side_tensor(name):
             sides.append(stored)
@@ -285,7 +285,7 @@ def anatomy_of(
             parts[part.name] = part
     comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
     layout = "comfyui" if comfyui else "diffusers"
-    return Anatomy(Z_IMAGE, layout, prefix, parts, tuple(outside), tuple(sides))
+    return Anatomy(Z_IMAGE, layout, prefix, parts, outside, tuple(sides))
 
 
 def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None) -> list[Part]:

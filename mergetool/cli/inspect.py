@@ -83,7 +83,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         console.heading("", f'prefix "{anatomy.prefix}"')
     console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
     if anatomy.outside:
-        console.heading("", f"{len(anatomy.outside)} outside the model: {console.listed(anatomy.outside)}")
+        console.heading("", f"{len(anatomy.outside)} outside the model: {console.listed(list(anatomy.outside))}")
     console.table(
         ["group", "tensors", "parameters", "bytes", "share"],
         (
