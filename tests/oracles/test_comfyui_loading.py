@@ -1,18 +1,104 @@
-"""What mergetool writes, loaded by the real ComfyUI."""
+"""What mergetool writes, loaded by the real ComfyUI: no key missing or unexpected, and the weights that mergetool reads itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mergetool import models
+from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
+from mergetool.checkpoint.dtypes import F32
 from tests.families import checkpoint
 from tests.oracles import ComfyUI, RefusedError
+from tests.oracles.comparing import Values, decoded, misloaded, read, run
+
+# Half a step of each stored type: relative to the value (to the tensor's largest, which is more), and absolute.
+STEPS = {
+    "bf16": (2**-8, 0),
+    "fp16": (2**-11, 2**-25),
+    "fp32": (0, 0),
+    "fp8_e4m3": (2**-4, 2**-10),
+    "fp8_e5m2": (2**-3, 2**-17),
+    "fp8-scaled": (2**-4, 0),
+    "int8": (1 / 254, 0),
+    "nvfp4": (1 / 6 + 1 / 16, 0),
+    "mxfp8": (2**-4, 0),
+}
+NAMES = {"comfyui": ["--layout", "comfyui"], "diffusers": ["--layout", "diffusers"]}
+PREFIXES = {"no prefix": ["--prefix", ""], "ModelSave's prefix": ["--prefix", "model.diffusion_model."]}
+QUANTISED = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
+WRITTEN = [
+    (stored, layout, prefix)
+    for stored in STEPS
+    for layout in (["comfyui"] if stored in QUANTISED else NAMES)
+    for prefix in PREFIXES
+]
+"""Every container, layout and prefix that ``convert`` and ``merge`` write; quantised weights are written under ComfyUI's names only."""
 
 
-def test_a_generated_checkpoint_is_z_image_to_comfyui(tmp_path: Path, comfyui: ComfyUI) -> None:
-    found = comfyui.ask("load", model=checkpoint(tmp_path / "m.safetensors"))
-    assert (found["config"], found["missing"], found["unexpected"], found["log"]) == ("ZImage", [], [], [])
+def option(stored: str) -> list[str]:
+    return ["--quant" if stored in QUANTISED else "--dtype", stored]
+
+
+def half_a_step(stored: str, values: Values) -> Values:
+    relative, absolute = STEPS[stored]
+    # 2^-22: scales are float32 and multiplied in float32
+    return {
+        name: np.abs(value).max() * (relative + (2**-22 if relative else 0)) + absolute
+        for name, value in values.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Z-Image in float32."""
+    return checkpoint(tmp_path_factory.mktemp("source") / "source.safetensors", dtype=F32)
+
+
+@pytest.mark.parametrize(("stored", "layout", "prefix"), WRITTEN)
+def test_comfyui_loads_what_convert_writes(
+    tmp_path: Path, source: Path, comfyui: ComfyUI, stored: str, layout: str, prefix: str
+) -> None:
+    written = tmp_path / "written.safetensors"
+    run("convert", source, "-o", written, *option(stored), *NAMES[layout], *PREFIXES[prefix], folder=tmp_path)
+    assert misloaded(comfyui, written, decoded(written, tmp_path)) == []
+    whole = read(source)
+    assert misloaded(comfyui, written, whole, half_a_step(stored, whole)) == []
+
+
+@pytest.mark.parametrize("stored", ["bf16", *QUANTISED])
+def test_comfyui_loads_what_merge_writes(family: Path, comfyui: ComfyUI, stored: str) -> None:
+    run(
+        "merge",
+        "'alk.safetensors' + 2 * ('a.safetensors' - 'b.safetensors')",
+        "-o",
+        "merged.safetensors",
+        *option(stored),
+        folder=family,
+    )
+    assert misloaded(comfyui, family / "merged.safetensors", decoded(family / "merged.safetensors", family)) == []
+
+
+@pytest.mark.parametrize("name", models.embedded())
+def test_comfyui_loads_the_embedded_models(tmp_path: Path, comfyui: ComfyUI, name: str) -> None:
+    out = tmp_path / "model.safetensors"
+    run("convert", name, "-o", out, "--layout", "comfyui", folder=tmp_path)
+    assert misloaded(comfyui, out, decoded(out, tmp_path)) == []
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_comfyui_takes_a_whole_z_image_by_its_names_and_shapes(comfyui: ComfyUI, layout: str, prefix: str) -> None:
+    shapes = {prefix + name: list(shape) for name, shape in reference_shapes(REFERENCE_CONFIG, layout).items()}
+    assert comfyui.ask("recognise", shapes=shapes) == {
+        "config": "ZImage",
+        "missing": [],
+        "unexpected": [],
+        "parameters": 453,
+        "log": [],
+    }
 
 
 def test_what_comfyui_cannot_load_is_an_error_with_its_words(tmp_path: Path, comfyui: ComfyUI) -> None:

@@ -7,8 +7,10 @@ import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -100,4 +102,27 @@ def forward(model: str, inputs: str, out: str) -> dict[str, Any]:
     return {}
 
 
-COMMANDS = {"load": load, "weights": weights, "forward": forward}
+def recognise(shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """What ComfyUI takes a model of any size for by its names and ``shapes``, as ``load`` says it; no weights are made."""
+    tensors = {
+        name: torch.zeros(shape) if len(shape) == 1 else torch.empty(shape, device="meta")
+        for name, shape in shapes.items()
+    }
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    bare = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors
+    config = comfy.model_detection.model_config_from_unet(bare, "")
+    if config is None:
+        bare = comfy.model_detection.convert_diffusers_mmdit(bare, "")
+        config = comfy.model_detection.model_config_from_unet(bare, "")
+    config.set_inference_dtype(torch.bfloat16, None)
+    inner = config.get_model(bare, "", device="meta").diffusion_model
+    met = inner.load_state_dict(bare, strict=False, assign=True)
+    return {
+        "config": type(config).__name__,
+        "missing": met.missing_keys,
+        "unexpected": met.unexpected_keys,
+        "parameters": len(list(inner.parameters())),
+    }
+
+
+COMMANDS = {"load": load, "recognise": recognise, "weights": weights, "forward": forward}
