@@ -1,4 +1,4 @@
-"""Who loads a file: diffusers is run on every spelling, ComfyUI's mapping is written down once more, from the model's names on."""
+"""Who loads a file: diffusers and ComfyUI are run on every spelling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from mergetool.adapters import open_lora
 from mergetool.adapters.loaders import Loading, loading
@@ -36,6 +37,7 @@ from tests.adapters.spellings import (
     split,
 )
 from tests.families import TINY
+from tests.oracles import ComfyUI
 
 
 def native(prefix: str, down: str, up: str, *, flat: bool = False) -> Written:
@@ -125,6 +127,9 @@ FILES: dict[str, Callable[[], Written]] = {
         lokr("diffusion_model."), Written({f"diffusion_model.{BLOCK}.attention.to_q{A}": random(4, DIM, seed=1),
         f"diffusion_model.{BLOCK}.attention.to_q{B}": random(DIM, 4, seed=2)},
         {f"{BLOCK}.attention.to_q.weight": f64(random(DIM, 4, seed=2)) @ f64(random(4, DIM, seed=1))})),
+    "a whole difference beside a LoRA": lambda: joined(
+        others("diffusion_model."), Written({"diffusion_model.cap_embedder.1.diff": random(DIM, 64, seed=3)},
+        {"cap_embedder.1.weight": f64(random(DIM, 64, seed=3)) + others("").changes["cap_embedder.1.weight"]})),
     "A and B beside down and up": lambda: joined(split("diffusion_model.", A, B), others("diffusion_model.")),
 }  # fmt: skip
 DORAS: dict[str, Callable[[], Written]] = {
@@ -213,106 +218,55 @@ def test_diffusers_loses_the_magnitudes_that_are_said(tmp_path: Path, spelling: 
     assert parts - set(reasons) == magnitudes
 
 
-ENDINGS = [
-    (".lora_up.weight", ".lora_down.weight"), ("_lora.up.weight", "_lora.down.weight"),
-    (".lora_B.weight", ".lora_A.weight"), (".lora_B", ".lora_A"), (".lora_B.default.weight", ".lora_A.default.weight"),
-    (".lora.up.weight", ".lora.down.weight"), (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
-]  # fmt: skip
-HADAMARD = [".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"]
+@pytest.fixture(scope="session")
+def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without values, so that a LoRA's changes are what is there afterwards."""
+    path = tmp_path_factory.mktemp("zeros") / "zeros.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in reference_shapes(TINY, "comfyui").items()}, path)
+    return path
 
 
-def comfyui_map() -> dict[str, tuple[str, slice]]:
-    """Every name of a module that ComfyUI knows -> the stored tensor and the rows of it, as its Lumina2 branch lists them."""
-    known: dict[str, tuple[str, slice]] = {}
-    for name in reference_shapes(TINY, "comfyui"):
-        module = name.removesuffix(".weight")
-        known[f"diffusion_model.{module}"] = name, slice(None)
-        if name.endswith(".weight"):
-            known["lora_unet_" + module.replace(".", "_")] = name, slice(None)
-    tops = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer."}
-    for name in reference_shapes(TINY, "diffusers"):
-        if not name.endswith(".weight"):
-            continue
-        module, rows, target = name.removesuffix(".weight"), slice(None), name
-        for i, letter in enumerate("qkv"):
-            if module.endswith(f".to_{letter}"):
-                target = module.removesuffix(f"to_{letter}") + "qkv.weight"
-                rows = slice(i * DIM, (i + 1) * DIM)
-        for theirs, ours in {**NATIVE, "attention.norm_q": "attention.q_norm", **tops}.items():
-            target = target.replace(theirs, ours)
-        for spelled in (
-            f"diffusion_model.{module}",
-            f"transformer.{module}",
-            module,
-            "lycoris_" + module.replace(".", "_"),
-        ):
-            known[spelled] = target, rows
-    return known
+def added_by_comfyui(comfyui: ComfyUI, zeros: Path, lora: Path) -> Callable[[str], np.ndarray]:
+    """What ComfyUI adds to a part, by its own map of names."""
+    if lora.is_dir():
+        lora = lora / "adapter_model.safetensors"
+    names = comfyui.ask("names", model=zeros)["names"]
+    comfyui.ask("patch", model=zeros, lora=lora, out=lora.with_name("patched.safetensors"))
+    added = load_file(lora.with_name("patched.safetensors"))
 
+    def of(part: str) -> np.ndarray:
+        module, leaf = part.rsplit(".", 1)
+        target, start, length = names.get(f"diffusion_model.{module}", (f"diffusion_model.{part}", None, None))
+        stored = added[target.removeprefix("diffusion_model.").removesuffix("weight") + leaf]
+        return f64(stored if start is None else stored[start : start + length])
 
-def loaded_by_comfyui(written: Written) -> dict[str, np.ndarray]:
-    """What is added to each stored tensor: the alpha is a tensor beside the factors or 1 is the scale, whatever a config says."""
-    shapes, tensors = reference_shapes(TINY, "comfyui"), written.tensors
-    added = {name: np.zeros(shape) for name, shape in shapes.items()}
-    for name, (target, rows) in comfyui_map().items():
-        get = tensors.get
-        alpha = float(tensors[f"{name}.alpha"]) if f"{name}.alpha" in tensors else None
-
-        def scale(rank: int, alpha: float | None = alpha) -> float:
-            return 1.0 if alpha is None else alpha / rank
-
-        for up, down in ENDINGS:
-            if name + up in tensors and name + down in tensors:
-                b, a = f64(tensors[name + up]), f64(tensors[name + down])
-                added[target][rows] += b @ a * scale(len(a))
-        if name + HADAMARD[0] in tensors:
-            a, b, c, d = (f64(tensors[name + ending]) for ending in HADAMARD)
-            added[target][rows] += (a @ b) * (c @ d) * scale(len(b))
-        first = get(f"{name}.lokr_w1")
-        if first is not None:
-            whole = get(f"{name}.lokr_w2")
-            pair = None if whole is not None else (f64(tensors[f"{name}.lokr_w2_a"]), f64(tensors[f"{name}.lokr_w2_b"]))
-            second = f64(whole) if whole is not None else pair[0] @ pair[1] * scale(len(pair[1]))  # type: ignore[index]
-            added[target][rows] += np.kron(f64(first), second)
-        if f"{name}.diff" in tensors and "pad_token" not in name:
-            added[target][rows] += f64(tensors[f"{name}.diff"])
-        if f"{name}.diff_b" in tensors:
-            added[target.replace(".weight", ".bias")][rows] += f64(tensors[f"{name}.diff_b"])
-    return added
-
-
-def in_comfyui(part: str, added: dict[str, np.ndarray]) -> np.ndarray:
-    for i, letter in enumerate("qkv"):
-        if f".to_{letter}." in part:
-            return added[part.replace(f"to_{letter}", "qkv")][i * DIM : (i + 1) * DIM]
-    for ours, theirs in {
-        "to_out.0": "out",
-        "all_x_embedder.2-1": "x_embedder",
-        "all_final_layer.2-1": "final_layer",
-    }.items():
-        part = part.replace(ours, theirs)
-    return added[part]
+    return of
 
 
 @pytest.mark.parametrize("spelling", FILES)
-def test_comfyui_adds_what_is_said(tmp_path: Path, spelling: str) -> None:
+def test_comfyui_adds_what_is_said(tmp_path: Path, spelling: str, comfyui: ComfyUI, zeros: Path) -> None:
     written = FILES[spelling]()
-    _, (_, comfyui), parts = judged(written, tmp_path)
-    added = loaded_by_comfyui(written)
+    path, (_, program), parts = judged(written, tmp_path)
+    added = added_by_comfyui(comfyui, zeros, path)
     right = {
         part
         for part in parts
-        if in_comfyui(part, added).any() and np.allclose(in_comfyui(part, added), written.changes[part], rtol=1e-9)
+        # float32 sums of up to 16 products
+        if added(part).any()
+        and np.abs(added(part) - written.changes[part]).max() < 2**-19 * np.abs(written.changes[part]).max()
     }
-    assert right == parts - set(comfyui.dropped)  # of fused and split keys, the sum
+    assert right == parts - set(program.dropped)  # of fused and split keys, the sum
 
 
-def test_pad_tokens_are_taken_by_comfyui_and_not_applied(tmp_path: Path) -> None:
+def test_pad_tokens_are_taken_by_comfyui_and_not_applied(tmp_path: Path, comfyui: ComfyUI, zeros: Path) -> None:
     written = Written({"diffusion_model.x_pad_token.diff": random(1, DIM, seed=1)}, {"x_pad_token": np.zeros((1, DIM))})
-    _, (diffusers, comfyui), _ = judged(written, tmp_path)
-    assert comfyui.verdict == "not at all"
-    assert "without being applied" in comfyui.dropped["x_pad_token"]
+    path, (diffusers, program), _ = judged(written, tmp_path)
+    assert program.verdict == "not at all"
+    assert "without being applied" in program.dropped["x_pad_token"]
     assert diffusers.error
+    answer = comfyui.ask("patch", model=zeros, lora=path, out=tmp_path / "patched.safetensors")
+    assert (answer["log"], answer["patched"]) == ([], ["diffusion_model.x_pad_token"])
+    assert not load_file(tmp_path / "patched.safetensors")["x_pad_token"].any()
 
 
 def test_of_another_family_nothing_is_said(tmp_path: Path) -> None:

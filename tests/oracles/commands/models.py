@@ -54,6 +54,8 @@ def values(patcher: Any) -> dict[str, torch.Tensor]:
     found = {}
     for module_name, module in patcher.model.diffusion_model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf in ("input_scale", "pre_quant_scale"):  # of a layer's inputs
+                continue
             value = decoded(parameter.data)
             if leaf == "weight" and getattr(module, "pre_quant_scale", None) is not None:
                 value = (
