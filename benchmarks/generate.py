@@ -27,6 +27,7 @@ from mergetool import quant
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.outputs import Target, is_file_name
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.quant.quantiser import Entry
 
@@ -103,12 +104,13 @@ def generate(target: Path, spec: Spec, *, threads: int | None = None, overwrite:
     header = Header.plan(entries, {"format": "pt"})
     config = (json.dumps(spec.config, indent=2, sort_keys=True) + "\n").encode()
     target.parent.mkdir(parents=True, exist_ok=True)
+    single = is_file_name(target)
     with CheckpointWriter.stage(
-        target,
+        Target(target, "file" if single else "folder"),
         header,
         overwrite=overwrite,
         shard_size=spec.shard_size,
-        extra_files={} if target.suffix == ".safetensors" else {"config.json": config},
+        extra_files={} if single else {"config.json": config},
     ) as out:
         for name, (_, data) in constants.items():
             out.write(name, 0, memoryview(data))

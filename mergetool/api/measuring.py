@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mergetool.api.progress import Progress, StrPath, counting, patterns
@@ -41,6 +40,7 @@ def diff(
     matrix, and what was left out. Raises MergetoolError.
     """
     from mergetool.checkpoint.dtypes import output_dtype
+    from mergetool.checkpoint.outputs import lora_target
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, open_diff
     from mergetool.lora.pairs import DiffOptions
@@ -63,7 +63,7 @@ def diff(
     ):
         return extract(
             pairing,
-            Path(output),
+            lora_target(output),
             options,
             overwrite=overwrite,
             threads=threads,

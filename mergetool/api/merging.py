@@ -61,7 +61,7 @@ def merge(
     force: bool = False,
     progress: Progress = False,
 ) -> Merged:
-    """Merge checkpoints by an expression into ``output``, a .safetensors file or a folder; complete, or not at all.
+    """Merge checkpoints by an expression into ``output``, a .safetensors file or with ``/`` at its end a folder; complete, or not at all.
 
     ``multipliers`` scales the change in groups, as ``--set`` does: ``{"layers": "linear(0.2,1)", "refiner": 0}``; a later entry wins. ``protect``,
     ``include`` and ``exclude`` are patterns of groups and tensors. Sizes are in bytes. ``force`` merges models that do not look as if they belong
@@ -70,6 +70,7 @@ def merge(
     NaN and infinity.
     """
     from mergetool.checkpoint import dtypes
+    from mergetool.checkpoint.outputs import model_target
     from mergetool.comparison import lineage
     from mergetool.engine import device as devices
     from mergetool.engine import job
@@ -89,6 +90,7 @@ def merge(
         quant=quant,
         scale_search=scale_search,
     )
+    target = model_target(output, layout=layout, shard_size=shard_size, overwrite=overwrite)
     with job.open_merge(expression, options, skip_unmatched=skip_unmatched) as plan:
         findings = lineage.check(plan)
         if not force:
@@ -97,7 +99,7 @@ def merge(
         with counting("merge", plan.bytes_read + plan.header.data_size, progress) as advance:
             outcome = job.run_merge(
                 plan,
-                Path(output),
+                target,
                 overwrite=overwrite,
                 shard_size=shard_size,
                 threads=threads,
@@ -105,7 +107,7 @@ def merge(
                 device=on,
                 progress=advance,
             )
-        return _merged(plan, Path(output), findings, outcome)
+        return _merged(plan, target.path, findings, outcome)
 
 
 def _merged(plan: Plan, output: Path, findings: Sequence[Finding], outcome: Outcome) -> Merged:
@@ -163,7 +165,7 @@ class Recipe:
         """
         from mergetool.making import survey
 
-        places = survey.places_for(self._read, Path(target))
+        places = survey.places_for(self._read, target)
         passes = survey.survey(places, skip_unmatched=skip_unmatched)
         if not overwrite:
             survey.refuse_outdated(passes)
@@ -209,7 +211,7 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
         with counting("merge", job.bytes_moved(plans, on), how.progress) as advance:
             outcomes = job.run_merges(
                 plans,
-                [task.path for task in tasks],
+                [task.target for task in tasks],
                 overwrite=how.overwrite,
                 shard_size=survey.shard_size(outputs[0]),
                 threads=how.threads,

@@ -23,7 +23,13 @@ class PlannedFile:
 
 
 def planned_files(
-    target: Path, header: Header, *, shard_size: int | None, extra_files: Mapping[str, bytes], single: bool
+    target: Path,
+    header: Header,
+    *,
+    shard_size: int | None,
+    extra_files: Mapping[str, bytes],
+    stem: str = shards.STEM,
+    single: bool,
 ) -> tuple[PlannedFile, ...]:
     """The files that `CheckpointWriter.stage` with these arguments writes at ``target``: a ``single`` one, or a folder's.
 
@@ -31,7 +37,7 @@ def planned_files(
     """
     if single:
         return (PlannedFile(target, header.encode(), header.file_size),)
-    parts, small = shards.folder(header, shard_size, extra_files)
+    parts, small = shards.folder(header, shard_size, extra_files, stem=stem)
     files = [PlannedFile(target / part.name, part.header.encode(), part.header.file_size) for part in parts]
     return (*files, *(PlannedFile(target / name, data, len(data)) for name, data in small.items()))
 

@@ -204,6 +204,24 @@ def folder(
     return parts, {**extra_files, index_name(stem): index_json(parts)}
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether ``folder`` looks like one that holds a model: it has a config, an index, or a file with a name that libraries give."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    known = {"config.json", *(f"{stem}{SUFFIX}" for stem in PREFERRED)}
+    return any(name in known or name.endswith(INDEX_SUFFIX) for name in names)
+
+
+def stem_of(file: str) -> str:
+    """What a folder's files are called, by the name of one of them: "model" as transformers has it, else "diffusion_pytorch_model".
+
+    Example: ``stem_of("model-00001-of-00003.safetensors")`` is ``"model"``.
+    """
+    return next((stem for stem in PREFERRED if re.match(rf"{stem}[.-]", file)), STEM)
+
+
 def index_name(stem: str = STEM) -> str:
     """The name under which diffusers and transformers look for the index of shards named by ``stem``."""
     return f"{stem}{SUFFIX}{INDEX_SUFFIX}"

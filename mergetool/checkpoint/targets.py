@@ -26,6 +26,16 @@ def belongs_to_model_folder(name: str) -> bool:
     return name.endswith((".safetensors", ".json")) or name in _MODEL_NAMES
 
 
+def require_folder(folder: Path) -> None:
+    """Raises OutputError unless there is a ``folder`` to write in."""
+    if not folder.is_dir():
+        raise OutputError(
+            f'"{folder}" is not a folder; choose another place.'
+            if folder.exists()
+            else f'the folder "{folder}" does not exist; make it first.'
+        )
+
+
 def resolve_target(target: Path) -> Path:
     """The path that will be replaced: absolute, with every link followed, its folder proved to exist.
 
@@ -42,9 +52,9 @@ def resolve_target(target: Path) -> Path:
     except (OSError, RuntimeError):
         if target.is_symlink():
             raise OutputError(f'"{target}" is a link that leads nowhere; remove it or choose another name.') from None
-        raise OutputError(f'"{target.parent}" is not a folder that exists; make it first.') from None
-    if not folder.is_dir():
-        raise OutputError(f'"{target.parent}" is not a folder; choose another place.')
+        require_folder(target.parent)
+        raise OutputError(f'the folder "{target.parent}" cannot be looked at; choose another place.') from None
+    require_folder(target.parent)
     return folder / target.name
 
 

@@ -14,8 +14,8 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.journal import Work
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.progress import PlacedFile, Progress
-from mergetool.errors import UsageError
 
 
 class CheckpointWriter:
@@ -62,7 +62,7 @@ class CheckpointWriter:
     @classmethod
     def stage(
         cls,
-        target: Path,
+        target: Path | Target,
         header: Header,
         *,
         overwrite: bool = False,
@@ -74,21 +74,17 @@ class CheckpointWriter:
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
 
-        A target ending in ``.safetensors`` becomes one file, and ``extra_files`` are left out. Any other
-        becomes a folder that diffusers can load: shards of at most ``shard_size`` bytes of tensor data (a
-        larger tensor has one of its own) and their index, or one file when that suffices, and ``extra_files``
-        (config.json). ``stem`` is what the files of a folder are called. ``inputs`` are the files that must not be replaced, nor change before `commit`. Raises
-        UsageError for shards in a single file, OutputError when the target may not be written or does not
-        fit, BusyError when another run holds it.
+        What a path becomes, `outputs.model_target` says. In one file ``extra_files`` are left out. A folder holds shards of at most
+        ``shard_size`` bytes of tensor data (a larger tensor has one of its own) and their index, or one file when that suffices, and
+        ``extra_files`` (config.json). ``stem`` is what the files of a folder are called. ``inputs`` are the files that must not be replaced,
+        nor change before `commit`. Raises what `outputs.model_target` raises, OutputError when the target may not be written or does not fit,
+        BusyError when another run holds it.
         """
-        if target.suffix == ".safetensors":
-            if shard_size is not None:
-                raise UsageError(
-                    f'"{target}" names one file, but shards need a folder; leave out ".safetensors" or the shard size.'
-                )
-            return _stage_file(target, header, overwrite, inputs, resume)
+        target = model_target(target, shard_size=shard_size, overwrite=overwrite)
+        if not target.is_folder:
+            return _stage_file(target.path, header, overwrite, inputs, resume)
         parts, small = shards.folder(header, shard_size, extra_files, stem=stem)
-        return _stage_folder(target, header, parts, small, overwrite, inputs, resume)
+        return _stage_folder(target.path, header, parts, small, overwrite, inputs, resume)
 
     @property
     def target(self) -> Path:

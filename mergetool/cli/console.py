@@ -15,6 +15,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from mergetool.checkpoint import outputs
+from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.sizes import parse_size as parse_size
 from mergetool.errors import MergetoolError, UsageError
 
@@ -104,6 +106,24 @@ def heading(word: str, text: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
     _stdout.print(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def model_output(
+    name: str, *, shown: bool, layout: str | None = None, shard_size: int | str | None = None, overwrite: bool = False
+) -> Target:
+    """`outputs.model_target`, with what became of the name said where it is ``shown``."""
+    return _announced(outputs.model_target(name, layout=layout, shard_size=shard_size, overwrite=overwrite), shown)
+
+
+def lora_output(name: str | Path, *, shown: bool, folder: bool = False, what: str = "a LoRA") -> Path:
+    """The path of `outputs.lora_target`, with what became of the name said where it is ``shown``."""
+    return _announced(outputs.lora_target(name, folder=folder, what=what), shown).path
+
+
+def _announced(target: Target, shown: bool) -> Target:
+    if shown and target.note:
+        heading("note", target.note)
+    return target
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, Sca
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mergetool.checkpoint.outputs import Target
     from mergetool.engine.fidelity import Fidelity
     from mergetool.engine.running import Outcome
     from mergetool.recipe.plan import Plan
@@ -34,7 +34,7 @@ Without --dtype and --quant, quantised weights become BF16 and everything else k
 @console.command
 def convert(
     model: Annotated[str, typer.Argument(help="A registered name, a file, a folder, or hf://org/repo")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.safetensors, or a folder for shards.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="FILE.safetensors, or FOLDER/ for a folder.")],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 (a bare cast).")] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
@@ -56,6 +56,7 @@ def convert(
     from mergetool.checkpoint import dtypes
     from mergetool.engine import job
     from mergetool.recipe.options import Options
+    from mergetool.recipe.quoting import quote
 
     non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
@@ -63,14 +64,15 @@ def convert(
     )
     started = time.monotonic()
     shard_bytes = console.parse_size(shard_size) if shard_size else None
-    with job.open_merge(repr(model), options) as plan:
+    target = console.model_output(output, shown=not as_json, layout=layout, shard_size=shard_bytes, overwrite=overwrite)
+    with job.open_merge(quote(model), options) as plan:
         if not as_json:
             _print_plan(model, plan)
         total = plan.bytes_read + plan.header.data_size
         with console.progress("convert", total, shown=not (no_progress or as_json), publishes=True) as bar:
             outcome = job.run_merge(
                 plan,
-                output,
+                target,
                 overwrite=overwrite,
                 shard_size=shard_bytes,
                 threads=threads,
@@ -80,9 +82,9 @@ def convert(
             )
         seconds = time.monotonic() - started
         if as_json:
-            console.print_json(_as_json(plan, outcome, output, seconds))
+            console.print_json(_as_json(plan, outcome, target, seconds))
         else:
-            _print_outcome(plan, outcome, output, seconds, verbose=verbose)
+            _print_outcome(plan, outcome, target, seconds, verbose=verbose)
 
 
 def _print_plan(model: str, plan: Plan) -> None:
@@ -99,7 +101,7 @@ def _print_plan(model: str, plan: Plan) -> None:
         console.heading("note", warning)
 
 
-def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float, *, verbose: bool) -> None:
+def _print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float, *, verbose: bool) -> None:
     changed = {name: found for name, found in outcome.errors.items() if found.error}
     exact = len(outcome.errors) - len(changed)
     if changed:
@@ -119,7 +121,7 @@ def _print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float, *
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
-    console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
+    console.heading("done", f"{target}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
 
 
 def _by_group(plan: Plan, errors: Mapping[str, Fidelity]) -> dict[str, Fidelity]:
@@ -136,9 +138,9 @@ def _by_group(plan: Plan, errors: Mapping[str, Fidelity]) -> dict[str, Fidelity]
     return {group: Fidelity.total(found) for group, found in members.items() if found}
 
 
-def _as_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def _as_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
     return {
-        "output": str(output),
+        "output": str(target.path),
         "bytes_written": plan.header.file_size,
         "seconds": round(seconds, 3),
         "layout": plan.layout,

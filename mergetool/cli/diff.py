@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def diff(
         bool, typer.Option("--orthogonal", help="With --variant2: what of --variant is orthogonal to it.")
     ] = False,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", help="FILE.safetensors [default: VARIANT-minus-BASE.safetensors, here]"),
     ] = None,
     rank: Annotated[int, typer.Option(help="The same rank for every matrix; 0 chooses by --rank-thresh.")] = 0,
@@ -89,7 +90,7 @@ def diff(
         typer.Option(help="Size of the file, e.g. 300MB: the ranks with the least total error.", metavar="SIZE"),
     ] = None,
     spectra: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="FILE.safetensors to keep what was found in: the next run, at another threshold, rank or budget, need not search."
         ),
@@ -99,7 +100,7 @@ def diff(
     include: Annotated[list[str] | None, typer.Option(help="Take only these. Repeatable.", metavar="PATTERN")] = None,
     dtype: Annotated[str, typer.Option(help="What the factors are stored in: bf16, fp16 or fp32.")] = "bf16",
     full: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA."
         ),
@@ -109,7 +110,7 @@ def diff(
         typer.Option(help="Store these matrices whole, in --full. Repeatable.", metavar="PATTERN"),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="FILE.safetensors to write the base with what was stored added to.")
+        str | None, typer.Option(help="FILE.safetensors to write the base with what was stored added to.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random starting directions.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Matrices worked on at once [default: all cores]", min=1)] = None,
@@ -158,8 +159,11 @@ def diff(
     target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))
     memory = console.parse_size(gpu_memory) if gpu_memory else 0
     started = time.monotonic()
+    named = partial(console.lora_output, shown=not as_json)
+    target = named(output or _default_output(base, variant))
+    full_path, spectra_path = (None if name is None else named(name) for name in (full, spectra))
+    checkpoint_path = None if checkpoint is None else named(checkpoint, what="--checkpoint")
     with open_diff(base, variant, options, second=variant2, skip_unmatched=skip_unmatched) as pairing:
-        target = output or _default_output(base, variant)
         if not as_json:
             print_pairing(pairing, verbose=verbose or dry_run)
             diff_outputs.print_operands(pairing, options)
@@ -167,45 +171,47 @@ def diff(
             if as_json:
                 console.print_json(pairing_json(pairing))
             return
-        if checkpoint is not None:
-            diff_outputs.check_checkpoint(checkpoint, (target, full, spectra), pairing, overwrite=overwrite)
-        only = on_the_cpu(options, spectra, pairing) if target_device else ""
+        if checkpoint_path is not None:
+            diff_outputs.check_checkpoint(
+                checkpoint_path, (target, full_path, spectra_path), pairing, overwrite=overwrite
+            )
+        only = on_the_cpu(options, spectra_path, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
         shown = not (no_progress or as_json)
         reads = pairing.bytes_to_read(options)
-        with console.progress("diff", reads, shown=shown, publishes=checkpoint is None) as bar:
+        with console.progress("diff", reads, shown=shown, publishes=checkpoint_path is None) as bar:
             found = extract(
                 pairing,
                 target,
                 options,
-                full=full,
+                full=full_path,
                 overwrite=overwrite,
                 threads=threads,
                 method=method,
                 device=target_device,
                 memory=memory,
-                spectra=spectra,
+                spectra=spectra_path,
                 progress=bar,
             )
-        if checkpoint is not None:
-            stored = [target, full] if full is not None and found.whole else [target]
-            diff_outputs.bake(base, stored, checkpoint, overwrite=overwrite, threads=threads, shown=shown)
+        if checkpoint_path is not None:
+            stored = [target, full_path] if full_path is not None and found.whole else [target]
+            diff_outputs.bake(base, stored, checkpoint_path, overwrite=overwrite, threads=threads, shown=shown)
         seconds = time.monotonic() - started
         if as_json:
             note = {"note": f"{only} works on the CPU; the device is not used"} if only else {}
             console.print_json(
                 pairing_json(pairing)
                 | note
-                | extraction_json(found, options, spectra, target, seconds)
-                | diff_outputs.whole_json(found, full, checkpoint, pairing)
+                | extraction_json(found, options, spectra_path, target, seconds)
+                | diff_outputs.whole_json(found, full_path, checkpoint_path, pairing)
             )
         else:
             print_extraction(
-                found, options, pairing, target, seconds, full=full, checkpoint=checkpoint, verbose=verbose
+                found, options, pairing, target, seconds, full=full_path, checkpoint=checkpoint_path, verbose=verbose
             )
-            if spectra is not None:
-                diff_ranks.print_spectra(found, spectra)
+            if spectra_path is not None:
+                diff_ranks.print_spectra(found, spectra_path)
 
 
 def _default_output(base: str, variant: str) -> Path:

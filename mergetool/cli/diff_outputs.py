@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
 from mergetool.cli.lora_bake import expression
-from mergetool.errors import OutputError, UsageError
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
@@ -27,12 +27,9 @@ def weights(text: str) -> tuple[float, float]:
 
 def check_checkpoint(checkpoint: Path, others: Sequence[Path | None], pairing: Pairing, *, overwrite: bool) -> None:
     """Refuse a checkpoint that could not be written, before the work. Raises OutputError, UsageError or BusyError."""
-    from mergetool.checkpoint.targets import TargetClaim
+    from mergetool.checkpoint.targets import TargetClaim, require_folder
 
-    if not checkpoint.parent.exists():
-        raise OutputError(f'the folder "{checkpoint.parent}" does not exist; make it first.')
-    if checkpoint.suffix != ".safetensors":
-        raise UsageError(f'--checkpoint is one file: name it "{checkpoint.name}.safetensors".')
+    require_folder(checkpoint.parent)
     if checkpoint.absolute() in [other.absolute() for other in others if other]:
         raise UsageError("--checkpoint names the same file as another output; give one of them another name.")
     files = [file for model in pairing.inputs for file in model.checkpoint.files]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from mergetool.cli.console import (
     VerboseOption,
 )
 from mergetool.errors import UsageError
+from mergetool.recipe.quoting import in_quotes, quote
 
 EXAMPLES = """\b
 Examples:
@@ -39,8 +39,8 @@ def bake(
     model: Annotated[str, typer.Argument(help="What to add to: a MODEL of any layout or container")],
     loras: Annotated[list[str], typer.Argument(help="LoRAs, each with its strength", metavar="LORA[:STRENGTH]...")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="FILE.safetensors, or a folder for shards. Needed unless --dry-run."),
+        str | None,
+        typer.Option("--output", "-o", help="FILE.safetensors, or FOLDER/ for a folder. Needed unless --dry-run."),
     ] = None,
     multipliers: Annotated[
         list[str] | None,
@@ -102,10 +102,10 @@ def bake(
 
 def expression(model: str, loras: list[str]) -> str:
     """The merge that adds ``loras``, each PATH[:STRENGTH], to ``model``. Raises UsageError for a strength that is no number."""
-    terms = [repr(model)]
+    terms = [quote(model)]
     for text in loras:
         path, strength = with_strength(text)
-        terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({path!r})")
+        terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({in_quotes(path)})")
     return " ".join(terms)
 
 

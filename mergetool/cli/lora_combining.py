@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mergetool.lora.selection import Selection
     from mergetool.recipe.groups import Setting
 
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="FILE.safetensors. Needed unless --dry-run.")]
+OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="FILE.safetensors. Needed unless --dry-run.")]
 RankOption = Annotated[
     int | None, typer.Option("--rank", help="The same rank for every module, fewer where it has no more.")
 ]
@@ -61,7 +61,7 @@ class Settings:
     """What a command was asked for besides its LoRAs."""
 
     command: str
-    output: Path | None
+    output: str | None
     selection: Selection
     dtype: DType | None = None
     multipliers: tuple[Setting, ...] = ()
@@ -133,12 +133,13 @@ def perform(
 
     if settings.output is None and not settings.dry_run:
         raise UsageError("say where to write: -o FILE.safetensors, or --dry-run.")
+    target = None if settings.output is None else console.lora_output(settings.output, shown=not settings.as_json)
     started = time.monotonic()
     with opened(loras) as terms:
         gathering = prepare(gather(terms, multipliers=settings.multipliers, skip_unmatched=settings.skip_unmatched))
         if not settings.as_json:
             _print_plan(gathering, verbose=settings.verbose or settings.dry_run)
-        if settings.dry_run or settings.output is None:
+        if settings.dry_run or target is None:
             if settings.as_json:
                 console.print_json(_plan_json(gathering, settings.command))
             return
@@ -152,7 +153,7 @@ def perform(
         ) as bar:
             done = combine(
                 gathering,
-                settings.output,
+                target,
                 settings.selection,
                 dtype=settings.dtype,
                 command=settings.command,
@@ -163,9 +164,9 @@ def perform(
             )
         seconds = time.monotonic() - started
         if settings.as_json:
-            console.print_json(_plan_json(gathering, settings.command) | _done_json(done, settings.output, seconds))
+            console.print_json(_plan_json(gathering, settings.command) | _done_json(done, target, seconds))
         else:
-            _print_done(gathering, done, settings, settings.output, seconds)
+            _print_done(gathering, done, settings, target, seconds)
 
 
 def in_group(groups: frozenset[str]) -> str:

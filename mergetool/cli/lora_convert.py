@@ -35,7 +35,7 @@ Values are kept bit for bit where the format can say them; what was rounded is n
 @console.command
 def convert(
     lora: Annotated[str, typer.Argument(help="A LoRA in any spelling: a file or a PEFT folder", metavar="LORA")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.safetensors; a folder for peft.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="FILE.safetensors; a folder for peft.")],
     key_format: Annotated[
         str, typer.Option("--key-format", help="default, diffusers, comfyui, kohya or peft.")
     ] = "default",
@@ -57,21 +57,22 @@ def convert(
     from mergetool.lora.spelling import KEY_FORMATS
 
     wanted = console.choice("--key-format", key_format, KEY_FORMATS)
+    target = console.lora_output(output, shown=not as_json, folder=wanted == "peft")
     started = time.monotonic()
     with opened(lora, model) as file:
         shown = not (no_progress or as_json)
         with console.progress("convert", 1, shown=shown, unit="file", publishes=True) as advance:
             known = model is not None
             advance(1)
-            done = write(file, output, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
+            done = write(file, target, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
         dialect = file.dialect
-    with open_lora(output) as written:
+    with open_lora(target) as written:
         found = loading(written)
         size = sum(one.size for one in written.checkpoint.files)
     if as_json:
-        console.print_json(_json(done, output, size, dialect, found))
+        console.print_json(_json(done, target, size, dialect, found))
     else:
-        _print(done, output, size, dialect, found, time.monotonic() - started, verbose=verbose)
+        _print(done, target, size, dialect, found, time.monotonic() - started, verbose=verbose)
 
 
 def _print(

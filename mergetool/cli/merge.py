@@ -67,11 +67,11 @@ def merge(
         ),
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
-            help="FILE.safetensors, or a folder for shards. Needed unless --dry-run. Of a recipe: the folder for its outputs.",
+            help="FILE.safetensors, or FOLDER/ for a folder. Needed unless --dry-run. Of a recipe: the folder for its outputs.",
         ),
     ] = None,
     variables: Annotated[
@@ -218,7 +218,7 @@ class Settings:
     verbose: bool = False
 
 
-def perform(expression: str, options: Options, output: Path | None, settings: Settings, *, bar: str = "merge") -> None:
+def perform(expression: str, options: Options, output: str | None, settings: Settings, *, bar: str = "merge") -> None:
     """Plan and run a merge, and print both."""
     from mergetool.engine import device as devices
     from mergetool.engine import job
@@ -232,6 +232,15 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
     started = time.monotonic()
     gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
     shard_bytes = console.parse_size(settings.shard_size) if settings.shard_size else None
+    target = None
+    if output is not None:
+        target = console.model_output(
+            output,
+            shown=not settings.as_json,
+            layout=options.layout,
+            shard_size=shard_bytes,
+            overwrite=settings.overwrite,
+        )
     with job.open_merge(
         expression, options, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
     ) as plan:
@@ -240,7 +249,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         if not settings.as_json:
             merge_report.print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
         findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
-        if settings.dry_run or output is None:
+        if settings.dry_run or target is None:
             if settings.as_json:
                 console.print_json(merge_report.plan_json(plan, memory) | merge_report.lineage_json(findings))
             return
@@ -248,7 +257,7 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
         with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
             outcome = job.run_merge(
                 plan,
-                output,
+                target,
                 overwrite=settings.overwrite,
                 shard_size=shard_bytes,
                 threads=settings.threads,
@@ -264,10 +273,10 @@ def perform(expression: str, options: Options, output: Path | None, settings: Se
             console.print_json(
                 merge_report.plan_json(plan, memory)
                 | merge_report.lineage_json(findings)
-                | merge_report.outcome_json(plan, outcome, output, seconds)
+                | merge_report.outcome_json(plan, outcome, target, seconds)
             )
         else:
-            merge_report.print_outcome(plan, outcome, output, seconds)
+            merge_report.print_outcome(plan, outcome, target, seconds)
 
 
 def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:

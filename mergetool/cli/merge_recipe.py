@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mergetool.recipe.plan import Plan
 
 
-def perform(path: Path, variables: Sequence[str], target: Path | None, settings: Settings) -> None:
+def perform(path: Path, variables: Sequence[str], target: str | None, settings: Settings) -> None:
     """Survey a recipe's outputs, then make those that are not there as they would be written now."""
     from mergetool.making import survey
     from mergetool.recipe import file
@@ -53,7 +53,7 @@ def _print_survey(recipe: Recipe, tasks: Sequence[Task]) -> None:
     console.heading("recipe", f"{recipe.path}: {console.plural(len(tasks), 'output')}, {made} to make")
     for task in tasks:
         what = {"absent": "to be made", "current": "up to date", "outdated": f"out of date: {task.state.why}"}
-        console.heading("", f"{task.output.label} -> {task.path}  {what[task.state.kind]}")
+        console.heading("", f"{task.output.label} -> {task.target}  {what[task.state.kind]}")
 
 
 class _Run:
@@ -122,7 +122,7 @@ class _Run:
             with console.progress("merge", total, shown=settings.shows_progress, publishes=True) as advance:
                 outcomes = job.run_merges(
                     plans,
-                    [task.path for task in tasks],
+                    [task.target for task in tasks],
                     overwrite=settings.overwrite,
                     shard_size=survey.shard_size(outputs[0]),
                     threads=settings.threads,
@@ -135,9 +135,9 @@ class _Run:
                 )
             seconds = time.monotonic() - started
             for task, plan, outcome in zip(tasks, plans, outcomes, strict=True):
-                self.json[task.path] |= merge_report.outcome_json(plan, outcome, task.path, seconds)
+                self.json[task.path] |= merge_report.outcome_json(plan, outcome, task.target, seconds)
                 if not settings.as_json:
-                    merge_report.print_outcome(plan, outcome, task.path, seconds)
+                    merge_report.print_outcome(plan, outcome, task.target, seconds)
 
     def _diff(self, task: Task) -> None:
         from mergetool.lora import on_device

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
 
 if TYPE_CHECKING:
+    from mergetool.checkpoint.outputs import Target
     from mergetool.comparison.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.running import Outcome
@@ -64,8 +65,8 @@ def _scales(tensor: OutputTensor) -> list[str]:
     return [f"x {float(by):.6g}" for by in set(found.values()) if by not in (0, 1)]  # 0 is a reason of its own
 
 
-def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> None:
-    console.heading("done", f"{output}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
+def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> None:
+    console.heading("done", f"{target}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
     if outcome.resumed:
         console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
     if outcome.begun_anew is not None:
@@ -83,7 +84,7 @@ def print_outcome(plan: Plan, outcome: Outcome, output: Path, seconds: float) ->
     _print_rounding(plan, outcome.movements)
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
-    console.heading("next", f"mergetool verify {output}")
+    console.heading("next", f"mergetool verify {shlex.quote(str(target.path))}")
 
 
 def _print_rounding(plan: Plan, movements: Movements) -> None:
@@ -153,10 +154,10 @@ def lineage_json(findings: list[Finding]) -> dict[str, Any]:
     return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
-def outcome_json(plan: Plan, outcome: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def outcome_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
     movements = outcome.movements
     return {
-        "output": str(output),
+        "output": str(target.path),
         "seconds": round(seconds, 3),
         "search_gain": outcome.search_gain,
         "capped": dict(sorted(outcome.capped.items())),

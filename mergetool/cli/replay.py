@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +33,7 @@ def replay(
         list[str] | None, typer.Option("--input", help="Where an input is now. Repeatable.", metavar="NAME=MODEL")
     ] = None,
     write_to: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep what comes out, in this file or folder.")
+        str | None, typer.Option("--output", "-o", help="Keep what comes out, in this file or folder.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -76,13 +75,15 @@ def replay(
                 "differing": found.differing,
                 "bytes": found.size,
                 "files": found.files,
-                "output": None if write_to is None else str(write_to),
+                "output": None if found.kept is None else str(found.kept.path),
             }
         )
     else:
         _print(found, time.monotonic() - started)
-        if write_to is not None:
-            console.heading("done", str(write_to))
+        if found.kept is not None:
+            if found.kept.note:
+                console.heading("note", found.kept.note)
+            console.heading("done", str(found.kept))
     if not found.same:
         raise CheckFailed(f"{output} is not what its recipe makes now.")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import lora_target
+from mergetool.checkpoint.shards import SUFFIX
 from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
 
 MODELS = "diffusion_models"
@@ -43,7 +45,7 @@ def file(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def target(kind: str, name: str, suffix: str = ".safetensors") -> Path:
+def target(kind: str, name: str, suffix: str = SUFFIX) -> Path:
     """Where a file called ``name`` is written: in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
 
     Raises UsageError for a name that leads out of that folder: workflows come from strangers.
@@ -55,6 +57,8 @@ def target(kind: str, name: str, suffix: str = ".safetensors") -> Path:
             f"{quoted(name)} is not a name inside one of ComfyUI's folders; give one such as merged.safetensors or styles/merged.safetensors."
         )
     path = _folder(kind) / "/".join(parts)
+    if suffix == SUFFIX:
+        return lora_target(path, what="an output").path
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
 
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from mergetool.errors import UsageError
+from mergetool.errors import ExpressionError, UsageError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.graph import Model, number
+from mergetool.recipe.quoting import one_line, syntax_tree
 
 MODEL = "MERGETOOL_MODEL"
 DELTA = "MERGETOOL_DELTA"
@@ -33,10 +34,11 @@ def filled(text: str, inputs: Mapping[str, str]) -> str:
     Only names in their own right: not those in quotes, after a dot or before a call's parenthesis. Text that is no expression comes back
     as it is, for the parser to say why.
     """
-    source = re.sub(r"\s", " ", text).strip()
+    source = text.strip()
     try:
-        tree = ast.parse(source, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        source = one_line(text).strip()
+        tree = syntax_tree(source)
+    except (ExpressionError, SyntaxError, ValueError, RecursionError, MemoryError):
         return source
     taken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     taken |= {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
 from mergetool.ops.rounding import MODES
-from mergetool.recipe.graph import quote
 from mergetool.recipe.groups import parse_setting
 from mergetool.recipe.options import Options
+from mergetool.recipe.quoting import quote
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
@@ -92,6 +92,7 @@ class Save:
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
         from mergetool.checkpoint import dtypes
+        from mergetool.checkpoint.outputs import Target
         from mergetool.engine import job
         from mergetool.making import state
 
@@ -106,7 +107,7 @@ class Save:
         )
         path = host.target(folder, name)
         with host.own_tensors(), job.open_merge(model, options) as plan:
-            if state.of_merge(plan, path, None) == state.CURRENT:
+            if state.of_merge(plan, Target(path, "file"), None) == state.CURRENT:
                 report = f"{path} was already made of this"
             else:
                 advice = _advice(plan, force)
@@ -196,6 +197,7 @@ def _advice(plan: Plan, force: bool) -> list[str]:
 
 
 def _write(plan: Plan, path: Path, overwrite: bool) -> str:
+    from mergetool.checkpoint.outputs import Target
     from mergetool.engine import device as devices
     from mergetool.engine import job
 
@@ -209,7 +211,7 @@ def _write(plan: Plan, path: Path, overwrite: bool) -> str:
 
     host.make_folder(path)
     device = devices.choose("auto", work=plan.bytes_read, memory=0)
-    outcome = job.run_merge(plan, path, overwrite=overwrite, device=device, progress=advance)
+    outcome = job.run_merge(plan, Target(path, "file"), overwrite=overwrite, device=device, progress=advance)
     movement = outcome.movements.total
     lines = [
         f"{path}: {plan.header.file_size / 1e9:.3g} GB, {time.monotonic() - started:.1f} s",

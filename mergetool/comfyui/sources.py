@@ -7,7 +7,7 @@ from typing import Any
 
 from mergetool import models
 from mergetool.comfyui import host, links
-from mergetool.recipe.graph import quote
+from mergetool.recipe.quoting import quote
 
 CATEGORY = "mergetool"
 

@@ -23,9 +23,10 @@ from mergetool.engine.reading import Method
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.movement import Movement
 from mergetool.recipe.expression import parse
-from mergetool.recipe.graph import number, quote
+from mergetool.recipe.graph import number
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.quoting import quote
 from mergetool.recipe.steps import MERGED, Input
 
 RECOMMENDED = "recommended"

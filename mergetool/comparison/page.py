@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergetool.checkpoint.files import write_file
+from mergetool.checkpoint.targets import require_folder
 from mergetool.errors import OutputError
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def template(package: str, name: str) -> jinja2.Template:
 
 def require_target(path: Path, *, overwrite: bool) -> None:
     """Raises OutputError, before any work, when the page cannot be written there."""
-    if not path.parent.exists():
-        raise OutputError(f'the folder "{path.parent}" does not exist; make it first.')
+    require_folder(path.parent)
     if path.is_dir():
         raise OutputError(f'"{path}" is a folder; name a file, as in --report {path}/report.html.')
     if path.exists() and not overwrite:

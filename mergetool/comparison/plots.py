@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from mergetool.checkpoint.files import write_file
 from mergetool.checkpoint.names import quoted
-from mergetool.checkpoint.targets import TargetClaim
+from mergetool.checkpoint.targets import TargetClaim, require_folder
 from mergetool.comparison.heatmap import HeatMap
-from mergetool.errors import OutputError, UsageError
+from mergetool.errors import UsageError
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -29,8 +29,7 @@ def require_target(path: Path, *, overwrite: bool) -> None:
     """Refuse a picture that could not be written, before the work. Raises OutputError, UsageError for another kind than PNG, BusyError."""
     if path.suffix.lower() != ".png":
         raise UsageError(f'the plot is a PNG file: name it "{path.name}.png".')
-    if not path.parent.exists():
-        raise OutputError(f'the folder "{path.parent}" does not exist; make it first.')
+    require_folder(path.parent)
     TargetClaim.claim(path, 0, "file", overwrite=overwrite, inputs=()).release()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,18 +13,19 @@ from pathlib import Path
 from mergetool import __version__, models
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
-from mergetool.checkpoint import journal
+from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.journal import Work
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.checkpoint.targets import resolve_target
+from mergetool.checkpoint.targets import require_folder, resolve_target
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import merge, noise
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
-from mergetool.errors import DataError, OutputError, UsageError
+from mergetool.errors import DataError, UsageError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
@@ -135,7 +135,7 @@ def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None 
 
 def run_merge(
     plan: Plan,
-    output: Path,
+    output: str | Path | Target,
     *,
     overwrite: bool = False,
     shard_size: int | None = None,
@@ -150,7 +150,7 @@ def run_merge(
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
 
-    ``output`` is a ``.safetensors`` file, or a folder, which gets shards (of at most ``shard_size`` bytes), an index
+    What a path becomes, `outputs.model_target` says. A folder gets shards (of at most ``shard_size`` bytes), an index
     and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError,
     BusyError, StorageError, DeviceError, NonFiniteError or DataError; ``output`` is then what it was before.
 
@@ -177,7 +177,7 @@ def run_merge(
 
 def run_merges(
     plans: Sequence[Plan],
-    outputs: Sequence[Path],
+    outputs: Sequence[str | Path | Target],
     *,
     overwrite: bool = False,
     shard_size: int | None = None,
@@ -195,7 +195,11 @@ def run_merges(
     Every output is the same, byte for byte, as `run_merge` of its plan alone makes it. When a plan fails none is published. Each is as
     for `run_merge`, and raises what that does, and UsageError for outputs of one path, or for several that are to be resumed.
     """
-    _require_places(outputs)
+    targets = [
+        model_target(output, layout=plan.options.layout, shard_size=shard_size, overwrite=overwrite)
+        for plan, output in zip(plans, outputs, strict=True)
+    ]
+    _require_places([target.path for target in targets])
     if resume and len(plans) > 1:
         raise UsageError(
             "only a merge with one output can be resumed; leave out --resume, or merge them one at a time."
@@ -205,16 +209,17 @@ def run_merges(
         writers = [
             stack.enter_context(
                 CheckpointWriter.stage(
-                    output,
+                    target,
                     plan.header,
                     overwrite=overwrite,
                     shard_size=shard_size,
                     inputs=files,
                     extra_files=config_files(plan),
+                    stem=stem_of(plan),
                     resume=_work(plan, non_finite) if resume else None,
                 )
             )
-            for plan, output in zip(plans, outputs, strict=True)
+            for plan, target in zip(plans, targets, strict=True)
         ]
         if resume:
             stack.push(partial(_say_what_is_kept, writers[0]))
@@ -222,7 +227,7 @@ def run_merges(
         outcomes: dict[int, Outcome] = {}
         plans = [_remaining(plan, writer, progress) for plan, writer in zip(plans, writers, strict=True)]
         for together in passes(plans, device):
-            items = [(plans[i], writers[i], str(outputs[i]) if len(plans) > 1 else "") for i in together]
+            items = [(plans[i], writers[i], str(targets[i].path) if len(plans) > 1 else "") for i in together]
             found = merge.run_together(
                 items,
                 threads=threads,
@@ -253,8 +258,7 @@ def _require_places(outputs: Sequence[Path]) -> None:
     """Raises OutputError where the folder of an output is missing, UsageError where two outputs are one."""
     places: dict[Path, Path] = {}
     for output in outputs:
-        if not os.path.exists(output.parent):
-            raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
+        require_folder(output.parent)
         place = resolve_target(output)
         if place in places:
             raise UsageError(f'two outputs, "{places[place]}" and "{output}", are one file; give each its own name.')
@@ -299,13 +303,29 @@ def _say_what_is_kept(
 
 
 def config_files(plan: Plan) -> Mapping[str, bytes]:
-    """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes."""
+    """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes.
+
+    There is none where the tensors have ComfyUI's names: diffusers would take it for a promise, and load random weights in their place.
+    """
     anatomy = plan.inputs[0].anatomy
+    if plan.layout == "comfyui" or plan.prefix:
+        return {}
     for model in plan.inputs:
-        if model.checkpoint.config is not None:
+        named_alike = (model.anatomy.layout, model.anatomy.prefix) == (plan.layout, plan.prefix)
+        if model.checkpoint.config is not None and named_alike:
             return {"config.json": _json_file(model.checkpoint.config)}
     derived = anatomy.family.config(anatomy)
     return {} if derived is None else {"config.json": _json_file(derived)}
+
+
+def stem_of(plan: Plan) -> str:
+    """What the files of a folder output are called: as the first model's, where it is a folder of a library that looks for that name.
+
+    transformers looks for ``model.safetensors``, diffusers for ``diffusion_pytorch_model.safetensors``.
+    """
+    if plan.layout in ("comfyui", "diffusers"):
+        return shards.STEM
+    return shards.stem_of(plan.inputs[0].checkpoint.files[0].path.name)
 
 
 def _json_file(value: Mapping[str, object]) -> bytes:

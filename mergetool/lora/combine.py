@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mergetool import __version__
 from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.outputs import Target
 from mergetool.engine.threads import default_threads
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import output as lora_file
@@ -79,7 +80,7 @@ Derive = Callable[[Module], Source]
 
 def combine(
     gathering: Gathering,
-    output: Path,
+    output: Path | Target,
     selection: Selection,
     *,
     dtype: DType | None = None,
@@ -95,7 +96,7 @@ def combine(
     something else of a module than its sum. ``progress`` is told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
     UsageError for a budget that is too small, DataError for what cannot be added and NonFiniteError.
     """
-    lora_file.check(output, gathering.files, overwrite=overwrite)
+    target = lora_file.check(output, gathering.files, overwrite=overwrite)
     metadata = _metadata(gathering, selection, dtype, command)
     done: list[Outcome] = []
     empty: list[str] = []
@@ -115,7 +116,7 @@ def combine(
     if not tensors:
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
-    lora_file.write(output, tensors, metadata, gathering.files, overwrite=overwrite)
+    lora_file.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
 
 

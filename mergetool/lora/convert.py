@@ -19,6 +19,7 @@ from mergetool.adapters import LoraFile
 from mergetool.adapters.keys import FLAT
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import Target
 from mergetool.errors import DataError
 from mergetool.lora import fusing, module, peft_folder
 from mergetool.lora import output as lora_file
@@ -49,7 +50,7 @@ class Converted:
 
 def convert(
     file: LoraFile,
-    output: Path,
+    output: Path | Target,
     key_format: KeyFormat,
     *,
     overwrite: bool = False,
@@ -62,7 +63,7 @@ def convert(
     Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
     not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
     """
-    lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
+    target = lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
     spelling = SPELLINGS[key_format]
     _require_convertible(file, spelling, skip_unmatched=skip_unmatched, names_known=names_known)
     done = Converted(unmatched=file.unmatched)
@@ -77,7 +78,7 @@ def convert(
     if key_format == "peft":
         extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
     lora_file.write(
-        output, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
+        target, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
     )
     return done
 

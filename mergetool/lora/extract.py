@@ -20,6 +20,7 @@ import torch
 from mergetool import __version__, models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
+from mergetool.checkpoint.outputs import Target, lora_target
 from mergetool.engine.job import open_change
 from mergetool.engine.reading import Method
 from mergetool.engine.threads import default_threads
@@ -86,7 +87,7 @@ def _open(name: str, stack: ExitStack) -> Input:
 
 def extract(
     pairing: Pairing,
-    output: Path,
+    output: Path | Target,
     options: DiffOptions,
     *,
     full: Path | None = None,
@@ -113,14 +114,16 @@ def extract(
     """
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
     # The header is known only when all ranks are; a target that may not be written is refused before the work.
-    lora_file.check(output, files, overwrite=overwrite)
+    to = lora_file.check(output, files, overwrite=overwrite)
+    whole_to = None if full is None else lora_target(full)
+    spectra = None if spectra is None else lora_target(spectra).path
     if options.full != (full is not None):
         raise UsageError("--full needs a file for what is stored whole.")
-    for option, target in (("--spectra", spectra), ("--full", full)):
+    for option, target in (("--spectra", spectra), ("--full", None if whole_to is None else whole_to.path)):
         if target is None:
             continue
         lora_file.check(target, files, overwrite=overwrite or option == "--spectra")
-        if target.absolute() in (output.absolute(), spectra.absolute() if spectra and option == "--full" else None):
+        if target.absolute() in (to.path.absolute(), spectra.absolute() if spectra and option == "--full" else None):
             raise UsageError(f"{option} names the same file as another output; give one of them another name.")
     if spectra is not None and pairing.second is not None:
         raise UsageError("--spectra keeps those of one difference, not of what two share; leave it out, or --variant2.")
@@ -151,10 +154,12 @@ def extract(
         raise UsageError(f"no singular value is above {options.rank_thresh:g}; lower --rank-thresh.")
     if not factors:
         raise _nothing(pairing, options)
-    if full is not None and found.whole:
+    if whole_to is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
-        lora_file.write(full, values, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
-    lora_file.write(output, factors, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
+        lora_file.write(
+            whole_to, values, early.result(), files, overwrite=overwrite, threads=threads or default_threads()
+        )
+    lora_file.write(to, factors, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
     side.save(files, threads or default_threads())
     found.searched = sorted(side.added)
     return found

@@ -12,31 +12,28 @@ from torch import Tensor
 
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.targets import TargetClaim
+from mergetool.checkpoint.outputs import Target, lora_target
+from mergetool.checkpoint.targets import TargetClaim, require_folder
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.errors import OutputError, UsageError
 from mergetool.ops.cpu import TORCH
 
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
 
 
-def check(output: Path, inputs: Sequence[InputFile], *, overwrite: bool, folder: bool = False) -> None:
-    """Refuse a target that could not be written, before the work whose result goes there.
+def check(output: Path | Target, inputs: Sequence[InputFile], *, overwrite: bool, folder: bool = False) -> Target:
+    """What ``output`` is written as, after refusing what could not be written, before the work whose result goes there.
 
-    Raises OutputError for a folder that is not there, an existing file without ``overwrite`` or an input; UsageError for a name that is
-    not one safetensors file's, or with ``folder`` is one's; BusyError.
+    Raises what `outputs.lora_target` raises; OutputError for a folder that is not there, an existing file without ``overwrite`` or an
+    input; BusyError.
     """
-    if not output.parent.exists():
-        raise OutputError(f'the folder "{output.parent}" does not exist; make it first.')
-    if folder and output.suffix == ".safetensors":
-        raise UsageError(f'a PEFT adapter is a folder: name it "{output.stem}".')
-    if not folder and output.suffix != ".safetensors":
-        raise UsageError(f'a LoRA is one file: name it "{output.name}.safetensors".')
-    TargetClaim.claim(output, 0, "folder" if folder else "file", overwrite=overwrite, inputs=inputs).release()
+    target = lora_target(output, folder=folder)
+    require_folder(target.path.parent)
+    TargetClaim.claim(target.path, 0, target.kind, overwrite=overwrite, inputs=inputs).release()
+    return target
 
 
 def write(
-    output: Path,
+    output: Target,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     inputs: Sequence[InputFile],
@@ -47,7 +44,7 @@ def write(
 ) -> None:
     """Publish ``tensors``, each in its own dtype, at ``output``: a whole file, or none. Raises what `CheckpointWriter` raises.
 
-    An ``output`` that does not end in .safetensors is a folder, as PEFT has it: adapter_model.safetensors, and ``extra_files``.
+    A folder is as PEFT has it: adapter_model.safetensors, and ``extra_files``.
     """
     entries = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     with CheckpointWriter.stage(

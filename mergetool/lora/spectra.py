@@ -21,6 +21,7 @@ from torch import Tensor
 from mergetool import __version__
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import lora_target
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, MergetoolError, UsageError
 from mergetool.lora import output as lora_file
@@ -92,7 +93,7 @@ class SideFile:
             "matrices": {n: {"total": self.known[n].total, "complete": self.known[n].complete} for n in names},
         }
         metadata = {"mergetool.version": __version__, "mergetool.spectra": json.dumps(described, sort_keys=True)}
-        lora_file.write(self.path, tensors, metadata, files, overwrite=True, threads=threads)
+        lora_file.write(lora_target(self.path), tensors, metadata, files, overwrite=True, threads=threads)
 
 
 def _described(file: Checkpoint) -> dict[str, Any]:

@@ -9,24 +9,31 @@ from pathlib import Path
 
 from mergetool import models
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import Target
 from mergetool.errors import MergetoolError
 from mergetool.recipe import naming
 from mergetool.recipe.document import Node, Place
 from mergetool.recipe.file import Model, Output, Recipe
-from mergetool.recipe.graph import quote
+from mergetool.recipe.quoting import one_line, quote
 
 
 @dataclass(frozen=True)
 class Places:
-    """A recipe whose outputs go to ``folder``, or its only one to ``file``."""
+    """A recipe whose outputs go to ``folder``, or its only one to ``file``, which may be a folder too."""
 
     recipe: Recipe
     folder: Path
-    file: Path | None = None
+    file: Target | None = None
 
     def path(self, output: Output) -> Path:
         """Where an output goes."""
-        return self.file if self.file is not None else self.folder / output.file
+        return self.target(output).path
+
+    def target(self, output: Output) -> Target:
+        """Where an output goes and what it will be."""
+        if self.file is not None:
+            return self.file
+        return Target(self.folder / output.file, "folder" if output.is_folder else "file")
 
     def model(self, used: Output | Model) -> str:
         """The MODEL argument for a name: a relative path counts from the recipe's folder, unless it is a registered name."""
@@ -49,7 +56,7 @@ class Places:
         names = self.names(output)
         text = output.written.text
         by = {name: quote(names[name.name]) for name in naming.names_in(text) if name.name in names}
-        return " ".join(naming.replaced(text, by).text.split())
+        return one_line(naming.replaced(text, by).text).strip()
 
     @contextmanager
     def located(self, *outputs: Output) -> Iterator[None]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.planned import first_difference, planned_files
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine.job import config_files
+from mergetool.engine.job import config_files, stem_of
 from mergetool.errors import MergetoolError
 from mergetool.lora.extract import metadata_of
 from mergetool.lora.pairs import DiffOptions, Pairing
@@ -28,12 +29,19 @@ class State:
 ABSENT, CURRENT = State("absent"), State("current")
 
 
-def of_merge(plan: Plan, path: Path, shard_size: int | None) -> State:
+def of_merge(plan: Plan, target: Target, shard_size: int | None) -> State:
     """The state of a merge's output. No tensor is read: whether its bytes are right is what `mergetool replay` says."""
+    path = target.path
     if not os.path.lexists(path):
         return ABSENT
-    single = path.suffix == ".safetensors"
-    files = planned_files(path, plan.header, shard_size=shard_size, extra_files=config_files(plan), single=single)
+    files = planned_files(
+        path,
+        plan.header,
+        shard_size=shard_size,
+        extra_files=config_files(plan),
+        stem=stem_of(plan),
+        single=not target.is_folder,
+    )
     try:
         with Checkpoint.open(path) as stored:
             reasons = provenance.changes(stored.metadata, plan.header.metadata)

@@ -5,12 +5,17 @@ All outputs are surveyed before the first is begun, so that what can be known to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, model_target
+from mergetool.checkpoint.paths import typed
+from mergetool.checkpoint.shards import is_model_folder
 from mergetool.checkpoint.sizes import parse_size
+from mergetool.checkpoint.targets import require_folder
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, OutputError, UsageError
 from mergetool.lora import pairs
@@ -31,9 +36,14 @@ class Task:
     """One output: where it goes, what is there, and whether an output that it uses has to be made first."""
 
     output: Output
-    path: Path
+    target: Target
     state: State
     waits: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where it goes."""
+        return self.target.path
 
     @property
     def is_to_be_made(self) -> bool:
@@ -41,22 +51,26 @@ class Task:
         return self.state.kind != "current"
 
 
-def places_for(recipe: Recipe, target: Path | None) -> Places:
-    """Where the outputs go: into the folder ``target``, by default this one; a recipe's only output may be given a file.
+def places_for(recipe: Recipe, name: str | os.PathLike[str] | None) -> Places:
+    """Where the outputs go: into the folder ``name``, by default this one; a recipe's only output may be given a name of its own.
 
-    Raises UsageError for one file for several outputs, OutputError for a folder that is not there.
+    Raises UsageError for one file for several outputs and what `outputs.model_target` raises, OutputError for a folder that is not there.
     """
-    if target is None:
+    if name is None:
         return Places(recipe, Path())
-    if target.is_dir() and not (target / "config.json").exists():
-        return Places(recipe, target)
-    if len(recipe.outputs) == 1:
-        return Places(recipe, target.parent, target)
-    if target.suffix == ".safetensors":
+    folder, only = Path(typed(os.fspath(name))), recipe.outputs[0]
+    is_one = len(recipe.outputs) == 1
+    if folder.is_dir() and not (is_one and only.is_folder and is_model_folder(folder)):
+        return Places(recipe, folder)
+    if not is_one and is_file_name(folder):
         raise UsageError(
-            f'"{target}" is one file, but {recipe.path} makes {len(recipe.outputs)} outputs; name a folder with -o.'
+            f'"{folder}" is one file, but {recipe.path} makes {len(recipe.outputs)} outputs; name a folder with -o.'
         )
-    raise OutputError(f'the folder "{target}" does not exist; make it first.')
+    if not is_one:
+        require_folder(folder)
+    if isinstance(only.spec, LoraOutput):
+        return Places(recipe, folder.parent, lora_target(name))
+    return Places(recipe, folder.parent, model_target(name, folder=only.is_folder))
 
 
 def survey(places: Places, *, skip_unmatched: bool = False) -> list[list[Task]]:
@@ -71,7 +85,7 @@ def survey(places: Places, *, skip_unmatched: bool = False) -> list[list[Task]]:
             waits = id(output) not in states
             there = State("outdated", "an output that it uses is made first")
             known = (there if places.path(output).exists() else ABSENT) if waits else states[id(output)]
-            tasks.append(Task(output, places.path(output), known, waits))
+            tasks.append(Task(output, places.target(output), known, waits))
             if known.kind != "current":
                 waiting.add(id(output))
         found.append(tasks)
@@ -95,7 +109,7 @@ def _states(places: Places, outputs: Sequence[Output], *, skip_unmatched: bool) 
         with open_plans(places, merges, skip_unmatched=skip_unmatched) as plans:
             for output, plan in zip(merges, plans, strict=True):
                 with places.located(output):
-                    found[id(output)] = state.of_merge(plan, places.path(output), shard_size(output))
+                    found[id(output)] = state.of_merge(plan, places.target(output), shard_size(output))
     for output in outputs:
         if isinstance(output.spec, LoraOutput):
             with open_pairing(places, output, skip_unmatched=skip_unmatched) as (pairing, options):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,7 +23,8 @@ from math import isfinite
 
 from mergetool.errors import ExpressionError
 from mergetool.recipe.calls import read_call
-from mergetool.recipe.graph import Call, Lora, Model, Sum, Term, add, normal, number, quote, render, scale
+from mergetool.recipe.graph import Call, Lora, Model, Sum, Term, add, normal, number, render, scale
+from mergetool.recipe.quoting import one_line, quote, syntax_tree
 
 MAX_TEXT = 100_000
 MAX_NODES = 10_000
@@ -71,7 +71,7 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     """
     if len(text) > MAX_TEXT:
         raise ExpressionError(f"the expression has {len(text)} characters; the limit is {MAX_TEXT}.")
-    source = re.sub(r"\s", " ", text).strip()  # one line, so that columns and messages are too
+    source = one_line(text).strip()  # one line, so that columns and messages are too
     if not source:
         raise ExpressionError('the expression is empty; write for example "a + 20 * (b - c)".')
     tree = _syntax_tree(source)
@@ -132,10 +132,7 @@ def _is_product(source: str) -> bool:
 
 def _syntax_tree(source: str) -> ast.Expression:
     try:
-        with warnings.catch_warnings():  # "1if" and "\\d" warn on stderr before they are refused, or read as they stand
-            warnings.simplefilter("ignore", SyntaxWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return ast.parse(source, mode="eval")
+        return syntax_tree(source)
     except SyntaxError as error:
         at = f" at column {error.offset}" if error.offset else ""
         raise ExpressionError(
@@ -235,8 +232,8 @@ def _lora(node: ast.Call, source: str) -> Sum:
 
 
 def _check_name(name: str, node: ast.expr) -> None:
-    if not name.strip() or any(ord(c) < 32 or ord(c) == 127 for c in name):
-        raise ExpressionError(f"column {node.col_offset + 1}: a model name is empty or holds control characters.")
+    if not name.strip() or "\0" in name:
+        raise ExpressionError(f"column {node.col_offset + 1}: a model name is empty or holds a NUL.")
 
 
 def _constant(node: ast.Constant, source: str) -> Fraction:

@@ -19,6 +19,7 @@ from pathlib import Path
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.inputs import InputFile, any_target
 from mergetool.checkpoint.names import quoted, why_not_plain
+from mergetool.checkpoint.outputs import named
 from mergetool.checkpoint.sizes import parse_size
 from mergetool.errors import RecipeError, UsageError
 from mergetool.recipe import document, naming, variables
@@ -41,7 +42,8 @@ _FILE = ".safetensors"
 class Output:
     """One file to make, with its variables put in.
 
-    ``name`` is its key, ``values`` are those of the swept variables it depends on, ``file`` its name in the output folder. ``spec`` says
+    ``name`` is its key, ``values`` are those of the swept variables it depends on, ``file`` its name in the output folder, where it is one
+    file or with ``is_folder`` a folder. ``spec`` says
     what it is; of a merge ``expression`` is the graph over the names in the recipe. ``uses`` maps these names, and the other models that
     the output names, to what they stand for: an earlier output, or a MODEL argument. ``node`` and ``written`` lead to places in the file.
     """
@@ -54,6 +56,7 @@ class Output:
     node: Node
     expression: Expression | None = None
     written: Replaced | None = None
+    is_folder: bool = False
 
     @property
     def label(self) -> str:
@@ -319,7 +322,8 @@ class _Reader:
             if all(values.get(swept) == value for swept, value in output.values.items())
         }
         _check_size(whole, spec)
-        output = Output(name, values, self._file(name, whole, values, spec), spec, {}, whole)
+        file, is_folder = self._file(name, whole, values, spec)
+        output = Output(name, values, file, spec, {}, whole, is_folder=is_folder)
         if isinstance(spec, LoraOutput):
             return replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
         assert expression is not None
@@ -350,11 +354,16 @@ class _Reader:
             found[name] = meaning or Model(name, name, output.place_of(*path))
         return found
 
-    def _file(self, name: str, node: Node, values: Mapping[str, Variable], spec: MergeOutput | LoraOutput) -> str:
+    def _file(
+        self, name: str, node: Node, values: Mapping[str, Variable], spec: MergeOutput | LoraOutput
+    ) -> tuple[str, bool]:
+        """The file's name, and whether it is a folder's."""
         shards = isinstance(spec, MergeOutput) and spec.shard_size is not None
+        folder = shards or (isinstance(spec, MergeOutput) and spec.layout == "diffusers")
         file = spec.output
         if file is None:
-            file = "-".join([name, *(value.text for value in values.values())]) + ("" if shards else _FILE)
+            file = "-".join([name, *(value.text for value in values.values())]) + ("" if folder else _FILE)
+        slash, file = file[len(file.rstrip("/")) :], file.rstrip("/")
         inner = node.value.get("output") if isinstance(node.value, dict) else None
         at = inner.at if inner is not None else node.at
         reason = why_not_plain(file, "")
@@ -363,11 +372,15 @@ class _Reader:
                 "it begins with a dot" if file.startswith(".") else "braces stand around a variable only"
             )
             raise at.error(f"an output cannot be called {quoted(file)}, because {reason}; -o says the folder.")
-        if isinstance(spec, LoraOutput) and not file.endswith(_FILE):
+        try:
+            target = named(file + slash, folder=folder)
+        except UsageError as error:
+            raise at.error(str(error)) from None
+        if isinstance(spec, LoraOutput) and target.is_folder:
             raise at.error(f"a LoRA is one file: call it {quoted(file + _FILE)}.")
-        if shards and file.endswith(_FILE):
-            raise at.error(f"{quoted(file)} is one file, but shards need a folder; leave out {_FILE} or shard_size.")
-        return file
+        if shards and not target.is_folder:
+            raise at.error(f"{quoted(file)} is one file, but shards need a folder; leave out its ending or shard_size.")
+        return target.path.name, target.is_folder
 
     def _check_files(self, outputs: Sequence[Output]) -> None:
         seen: dict[str, Output] = {}

@@ -10,18 +10,15 @@ The normal form fixes the float32 operations that an engine performs, in order:
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
 from mergetool.ops.program import Value
+from mergetool.recipe.quoting import in_quotes, quote
 
 Operand: TypeAlias = "Model | Lora | Call | Sum"
-
-_BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,13 +225,6 @@ def _coefficients(operand: Operand) -> dict[str, Fraction]:
             return {}
 
 
-def quote(name: str) -> str:
-    """A model name as it must be written in an expression: bare where that can be read back, else quoted."""
-    if _BARE_NAME.fullmatch(name) and not any(keyword.iskeyword(part) for part in name.split(".")):
-        return name
-    return repr(name)
-
-
 def number(value: Fraction) -> str:
     """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
     if value.denominator == 1:
@@ -260,7 +250,7 @@ def render(value: Sum, names: Mapping[str, str]) -> str:
         if isinstance(term.operand, Model):
             body = quote(names.get(term.operand.name, term.operand.name))
         elif isinstance(term.operand, Lora):
-            body = f"lora({names.get(term.operand.name, term.operand.name)!r})"
+            body = f"lora({in_quotes(names.get(term.operand.name, term.operand.name))})"
         elif isinstance(term.operand, Call):
             body = _render_call(term.operand, names)
         else:
@@ -280,4 +270,6 @@ def _render_call(call: Call, names: Mapping[str, str]) -> str:
 def _render_value(value: Value) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(number, value))}]"
+    if isinstance(value, str):
+        return in_quotes(value)
     return number(value) if isinstance(value, Fraction) else repr(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import ExpressionError, RecipeError
 from mergetool.recipe.document import Node
 from mergetool.recipe.expression import Expression, parse
-from mergetool.recipe.graph import quote
+from mergetool.recipe.quoting import one_line, quote, syntax_tree
 from mergetool.recipe.validation import nearest
 
 _COLUMN = re.compile(r"^column (\d+): | at column (\d+)(?=: )")
@@ -45,13 +44,11 @@ class Variable:
 
 def names_in(text: str) -> list[Name]:
     """Every name of an expression, in its order; none of a text that is no expression, which `parse` then says."""
-    source = re.sub(r"\s", " ", text)
-    begin = len(source) - len(source.lstrip())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes: what they become is looked at as a name
-            tree = ast.parse(source[begin:], mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        source = one_line(text)
+        begin = len(source) - len(source.lstrip())
+        tree = syntax_tree(source[begin:])
+    except (ExpressionError, SyntaxError, ValueError, MemoryError, RecursionError):
         return []
     raw = source[begin:].encode()
 
@@ -146,9 +143,7 @@ def read(
             continue
         raise _unknown(name, node, written, known, later, variables)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return parse(written.text, known=known)
+        return parse(written.text, known=known)
     except ExpressionError as error:
         raise located(error, node, written) from None
 

@@ -84,7 +84,7 @@ class MergeOutput(_Strict):
     """A merged checkpoint."""
 
     merge: Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
-    output: Text | None = Field(None, description="The file, NAME.safetensors, or with another ending a folder.")
+    output: Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
     protect: Patterns | None = Field(None, description="Groups or patterns taken bit for bit from the first model.")
     include: Patterns | None = Field(None, description="Merge only these.")
     exclude: Patterns | None = Field(None, description="Do not merge these.")

@@ -12,6 +12,7 @@ import torch
 
 from mergetool import models
 from mergetool.checkpoint.files import write_file
+from mergetool.checkpoint.targets import require_folder
 from mergetool.errors import OutputError, UsageError
 from mergetool.sampler import sheet
 from mergetool.sampler.load import Components, WeightedLora, pipeline_folder
@@ -156,8 +157,7 @@ def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
         )
     if not many and target.suffix.lower() != ".png":
         raise UsageError(f'one picture is a PNG: name it "{target.name}.png".')
-    if not target.parent.exists():
-        raise OutputError(f'the folder "{target.parent}" does not exist; make it first.')
+    require_folder(target.parent)
     if target.is_dir() != many and target.exists():
         raise OutputError(f'"{target}" is {"no folder" if many else "a folder"}; choose another place with -o.')
     if target.exists() and not overwrite and (not many or any(target.iterdir())):

@@ -15,9 +15,10 @@ from types import MappingProxyType
 from typing import Protocol
 
 from mergetool import models
+from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.planned import first_difference, planned_files, shard_size_of
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.checkpoint.shards import INDEX_SUFFIX
+from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
 from mergetool.errors import UsageError
@@ -28,7 +29,7 @@ from mergetool.verification.weights import Comparer, against_header, reopen
 @dataclass
 class Replay:
     """What a replay found. ``reasons`` say in words why the bytes are not the same, ``difference`` where the first one is outside the
-    tensors; ``differing`` maps a tensor to its first byte that is another, ``missing`` and ``extra`` are tensors of only one of the two.
+    tensors; ``kept`` is where what came out was written; ``differing`` maps a tensor to its first byte that is another, ``missing`` and ``extra`` are tensors of only one of the two.
     ``bytes_compared`` are those of tensors."""
 
     expression: str
@@ -40,6 +41,7 @@ class Replay:
     extra: list[str] = field(default_factory=list)
     differing: dict[str, int] = field(default_factory=dict)
     bytes_compared: int = 0
+    kept: Target | None = None
 
     @property
     def same(self) -> bool:
@@ -51,7 +53,7 @@ def replay(
     output: str,
     *,
     inputs: Mapping[str, str] = MappingProxyType({}),
-    write_to: Path | None = None,
+    write_to: str | Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -70,7 +72,9 @@ def replay(
         target = path if single or path.is_dir() else path.parent
         shards = None if single else shard_size_of(_sizes(stored))
         extra = job.config_files(plan)
-        planned = planned_files(target, plan.header, shard_size=shards, extra_files=extra, single=single)
+        planned = planned_files(
+            target, plan.header, shard_size=shards, extra_files=extra, stem=job.stem_of(plan), single=single
+        )
         found = Replay(again.recorded.expression, sum(file.size for file in planned), len(planned))
         found.reasons = provenance.changes(stored.metadata, plan.header.metadata)
         found.difference = first_difference(target, planned)
@@ -78,13 +82,17 @@ def replay(
         sinks: list[_Sink] = []
         writer = None
         if write_to is not None:
-            if single != (write_to.suffix == ".safetensors"):
-                kind = "one file; call it NAME.safetensors" if single else "a folder; leave out .safetensors"
-                raise UsageError(f'"{write_to}" cannot hold {output}, which is {kind}.')
+            found.kept = _place_for(write_to, output, single=single)
             files = [*stored.files, *(file for model in plan.inputs for file in model.checkpoint.files)]
             writer = stack.enter_context(
                 CheckpointWriter.stage(
-                    write_to, plan.header, overwrite=overwrite, shard_size=shards, inputs=files, extra_files=extra
+                    found.kept,
+                    plan.header,
+                    overwrite=overwrite,
+                    shard_size=shards,
+                    inputs=files,
+                    extra_files=extra,
+                    stem=job.stem_of(plan),
                 )
             )
             sinks.append(writer)
@@ -104,6 +112,15 @@ def replay(
             writer.commit()
         found.bytes_compared, found.differing = comparer.compared, comparer.differing
         return found
+
+
+def _place_for(write_to: str | Path, output: str, *, single: bool) -> Target:
+    """Where what comes out is kept, of the kind that ``output`` is. Raises UsageError for a name of the other kind."""
+    kept = model_target(write_to, folder=not single)
+    if single == kept.is_folder:
+        kind = f"one file; call it NAME{SUFFIX}" if single else f"a folder; leave out {SUFFIX}"
+        raise UsageError(f'"{kept.path}" cannot hold {output}, which is {kind}.')
+    return kept
 
 
 class _Sink(Protocol):

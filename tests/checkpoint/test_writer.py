@@ -20,6 +20,7 @@ from mergetool.checkpoint import progress, system
 from mergetool.checkpoint.dtypes import BF16, BY_CODE, F16, F32
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.shards import ShardIndex
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.errors import BusyError, OutputError, StorageError, UsageError
@@ -49,7 +50,7 @@ def write_all(out: CheckpointWriter, step: int = 10_000) -> None:
             out.write(name, start, memoryview(data)[start : start + step])
 
 
-def save(target: Path, **options: object) -> None:
+def save(target: Path | Target, **options: object) -> None:
     with CheckpointWriter.stage(target, HEADER, **options) as out:  # type: ignore[arg-type]
         write_all(out)
         out.commit()
@@ -113,7 +114,7 @@ def test_index_and_shards_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_size", [None, 10**9])
 def test_folder_of_one_file_needs_no_index(tmp_path: Path, shard_size: int | None) -> None:
-    save(tmp_path / "out", shard_size=shard_size, extra_files={"config.json": b"{}"})
+    save(Target(tmp_path / "out", "folder"), shard_size=shard_size, extra_files={"config.json": b"{}"})
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert loaded(tmp_path / "out" / "diffusion_pytorch_model.safetensors") == DATA
 
@@ -135,10 +136,10 @@ def test_checkpoint_without_tensors(target: Path) -> None:
 def test_bytes_do_not_depend_on_order_or_threads(
     tmp_path: Path, threads: int, step: int, shard_size: int | None
 ) -> None:
-    save(tmp_path / "plain", shard_size=shard_size)
+    save(Target(tmp_path / "plain", "folder"), shard_size=shard_size)
     pieces = [(name, start) for name, data in DATA.items() for start in range(0, len(data), step)]
     random.Random(threads * step).shuffle(pieces)
-    with CheckpointWriter.stage(tmp_path / "out", HEADER, shard_size=shard_size) as out:
+    with CheckpointWriter.stage(Target(tmp_path / "out", "folder"), HEADER, shard_size=shard_size) as out:
 
         def work(mine: list[tuple[str, int]]) -> None:
             for name, start in mine:
@@ -162,7 +163,7 @@ def test_bytes_do_not_depend_on_order_or_threads(
 
 @pytest.mark.parametrize("shard_size", [None, 60_000])
 def test_no_staged_file_can_be_loaded_before_commit(tmp_path: Path, shard_size: int | None) -> None:
-    with CheckpointWriter.stage(tmp_path / "out", HEADER, shard_size=shard_size) as out:
+    with CheckpointWriter.stage(Target(tmp_path / "out", "folder"), HEADER, shard_size=shard_size) as out:
         write_all(out)
         (staged,), _ = beside(tmp_path / "out")
         files = sorted(staged.glob("*.safetensors"))
@@ -323,13 +324,13 @@ def test_target_and_removed_are_told(target: Path) -> None:
 @pytest.mark.parametrize("name", ["../config.json", "run.py", "diffusion_pytorch_model.safetensors"])
 def test_extra_files_that_do_not_belong_leave_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises((ValueError, OutputError)):
-        CheckpointWriter.stage(tmp_path / "out", HEADER, extra_files={name: b"{}"})
+        CheckpointWriter.stage(Target(tmp_path / "out", "folder"), HEADER, extra_files={name: b"{}"})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_replaced_folder_holds_only_the_new_files(tmp_path: Path) -> None:
     save(tmp_path / "out", shard_size=1, extra_files={"config.json": b"old"})
-    save(tmp_path / "out", overwrite=True, extra_files={"config.json": b"new"})
+    save(Target(tmp_path / "out", "folder"), overwrite=True, extra_files={"config.json": b"new"})
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 

@@ -76,7 +76,7 @@ def test_convert_says_what_it_did_and_who_loads_the_result(musubi: Path, tmp_pat
     [
         (["-o", "x.safetensors", "--key-format", "a1111"], 2, "--key-format is one of"),
         (["-o", "there.safetensors"], 73, "--overwrite"),
-        (["-o", "x"], 2, "one file"),
+        (["-o", "x/"], 2, "one file"),
         (["-o", "x.safetensors", "--key-format", "peft"], 2, "a folder"),
         (["-o", "x.safetensors", "--model", "nowhere.safetensors"], 66, "nowhere"),
         (["-o", "no/x.safetensors"], 73, "does not exist"),

@@ -69,7 +69,7 @@ def make(text: str) -> None:
         outputs = [task.output for task in one]
         with survey.open_plans(places, outputs) as plans:
             size = survey.shard_size(outputs[0])
-            job.run_merges(plans, [task.path for task in one], overwrite=True, shard_size=size)
+            job.run_merges(plans, [task.target for task in one], overwrite=True, shard_size=size)
 
 
 def kinds(text: str) -> list[str]:

@@ -281,7 +281,7 @@ MALFORMED: list[tuple[str, str, str]] = [
     ("an output that is a number", "+merge: a\noutput: §5", "a text"),
     ("an output with a stray brace", "+merge: a\noutput: §'x-{}.safetensors'", "braces"),
     ("shards in one file", "+merge: a\noutput: §x.safetensors\nshard_size: 1GB", "folder"),
-    ("a LoRA in a folder", "diff: {base: lab.base, variant: lab.turbo}\noutput: §x", "one file"),
+    ("a LoRA in a folder", "diff: {base: lab.base, variant: lab.turbo}\noutput: §x/", "one file"),
     ("two outputs of one name", "outputs:\n  x: {merge: lab.base, output: z.safetensors}\n  y: {merge: lab.base, output: §z.safetensors}", "both be written"),
     ("two outputs that differ in case", "outputs:\n  x: {merge: lab.base, output: z.safetensors}\n  y: {merge: lab.base, output: §Z.safetensors}", "both be written"),
     ("a sweep into one file", "sweep: {m: [1, 2]}\nmerge: lab.base + m*(lab.turbo - lab.base)\noutput: §z.safetensors", "{m}"),

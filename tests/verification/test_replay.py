@@ -22,7 +22,7 @@ EXPRESSION = "'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')"
 
 def merged(target: Path, options: Options | None = None, shard_size: int | None = None) -> Path:
     with job.open_merge(EXPRESSION, options or Options(protect=("refiner",))) as plan:
-        job.run_merge(plan, target, shard_size=shard_size)
+        job.run_merge(plan, f"{target}/" if target.suffix == "" else target, shard_size=shard_size)
     return target
 
 

@@ -1,0 +1,32 @@
+"""What a path means that a person typed or copied."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+QUOTES = {'"': '"', "'": "'", "“": "”", "”": "”", "„": "“", "‘": "’", "’": "’", "‚": "‘", "«": "»", "»": "«", "‹": "›"}
+"""Every opening quotation mark and what closes it: those of keyboards, and those that word processors and web pages put in their place."""
+
+
+def typed(text: str) -> str:
+    """The path that ``text`` means, whether it exists or not.
+
+    A pair of quotation marks around it is taken off, which Explorer's "Copy as path" puts there; ``file://`` addresses become paths;
+    ``~`` and ``~name`` become home folders. A backslash is a backslash.
+    """
+    text = without_quotes(text)
+    if text[:7].lower() == "file://":
+        parts = urlsplit(text)
+        host = "" if parts.netloc in ("", "localhost") else f"//{parts.netloc}"
+        text = url2pathname(host + parts.path)
+    return os.path.expanduser(text)
+
+
+def without_quotes(text: str) -> str:
+    """``text`` without the blanks and the one pair of quotation marks around it, where it has such a pair."""
+    inner = text.strip()
+    if len(inner) > 2 and QUOTES.get(inner[0]) == inner[-1]:
+        return inner[1:-1]
+    return text
