@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from mergetool.arch.prefixes import spelled
 from mergetool.arch.presets import Preset
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import TensorInfo
@@ -64,9 +65,9 @@ class Part:
 class Anatomy:
     """What one file's tensor names mean; made by ``recognise``.
 
-    ``prefix`` stands before every model tensor in the file. ``parts`` maps canonical names to parts, in file
-    order. ``outside`` maps the stored tensors that are not of the model, a bundled VAE or text encoder, to each as a whole;
-    see `arch.bundled`. ``sides`` lists the markers and scales of the model's quantised weights.
+    ``prefix`` stands before every model tensor in the file; of several it is what they have in common. ``parts`` maps canonical
+    names to parts, in file order. ``outside`` maps the stored tensors that are not of the model, a bundled VAE or text encoder, to
+    each as a whole; see `arch.bundled`. ``sides`` lists the markers and scales of the model's quantised weights.
     """
 
     family: Family
@@ -86,6 +87,17 @@ class Anatomy:
             for tensor, parts in rows.items()
         }
 
+    def outputs(self, layout: str) -> list[tuple[str, tuple[str, ...]]]:
+        """Stored tensors of ``layout`` in canonical order, without prefix, each with the parts it holds; parts that the model never
+        reads are in none.
+
+        Raises UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
+        """
+        found = self.family.outputs((name for name in self.parts if name not in self.family.unused), layout)
+        if not self.family.keeps_names:
+            return found
+        return [(spelled(self.parts[parts[0]].stored.tensor, self.prefix), parts) for _, parts in found]
+
 
 class Family(ABC):
     """An architecture: its layouts, its groups, and the names of its parts in each layout.
@@ -98,6 +110,8 @@ class Family(ABC):
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
     presets: tuple[Preset, ...] = ()
+    overflows_fp16 = False  # whether activations are known to leave fp16's range
+    keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
 
     @abstractmethod
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:

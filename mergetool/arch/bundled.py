@@ -1,18 +1,15 @@
 """What a file holds beside its diffusion model: VAE, text encoders, EMA weights, noise schedules, and flags that say how to sample it.
 
-One table for every family. Names are compared component by component, as stored. A file that holds nothing else, such as a VAE of its own,
-bundles nothing: what it holds is then the model.
+One table for every family; `arch.prefixes` applies it. Names are compared component by component. A file that holds nothing else, such as a
+VAE of its own, bundles nothing: what it holds is then the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 Kind = Literal["VAE", "text encoder", "EMA", "schedule", "flag", "other"]
-
-MODEL_PREFIXES = ("model.diffusion_model.", "model.model.")
-"""Where all-in-one checkpoints keep the diffusion model: everything else in such a file is bundled with it (ComfyUI ``model_detection``)."""
 
 _TOP: Mapping[str, Kind] = {
     **dict.fromkeys(("vae", "first_stage_model", "audio_vae", "pretransform", "vocoder"), "VAE"),
@@ -39,19 +36,6 @@ _NAMES: Mapping[str, Kind] = {
 }
 
 
-def kind_of(stored: str) -> Kind | None:
-    """What the tensor ``stored`` is bundled as by its name alone; None for one of the model."""
-    return _NAMES.get(stored) or _TOP.get(stored.partition(".")[0])
-
-
-def bundled(names: Iterable[str]) -> dict[str, Kind]:
-    """The tensors of a file that are bundled with its model, in the file's order; empty where no model would be left.
-
-    Under a prefix of `MODEL_PREFIXES` the model is what has the prefix; in other files the table decides.
-    """
-    stored = list(names)
-    prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in stored)), None)
-    if prefix is not None:
-        return {name: kind_of(name) or "other" for name in stored if not name.startswith(prefix)}
-    found = {name: kind for name in stored if (kind := kind_of(name)) is not None}
-    return found if any("." in name for name in stored if name not in found) else {}
+def kind_of(name: str) -> Kind | None:
+    """What the tensor ``name``, without wrappers before it, is bundled as by its name alone; None for one of the model."""
+    return _NAMES.get(name) or _TOP.get(name.partition(".")[0])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
-from mergetool.arch.bundled import bundled
+from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
+from mergetool.errors import UsageError
 from mergetool.quant.containers import is_side_tensor
 from mergetool.quant.encoding import Encoding
 
@@ -19,7 +21,7 @@ _DERIVED = ("matrix", "norm", "bias", "attention", "ffn")
 
 
 class Generic(Family):
-    """Any architecture, with identical names in and out, and groups read off the names and shapes.
+    """Any architecture, whose tensors keep the names they have, and groups read off the names and shapes.
 
     Groups: each top-level path component (``double_blocks``); ``matrix`` (two or more dimensions), ``norm``
     (1-D ``weight`` or ``scale``), ``bias``; ``attention`` and ``ffn`` for tensors under a component of such
@@ -29,6 +31,7 @@ class Generic(Family):
     name = "generic"
     layouts = ("plain",)
     group_order = _DERIVED
+    keeps_names = True
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The derived groups of a part, and its top-level component when it has one."""
@@ -53,6 +56,14 @@ class Generic(Family):
         self.check_layout(layout)
         return part
 
+    def check_layout(self, layout: str) -> None:
+        """Raise UsageError for a layout other than ``plain``: what the names mean in another one is not known."""
+        if layout not in self.layouts:
+            raise UsageError(
+                f'mergetool knows no layout "{layout}" of this model, whose family it does not know; it keeps the names that its '
+                "file gives it: leave --layout out (--prefix changes what stands before them)."
+            )
+
     def order(self, part: str) -> tuple[object, ...]:
         """Natural order of names: ``blocks.2`` before ``blocks.10``."""
         return natural_key(part)
@@ -61,10 +72,27 @@ class Generic(Family):
 GENERIC = Generic()
 
 
-def anatomy_of(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> Anatomy:
-    """Every tensor as a part under its stored name; what is bundled with the model, and markers and scales of quantised weights, beside."""
-    whole = {name: Part.whole(name, info, encodings.get(name)) for name, info in tensors.items()}
-    outside = {name: whole[name] for name in bundled(tensors)}
-    parts = {name: part for name, part in whole.items() if name not in outside and not is_side_tensor(name)}
-    sides = tuple(name for name in tensors if name not in parts and name not in outside)
-    return Anatomy(GENERIC, layout="plain", prefix="", parts=parts, outside=outside, sides=sides)
+def anatomy_of(
+    names: Names, tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], outside: Mapping[str, Part]
+) -> Anatomy:
+    """Every tensor of the model as a part, under its own name; markers and scales of quantised weights beside.
+
+    ``tensors`` and ``encodings`` are under the model's own names too. A norm's ``scale`` is the part ``weight``: programs read either.
+    """
+    parts: dict[str, Part] = {}
+    sides = []
+    for stored, name in names.own.items():
+        if is_side_tensor(name):
+            sides.append(stored)
+            continue
+        part = _canonical(name, tensors)
+        parts[part] = replace(Part.whole(stored, tensors[name], encodings.get(name)), name=part)
+    return Anatomy(GENERIC, "plain", names.prefix, parts, outside, tuple(sides))
+
+
+def _canonical(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The part's name: ``X.weight`` for the vector ``X.scale`` of a norm, which has no other weight."""
+    module, dot, leaf = name.rpartition(".")
+    if leaf != "scale" or not dot or len(tensors[name].shape) != 1 or f"{module}.weight" in tensors:
+        return name
+    return f"{module}.weight"

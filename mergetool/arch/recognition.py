@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mergetool.arch import generic, z_image
-from mergetool.arch.anatomy import Anatomy
+from mergetool.arch import generic, prefixes, z_image
+from mergetool.arch.anatomy import Anatomy, Part
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
@@ -29,19 +29,23 @@ _CONTROLNET = frozenset({"control_layers", "control_all_x_embedder", "control_no
 def recognise(
     tensors: Mapping[str, TensorInfo], *, source: str, encodings: Mapping[str, Encoding] = MappingProxyType({})
 ) -> Anatomy:
-    """What the tensor names of a file mean: Z-Image in either layout, else the generic family.
+    """What the tensor names of a file mean: Z-Image in either layout, else the generic family, under whatever prefix.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.encodings`); ``source`` names
     the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space
     derivative, no tensors at all), and for a Z-Image file whose tensors contradict each other.
     """
     _refuse_other_files(tensors, source)
-    values = _values(tensors, encodings)
-    prefix = z_image.find_prefix(values, source=source)
-    if prefix is None:
-        return generic.anatomy_of(values, encodings)
-    encodings = z_image.unpadded(values, encodings, prefix, source=source)
-    return z_image.anatomy_of(_values(tensors, encodings), prefix, encodings, source=source)
+    names = prefixes.read(tensors, source=source)
+    beside = _values({stored: tensors[stored] for stored in names.outside}, encodings)
+    outside = {stored: Part.whole(stored, info, encodings.get(stored)) for stored, info in beside.items()}
+    own = {name: tensors[stored] for stored, name in names.own.items()}
+    coded = {name: encodings[stored] for stored, name in names.own.items() if stored in encodings}
+    values = _values(own, coded)
+    if not z_image.is_z_image(values):
+        return generic.anatomy_of(names, values, coded, outside)
+    coded = z_image.unpadded(values, coded, source=source)
+    return z_image.anatomy_of(names, _values(own, coded), coded, outside, source=source)
 
 
 def _values(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> dict[str, TensorInfo]:
@@ -60,7 +64,7 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
             raise FamilyError(
                 f'"{source}" is a LoRA file (tensor {quoted(stored)}) and not a model; give a whole checkpoint here.'
             )
-        name = _without_prefix(stored)
+        name = prefixes.own(stored)
         if name.split(".")[0] in _CONTROLNET:
             raise FamilyError(
                 f'"{source}" is a ControlNet (tensor {quoted(stored)}) and not a diffusion transformer; give the '
@@ -71,10 +75,3 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
                 f'"{source}" is a pixel-space derivative (tensor {quoted(stored)}), whose decoder is part of the model '
                 "and cannot be merged with latent-space Z-Image; give a latent-space checkpoint here."
             )
-
-
-def _without_prefix(stored: str) -> str:
-    for prefix in z_image.PREFIXES:
-        if stored.startswith(prefix):
-            return stored.removeprefix(prefix)
-    return stored

@@ -13,15 +13,14 @@ from typing import Any
 
 from mergetool.arch import presets
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
-from mergetool.arch.bundled import bundled
 from mergetool.arch.fused_qkv import HeadRows
+from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 from mergetool.quant.containers import is_side_tensor
 from mergetool.quant.encoding import Encoding
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"})
 
 _STACKS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
@@ -92,6 +91,7 @@ class ZImage(Family):
     )
     unused = frozenset({"norm_final.weight"})
     presets = presets.Z_IMAGE
+    overflows_fp16 = True
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The groups of a part, from its name alone."""
@@ -176,39 +176,29 @@ class ZImage(Family):
 Z_IMAGE = ZImage()
 
 
-def find_prefix(tensors: Mapping[str, TensorInfo], *, source: str) -> str | None:
-    """The prefix under which a Z-Image transformer lies in the file, or None where there is none.
+def is_z_image(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether ``tensors``, under the model's own names, are a Z-Image transformer's.
 
     Told by ``cap_embedder.1.weight`` and the first noise refiner's k norm. Lumina2 has both: its caption
-    embedder has 2304 rows and its modulation is ``adaLN_modulation.1``. Raises FamilyError for two in one file.
+    embedder has 2304 rows and its modulation is ``adaLN_modulation.1``.
     """
-    found = []
-    for prefix in PREFIXES:
-        caption = tensors.get(f"{prefix}cap_embedder.1.weight")
-        attention = f"{prefix}noise_refiner.0.attention"
-        if caption is None or not {f"{attention}.k_norm.weight", f"{attention}.norm_k.weight"} & tensors.keys():
-            continue
-        lumina2 = f"{prefix}noise_refiner.0.adaLN_modulation.1.weight" in tensors
-        if not lumina2 and caption.shape[:1] != (2304,):
-            found.append(prefix)
-    if len(found) > 1:
-        raise FamilyError(
-            f'"{source}" holds {len(found)} transformers, under the prefixes "{found[0]}" and "{found[1]}", where '
-            "one is wanted; save one of them to a file of its own."
-        )
-    return found[0] if found else None
+    caption = tensors.get("cap_embedder.1.weight")
+    attention = "noise_refiner.0.attention"
+    if caption is None or not {f"{attention}.k_norm.weight", f"{attention}.norm_k.weight"} & tensors.keys():
+        return False
+    return "noise_refiner.0.adaLN_modulation.1.weight" not in tensors and caption.shape[:1] != (2304,)
 
 
 def unpadded(
-    tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], prefix: str, *, source: str
+    tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], *, source: str
 ) -> dict[str, Encoding]:
-    """``encodings`` with the true shapes of weights that their container pads to whole blocks.
+    """``encodings`` with the true shapes of weights that their container pads to whole blocks; both under the model's own names.
 
     The model's vectors, which are never quantised, show its sizes. Raises FamilyError for a padded weight that no matrix
     of such a model becomes.
     """
     found = dict(encodings)
-    for name, shape in _shapes_by_vectors(tensors, prefix).items():
+    for name, shape in _shapes_by_vectors(tensors).items():
         encoding = encodings.get(name)
         if encoding is None or encoding.shape == shape:
             continue
@@ -222,70 +212,62 @@ def unpadded(
     return found
 
 
-def _shapes_by_vectors(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Stored name -> shape of every matrix, derived from the vectors of the file; empty where one of them is missing."""
-    comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
+def _shapes_by_vectors(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every matrix, derived from the vectors of the file; empty where one of them is missing."""
+    comfyui = "noise_refiner.0.attention.k_norm.weight" in tensors
     layout, norm = ("comfyui", "k_norm") if comfyui else ("diffusers", "norm_k")
     final = "final_layer" if comfyui else "all_final_layer.2-1"
     vectors = ("cap_embedder.0.weight", f"{final}.linear.bias", "noise_refiner.0.attention_norm1.weight")
     try:
-        caption, patch, dim = (tensors[prefix + name].shape[0] for name in vectors)
-        head = tensors[f"{prefix}noise_refiner.0.attention.{norm}.weight"].shape[0]
-        siglip = (
-            tensors[f"{prefix}siglip_embedder.0.weight"].shape[0] if _has(tensors, prefix, "siglip_embedder") else None
-        )
+        caption, patch, dim = (tensors[name].shape[0] for name in vectors)
+        head = tensors[f"noise_refiner.0.attention.{norm}.weight"].shape[0]
+        omni = tensors.get("siglip_embedder.0.weight")
+        siglip = None if omni is None else omni.shape[0]
     except (KeyError, IndexError):
         return {}
     if not 0 < head <= dim:
         return {}
-    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     config = {
         "dim": dim,
         "n_heads": dim // head,
         "cap_feat_dim": caption,
         "in_channels": patch // 4,
-        "n_layers": _depth(names, "layers"),
-        "n_refiner_layers": _depth(names, "noise_refiner"),
+        "n_layers": _depth(tensors, "layers"),
+        "n_refiner_layers": _depth(tensors, "noise_refiner"),
         "siglip_feat_dim": siglip,
     }
-    return {prefix + name: shape for name, shape in reference_shapes(config, layout).items() if len(shape) == 2}
-
-
-def _has(tensors: Mapping[str, TensorInfo], prefix: str, module: str) -> bool:
-    return f"{prefix}{module}.0.weight" in tensors
+    return {name: shape for name, shape in reference_shapes(config, layout).items() if len(shape) == 2}
 
 
 def anatomy_of(
-    tensors: Mapping[str, TensorInfo], prefix: str, encodings: Mapping[str, Encoding], *, source: str
+    names: Names,
+    tensors: Mapping[str, TensorInfo],
+    encodings: Mapping[str, Encoding],
+    outside: Mapping[str, Part],
+    *,
+    source: str,
 ) -> Anatomy:
-    """The parts of the Z-Image transformer under ``prefix``, whichever layout its names are in.
+    """The parts of a Z-Image transformer, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
 
     Missing and extra tensors are no error here: what to do about them is a merge's policy. Raises FamilyError
     when a fused tensor cannot be split, or two tensors hold the same part.
     """
     parts: dict[str, Part] = {}
-    outside: dict[str, Part] = {}
     sides: list[str] = []
-    beside = bundled(tensors)
-    heads = HeadRows(tensors, prefix, "noise_refiner.0.attention", source)
-    for stored, info in tensors.items():
-        name = stored.removeprefix(prefix)
-        if not stored.startswith(prefix) or stored in beside:
-            outside[stored] = Part.whole(stored, info, encodings.get(stored))
-            continue
+    heads = HeadRows(tensors, "noise_refiner.0.attention", source)
+    for stored, name in names.own.items():
         if is_side_tensor(name):
             sides.append(stored)
             continue
-        for part in _parts_of(stored, name, info, heads, encodings.get(stored)):
+        for part in _parts_of(stored, name, tensors[name], heads, encodings.get(name)):
             if part.name in parts:
                 raise FamilyError(
                     f'"{source}": tensors {quoted(parts[part.name].stored.tensor)} and {quoted(stored)} both hold '
                     f"{quoted(part.name)}, where one is wanted; the file mixes two layouts, so save it again in one."
                 )
             parts[part.name] = part
-    comfyui = f"{prefix}noise_refiner.0.attention.k_norm.weight" in tensors
-    layout = "comfyui" if comfyui else "diffusers"
-    return Anatomy(Z_IMAGE, layout, prefix, parts, outside, tuple(sides))
+    layout = "comfyui" if "noise_refiner.0.attention.k_norm.weight" in tensors else "diffusers"
+    return Anatomy(Z_IMAGE, layout, names.prefix, parts, outside, tuple(sides))
 
 
 def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None) -> list[Part]:
@@ -295,7 +277,7 @@ def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encodin
         rows = info.shape[0] if info.shape else 1
         return [Part(_canonical_name(name), shape, info.dtype, Slice(stored, 0, rows), encoding)]
     parts, row = [], 0
-    for part, rows in zip(split, heads.split(stored), strict=True):
+    for part, rows in zip(split, heads.split(name), strict=True):
         parts.append(Part(part, (rows, *info.shape[1:]), info.dtype, Slice(stored, row, rows), encoding))
         row += rows
     return parts

@@ -232,6 +232,8 @@ def print_pairing(pairing: Pairing, *, verbose: bool) -> None:
     family = pairing.base.anatomy.family.name
     counts = " · ".join(f"{len(names)} {reason}" for reason, names in reasons.items())
     console.heading("pairs", f"{family}, {len(pairing.pairs) + len(pairing.left_out)} parameters · {counts}")
+    for warning in pairing.warnings:
+        console.heading("warn", warning)
     if verbose:
         for reason, names in reasons.items():
             for name in names:
@@ -293,6 +295,7 @@ def pairing_json(pairing: Pairing) -> dict[str, Any]:
         "bytes_read": pairing.bytes_read,
         "pairs": [{"name": pair.name, "action": _action(pair)} for pair in pairing.pairs],
         "left_out": [{"name": name, "reason": reason} for name, reason in pairing.left_out],
+        "warnings": list(pairing.warnings),
     }
 
 

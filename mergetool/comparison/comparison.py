@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mergetool import models
+from mergetool.arch import meeting
 from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison import lineage
 from mergetool.comparison.distances import by_part, comparable, cut
@@ -20,7 +21,7 @@ from mergetool.comparison.streaming import Chunk, Operands, stream
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
 from mergetool.engine.reading import Method
-from mergetool.errors import FamilyError, UsageError
+from mergetool.errors import UsageError
 from mergetool.ops.movement import Movement
 from mergetool.recipe.expression import parse
 from mergetool.recipe.graph import number
@@ -40,7 +41,7 @@ is 0.4 to 0.8 % of a weight), and less than any fine-tune of the embedded family
 @dataclass(frozen=True)
 class Comparison:
     """The models, open, and what will be measured: ``parts`` in the order of reading, of which ``excluded`` count in no total; ``left_out``
-    are not measured, with the reason. ``options`` are those of the merge whose rounding is looked at."""
+    are not measured, with the reason, and ``unmet`` says what of the models has no counterpart, where that is much. ``options`` are those of the merge whose rounding is looked at."""
 
     operands: Operands
     options: Options
@@ -48,6 +49,7 @@ class Comparison:
     excluded: frozenset[str]
     left_out: tuple[tuple[str, str], ...]
     known: tuple[str, ...]
+    unmet: tuple[Finding, ...] = ()
 
     @property
     def base(self) -> Input:
@@ -164,7 +166,7 @@ def open_comparison(
 
     The delta is variant - base, the reference delta ``reference`` - ``reference_base`` (``base`` without it), and ``onto`` the model that the
     delta would be added to (``base`` without it). Raises what `models.open_model` and `plan_merge` raise, FamilyError for models of
-    different families and UsageError for a model that is compared with itself.
+    different families or that do not meet (`arch.meeting`) and UsageError for a model that is compared with itself.
     """
     if base == variant:
         raise UsageError(f'"{base}" is both models; name two to compare.')
@@ -179,7 +181,8 @@ def open_comparison(
         for name in names:
             opened = stack.enter_context(models.open_model(name))
             inputs.append(Input(name, opened.checkpoint, opened.anatomy))
-        _check_families(inputs)
+        for other in inputs[1:]:
+            meeting.check_families(inputs[0], other)
         reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))
         operands = Operands(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
         yield _planned(operands, options or Options())
@@ -240,17 +243,14 @@ def compare(
         movements.total,
         movements.sampled,
         target,
-        tuple(advice.result()),
+        (*comparison.unmet, *_confirmed(advice.result(), distances)),
     )
 
 
-def _check_families(inputs: Sequence[Input]) -> None:
-    for other in inputs[1:]:
-        if other.anatomy.family is not inputs[0].anatomy.family:
-            raise FamilyError(
-                f"{other.name} is a {other.anatomy.family.name} model and {inputs[0].name} a {inputs[0].anatomy.family.name} one; "
-                "models of different families cannot be compared."
-            )
+def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> Iterator[Finding]:
+    """What the sample says, but for equality where all elements say otherwise."""
+    differ = any(one.energies.delta for one in distances)
+    return (finding for finding in findings if not (differ and finding.text.endswith(lineage.NO_DIFFERENCE)))
 
 
 def _planned(operands: Operands, options: Options) -> Comparison:
@@ -275,7 +275,16 @@ def _planned(operands: Operands, options: Options) -> Comparison:
             for part, reason in left_out
         ),
         known,
+        tuple(Finding("warn", text) for text in _unmet(operands)),
     )
+
+
+def _unmet(operands: Operands) -> Iterator[str]:
+    """What of the others is not in the base under the same names, where it is much; refiners count too, since they are measured."""
+    base = operands.inputs[operands.base]
+    for column in operands.columns:
+        if column != operands.base:
+            yield from meeting.check(base, operands.inputs[column])
 
 
 def _chunks(comparison: Comparison, plan: Plan, *, merges: bool = True, sums: bool = True) -> Iterator[Chunk]:

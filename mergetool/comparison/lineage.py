@@ -22,7 +22,7 @@ from mergetool import models
 from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
-from mergetool.comparison import sampling
+from mergetool.comparison import distances, sampling
 from mergetool.comparison.energies import Distance, percent
 from mergetool.comparison.sampling import Sample, middle
 from mergetool.comparison.weights import differences, whole_models
@@ -41,6 +41,7 @@ LEAST_DOUBT = 1e-3
 NEARER = 0.9
 """A known model this many times as far is worth naming."""
 MOST_KNOWN = 12
+NO_DIFFERENCE = "the two do not differ where they were looked at"
 FP16_LIMIT = 0.42
 """ComfyUI computes Z-Image in fp16 only where the standard deviation of `fp16_part` is below this."""
 NEAR_LIMIT = 0.95
@@ -94,6 +95,13 @@ class Relation:
     def whole(self) -> float:
         """How far apart all parts are."""
         return middle(self._found)
+
+    @cached_property
+    def is_equal(self) -> bool:
+        """Whether every element that was looked at, of one part or more, is the same in both, NaN included."""
+        both = distances.comparable([self.x.model, self.y.model])
+        pairs = [(self.x.values[name], self.y.values[name]) for name in both if name in self.x.values]
+        return bool(pairs) and all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
 
     @property
     def is_related(self) -> bool:
@@ -206,8 +214,8 @@ class _Lineage:
                 f"{x} - {y}: {y} does not look like the model that {x} was trained from; they lie {relation.apart()}: {why}"
                 f"{self._nearest(relation)}",
             )
-        elif relation.whole == 0:
-            yield Finding("note", f"{x} - {y}: the two do not differ where they were looked at")
+        elif relation.is_equal:
+            yield Finding("note", f"{x} - {y}: {NO_DIFFERENCE}")
         elif relation.is_reversed:
             yield Finding(
                 "warn",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import isfinite, prod
 
 from mergetool import arch
-from mergetool.arch import Part
+from mergetool.arch import Part, meeting
 from mergetool.arch.z_image import PAD_TOKENS
 from mergetool.checkpoint.dtypes import BF16, DType, output_dtype
 from mergetool.errors import FamilyError, UsageError
@@ -180,6 +180,7 @@ class Pairing:
     pairs: tuple[Pair, ...]
     left_out: tuple[tuple[str, str], ...]  # name, reason
     second: Input | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def variants(self) -> tuple[Input, ...]:
@@ -220,8 +221,8 @@ class Pairing:
 def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | None = None) -> Pairing:
     """Pair two models part by part, or three.
 
-    Raises FamilyError for models of different families or shapes, PatternError for a pattern that selects nothing,
-    UsageError when nothing is left to decompose.
+    Raises FamilyError for models of different families or shapes and for models that do not meet (`arch.meeting`), PatternError for a
+    pattern that selects nothing, UsageError when nothing is left to decompose.
     """
     family = base.anatomy.family
     variants = [variant] if second is None else [variant, second]
@@ -229,12 +230,9 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
         option, what = ("--union", "that of two differences") if options.union else ("--orthogonal", "to a difference")
         raise UsageError(f"{option} is {what}; name the other with --variant2.")
     for model in variants:
-        if model.anatomy.family is not family:
-            raise FamilyError(
-                f"{base.name} is a {family.name} model and {model.name} a {model.anatomy.family.name} one; "
-                "a difference needs two models of one family."
-            )
+        meeting.check_families(base, model)
     reasons = _Reasons.of(base, options)
+    warnings = _check_meeting(base, variants, [name for name in base.anatomy.parts if not reasons.chosen(name)])
     pairs: list[Pair] = []
     left_out: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for model in variants for name in model.anatomy.parts):
@@ -265,10 +263,18 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
             pairs.append(Pair(other, found[0], family.groups(name, other.shape), reason, theirs, whole))
     left_out += _only_in_base(base, variants)
     left_out += [entry for model in variants for entry in model.unmatched]
-    pairing = Pairing(base, variant, tuple(pairs), tuple(left_out), second)
+    pairing = Pairing(base, variant, tuple(pairs), tuple(left_out), second, tuple(warnings))
     if not pairing.decomposed:
         raise UsageError("no matrix is left to decompose; relax --exclude, --include or --min-dim.")
     return pairing
+
+
+def _check_meeting(base: Input, variants: Sequence[Input], chosen: Sequence[str]) -> list[str]:
+    """What of the variants does not meet the ``chosen`` parts of the base, where it is much; a LoRA has to change one of them."""
+    for model in variants:
+        if model.is_lora:
+            meeting.check_change(base, model, chosen, model.unmatched)
+    return [text for model in variants if not model.is_lora for text in meeting.check(base, model, chosen)]
 
 
 def _only_in_base(base: Input, variants: Sequence[Input]) -> list[tuple[str, str]]:

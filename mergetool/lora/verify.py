@@ -25,7 +25,7 @@ from mergetool import models
 from mergetool.adapters import LoraFile, open_lora
 from mergetool.adapters.loaders import Loading, loading
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
-from mergetool.arch import Part
+from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.reading import Fetcher, ValueReader, fetcher
 from mergetool.engine.threads import TorchThreads, default_threads
@@ -93,6 +93,7 @@ class Comparison:
     parts: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     strength: Fraction
+    unmet: tuple[str, ...] = ()
 
     @property
     def bytes_read(self) -> int:
@@ -113,15 +114,12 @@ def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = 
         models.open_model(variant) as second,
         open_lora(models.resolve(lora).path, name=lora, anatomy=first.anatomy) as file,
     ):
-        if first.anatomy.family is not second.anatomy.family:
-            raise FamilyError(
-                f"{base} is a {first.anatomy.family.name} model and {variant} a {second.anatomy.family.name} one; "
-                "a LoRA leads to a model of its own family."
-            )
+        meeting.check_families(first, second)
+        unmet = meeting.check(first, second)
         parts, left_out = _comparable(first, second)
         changed = anatomy_of(file, first.anatomy, first.checkpoint).parts
         changes = {name: _scaled(part, strength) for name, part in changed.items()}
-        yield Comparison(first, second, file, changes, parts, left_out, strength)
+        yield Comparison(first, second, file, changes, parts, left_out, strength, tuple(unmet))
 
 
 def verify_lora(
@@ -159,7 +157,7 @@ def verify_lora(
         tuple(residuals),
         comparison.left_out,
         file.unmatched,
-        file.warnings,
+        (*comparison.unmet, *file.warnings),
         tuple(loading(file)),
         float(comparison.strength),
     )

@@ -26,9 +26,10 @@ from types import MappingProxyType
 
 from mergetool import arch, quant
 from mergetool.adapters.rows import ChangeRows, StackedRows
-from mergetool.arch import Part
+from mergetool.arch import Part, meeting, prefixes
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
+from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
 from mergetool.quant import is_side_tensor
@@ -108,9 +109,13 @@ class _Planner:
         self.needed = [self.column[name] for name in expression.graph.models()]
         self.loras = [self.column[name] for name in expression.loras]
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
-        self._check_families()
+        for other in inputs[1:]:
+            meeting.check_families(self.first, other)
+        if options.prefix is not None:
+            prefixes.check(options.prefix)
         self.kept = self._kept_parts()
         self.multiplier = groups.resolve(self.options.multipliers, self.first.anatomy)
+        self.unmet = self._check_meeting()
         self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
@@ -123,15 +128,13 @@ class _Planner:
 
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
         layout, prefix, outputs = self._outputs()
-        tensors = [tensor for name, parts in outputs for tensor in self._tensors(prefix + name, parts)]
+        tensors = [tensor for name, parts in outputs for tensor in self._tensors(name, parts)]
         left_out = self._not_in_output()
         outside = self.first.anatomy.outside
-        if (layout, prefix) == (self.first.anatomy.layout, self.first.anatomy.prefix):
+        if layout == self.first.anatomy.layout and (prefix or prefix == self.first.anatomy.prefix):
             tensors += [self._outside(name) for name in outside]
         else:
-            left_out += [
-                (name, f"outside the model, and layout or prefix are not {self.first.name}'s") for name in outside
-            ]
+            left_out += [(name, "outside the model, which gets another layout or no prefix") for name in outside]
         copied = {w.tensor for tensor in tensors for step in tensor.steps for w in step.windows if w.input == 0}
         left_out += [(n, "scale or marker of codes") for n in self.first.anatomy.sides if n not in copied]
         metadata = provenance.metadata(
@@ -154,13 +157,13 @@ class _Planner:
 
     # --- choices ---------------------------------------------------------------------------------------------
 
-    def _check_families(self) -> None:
-        for other in self.inputs[1:]:
-            if other.anatomy.family is not self.family:
-                raise FamilyError(
-                    f"{other.name} is a {other.anatomy.family.name} model and {self.first.name} a {self.family.name} "
-                    "one; models of different families cannot be merged."
-                )
+    def _check_meeting(self) -> list[str]:
+        """What of every other model of the expression does not meet the first, where it is much."""
+        chosen = [n for n in self.first.anatomy.parts if n not in self.kept and self.multiplier.get(n, 1) != 0]
+        for lora in (self.inputs[column] for column in self.loras):
+            meeting.check_change(self.first, lora, chosen, lora.unmatched)
+        others = [self.inputs[column] for column in self.needed if column != 0]
+        return [text for model in others for text in meeting.check(self.first, model, chosen)]
 
     def _kept_parts(self) -> dict[str, str]:
         options, anatomy = self.options, self.first.anatomy
@@ -188,12 +191,17 @@ class _Planner:
             wanted = quantised.layout_of(anatomy, wanted)
         layout = wanted or anatomy.layout
         self.family.check_layout(layout)
-        if wanted is None and self.options.prefix is None:
-            prefix = anatomy.prefix
-            stored = anatomy.stored_parts()
-            return layout, prefix, [(name.removeprefix(prefix), parts) for name, parts in stored.items()]
-        read = [name for name in anatomy.parts if name not in self.family.unused]
-        return layout, self.options.prefix or "", self.family.outputs(read, layout)
+        prefix = self.options.prefix
+        if wanted is None and prefix is None:
+            return layout, anatomy.prefix, list(anatomy.stored_parts().items())
+        outputs = anatomy.outputs(layout)
+        if prefix and any(name.startswith(prefix) for name, _ in outputs):
+            doubled = next(name for name, _ in outputs if name.startswith(prefix))
+            raise FamilyError(
+                f"{self.first.name} has {quoted(doubled)} under that prefix and other tensors under none, so that --prefix {prefix} would "
+                "double it; give a file whose tensors have one prefix."
+            )
+        return layout, prefix or "", [(f"{prefix or ''}{name}", parts) for name, parts in outputs]
 
     # --- tensors ---------------------------------------------------------------------------------------------
 
@@ -336,7 +344,11 @@ class _Planner:
         return list(left_out.items())
 
     def _warnings(self) -> list[str]:
-        warnings = []
+        warnings = [*self.unmet]
+        if self.options.prefix and not prefixes.is_known(self.options.prefix):
+            warnings.append(
+                f'mergetool knows no program that reads names under "{self.options.prefix}", and would not take it off again'
+            )
         for model in (model for model in self.inputs if not model.is_lora):
             narrow = Counter(
                 p.encoding.label if p.encoding else p.dtype.name
@@ -356,8 +368,8 @@ class _Planner:
             )
         if self.quantiser is not None:
             warnings.append(self._what_is_quantised())
-        if self.options.dtype is not None and self.options.dtype.name == "fp16":
-            warnings.append("fp16 output: Z-Image's activations overflow in fp16; bf16 is the safe choice")
+        if self.family.overflows_fp16 and self.options.dtype is not None and self.options.dtype.name == "fp16":
+            warnings.append(f"fp16 output: {self.family.name}'s activations overflow in fp16; bf16 is the safe choice")
         return warnings
 
     def _what_is_quantised(self) -> str:

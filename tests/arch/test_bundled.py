@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergetool.arch.bundled import bundled
+from mergetool.arch.prefixes import bundled
 
 SDXL = {
     "first_stage_model.decoder.conv_in.weight": "VAE",

@@ -17,7 +17,7 @@ FLUX = {
     "img_in.weight": (8, 4),
     "img_in.bias": (8,),
     "double_blocks.0.img_attn.qkv.weight": (24, 8),
-    "double_blocks.0.img_attn.norm.key_norm.scale": (4,),
+    "double_blocks.0.img_attn.norm.key_norm.weight": (4,),
     "double_blocks.10.img_mlp.0.weight": (32, 8),
     "double_blocks.2.txt_mlp.0.bias": (32,),
     "norm.weight": (8,),
@@ -45,7 +45,7 @@ def test_every_tensor_is_a_part_under_its_own_name() -> None:
     [
         ("double_blocks", {name for name in FLUX if name.startswith("double_blocks.")}),
         ("img_in", {"img_in.weight", "img_in.bias", "img_in.scale"}),
-        ("norm", {"norm.weight", "double_blocks.0.img_attn.norm.key_norm.scale"}),
+        ("norm", {"norm.weight", "double_blocks.0.img_attn.norm.key_norm.weight"}),
         ("bias", {"img_in.bias", "double_blocks.2.txt_mlp.0.bias"}),
         ("matrix", {name for name, shape in FLUX.items() if len(shape) > 1}),
         ("attention", {name for name in FLUX if ".img_attn." in name}),

@@ -99,11 +99,11 @@ def test_patterns_keep_their_order_and_their_own_parts() -> None:
 
 
 def test_any_numbered_stack_of_an_unknown_model_has_ranges() -> None:
-    others = {"net.blocks_1.mlp.weight": (2, 2), "net.blocks.x.1.weight": (2, 2)}
-    model = recognise(table(others | {f"net.blocks.{n}.mlp.weight": (2, 2) for n in range(12)}), source="f")
-    assert set(select(["net.blocks.1-2"], model)["net.blocks.1-2"]) == {
-        "net.blocks.1.mlp.weight",
-        "net.blocks.2.mlp.weight",
+    others = {"core.blocks_1.mlp.weight": (2, 2), "core.blocks.x.1.weight": (2, 2)}
+    model = recognise(table(others | {f"core.blocks.{n}.mlp.weight": (2, 2) for n in range(12)}), source="f")
+    assert set(select(["core.blocks.1-2"], model)["core.blocks.1-2"]) == {
+        "core.blocks.1.mlp.weight",
+        "core.blocks.2.mlp.weight",
     }
 
 

@@ -104,9 +104,9 @@ def test_a_later_setting_wins_part_by_part() -> None:
 
 
 def test_any_numbered_stack_of_an_unknown_model_has_depth() -> None:
-    model = recognise(table({f"net.blocks.{n}.mlp.weight": (2, 2) for n in range(12)}), source="f")
-    found = resolve([parse_setting("net.blocks.*=linear(0,11)")], model)
-    assert found == {f"net.blocks.{n}.mlp.weight": n for n in range(12)}
+    model = recognise(table({f"core.blocks.{n}.mlp.weight": (2, 2) for n in range(12)}), source="f")
+    found = resolve([parse_setting("core.blocks.*=linear(0,11)")], model)
+    assert found == {f"core.blocks.{n}.mlp.weight": n for n in range(12)}
 
 
 @pytest.mark.parametrize(

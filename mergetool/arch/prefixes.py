@@ -1,0 +1,139 @@
+"""What stands before a model's own tensor names: the wrappers of the programs that saved it, and what lies beside it.
+
+One rule for every family. ComfyUI saves a model under ``model.diffusion_model.``, trainers under ``transformer.`` or ``net.``, and
+PyTorch's own wrappers (``torch.compile``, data parallel, FSDP, checkpointing) put components of theirs before a name or into it. Two
+files of one model meet once those are taken off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mergetool.arch.bundled import Kind, kind_of
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import FamilyError, UsageError
+
+IN_COMFYUI = ("model.diffusion_model.", "model.model.", "net.")
+"""Where ComfyUI looks for the model of an all-in-one file: under the one of these that more than `FEW` names have (its
+``model_detection.unet_prefix_from_state_dict``). It then loads nothing else as the model. The first says so by itself."""
+FEW = 5
+
+_WRAPPERS = frozenset({"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet"})
+# Components that wrappers of PyTorch put anywhere in a name; no model calls a module so.
+_INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+_LEAVES = frozenset({"weight", "bias", "scale"})
+
+
+@dataclass(frozen=True)
+class Names:
+    """A file's tensor names read: ``own`` maps those of the model to the names it gives them itself, in file order.
+
+    ``prefix`` stands before all of the model's tensors; of a file that mixes several, what they have in common. ``outside`` lists what
+    is not of the model: a bundled VAE or text encoder, an EMA, a schedule.
+    """
+
+    prefix: str
+    own: Mapping[str, str]
+    outside: tuple[str, ...]
+
+
+def read(names: Iterable[str], *, source: str) -> Names:
+    """Tell the model's own names apart from what stands before them and from what is not of the model.
+
+    Raises FamilyError for a file that holds two models, or one under two prefixes of which ComfyUI would load one.
+    """
+    runs = {name: _run(name) for name in names}
+    kinds = _bundled(runs)
+    found = {name: spelled(name, run) for name, run in runs.items() if name not in kinds}
+    _refuse_two(found, {name: spelled(name, runs[name]) for name, kind in kinds.items() if kind == "other"}, source)
+    return Names(_common(runs[name] for name in found), found, tuple(kinds))
+
+
+def bundled(names: Iterable[str]) -> dict[str, Kind]:
+    """The tensors of a file that are bundled with its model, in the file's order; empty where no model would be left.
+
+    Under a prefix that ComfyUI chooses the model is what has the prefix; in other files the table of `arch.bundled` decides.
+    """
+    return _bundled({name: _run(name) for name in names})
+
+
+def check(prefix: str) -> None:
+    """Raise UsageError for a prefix that does not end in a dot: it would run into the first component of every name."""
+    if prefix and not prefix.endswith("."):
+        raise UsageError(f'--prefix "{prefix}" does not end in a dot; write --prefix {quoted(prefix + ".")}.')
+
+
+def is_known(prefix: str) -> bool:
+    """Whether reading a file takes ``prefix`` off again."""
+    return _run(f"{prefix}x.weight") == prefix
+
+
+def own(stored: str) -> str:
+    """The name of a tensor without any wrapper."""
+    return spelled(stored, _run(stored))
+
+
+def spelled(stored: str, prefix: str) -> str:
+    """The name of a tensor without the prefix of its file and without components that PyTorch's wrappers put into it."""
+    return ".".join(c for c in stored.removeprefix(prefix).split(".") if c not in _INSERTED)
+
+
+def _run(stored: str) -> str:
+    """The wrappers before a name: "module.model." of "module.model.blocks.0.weight"; a bare leaf is never all that is left."""
+    components = stored.split(".")
+    count = 0
+    while count < len(components) - 1 and components[count] in _WRAPPERS | _INSERTED:
+        count += 1
+    if count == len(components) - 1 and components[-1] in _LEAVES:
+        count = max(0, count - 1)
+    return "".join(f"{component}." for component in components[:count])
+
+
+def _bundled(runs: Mapping[str, str]) -> dict[str, Kind]:
+    """See `bundled`; ``runs`` are the names with the wrappers before each."""
+    kinds = {name: kind for name, run in runs.items() if (kind := kind_of(name[len(run) :])) is not None}
+    count = Counter(prefix for run in runs.values() if (prefix := _in_comfyui(run)))
+    chosen, most = count.most_common(1)[0] if count else ("", 0)
+    if most > FEW or chosen == IN_COMFYUI[0]:
+        return {name: kinds.get(name, "other") for name, run in runs.items() if _in_comfyui(run) != chosen}
+    return kinds if any("." in name for name in runs if name not in kinds) else {}
+
+
+def _in_comfyui(run: str) -> str:
+    bare = "".join(f"{c}." for c in run.split(".")[:-1] if c not in _INSERTED and c != "module")
+    return next((prefix for prefix in IN_COMFYUI if bare.startswith(prefix)), "")
+
+
+def _common(runs: Iterable[str]) -> str:
+    """The components that all runs begin with."""
+    first, *others = dict.fromkeys(runs)
+    shared = first.split(".")[:-1]
+    for other in others:
+        components = other.split(".")[:-1]
+        length = next((i for i, (a, b) in enumerate(zip(shared, components, strict=False)) if a != b), None)
+        shared = shared[: min(len(shared), len(components)) if length is None else length]
+    return "".join(f"{component}." for component in shared)
+
+
+def _refuse_two(own: Mapping[str, str], beside: Mapping[str, str], source: str) -> None:
+    """Two tensors of one name are two models; a tensor beside the model in a module of the model's is a part of it that got lost."""
+    held: dict[str, str] = {}
+    for name, of_model in own.items():
+        if of_model in held:
+            raise _two(source, held[of_model], name)
+        held[of_model] = name
+    modules = {of_model.partition(".")[0]: name for name, of_model in own.items() if "." in of_model}
+    for name, of_model in beside.items():
+        other = held.get(of_model) or modules.get(of_model.partition(".")[0])
+        if other is not None:
+            raise _two(source, other, name)
+
+
+def _two(source: str, first: str, second: str) -> FamilyError:
+    prefixes = " and ".join(f'"{_run(name)}"' for name in (first, second))
+    return FamilyError(
+        f'"{source}" holds tensors of a model under the prefixes {prefixes} ({quoted(first)}, {quoted(second)}), where one is wanted; '
+        "save one of them to a file of its own."
+    )
