@@ -85,7 +85,7 @@ def _allow_small() -> None:
 
 def _small(shapes: dict[str, Any]) -> dict[str, Any]:
     (head,) = shapes["noise_refiner.0.attention.k_norm.weight"]
-    hidden, dim = shapes["noise_refiner.0.feed_forward.w1.weight"]
+    (dim,) = shapes["noise_refiner.0.attention_norm1.weight"]
     return {
         "n_refiner_layers": len({name.split(".")[1] for name in shapes if name.startswith("noise_refiner.")}),
         "n_heads": dim // head,
@@ -93,7 +93,7 @@ def _small(shapes: dict[str, Any]) -> dict[str, Any]:
         "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
         "axes_lens": [1536, 512, 512],
         "rope_theta": 256.0,
-        "ffn_dim_multiplier": (hidden + 0.5) / dim,
+        "ffn_dim_multiplier": 8 / 3,
         "multiple_of": 1,
         "z_image_modulation": True,
         "time_scale": 1000.0,

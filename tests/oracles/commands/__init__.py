@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import loras, merging, models
+from tests.oracles.commands import loras, merging, models, quantising
 
-COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {**models.COMMANDS, **loras.COMMANDS, **merging.COMMANDS}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    **models.COMMANDS,
+    **loras.COMMANDS,
+    **merging.COMMANDS,
+    **quantising.COMMANDS,
+}
