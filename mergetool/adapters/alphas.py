@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mergetool.checkpoint import strict_json
-from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
@@ -47,7 +47,7 @@ def stated(file: Path, metadata: Mapping[str, str]) -> Alphas:
     """What the config beside ``file`` says, or else its header. Raises DataError for JSON that cannot be read."""
     beside = file.parent / CONFIG
     if file.name == "adapter_model.safetensors" and os.path.lexists(beside):
-        with InputFile.open(beside, follow_links=any_target) as config:
+        with InputFile.open(beside) as config:
             if config.size > MAX_CONFIG:
                 raise DataError(f'"{beside}" has {config.size} bytes, but the limit is {MAX_CONFIG}; move it away.')
             return _alphas(config.read(0, config.size), str(beside))

@@ -91,7 +91,9 @@ def _in_comfyui(file: LoraFile) -> Loading:
         if why is not None:
             dropped[part] = why if len(reasons) == 1 else f"loaded with only some of its {len(reasons)} changes: {why}"
         elif len({(change.row, change.adapter.shape[0]) for change in changes}) < len(changes):
-            dropped[part] = f"loaded with only some of its {len(reasons)} changes: of those of the same rows, the last is kept"
+            dropped[part] = (
+                f"loaded with only some of its {len(reasons)} changes: of those of the same rows, the last is kept"
+            )
     return Loading("ComfyUI", len(file.changes) - len(dropped), dropped)
 
 

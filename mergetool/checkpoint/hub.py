@@ -104,13 +104,15 @@ def _fetch_folder(address: HubAddress) -> Path:
 def _download_folder(address: HubAddress, listed: list[str]) -> Path:
     inside = address.inside
     names = _children(listed, inside)
-    transformer = f"{inside}/transformer" if inside else "transformer"
-    if shards.is_pipeline(names) and _children(listed, transformer):
-        inside, names = transformer, _children(listed, transformer)
+    parts = shards.denoisers(_folders(listed, inside)) if shards.is_pipeline(names) else []
+    if parts:
+        part = shards.one_denoiser(parts, str(address))
+        inside = f"{inside}/{part}" if inside else part
+        names = _children(listed, inside)
     chosen = shards.pick(names, str(address))
     prefix = f"{inside}/" if inside else ""
     wanted = [chosen, *(name for name in names if name == "config.json")]
-    if chosen.endswith(shards.INDEX_SUFFIX):
+    if shards.is_index(chosen):
         with InputFile.open(_fetch_file(address, prefix + chosen)) as file:
             shards.require_index_size(file.size, str(address))
             wanted += ShardIndex.parse(file.read(0, file.size), source=f"{address}/{chosen}").shards
@@ -121,6 +123,12 @@ def _children(listed: list[str], folder: str) -> list[str]:
     prefix = f"{folder}/" if folder else ""
     below = (name.removeprefix(prefix) for name in listed if name.startswith(prefix))
     return sorted(name for name in below if "/" not in name and not name.startswith("."))
+
+
+def _folders(listed: list[str], folder: str) -> set[str]:
+    prefix = f"{folder}/" if folder else ""
+    below = (name.removeprefix(prefix) for name in listed if name.startswith(prefix))
+    return {name.partition("/")[0] for name in below if "/" in name}
 
 
 def _snapshot(address: HubAddress, wanted: list[str], *, offline: bool) -> Path:

@@ -7,7 +7,6 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,23 +30,20 @@ def identity_of(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def neighbouring_target(path: Path) -> Path:
-    """Where the link ``path`` leads, when that is its own folder or the blobs of its own Hugging Face repository.
+def leads_out(path: Path) -> bool:
+    """Whether ``path`` is a link out of its folder, to another place than the blobs of its own Hugging Face repository.
 
-    Such links are how the Hugging Face cache is laid out (``snapshots/REVISION/... -> blobs/DIGEST``); any
-    other could lead a downloaded model to a private file. Raises DataError for those, InputMissing for a
-    link to nothing.
+    Links to blobs are how Hugging Face's cache is laid out (``snapshots/REVISION/... -> blobs/DIGEST``). Raises InputMissing for a link to
+    nothing.
     """
-    target = any_target(path)
+    if not path.is_symlink():
+        return False
     folder = path.parent.resolve()
-    allowed = {folder}
-    allowed.update(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")
-    if target.parent not in allowed:
-        raise DataError(f'"{path}" is a link out of its folder, to "{target}"; pass --follow-links if that is meant.')
-    return target
+    allowed = {folder, *(above.parent / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots")}
+    return _target_of(path).parent not in allowed
 
 
-def any_target(path: Path) -> Path:
+def _target_of(path: Path) -> Path:
     """Where the link ``path`` leads, wherever that is; raises InputMissing for a link to nothing."""
     try:
         return path.resolve(strict=True)
@@ -83,18 +79,16 @@ class InputFile:
         self._address = 0
 
     @classmethod
-    def open(cls, path: Path, *, follow_links: Callable[[Path], Path] | None = None) -> InputFile:
-        """The regular file at ``path``.
+    def open(cls, path: Path) -> InputFile:
+        """The regular file at ``path``, or where a link there leads: users link models into the folders of several programs.
 
-        A link is followed by ``follow_links``, which returns the path to open or raises: by default
-        `neighbouring_target`, for ``--follow-links`` `any_target`. Raises InputMissing when there is no such
-        file or it may not be read, DataError for a folder, FIFO, socket, device or a link that is refused.
+        Raises InputMissing when there is no such file or it may not be read, DataError for a folder, FIFO, socket or device.
         """
         real_path = path
         try:
             status = os.lstat(path)
             if stat.S_ISLNK(status.st_mode):
-                real_path = (follow_links or neighbouring_target)(path)
+                real_path = _target_of(path)
                 status = os.lstat(real_path)
             _require_regular(status, path)  # before opening: opening some devices is an action
             fd = system.open_input(real_path)

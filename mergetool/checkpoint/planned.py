@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergetool.checkpoint import shards
 from mergetool.checkpoint.header import Header
-from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 
 
@@ -52,7 +52,7 @@ def first_difference(target: Path, files: tuple[PlannedFile, ...]) -> str:
         for name in sorted(there ^ {file.path.name for file in files}):
             return f"{quoted(name)} is {'not part of it' if name in there else 'missing'}"
     for file in files:
-        with InputFile.open(file.path, follow_links=any_target) as opened:
+        with InputFile.open(file.path) as opened:
             found = opened.read(0, min(opened.size, len(file.start)))
             if found != file.start:
                 same = next((i for i, (a, b) in enumerate(zip(found, file.start, strict=False)) if a != b), len(found))

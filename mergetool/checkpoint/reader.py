@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from mergetool.checkpoint import gguf, shards, strict_json
 from mergetool.checkpoint.gguf import GgufHeader, Packed
 from mergetool.checkpoint.header import MAX_HEADER, Header, TensorInfo, header_length
-from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.inputs import InputFile, leads_out
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.shards import ShardIndex
 from mergetool.errors import DataError, ShardIndexError
@@ -32,7 +32,9 @@ _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (b"<", "is a web page, not a model; download the model again, logged in if its page asks for that"),
 )
 
-FollowLinks = Callable[[Path], Path]
+_OF_MODELS = frozenset(
+    {"_class_name", "_diffusers_version", "architectures", "model_type"}
+)  # keys of diffusers' and transformers' configs
 Container = Literal["safetensors", "sharded safetensors", "GGUF"]
 
 
@@ -81,25 +83,25 @@ class Checkpoint:
         )
 
     @classmethod
-    def open(cls, path: str | Path, *, follow_links: FollowLinks | None = None) -> Checkpoint:
+    def open(cls, path: str | Path) -> Checkpoint:
         """The model at ``path``: a safetensors or GGUF file, an ``*.index.json``, or a folder (see `shards.choose`).
 
-        What a file is, its content says, not its name. A file may be a link to anywhere, since the user named it; links
-        inside a folder are followed as `InputFile.open` does. Raises
+        What a file is, its content says, not its name. Links are followed, in folders too; but a shard that an index names is a plain name
+        in its folder, and a ``config.json`` that is a link out of it must be a model's. Raises
         InputMissing when something is not there, HeaderError and ShardIndexError for broken files, DataError
         for pickles and other content, UsageError for a folder of several models.
         """
         place = Path(path)
         is_folder = place.is_dir()
         chosen = shards.choose(place) if is_folder else place
-        is_index = chosen.name.endswith(shards.INDEX_SUFFIX)
+        is_index = shards.is_index(chosen.name)
         has_config = is_folder or is_index or chosen.name.startswith(shards.PREFERRED)
         with ExitStack() as opened:
-            config = _read_config(chosen.parent, follow_links) if has_config else None
+            config = _read_config(chosen.parent) if has_config else None
             if is_index:
-                checkpoint = cls(str(path), _open_shards(chosen, follow_links, opened), config, "sharded safetensors")
+                checkpoint = cls(str(path), _open_shards(chosen, opened), config, "sharded safetensors")
             else:
-                part = _open_single(chosen, follow_links or (None if is_folder else any_target), opened)
+                part = _open_single(chosen, opened)
                 kind: Container = "GGUF" if isinstance(part[1], GgufHeader) else "safetensors"
                 checkpoint = cls(str(path), [part], config, kind)
             opened.pop_all()
@@ -197,17 +199,15 @@ def _samples(size: int) -> Iterator[tuple[int, int]]:
         yield from ((0, SAMPLE), ((size - SAMPLE) // 2, SAMPLE), (size - SAMPLE, SAMPLE))
 
 
-def _open_single(
-    path: Path, follow_links: FollowLinks | None, opened: ExitStack
-) -> tuple[InputFile, Header | GgufHeader]:
-    file = opened.enter_context(InputFile.open(path, follow_links=follow_links))
+def _open_single(path: Path, opened: ExitStack) -> tuple[InputFile, Header | GgufHeader]:
+    file = opened.enter_context(InputFile.open(path))
     if file.read(0, min(file.size, len(gguf.MAGIC))) == gguf.MAGIC:
         return file, GgufHeader.read(file.read, file_size=file.size, source=str(path))
     return file, _header_of(file, path)
 
 
-def _open_file(path: Path, follow_links: FollowLinks | None, opened: ExitStack) -> tuple[InputFile, Header]:
-    file = opened.enter_context(InputFile.open(path, follow_links=follow_links))
+def _open_file(path: Path, opened: ExitStack) -> tuple[InputFile, Header]:
+    file = opened.enter_context(InputFile.open(path))
     return file, _header_of(file, path)
 
 
@@ -227,16 +227,14 @@ def _looks_like_safetensors(start: bytes, file_size: int) -> bool:
     return 8 + length <= file_size and length <= MAX_HEADER and start[8:9] in (b"{", b" ", b"\n", b"\r", b"\t")
 
 
-def _open_shards(
-    index_path: Path, follow_links: FollowLinks | None, opened: ExitStack
-) -> list[tuple[InputFile, Header]]:
-    with InputFile.open(index_path, follow_links=follow_links) as file:
+def _open_shards(index_path: Path, opened: ExitStack) -> list[tuple[InputFile, Header]]:
+    with InputFile.open(index_path) as file:
         shards.require_index_size(file.size, str(index_path))
         index = ShardIndex.parse(file.read(0, file.size), source=str(index_path))
     parts = []
     header_bytes = 0
     for name in index.shards:
-        part = _open_file(index_path.parent / name, follow_links, opened)
+        part = _open_file(index_path.parent / name, opened)
         header_bytes += part[1].data_start
         if header_bytes > MAX_HEADER:
             raise ShardIndexError(f'"{index_path}": the headers of its shards exceed {MAX_HEADER} bytes together.')
@@ -245,11 +243,11 @@ def _open_shards(
     return parts
 
 
-def _read_config(folder: Path, follow_links: FollowLinks | None) -> Mapping[str, Any] | None:
+def _read_config(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "config.json"
     if not os.path.lexists(path):
         return None
-    with InputFile.open(path, follow_links=follow_links) as file:
+    with InputFile.open(path) as file:
         if file.size > MAX_CONFIG:
             raise DataError(
                 f'"{path}" has {file.size} bytes, but the limit for a config is {MAX_CONFIG}; move it away.'
@@ -260,4 +258,7 @@ def _read_config(folder: Path, follow_links: FollowLinks | None) -> Mapping[str,
             raise DataError(f'"{path}" has {error}; download it again.') from None
     if not isinstance(config, dict):
         raise DataError(f'"{path}" is not a JSON object; download it again.')
+    # A config travels on into outputs, so a downloaded folder must not lead to somebody's private settings.
+    if leads_out(path) and not _OF_MODELS & config.keys():
+        raise DataError(f'"{path}" is a link out of its folder to what is no model\'s config; remove the link.')
     return MappingProxyType(config)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,8 +28,14 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_INDEX = 100_000_000
 MAX_SHARDS = 1_000  # the largest public models have about 200; each shard costs an open file
 
-_PICKLED_INDEX = tuple(suffix + INDEX_SUFFIX for suffix in PICKLES)
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
+# diffusers and transformers have put the variant ("fp16") in four places: NAME.fp16.safetensors, NAME.fp16-00001-of-00002.safetensors,
+# NAME-00001-of-00002.fp16.safetensors, NAME.safetensors.index.fp16.json (and the hub has NAME.fp16.safetensors.index.json).
+_NAME = re.compile(
+    r"(?P<stem>.+?)(?:\.(?P<before>[A-Za-z]\w*))?(?P<number>-\d{5}-of-\d{5})?(?:\.(?P<between>[A-Za-z]\w*))?"
+    r"\.safetensors(?P<index>\.index(?:\.(?P<after>\w+))?\.json)?",
+    re.IGNORECASE,
+)
+_INDEX = re.compile(r".+\.index(?:\.\w+)?\.json", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -114,40 +119,78 @@ def require_index_size(size: int, source: str) -> None:
 
 
 def choose(folder: Path) -> Path:
-    """The index or the one safetensors file that ``folder`` is about: of a diffusers pipeline, its transformer's.
+    """The index or the one weights file that ``folder`` is about: of a diffusers pipeline, its transformer's or U-Net's.
 
-    Raises what `pick` raises.
+    Of a repository in Hugging Face's cache it is that of the revision ``main``. Raises what `pick` raises, and UsageError for a pipeline of several
+    denoising models.
     """
+    snapshot = _snapshot_in(folder)
+    if snapshot is not None:
+        return choose(snapshot)
     names = _files_in(folder)
-    transformer = folder / "transformer"
-    if is_pipeline(names) and _is_real_folder(transformer):
-        return choose(transformer)
+    if is_pipeline(names):
+        folders = sorted(
+            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        parts = denoisers(folders)
+        if parts:
+            return choose(folder / one_denoiser(parts, str(folder)))
+        inner = [] if _candidates(names) else [name for name in folders if _holds_model(folder / name)]
+        if inner:
+            listed = ", ".join(quoted(str(folder / name)) for name in inner[:8])
+            raise UsageError(f'"{folder}" holds no model itself, but its folders do; name one of them: {listed}.')
     return folder / pick(names, str(folder))
 
 
 def is_pipeline(names: Sequence[str]) -> bool:
-    """True where a folder with these files is looked at for its ``transformer`` folder first."""
+    """True where a folder with these files is looked at for the folder of a denoising model first."""
     return "model_index.json" in names or not _candidates(names)
+
+
+def denoisers(folders: Iterable[str]) -> list[str]:
+    """Those of a pipeline's ``folders`` that hold a model that denoises."""
+    return sorted(name for name in folders if re.fullmatch(r"(?:transformer|unet)(?:_\d+)?", name))
+
+
+def one_denoiser(parts: Sequence[str], source: str) -> str:
+    """The only one of ``parts``; raises UsageError, naming them, where there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    listed = " and ".join(f'"{source}/{part}"' for part in parts)
+    raise UsageError(
+        f'"{source}" is a pipeline of {len(parts)} models that denoise; name the one that is meant: {listed}.'
+    )
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is an index of safetensors shards, in one of the spellings of diffusers and transformers."""
+    return _INDEX.fullmatch(name) is not None and not any(f"{suffix}.index" in name for suffix in PICKLES)
 
 
 def pick(names: Sequence[str], source: str) -> str:
     """The name to open among a folder's file names.
 
-    It is the only ``*.index.json``, else the only ``*.safetensors``, else the one with a name that diffusers or
-    transformers gives. Raises UsageError listing the candidates when several remain, InputMissing when there is none.
+    It is the only index, else the only weights file, else the one with a name that diffusers or transformers gives. Raises UsageError
+    listing the candidates when several remain, or several variants (fp16 beside full precision) of one; InputMissing when there is none.
     """
     candidates = _candidates(names)
     if not candidates:
         raise InputMissing(_nothing(source, names))
-    indices = [name for name in candidates if name.endswith(INDEX_SUFFIX)]
-    for group in (indices, candidates):
-        if len(group) == 1:
-            return group[0]
-    for stem in PREFERRED:
-        for name in (f"{stem}{SUFFIX}{INDEX_SUFFIX}", f"{stem}{SUFFIX}"):
-            if name in candidates:
-                return name
-    raise UsageError(_ambiguous(source, candidates))
+    indices = [name for name in candidates if is_index(name)]
+    chosen = next((group[0] for group in (indices, candidates) if len(group) == 1), None) or _preferred(candidates)
+    if chosen is None:
+        raise UsageError(_ambiguous(source, candidates))
+    rivals = [
+        name
+        for name in candidates
+        if not _is_shard(name) and _stem(name) == _stem(chosen) and _variant(name) != _variant(chosen)
+    ]
+    if rivals:
+        listed = ", ".join(map(quoted, [chosen, *rivals]))
+        raise UsageError(
+            f'"{source}" holds {1 + len(rivals)} variants of one model ({listed}); name the file that is meant.'
+        )
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +254,7 @@ def is_model_folder(folder: Path) -> bool:
     except OSError:
         return False
     known = {"config.json", *(f"{stem}{SUFFIX}" for stem in PREFERRED)}
-    return any(name in known or name.endswith(INDEX_SUFFIX) for name in names)
+    return any(name in known or is_index(name) for name in names)
 
 
 def stem_of(file: str) -> str:
@@ -237,6 +280,35 @@ def index_json(shards: Sequence[Shard]) -> bytes:
     return (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
 
 
+def _snapshot_in(folder: Path) -> Path | None:
+    """The snapshot to open of a repository in Hugging Face's cache, None for any other folder."""
+    snapshots = folder / "snapshots"
+    if not (snapshots.is_dir() and (folder.name.startswith("models--") or (folder / "refs").is_dir())):
+        return None
+    revisions = sorted(entry.name for entry in os.scandir(snapshots) if entry.is_dir())
+    if len(revisions) == 1:
+        return snapshots / revisions[0]
+    try:
+        with open(folder / "refs" / "main", "rb") as file:
+            main = file.read(100).decode("ascii", "replace").strip()
+    except OSError:
+        main = ""
+    if main in revisions:
+        return snapshots / main
+    if not revisions:
+        raise InputMissing(
+            f'"{folder}" is a repository in Hugging Face\'s cache of which nothing was downloaded; download the model.'
+        )
+    listed = ", ".join(quoted(str(snapshots / name)) for name in revisions[:8])
+    raise UsageError(
+        f'"{folder}" holds {len(revisions)} revisions of a repository, and none is called main; name one: {listed}.'
+    )
+
+
+def _holds_model(folder: Path) -> bool:
+    return bool(_candidates(_files_in(folder))) or (folder / "snapshots").is_dir()
+
+
 def _files_in(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:  # hidden ones are our own temporaries and macOS's "._" twins
@@ -245,18 +317,32 @@ def _files_in(folder: Path) -> list[str]:
         raise InputMissing(f'"{folder}" cannot be listed ({error.strerror}); check the path.') from None
 
 
-def _is_real_folder(path: Path) -> bool:
-    """A link is not one: a downloaded pipeline must not lead to another place of the disk."""
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
 def _candidates(names: Sequence[str]) -> list[str]:
-    """The indices, but not those of pickled shards, and the safetensors files."""
-    indices = [name for name in names if name.endswith(INDEX_SUFFIX) and not name.endswith(_PICKLED_INDEX)]
-    return indices + [name for name in names if name.endswith(SUFFIX)]
+    """The indices, but not those of pickled shards, and the safetensors files; where there are none, the GGUF files."""
+    weights = [name for name in names if name.lower().endswith((SUFFIX, ".sft"))]
+    return [name for name in names if is_index(name)] + weights or [n for n in names if n.lower().endswith(".gguf")]
+
+
+def _preferred(candidates: Sequence[str]) -> str | None:
+    """The candidate with a name that diffusers or transformers gives: an index before a file, full precision before a variant."""
+    whole = [name for name in candidates if not _is_shard(name) and _stem(name) in PREFERRED]
+    return min(whole, key=lambda n: (PREFERRED.index(_stem(n)), bool(_variant(n)), not is_index(n)), default=None)
+
+
+def _stem(name: str) -> str:
+    found = _NAME.fullmatch(name)
+    return found["stem"] if found else name
+
+
+def _variant(name: str) -> str:
+    """The ``fp16`` of ``model.fp16.safetensors``, wherever in the name it stands; empty for none."""
+    found = _NAME.fullmatch(name)
+    return next(filter(None, (found["before"], found["between"], found["after"])), "") if found else ""
+
+
+def _is_shard(name: str) -> bool:
+    found = _NAME.fullmatch(name)
+    return found is not None and found["number"] is not None
 
 
 def _nothing(source: str, names: Sequence[str]) -> str:
@@ -270,9 +356,9 @@ def _nothing(source: str, names: Sequence[str]) -> str:
 
 
 def _ambiguous(source: str, candidates: Sequence[str]) -> str:
-    shards = [match for match in map(_SHARD.fullmatch, candidates) if match]
-    if len(shards) == len(candidates) and len({match["stem"] for match in shards}) == 1:
-        wanted = index_name(shards[0]["stem"])
-        return f'"{source}" holds {len(shards)} shards but not their index {quoted(wanted)}; download it too.'
+    if all(map(_is_shard, candidates)) and len({(_stem(name), _variant(name)) for name in candidates}) == 1:
+        stem, variant = _stem(candidates[0]), _variant(candidates[0])
+        wanted = f"{stem}{SUFFIX}.index.{variant}.json" if variant else index_name(stem)
+        return f'"{source}" holds {len(candidates)} shards but not their index {quoted(wanted)}; download it too.'
     listed = ", ".join(map(quoted, candidates[:8])) + (", …" if len(candidates) > 8 else "")
     return f'"{source}" holds {len(candidates)} models ({listed}); name one of them.'

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from mergetool.checkpoint import dtypes
-from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.outputs import named
 from mergetool.checkpoint.sizes import parse_size
@@ -109,7 +109,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     Raises InputMissing where there is no file, RecipeError with line and column for all that is wrong in it, UsageError for a setting
     of a variable that the recipe does not have.
     """
-    with InputFile.open(path, follow_links=any_target) as file:
+    with InputFile.open(path) as file:
         raw = file.read(0, min(file.size, MAX_BYTES + 1))
     return read(raw, path, settings)
 

@@ -20,7 +20,6 @@ from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Anatomy, Part
 from mergetool.arch.z_image import Z_IMAGE
-from mergetool.checkpoint.inputs import neighbouring_target
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
@@ -299,7 +298,7 @@ def _examine(folder: Path, stem: str) -> None:
             "get its safetensors files."
         )
     for name in found:
-        Checkpoint.open(folder / name, follow_links=neighbouring_target).close()
+        Checkpoint.open(folder / name).close()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mergetool import models
 from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.planned import first_difference, planned_files, shard_size_of
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
+from mergetool.checkpoint.shards import SUFFIX, is_index
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
 from mergetool.errors import UsageError
@@ -68,7 +68,7 @@ def replay(
         again = reopen(output, inputs, stack)
         stored, plan = again.opened.checkpoint, again.plan
         path = models.resolve(output).path
-        single = path.is_file() and not path.name.endswith(INDEX_SUFFIX)
+        single = path.is_file() and not is_index(path.name)
         target = path if single or path.is_dir() else path.parent
         shards = None if single else shard_size_of(_sizes(stored))
         extra = job.config_files(plan)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mergetool.checkpoint import inputs, system
-from mergetool.checkpoint.inputs import InputFile, any_target
+from mergetool.checkpoint.inputs import InputFile, leads_out
 from mergetool.errors import DataError, InputMissing, StorageError
 
 PAGE = mmap.PAGESIZE
@@ -133,36 +133,31 @@ def test_link_into_the_blobs_of_its_own_repository_is_followed(tmp_path: Path, i
         assert file.read(0, 4) == b"blob"
 
 
-@pytest.mark.parametrize("place", ["models--c--d/blobs", "models--a--b/other", "models--a--b", "."])
-def test_link_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["models--c--d/blobs", "models--a--b/other", "models--a--b", ".", "models--a--b/blobs"]
+)
+def test_a_link_is_followed_anywhere_and_told_from_one_to_the_caches_own_blobs(tmp_path: Path, place: str) -> None:
     link = tmp_path / "models--a--b" / "snapshots" / "0123" / "model.safetensors"
     link.parent.mkdir(parents=True)
-    secret = tmp_path / place / "secret"
-    secret.parent.mkdir(parents=True, exist_ok=True)
-    secret.write_bytes(b"secret")
-    link.symlink_to(secret)
-    with pytest.raises(DataError, match="--follow-links"):
-        InputFile.open(link)
+    far = tmp_path / place / "far"
+    far.parent.mkdir(parents=True, exist_ok=True)
+    far.write_bytes(b"far")
+    link.symlink_to(far)
+    with InputFile.open(link) as file:
+        assert (file.read(0, 3), file.path) == (b"far", link)
+    assert leads_out(link) == (place != "models--a--b/blobs")
+    assert not leads_out(far)
 
 
-def test_link_in_the_blobs_that_leads_out_is_refused(tmp_path: Path) -> None:
-    link = tmp_path / "repository" / "snapshots" / "0123" / "model.safetensors"
+def test_a_blob_that_is_a_link_leads_out(tmp_path: Path) -> None:
+    link = tmp_path / "repository" / "snapshots" / "0123" / "config.json"
     blob = tmp_path / "repository" / "blobs" / "digest"
     for folder in (link.parent, blob.parent):
         folder.mkdir(parents=True)
     (tmp_path / "secret").write_bytes(b"secret")
     blob.symlink_to(tmp_path / "secret")
     link.symlink_to(blob)
-    with pytest.raises(DataError, match="--follow-links"):
-        InputFile.open(link)
-
-
-def test_follow_links_opens_a_link_anywhere(tmp_path: Path, path: Path, content: bytes) -> None:
-    (tmp_path / "far").mkdir()
-    link = tmp_path / "far" / "link.safetensors"
-    link.symlink_to(path)
-    with InputFile.open(link, follow_links=any_target) as file:
-        assert file.read(0, file.size) == content
+    assert leads_out(link)
 
 
 @pytest.mark.parametrize("leads_to", ["nothing", "itself"])

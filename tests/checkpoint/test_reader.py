@@ -19,7 +19,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergetool.checkpoint import reader
-from mergetool.checkpoint.inputs import any_target
 from mergetool.checkpoint.reader import SAMPLE, Checkpoint, short_hash
 from mergetool.errors import DataError, HeaderError, InputMissing, ShardIndexError, UsageError
 
@@ -149,14 +148,19 @@ def test_a_cached_snapshot_opens_through_its_links(tmp_path: Path, sharded: Path
 
 
 @pytest.mark.parametrize("linked", ["m-1.safetensors", "model.safetensors.index.json", "config.json"])
-def test_a_link_out_of_the_folder_is_refused_unless_asked_for(tmp_path: Path, sharded: Path, linked: str) -> None:
-    (sharded / "config.json").write_text("{}")
-    (sharded / linked).rename(tmp_path / "private")
-    (sharded / linked).symlink_to(tmp_path / "private")
-    with pytest.raises(DataError, match="out of its folder"):
+def test_files_that_are_linked_into_a_folder_are_read(tmp_path: Path, sharded: Path, linked: str) -> None:
+    (sharded / "config.json").write_text('{"model_type": "flux"}')
+    (sharded / linked).rename(tmp_path / "elsewhere")
+    (sharded / linked).symlink_to(tmp_path / "elsewhere")
+    with Checkpoint.open(sharded) as checkpoint:
+        assert (len(checkpoint.tensors), checkpoint.config) == (3, {"model_type": "flux"})
+
+
+def test_a_linked_config_that_is_no_models_is_refused(tmp_path: Path, sharded: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"token": "secret"}')
+    (sharded / "config.json").symlink_to(tmp_path / "settings.json")
+    with pytest.raises(DataError, match="no model's config; remove the link"):
         Checkpoint.open(sharded)
-    with Checkpoint.open(sharded, follow_links=any_target) as checkpoint:
-        assert len(checkpoint.tensors) == 3
 
 
 # ---- config.json

@@ -205,8 +205,17 @@ def folder_with(root: Path, *names: str) -> Path:
         (["a.safetensors.index.json", "model.safetensors.index.json"], "model.safetensors.index.json"),
         (["a.safetensors", "model.safetensors"], "model.safetensors"),
         (["model.safetensors", "diffusion_pytorch_model.safetensors"], "diffusion_pytorch_model.safetensors"),
-        (["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"],
-         "diffusion_pytorch_model.safetensors"),
+        (["diffusion_pytorch_model.fp16.safetensors"], "diffusion_pytorch_model.fp16.safetensors"),
+        (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "model.safetensors.index.fp16.json"],
+         "model.safetensors.index.fp16.json"),
+        (["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors", "model.fp16.safetensors.index.json"],
+         "model.fp16.safetensors.index.json"),
+        (["flux.sft"], "flux.sft"),
+        (["M.SAFETENSORS"], "M.SAFETENSORS"),
+        (["z.gguf"], "z.gguf"),
+        (["z.gguf", "a.safetensors"], "a.safetensors"),
+        (["model_index.json", "unet/diffusion_pytorch_model.safetensors", "vae/b.safetensors"],
+         "unet/diffusion_pytorch_model.safetensors"),
         (["model_index.json", "transformer/a.safetensors", "vae/b.safetensors"], "transformer/a.safetensors"),
         (["model_index.json", "flux.safetensors", "transformer/a.safetensors"], "transformer/a.safetensors"),
         (["transformer/a.safetensors"], "transformer/a.safetensors"),
@@ -218,6 +227,50 @@ def test_the_file_a_folder_is_about(tmp_path: Path, names: list[str], chosen: st
     assert choose(folder_with(tmp_path, *names)) == tmp_path / chosen
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.safetensors", "model.fp16.safetensors"],
+        ["diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+        ["model.safetensors.index.json", "model.safetensors.index.fp16.json"],
+        ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "model.fp16.safetensors"],
+        ["a.safetensors.index.json", "a.safetensors.index.fp16.json"],
+    ],
+    ids=str,
+)
+def test_several_variants_of_a_model_are_asked_about(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(UsageError, match="name") as caught:
+        choose(folder_with(tmp_path, *names))
+    assert all(f'"{name}"' in str(caught.value) for name in names if "-of-" not in name)
+
+
+def test_a_pipeline_of_two_denoising_models_is_asked_about(tmp_path: Path) -> None:
+    names = ["model_index.json", "transformer/a.safetensors", "transformer_2/a.safetensors", "vae/b.safetensors"]
+    with pytest.raises(UsageError, match="2 models that denoise") as caught:
+        choose(folder_with(tmp_path, *names))
+    assert str(tmp_path / "transformer") in str(caught.value)
+    assert str(tmp_path / "transformer_2") in str(caught.value)
+
+
+def test_the_main_revision_of_a_repository_in_the_cache_is_opened(tmp_path: Path) -> None:
+    place = folder_with(
+        tmp_path / "models--a--b", "snapshots/12/model.safetensors", "snapshots/34/model.safetensors", "refs/main"
+    )
+    (place / "refs" / "main").write_text("34")
+    with pytest.raises(UsageError, match="models--a--b"):
+        choose(tmp_path)
+    assert choose(place) == place / "snapshots" / "34" / "model.safetensors"
+    (place / "refs" / "main").write_text("../../secret")
+    with pytest.raises(UsageError, match="2 revisions"):
+        choose(place)
+
+
+def test_a_folder_of_model_folders_names_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name one of them") as caught:
+        choose(folder_with(tmp_path, "one/model.safetensors", "two/a.safetensors", "three/readme.md"))
+    assert (str(tmp_path / "one") in str(caught.value), "three" in str(caught.value)) == (True, False)
+
+
 def test_several_models_in_a_folder_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'holds 2 models \("a\.safetensors", "b\.safetensors"\); name one of them'):
         choose(folder_with(tmp_path, "b.safetensors", "a.safetensors"))
@@ -226,6 +279,8 @@ def test_several_models_in_a_folder_are_listed(tmp_path: Path) -> None:
 def test_shards_without_their_index_say_which_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'index "m\.safetensors\.index\.json"; download it too'):
         choose(folder_with(tmp_path, "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"))
+    with pytest.raises(UsageError, match=r'index "m\.safetensors\.index\.fp16\.json"; download it too'):
+        choose(folder_with(tmp_path / "v", "m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -245,12 +300,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, names: list[str], p
     assert part in str(caught.value)
 
 
-def test_a_linked_transformer_folder_is_not_followed(tmp_path: Path) -> None:
-    folder_with(tmp_path / "private", "a.safetensors")
+def test_a_linked_transformer_folder_is_followed(tmp_path: Path) -> None:
+    folder_with(tmp_path / "elsewhere", "a.safetensors")
     pipeline = folder_with(tmp_path / "pipeline", "model_index.json")
-    (pipeline / "transformer").symlink_to(tmp_path / "private")
-    with pytest.raises(InputMissing):
-        choose(pipeline)
+    (pipeline / "transformer").symlink_to(tmp_path / "elsewhere")
+    assert choose(pipeline) == pipeline / "transformer" / "a.safetensors"
 
 
 def test_a_folder_that_does_not_exist_is_missing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Row 21: links that lead out, and files that are no files; each judged within a second, so that nothing can wait for ever."""
+"""Row 21: links, and files that are no files. Models may be linked from anywhere, somebody's settings may not pass for a config; each judged within a second, so that nothing can wait for ever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.errors import DataError, HeaderError, InputMissing, MergetoolError
+from mergetool.errors import DataError, HeaderError, InputMissing, MergetoolError, ShardIndexError
 from tests.hostile.tally import Tally
 
 Verdict = type[MergetoolError] | None
@@ -105,6 +105,14 @@ def _through_a_link(folder: Path) -> Path:
     return revision
 
 
+def _linked_part(folder: Path) -> Path:
+    pipeline = folder / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text("{}")
+    (pipeline / "transformer").symlink_to(_model(folder / "far" / "model.safetensors").parent)
+    return pipeline
+
+
 CASES = [
     Case("a file", lambda f: _model(f / "m.safetensors"), None),
     Case("a link that the user names", lambda f: _link(f / "l", _model(f / "far" / "m")), None),
@@ -112,21 +120,24 @@ CASES = [
     Case("ten links inside the folder", lambda f: _chain(f, 10), None),
     Case("more links than the system follows", lambda f: _chain(f, 60), InputMissing),
     Case("a cache's blob", lambda f: _snapshot(f, lambda c: _model(c / "blobs" / "digest")), None),
-    Case("another cache's blob", lambda f: _snapshot(f, lambda c: _model(c.parent / "models--c--d" / "blobs" / "x")), DataError),
-    Case("a cache's refs", lambda f: _snapshot(f, lambda c: _model(c / "refs" / "main")), DataError),
-    Case("a folder below the blobs", lambda f: _snapshot(f, lambda c: _model(c / "blobs" / "x" / "y")), DataError),
-    Case("blobs that are a link out", _through_a_link, DataError),
-    Case("a link up", lambda f: _linked(f, Path("..") / _model(f / "m.safetensors").name), DataError),
-    Case("a link to an absolute path", lambda f: _linked(f, _model(f / "m.safetensors")), DataError),
-    Case("a link to /etc/passwd", lambda f: _linked(f, "/etc/passwd"), DataError),
-    Case("a link to /proc/self/environ", lambda f: _linked(f, "/proc/self/environ"), DataError),
+    Case("another cache's blob", lambda f: _snapshot(f, lambda c: _model(c.parent / "models--c--d" / "blobs" / "x")), None),
+    Case("a cache's refs", lambda f: _snapshot(f, lambda c: _model(c / "refs" / "main")), None),
+    Case("a folder below the blobs", lambda f: _snapshot(f, lambda c: _model(c / "blobs" / "x" / "y")), None),
+    Case("blobs that are a link out", _through_a_link, None),
+    Case("a link up", lambda f: _linked(f, Path("..") / _model(f / "m.safetensors").name), None),
+    Case("a link to an absolute path", lambda f: _linked(f, _model(f / "m.safetensors")), None),
+    Case("a link to /etc/passwd", lambda f: _linked(f, "/etc/passwd"), HeaderError),
+    Case("a link to /proc/self/environ", lambda f: _linked(f, "/proc/self/environ"), HeaderError),
     Case("a link to /dev/zero", lambda f: _linked(f, "/dev/zero"), DataError),
     Case("a link to /dev/stdin", lambda f: _linked(f, "/dev/stdin"), DataError),
     Case("a link to nothing", lambda f: _linked(f, "nothing"), InputMissing),
     Case("a link to itself", lambda f: _linked(f, "model.safetensors"), InputMissing),
     Case("a link to its own folder", lambda f: _linked(f, "."), InputMissing),
-    Case("an index that is a link out", lambda f: _linked(f, _model(f / "x.json"), "m.safetensors.index.json"), DataError),
-    Case("a config that is a link out", lambda f: _with_config(f), DataError),
+    Case("an index that is a link out", lambda f: _linked(f, _model(f / "x.json"), "m.safetensors.index.json"), ShardIndexError),
+    Case("a config that links to no JSON", lambda f: _with_config(f, b"secret"), DataError),
+    Case("a config that links to somebody's settings", lambda f: _with_config(f, b'{"password": "secret"}'), DataError),
+    Case("a config that links to a model's", lambda f: _with_config(f, b'{"_class_name": "Flux"}'), None),
+    Case("a pipeline's part that is a link", _linked_part, None),
     Case("a FIFO", lambda f: _fifo(f / "m.safetensors"), DataError),
     Case("a link to a FIFO", lambda f: _linked(f, _fifo(f / "pipe")), DataError),
     Case("a FIFO in the place of a folder's model", lambda f: _fifo(f / "model.safetensors").parent, DataError),
@@ -144,9 +155,9 @@ def _link(path: Path, target: Path) -> Path:
     return path
 
 
-def _with_config(folder: Path) -> Path:
+def _with_config(folder: Path, content: bytes) -> Path:
     place = _model(folder / "place" / "model.safetensors").parent
-    _model(folder / "config.json")
+    (folder / "config.json").write_bytes(content)
     (place / "config.json").symlink_to("../config.json")
     return place
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergetool.checkpoint import inputs, system
+from mergetool.checkpoint import inputs, reader, system
 from tests.hostile import escapes, links, names
 
 
@@ -29,13 +29,11 @@ def test_links_and_odd_files(tmp_path: Path, case: links.Case) -> None:
     assert case.fault(tmp_path) is None
 
 
-def test_a_program_that_follows_links_out_of_the_folder_is_caught(
+def test_a_program_that_takes_any_linked_json_for_a_config_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "neighbouring_target", inputs.any_target)
-    found = links.run(tmp_path).violations
-    assert "a link up: opened" in found
-    assert "another cache's blob: opened" in found
+    monkeypatch.setattr(reader, "leads_out", lambda path: False)
+    assert links.run(tmp_path).violations == ["a config that links to somebody's settings: opened"]
 
 
 def test_a_program_that_opens_what_is_no_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
