@@ -24,11 +24,19 @@ A message is one sentence: what, where, found, wanted, what to do next.
 
 from __future__ import annotations
 
+import re
+
 
 class MergetoolError(Exception):
-    """Root of every error raised on purpose; ``exit_code`` is what the command line returns."""
+    """Root of every error raised on purpose; ``exit_code`` is what the command line returns.
+
+    Its text is one line: line breaks, tabs and other controls, which names can hold, are written as escapes.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda found: ascii(found[0])[1:-1], sentence))
 
 
 class CheckFailed(MergetoolError):

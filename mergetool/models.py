@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from mergetool.checkpoint import hub
+from mergetool.checkpoint import hub, paths
 from mergetool.checkpoint.files import write_file
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
@@ -82,9 +82,9 @@ class OpenedModel:
 
 
 def resolve(model: str) -> ResolvedModel:
-    """Where ``model`` leads: ``lab.NAME``, else a registered name, else an ``hf://`` address, else a path.
+    """Where ``model`` leads: ``lab.NAME``, else a registered name, else an ``hf://`` address or its web page, else a path.
 
-    A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
+    A path may be copied with its quotes or as a ``file://`` address, and begin with ``~``; one that exists as it stands is itself. A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
     nearest name when a name is unknown, UsageError for a malformed address, DataError for an unreadable names file.
     """
     if model.startswith("lab."):
@@ -92,13 +92,7 @@ def resolve(model: str) -> ResolvedModel:
     entry = _registry().get(model)
     if entry is not None:
         return ResolvedModel(model, _local(entry))
-    if model.startswith(hub.SCHEME):
-        return ResolvedModel(model, hub.fetch(model))
-    if "://" in model:
-        raise UsageError(f"{quoted(model)} is an address of a kind that is not read; hf://org/repo is one that is.")
-    if "\0" in model or not os.path.lexists(model):
-        raise InputMissing(_unknown(model))
-    return ResolvedModel(model, Path(model))
+    return ResolvedModel(model, _place(model))
 
 
 def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
@@ -134,10 +128,12 @@ def add(name: str, path: str, scope: Scope = "user") -> None:
     be written.
     """
     _require_name(name)
-    if path.startswith(hub.SCHEME):
-        meaning = str(hub.HubAddress.parse(path))
+    copied = path if os.path.lexists(path) else paths.typed(path)
+    address = copied if copied.startswith(hub.SCHEME) else hub.address_of(copied)
+    if address is not None:
+        meaning = str(hub.HubAddress.parse(address))
     else:
-        place = Path(path).expanduser()
+        place = Path(copied)
         if not os.path.lexists(place):
             raise InputMissing(f"{quoted(path)} does not exist; check the path.")
         meaning = str(place.absolute() if scope == "user" else place)
@@ -166,6 +162,21 @@ def remove(name: str) -> None:
 def embedded() -> tuple[str, ...]:
     """The names of the embedded models, each with its ``lab.``."""
     return tuple(sorted(f"lab.{path.parent.name}" for path in EMBEDDED.glob("*/model_index.json")))
+
+
+def _place(text: str) -> Path:
+    """Where an address or a path leads. Raises what `resolve` raises."""
+    if "\0" not in text and os.path.lexists(text):
+        return Path(text)
+    path = paths.typed(text)
+    address = path if path.startswith(hub.SCHEME) else hub.address_of(path)
+    if address is not None:
+        return hub.fetch(address)
+    if "://" in path:
+        raise UsageError(f"{quoted(text)} is an address of a kind that is not read; hf://org/repo is one that is.")
+    if "\0" in path or not os.path.lexists(path):
+        raise InputMissing(_unknown(path))
+    return Path(path)
 
 
 def _embedded(model: str) -> Path:
@@ -229,10 +240,13 @@ def _parse_names(raw: bytes, source: str) -> Mapping[str, str]:
 
 
 def _local(entry: Registered) -> Path:
-    if entry.path.startswith(hub.SCHEME):
-        return hub.fetch(entry.path)
+    copied = paths.typed(entry.path)
+    address = copied if copied.startswith(hub.SCHEME) else hub.address_of(copied)
+    if address is not None:
+        return hub.fetch(address)
     source = _names_file("here" if entry.origin == "here" else "user")
-    path = source.parent / Path(entry.path).expanduser()
+    path = source.parent / entry.path
+    path = path if os.path.lexists(path) else source.parent / copied
     if not os.path.lexists(path):
         raise InputMissing(
             f'"{entry.name}" stands for "{path}" in "{source}", but that does not exist; '
@@ -242,11 +256,23 @@ def _local(entry: Registered) -> Path:
 
 
 def _unknown(model: str) -> str:
-    if not _NAME.fullmatch(model) or model.endswith(_FILE_SUFFIXES):
-        return f"{quoted(model)} does not exist; check the path."
+    if not _NAME.fullmatch(model) or model.lower().endswith(_FILE_SUFFIXES):
+        return f"{quoted(model)} does not exist; {_nearest_file(model)}check the path."
     near = difflib.get_close_matches(model, _registry(), n=1)
     hint = f'did you mean "{near[0]}"' if near else "see: mergetool models list"
     return f"no model or file is named {quoted(model)}; {hint}."
+
+
+def _nearest_file(path: str) -> str:
+    """What may be meant by the path of nothing: a file of nearly the same name, or one on another system; empty for no guess."""
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", path):
+        return "it is a path of Windows, and this is another system (in WSL C:\\ is /mnt/c/); "
+    folder, name = os.path.split(path)
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.8)
+    except (OSError, ValueError):
+        return ""
+    return f"did you mean {quoted(os.path.join(folder, near[0]))}? Else " if near else ""
 
 
 def _require_name(name: str) -> None:

@@ -19,8 +19,11 @@ from huggingface_hub import errors
 from safetensors.numpy import save_file
 
 from mergetool import models
+from mergetool.checkpoint import hub
 from mergetool.checkpoint.hub import HubAddress
 from mergetool.errors import DataError, InputMissing, OutputError, UsageError
+from mergetool.making.places import Places
+from mergetool.recipe.file import load
 from tests import families
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,10 +78,63 @@ def test_a_path_to_nothing_is_missing(model: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("model", ["https://huggingface.co/org/repo", "s3://bucket/key", "file:///etc/passwd"])
-def test_other_addresses_are_refused(model: str) -> None:
+def test_other_addresses_are_refused() -> None:
     with pytest.raises(UsageError, match="hf://org/repo is one that is"):
-        models.resolve(model)
+        models.resolve("s3://bucket/key")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "https://civitai.com/models/1234/some-mix?modelVersionId=5",
+        "civitai.com/api/download/models/5",
+        "https://huggingface.co/datasets/org/set/blob/main/x.safetensors",
+        "https://huggingface.co/org",
+        "http://example.com/m.safetensors",
+    ],
+)
+def test_a_web_page_is_refused_with_what_to_do(page: str) -> None:
+    with pytest.raises(UsageError, match="download the model and name the file"):
+        models.resolve(page)
+
+
+@pytest.mark.parametrize("spelled", ['"{}"', "'{}'", "“{}”", "„{}“", " {} ", ' "{}"\n', "file://{}"])
+def test_a_copied_path_is_understood(elsewhere: Path, spelled: str) -> None:
+    path = model_file(elsewhere / "a b.safetensors")
+    copied = spelled.format(path.as_uri().removeprefix("file://") if "file" in spelled else path)
+    assert models.resolve(copied).path == path
+    models.add("copied", copied)
+    assert models.resolve("copied").path == path
+
+
+def test_a_path_that_exists_as_it_stands_is_itself(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(elsewhere))
+    for name in ("'quoted.safetensors'", "~", "~.safetensors"):
+        model_file(Path(name))
+        assert models.resolve(name).path == Path(name)
+
+
+def test_the_home_folder_is_expanded_everywhere(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(elsewhere))
+    path = model_file(elsewhere / "m.safetensors")
+    assert models.resolve("~/m.safetensors").path == path
+    (Path("r.yaml")).write_text("models: {m: ~/m.safetensors}\nmerge: m\n")
+    recipe = load(Path("r.yaml"))
+    assert models.resolve(Places(recipe, Path()).names(recipe.outputs[0])["m"]).path == path
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("alkahset.safetensors", 'did you mean "alkahest.safetensors"'),
+        ("C:\\models\\x.safetensors", "path of Windows"),
+        ("\\\\nas\\x.safetensors", "path of Windows"),
+    ],
+)
+def test_a_path_to_nothing_gets_a_hint(typed: str, words: str) -> None:
+    model_file(Path("alkahest.safetensors"))
+    with pytest.raises(InputMissing, match=words):
+        models.resolve(typed)
 
 
 # ---- names
@@ -430,8 +486,8 @@ def test_a_half_cached_model_names_the_missing_shard(elsewhere: Path) -> None:
         models.open_model("hf://org/repo/transformer")
 
 
-@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.pt", "m.pth", "m.gguf"])
-def test_pickles_and_gguf_are_refused_before_they_are_downloaded(name: str) -> None:
+@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.pt", "m.PTH"])
+def test_pickles_are_refused_before_they_are_downloaded(name: str) -> None:
     with pytest.raises(DataError, match=r"name the .safetensors file"):
         models.resolve(f"hf://org/repo/{name}")
 
@@ -508,7 +564,7 @@ class Hub:
 def online(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     repo = elsewhere / "repo"
     folder = sharded(repo / "transformer")
-    model_file(folder / "diffusion_pytorch_model.fp16.safetensors")
+    model_file(folder / "other.safetensors")
     model_file(folder / "nested" / "x.safetensors")
     model_file(repo / "text_encoder" / "model.safetensors")
     model_file(repo / "all-in-one.safetensors")
@@ -527,6 +583,43 @@ def test_only_what_the_model_needs_is_downloaded(online: Hub, address: str) -> N
         "diffusion_pytorch_model-00002-of-00002.safetensors",
         "diffusion_pytorch_model.safetensors.index.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("page", "address"),
+    [
+        ("https://huggingface.co/org/repo", "hf://org/repo"),
+        ("https://huggingface.co/org/repo/", "hf://org/repo"),
+        ("huggingface.co/org/repo/tree/main", "hf://org/repo"),
+        ("https://huggingface.co/org/repo/tree/main/transformer", "hf://org/repo/transformer"),
+        ("https://huggingface.co/org/repo/blob/main/a/x.safetensors", "hf://org/repo/a/x.safetensors"),
+        (
+            "https://huggingface.co/org/repo/resolve/main/a%20b.safetensors?download=true",
+            "hf://org/repo/a b.safetensors",
+        ),
+        ("https://hf.co/org/repo/blob/v2/x.safetensors#L1", "hf://org/repo/x.safetensors@v2"),
+        ("https://huggingface.co/org/repo/blob/refs%2Fpr%2F3/x.gguf", "hf://org/repo/x.gguf@refs/pr/3"),
+    ],
+)
+def test_the_page_of_a_model_is_its_address(page: str, address: str) -> None:
+    assert hub.address_of(page) == address
+    assert str(hub.HubAddress.parse(address)) == address
+
+
+def test_a_page_opens_what_it_shows(online: Hub) -> None:
+    page = "https://huggingface.co/org/repo/blob/v1/all-in-one.safetensors"
+    assert models.resolve(page).path == online.snapshot / "all-in-one.safetensors"
+    models.add("shown", page)
+    assert models.resolve("shown").path == online.snapshot / "all-in-one.safetensors"
+
+
+def test_variants_on_the_hub_are_asked_about_and_their_index_can_be_named(online: Hub) -> None:
+    online.files = [*online.files, "transformer/diffusion_pytorch_model.fp16.safetensors"]
+    with pytest.raises(UsageError, match="2 variants of one model"):
+        models.resolve("hf://org/repo@v1")
+    assert not online.downloaded
+    with models.open_model("hf://org/repo/transformer/diffusion_pytorch_model.safetensors.index.json@v1") as opened:
+        assert len(opened.checkpoint.tensors) == 2
 
 
 def test_a_file_is_downloaded_alone(online: Hub) -> None:

@@ -2,7 +2,7 @@
 
 Rules and verdicts are those of the safetensors library 0.8, which also reads an entry written as an array and a
 dtype written as ``{"F32": null}``. Stricter here, because a file must not mean two things: a tensor name or
-metadata key given twice, ``null`` metadata and fields the format does not know are refused.
+metadata key given twice and fields the format does not know are refused.
 """
 
 from __future__ import annotations
@@ -245,6 +245,8 @@ def _reread(value: Any, name: str, source: str) -> TensorInfo:
 
 
 def _read_metadata(value: Any, source: str) -> dict[str, str]:
+    if value is None:  # some writers put it where there is none, and the library reads it so
+        return {}
     if type(value) is not _Object:
         raise HeaderError(f'"{source}": "{_METADATA}" is not a JSON object of strings; {_AGAIN}.')
     metadata: dict[str, str] = {}

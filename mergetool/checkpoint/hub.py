@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote
 
 from mergetool.checkpoint import shards
 from mergetool.checkpoint.inputs import InputFile
@@ -19,6 +20,13 @@ SCHEME = "hf://"
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FORM = "hf://org/repo, hf://org/repo/folder or hf://org/repo/folder/file.safetensors, each with @revision at will"
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?P<org>[^/?#]+)/(?P<repo>[^/?#]+)"
+    r"(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/?#]+)(?:/(?P<inside>[^?#]*))?)?/?(?:[?#].*)?",
+    re.IGNORECASE,
+)
+_NO_MODELS = ("api", "blog", "collections", "datasets", "docs", "learn", "papers", "settings", "spaces")
+_WEB = re.compile(r"https?://|(?:www\.)?(?:civitai\.com|huggingface\.co|hf\.co|modelscope\.cn)/", re.IGNORECASE)
 _PART = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._ +()-]+")
 
 
@@ -47,7 +55,28 @@ class HubAddress:
     @property
     def is_file(self) -> bool:
         """Told by the suffix, so that nothing has to be asked."""
-        return self.inside.endswith((shards.SUFFIX, ".gguf", *shards.PICKLES))
+        return self.inside.lower().endswith((shards.SUFFIX, ".sft", ".gguf", *shards.PICKLES))
+
+
+def address_of(text: str) -> str | None:
+    """The ``hf://`` address of what a web page of the Hub shows, or a download from it; None for what is no address of a page.
+
+    Raises UsageError for other web pages, which say where a file can be had but are none.
+
+    Example: ``address_of("https://huggingface.co/org/repo/blob/main/x.safetensors")`` is ``hf://org/repo/x.safetensors``.
+    """
+    page = _PAGE.fullmatch(text)
+    if page is not None and page["org"] not in _NO_MODELS:
+        repo, revision, inside = (unquote(page[name] or "") for name in ("repo", "revision", "inside"))
+        inside = f"/{inside}" if inside else ""
+        at = f"@{revision}" if revision not in ("", "main") else ""
+        return f"{SCHEME}{page['org']}/{repo}{inside.rstrip('/')}{at}"
+    if _WEB.match(text):
+        raise UsageError(
+            f"{quoted(text)} is a web page or a download, not a file; download the model and name the file. "
+            "Of a model on huggingface.co its page's address can be named too."
+        )
+    return None
 
 
 def fetch(text: str) -> Path:
@@ -56,15 +85,14 @@ def fetch(text: str) -> Path:
     Of a folder only what the model needs is downloaded: one file, or the index and its shards, and config.json.
     With ``HF_HUB_OFFLINE=1``, or when the Hub cannot be reached, the cache alone is used. Raises UsageError for
     a malformed or ambiguous address, InputMissing with the reason when the model cannot be had, DataError for
-    pickles and GGUF, before they are downloaded.
+    pickles, before they are downloaded.
     """
     address = HubAddress.parse(text)
-    if address.is_file and not address.inside.endswith(shards.SUFFIX):
-        kind = (
-            "a GGUF file, which this version does not support yet" if address.inside.endswith(".gguf") else "a pickle"
-        )
-        raise DataError(f'"{address}" is {kind}; name the .safetensors file of the model.')
+    if address.inside.lower().endswith(shards.PICKLES):
+        raise DataError(f'"{address}" is a pickle; name the .safetensors file of the model.')
     try:
+        if shards.is_index(address.inside):
+            return _fetch_shards(address, address.inside)
         return _fetch_file(address, address.inside) if address.is_file else _fetch_folder(address)
     except MergetoolError:
         raise
@@ -110,13 +138,24 @@ def _download_folder(address: HubAddress, listed: list[str]) -> Path:
         inside = f"{inside}/{part}" if inside else part
         names = _children(listed, inside)
     chosen = shards.pick(names, str(address))
-    prefix = f"{inside}/" if inside else ""
-    wanted = [chosen, *(name for name in names if name == "config.json")]
+    chosen = f"{inside}/{chosen}" if inside else chosen
     if shards.is_index(chosen):
-        with InputFile.open(_fetch_file(address, prefix + chosen)) as file:
-            shards.require_index_size(file.size, str(address))
-            wanted += ShardIndex.parse(file.read(0, file.size), source=f"{address}/{chosen}").shards
-    return _snapshot(address, [prefix + name for name in wanted], offline=False) / inside / chosen
+        return _fetch_shards(address, chosen)
+    return _snapshot(address, [chosen, _beside(chosen, "config.json")], offline=False) / chosen
+
+
+def _fetch_shards(address: HubAddress, index: str) -> Path:
+    """The path of an index, with the shards that it names and the config beside it."""
+    with InputFile.open(_fetch_file(address, index)) as file:
+        shards.require_index_size(file.size, str(address))
+        names = ShardIndex.parse(file.read(0, file.size), source=f"{SCHEME}{address.repo}/{index}").shards
+    wanted = [index, *(_beside(index, name) for name in ("config.json", *names))]
+    return _snapshot(address, wanted, offline=_is_offline()) / index
+
+
+def _beside(file: str, name: str) -> str:
+    folder = file.rpartition("/")[0]
+    return f"{folder}/{name}" if folder else name
 
 
 def _children(listed: list[str], folder: str) -> list[str]:

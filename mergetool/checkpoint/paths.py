@@ -25,8 +25,8 @@ def typed(text: str) -> str:
 
 
 def without_quotes(text: str) -> str:
-    """``text`` without the blanks and the one pair of quotation marks around it, where it has such a pair."""
+    """``text`` without the blanks and the one pair of quotation marks around it, where there are some."""
     inner = text.strip()
     if len(inner) > 2 and QUOTES.get(inner[0]) == inner[-1]:
         return inner[1:-1]
-    return text
+    return inner

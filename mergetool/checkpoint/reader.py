@@ -17,20 +17,29 @@ from mergetool.checkpoint.header import MAX_HEADER, Header, TensorInfo, header_l
 from mergetool.checkpoint.inputs import InputFile, leads_out
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.shards import ShardIndex
-from mergetool.errors import DataError, ShardIndexError
+from mergetool.errors import DataError, HeaderError, ShardIndexError
 
 MAX_CONFIG = 1_000_000
 SAMPLE = 64 * 1024
 
 _HASHED_AT_ONCE = 8 * 1024 * 1024
-_PICKLE = "is a pickle, which can run code and is never loaded; convert it to safetensors with the program that made it"
+_CONVERT = "convert it to safetensors with the program that made it"
+_PICKLE = f"is a pickle, which can run code and is never loaded; {_CONVERT}"
 _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
     (b"PK\x05\x06", f"is a zip archive as torch.save writes it: it {_PICKLE}"),
     *((bytes([0x80, protocol]), _PICKLE) for protocol in range(6)),
     (b"version https://git-lfs", "is a Git LFS pointer, not the model; fetch the model with: git lfs pull"),
     (b"<", "is a web page, not a model; download the model again, logged in if its page asks for that"),
+    (b"{", "is a JSON text, as servers send in place of a file; read it, and download the model again"),
+    (b"\x89PNG", "is a picture, not a model; name the model's file"),
+    *((magic, "is an archive, not a model; unpack it") for magic in (b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b")),
+    (b"\x89HDF", f"is an HDF5 file of another library; {_CONVERT}"),
+    (bytes(16), "begins with zeros: a download that reserved its space and did not end; download it again"),
 )
+_PARTIAL = (".part", ".partial", ".aria2", ".crdownload", ".download", ".incomplete", ".tmp", ".!qb", ".st")
+"""What downloading programs put behind the name of a file that is not complete, or of one that lies beside it until it is."""
+
 
 _OF_MODELS = frozenset(
     {"_class_name", "_diffusers_version", "architectures", "model_type"}
@@ -214,11 +223,27 @@ def _open_file(path: Path, opened: ExitStack) -> tuple[InputFile, Header]:
 def _header_of(file: InputFile, path: Path) -> Header:
     start = file.read(0, min(file.size, 32))
     if not _looks_like_safetensors(start, file.size):
+        text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
         for magic, meaning in _OTHER_CONTENT:
-            if start.startswith(magic):
+            if start.startswith(magic) or (magic in b"<{" and text.startswith(magic)):
                 raise DataError(f'"{path}" {meaning}.')
-    length = header_length(start, file_size=file.size, source=str(path))
-    return Header.parse(file.read(0, 8 + length), file_size=file.size, source=str(path))
+    try:
+        length = header_length(start, file_size=file.size, source=str(path))
+        return Header.parse(file.read(0, 8 + length), file_size=file.size, source=str(path))
+    except HeaderError:
+        _require_complete(path)
+        raise
+
+
+def _require_complete(path: Path) -> None:
+    """Raises HeaderError where a file's name, or another beside it, says that it is still being downloaded."""
+    if path.name.lower().endswith(_PARTIAL):
+        raise HeaderError(f'"{path}" is a download that did not end; let it end, or download the model again.')
+    for beside in (path.with_name(path.name + ending) for ending in _PARTIAL):
+        if os.path.lexists(beside):
+            raise HeaderError(
+                f'"{path}" is not complete: "{beside.name}" beside it is of a download that did not end; let it end, or download the model again.'
+            )
 
 
 def _looks_like_safetensors(start: bytes, file_size: int) -> bool:

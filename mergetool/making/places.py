@@ -10,6 +10,7 @@ from pathlib import Path
 from mergetool import models
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
+from mergetool.checkpoint.paths import typed
 from mergetool.errors import MergetoolError
 from mergetool.recipe import naming
 from mergetool.recipe.document import Node, Place
@@ -43,6 +44,8 @@ class Places:
         if meaning.startswith("lab.") or "://" in meaning or meaning in {entry.name for entry in models.listing()}:
             return meaning
         place = self.recipe.folder / meaning
+        if not place.exists():
+            place = self.recipe.folder / typed(meaning)
         # A word that is no file either: the error about registered names says more than the one about a path.
         return meaning if not (place.exists() or "/" in meaning or "." in meaning) else str(place)
 

@@ -15,6 +15,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
+from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.paths import QUOTES
 from mergetool.errors import ExpressionError
 
@@ -94,7 +95,7 @@ def _quoted(text: str) -> list[_Quoted]:
             end = text.find(closing, at)
             if end < 0:
                 raise ExpressionError(
-                    f'column {start + 1}: the quote before "{text[start + 1 : start + 41]}" is not closed; '
+                    f"column {start + 1}: the quote before {quoted(text[start + 1 : start + 41])} is not closed; "
                     f"put {closing} behind the name."
                 )
             name += text[at:end]

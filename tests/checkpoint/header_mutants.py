@@ -37,7 +37,7 @@ def by_us(raw: bytes) -> Contents | None:
 
 
 def meant(raw: bytes) -> bool:
-    """Whether this file shows one of the differences: a repeated name, an unknown field or null metadata."""
+    """Whether this file shows one of the differences: a repeated name or an unknown field."""
     found = False
 
     def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,7 +45,6 @@ def meant(raw: bytes) -> bool:
         names = {name for name, _ in pairs}
         fields = {"dtype", "shape", "data_offsets"}
         found |= len(names) != len(pairs) or (fields < names and fields != names)
-        found |= any(name == "__metadata__" and value is None for name, value in pairs)
         return dict(pairs)
 
     size = struct.unpack("<Q", raw[:8])[0]

@@ -120,7 +120,7 @@ def test_a_truncated_file_says_how_much_there_should_be() -> None:
         ('{"a":}', "syntax error at character 5"),
         ("[]", "not a JSON object"),
         ('{"__metadata__":{"k":"v","k":"w"}}', 'metadata has "k" twice'),
-        ('{"__metadata__":null}', "not a JSON object of strings"),
+        ('{"__metadata__":[]}', "not a JSON object of strings"),
         ('{"__metadata__":{},"__metadata__":{}}', '"__metadata__" twice'),
         ('{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}', '"a" has the field "shape" twice'),
         ('{"a":["U8",[0],[0,0]],"a":["U8",[0],[0,0]]}', 'lists tensor "a" twice'),

@@ -163,6 +163,23 @@ def test_a_linked_config_that_is_no_models_is_refused(tmp_path: Path, sharded: P
         Checkpoint.open(sharded)
 
 
+@pytest.mark.parametrize("beside", ["m.safetensors.aria2", "m.safetensors.part", "m.safetensors.crdownload"])
+def test_a_download_that_did_not_end_is_told_by_what_lies_beside_it(tmp_path: Path, sharded: Path, beside: str) -> None:
+    whole = (sharded / "m-1.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(whole[:-4])
+    (tmp_path / beside).touch()
+    with pytest.raises(HeaderError, match=f'"{beside}" beside it is of a download that did not end'):
+        Checkpoint.open(tmp_path / "m.safetensors")
+    (tmp_path / "m.safetensors").write_bytes(whole)
+    Checkpoint.open(tmp_path / "m.safetensors").close()
+
+
+def test_a_part_of_a_download_is_told_by_its_name(tmp_path: Path, sharded: Path) -> None:
+    (tmp_path / "m.safetensors.part").write_bytes((sharded / "m-1.safetensors").read_bytes()[:-4])
+    with pytest.raises(HeaderError, match="a download that did not end"):
+        Checkpoint.open(tmp_path / "m.safetensors.part")
+
+
 # ---- config.json
 
 
@@ -269,7 +286,11 @@ def test_a_header_whose_length_looks_like_a_pickle_opens(tmp_path: Path, protoco
         (b"\x02\0\0\0\0\0\0", "has 7 bytes"),
         (b"\x03\0\0\0\0\0\0\0{}", "only 2 follow"),
         (b"\x02\0\0\0\0\0\0\0{}x", "1 extra bytes at its end"),
-        (bytes(1000), "syntax error"),
+        (b"\n\n<html>" + bytes(50), "web page"),
+        (b'{"error":"Unauthorized"}', "JSON text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "picture"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(50), "archive"),
+        (bytes(1000), "begins with zeros"),
     ],
     ids=lambda value: repr(value)[:20],
 )

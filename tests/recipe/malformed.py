@@ -247,7 +247,7 @@ MALFORMED: list[tuple[str, str, str]] = [
     ("a lambda", "+merge: '§lambda: 0'", "not part"),
     ("a list in an expression", "+merge: a + §[b]", "not part"),
     ("braces in an expression", "+variables: {m: 1}\nmerge: a + §{m}*(a - b)", "not part"),
-    ("a text in an f-string", "+merge: §f'{a}'", "not part"),
+    ("a text in an f-string", "+merge: §f'{a}'", "letter before a quote"),
     ("a number that is not finite", "+merge: a + §1e999*(a - b)", "finite"),
     ("a complex number", "+merge: a + §2j*(a - b)", "finite"),
     ("a factor beyond float32", "+merge: §a + 1e60*(a - b)", "float32"),
