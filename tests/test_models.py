@@ -392,7 +392,7 @@ def test_an_address_has_a_repository_a_place_and_a_revision(
     ["hf://", "hf://org", "hf:///repo", "hf://org/", "hf://org//x", "hf://org/repo//x", "hf://../repo", "hf://org/..",
      "hf://org/repo/../x", "hf://org/repo/./x", "hf://org/repo/a\\b", "hf://org/repo/*", "hf://org/repo/[a]", "hf://org/repo/a?",
      "hf://org/repo@", "hf://org/repo@../../x", "hf://org/repo@/x", "hf://org/repo@a//b", "hf://org/repo@a@b", "hf://org/repo/\0",
-     "hf://org/repo/\n", "hf://user:pw@org/repo"],
+     "hf://org/repo/\nx", "hf://user:pw@org/repo"],
     ids=ascii,
 )  # fmt: skip
 def test_a_malformed_address_is_refused(text: str) -> None:
