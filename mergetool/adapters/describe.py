@@ -11,7 +11,7 @@ import numpy as np
 
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.reading import LoraFile
-from mergetool.adapters.values import dense_rows, low_rank
+from mergetool.adapters.values import dense_rows, factor, low_rank
 
 DENSE_ROWS = 256
 
@@ -35,11 +35,12 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Contents:
     """``targets`` in the order of the family, ``alphas`` the values that are stated (None: of modules that state none) and ``dtypes`` the
-    stored types of the factors, each with its count."""
+    stored types of the factors, each with its count. ``non_finite`` are tensors with NaN or infinity, of the whole file."""
 
     targets: tuple[Target, ...]
     alphas: dict[float | None, int]
     dtypes: dict[str, int]
+    non_finite: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> list[int]:
@@ -66,7 +67,12 @@ def describe(file: LoraFile, *, progress: Callable[[int], None] = lambda _: None
         round(one.scale * one.rank, 9) if one.has_alpha and one.rank else None for one in adapters if one.rank
     )
     dtypes = Counter(file.checkpoint.tensors[key].dtype.name for one in adapters for key in one.tensors.values())
-    return Contents(tuple(targets), dict(alphas), dict(dtypes))
+    damaged = tuple(
+        key
+        for key, info in file.checkpoint.tensors.items()
+        if info.dtype.blendable and not np.isfinite(factor(file, key)).all()
+    )
+    return Contents(tuple(targets), dict(alphas), dict(dtypes), damaged)
 
 
 def _squares(file: LoraFile, change: Change) -> float:
@@ -76,7 +82,7 @@ def _squares(file: LoraFile, change: Change) -> float:
     """
     found = low_rank(file, change, scaled=False)
     if found is not None:
-        up, down = (factor.astype(np.float64) for factor in found)
+        up, down = (values.astype(np.float64) for values in found)
         return max(0.0, float(np.sum((up.T @ up) * (down @ down.T)))) * change.adapter.scale**2
     squares = 0.0
     for row in range(0, change.rows, DENSE_ROWS):

@@ -2,74 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mergetool.arch import Family
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.lora_keys import ending
 
-# Longest first: ".lora_A.weight" is the end of no other, but ".diff" would be of a module called "x.diff".
-SUFFIXES: tuple[tuple[str, str], ...] = tuple(
-    sorted(
-        (
-            *((f".lora_{letter}{middle}{end}", role)
-              for letter, role in (("A", "down"), ("B", "up"))
-              for middle in ("", ".default") for end in ("", ".weight")),
-            *((f"{lora}.{name}{end}", role)
-              for lora in (".lora", "_lora", ".lora_linear_layer")
-              for name, role in (("down", "down"), ("up", "up"), ("mid", "mid")) for end in ("", ".weight")),
-            *((f".lora_{role}{end}", role) for role in ("down", "up", "mid") for end in ("", ".weight")),
-            *((f".lora_magnitude_vector{end}", "dora_scale") for end in ("", ".weight", ".default", ".default.weight")),
-            *((f".hada_{role}", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-            *((f".lokr_{role}", role) for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-            (".alpha", "alpha"),
-            (".dora_scale", "dora_scale"),
-            (".diff", "diff"),
-            (".diff_b", "diff_b"),
-        ),
-        key=lambda entry: -len(entry[0]),
-    )
+DOTTED = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "module.",
+    "_orig_mod.", "pipe.dit.", "dit.", "lora_unet.",
 )  # fmt: skip
-UNREAD = {
-    ".set_weight": "a whole weight instead of a change", ".reshape_weight": "a change of the weight's shape",
-    ".w_norm": "a norm of the whole weight", ".b_norm": "a norm of a bias",
-    ".oft_blocks": "OFT", ".oft_diag": "OFT", ".boft_blocks": "BOFT",
-    ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",
-}  # fmt: skip
-"""Ends of keys whose meaning is known and not read."""
-
-DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
+"""What programs put before a module's dotted name; several may stand before each other, or the same one twice."""
 FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
+"""What stands before a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
+
+_TEXT_ENCODER = re.compile(
+    r"(?:base_model\.model\.)?(?:lora_te\d?_|lycoris_te\d?_|lora_te\d?\.|te\d?\.|text_encoders?(?:_\d)?\.|text_model\.|clip_[lgh]\."
+    r"|conditioner\.embedders\.|cond_stage_model\.|lora_prior_te_)"
+)
+_XLABS = re.compile(
+    r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])|(single_blocks\.\d+)\.processor\.(proj)_lora"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
-    """A key taken apart: prefix, module as spelled, suffix, and the role that the suffix names."""
+    """A key taken apart: prefix, module as spelled, suffix, the kind of adapter that has it, and the role that the suffix names, None where
+    the kind is known and not read."""
 
     prefix: str
     module: str
     suffix: str
-    role: str
+    role: str | None
+    kind: str = ""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the module's dots became underscores."""
+        return self.prefix.startswith(FLAT)
 
 
 def take_apart(key: str) -> Spelled | str:
     """The pieces of a LoRA key, or in words why it is none."""
-    found = next((entry for entry in SUFFIXES if key.endswith(entry[0])), None)
+    if key.startswith("bundle_emb."):
+        return "an embedding bundled by OneTrainer"
+    found = ending(key)
     if found is None:
-        known = next((what for end, what in UNREAD.items() if key.endswith(end)), None)
-        return f"{known}, which is not read" if known else "not a LoRA key"
-    suffix, role = found
-    module, prefix, again = key.removesuffix(suffix), "", True
-    while again:  # base_model.model. may stand before transformer.
-        again = False
-        for start in DOTTED:
-            if module.startswith(start) and (not prefix or prefix == "base_model.model."):
-                prefix, module, again = prefix + start, module.removeprefix(start), True
-                break
-    if not prefix:
-        prefix = next((start for start in FLAT if module.startswith(start)), "")
-        module = module.removeprefix(prefix)
-    return Spelled(prefix, module, suffix, role) if module else "a key without a module"
+        return "not a LoRA key"
+    stem = key.removesuffix(found.suffix)
+    suffix, role = found.suffix, found.role
+    if found.kind == "xlabs LoRA":
+        stem, suffix = _xlabs(key), re.sub(r".*(?=\.(?:down|up)\b)", "", found.suffix)
+        role = role if stem else None
+        stem = stem or key.removesuffix(found.suffix)
+    prefix, module = _without_prefixes(stem)
+    return Spelled(prefix, module, suffix, role, found.kind) if module else "a key without a module"
+
+
+def is_of_text_encoder(key: str) -> bool:
+    """Whether ``key`` changes a text encoder, as far as names tell."""
+    return _TEXT_ENCODER.match(key) is not None
+
+
+def _xlabs(key: str) -> str:
+    """The module of the BFL layout that an xlabs processor changes; empty for one that changes some rows of it."""
+    found = _XLABS.match(_without_prefixes(key)[1])
+    if found is None:
+        return ""
+    if found[4]:
+        return f"{found[4]}.linear2"
+    return f"{found[1]}.{'img' if found[3] == '1' else 'txt'}_attn.{found[2]}"
+
+
+def _without_prefixes(stem: str) -> tuple[str, str]:
+    """What stands before a module, every known prefix of it, and the module."""
+    prefix, module = "", stem.replace("._orig_mod.", ".")
+    while True:
+        flat = next((start for start in FLAT if module.startswith(start)), None)
+        if flat is not None:
+            rest = module.removeprefix(flat)
+            bare = rest.lstrip("_")
+            return prefix + module[: len(module) - len(bare)], bare
+        start = next((start for start in DOTTED if module.startswith(start)), None)
+        if start is None:
+            return prefix, module
+        prefix, module = prefix + start, module.removeprefix(start)
 
 
 class Modules:
@@ -90,10 +108,8 @@ class Modules:
                 fused.setdefault(family.stored_name(part, layout), []).append(part)
             for stored, together in fused.items():
                 self._dotted.setdefault(_module(stored), tuple(together))
-        for module, held in list(self._dotted.items()):  # a whole checkpoint's raw names, which LoRA files shorten
-            for start in ("model.diffusion_model.", "diffusion_model."):
-                if module.startswith(start):
-                    self._dotted.setdefault(module.removeprefix(start), held)
+        for module, held in list(self._dotted.items()):  # raw names of a model may have the prefixes that keys have
+            self._dotted.setdefault(_without_prefixes(module)[1], held)
         self._flat: dict[str, tuple[str, ...] | None] = {}
         for module, held in self._dotted.items():
             flat = module.replace(".", "_")
@@ -101,9 +117,9 @@ class Modules:
 
     def find(self, spelled: Spelled) -> tuple[str, ...]:
         """The parts of a key's module; empty where the model has none, or two of that name without dots."""
-        if spelled.prefix in FLAT:
-            return self._flat.get(spelled.module) or ()
-        return self._dotted.get(spelled.module, ())
+        if not spelled.is_flat:
+            return self._dotted.get(spelled.module, ())
+        return next((held for name in _flat_names(spelled.module) if (held := self._flat.get(name))), ())
 
     def bias(self, weight: str) -> str | None:
         """The bias beside a weight, where there is one."""
@@ -111,24 +127,16 @@ class Modules:
         return name if self._dotted.get(name) else None
 
 
+def _flat_names(module: str) -> Iterator[str]:
+    """A module without dots, and without each of the prefixes that may have lost theirs with it."""
+    yield module
+    for start in (*(dotted.replace(".", "_") for dotted in DOTTED), *FLAT):
+        if module.startswith(start):
+            yield from _flat_names(module.removeprefix(start).lstrip("_"))
+
+
 def _module(part: str) -> str:
     return part.removesuffix(".weight")
-
-
-def z_image_parts(keys: Iterable[str]) -> list[str] | None:
-    """The parts of a Z-Image as deep as the modules of ``keys`` go; None where no key is of one."""
-    spelled = [found for found in map(take_apart, keys) if isinstance(found, Spelled)]
-    depth = max((_depth(one) for one in spelled), default=0)
-    parts = list(reference_shapes({"n_layers": depth + 1, "n_refiner_layers": depth + 1}, "diffusers"))
-    modules = Modules(Z_IMAGE, parts)
-    matched = sum(bool(modules.find(one)) for one in spelled)
-    return parts if matched * 2 > len(spelled) else None
-
-
-def _depth(spelled: Spelled) -> int:
-    flat = spelled.module.replace(".", "_").split("_")
-    numbers = [int(word) for word in flat if word.isascii() and word.isdigit() and len(word) < 4]
-    return numbers[0] if numbers else 0
 
 
 def naming(spelled: Mapping[str, Spelled]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,8 @@ from typing import Any, NoReturn, Self
 from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change, Kind
 from mergetool.adapters.alphas import Alphas
-from mergetool.adapters.keys import Modules, Spelled, naming, take_apart, z_image_parts
+from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
+from mergetool.adapters.origin import LUMINA2, is_lumina2, z_image_parts
 from mergetool.arch import Anatomy, Family
 from mergetool.arch.generic import GENERIC
 from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
@@ -31,8 +32,9 @@ class LoraFile:
     """An open LoRA; closes its file as a context manager.
 
     ``changes`` are by part, in file order, more than one where the file changes a part twice. ``unmatched`` names keys that change
-    nothing, with the reason; ``warnings`` what a user should know. ``dialect`` is how its keys are spelled, ``trainer`` what wrote
-    it, where that shows.
+    nothing, with the reason; ``text_encoder`` keys of text encoders that the model does not hold, which are not for it;
+    ``unread`` counts modules by a kind of adapter that is known and not read (their keys are unmatched too); ``warnings`` what a
+    user should know. ``dialect`` is how its keys are spelled, ``trainer`` what wrote it, where that shows.
     """
 
     name: str
@@ -42,6 +44,8 @@ class LoraFile:
     trainer: str | None
     changes: Mapping[str, tuple[Change, ...]]
     unmatched: tuple[tuple[str, str], ...]
+    text_encoder: tuple[str, ...]
+    unread: Mapping[str, int]
     warnings: tuple[str, ...]
 
     def __enter__(self) -> Self:
@@ -100,34 +104,49 @@ class _Reading:
         self.anatomy = anatomy
         self.spelled: dict[str, Spelled] = {}
         self.unmatched: list[tuple[str, str]] = []
+        self.text_encoder: list[str] = []
+        self.unread: Counter[str] = Counter()
         self.warnings: list[str] = []
         for key in checkpoint.tensors:
             found = take_apart(key)
             if isinstance(found, Spelled):
                 self.spelled[key] = found
+            elif is_of_text_encoder(key):
+                self.text_encoder.append(key)
             else:
                 self.unmatched.append((key, found))
         if not self.spelled:
             raise DataError(f'"{name}" has none of the keys of a LoRA; is it a checkpoint?')
-        parts = list(anatomy.parts) if anatomy else z_image_parts(self.spelled)
+        self._require_scales_understood()
+        parts = list(anatomy.parts) if anatomy else self._parts_of_z_image()
         self.family: Family = anatomy.family if anatomy else Z_IMAGE if parts else GENERIC
         names = parts if parts is not None else [f"{one.module}.weight" for one in self.spelled.values()]
         self.modules = Modules(self.family, names)
 
+    def _parts_of_z_image(self) -> list[str] | None:
+        """The parts of a Z-Image that the file is for; None where it is for another model."""
+        parts = z_image_parts(self.spelled)
+        if parts is not None and is_lumina2(self.spelled, self.checkpoint.tensors, self.checkpoint.metadata):
+            self.warnings.append(f"its names are also Z-Image's, but its shapes or its header are {LUMINA2}'s")
+            return None
+        return parts
+
+    def _require_scales_understood(self) -> None:
+        """Codes of 8 bits beside a scale that is not understood would be read as other values."""
+        narrow = any(self._info(key).dtype.bits == 8 for key in self.spelled)
+        scale = next((key for key, _ in self.unmatched if "scale" in key.rpartition(".")[2]), None)
+        if narrow and scale is not None:
+            raise DataError(
+                f'"{self.name}": {quoted(scale)} stands beside factors of 8 bits and is not understood, so that their values are not '
+                "known; get the LoRA in bf16 or fp16."
+            )
+
     def read(self) -> LoraFile:
         changes: dict[str, list[Change]] = {}
-        groups: dict[tuple[str, str], dict[str, str]] = {}
-        for key, spelled in self.spelled.items():
-            roles = groups.setdefault((spelled.prefix, spelled.module), {})
-            if spelled.role in roles:
-                self._refuse(
-                    spelled.module, f"is given twice, as {quoted(roles[spelled.role])} and {quoted(key)}", "once"
-                )
-            roles[spelled.role] = key
-        for (prefix, module), roles in groups.items():
+        for (prefix, module), roles in self._modules().items():
             parts = self.modules.find(Spelled(prefix, module, "", ""))
             if not parts:
-                self.unmatched += [(key, "no such module") for key in roles.values()]
+                self._set_aside(roles.values(), "no such module")
                 continue
             for adapter in self._adapters(prefix + module, roles):
                 for change in self._changes(adapter, parts):
@@ -141,14 +160,52 @@ class _Reading:
             _trainer(self.checkpoint.metadata),
             {part: tuple(found) for part, found in changes.items()},
             tuple(self.unmatched),
+            tuple(self.text_encoder),
+            dict(self.unread),
             tuple(self.warnings),
         )
 
+    def _modules(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Role -> key of every module that can be read, by prefix and name."""
+        groups: dict[tuple[str, str], dict[str, str]] = {}
+        unread: dict[tuple[str, str], list[str]] = {}
+        for key, spelled in self.spelled.items():
+            place = spelled.prefix, spelled.module
+            if spelled.role is None:
+                unread.setdefault(place, []).append(key)
+                continue
+            roles = groups.setdefault(place, {})
+            if spelled.role in roles:
+                self._refuse(
+                    spelled.module, f"is given twice, as {quoted(roles[spelled.role])} and {quoted(key)}", "once"
+                )
+            roles[spelled.role] = key
+        for place, keys in unread.items():
+            kind = self._kind(keys[0])
+            if not groups.get(place, {}).keys() - {"alpha", "dora_scale"}:  # what stands beside it belongs to it
+                keys = [*keys, *groups.pop(place, {}).values()]
+            self._set_aside(keys, f"{kind}, which is not read")
+            self.unread[kind] += 1
+        return groups
+
+    def _kind(self, key: str) -> str:
+        kind = self.spelled[key].kind
+        return "BOFT" if kind == "OFT" and len(self._info(key).shape) > 3 else kind
+
+    def _set_aside(self, keys: Iterable[str], reason: str) -> None:
+        """Keys of no module of the model: those of text encoders are meant for another."""
+        for key in keys:
+            if is_of_text_encoder(key):
+                self.text_encoder.append(key)
+            else:
+                self.unmatched.append((key, reason))
+
     def _adapters(self, module: str, roles: dict[str, str]) -> list[Adapter]:
         """The adapters of one module: that of its weight, and a whole difference of its bias."""
-        found = [Adapter(module, "full", {"diff_b": roles.pop("diff_b")}, (), None)] if "diff_b" in roles else []
-        if "diff" in roles:
-            found.append(Adapter(module, "full", {"diff": roles.pop("diff")}, (), None))
+        found = [
+            Adapter(module, "full", {role: roles.pop(role)}, (), None) for role in ("diff_b", "diff") if role in roles
+        ]
+        bias = roles.pop("up_bias", None)
         kinds: list[Kind] = ["lokr"] if any(".lokr_" in key for key in roles.values()) else []
         if any(".hada_" in key for key in roles.values()):
             kinds.append("loha")
@@ -158,6 +215,8 @@ class _Reading:
             self._refuse(module, "has factors of two kinds", "one")
         if kinds:
             found.append(self._product(module, kinds[0], roles))
+            if bias is not None:  # PEFT scales it with the product
+                found.append(Adapter(module, "full", {"diff_b": bias}, (), None, found[-1].scale))
         elif roles.keys() - {"alpha"} or (roles and not found):
             self.unmatched += [(key, "no factors beside it") for key in roles.values()]
         return [self._shaped(adapter) for adapter in found]
@@ -202,14 +261,16 @@ class _Reading:
     def _inner(self, module: str, up: str, down: str, *, tucker: bool = False) -> int:
         left, right = self._shape(module, up), self._shape(module, down)
         inner = left[0] if tucker else left[1]
-        if inner != right[0] or inner == 0:
+        if inner != right[0] or (prod(left[2:]) != 1 and not tucker):
             self._refuse(module, f"has factors of shapes {list(left)} and {list(right)}", "one inner width")
         return inner
 
     def _shape(self, module: str, key: str) -> tuple[int, ...]:
-        shape = self._info(key).shape
-        if len(shape) not in (2, 4) or 0 in shape:
-            self._refuse(module, f"has a factor of shape {list(shape)}", "a matrix, or a convolution's four dimensions")
+        shape, dtype = self._info(key).shape, self._info(key).dtype
+        if len(shape) < 2 or 0 in shape:
+            self._refuse(module, f"has a factor of shape {list(shape)}", "a matrix, or a convolution's kernel of one")
+        if not dtype.blendable:
+            self._refuse(module, f"has a factor stored as {dtype.name}", "a float")
         return shape
 
     def _shaped(self, adapter: Adapter) -> Adapter:
@@ -232,9 +293,7 @@ class _Reading:
                     else (shape["w2_a"][0], *shape["w2_b"][1:])
                 )
                 whole = (first[0] * second[0], first[1] * second[1], *second[2:])
-        return Adapter(
-            adapter.module, adapter.kind, adapter.tensors, whole, adapter.rank, adapter.scale, adapter.has_alpha
-        )
+        return replace(adapter, shape=whole)
 
     def _changes(self, adapter: Adapter, parts: Sequence[str]) -> list[Change]:
         """What an adapter does to the parts that its module holds, in row order."""
@@ -247,6 +306,8 @@ class _Reading:
         if PAD_TOKENS.intersection(parts):
             self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
         rows = self._rows(adapter, parts)
+        if self.anatomy is not None and len(parts) == 1:
+            adapter = replace(adapter, shape=self.anatomy.parts[parts[0]].shape)  # [D] for a pad token of [1, D]
         changes, first = [], 0
         for part, count in zip(parts, rows, strict=True):
             changes.append(Change(adapter, part, first, count))
@@ -263,10 +324,13 @@ class _Reading:
         rows = [shape[0] if shape else 1 for shape in shapes]
         columns = prod(shapes[0][1:])
         if (sum(rows), columns) != (total, prod(adapter.shape[1:])) and adapter.shape != shapes[0]:
-            if prod(adapter.shape) == prod(shapes[0]) and len(parts) == 1:
-                return rows  # [D] for a pad token of [1, D]
+            if prod(adapter.shape) == prod(shapes[0]) and len(parts) == 1 and adapter.kind == "full":
+                return rows
             wanted = [sum(rows), *shapes[0][1:]]
-            self._refuse(adapter.module, f"changes {list(adapter.shape)} values", f"the model's {wanted}")
+            raise DataError(
+                f'"{self.name}": {quoted(adapter.module)} changes {list(adapter.shape)} values, where the model has {wanted}; '
+                "the LoRA is for a model of another size or family."
+            )
         return rows
 
     def _remark(self, changes: Mapping[str, Sequence[Change]]) -> None:
@@ -279,9 +343,28 @@ class _Reading:
         dora = [c.adapter for found in changes.values() for c in found if "dora_scale" in c.adapter.tensors]
         if dora:
             self.warnings.append(f"{len(dora)} modules are DoRA: their change depends on the weight it is added to")
+            self._remark_magnitudes([adapter.tensors["dora_scale"] for adapter in dora])
         prefixes = Counter(one.prefix for one in self.spelled.values())
         if len(prefixes) > 1:
             self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")
+
+    def _remark_magnitudes(self, keys: Sequence[str]) -> None:
+        """What ComfyUI makes of magnitudes by rows, where it reads them."""
+        by_rows = [key for key in keys if key.endswith(".dora_scale") and not self._is_by_columns(key)]
+        vectors = [key for key in by_rows if len(self._info(key).shape) < 2]
+        if vectors:
+            self.warnings.append(
+                f"{len(vectors)} magnitudes are vectors, as {vectors[0]}: ComfyUI cannot apply them; lora convert writes a column"
+            )
+        if by_rows:
+            self.warnings.append(
+                f"{len(by_rows)} DoRA magnitudes are by rows: ComfyUI divides by the norms of the weight, training by those of the "
+                "sum, so that its weights differ"
+            )
+
+    def _is_by_columns(self, key: str) -> bool:
+        shape = self._info(key).shape
+        return len(shape) > 1 and shape[0] == 1 and prod(shape) > 1
 
     def _info(self, key: str) -> TensorInfo:
         return self.checkpoint.tensors[key]

@@ -40,9 +40,11 @@ def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats
             return found[0] @ found[1]
         case "full":
             key = next(iter(adapter.tensors.values()))
-            if len(file.checkpoint.tensors[key].shape) < 2:
-                return factor(file, key).reshape(-1)[row : row + count].reshape(count, -1)
-            return factor(file, key, row, count).reshape(count, -1)
+            stored = file.checkpoint.tensors[key].shape
+            if len(stored) > 1 and stored[0] == adapter.shape[0]:
+                return _scaled(factor(file, key, row, count).reshape(count, -1), adapter.scale)
+            rows = adapter.shape[0] if adapter.shape else 1  # a vector, or one that stands for a single row
+            return _scaled(factor(file, key).reshape(rows, -1)[row : row + count], adapter.scale)
         case "loha":
             both = [_loha_rows(file, change, side, row, count) for side in ("1", "2")]
             return _scaled(both[0] * both[1], adapter.scale)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from mergetool.arch import generic, prefixes, z_image
 from mergetool.arch.anatomy import Anatomy, Part
+from mergetool.arch.lora_keys import READ, adapter_kind
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 from mergetool.quant.encoding import Encoding
-
-# Key endings of the LoRA dialects: PEFT, kohya, diffusers' old one, LoHa, LoKr, full differences, DoRA.
-_LORA = re.compile(
-    r"""(?: (?:^|[._]) lora_(?:A|B|up|down|mid) (?:\.[^.]+)? (?:\.weight)?
-          | [._]lora(?:_linear_layer)?\.(?:up|down)\.weight
-          | [._](?:hada_[wt]\d(?:_[ab])? | lokr_[wt]\d(?:_[ab])?)
-          | \.(?:diff|diff_b|dora_scale) )$""",
-    re.VERBOSE,
-)
 
 _CONTROLNET = frozenset({"control_layers", "control_all_x_embedder", "control_noise_refiner"})
 
@@ -59,11 +50,10 @@ def _values(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]
 def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
     if not tensors:
         raise FamilyError(f'"{source}" has no tensors, where a model is wanted; check that it is the right file.')
+    adapter = adapter_kind(tensors)
+    if adapter is not None:
+        raise FamilyError(_not_a_model(source, *adapter))
     for stored in tensors:
-        if _LORA.search(stored):
-            raise FamilyError(
-                f'"{source}" is a LoRA file (tensor {quoted(stored)}) and not a model; give a whole checkpoint here.'
-            )
         name = prefixes.own(stored)
         if name.split(".")[0] in _CONTROLNET:
             raise FamilyError(
@@ -75,3 +65,14 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
                 f'"{source}" is a pixel-space derivative (tensor {quoted(stored)}), whose decoder is part of the model '
                 "and cannot be merged with latent-space Z-Image; give a latent-space checkpoint here."
             )
+
+
+def _not_a_model(source: str, kind: str, key: str) -> str:
+    """What to say of a LoRA that is given as a model, with what can be done with it."""
+    named = "a LoRA file" if kind == "LoRA" else f"a LoRA ({kind}) file"
+    way_out = (
+        f'add it to one: mergetool lora bake MODEL "{source}", or lora("{source}") in an expression.'
+        if kind in READ
+        else "apply it to its model in the program that it is for, save that model, and give it here."
+    )
+    return f'"{source}" is {named} (tensor {quoted(key)}), not a model; {way_out}'

@@ -50,7 +50,7 @@ ScaleSearchOption = Annotated[
 ]
 SkipUnmatchedOption = Annotated[
     bool,
-    typer.Option("--skip-unmatched", help="Leave out what a LoRA has for tensors that the model lacks, and name it."),
+    typer.Option("--skip-unmatched", help="Skip (and list) LoRA keys that match nothing in the model."),
 ]
 
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}

@@ -33,6 +33,13 @@ RuleOption = Annotated[
     str | None,
     typer.Option("--rule", help="energy [default], fro, sum, ratio, abs or knee (which needs no threshold)."),
 ]
+RankMaxOption = Annotated[
+    int | None, typer.Option("--rank-max", help="Cap of the rank, beside a threshold or a budget.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="The model to look names up in [default: Z-Image].", metavar="MODEL"),
+]
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help="The least error of all modules together for a file of this size.", metavar="SIZE"),
@@ -43,9 +50,7 @@ DtypeOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", help="Modules worked on at once [default: all cores]", min=1, max=256)
 ]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-unmatched", help="Leave out keys that are of no known module, and name them.")
-]
+SkipOption = Annotated[bool, typer.Option("--skip-unmatched", help="Skip (and list) LoRA keys of no known module.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,6 +70,7 @@ class Settings:
     selection: Selection
     dtype: DType | None = None
     multipliers: tuple[Setting, ...] = ()
+    model: str | None = None
     threads: int | None = None
     skip_unmatched: bool = False
     overwrite: bool = False
@@ -75,7 +81,13 @@ class Settings:
 
 
 def selection(
-    rank: int | None, rank_thresh: float | None, rule: str | None, budget: str | None, *, needed: bool
+    rank: int | None,
+    rank_thresh: float | None,
+    rule: str | None,
+    budget: str | None,
+    rank_max: int | None = None,
+    *,
+    needed: bool,
 ) -> Selection:
     """What the options ask to keep. Raises UsageError for several that contradict each other, or for none where one is ``needed``."""
     from mergetool.lora.rules import RULES, Rule
@@ -95,15 +107,21 @@ def selection(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other; give one of them.")
     if rank is not None:
+        if rank_max is not None:
+            raise UsageError(
+                "--rank and --rank-max contradict each other; --rank-max goes with a threshold or a budget."
+            )
         return Fixed(rank)
     if budget is not None:
-        return Budget(console.parse_size(budget))
+        return Budget(console.parse_size(budget), rank_max)
     if by_rule:
         if rank_thresh is None and name != "knee":
             raise UsageError(f"--rule {name} needs a --rank-thresh.")
         if rank_thresh is not None and name == "knee":
             raise UsageError("--rule knee has no threshold; leave --rank-thresh away.")
-        return ByRule(Rule(name, 0.95 if rank_thresh is None else rank_thresh))
+        return ByRule(Rule(name, 0.95 if rank_thresh is None else rank_thresh), rank_max)
+    if rank_max is not None:
+        return Fixed(rank_max)
     if needed:
         raise UsageError("say how much to keep: --rank N, --rank-thresh T, --rule knee or --budget SIZE.")
     return Exact()
@@ -127,6 +145,7 @@ def perform(
     derive: Callable[[Gathering], Derive] | None = None,
 ) -> None:
     """Read, print what there is, combine, print what became of it; ``prepare`` changes the pieces, ``derive`` what is made of them."""
+    from mergetool import models
     from mergetool.lora.combine import combine
     from mergetool.lora.gathering import gather, opened
     from mergetool.lora.selection import Budget
@@ -135,8 +154,19 @@ def perform(
         raise UsageError("say where to write: -o FILE.safetensors, or --dry-run.")
     target = None if settings.output is None else console.lora_output(settings.output, shown=not settings.as_json)
     started = time.monotonic()
-    with opened(loras) as terms:
-        gathering = prepare(gather(terms, multipliers=settings.multipliers, skip_unmatched=settings.skip_unmatched))
+    anatomy = None
+    if settings.model is not None:
+        with models.open_model(settings.model, names_only=True) as model:
+            anatomy = model.anatomy
+    with opened(loras, anatomy=anatomy) as terms:
+        gathering = prepare(
+            gather(
+                terms,
+                multipliers=settings.multipliers,
+                skip_unmatched=settings.skip_unmatched,
+                names_known=anatomy is not None,
+            )
+        )
         if not settings.as_json:
             _print_plan(gathering, verbose=settings.verbose or settings.dry_run)
         if settings.dry_run or target is None:
@@ -176,9 +206,12 @@ def in_group(groups: frozenset[str]) -> str:
 
 def warnings(gathering: Gathering) -> Iterator[str]:
     """Everything that a user of the files should know."""
+    from mergetool.adapters import matching
+
     for term in gathering.terms:
         for warning in term.file.warnings:
             yield f"{term.file.name}: {warning}"
+        yield from matching.remarks(term.file)
 
 
 def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
@@ -217,6 +250,14 @@ def _print_done(gathering: Gathering, done: Combined, settings: Settings, target
             rows.append(_row(group, chosen))
     console.heading("ranks", "")
     console.table(["group", "modules", "rank read", "rank min/med/max", "energy", "residual"], rows)
+    if done.capped:
+        wanted = max(one.wanted or 0 for one in done.capped)
+        names = [f"{one.name} wants {one.wanted}" for one in done.capped]
+        console.heading(
+            "",
+            f"{len(names)} stopped by --rank-max, which would have to be {wanted}: "
+            f"{console.listed(names, most=len(names) if settings.verbose else 2)}",
+        )
     if done.empty:
         names = console.listed(done.empty, most=len(done.empty) if settings.verbose else 2)
         console.heading("", f"{len(done.empty)} not written, nothing of them is left: {names}")
@@ -292,6 +333,7 @@ def _done_json(done: Combined, target: Path, seconds: float) -> dict[str, Any]:
                 "residual": one.residual,
                 "norm": one.total**0.5,
                 "dtype": one.dtype.name,
+                "rank_wanted": one.wanted,
             }
             for one in done.modules
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 if TYPE_CHECKING:
     from mergetool.adapters import LoraFile
     from mergetool.adapters.describe import Contents, Target
+    from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
 
 EXAMPLES = """\b
@@ -58,12 +60,19 @@ def inspect(
         with console.progress("norms", len(file.changes), shown=shown, unit="module") as advance:
             found = describe(file, progress=advance)
         loaded = loading(file)
+        in_comfyui = None if found.non_finite else _dora_difference(file, model)
         if plot is not None:
             plots.write(plot, found.targets, title=Path(lora).name, overwrite=overwrite)
         if as_json:
-            console.print_json(_json(file, found, loaded))
+            console.print_json(_json(file, found, loaded, in_comfyui))
             return
         _print(file, found, loaded, verbose=verbose)
+        if in_comfyui is not None:
+            console.heading(
+                "dora",
+                f"ComfyUI's weights are {100 * in_comfyui.share:.3g} % of the change away from training's in "
+                f"{console.plural(in_comfyui.parts, 'part')}; most in {in_comfyui.part}, {100 * in_comfyui.largest:.3g} %",
+            )
         if plot is not None:
             console.heading("plot", str(plot))
 
@@ -80,12 +89,27 @@ def opened(lora: str, model: str | None) -> LoraFile:
     return open_lora(models.resolve(lora).path, name=lora, anatomy=anatomy)
 
 
+def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:
+    """How far ComfyUI's formula leads from training's, where a model is given to measure it on."""
+    if model is None or not any("dora_scale" in adapter.tensors for adapter in file.adapters):
+        return None
+    from mergetool import models
+    from mergetool.adapters.dora_in_comfyui import difference
+
+    with models.open_model(model) as base:
+        return difference(file, base.anatomy, base.checkpoint)
+
+
 def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: bool) -> None:
+    from mergetool.adapters import matching
+
     size = sum(one.size for one in file.checkpoint.files)
     console.heading("lora", f"{file.name}  {console.size(size)}  for {file.family.name}")
     console.heading("keys", file.dialect)
     console.heading("trainer", file.trainer or "it does not say")
-    kinds = Counter(target.kind for target in found.targets)
+    kinds = Counter(target.kind for target in found.targets) + Counter(
+        {f"{kind} that is not read": count for kind, count in file.unread.items()}
+    )
     console.heading(
         "changes",
         f"{console.plural(len(found.targets), 'parameter')} · " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
@@ -99,10 +123,16 @@ def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: b
     _print_blocks(found, verbose=verbose)
     for one in loaded:
         print_loading(one, verbose=verbose)
-    for key, reason in file.unmatched[: None if verbose else 4]:
-        console.heading("unread", f"{key}: {reason}")
-    if len(file.unmatched) > 4 and not verbose:
-        console.heading("", f"and {len(file.unmatched) - 4} more keys that change nothing: -v lists them")
+    reasons: dict[str, list[str]] = {}
+    for key, reason in matching.left_aside(file):
+        reasons.setdefault(reason, []).append(key)
+    for reason, keys in reasons.items():
+        console.heading(
+            "unread", f"{len(keys)} keys, {reason}: {console.listed(keys, most=len(keys) if verbose else 2)}"
+        )
+    if found.non_finite:
+        names = console.listed(found.non_finite, most=1000 if verbose else 4)
+        console.heading("damaged", f"{len(found.non_finite)} tensors hold NaN or infinity: {names}")
     for warning in file.warnings:
         console.heading("warning", warning)
 
@@ -159,7 +189,12 @@ def _alphas(found: Contents) -> str:
     return ", ".join(shown) or "of no meaning here"
 
 
-def _json(file: LoraFile, found: Contents, loaded: list[Loading]) -> dict[str, Any]:
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _json(file: LoraFile, found: Contents, loaded: list[Loading], in_comfyui: Difference | None) -> dict[str, Any]:
     from mergetool.adapters.describe import by_block, total
 
     ranks = found.ranks
@@ -172,7 +207,7 @@ def _json(file: LoraFile, found: Contents, loaded: list[Loading]) -> dict[str, A
         "rank": {"min": ranks[0], "median": ranks[len(ranks) // 2], "max": ranks[-1]} if ranks else None,
         "alphas": [{"alpha": alpha, "modules": count} for alpha, count in found.alphas.items()],
         "dtypes": found.dtypes,
-        "blocks": {block: total(held) for block, held in by_block(found.targets)},
+        "blocks": {block: _number(total(held)) for block, held in by_block(found.targets)},
         "targets": [
             {
                 "part": target.part,
@@ -180,7 +215,7 @@ def _json(file: LoraFile, found: Contents, loaded: list[Loading]) -> dict[str, A
                 "shape": list(target.shape),
                 "rank": target.rank,
                 "scale": target.scale,
-                "norm": target.norm,
+                "norm": _number(target.norm),
             }
             for target in found.targets
         ],
@@ -189,5 +224,9 @@ def _json(file: LoraFile, found: Contents, loaded: list[Loading]) -> dict[str, A
             for one in loaded
         },
         "unmatched": [{"key": key, "reason": reason} for key, reason in file.unmatched],
+        "text_encoder": list(file.text_encoder),
+        "unread": dict(file.unread),
+        "non_finite": list(found.non_finite),
+        "dora_in_comfyui": None if in_comfyui is None else {"parts": in_comfyui.parts, "share": in_comfyui.share},
         "warnings": list(file.warnings),
     }

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mergetool import __version__, models
+from mergetool.adapters import matching
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.journal import Work
-from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.targets import require_folder, resolve_target
@@ -25,7 +25,7 @@ from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
-from mergetool.errors import DataError, UsageError
+from mergetool.errors import UsageError
 from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
@@ -118,18 +118,18 @@ class _Opened:
 def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None = None, skip_unmatched: bool) -> Input:
     """A LoRA as what it adds to ``model``, from ``place`` if that is not its name; ``stack`` closes it.
 
-    Raises InputMissing, DataError for a file that is no LoRA or does not fit, and for what matches nothing in the model unless
-    it is to be skipped.
+    Raises InputMissing, DataError for a file that is no LoRA or does not fit, for one that changes nothing in the model at all, and for
+    keys that do not, unless those are to be skipped.
     """
     file = stack.enter_context(open_lora(models.resolve(place or name).path, name=name, anatomy=model.anatomy))
-    if file.unmatched and not skip_unmatched:
-        key, reason = file.unmatched[0]
-        raise DataError(
-            f'"{name}": {quoted(key)} changes nothing in {model.name} ({reason}; {len(file.unmatched)} such keys in all); '
-            "it may be for another model: --skip-unmatched leaves them out."
-        )
+    matching.require_match(file, model.name, skip_unmatched=skip_unmatched)
     return Input(
-        name, file.checkpoint, anatomy_of(file, model.anatomy, model.checkpoint), is_lora=True, unmatched=file.unmatched
+        name,
+        file.checkpoint,
+        anatomy_of(file, model.anatomy, model.checkpoint),
+        is_lora=True,
+        unmatched=matching.left_aside(file),
+        remarks=matching.remarks(file),
     )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
 from mergetool.lora.factored import RankOf
 from mergetool.lora.gathering import Gathering, Module, holding, total_of
-from mergetool.lora.selection import Budget, Exact, Fixed, Selection, ranks_within
+from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ranks_within
 from mergetool.lora.sources import Source
 from mergetool.lora.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
@@ -43,7 +43,8 @@ class Outcome:
 
     ``width`` is the sum of the ranks that were read (None where something other than a LoRA was), ``rank`` the one written.
     ``total`` is the squared Frobenius norm of the exact sum, ``energy`` the share that the kept singular values hold before they are
-    rounded, ``residual`` the norm of what is stored minus the exact sum, over the sum's.
+    rounded, ``residual`` the norm of what is stored minus the exact sum, over the sum's. ``wanted`` is the rank that a rule asked for,
+    above ``rank`` where a cap stopped it; None without a rule.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Outcome:
     energy: float
     residual: float
     dtype: DType
+    wanted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Combined:
 
     modules: list[Outcome]
     empty: list[str]
+
+    @property
+    def capped(self) -> list[Outcome]:
+        """The modules whose rule asked for a higher rank than the cap allows."""
+        return [one for one in self.modules if one.wanted is not None and one.wanted > one.rank]
 
     @property
     def residual(self) -> float:
@@ -147,6 +154,10 @@ def _solver(
         return lambda module: _exact(module, dtype or module.dtype)
     of = derive or source
     if not isinstance(selection, Budget):
+        if isinstance(selection, ByRule):
+            return lambda module: _by_rule(
+                module, of(module), selection, dtype or module.dtype, bare=derive is not None
+            )
         rank = selection.rank if isinstance(selection, Fixed) else selection.rank_of
         return lambda module: _recompressed(module, of(module), rank, dtype or module.dtype, bare=derive is not None)
     one = dtype or holding(module.dtype for module in gathering.modules)
@@ -179,6 +190,18 @@ def _recompressed(module: Module, whole: Source, rank: int | RankOf, dtype: DTyp
     return outcome, _tensors(module, stored)
 
 
+def _by_rule(module: Module, whole: Source, rule: ByRule, dtype: DType, *, bare: bool) -> Made:
+    wanted = 0
+
+    def rank_of(values: Tensor) -> int:
+        nonlocal wanted
+        wanted = rule.wanted(values)
+        return rule.rank_of(values)
+
+    outcome, tensors = _recompressed(module, whole, rank_of, dtype, bare=bare)
+    return replace(outcome, wanted=wanted), tensors
+
+
 def _as_they_came(module: Module, dtype: torch.dtype) -> Stored | None:
     """The factors side by side; None where ``dtype`` is too narrow for one of them, which balanced factors need not be."""
     try:
@@ -206,7 +229,7 @@ def _tensors(module: Module, stored: Stored) -> dict[str, Tensor]:
         return {}
     down, up, kernel = stored.down, stored.up, module.shape[2:]
     if kernel:
-        down, up = down.reshape(rank, module.shape[1], *kernel), up.reshape(*up.shape, 1, 1)
+        down, up = down.reshape(rank, module.shape[1], *kernel), up.reshape(*up.shape, *(1 for _ in kernel))
     tensors = {module.keys.down: down, module.keys.up: up}
     if stored.scale != 1 or module.keys.always_alpha:
         tensors[module.keys.alpha] = torch.tensor(stored.scale * rank, dtype=torch.float32)

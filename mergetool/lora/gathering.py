@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import prod
 
 from mergetool import models
-from mergetool.adapters import Change, LoraFile, open_lora
+from mergetool.adapters import Change, LoraFile, matching, open_lora
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import Anatomy, Family, Part, Slice
@@ -93,27 +93,35 @@ class Gathering:
 
 
 @contextmanager
-def opened(loras: Iterable[tuple[str, Fraction]]) -> Iterator[list[Term]]:
-    """LoRAs by name or path, with their strengths; they are closed at the end of the ``with`` block.
+def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = None) -> Iterator[list[Term]]:
+    """LoRAs by name or path, with their strengths; they are closed at the end of the ``with`` block. With an ``anatomy`` their modules are
+    looked up among that model's parts.
 
     Raises InputMissing, and DataError for a file that is no LoRA.
     """
     with ExitStack() as stack:
         yield [
-            Term(stack.enter_context(open_lora(models.resolve(name).path, name=name)), strength)
+            Term(stack.enter_context(open_lora(models.resolve(name).path, name=name, anatomy=anatomy)), strength)
             for name, strength in loras
         ]
 
 
-def gather(terms: Sequence[Term], *, multipliers: Sequence[Setting] = (), skip_unmatched: bool = False) -> Gathering:
+def gather(
+    terms: Sequence[Term],
+    *,
+    multipliers: Sequence[Setting] = (),
+    skip_unmatched: bool = False,
+    names_known: bool = False,
+) -> Gathering:
     """What ``terms`` add up to, matrix by matrix; ``multipliers`` scale groups, the last that matches one counting, gradients
-    running over the blocks that the LoRAs change.
+    running over the blocks that the LoRAs change. ``names_known`` says that the LoRAs were opened with the anatomy of their model, so
+    that equal modules are told in different spellings.
 
     Raises FamilyError for LoRAs of different families or shapes, PatternError for a group that nothing is in, DataError for keys that
     change nothing (unless ``skip_unmatched``, which lists them as left out), for a part that one file changes twice, and where
     nothing is left.
     """
-    family = _family(terms)
+    family = _family(terms, names_known=names_known)
     shapes = _shapes(terms)
     settings = groups.expand(multipliers, family)
     scales = groups.resolve(settings, anatomy_of(family, shapes))
@@ -153,7 +161,7 @@ def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:
     return Anatomy(family, family.layouts[0], "", parts)
 
 
-def _family(terms: Sequence[Term]) -> Family:
+def _family(terms: Sequence[Term], *, names_known: bool) -> Family:
     first = terms[0].file
     for term in terms[1:]:
         if term.file.family is not first.family:
@@ -161,10 +169,10 @@ def _family(terms: Sequence[Term]) -> Family:
                 f'"{first.name}" is a LoRA for a {first.family.name} model and "{term.file.name}" for a {term.file.family.name} '
                 "one; a sum needs LoRAs of one family."
             )
-        if first.family is GENERIC and _prefixes(term.file) != _prefixes(first):
+        if first.family is GENERIC and not names_known and _prefixes(term.file) != _prefixes(first):
             raise FamilyError(
                 f'"{first.name}" spells its keys {first.dialect}, "{term.file.name}" {term.file.dialect}, and their model is not '
-                "one whose names are known, so that equal modules cannot be told; give LoRAs of one spelling."
+                "one whose names are known, so that equal modules cannot be told; name the model with --model, or give LoRAs of one spelling."
             )
     return first.family
 
@@ -190,13 +198,8 @@ def _shapes(terms: Sequence[Term]) -> dict[str, tuple[int, ...]]:
 
 
 def _unmatched(file: LoraFile, skip: bool) -> list[tuple[str, str, float | None]]:
-    if file.unmatched and not skip:
-        key, reason = file.unmatched[0]
-        raise DataError(
-            f'"{file.name}": {quoted(key)} cannot be taken along ({reason}; {len(file.unmatched)} such keys in all); '
-            "--skip-unmatched leaves them out."
-        )
-    return [(key, f"{reason}, in {file.name}", None) for key, reason in file.unmatched]
+    matching.require_match(file, "a sum of LoRAs", skip_unmatched=skip)
+    return [(key, f"{reason}, in {file.name}", None) for key, reason in matching.left_aside(file)]
 
 
 def _only(file: LoraFile, part: str, changes: Sequence[Change]) -> Change:

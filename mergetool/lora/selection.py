@@ -48,28 +48,51 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class ByRule:
-    """A rank for every module by its own spectrum."""
+    """A rank for every module by its own spectrum, at most ``most``. Raises UsageError for a ``most`` below 1."""
 
     rule: Rule
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_cap(self.most)
+
+    def wanted(self, values: Tensor) -> int:
+        """How many of the falling singular values the rule keeps."""
+        return self.rule.rank(values.square().numpy()) or 0
 
     def rank_of(self, values: Tensor) -> int:
         """How many of the falling singular values to keep."""
-        return self.rule.rank(values.square().numpy()) or 0
+        return min(self.wanted(values), len(values) if self.most is None else self.most)
 
     def recipe(self) -> dict[str, Any]:
         """What the metadata says of it."""
-        return {"rule": self.rule.name} | ({"rank_thresh": self.rule.threshold} if self.rule.name != "knee" else {})
+        share = {"rank_thresh": self.rule.threshold} if self.rule.name != "knee" else {}
+        return {"rule": self.rule.name} | share | _stated(self.most)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The least total error that a file of at most so many bytes can have."""
+    """The least total error that a file of at most so many bytes can have, with ranks of at most ``most``. Raises UsageError for a
+    ``most`` below 1."""
 
     size: int
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_cap(self.most)
 
     def recipe(self) -> dict[str, Any]:
         """What the metadata says of it."""
-        return {"budget": self.size}
+        return {"budget": self.size} | _stated(self.most)
+
+
+def _require_cap(most: int | None) -> None:
+    if most is not None and most < 1:
+        raise UsageError(f"--rank-max is {most}, but a LoRA has a rank of at least 1.")
+
+
+def _stated(most: int | None) -> dict[str, Any]:
+    return {} if most is None else {"rank_max": most}
 
 
 Selection = Exact | Fixed | ByRule | Budget
@@ -83,7 +106,7 @@ def ranks_within(
     Raises UsageError where not even one direction fits.
     """
     known = [
-        Spectrum(module.keys.down, module.keys.up, module.matrix, values.square().numpy())
+        Spectrum(module.keys.down, module.keys.up, module.matrix, values.square().numpy()[: budget.most])
         for module, values in zip(modules, spectra, strict=True)
     ]
     # What a plain pair of matrices does not have: a kernel's dimensions in two shapes, and an alpha.

@@ -22,7 +22,7 @@ from fractions import Fraction
 import torch
 
 from mergetool import models
-from mergetool.adapters import LoraFile, open_lora
+from mergetool.adapters import LoraFile, matching, open_lora
 from mergetool.adapters.loaders import Loading, loading
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
@@ -106,7 +106,7 @@ class Comparison:
 def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = Fraction(1)) -> Iterator[Comparison]:
     """The three files, closed at the end of the ``with`` block; no tensor of the models is read.
 
-    Raises what `models.open_model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base, and FamilyError for
+    Raises what `models.open_model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base or changes nothing in it, and FamilyError for
     models of different families or shapes.
     """
     with (
@@ -116,6 +116,7 @@ def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = 
     ):
         meeting.check_families(first, second)
         unmet = meeting.check(first, second)
+        matching.require_match(file, base, skip_unmatched=True)
         parts, left_out = _comparable(first, second)
         changed = anatomy_of(file, first.anatomy, first.checkpoint).parts
         changes = {name: _scaled(part, strength) for name, part in changed.items()}
@@ -156,8 +157,8 @@ def verify_lora(
     return LoraReport(
         tuple(residuals),
         comparison.left_out,
-        file.unmatched,
-        (*comparison.unmet, *file.warnings),
+        matching.left_aside(file),
+        (*comparison.unmet, *file.warnings, *matching.remarks(file)),
         tuple(loading(file)),
         float(comparison.strength),
     )

@@ -344,7 +344,7 @@ class _Planner:
         return list(left_out.items())
 
     def _warnings(self) -> list[str]:
-        warnings = [*self.unmet]
+        warnings = [*self.unmet, *(remark for model in self.inputs for remark in model.remarks)]
         if self.options.prefix and not prefixes.is_known(self.options.prefix):
             warnings.append(
                 f'mergetool knows no program that reads names under "{self.options.prefix}", and would not take it off again'

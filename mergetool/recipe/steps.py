@@ -21,7 +21,7 @@ class Input:
     """One model of the expression: its name there, its checkpoint and what the tensor names in it mean.
 
     A LoRA's anatomy has the parts that it changes, with the change as their values. ``unmatched`` names what of it changes
-    none, with the reason.
+    none, with the reason; ``remarks`` are what to warn of.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Input:
     anatomy: Anatomy
     is_lora: bool = False
     unmatched: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mergetool import models, quant
+from mergetool.adapters import matching
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Anatomy, Part
 from mergetool.arch.z_image import Z_IMAGE
-from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
@@ -63,7 +63,7 @@ def load_transformer(
 
     Weights are read part by part straight into their place, so memory is the model at ``dtype``. A DoRA's change is that of the stored
     weights. Raises what `models.open_model` and `open_lora` raise, and FamilyError for a model that is not Z-Image or whose tensors are
-    not all there, and for a LoRA with keys that change nothing in it.
+    not all there, and DataError for a LoRA with keys that change nothing in it.
     """
     from diffusers import ZImageTransformer2DModel
 
@@ -126,11 +126,7 @@ def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
 def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: OpenedModel) -> None:
     """Add a LoRA of any spelling at its strength to the weights, in float32 with one rounding."""
     with open_lora(lora.path, anatomy=model.anatomy) as file:
-        if file.unmatched:
-            key, reason = file.unmatched[0]
-            raise FamilyError(
-                f'"{lora.path}" has {quoted(key)}, which changes nothing in {model.name} ({reason}); it is a LoRA for another model.'
-            )
+        matching.require_match(file, model.name, skip_unmatched=False)
         for name, part in anatomy_of(file, model.anatomy, model.checkpoint).parts.items():
             weight, rows = state[name], part.encoding
             assert rows is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mergetool.arch import recognise
@@ -136,23 +138,50 @@ def test_lumina2_is_not_z_image() -> None:
         ("lora_unet_layers_0_feed_forward_w1.lora_down.weight", "a LoRA file"),
         ("transformer.layers.0.attention.to_q_lora.up.weight", "a LoRA file"),
         ("unet.down.attn.to_q.lora.up.weight", "a LoRA file"),
-        ("diffusion_model.layers.0.ffn_norm1.diff", "a LoRA file"),
-        ("diffusion_model.x_embedder.diff_b", "a LoRA file"),
-        ("lycoris_layers_0_attention_to_q.lokr_w1", "a LoRA file"),
-        ("diffusion_model.layers.0.attention.to_q.lokr_w2_a", "a LoRA file"),
-        ("lora_unet_layers_0.hada_w1_b", "a LoRA file"),
-        ("layers.0.attention.to_q.dora_scale", "a LoRA file"),
+        ("diffusion_model.layers.0.ffn_norm1.diff", "a LoRA (whole difference) file"),
+        ("diffusion_model.x_embedder.diff_b", "a LoRA (whole difference) file"),
+        ("lycoris_layers_0_attention_to_q.lokr_w1", "a LoRA (LoKr) file"),
+        ("diffusion_model.layers.0.attention.to_q.lokr_w2_a", "a LoRA (LoKr) file"),
+        ("lora_unet_layers_0.hada_w1_b", "a LoRA (LoHa) file"),
+        ("layers.0.attention.to_q.dora_scale", "a LoRA (DoRA) file"),
+        ("transformer.layers.0.attention.to_q.oft_R.weight", "a LoRA (OFT) file"),
+        ("diffusion_model.layers.0.attention.to_q.oft_blocks", "a LoRA (OFT) file"),
+        ("base_model.model.layers.0.attention.to_q.boft_R", "a LoRA (BOFT) file"),
+        ("base_model.model.layers.0.attention.to_q.vera_lambda_b.default", "a LoRA (VeRA) file"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "a LoRA (xlabs LoRA) file"),
     ],
 )
 def test_other_files_are_refused_by_name(name: str, says: str) -> None:
     for tensors in (table({name: (4, 4)}), z_image() | table({name: (4, 4)})):
-        with pytest.raises(FamilyError, match=f'^"my file" is {says}') as caught:
+        with pytest.raises(FamilyError, match=rf'^"my file" is {re.escape(says)}') as caught:
             recognise(tensors, source="my file")
         assert name in str(caught.value)
 
 
+def test_the_four_factors_of_one_module_together_are_a_glora() -> None:
+    factors = {f"layers.0.mlp.{name}.weight": (4, 4) for name in ("a1", "a2", "b1", "b2")}
+    with pytest.raises(FamilyError, match=r"a LoRA \(GLoRA\) file.*in the program that it is for"):
+        recognise(table(factors), source="f")
+    del factors["layers.0.mlp.b2.weight"]
+    assert recognise(table(factors), source="f").family is GENERIC
+
+
+def test_blocks_of_four_dimensions_are_a_boft() -> None:
+    with pytest.raises(FamilyError, match=r"a LoRA \(BOFT\) file"):
+        recognise(table({"layers.0.mlp.oft_blocks": (2, 4, 4, 4)}), source="f")
+
+
 @pytest.mark.parametrize(
-    "name", ["layers.0.difference.weight", "exploration_A.weight", "control.weight", "a.lora_norm.weight"]
+    "name",
+    [
+        "x.alpha",
+        "x.a1.weight",
+        "norm.query_norm.scale",
+        "layers.0.difference.weight",
+        "exploration_A.weight",
+        "control.weight",
+        "a.lora_norm.weight",
+    ],
 )
 def test_names_that_only_look_alike_are_not_refused(name: str) -> None:
     assert recognise(table({name: (4, 4)}), source="f").family is GENERIC

@@ -1,0 +1,78 @@
+"""Which model a LoRA file is for, as far as its names, its shapes and its header tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder
+from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.checkpoint.header import TensorInfo
+
+LUMINA2 = "Lumina-Image 2"
+_LUMINA2_WIDTH, _Z_IMAGE_WIDTH = 2304, 3840
+_READ_FROM_STREAM = ("attention.qkv", "attention.to_q", "feed_forward.w1", "feed_forward.w3")
+_STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.architecture")
+
+
+def z_image_parts(spelled: Mapping[str, Spelled]) -> list[str] | None:
+    """The parts of a Z-Image as deep as the modules of ``spelled`` go; None where most modules are not of one."""
+    of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
+    depth = max((_depth(one) for one in of_model), default=0)
+    config = {"n_layers": depth + 1, "n_refiner_layers": depth + 1}
+    if any(one.module.startswith("siglip_") for one in of_model):  # Omni reads pictures too
+        config["siglip_feat_dim"] = 1152
+    parts = list(reference_shapes(config, "diffusers"))
+    modules = Modules(Z_IMAGE, parts)
+    matched = sum(bool(modules.find(one)) for one in of_model)
+    return parts if matched * 2 > len(of_model) else None
+
+
+def is_lumina2(spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bool:
+    """Whether a file whose names are also Z-Image's is for Lumina-Image 2: by its width of 2304, by a fused ``qkv`` whose three parts are
+    not equal (8 of 24 heads have keys), and where shapes leave it open by its header."""
+    widths = set()
+    for name, kind, factors in _reading_modules(spelled):
+        rows, columns = _matrix(kind, {role: tensors[key].shape for role, key in factors.items()})
+        if name == "attention.qkv" and rows and columns and rows != 3 * columns:
+            return True
+        if columns:
+            widths.add(columns)
+    if widths & {_LUMINA2_WIDTH, _Z_IMAGE_WIDTH}:
+        return _LUMINA2_WIDTH in widths
+    stated = " ".join(metadata.get(key, "") for key in _STATES_ORIGIN).lower()
+    return "lumina" in stated and not any(name in stated for name in ("z-image", "z_image", "zimage"))
+
+
+def _reading_modules(spelled: Mapping[str, Spelled]) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Modules that read the main stream: the end of their names, the kind of adapter, and their keys by role."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for key, one in spelled.items():
+        for name in _READ_FROM_STREAM:
+            if one.role and one.kind and one.module.endswith(name.replace(".", "_") if one.is_flat else name):
+                found.setdefault((one.module, name, one.kind), {})[one.role] = key
+    for (_, name, kind), factors in found.items():
+        yield name, kind, factors
+
+
+def _matrix(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Rows and columns of a module's change, 0 where its factors do not say."""
+
+    def side(axis: int, *factors: tuple[str, ...]) -> int:
+        there = [next((shapes[role] for role in roles if role in shapes), ()) for roles in factors]
+        return prod(shape[axis] for shape in there) if all(len(shape) > 1 for shape in there) else 0
+
+    match kind:
+        case "LoHa":
+            return side(0, ("w1_a",)), side(1, ("w1_b",))
+        case "LoKr":
+            return side(0, ("w1", "w1_a"), ("w2", "w2_a")), side(1, ("w1", "w1_b"), ("w2", "w2_b"))
+        case "whole difference":
+            return side(0, ("diff",)), side(1, ("diff",))
+    return side(0, ("up",)), side(1, ("down",))
+
+
+def _depth(spelled: Spelled) -> int:
+    flat = spelled.module.replace(".", "_").split("_")
+    numbers = [int(word) for word in flat if word.isascii() and word.isdigit() and len(word) < 4]
+    return numbers[0] if numbers else 0
