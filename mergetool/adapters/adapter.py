@@ -29,6 +29,14 @@ class Adapter:
     has_alpha: bool = False
 
 
+def is_by_columns(key: str, magnitudes: tuple[int, ...], rows: int) -> bool:
+    """Whether a DoRA's magnitudes, of this shape, are those of input channels and not of the ``rows`` of its change.
+
+    [1, in] is; [out], [out, 1] and whatever PEFT calls a magnitude vector are of rows.
+    """
+    return len(magnitudes) > 1 and magnitudes[0] == 1 and rows != 1 and "magnitude_vector" not in key
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Rows ``[row, row + rows)`` of an adapter's change, which are added to the part ``part`` (its canonical name)."""

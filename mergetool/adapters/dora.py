@@ -20,7 +20,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from mergetool.adapters.adapter import Change
+from mergetool.adapters.adapter import Change, is_by_columns
 from mergetool.adapters.reading import LoraFile
 from mergetool.adapters.values import factor, widened
 from mergetool.arch import Part
@@ -138,7 +138,7 @@ def dora_rows(
     key = adapter.tensors["dora_scale"]
     values, shape = factor(file, key), file.checkpoint.tensors[key].shape
     rows, channels = adapter.shape[0], adapter.shape[1] if len(adapter.shape) > 1 else 1
-    of_columns = len(shape) > 1 and shape[0] == 1 and rows != 1 and "magnitude_vector" not in key
+    of_columns = is_by_columns(key, shape, rows)
     wanted = channels if of_columns else rows
     if prod(shape) != wanted or max(shape, default=1) != wanted:
         raise DataError(

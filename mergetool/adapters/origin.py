@@ -1,9 +1,11 @@
-"""Which model a LoRA file is for, as far as its names, its shapes and its header tell."""
+"""Which model a LoRA file is for and what wrote it, as far as its names, its shapes and its header tell."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import Any
 
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder
 from mergetool.arch.z_image import Z_IMAGE, reference_shapes
@@ -76,3 +78,23 @@ def _depth(spelled: Spelled) -> int:
     flat = spelled.module.replace(".", "_").split("_")
     numbers = [int(word) for word in flat if word.isascii() and word.isdigit() and len(word) < 4]
     return numbers[0] if numbers else 0
+
+
+def trainer(metadata: Mapping[str, str]) -> str | None:
+    """What wrote a file, by what it says of itself."""
+    if "mergetool.version" in metadata:
+        return "mergetool"
+    try:
+        software: Any = (
+            json.loads(metadata["software"]) if len(metadata.get("software", "")) in range(1, 10_000) else {}
+        )
+    except (ValueError, RecursionError):
+        software = {}
+    if isinstance(software, dict) and isinstance(software.get("name"), str):
+        return str(software["name"])[:60]
+    module = metadata.get("ss_network_module", "")
+    if module:
+        return f"kohya-type trainer ({module[:60]})"
+    if "lora_adapter_metadata" in metadata:
+        return "diffusers"
+    return metadata.get("modelspec.implementation", "")[:60] or None

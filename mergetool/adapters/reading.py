@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 from mergetool.adapters import alphas
-from mergetool.adapters.adapter import Adapter, Change, Kind
+from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
 from mergetool.adapters.alphas import Alphas
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
-from mergetool.adapters.origin import LUMINA2, is_lumina2, z_image_parts
+from mergetool.adapters.origin import LUMINA2, is_lumina2, trainer, z_image_parts
 from mergetool.arch import Anatomy, Family
 from mergetool.arch.generic import GENERIC
 from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
@@ -120,7 +119,7 @@ class _Reading:
         self._require_scales_understood()
         parts = list(anatomy.parts) if anatomy else self._parts_of_z_image()
         self.family: Family = anatomy.family if anatomy else Z_IMAGE if parts else GENERIC
-        names = parts if parts is not None else [f"{one.module}.weight" for one in self.spelled.values()]
+        names = parts if parts is not None else [_parameter(one) for one in self.spelled.values()]
         self.modules = Modules(self.family, names)
 
     def _parts_of_z_image(self) -> list[str] | None:
@@ -157,7 +156,7 @@ class _Reading:
             self.checkpoint,
             self.family,
             naming(self.spelled),
-            _trainer(self.checkpoint.metadata),
+            trainer(self.checkpoint.metadata),
             {part: tuple(found) for part, found in changes.items()},
             tuple(self.unmatched),
             tuple(self.text_encoder),
@@ -343,14 +342,19 @@ class _Reading:
         dora = [c.adapter for found in changes.values() for c in found if "dora_scale" in c.adapter.tensors]
         if dora:
             self.warnings.append(f"{len(dora)} modules are DoRA: their change depends on the weight it is added to")
-            self._remark_magnitudes([adapter.tensors["dora_scale"] for adapter in dora])
+            self._remark_magnitudes(dora)
         prefixes = Counter(one.prefix for one in self.spelled.values())
         if len(prefixes) > 1:
             self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")
 
-    def _remark_magnitudes(self, keys: Sequence[str]) -> None:
+    def _remark_magnitudes(self, doras: Sequence[Adapter]) -> None:
         """What ComfyUI makes of magnitudes by rows, where it reads them."""
-        by_rows = [key for key in keys if key.endswith(".dora_scale") and not self._is_by_columns(key)]
+        by_rows = [
+            key
+            for adapter in doras
+            if (key := adapter.tensors["dora_scale"]).endswith(".dora_scale")
+            and not is_by_columns(key, self._info(key).shape, adapter.shape[0])
+        ]
         vectors = [key for key in by_rows if len(self._info(key).shape) < 2]
         if vectors:
             self.warnings.append(
@@ -362,10 +366,6 @@ class _Reading:
                 "sum, so that its weights differ"
             )
 
-    def _is_by_columns(self, key: str) -> bool:
-        shape = self._info(key).shape
-        return len(shape) > 1 and shape[0] == 1 and prod(shape) > 1
-
     def _info(self, key: str) -> TensorInfo:
         return self.checkpoint.tensors[key]
 
@@ -375,21 +375,6 @@ class _Reading:
         )
 
 
-def _trainer(metadata: Mapping[str, str]) -> str | None:
-    """What wrote a file, by what it says of itself."""
-    if "mergetool.version" in metadata:
-        return "mergetool"
-    try:
-        software: Any = (
-            json.loads(metadata["software"]) if len(metadata.get("software", "")) in range(1, 10_000) else {}
-        )
-    except (ValueError, RecursionError):
-        software = {}
-    if isinstance(software, dict) and isinstance(software.get("name"), str):
-        return str(software["name"])[:60]
-    module = metadata.get("ss_network_module", "")
-    if module:
-        return f"kohya-type trainer ({module[:60]})"
-    if "lora_adapter_metadata" in metadata:
-        return "diffusers"
-    return metadata.get("modelspec.implementation", "")[:60] or None
+def _parameter(spelled: Spelled) -> str:
+    """What a key changes in a model that is not known."""
+    return f"{spelled.module}.{'bias' if spelled.role in ('diff_b', 'up_bias') else 'weight'}"

@@ -137,6 +137,11 @@ def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spellin
     is_carried = found.is_plain or found.kind in spelling.kinds
     if found.kind == "lora" and "mid" not in found.tensors:
         is_carried = "dora_scale" not in found.tensors or spelling.dora is not None
+    if spelling.alpha == "config" and found.is_by_columns:
+        raise DataError(
+            f'"{file.name}": {quoted(name)} is a DoRA with magnitudes of its inputs, where PEFT has those of outputs only; '
+            "--key-format comfyui or default keeps them."
+        )
     if not is_carried:
         way_out = "comfyui" if found.kind == "full" else "default"
         raise DataError(

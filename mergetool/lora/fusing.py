@@ -26,7 +26,7 @@ def together(parts: Sequence[Module | None], rows: int) -> tuple[Module, float]:
     there = [part for part in parts if part is not None]
     first = there[0]
     same = len(there) == len(parts) and all(
-        part.scale == first.scale and part.down.dtype == first.down.dtype and torch.equal(part.down, first.down)
+        part.scale == first.scale and part.down.dtype == first.down.dtype and _same(part.down, first.down)
         for part in there
     )
     if same and len({part.up.dtype for part in there}) == 1:
@@ -66,6 +66,11 @@ def apart(module: Module, slices: Sequence[Module]) -> list[Module | None]:
 def _is_block_diagonal(used: Tensor) -> bool:
     """Whether every column is one part's alone, and they do not all belong to one that could be a plain LoRA's."""
     return bool(used.sum(dim=0).max() == 1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether all bits are equal, which torch does not compare of 8-bit floats."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _widest(found: Sequence[torch.dtype]) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters import Adapter, Change, LoraFile
-from mergetool.adapters.adapter import Kind
+from mergetool.adapters.adapter import Kind, is_by_columns
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.ops.cpu import TORCH, as_tensor
@@ -43,6 +43,12 @@ class Module:
         return self.kind == "lora" and self.tensors.keys() == {"up", "down"}
 
     @property
+    def is_by_columns(self) -> bool:
+        """Whether it is a DoRA whose magnitudes are those of input channels."""
+        scale = self.tensors.get("dora_scale")
+        return scale is not None and self.kind in ROWS and len(scale) == 1 != len(self.tensors[ROWS[self.kind][0]])
+
+    @property
     def what(self) -> str:
         """In words, for messages."""
         if self.kind == "lora":
@@ -70,8 +76,20 @@ def read(file: LoraFile, adapter: Adapter) -> Module:
         tensor = as_tensor(memoryview(raw), info.dtype).clone().view(info.shape)
         if not torch.isfinite(tensor.float()).all():
             raise NonFiniteError(f'"{file.name}": {quoted(key)} holds NaN or infinity; mend the file, or leave it out.')
-        tensors[role] = tensor
+        tensors[role] = _magnitudes(file, adapter, tensor) if role == "dora_scale" else tensor
     return Module(adapter.kind, tensors, adapter.rank, adapter.scale)
+
+
+def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
+    """A DoRA's magnitudes as ComfyUI and LyCORIS have them: [out, 1] of rows, as they are of input channels. Raises DataError for neither."""
+    key, (rows, *others) = adapter.tensors["dora_scale"], adapter.shape
+    columns = is_by_columns(key, tuple(stored.shape), rows)
+    wanted = others[0] if columns else rows
+    if stored.numel() != wanted:
+        raise DataError(
+            f'"{file.name}": {quoted(key)} has {stored.numel()} magnitudes, where {wanted} are wanted; the file is damaged.'
+        )
+    return stored if columns else stored.reshape(rows, *(1 for _ in others))
 
 
 def rows(module: Module, change: Change) -> Module | None:
@@ -85,7 +103,7 @@ def rows(module: Module, change: Change) -> Module | None:
             tensors[role] = tensors[role][taken].contiguous()
     if "dora_scale" in tensors:
         magnitudes = tensors["dora_scale"]
-        if magnitudes.ndim > 1 and magnitudes.shape[0] == 1:
+        if module.is_by_columns:
             return None
-        tensors["dora_scale"] = magnitudes.reshape(-1)[taken].reshape(-1, 1).contiguous()
+        tensors["dora_scale"] = magnitudes[taken].contiguous()
     return replace(module, tensors=tensors)

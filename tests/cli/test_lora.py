@@ -160,3 +160,46 @@ def test_verify_at_another_strength(tuned: Path) -> None:
     assert half["strength"] == 0.5
     layer = next(one for one in half["layers"] if one["name"] == f"{BLOCK}.feed_forward.w1.weight")
     assert layer["residual_before"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_inspect_names_what_is_not_read_and_what_is_for_a_text_encoder(tmp_path: Path) -> None:
+    written = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
+    written.tensors |= {
+        f"diffusion_model.{BLOCK}.attention.to_z.oft_R.weight": torch.zeros(8, 28),
+        "text_encoder.model.layers.0.mlp.lora_A.weight": torch.zeros(2, 2),
+    }
+    lora = written.save(tmp_path)
+    ran = mergetool("lora", "inspect", lora, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    for words in ("7 lora, 1 OFT that is not read", "1 keys, OFT, which is not read", "1 keys, of a text encoder"):
+        assert words in ran.out
+    found = mergetool("lora", "inspect", lora, "--json", cwd=tmp_path).json
+    assert (found["unread"], len(found["text_encoder"])) == ({"OFT": 1}, 1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inspect_sees_nan_and_infinity(tmp_path: Path, value: float) -> None:
+    written = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
+    name = f"diffusion_model.{BLOCK}.attention.to_k.lora_B.weight"
+    written.tensors[name][1, 1] = value
+    lora = written.save(tmp_path)
+    ran = mergetool("lora", "inspect", lora, cwd=tmp_path)
+    assert f"1 tensors hold NaN or infinity: {name}" in " ".join(ran.out.split())
+    assert mergetool("lora", "inspect", lora, "--json", cwd=tmp_path).json["non_finite"] == [name]
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_lora_given_as_a_model_names_its_kind_and_the_command_for_it(tmp_path: Path, command: str) -> None:
+    lora = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight").save(tmp_path)
+    ran = mergetool(command, lora, *(["-o", "x.safetensors"] if command == "convert" else []), cwd=tmp_path)
+    assert ran.code == 65
+    assert "is a LoRA file" in ran.err
+    assert "mergetool lora bake MODEL" in ran.err
+
+
+def test_a_lora_of_which_nothing_meets_the_base_is_never_verified(tuned: Path) -> None:
+    save_file(
+        {f"diffusion_model.blocks.0.q.lora_{x}.weight": random(4, 4, seed=1) for x in "AB"}, tuned / "x.safetensors"
+    )
+    ran = mergetool("lora", "verify", "base.safetensors", "x.safetensors", "tuned.safetensors", cwd=tuned)
+    assert (ran.code, "adds nothing to base.safetensors" in ran.err) == (65, True), ran.err

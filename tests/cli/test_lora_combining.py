@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.cli.lora_bake import with_strength
@@ -169,3 +170,63 @@ def test_a_knee_needs_no_threshold(tmp_path: Path) -> None:
 
 def test_a_strength_too_small_for_any_number_is_zero_and_takes_no_time() -> None:
     assert with_strength("a.safetensors:1e-999999999") == ("a.safetensors", Fraction(0))
+
+
+def test_a_cap_stops_a_rule_and_says_what_it_wanted(tmp_path: Path) -> None:
+    """Four equal singular values: 95 % of the energy needs all four."""
+    down, up = torch.eye(4, 64), torch.eye(64, 4)
+    name = "diffusion_model.layers.0.attention.to_q"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "a.safetensors")
+    options = ("a.safetensors", "-o", "b.safetensors", "--rank-thresh", "0.95", "--rank-max", "3")
+    ran = mergetool("lora", "resize", *options, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "1 stopped by --rank-max, which would have to be 4" in " ".join(ran.out.split())
+    assert load_file(tmp_path / "b.safetensors")[f"{name}.lora_A.weight"].shape == (3, 64)
+
+
+@pytest.mark.parametrize(("options", "rank"), [(["--rank-max", "2"], 2), (["--budget", "100KB", "--rank-max", "2"], 2)])
+def test_a_cap_holds_alone_and_beside_a_budget(tmp_path: Path, options: list[str], rank: int) -> None:
+    name = "diffusion_model.layers.0.attention.to_q"
+    factors = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+    save_file(factors, tmp_path / "a.safetensors")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "b.safetensors", *options, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert load_file(tmp_path / "b.safetensors")[f"{name}.lora_A.weight"].shape == (rank, 64)
+
+
+@pytest.mark.parametrize("options", [["--rank", "2", "--rank-max", "4"], ["--rank-thresh", "0.9", "--rank-max", "0"]])
+def test_a_cap_that_means_nothing_is_refused(tmp_path: Path, options: list[str]) -> None:
+    name = "diffusion_model.layers.0.attention.to_q"
+    save_file({f"{name}.lora_{x}.weight": torch.eye(4) for x in "AB"}, tmp_path / "a.safetensors")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "b.safetensors", *options, cwd=tmp_path)
+    assert (ran.code, "--rank-max" in ran.err) == (2, True), ran.err
+
+
+def test_a_model_makes_loras_of_an_unknown_family_in_two_spellings_add_up(tmp_path: Path) -> None:
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
+    one, other = torch.eye(1, 8), torch.eye(8, 1)
+    save_file({f"lora_unet_double_blocks_0_img_attn_qkv.lora_{n}.weight": t for n, t in (("down", one), ("up", other))},
+              tmp_path / "a.safetensors")  # fmt: skip
+    save_file({f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{n}.weight": t for n, t in (("A", one), ("B", other))},
+              tmp_path / "b.safetensors")  # fmt: skip
+    command = ("lora", "merge", "a.safetensors", "b.safetensors", "-o", "c.safetensors", "--rank", "1")
+    ran = mergetool(*command, cwd=tmp_path)
+    assert (ran.code, "--model" in ran.err) == (65, True), ran.err
+    ran = mergetool(*command, "--model", "m.safetensors", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    written = load_file(tmp_path / "c.safetensors")
+    scale = float(written["lora_unet_double_blocks_0_img_attn_qkv.alpha"])
+    product = (
+        written["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
+        @ written["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
+    )
+    torch.testing.assert_close(scale * product, 2 * other @ one)
+
+
+def test_keys_of_a_text_encoder_are_named_when_they_do_not_come_along(tmp_path: Path) -> None:
+    name = "lora_unet_layers_0_attention_to_q"
+    tensors = {f"{n}.lora_{x}.weight": torch.eye(4) for n in (name, "lora_te1_x") for x in ("up", "down")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    ran = mergetool("lora", "merge", "a.safetensors:2", "-o", "b.safetensors", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "2 keys of a.safetensors are for a text encoder and are left aside" in " ".join(ran.out.split())
