@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from mergetool.arch import Family
 from mergetool.arch.lora_keys import ending
+from mergetool.arch.prefixes import INSERTED, WRAPPERS
 
-DOTTED = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "module.",
-    "_orig_mod.", "pipe.dit.", "dit.", "lora_unet.",
-)  # fmt: skip
-"""What programs put before a module's dotted name; several may stand before each other, or the same one twice."""
+_DOTTED = WRAPPERS | INSERTED | {"base_model", "lora_unet"}
+"""Components that programs put before a module's dotted name; several may stand before each other, or the same one twice."""
 FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
 """What stands before a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
 
@@ -77,17 +75,16 @@ def _xlabs(key: str) -> str:
 
 def _without_prefixes(stem: str) -> tuple[str, str]:
     """What stands before a module, every known prefix of it, and the module."""
-    prefix, module = "", stem.replace("._orig_mod.", ".")
+    prefix, module = "", ".".join(stem.split(".")[:1] + [part for part in stem.split(".")[1:] if part not in INSERTED])
     while True:
         flat = next((start for start in FLAT if module.startswith(start)), None)
         if flat is not None:
-            rest = module.removeprefix(flat)
-            bare = rest.lstrip("_")
+            bare = module.removeprefix(flat).lstrip("_")
             return prefix + module[: len(module) - len(bare)], bare
-        start = next((start for start in DOTTED if module.startswith(start)), None)
-        if start is None:
+        first, dot, rest = module.partition(".")
+        if not dot or first not in _DOTTED:
             return prefix, module
-        prefix, module = prefix + start, module.removeprefix(start)
+        prefix, module = f"{prefix}{first}.", rest
 
 
 class Modules:
@@ -130,8 +127,8 @@ class Modules:
 def _flat_names(module: str) -> Iterator[str]:
     """A module without dots, and without each of the prefixes that may have lost theirs with it."""
     yield module
-    for start in (*(dotted.replace(".", "_") for dotted in DOTTED), *FLAT):
-        if module.startswith(start):
+    for start in (*(f"{component}_" for component in sorted(_DOTTED)), *FLAT):
+        if module.startswith(start) and not module.startswith("transformer_blocks_"):  # a name of several families
             yield from _flat_names(module.removeprefix(start).lstrip("_"))
 
 

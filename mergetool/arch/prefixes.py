@@ -20,9 +20,9 @@ IN_COMFYUI = ("model.diffusion_model.", "model.model.", "net.")
 ``model_detection.unet_prefix_from_state_dict``). It then loads nothing else as the model. The first says so by itself."""
 FEW = 5
 
-_WRAPPERS = frozenset({"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet"})
+WRAPPERS = frozenset({"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet"})
 # Components that wrappers of PyTorch put anywhere in a name; no model calls a module so.
-_INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _LEAVES = frozenset({"weight", "bias", "scale"})
 
 
@@ -77,14 +77,14 @@ def own(stored: str) -> str:
 
 def spelled(stored: str, prefix: str) -> str:
     """The name of a tensor without the prefix of its file and without components that PyTorch's wrappers put into it."""
-    return ".".join(c for c in stored.removeprefix(prefix).split(".") if c not in _INSERTED)
+    return ".".join(c for c in stored.removeprefix(prefix).split(".") if c not in INSERTED)
 
 
 def _run(stored: str) -> str:
     """The wrappers before a name: "module.model." of "module.model.blocks.0.weight"; a bare leaf is never all that is left."""
     components = stored.split(".")
     count = 0
-    while count < len(components) - 1 and components[count] in _WRAPPERS | _INSERTED:
+    while count < len(components) - 1 and components[count] in WRAPPERS | INSERTED:
         count += 1
     if count == len(components) - 1 and components[-1] in _LEAVES:
         count = max(0, count - 1)
@@ -102,7 +102,7 @@ def _bundled(runs: Mapping[str, str]) -> dict[str, Kind]:
 
 
 def _in_comfyui(run: str) -> str:
-    bare = "".join(f"{c}." for c in run.split(".")[:-1] if c not in _INSERTED and c != "module")
+    bare = "".join(f"{c}." for c in run.split(".")[:-1] if c not in INSERTED and c != "module")
     return next((prefix for prefix in IN_COMFYUI if bare.startswith(prefix)), "")
 
 

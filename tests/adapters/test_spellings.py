@@ -74,5 +74,5 @@ def test_modules_of_a_whole_checkpoint_are_found_without_its_prefix(tmp_path: Pa
     with Checkpoint.open(tmp_path / "base.safetensors") as base:
         anatomy = recognise(base.tensors, source="base")
     with open_lora(tmp_path / "l.safetensors", anatomy=anatomy) as file:
-        assert list(file.changes) == [name]
+        assert list(file.changes) == ["blocks.0.proj.weight"]
         assert file.unmatched == ()
