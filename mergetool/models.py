@@ -66,11 +66,17 @@ class ResolvedModel:
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """An open checkpoint and what its tensor names mean; closes the checkpoint as a context manager."""
+    """An open checkpoint and what its tensor names mean; closes the checkpoint as a context manager.
+
+    ``notes`` say what is odd about its quantised weights, in words that follow its name; ``refused`` is the sentence that says why its values
+    are not read, None for a file that is read.
+    """
 
     name: str
     checkpoint: Checkpoint
     anatomy: Anatomy
+    notes: tuple[str, ...] = ()
+    refused: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -98,18 +104,24 @@ def resolve(model: str) -> ResolvedModel:
 def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """Resolve, open and recognise ``model``, whatever container it is in; only headers and markers are read.
 
-    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for a quantised container that is not
-    read (see `quant.encodings`) unless ``names_only`` says that only names and stored shapes matter.
+    Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for quantised weights that are not
+    read (see `quant.quantised`) unless ``names_only`` says that only names and stored shapes matter.
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
         # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
         from mergetool import quant
-        from mergetool.arch import recognise
+        from mergetool.arch import bundled, recognise
 
-        refused = names_only and quant.refused_container(checkpoint.tensors, checkpoint.config) is not None
-        encodings = {} if refused else quant.encodings_of(checkpoint, model)
-        return OpenedModel(model, checkpoint, recognise(checkpoint.tensors, source=model, encodings=encodings))
+        refused = None
+        try:
+            found = quant.quantised(checkpoint, model, bundled(checkpoint.tensors))
+        except DataError as error:
+            if not names_only:
+                raise
+            found, refused = quant.Quantised({}), str(error)
+        anatomy = recognise(checkpoint.tensors, source=model, encodings=found.encodings, names_only=refused is not None)
+        return OpenedModel(model, checkpoint, anatomy, found.notes, refused)
     except BaseException:
         checkpoint.close()
         raise

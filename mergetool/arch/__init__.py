@@ -2,6 +2,7 @@
 
 from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Slice, block_of, describe
 from mergetool.arch.patterns import select
+from mergetool.arch.prefixes import bundled
 from mergetool.arch.presets import Preset
 from mergetool.arch.recognition import recognise
 
@@ -14,6 +15,7 @@ __all__ = [
     "Preset",
     "Slice",
     "block_of",
+    "bundled",
     "describe",
     "recognise",
     "select",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mergetool import quant
 from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
 from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
-from mergetool.quant.containers import is_side_tensor
 from mergetool.quant.encoding import Encoding
 
 _ATTENTION = frozenset(
@@ -80,14 +80,14 @@ def anatomy_of(
     ``tensors`` and ``encodings`` are under the model's own names too. A norm's ``scale`` is the part ``weight``: programs read either.
     """
     parts: dict[str, Part] = {}
-    sides = []
+    sides = quant.side_tensors(names.own, encodings)
     for stored, name in names.own.items():
-        if is_side_tensor(name):
-            sides.append(stored)
-            continue
-        part = _canonical(name, tensors)
-        parts[part] = replace(Part.whole(stored, tensors[name], encodings.get(name)), name=part)
-    return Anatomy(GENERIC, "plain", names.prefix, parts, outside, tuple(sides))
+        if stored not in sides:
+            part = _canonical(name, tensors)
+            parts[part] = replace(Part.whole(stored, tensors[name], encodings.get(name)), name=part)
+    return Anatomy(
+        GENERIC, "plain", names.prefix, parts, outside, tuple(stored for stored in names.own if stored in sides)
+    )
 
 
 def _canonical(name: str, tensors: Mapping[str, TensorInfo]) -> str:

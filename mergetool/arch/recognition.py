@@ -18,13 +18,18 @@ _CONTROLNET = frozenset({"control_layers", "control_all_x_embedder", "control_no
 
 
 def recognise(
-    tensors: Mapping[str, TensorInfo], *, source: str, encodings: Mapping[str, Encoding] = MappingProxyType({})
+    tensors: Mapping[str, TensorInfo],
+    *,
+    source: str,
+    encodings: Mapping[str, Encoding] = MappingProxyType({}),
+    names_only: bool = False,
 ) -> Anatomy:
     """What the tensor names of a file mean: Z-Image in either layout, else the generic family, under whatever prefix.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.encodings`); ``source`` names
     the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space
-    derivative, no tensors at all), and for a Z-Image file whose tensors contradict each other.
+    derivative, no tensors at all), and for a Z-Image file whose tensors contradict each other, which is shown as the generic family with
+    ``names_only``: its values are codes that nobody reads.
     """
     _refuse_other_files(tensors, source)
     names = prefixes.read(tensors, source=source)
@@ -33,10 +38,14 @@ def recognise(
     own = {name: tensors[stored] for stored, name in names.own.items()}
     coded = {name: encodings[stored] for stored, name in names.own.items() if stored in encodings}
     values = _values(own, coded)
-    if not z_image.is_z_image(values):
-        return generic.anatomy_of(names, values, coded, outside)
-    coded = z_image.unpadded(values, coded, source=source)
-    return z_image.anatomy_of(names, _values(own, coded), coded, outside, source=source)
+    try:
+        if z_image.is_z_image(values):
+            coded = z_image.unpadded(values, coded, source=source)
+            return z_image.anatomy_of(names, _values(own, coded), coded, outside, source=source)
+    except FamilyError:
+        if not names_only:
+            raise
+    return generic.anatomy_of(names, values, coded, outside)
 
 
 def _values(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> dict[str, TensorInfo]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mergetool import quant
 from mergetool.arch import presets
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
 from mergetool.arch.fused_qkv import HeadRows
@@ -18,7 +19,6 @@ from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
-from mergetool.quant.containers import is_side_tensor
 from mergetool.quant.encoding import Encoding
 
 PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"})
@@ -254,9 +254,10 @@ def anatomy_of(
     """
     parts: dict[str, Part] = {}
     sides: list[str] = []
+    codes = quant.side_tensors(names.own, encodings)
     heads = HeadRows(tensors, "noise_refiner.0.attention", source)
     for stored, name in names.own.items():
-        if is_side_tensor(name):
+        if stored in codes:
             sides.append(stored)
             continue
         for part in _parts_of(stored, name, tensors[name], heads, encodings.get(name)):

@@ -44,14 +44,6 @@ def inspect(
             _print(model, opened, hashes, verbose=verbose)
 
 
-def _refused(opened: OpenedModel) -> str | None:
-    """A container that is shown but not read, and what shows it."""
-    from mergetool import quant
-
-    found = quant.refused_container(opened.checkpoint.tensors, opened.checkpoint.config)
-    return None if found is None else f"{found[0]} ({found[1]})"
-
-
 def _quantised(opened: OpenedModel) -> dict[str, int]:
     """Container -> how many of the model's stored weights are in it."""
     encodings = {part.stored.tensor: part.encoding for part in opened.anatomy.parts.values() if part.encoding}
@@ -74,9 +66,10 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         f"{anatomy.family.name}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
-    refused = _refused(opened)
-    if refused:
-        console.heading("", f"{refused}: it is shown but cannot be read; use the unquantised original")
+    if opened.refused:
+        console.heading("refused", f"its names are shown, its values are not read: {opened.refused}")
+    for note in opened.notes:
+        console.heading("note", f"{model} {note}")
     for label, count in _quantised(opened).items():
         console.heading("", f"{console.plural(count, 'weight')} quantised: {label}")
     if anatomy.prefix:
@@ -119,7 +112,8 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "files": [file.path.name for file in checkpoint.files],
         "container": checkpoint.container,
         "quantised": _quantised(opened),
-        "refused": _refused(opened),
+        "notes": list(opened.notes),
+        "refused": opened.refused,
         "family": anatomy.family.name,
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,

@@ -95,7 +95,9 @@ class _Opened:
         if name not in self._models:
             opened = models.open_model(name)
             self._stack.enter_context(opened.checkpoint)
-            self._models[name] = Input(name, opened.checkpoint, opened.anatomy)
+            self._models[name] = Input(
+                name, opened.checkpoint, opened.anatomy, remarks=tuple(f"{name} {note}" for note in opened.notes)
+            )
         return self._models[name]
 
     def _lora(self, name: str, first: Input) -> Input:

@@ -6,7 +6,8 @@ sentence when they do not. Only the small JSON tensors ``.comfy_quant`` are read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mergetool.checkpoint import strict_json
@@ -16,67 +17,86 @@ from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
-from mergetool.quant import gguf, int8, mxfp8, nvfp4, scaled_fp8
+from mergetool.quant import foreign, gguf, int8, mxfp8, nvfp4, scaled_fp8, scales
 from mergetool.quant.encoding import Encoding, Layer
+from mergetool.quant.foreign import is_narrow, refusal
+from mergetool.quant.spellings import (
+    BESIDE_CODES,
+    CURRENT,
+    DIVISOR,
+    INPUT_SCALE,
+    MARKER,
+    RECIPROCALS,
+    SCALES,
+    leaf_of,
+    module_of,
+)
 
 METADATA = "_quantization_metadata"
-MARKER = "comfy_quant"
 MOST_MARKER_BYTES = 65536
 
-CURRENT_NAMES: Mapping[str, str] = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-_SCALES = frozenset({"weight_scale", "weight_scale_2", "pre_quant_scale"})
-_LAYER_LEAVES = frozenset({*CURRENT_NAMES, *_SCALES, "input_scale", MARKER})
-_CODEBOOK = frozenset({"weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"})
-_BITSANDBYTES = frozenset({"SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"})
-_SVDQUANT = frozenset({"qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth_factor", "smooth_factor_orig"})
-_SIDE = _LAYER_LEAVES | _CODEBOOK | _BITSANDBYTES | _SVDQUANT | {"scaled_fp8"}
-
-# Where an all-in-one checkpoint keeps its diffusion model. Its bundled text encoder may be quantised: that
-# part is copied with its scales, bit for bit, and concerns nobody here.
-_BUNDLED_MODEL = "model.diffusion_model."
-
+_MODEL_PREFIX = "model.diffusion_model."  # that metadata may leave out
 _BY_FORMAT: Mapping[str, Callable[[Layer], Encoding]] = {
     **dict.fromkeys(scaled_fp8.FORMATS, scaled_fp8.encoding_of),
     "nvfp4": nvfp4.encoding_of,
     "mxfp8": mxfp8.encoding_of,
     "int8_tensorwise": int8.encoding_of,
 }
-_REFUSED: tuple[tuple[str, frozenset[str]], ...] = (
-    ("a bitsandbytes file", _BITSANDBYTES),
-    ("a nunchaku SVDQuant file", _SVDQUANT),
-    ("a ComfyUI file of 4-bit codebook weights (W4A8, AWQ)", _CODEBOOK),
-)
+_OLD_MARKER = "scaled_fp8"
 
 
 def is_side_tensor(name: str) -> bool:
-    """True for a tensor that only means something beside a quantised weight: a marker, a scale, a codebook."""
-    return _leaf(name) in _SIDE or ".quant_state.bitsandbytes__" in name
+    """True for a tensor that, by its name alone, only means something beside a quantised weight: a marker or a scale."""
+    return leaf_of(name) in CURRENT or leaf_of(name) == _OLD_MARKER
 
 
-def refused_container(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> tuple[str, str] | None:
-    """The name of a container that is not read, and what shows it; None for every other file.
+def side_tensors(names: Iterable[str], encodings: Mapping[str, Encoding]) -> frozenset[str]:
+    """Those of a file's tensors that are not parameters: what ``encodings`` have beside their weights, and stray markers and scales."""
+    beside = {tensor for encoding in encodings.values() for tensor in encoding.beside}
+    return frozenset(name for name in names if name in beside or is_side_tensor(name))
 
-    ``tensors`` come from the header, ``config`` from config.json where there is one.
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What of a checkpoint is quantised: ``encodings`` by the name of the stored weight, and ``notes``, what a user should know of them.
+
+    The notes are words that follow the file's name.
     """
-    model = _model_of(tensors)
-    for container, leaves in _REFUSED:
-        for name in model:
-            if _leaf(name) in leaves or (leaves is _BITSANDBYTES and ".quant_state.bitsandbytes__" in name):
-                return container, f"tensor {quoted(name)}"
-    method = _config_method(config)
-    return None if method is None else (f"a {method} file", "quantization_config in config.json")
+
+    encodings: Mapping[str, Encoding]
+    notes: tuple[str, ...] = ()
 
 
-def encodings_of(checkpoint: Checkpoint, source: str) -> dict[str, Encoding]:
-    """Every quantised weight of an open checkpoint; see `encodings`."""
-    return encodings(
-        checkpoint.tensors,
+def quantised(checkpoint: Checkpoint, source: str, bundled: Collection[str] = ()) -> Quantised:
+    """What of an open checkpoint is quantised; see `encodings`. Scales that are plain floats are read, and those of 0 noted.
+
+    Raises DataError for what `encodings` does, and for a scale of NaN or infinity.
+    """
+    tensors = checkpoint.tensors
+    found = encodings(
+        tensors,
         checkpoint.metadata,
         checkpoint.config,
         read=checkpoint.read,
         packed=checkpoint.packed,
         source=source,
+        bundled=bundled,
     )
+    notes = scales.notes(found.values(), checkpoint.read, source)
+    lost = [name for name in tensors if name not in bundled and _is_lonely(name, tensors, found)]
+    if lost:
+        notes += (
+            f"has FP8 weights beside the scale of an input and none of their own ({quoted(min(lost))}, {len(lost)} in all): "
+            "they are read as plain FP8",
+        )
+    return Quantised(found, notes)
+
+
+def _is_lonely(side: str, tensors: Mapping[str, TensorInfo], found: Mapping[str, Encoding]) -> bool:
+    """Whether a tensor is the input scale of FP8 that has no scale itself."""
+    weight = f"{module_of(side)}.weight"
+    scales_input = CURRENT.get(leaf_of(side)) == INPUT_SCALE
+    return scales_input and weight in tensors and weight not in found and is_narrow(tensors[weight])
 
 
 def encodings(
@@ -87,29 +107,33 @@ def encodings(
     read: Callable[[str], bytes],
     packed: Mapping[str, Packed],
     source: str,
+    bundled: Collection[str] = (),
 ) -> dict[str, Encoding]:
     """Every quantised weight of a file, by the name of its stored weight; empty for plain floats (raw FP8 casts included).
 
-    ``read`` gives the bytes of a small tensor, ``packed`` the block types of a GGUF file; ``source`` names the file in messages. In an
-    all-in-one checkpoint only the diffusion model is looked at. Raises DataError, with a way out, for a container that is not read and
-    for a file that contradicts itself.
+    ``read`` gives the bytes of a small tensor, ``packed`` the block types of a GGUF file; ``source`` names the file in messages. What is
+    ``bundled`` with the model may be quantised as it likes: it is copied with its scales, bit for bit, and nothing is said of it; GGUF blocks
+    are read wherever they are. Raises DataError, with a way out, for a container that is not read, for a file that contradicts itself, and for codes
+    beside something that is not understood.
     """
-    refused = refused_container(tensors, config)
+    model = {name: info for name, info in tensors.items() if name not in bundled} if bundled else tensors
+    refused = foreign.recognised(model, config)
     if refused is not None:
-        raise _refusal(source, *refused)
+        raise refusal(source, *refused)
     if packed:
         return {name: gguf.encoding_of(name, packed[name], source) for name in tensors if name in packed}
-    model = _model_of(tensors)
     said = _said(model, metadata, read, source)
-    old = {name: info for name, info in model.items() if _leaf(name) == "scaled_fp8"}
+    old = {name: info for name, info in model.items() if leaf_of(name) == _OLD_MARKER}
+    blocks = _block_size(config)
     found: dict[str, Encoding] = {}
+    understood = set(old)
     for name, sides in _layers(model, source).items():
-        encoding = _encoding(name, sides, model, said.get(name), old, source)
+        encoding = _encoding(name, sides, model, said.get(name), old, source, blocks)
+        understood |= {stored for stored, _ in sides.values()}
         if encoding is not None:
             found[encoding.tensor] = encoding
-    for name, info in model.items():
-        if name not in found and name.endswith(".weight") and len(info.shape) >= 2 and _packed(info):
-            raise _refusal(source, f"a file of packed {info.dtype.code} weights", f"tensor {quoted(name)}")
+            understood.add(encoding.tensor)
+    foreign.require_understood(model, understood, source)
     return found
 
 
@@ -120,23 +144,24 @@ def _encoding(
     config: Mapping[str, Any] | None,
     old: Mapping[str, TensorInfo],
     source: str,
+    blocks: tuple[int, int] | None,
 ) -> Encoding | None:
     """What one layer is; None for a plain weight, beside which there may be the scale of its input."""
     weight = model.get(f"{name}.weight")
-    if config is None and not _SCALES & sides.keys():
+    if config is None and not SCALES & sides.keys():
         return None
     if weight is None:
         raise DataError(
             f'"{source}": {quoted(next(iter(sides.values()))[0] if sides else name)} belongs to "{name}.weight", which is not '
             "in the file; download it again, or use the unquantised original."
         )
-    layer = Layer(source, name, weight, sides, config)
+    layer = Layer(source, name, weight, sides, config, blocks)
     if "weight_scale_2" in sides and weight.dtype is not BY_CODE["U8"]:
         layer.refuse(f'has a weight of {weight.dtype.code} and a "weight_scale_2"', "U8, as nvfp4 is,")
     if config is not None:
         form = config.get("format")
         if not isinstance(form, str) or form not in _BY_FORMAT:
-            raise _refusal(source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(name)}")
+            raise refusal(source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(name)}")
         if form != "int8_tensorwise" and int8.rotation(layer) is not None:
             # ComfyUI would not undo it; programs that make such files do.
             layer.refuse('has the key "convrot"', "a format that knows rotations (int8_tensorwise)")
@@ -153,32 +178,43 @@ def _encoding(
     if weight.dtype is BY_CODE["I8"]:
         layer.refuse("has integers and a scale but no marker", 'a ".comfy_quant" that says whether they are rotated')
     return layer.refuse(
-        f"has a weight of {weight.dtype.code} beside {quoted(next(sides[leaf][0] for leaf in sides if leaf in _SCALES))}",
+        f"has a weight of {weight.dtype.code} beside {quoted(next(sides[leaf][0] for leaf in sides if leaf in SCALES))}",
         "a quantised weight",
     )
 
 
-def _model_of(tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-    return {name: info for name, info in tensors.items() if name.startswith(_BUNDLED_MODEL)} or tensors
-
-
 def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
-    """Module name -> last component, under its current name -> stored name and TensorInfo, for all side tensors."""
-    layers: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
+    """Module name -> what a side tensor is, by its current name -> stored name and TensorInfo, for all side tensors."""
+    spelled: dict[str, list[tuple[str, str, TensorInfo]]] = {}
     for stored, info in model.items():
-        leaf = _leaf(stored)
-        if leaf not in _LAYER_LEAVES:
-            continue
-        name = stored.removesuffix(leaf).removesuffix(".").removesuffix(".weight")
+        leaf, name = leaf_of(stored), module_of(stored)
+        weight = model.get(f"{name}.weight") if leaf in BESIDE_CODES else None
+        if leaf in CURRENT or (weight is not None and weight.dtype in (F8_E4M3, F8_E5M2)):
+            spelled.setdefault(name, []).append((leaf, stored, info))
+    layers: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
+    for name, found in spelled.items():
         sides = layers.setdefault(name, {})
-        current = CURRENT_NAMES.get(leaf, leaf)
-        if current in sides:
-            raise DataError(
-                f'"{source}": tensors {quoted(sides[current][0])} and {quoted(stored)} both scale layer {quoted(name)}, '
-                "where one is wanted; the file is damaged: use the unquantised original."
-            )
-        sides[current] = (stored, info)
+        has_factor = any(leaf in RECIPROCALS for leaf, _, _ in found)
+        for leaf, stored, info in found:
+            current = DIVISOR if leaf == DIVISOR and has_factor else CURRENT.get(leaf) or BESIDE_CODES[leaf]
+            if current == INPUT_SCALE and current in sides:
+                current = leaf  # a second spelling: it says nothing about the weight either
+            if current in sides:
+                raise DataError(
+                    f'"{source}": tensors {quoted(sides[current][0])} and {quoted(stored)} both scale layer {quoted(name)}, '
+                    "where one is wanted; the file is damaged: use the unquantised original."
+                )
+            sides[current] = (stored, info)
     return layers
+
+
+def _block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """The ``weight_block_size`` of a config's ``quantization_config``: rows and columns that share a scale."""
+    entry = (config or {}).get("quantization_config")
+    size = entry.get("weight_block_size") if isinstance(entry, Mapping) else None
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        return size[0], size[1]
+    return None
 
 
 def _said(
@@ -190,10 +226,10 @@ def _said(
     """
     said: dict[str, Mapping[str, Any]] = {}
     for stored, info in model.items():
-        if _leaf(stored) == MARKER:
+        if leaf_of(stored) == MARKER:
             said[stored.removesuffix(MARKER).removesuffix(".")] = _marker(stored, info, read, source)
-    for entry, config in _metadata_layers(metadata, source).items():
-        name = next((n for n in (entry, _BUNDLED_MODEL + entry) if f"{n}.weight" in model), None)
+    for entry, config in metadata_layers(metadata, source).items():
+        name = next((n for n in (entry, _MODEL_PREFIX + entry) if f"{n}.weight" in model), None)
         stale = name is None or (model[f"{name}.weight"].dtype.bits > 8 and f"{name}.weight_scale" not in model)
         if name is None or stale:
             continue
@@ -221,7 +257,8 @@ def _marker(stored: str, info: TensorInfo, read: Callable[[str], bytes], source:
     )
 
 
-def _metadata_layers(metadata: Mapping[str, str], source: str) -> dict[str, Mapping[str, Any]]:
+def metadata_layers(metadata: Mapping[str, str], source: str) -> dict[str, Mapping[str, Any]]:
+    """Module -> what ``_quantization_metadata`` says of it; empty without. Raises DataError for one that cannot be read."""
     text = metadata.get(METADATA)
     if text is None:
         return {}
@@ -236,27 +273,3 @@ def _metadata_layers(metadata: Mapping[str, str], source: str) -> dict[str, Mapp
             "use the unquantised original."
         ) from None
     return found
-
-
-def _refusal(source: str, container: str, evidence: str) -> DataError:
-    return DataError(
-        f'"{source}" is {container} ({evidence}), which is not read here; use the unquantised original, or a ComfyUI FP8, '
-        "int8, nvfp4 or mxfp8 file or a GGUF of the model."
-    )
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _config_method(config: Mapping[str, Any] | None) -> str | None:
-    """The ``quant_method`` of a config's ``quantization_config``; None where it has none."""
-    entry = (config or {}).get("quantization_config")
-    if not entry:
-        return None
-    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
-    return method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "quantised"
-
-
-def _packed(info: TensorInfo) -> bool:
-    return info.dtype.bits <= 8 and info.dtype.kind != "bool" and not info.dtype.blendable

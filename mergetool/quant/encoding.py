@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -41,7 +42,8 @@ class Layer:
 
     ``name`` is the module's, without ``.weight``. ``sides`` maps the last component of a side tensor, under its current name
     (``weight_scale`` for the old ``scale_weight``), to the stored name and its TensorInfo. ``config`` is what the file says about
-    the layer: the JSON in ``.comfy_quant`` or the entry of ``_quantization_metadata``; None where it says nothing.
+    the layer: the JSON in ``.comfy_quant`` or the entry of ``_quantization_metadata``; None where it says nothing. ``blocks`` are the rows and
+    columns that share a scale by the file's config.json; None where it does not say.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Layer:
     weight: TensorInfo
     sides: Mapping[str, tuple[str, TensorInfo]]
     config: Mapping[str, Any] | None
+    blocks: tuple[int, int] | None = None
 
     @property
     def tensor(self) -> str:
@@ -64,12 +67,18 @@ class Layer:
             self.refuse(f'has a "{leaf}" of {info.dtype.code}', " or ".join(dtype.code for dtype in dtypes))
         return name, info
 
-    def matrix(self, *dtypes: DType) -> tuple[int, int]:
-        """The stored weight's rows and columns; raises DataError for another rank, another dtype, or no elements."""
-        if self.weight.dtype not in dtypes or len(self.weight.shape) != 2 or 0 in self.weight.shape:
+    def matrix(self, *dtypes: DType, convolutions: bool = False) -> tuple[int, int]:
+        """The stored weight's rows and columns, those of a convolution's weight flattened where such may be.
+
+        Raises DataError for another rank, another dtype, or no elements.
+        """
+        shape = self.weight.shape
+        if convolutions and len(shape) > 2:
+            shape = (shape[0], prod(shape[1:]))
+        if self.weight.dtype not in dtypes or len(shape) != 2 or 0 in shape:
             wanted = " or ".join(dtype.code for dtype in dtypes)
             self.refuse(f"has a weight of {self.weight.dtype.code} {list(self.weight.shape)}", f"a matrix of {wanted}")
-        return self.weight.shape[0], self.weight.shape[1]
+        return shape[0], shape[1]
 
     def refuse(self, found: str, wanted: str) -> NoReturn:
         """Raise the one sentence for a layer that contradicts itself."""
@@ -105,6 +114,11 @@ class Encoding(ABC):
     def quant(self) -> str | None:
         """The output container of the same kind, as ``--quant`` names it; None where that cannot be written."""
         return None
+
+    @property
+    def float_scales(self) -> tuple[tuple[str, DType, int], ...]:
+        """Stored name, dtype and number of the scales that are plain floats."""
+        return ()
 
     @property
     def tile_rows(self) -> int:

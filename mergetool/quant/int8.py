@@ -54,6 +54,11 @@ class Int8(Encoding):
         """``int8`` for one that is not rotated."""
         return None if self.group or self.columns is not None else "int8"
 
+    @property
+    def float_scales(self) -> tuple[tuple[str, DType, int], ...]:
+        """All of them."""
+        return ((self.scale, self.scale_dtype, self.scales),)
+
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
         width, size = self.padded[1], self.scale_dtype.itemsize
         scale = Span(self.scale, 0, size) if self.scales == 1 else Span(self.scale, row * size, rows * size)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mergetool.checkpoint.dtypes import BY_CODE, F8_E4M3, F32
+from mergetool.checkpoint.dtypes import BY_CODE, F8_E4M3, F32, DType
 from mergetool.quant import block_scales
 from mergetool.quant.block_scales import tiled
 from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, Span, beside, column_factor, rounded_up
@@ -65,6 +65,11 @@ class Nvfp4(Encoding):
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Both sides are padded to whole blocks of 16."""
         return tuple(rounded_up(size, BLOCK) for size in shape) == self.padded
+
+    @property
+    def float_scales(self) -> tuple[tuple[str, DType, int], ...]:
+        """The tensor's."""
+        return ((self.tensor_scale, F32, 1),)
 
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
         packed, blocks = self.padded[1] // 2, self.padded[1] // BLOCK

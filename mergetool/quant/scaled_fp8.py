@@ -3,7 +3,8 @@
     w[n, k] = float(q[n, k]) * scale[n, k]
 
 where ``scale`` is one float for the tensor, one a row ([N] or [N, 1]), one a block of columns ([N, B] or [N, B, 1]; musubi-tuner has blocks
-of 64), or one a square block ([N/b, K/b]). Output has one scale a tensor, ``amax / 448``, since that is what ComfyUI multiplies with.
+of 64), or one a square block ([N/b, K/b], rounded up: the last blocks may be cut; 128 in DeepSeek's and Qwen's files). A convolution's weight counts as
+[N, K] with K the elements of one output channel. Output has one scale a tensor, ``amax / 448``, since that is what ComfyUI multiplies with.
 """
 
 from __future__ import annotations
@@ -18,37 +19,55 @@ from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, F32, DType
 from mergetool.quant.encoding import SCALE_DTYPES, Encoding, Floats, Layer, Octets, Span, beside, column_factor, floats
 from mergetool.quant.fp8 import spacing, widen
 from mergetool.quant.quantiser import Entry, Quantiser, Round, positive
+from mergetool.quant.spellings import COMFYUI, SCALE, leaf_of
 
 FORMATS = {"float8_e4m3fn": F8_E4M3, "float8_e5m2": F8_E5M2}
 SMALLEST_BLOCK = 16
+USUAL_BLOCKS = (128, 64, 32, 16, 256)
 
 
 @dataclass(frozen=True)
 class ScaledFp8(Encoding):
-    """FP8 codes [N, K] and their scales; ``grid`` is how many scales there are along the rows and the columns."""
+    """FP8 codes [N, K] and their scales; ``grid`` is how many there are along the rows and the columns, ``block`` what one of them is for."""
 
     dtype: DType
     scale: str
     scale_dtype: DType
     grid: tuple[int, int]
+    block: tuple[int, int]
 
     @property
     def label(self) -> str:
         """Container, element type and what a scale is for."""
-        (across, along), (rows, columns) = self.grid, self.padded
-        per = "" if self.grid == (1, 1) else " by rows" if along == 1 else f" by blocks of {columns // along}"
-        assert rows % across == 0
+        by_rows = self.block == (1, self.padded[1])
+        per = "" if self.grid == (1, 1) else " by rows" if by_rows else f" by blocks of {self.block[1]}"
         return f"scaled FP8 ({self.dtype.name.removeprefix('fp8_')}){per}"
 
     @property
     def quant(self) -> str | None:
-        """``fp8-scaled`` for e4m3 with one scale and no column factor."""
-        return "fp8-scaled" if self.dtype is F8_E4M3 and self.grid == (1, 1) and self.columns is None else None
+        """``fp8-scaled`` for a matrix of e4m3 with one scale under a name of ComfyUI's and no column factor."""
+        written = self.dtype is F8_E4M3 and self.grid == (1, 1) and self.columns is None and len(self.shape) == 2
+        return "fp8-scaled" if written and leaf_of(self.scale) in COMFYUI else None
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.padded[0]
+
+    @property
+    def width(self) -> int:
+        """Elements of one output channel."""
+        return self.padded[1]
+
+    @property
+    def float_scales(self) -> tuple[tuple[str, DType, int], ...]:
+        """All of them."""
+        return ((self.scale, self.scale_dtype, self.grid[0] * self.grid[1]),)
 
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
         width, (across, along) = self.padded[1], self.grid
-        block = self.padded[0] // across
-        first, last = (row // block, -(-(row + rows) // block)) if across > 1 else (0, 1)
+        high = self.block[0]
+        first, last = (row // high, -(-(row + rows) // high)) if across > 1 else (0, 1)
         size = along * self.scale_dtype.itemsize
         return Span(self.tensor, row * width, rows * width), Span(self.scale, first * size, (last - first) * size)
 
@@ -58,7 +77,7 @@ class ScaledFp8(Encoding):
 
     def scaled(self, raw: Sequence[memoryview]) -> tuple[memoryview, DType, float] | None:
         """Of a weight with one scale."""
-        if self.grid != (1, 1) or self.columns is not None or self.width != self.padded[1]:
+        if self.grid != (1, 1) or self.columns is not None:
             return None
         return raw[0], self.dtype, float(floats(raw[1], self.scale_dtype)[0])
 
@@ -68,48 +87,62 @@ class ScaledFp8(Encoding):
         return spacing(codes, self.dtype, scales).reshape(rows, -1)
 
     def _codes(self, raw: Sequence[memoryview], row: int, rows: int) -> tuple[Octets, Floats | np.float32]:
-        """Codes [rows, blocks, columns of a block], and scales that broadcast against them."""
-        across, along = self.grid
-        codes = np.frombuffer(raw[0], np.uint8).reshape(rows, along, -1)
+        """Codes [rows, blocks, columns of a block], or [rows, columns, 1] where the last block is cut, and scales that broadcast."""
+        (across, along), (high, wide) = self.grid, self.block
+        codes = np.frombuffer(raw[0], np.uint8)
         scales = floats(raw[1], self.scale_dtype).reshape(-1, along)
         if self.grid == (1, 1):
-            return codes, scales[0, 0]
+            return codes.reshape(rows, 1, -1), scales[0, 0]
         if across > 1:
-            block = self.padded[0] // across
-            scales = scales[np.arange(row, row + rows) // block - row // block]
-        return codes, np.broadcast_to(scales, (rows, along))[:, :, None]
+            scales = scales[np.arange(row, row + rows) // high - row // high]
+        if wide * along == self.padded[1]:
+            return codes.reshape(rows, along, wide), np.broadcast_to(scales, (rows, along))[:, :, None]
+        each = np.repeat(np.broadcast_to(scales, (rows, along)), wide, axis=1)[:, : self.padded[1]]
+        return codes.reshape(rows, -1, 1), np.ascontiguousarray(each)[:, :, None]
 
 
 def encoding_of(layer: Layer) -> ScaledFp8:
     """The layer as scaled FP8; raises DataError where its weight, scales and marker contradict each other."""
-    shape = layer.matrix(F8_E4M3, F8_E5M2)
+    matrix = layer.matrix(F8_E4M3, F8_E5M2, convolutions=True)
     said = layer.config.get("format") if layer.config else None
     if said is not None and FORMATS.get(said) is not layer.weight.dtype:
         layer.refuse(f"has a weight of {layer.weight.dtype.code}", f"one of {FORMATS[said].code}")
-    scale, info = layer.side("weight_scale", *SCALE_DTYPES)
-    grid = _grid(shape, info.shape)
-    if grid is None:
+    scale, info = layer.side(SCALE, *SCALE_DTYPES)
+    blocks = _blocks(matrix, info.shape, layer.blocks)
+    if blocks is None:
         layer.refuse(
-            f"has a scale of shape {list(info.shape)} for a weight of {list(shape)}",
-            f"one scale, one a row ([{shape[0]}] or [{shape[0]}, 1]), or one a block",
+            f"has a scale of shape {list(info.shape)} for a weight of {list(layer.weight.shape)}",
+            f"one scale, one a row ([{matrix[0]}] or [{matrix[0]}, 1]), or one a block",
         )
-    columns = column_factor(layer, shape[1])
-    return ScaledFp8(layer.tensor, beside(layer), shape, shape, columns, layer.weight.dtype, scale, info.dtype, grid)
+    factor = column_factor(layer, matrix[1])
+    shape, dtype = layer.weight.shape, layer.weight.dtype
+    return ScaledFp8(layer.tensor, beside(layer), shape, matrix, factor, dtype, scale, info.dtype, *blocks)
 
 
-def _grid(shape: tuple[int, int], scale: tuple[int, ...]) -> tuple[int, int] | None:
-    """Scales along the rows and along the columns; None for a shape that scales nothing sensible."""
-    rows, columns = shape
+Sizes = tuple[int, int]
+
+
+def _blocks(matrix: Sizes, scale: tuple[int, ...], said: Sizes | None) -> tuple[Sizes, Sizes] | None:
+    """Scales along rows and columns, and the rows and columns of one; None for a shape that scales nothing sensible.
+
+    A block of the size that the file's config says, or of 128, comes before other sizes that would fit.
+    """
+    rows, columns = matrix
     if all(size == 1 for size in scale):
-        return 1, 1
-    if len(scale) == 3 and scale[2] == 1:
-        scale = scale[:2]
+        return (1, 1), matrix
+    while len(scale) > 2 and scale[-1] == 1:
+        scale = scale[:-1]
     if scale in ((rows,), (rows, 1)):
-        return rows, 1
-    if len(scale) != 2 or 0 in scale or rows % scale[0] or columns % scale[1]:
+        return (rows, 1), (1, columns)
+    if len(scale) != 2 or 0 in scale:
         return None
-    high, wide = rows // scale[0], columns // scale[1]
-    return (scale[0], scale[1]) if wide >= SMALLEST_BLOCK and high in (1, wide) else None
+    across, along = scale
+    for high, wide in (*((said,) if said else ()), *((size, size) for size in USUAL_BLOCKS)):
+        if (-(-rows // high), -(-columns // wide)) == scale:
+            return scale, (high, wide)
+    high, wide = rows // across, columns // along
+    fits = (high * across, wide * along) == matrix and wide >= SMALLEST_BLOCK and high in (1, wide)
+    return (scale, (high, wide)) if fits else None
 
 
 class ScaledFp8Quantiser(Quantiser):
@@ -124,7 +157,7 @@ class ScaledFp8Quantiser(Quantiser):
     def encoding(self, layer: str, shape: tuple[int, int]) -> ScaledFp8:
         """One scale for the tensor."""
         scale, marker = f"{layer}.weight_scale", f"{layer}.comfy_quant"
-        return ScaledFp8(f"{layer}.weight", (scale, marker), shape, shape, None, F8_E4M3, scale, F32, (1, 1))
+        return ScaledFp8(f"{layer}.weight", (scale, marker), shape, shape, None, F8_E4M3, scale, F32, (1, 1), shape)
 
     def scale(self, amax: np.float32) -> np.float32:
         """``amax / 448``."""

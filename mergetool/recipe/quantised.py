@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from mergetool.arch import Anatomy, Part
-from mergetool.checkpoint.dtypes import BY_CODE
+from mergetool.checkpoint.dtypes import BY_CODE, F32
 from mergetool.errors import UsageError
 from mergetool.quant import Quantiser
-from mergetool.quant.containers import CURRENT_NAMES
-from mergetool.recipe.steps import Input, OutputTensor, Step, Window
+from mergetool.quant.spellings import COMFYUI, leaf_of
+from mergetool.recipe.steps import COPY, Input, OutputTensor, Step, Window
 
 SMALLEST_SIDE = 64
 QUANTISED_GROUPS = frozenset({"attention", "ffn"})
@@ -85,12 +85,16 @@ def copied(
     layer = name.removesuffix(".weight")
     reason = steps[0].reason.removesuffix(rounded_to(quantiser.quant))
     tensors = []
+    plain = {scale for scale, dtype, _ in encoding.float_scales if dtype is not F32}
     for stored in encoding.tensors:
-        leaf = stored.rpartition(".")[2]
+        leaf = leaf_of(stored)
+        if stored != encoding.tensor and leaf not in COMFYUI:
+            continue  # of an input, in a spelling that ComfyUI does not read
         info = model.checkpoint.tensors[stored]
         window = Window(steps[0].windows[0].input, stored, 0, info.dtype)
-        step = Step(parts[0].name, 0, prod(info.shape), None, (window,), reason)
-        tensors.append(OutputTensor(f"{layer}.{CURRENT_NAMES.get(leaf, leaf)}", info.dtype, info.shape, (step,)))
+        dtype, program = (F32, COPY) if stored in plain else (info.dtype, None)  # ComfyUI's kernels take float32 scales
+        step = Step(parts[0].name, 0, prod(info.shape), program, (window,), reason)
+        tensors.append(OutputTensor(f"{layer}.{COMFYUI.get(leaf, leaf)}", dtype, info.shape, (step,)))
     if not any(tensor.name == f"{layer}.comfy_quant" for tensor in tensors):
         marker = quantiser.marker()
         tensors.append(OutputTensor(f"{layer}.comfy_quant", BY_CODE["U8"], (len(marker),), (), constant=marker))

@@ -241,7 +241,7 @@ def _single_text_encoder(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         built = AutoModel.from_config(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     with Checkpoint.open(path) as file:
-        encodings = quant.encodings_of(file, str(path))
+        encodings = quant.quantised(file, str(path)).encodings
         names = {name.removeprefix("model."): name for name in file.tensors}
         shapes = {n: (encodings[s] if s in encodings else file.tensors[s]).shape for n, s in names.items()}
         torn = [n for n, shape in wanted.items() if shapes.get(n) != shape]

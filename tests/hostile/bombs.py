@@ -140,7 +140,7 @@ def read(reader: str, path: Path) -> None:
             from mergetool.checkpoint.reader import Checkpoint
 
             with Checkpoint.open(path) as checkpoint:
-                quant.encodings_of(checkpoint, "f")
+                quant.quantised(checkpoint, "f").encodings
         case "expression":
             from mergetool.recipe.expression import parse
 

@@ -212,7 +212,7 @@ def quantisation(choose: Choose, scratch: Path) -> str | None:
 
     def read() -> None:
         with Checkpoint.open(path) as checkpoint:
-            for encoding in quant.encodings_of(checkpoint, "f").values():
+            for encoding in quant.quantised(checkpoint, "f").encodings.values():
                 assert encoding.tensor in checkpoint.tensors
                 values = encoding.values(checkpoint.read)
                 assert values.size == encoding.rows * encoding.width

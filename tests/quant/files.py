@@ -39,8 +39,8 @@ def written(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
     return path
 
 
-def encodings(checkpoint: Checkpoint) -> dict[str, Encoding]:
-    return quant.encodings_of(checkpoint, "f")
+def encodings(checkpoint: Checkpoint) -> Mapping[str, Encoding]:
+    return quant.quantised(checkpoint, "f").encodings
 
 
 def values(path: Path, name: str = "a.weight", shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mergetool import quant
+from mergetool.arch import bundled
 from mergetool.checkpoint.dtypes import BF16, BY_CODE, F8_E4M3, F8_E5M2, F16, F32, DType
 from mergetool.checkpoint.header import Header, TensorInfo
 from mergetool.checkpoint.reader import Checkpoint
@@ -34,7 +35,15 @@ def found(
     """The encodings of a header whose ``.comfy_quant`` tensors hold ``said``."""
     raw = said if isinstance(said, bytes) else json.dumps(said).encode()
     tensors = header(*entries)
-    return quant.encodings(tensors, metadata or {}, config, read=lambda _: raw, packed={}, source="my.safetensors")
+    return quant.encodings(
+        tensors,
+        metadata or {},
+        config,
+        read=lambda _: raw,
+        packed={},
+        source="my.safetensors",
+        bundled=bundled(tensors),
+    )
 
 
 def layer_metadata(layer: str = LAYER, form: str = "nvfp4") -> dict[str, str]:

@@ -1,0 +1,138 @@
+"""Containers that are not read, recognised by the tensors they are made of, and codes whose meaning nothing in the file tells.
+
+A weight of 8 bits or fewer is only believed to be what it looks like when all that lies beside it is understood: a scale that went unnoticed would
+make noise of the model, without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from mergetool.checkpoint.header import TensorInfo
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError
+from mergetool.quant.spellings import BESIDE_CODES, CURRENT, leaf_of
+
+WAY_OUT = "use the unquantised original, or a ComfyUI FP8, int8, nvfp4 or mxfp8 file or a GGUF of the model"
+
+READ_BY_TENSORS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+"""Methods of a ``quantization_config`` whose tensors say all that is needed, or give the file away."""
+
+_FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("a bitsandbytes file", frozenset({"SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"})),
+    ("a DFloat11 (DF11) file", frozenset({"encoded_exponent", "sign_mantissa"})),
+    ("an HQQ file", frozenset({"W_q"})),
+    ("a quanto file", frozenset({"_data", "_scale", "_shift"})),
+    (
+        "a torchao file",
+        frozenset({"tensor_data", "qdata", "int_data", "_weight_qdata", "weight:qdata", "weight:_data"}),
+    ),
+    (
+        "a nunchaku SVDQuant file",
+        frozenset({"wscales", "wzeros", "wcscales", "wtscale", "smooth_factor", "smooth_factor_orig"}),
+    ),
+    ("a GPTQ or AWQ file", frozenset({"qweight", "qzeros", "g_idx"})),
+    ("a compressed-tensors file of packed weights", frozenset({"weight_packed", "weight_g_idx"})),
+    (
+        "a ComfyUI file of 4-bit codebook weights (W4A8, AWQ)",
+        frozenset({"weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"}),
+    ),
+    ("an SDNQ file", frozenset({"svd_up", "svd_down"})),
+)
+"""Containers and the last components of their tensors' names. The first that fits counts: several store a "qweight"."""
+
+_PLACE = {leaf: i for i, (_, leaves) in enumerate(_FORMATS) for leaf in leaves}
+_WITHIN: Mapping[str, int] = {".quant_state.bitsandbytes__": 0, ".tensor_impl.": 4}  # and names that hold these
+_SDNQ = "zero_point"  # beside integers and a scale
+_PLAIN = re.compile(r"weight|.*bias|running_mean|running_var|num_batches_tracked")
+
+
+def recognised(model: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    """The name of a container that is not read, and what shows it; None for every other file."""
+    found = min(((i, name) for name in model if (i := _place(name)) is not None), default=None)
+    if found is not None:
+        return _FORMATS[found[0]][0], f"tensor {quoted(found[1])}"
+    method = _config_method(config)
+    if method is None or method in READ_BY_TENSORS:
+        return None
+    return f"a {method} file", "quantization_config in config.json"
+
+
+def refusal(source: str, container: str, evidence: str) -> DataError:
+    """The sentence for a file in a container that is not read."""
+    return DataError(f'"{source}" is {container} ({evidence}), which is not read here; {WAY_OUT}.')
+
+
+def require_understood(model: Mapping[str, TensorInfo], understood: Collection[str], source: str) -> None:
+    """Raises DataError for codes that cannot be read, or that lie beside a tensor that may change what they mean.
+
+    ``understood`` are the stored tensors whose part in a quantised weight, or in no weight, is known.
+    """
+    narrow = [name for name, info in model.items() if is_narrow(info) and name not in understood]
+    if not narrow:
+        return
+    children: dict[str, list[str]] = {}
+    for name in model:
+        children.setdefault(name.rpartition(".")[0], []).append(name)
+    for name in narrow:
+        parent, _, leaf = name.rpartition(".")
+        beside = [other for other in children[parent] if other != name and other not in understood]
+        within = [other for other in children.get(name, ()) if other not in understood]
+        strange = _strange(leaf, parent, model, name, beside, within)
+        if strange is not None:
+            raise _not_understood(source, name, model[name], strange)
+        if leaf == "weight" and not model[name].dtype.blendable:
+            raise refusal(source, f"a file of packed {model[name].dtype.code} weights", f"tensor {quoted(name)}")
+
+
+def is_narrow(info: TensorInfo) -> bool:
+    """Whether a tensor may be codes: more than one element of at most 8 bits, booleans apart."""
+    return info.dtype.bits <= 8 and info.dtype.kind != "bool" and info.numel > 1
+
+
+def _strange(
+    leaf: str, parent: str, model: Mapping[str, TensorInfo], name: str, beside: Iterable[str], within: Iterable[str]
+) -> str | None:
+    """What lies beside codes and is not understood; None where all is."""
+    info = model[name]
+    if leaf == "weight":
+        return next((n for n in (*within, *beside) if not _PLAIN.fullmatch(leaf_of(n))), None)
+    related = [*within, *(n for n in beside if leaf_of(n).startswith(leaf) or _is_side(leaf_of(n)))]
+    if related:
+        return related[0]
+    if info.dtype.blendable or not parent:
+        return None
+    is_list = len(info.shape) < 2
+    if is_list and (info.dtype.kind not in ("int", "uint") or f"{parent}.weight" in model):
+        return None
+    return next((n for n in beside if not _PLAIN.fullmatch(leaf_of(n))), None)
+
+
+def _is_side(leaf: str) -> bool:
+    return leaf in CURRENT or leaf in BESIDE_CODES
+
+
+def _place(name: str) -> int | None:
+    """Which of `_FORMATS` a tensor gives away."""
+    place = _PLACE.get(leaf_of(name))
+    return next((i for part, i in _WITHIN.items() if part in name), None) if place is None else place
+
+
+def _not_understood(source: str, name: str, info: TensorInfo, strange: str) -> DataError:
+    if leaf_of(strange) == _SDNQ:
+        return refusal(source, "an SDNQ file", f"tensor {quoted(strange)}")
+    return DataError(
+        f'"{source}": tensor {quoted(name)} is {info.dtype.code} beside {quoted(strange)}, which may say what its codes mean and '
+        f"is not understood here; {WAY_OUT}."
+    )
+
+
+def _config_method(config: Mapping[str, Any] | None) -> str | None:
+    """The ``quant_method`` of a config's ``quantization_config``; None where it has none."""
+    entry = (config or {}).get("quantization_config")
+    if not entry:
+        return None
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
+    return method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "quantised"
