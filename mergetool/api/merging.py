@@ -49,6 +49,7 @@ def merge(
     dtype: str | None = None,
     quant: str | None = None,
     scale_search: bool = False,
+    bundled: Literal["keep", "drop", "drop-ema", "merge"] = "keep",
     layout: str | None = None,
     rounding: Literal["nearest", "stochastic", "error-feedback"] = "nearest",
     seed: int = 0,
@@ -64,7 +65,8 @@ def merge(
     """Merge checkpoints by an expression into ``output``, a .safetensors file or with ``/`` at its end a folder; complete, or not at all.
 
     ``multipliers`` scales the change in groups, as ``--set`` does: ``{"layers": "linear(0.2,1)", "refiner": 0}``; a later entry wins. ``protect``,
-    ``include`` and ``exclude`` are patterns of groups and tensors. Sizes are in bytes. ``force`` merges models that do not look as if they belong
+    ``include`` and ``exclude`` are patterns of groups and tensors. ``bundled`` is what becomes of the VAE, text encoders, EMA weights and the like in the
+    first model's file: copied, left out (all or EMA weights), or merged. Sizes are in bytes. ``force`` merges models that do not look as if they belong
     together, which is a LineageError otherwise. Raises MergetoolError: ExpressionError, PatternError or
     UsageError for what is asked, InputMissing and DataError for inputs, OutputError, BusyError and StorageError for the output, NonFiniteError for
     NaN and infinity.
@@ -89,6 +91,7 @@ def merge(
         seed=seed,
         quant=quant,
         scale_search=scale_search,
+        bundled=bundled,
     )
     target = model_target(output, layout=layout, shard_size=shard_size, overwrite=overwrite)
     with job.open_merge(expression, options, skip_unmatched=skip_unmatched) as plan:

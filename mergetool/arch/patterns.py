@@ -139,6 +139,14 @@ def _spellings(part: str, anatomy: Anatomy) -> set[str]:
 
 def _nothing_matched(pattern: str, anatomy: Anatomy) -> str:
     family = anatomy.family
+    if any(
+        name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        for name in anatomy.outside
+    ):
+        return (
+            f"The pattern {quoted(pattern)} matches only what is bundled with the model, which is not of it and is copied as it is; leave "
+            "the pattern out, or see --bundled."
+        )
     empty_group = " (a group it has nothing in)" if pattern in family.group_order else ""
     nearest = _nearest(pattern, anatomy)
     suggestion = f" (did you mean {quoted(nearest)}?)" if nearest is not None else ""

@@ -48,6 +48,14 @@ QuantOption = Annotated[
 ScaleSearchOption = Annotated[
     bool, typer.Option("--scale-search", help="Search each tensor's scale for the least squared error.")
 ]
+BundledOption = Annotated[
+    str,
+    typer.Option(
+        "--bundled",
+        help="keep, drop, drop-ema or merge: VAE, text encoders, EMA and the like.",
+        metavar="WHAT",
+    ),
+]
 SkipUnmatchedOption = Annotated[
     bool,
     typer.Option("--skip-unmatched", help="Skip (and list) LoRA keys that match nothing in the model."),

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, QuantOption, ScaleSearchOption, VerboseOption
+from mergetool.cli.console import (
+    BundledOption,
+    JsonOption,
+    NoProgressOption,
+    QuantOption,
+    ScaleSearchOption,
+    VerboseOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +45,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 (a bare cast).")] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
+    bundled: BundledOption = "keep",
     layout: Annotated[str | None, typer.Option(help="comfyui or diffusers [default: the model's]")] = None,
     prefix: Annotated[
         str | None, typer.Option(help='Before every tensor name; "" for none [default: the model\'s]')
@@ -60,7 +68,12 @@ def convert(
 
     non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
-        dtype=dtypes.output_dtype(dtype), quant=quant, scale_search=scale_search, layout=layout, prefix=prefix
+        dtype=dtypes.output_dtype(dtype),
+        quant=quant,
+        scale_search=scale_search,
+        layout=layout,
+        prefix=prefix,
+        bundled=bundled,
     )
     started = time.monotonic()
     shard_bytes = console.parse_size(shard_size) if shard_size else None

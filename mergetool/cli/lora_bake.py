@@ -11,6 +11,7 @@ import typer
 from mergetool.cli import console
 from mergetool.cli import merge as merging
 from mergetool.cli.console import (
+    BundledOption,
     JsonOption,
     NoProgressOption,
     QuantOption,
@@ -58,6 +59,7 @@ def bake(
     ] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
+    bundled: BundledOption = "keep",
     layout: Annotated[str | None, typer.Option(help="comfyui or diffusers [default: the model's]")] = None,
     rounding: Annotated[str, typer.Option(help="nearest, stochastic or error-feedback.")] = "nearest",
     seed: Annotated[int, typer.Option(help="Seed of --rounding stochastic.", min=0)] = 0,
@@ -86,6 +88,7 @@ def bake(
         seed=seed,
         quant=quant,
         scale_search=scale_search,
+        bundled=bundled,
     )
     settings = merging.Settings(
         shard_size=shard_size,

@@ -11,6 +11,7 @@ import typer
 
 from mergetool.cli import console, merge_report
 from mergetool.cli.console import (
+    BundledOption,
     JsonOption,
     NoProgressOption,
     QuantOption,
@@ -102,6 +103,7 @@ def merge(
     ] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
+    bundled: BundledOption = "keep",
     layout: Annotated[
         str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
     ] = None,
@@ -167,6 +169,7 @@ def merge(
         seed=seed,
         quant=quant,
         scale_search=scale_search,
+        bundled=bundled,
     )
     settings = Settings(
         shard_size=shard_size,

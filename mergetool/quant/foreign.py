@@ -79,6 +79,7 @@ def require_understood(model: Mapping[str, TensorInfo], understood: Collection[s
     for name in narrow:
         parent, _, leaf = name.rpartition(".")
         beside = [other for other in children[parent] if other != name and other not in understood]
+        beside.sort(key=lambda other: leaf_of(other) != _SDNQ)
         within = [other for other in children.get(name, ()) if other not in understood]
         strange = _strange(leaf, parent, model, name, beside, within)
         if strange is not None:

@@ -135,6 +135,7 @@ def options_of(output: Output, names: Mapping[str, str]) -> Options:
             layout=spec.layout,
             quant=spec.quant,
             scale_search=spec.scale_search,
+            bundled=spec.bundled,
             rounding=spec.rounding,
             seed=spec.seed,
         )

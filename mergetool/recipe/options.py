@@ -9,6 +9,8 @@ from mergetool.errors import UsageError
 from mergetool.ops.rounding import MODES, Mode
 from mergetool.recipe.groups import Setting
 
+BUNDLED = ("keep", "drop", "drop-ema", "merge")
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -18,7 +20,8 @@ class Options:
     one wins; see ``recipe.groups``), ``dtype`` and ``layout`` are the output's, None for the first model's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
     the output's large matrices, None for plain floats, ``scale_search`` whether its tensor scales are searched for. ``rounding`` is how every element that is
     not copied becomes the output's dtype, ``seed`` that of stochastic rounding. Raises UsageError for a rounding that
-    does not exist, a negative seed, and a seed for what is not random.
+    does not exist, a negative seed, and a seed for what is not random. ``bundled`` is what becomes of the VAE, the text encoders and the like in the
+    first model's file (`BUNDLED`; see `recipe.bundled`).
     """
 
     protect: tuple[str, ...] = ()
@@ -33,10 +36,15 @@ class Options:
     prefix: str | None = None
     rounding: Mode = "nearest"
     seed: int = 0
+    bundled: str = "keep"
 
     def __post_init__(self) -> None:
         if self.rounding not in MODES:
             raise UsageError(f'"{self.rounding}" is not a rounding; choose one of {", ".join(MODES)}.')
+        if self.bundled not in BUNDLED:
+            raise UsageError(
+                f'"{self.bundled}" is not what can become of bundled parts; choose one of {", ".join(BUNDLED)}.'
+            )
         if type(self.seed) is not int or self.seed < 0:
             raise UsageError(f"a seed is a whole number from 0, not {self.seed!r}.")
         if self.seed and self.rounding != "stochastic":

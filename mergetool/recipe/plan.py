@@ -11,8 +11,8 @@ Policy, for every part (a parameter under its canonical name) of the first model
 
 A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not; a quantised weight is
 copied, with its scales, when the output's container is its own. Without ``--quant`` quantised weights become BF16. A part that
-only other models have is left out, and named. Tensors outside the model (a bundled VAE or text encoder) are copied
-from the first model when the output keeps its layout, else left out, and named.
+only other models have is left out, and named. What is
+bundled with the model (a VAE or text encoder): see `recipe.bundled`; metadata: see `recipe.metadata`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import prod
 from types import MappingProxyType
 
 from mergetool import arch, quant
@@ -33,7 +32,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
 from mergetool.quant import is_side_tensor
-from mergetool.recipe import groups, provenance, quantised
+from mergetool.recipe import bundled, groups, metadata, provenance, quantised
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.options import Options
@@ -99,6 +98,9 @@ class _Planner:
     def __init__(
         self, expression: Expression, inputs: tuple[Input, ...], options: Options, noise: Mapping[str, float]
     ) -> None:
+        self.beside = frozenset(inputs[0].anatomy.outside) if options.bundled == "merge" else frozenset[str]()
+        if self.beside:
+            inputs = tuple(bundled.as_parts(model) for model in inputs)
         self.noise = noise
         self.expression = expression
         self.inputs = inputs
@@ -123,25 +125,31 @@ class _Planner:
                 "--scale-search looks for the scale of a whole tensor; it needs --quant fp8-scaled or --quant nvfp4."
             )
         self.is_quantised = (
-            quantised.is_quantised(self.first.anatomy, self.quantiser) if self.quantiser else lambda _: False
+            quantised.is_quantised(self.first.anatomy, self.quantiser, self.beside)
+            if self.quantiser
+            else lambda _: False
         )
 
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
         layout, prefix, outputs = self._outputs()
         tensors = [tensor for name, parts in outputs for tensor in self._tensors(name, parts)]
         left_out = self._not_in_output()
-        outside = self.first.anatomy.outside
-        if layout == self.first.anatomy.layout and (prefix or prefix == self.first.anatomy.prefix):
-            tensors += [self._outside(name) for name in outside]
-        else:
-            left_out += [(name, "outside the model, which gets another layout or no prefix") for name in outside]
+        same_layout = layout == self.first.anatomy.layout
+        beside, not_beside = bundled.outputs(
+            self.first,
+            self.options.bundled,
+            same_layout=same_layout,
+            same_names=same_layout and bool(prefix or prefix == self.first.anatomy.prefix),
+        )
+        tensors += beside
+        left_out += not_beside
         copied = {w.tensor for tensor in tensors for step in tensor.steps for w in step.windows if w.input == 0}
         left_out += [(n, "scale or marker of codes") for n in self.first.anatomy.sides if n not in copied]
-        metadata = provenance.metadata(
-            self.expression, [model.name for model in self.inputs], self.options, fingerprints
-        )
+        changed = any(step.reason == MERGED for tensor in tensors for step in tensor.steps)
+        carried, warnings = metadata.travelling(self.first, {tensor.name for tensor in tensors}, changed=changed)
+        record = provenance.metadata(self.expression, [model.name for model in self.inputs], self.options, fingerprints)
         tensors = self._in_file_order(tensors) if layout == self.first.anatomy.layout else tensors
-        header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), metadata)
+        header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), {**carried, **record})
         by_name = {tensor.name: tensor for tensor in tensors}
         return Plan(
             self.expression,
@@ -151,7 +159,12 @@ class _Planner:
             prefix,
             tuple(by_name[name] for name in header.tensors if name in by_name),
             tuple(left_out),
-            tuple(self._warnings()),
+            (
+                *self._warnings(),
+                *bundled.warnings(self.inputs, tensors, self.options.bundled),
+                *metadata.disagreements(self.inputs, carried),
+                *warnings,
+            ),
             header,
         )
 
@@ -194,6 +207,10 @@ class _Planner:
         prefix = self.options.prefix
         if wanted is None and prefix is None:
             return layout, anatomy.prefix, list(anatomy.stored_parts().items())
+        if self.beside:
+            raise UsageError(
+                "--bundled merge needs the model's own layout and prefix; leave out --layout and --prefix."
+            )
         outputs = anatomy.outputs(layout)
         if prefix and any(name.startswith(prefix) for name, _ in outputs):
             doubled = next(name for name, _ in outputs if name.startswith(prefix))
@@ -312,11 +329,6 @@ class _Planner:
             first = self.column[stacks[column - len(self.inputs)][0][1]]
             return Window(first, items[0][1].tensor, 0, F32, StackedRows.of(items))
         return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part_name])
-
-    def _outside(self, name: str) -> OutputTensor:
-        info = self.first.checkpoint.tensors[name]
-        step = Step(name, 0, prod(info.shape), None, (Window(0, name, 0, info.dtype),), "outside the model")
-        return OutputTensor(name, info.dtype, info.shape, (step,))
 
     def _in_file_order(self, tensors: list[OutputTensor]) -> list[OutputTensor]:
         place = {name: i for i, name in enumerate(self.first.checkpoint.tensors)}

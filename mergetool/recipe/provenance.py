@@ -46,6 +46,8 @@ def metadata(
         recipe["scale_search"] = True
     if options.prefix is not None:
         recipe["prefix"] = options.prefix
+    if options.bundled != "keep":
+        recipe["bundled"] = options.bundled
     if options.rounding != "nearest":
         recipe["rounding"] = options.rounding
     if options.rounding == "stochastic":
@@ -159,6 +161,7 @@ def _options(recipe: Mapping[str, Any]) -> Options:
             quant=_text(recipe["quant"]) if "quant" in recipe else None,
             scale_search=recipe.get("scale_search", False) is True,
             prefix=_text(recipe["prefix"]) if "prefix" in recipe else None,
+            bundled=_text(recipe.get("bundled", "keep")),
             rounding=recipe.get("rounding", "nearest"),
             seed=recipe.get("seed", 0),
         )

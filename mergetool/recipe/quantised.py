@@ -7,7 +7,7 @@ norms, biases, pad tokens, embedders, modulations, the final layer, and refiners
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
 from mergetool.arch import Anatomy, Part
@@ -25,8 +25,10 @@ ONE_TENSOR_LAYOUTS: Mapping[str, str] = {"Z-Image": "comfyui"}
 """Family -> the layout that quantised files must have: ComfyUI does not join the scales of q, k and v."""
 
 
-def is_quantised(anatomy: Anatomy, quantiser: Quantiser) -> Callable[[Sequence[Part]], bool]:
-    """A function that tells whether a tensor of these parts becomes quantised in the output.
+def is_quantised(
+    anatomy: Anatomy, quantiser: Quantiser, apart: Collection[str] = ()
+) -> Callable[[Sequence[Part]], bool]:
+    """A function that tells whether a tensor of these parts becomes quantised in the output; none of the names in ``apart`` does.
 
     Raises UsageError when none of the model's would.
     """
@@ -34,6 +36,8 @@ def is_quantised(anatomy: Anatomy, quantiser: Quantiser) -> Callable[[Sequence[P
 
     def chosen(parts: Sequence[Part]) -> bool:
         if not all(part.name.endswith(".weight") and len(part.shape) == 2 and part.dtype.blendable for part in parts):
+            return False
+        if any(part.name in apart for part in parts):
             return False
         if follows:
             return any(part.encoding is not None for part in parts)

@@ -98,6 +98,10 @@ class MergeOutput(_Strict):
     quant: Container | None = Field(None, description="Container of the large matrices.")
     scale_search: bool = Field(False, description="Search each tensor's scale for the least squared error.")
     layout: Literal["comfyui", "diffusers"] | None = Field(None, description="The first model's.")
+    bundled: Literal["keep", "drop", "drop-ema", "merge"] = Field(
+        "keep",
+        description="The first model's VAE, text encoders, EMA weights and the like: copied, left out, or merged.",
+    )
     rounding: Literal["nearest", "stochastic", "error-feedback"] = "nearest"
     seed: Count = Field(0, description="Seed of stochastic rounding.")
     shard_size: Size | None = Field(None, description="Write a folder of shards no larger than this, as in 5GB.")

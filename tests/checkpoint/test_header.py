@@ -130,6 +130,12 @@ def test_a_refusal_says_what_is_wrong_with_the_json(text: str, part: str) -> Non
     assert part in refusal(text)
 
 
+def test_null_metadata_is_none() -> None:
+    text = b'{"__metadata__":null}'
+    header = Header.parse(struct.pack("<Q", len(text)) + text, file_size=8 + len(text), source="m")
+    assert (dict(header.metadata), dict(header.tensors)) == ({}, {})
+
+
 def test_a_byte_that_is_not_utf8_is_located() -> None:
     with pytest.raises(HeaderError, match="not UTF-8 at position 2"):
         Header.parse(struct.pack("<Q", 4) + b'{"\xff"', file_size=12, source="m")

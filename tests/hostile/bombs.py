@@ -140,7 +140,7 @@ def read(reader: str, path: Path) -> None:
             from mergetool.checkpoint.reader import Checkpoint
 
             with Checkpoint.open(path) as checkpoint:
-                quant.quantised(checkpoint, "f").encodings
+                quant.quantised(checkpoint, "f")
         case "expression":
             from mergetool.recipe.expression import parse
 
