@@ -111,7 +111,7 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
                 f"as {first.name} is"
             )
         beside = Counter(kinds[model.name].get(name, "other") for name in model.anatomy.outside)
-        unused = {kind: count for kind, count in beside.items() if kind not in ("flag", "schedule")}
+        unused = {kind: count for kind, count in sorted(beside.items()) if kind not in ("flag", "schedule")}
         if unused and mode != "drop":
             which = ", ".join(f"{count} {kind}" for kind, count in unused.items())
             found.append(

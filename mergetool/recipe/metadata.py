@@ -39,8 +39,8 @@ def travelling(first: Input, outputs: Collection[str], *, changed: bool) -> tupl
         value: str | None = text
         if key == METADATA:
             value = _layers_in(first, outputs)
-        reason = _obstacle(key, text, first, changed) or ("of weights stored otherwise" if value is None else None)
-        size = len(key.encode("utf-8", "replace")) + len(text.encode("utf-8", "replace"))
+        reason = _obstacle(key, first, changed) or ("of weights stored otherwise" if value is None else None)
+        size = len(key.encode()) + len(text.encode())
         if reason is None and (size > LARGEST_VALUE or total + size > LARGEST_TOTAL):
             reason = f"{size} bytes, too long"
         if reason is not None or value is None:
@@ -67,15 +67,13 @@ def disagreements(inputs: Sequence[Input], carried: Mapping[str, str]) -> list[s
     return found
 
 
-def _obstacle(key: str, text: str, first: Input, changed: bool) -> str | None:
+def _obstacle(key: str, first: Input, changed: bool) -> str | None:
     if _HASH.fullmatch(key):
         return "of other bytes"
     if changed and _MAKING.fullmatch(key):
         return f"how {first.name} was made"
     if first.checkpoint.container == "GGUF" and _GGUF.fullmatch(key):
         return "of the GGUF file"
-    if any("\ud800" <= character <= "\udfff" for character in key + text):
-        return "not text"
     return None
 
 
