@@ -144,7 +144,7 @@ def test_a_protected_tensor_in_another_dtype_is_said_to_be_rounded(family: Path)
 def test_tensors_outside_the_model_are_copied_in_the_same_layout(family: Path) -> None:
     edit(family / "alk.safetensors", vae__decoder__weight=torch.ones(2, 2))
     same = planned()
-    assert reason_of(same, "vae.decoder.weight") == "outside the model"
+    assert reason_of(same, "vae.decoder.weight") == "bundled, copied"
     other = planned(layout="diffusers")
     assert [name for name, _ in other.left_out] == ["vae.decoder.weight"]
 
