@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from mergetool import models
 from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
@@ -104,3 +107,30 @@ def test_comfyui_takes_a_whole_z_image_by_its_names_and_shapes(comfyui: ComfyUI,
 def test_what_comfyui_cannot_load_is_an_error_with_its_words(tmp_path: Path, comfyui: ComfyUI) -> None:
     with pytest.raises(RefusedError, match="FileNotFoundError"):
         comfyui.ask("load", model=tmp_path / "absent.safetensors")
+
+
+def test_comfyui_computes_from_one_layout_what_diffusers_computes_from_the_other(
+    tmp_path: Path, comfyui: ComfyUI
+) -> None:
+    """Sums in another order, of a few thousand products of float32: 2^-24 times their number, relative to the largest."""
+    model = tmp_path / "model.safetensors"
+    run("convert", "lab.turbo", "-o", model, "--layout", "comfyui", "--dtype", "fp32", folder=tmp_path)
+    run("convert", model, "-o", tmp_path / "transformer.safetensors", "--layout", "diffusers", folder=tmp_path)
+    transformer = ZImageTransformer2DModel.from_config(
+        ZImageTransformer2DModel.load_config(models.EMBEDDED / "turbo" / "transformer")
+    )
+    transformer.load_state_dict(load_file(tmp_path / "transformer.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    x, context = (
+        torch.randn(1, 16, 16, 16, generator=generator),
+        torch.randn(1, 20, transformer.config["cap_feat_dim"], generator=generator),
+    )
+    sigma = torch.tensor([0.7])
+    save_file({"x": x, "context": context, "sigma": sigma}, tmp_path / "inputs.safetensors")
+    comfyui.ask("forward", model=model, inputs=tmp_path / "inputs.safetensors", out=tmp_path / "out.safetensors")
+    velocity = (x - load_file(tmp_path / "out.safetensors")["x"]) / sigma
+    with torch.no_grad():
+        (theirs,) = transformer.float().eval()([x[0].unsqueeze(1)], 1 - sigma, [context[0]], return_dict=False)[0]
+    np.testing.assert_allclose(
+        velocity[0].numpy(), -theirs.squeeze(1).numpy(), rtol=0, atol=2**-12 * float(theirs.abs().max())
+    )

@@ -109,6 +109,24 @@ def test_mergetool_reads_old_scaled_fp8_as_comfyui_does(
     assert misloaded(comfyui, path, decoded(path, tmp_path)) == []
 
 
+def test_comfyui_takes_old_scaled_e5m2_for_e4m3_and_mergetool_reads_what_is_stored(
+    tmp_path: Path, plain: Path, comfyui: ComfyUI
+) -> None:
+    """ComfyUI 0.30.0 converts the codes to e4m3, which ends at 448 where they go on to 57344."""
+    name = "layers.0.attention.out.weight"
+    stored = load_file(plain)
+    scale = stored[name].abs().max() / 57344
+    stored[name] = (stored[name] / scale).to(torch.float8_e5m2)
+    values = (stored[name].float() * scale).double().numpy()
+    stored |= {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e5m2), name.replace(".weight", ".scale_weight"): scale}
+    path = tmp_path / "old.safetensors"
+    save_file(stored, path)
+    expected = decoded(path, tmp_path)
+    np.testing.assert_array_equal(expected[name], values)
+    (report,) = misloaded(comfyui, path, expected)
+    assert report.startswith(f"{name} differs")
+
+
 def test_mergetool_refuses_by_name_the_layout_that_it_does_not_read(
     tmp_path: Path, plain: Path, comfyui: ComfyUI
 ) -> None:
