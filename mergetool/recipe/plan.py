@@ -224,7 +224,7 @@ class _Planner:
 
     def _tensors(self, name: str, part_names: tuple[str, ...]) -> list[OutputTensor]:
         """The output tensor ``name``, or what an untouched quantised one is copied as."""
-        parts = [self.first.anatomy.parts[part] for part in part_names]
+        parts = [self._written(part) for part in part_names]
         quantiser = self.quantiser if self.is_quantised(parts) else None
         dtype = F32 if quantiser else self._output_dtype(parts)
         rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else None
@@ -237,6 +237,12 @@ class _Planner:
         whole = quantised.copied(name, parts, steps, self.inputs, quantiser) if quantiser else None
         return whole or [OutputTensor(name, dtype, shape, tuple(steps), quantiser)]
 
+    def _written(self, name: str) -> Part:
+        """The first model's part, in the shape of the model that it is kept from."""
+        mine = self.first.anatomy.parts[name]
+        kept = self.inputs[self.keeper].anatomy.parts[name] if name in self.kept else mine
+        return mine if kept.shape == mine.shape else replace(mine, shape=kept.shape)
+
     def _output_dtype(self, parts: Sequence[Part]) -> DType:
         stored = [BF16 if part.encoding is not None else part.dtype for part in parts]
         widest = max(stored, key=lambda dtype: dtype.bits)
@@ -246,9 +252,7 @@ class _Planner:
 
     def _step(self, part: Part, first: int, dtype: DType, quantiser: quant.Quantiser | None) -> Step:
         multiplier = self.multiplier.get(part.name, Fraction(1))
-        reason = self.kept.get(part.name) or self._obstacle(part.name)
-        if reason is None and multiplier == 0:
-            reason = SET_TO_0
+        reason = self.kept.get(part.name) or (SET_TO_0 if multiplier == 0 else self._obstacle(part.name))
         if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the first model itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
@@ -256,8 +260,6 @@ class _Planner:
             column = self.keeper if part.name in self.kept else 0
             window = self._window(column, part.name)
             kept = self.inputs[column].anatomy.parts[part.name]
-            if column and kept.shape != part.shape:
-                raise self._shape_clash(part.name, column)
             if kept.dtype == dtype and kept.encoding is None and quantiser is None:
                 return Step(part.name, first, part.numel, None, (window,), reason, multiplier=applied)
             stored = quantiser.quant if quantiser else dtype.name
@@ -289,10 +291,10 @@ class _Planner:
 
     def _shape_clash(self, part: str, column: int) -> FamilyError:
         mine, theirs = self.first.anatomy.parts[part].shape, self.inputs[column].anatomy.parts[part].shape
+        other = self.inputs[column].name
         return FamilyError(
-            f'tensor "{part}" has shape {list(mine)} in {self.first.name} but {list(theirs)} in '
-            f'{self.inputs[column].name}; a merge needs equal shapes: leave it out with --exclude "{part}", '
-            "or pick models of one architecture."
+            f'tensor "{part}" has shape {list(mine)} in {self.first.name} but {list(theirs)} in {other}; a merge needs equal shapes: leave it '
+            f'out with --exclude "{part}", which keeps {self.first.name}\'s (with --from "{other}" the one of {other}), or pick models of one architecture.'
         )
 
     def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import loras, merging, models, quantising
+from tests.oracles.commands import architectures, loras, merging, models, quantising
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **models.COMMANDS,
     **loras.COMMANDS,
     **merging.COMMANDS,
     **quantising.COMMANDS,
+    **architectures.COMMANDS,
 }
