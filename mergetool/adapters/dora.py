@@ -1,6 +1,6 @@
 """DoRA: a change that depends on the weight it is added to, row by row.
 
-With W the first model's values of a part, S the adapter's scaled product and m its magnitudes,
+With W the anchor's values of a part, S the adapter's scaled product and m its magnitudes,
 
     change = m * (W + S) / (||W + S|| + eps) - W
 

@@ -82,7 +82,7 @@ def output_dtype(name: None) -> None: ...
 @overload
 def output_dtype(name: str | None) -> DType | None: ...
 def output_dtype(name: str | None) -> DType | None:
-    """The dtype a user named for an output: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2; None, the first model's, where none was named.
+    """The dtype a user named for an output: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2; None, the anchor's, where none was named.
 
     Raises UsageError for any other word.
     """

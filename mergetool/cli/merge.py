@@ -80,7 +80,7 @@ def merge(
     ] = None,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="Group or pattern taken bit for bit from the first model. Repeatable.", metavar="PATTERN"),
+        typer.Option(help="Group or pattern taken bit for bit from the anchor. Repeatable.", metavar="PATTERN"),
     ] = None,
     keep_from: Annotated[
         str | None, typer.Option("--from", help="Take protected and excluded tensors from this model.", metavar="MODEL")
@@ -89,7 +89,7 @@ def merge(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Scale the change in a group: 0 leaves the first model, 1 is the expression; layers=linear(0.2,1) runs over "
+            help="Scale the change in a group: 0 leaves the anchor, 1 is the expression; layers=linear(0.2,1) runs over "
             "depth, preset:NAME is a named set of those. Repeatable; later wins.",
             metavar="GROUP=MULT",
         ),
@@ -99,13 +99,13 @@ def merge(
         list[str] | None, typer.Option(help="Do not merge these. Repeatable.", metavar="PATTERN")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the first model's]")
+        str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 [default: the anchor's]")
     ] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
     bundled: BundledOption = "keep",
     layout: Annotated[
-        str | None, typer.Option(help="comfyui (single file) or diffusers [default: the first model's]")
+        str | None, typer.Option(help="comfyui (single file) or diffusers [default: the anchor's]")
     ] = None,
     rounding: Annotated[
         str,

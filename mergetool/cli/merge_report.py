@@ -32,6 +32,7 @@ def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
         f"{plan.layout} layout",
     )
     console.heading("", str(plan.expression.graph))
+    console.heading("anchor", f"{plan.expression.anchor}: names, dtypes, layout and kept tensors are its")
     if plan.options.multipliers:
         console.heading("", "set " + ", ".join(map(setting_text, plan.options.multipliers)))
     if every_tensor:
@@ -125,6 +126,7 @@ def _percent(share: float) -> str:
 def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
     return {
         "expression": str(plan.expression.graph),
+        "anchor": plan.expression.anchor,
         "family": plan.inputs[0].anatomy.family.name,
         "layout": plan.layout,
         "inputs": [model.name for model in plan.inputs],

@@ -48,7 +48,7 @@ def verify(
     refine_steps: Annotated[int, typer.Option(help="Steps of the second stage.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the first stage.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance of the first stage, as diffusers counts it.")] = 3.0,
-    shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the first model's, else 6]")] = None,
+    shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the anchor's, else 6]")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file with a prompt a line [default: 4 of mergetool's; embedded: 36]")
     ] = None,

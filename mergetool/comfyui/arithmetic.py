@@ -68,7 +68,7 @@ class MergeExpression:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Any merge that mergetool's command line takes, as in: a + 20 * (b - c). The linked models are a, b, c and d; registered names, "
-        "quoted paths and merge methods work too. The first model gives the output its names, dtypes and protected tensors."
+        "quoted paths and merge methods work too. The anchor gives the output its names, dtypes and protected tensors."
     )
     RETURN_TYPES = (links.MODEL,)
     RETURN_NAMES = ("model",)

@@ -40,7 +40,7 @@ class Save:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What to merge, where to and in which form."""
-        protect = "Take the refiners bit for bit from the first model. Turn it off for architectures that have none."
+        protect = "Take the refiners bit for bit from the anchor. Turn it off for architectures that have none."
         groups = "GROUP=MULT, one a line, as --set takes them: layers=linear(0.2,1)"
         return {
             "required": {

@@ -174,7 +174,7 @@ class _Meter:
         return Stored(self._values(register, found).data.cast("B"), F32)
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
-        """What the merge does to the first model's elements: the steps of the engine's worker, without the writing."""
+        """What the merge does to the anchor's elements: the steps of the engine's worker, without the writing."""
         assert job.step.program is not None
         assert job.step.base is not None
         stored = [found.stored for found in fetched]

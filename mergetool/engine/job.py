@@ -20,13 +20,13 @@ from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.targets import require_folder, resolve_target
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine import merge, noise
+from mergetool.engine import anchor, merge, noise
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
 from mergetool.errors import UsageError
-from mergetool.recipe.expression import parse
+from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import Input
@@ -41,7 +41,7 @@ def open_merge(
 ) -> Iterator[Plan]:
     """The plan of the merge that ``text`` describes; its inputs are closed at the end of the ``with`` block.
 
-    What a LoRA has for no tensor of the first model is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
+    What a LoRA has for no tensor of the anchor is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
     DataError and their kin: every failure that needs no tensor data happens here.
     """
     items = [(text, options or Options())]
@@ -72,13 +72,18 @@ class _Opened:
         self._skip_unmatched = skip_unmatched
         self._known = [entry.name for entry in models.listing()]
         self._models: dict[str, Input] = {}
-        self._loras: dict[tuple[str, str], Input] = {}  # of a name and the first model: what it adds depends on both
+        self._loras: dict[tuple[str, str], Input] = {}  # of a name and the anchor: what it adds depends on both
         self._prints: dict[Checkpoint, str] = {}
         self._noise: dict[str, float | None] = {}
 
     def plan(self, text: str, options: Options) -> Plan:
-        """The plan of one of them."""
+        """The plan of one of them. Raises UsageError where several models could be its anchor and it matters which."""
         expression = parse(text, known=self._known)
+        if options.keep_from in expression.anchors:
+            expression = expression.anchored(options.keep_from)
+        return anchor.chosen(expression, lambda name: self._plan_from(expression.anchored(name), options))
+
+    def _plan_from(self, expression: Expression, options: Options) -> Plan:
         names = list(expression.models)
         if options.keep_from and options.keep_from not in names:
             names.append(options.keep_from)
@@ -89,7 +94,7 @@ class _Opened:
         prints = {model.name: self._fingerprint(model.checkpoint) for model in inputs}
         found = {model.name: self._share(model) for model in inputs if not model.is_lora}
         shares = {name: share for name, share in found.items() if share is not None}
-        return plan_merge(expression, inputs, options, fingerprints=prints, noise=shares)
+        return plan_merge(expression.arranged(prints), inputs, options, fingerprints=prints, noise=shares)
 
     def _model(self, name: str) -> Input:
         if name not in self._models:

@@ -180,7 +180,7 @@ class _Workers:
                     yield index, job
 
     def _moves(self, number: int) -> Iterator[tuple[tuple[str, str], Movement]]:
-        """What became of the first model's elements: of plain outputs by job, then of quantised ones, each in file order."""
+        """What became of the anchor's elements: of plain outputs by job, then of quantised ones, each in file order."""
         for index, job in self._jobs_of(number):
             if isinstance(job, Job) and (index, number) in self._movements:
                 yield (job.tensor.name, job.step.part), self._movements[index, number]

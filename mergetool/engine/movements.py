@@ -1,4 +1,4 @@
-"""What a merge did to the first model, by tensor and by group."""
+"""What a merge did to the anchor, by tensor and by group."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Movements:
         return {tensor: Movement.total(found) for tensor, found in members.items()}
 
     def groups(self, plan: Plan) -> dict[str, Movement]:
-        """By group of the first model, in its family's order. Groups overlap, so they do not add up to the total."""
+        """By group of the anchor, in its family's order. Groups overlap, so they do not add up to the total."""
         anatomy = plan.inputs[0].anatomy
         members: dict[str, list[Movement]] = {group: [] for group in anatomy.family.group_names(anatomy)}
         for (_, part), movement in self.parts.items():

@@ -21,7 +21,7 @@ from mergetool.recipe.plan import Plan
 
 NonFinite = Literal["refuse", "keep"]
 Measure = Literal["sample", "all", "off"]
-"""On how much of a merge to measure what became of the first model's elements."""
+"""On how much of a merge to measure what became of the anchor's elements."""
 
 
 class Output(Protocol):
@@ -38,7 +38,7 @@ class Outcome:
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
     value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
     had no memory for and the CPU computed. ``movements`` is what became of
-    the first model's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
+    the anchor's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
     scales that were searched for, over that of the scales by amax; ``errors`` is what storing changed in every tensor that was
     rounded, where the run compared. ``resumed`` counts the bytes that an interrupted run had written, of which nothing else here
     speaks; ``begun_anew`` says why what one left could not be used.
@@ -106,7 +106,7 @@ class Run:
             counts[tensor] = counts.get(tensor, 0) + count
 
     def moved(self, tensor: str, part: str, movement: Movement) -> None:
-        """Note what became of some elements of the first model's ``part`` in a quantised tensor."""
+        """Note what became of some elements of the anchor's ``part`` in a quantised tensor."""
         with self.lock:
             self.movements.setdefault((tensor, part), []).append(movement)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mergetool.ops.cpu import CpuOps
 
 Done = tuple[int, Movement | None]
-"""Bytes read and written by a job, and what it did to the first model."""
+"""Bytes read and written by a job, and what it did to the anchor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Worker:
     def _result(
         self, run: Run, job: Job, program: Program, fetched: list[Fetched], loaded: _Loaded
     ) -> tuple[memoryview, Movement | None]:
-        """What a program's result is stored as, checked, and what it did to the first model."""
+        """What a program's result is stored as, checked, and what it did to the anchor."""
         self._execute(program, loaded, run, job)
         first, movement, values = None, None, None
         if run.compared:
@@ -205,7 +205,7 @@ class Worker:
         return round_to
 
     def _measure(self, run: Run, piece: Piece, values: Floats, raw: tuple[Octets, ...], scale: np.float32) -> None:
-        """Note what became of the first model's elements in every part that the piece has rows of."""
+        """Note what became of the anchor's elements in every part that the piece has rows of."""
         raw = tuple(np.array(part) for part in raw)  # the next rounding goes where the last one is
         columns = piece.tensor.shape[1]
         base = np.array(values)  # where nothing was merged nothing moved

@@ -16,7 +16,7 @@ from mergetool_kernels import compiled
 
 
 class Blended(NamedTuple):
-    """A program's result as it is stored, its largest magnitude before that, and what it did to the first model where that was asked for."""
+    """A program's result as it is stored, its largest magnitude before that, and what it did to the anchor where that was asked for."""
 
     stored: memoryview
     largest: float
@@ -33,7 +33,7 @@ def blend(
     rounding: Rounding = NEAREST,
     saturating: bool = False,
 ) -> Blended | None:
-    """The bytes of ``CpuOps.store``, and with ``first``, the operand that is the first model, the figures of ``CpuOps.measure``.
+    """The bytes of ``CpuOps.store``, and with ``first``, the operand that is the anchor, the figures of ``CpuOps.measure``.
 
     ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
     that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program

@@ -1,4 +1,4 @@
-"""What a merge did to the first model's elements, and how much of that the output's rounding let through."""
+"""What a merge did to the anchor's elements, and how much of that the output's rounding let through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """Sums over elements. For each, in float32: x the first model's, r the result before rounding, d = r - x its delta,
+    """Sums over elements. For each, in float32: x the anchor's, r the result before rounding, d = r - x its delta,
     q what was stored, p what x rounded to nearest would have been.
 
     ``moved`` counts d != 0; ``eaten``, of those, q == p: the delta left no trace; ``below_half_ulp``, of those, abs(d)

@@ -19,11 +19,11 @@ def float32(value: Fraction) -> float:
 def graph_of(expression: Expression, multiplier: Fraction = Fraction(1), absent: Collection[str] = ()) -> Sum:
     """What is computed for one tensor; ``multiplier`` is its ``--set``, ``absent`` are the LoRAs that do not change it.
 
-    With a multiplier m other than 1 the result is ``first + m * (expression - first)``: 0 leaves the first model,
-    1 is the expression itself, and when the expression is ``first + delta`` the delta is scaled before it is added.
+    With a multiplier m other than 1 the result is ``anchor + m * (expression - anchor)``: 0 leaves the anchor,
+    1 is the expression itself, and when the expression is ``anchor + delta`` the delta is scaled before it is added.
     """
-    whole = normal(expression.graph.without(absent))
-    return whole if multiplier == 1 else _stretched(expression.first, whole, multiplier)
+    whole = normal(expression.arithmetic.without(absent))
+    return whole if multiplier == 1 else _stretched(expression.anchor, whole, multiplier)
 
 
 def compile_graph(graph: Sum, columns: Mapping[str, int]) -> Program:

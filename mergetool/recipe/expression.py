@@ -17,13 +17,26 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
 
 from mergetool.errors import ExpressionError
 from mergetool.recipe.calls import read_call
-from mergetool.recipe.graph import Call, Lora, Model, Sum, Term, add, normal, number, render, scale
+from mergetool.recipe.graph import (
+    Call,
+    Lora,
+    Model,
+    Sum,
+    Term,
+    add,
+    canonical,
+    normal,
+    number,
+    own_factors,
+    render,
+    scale,
+)
 from mergetool.recipe.quoting import one_line, quote, syntax_tree
 
 MAX_TEXT = 100_000
@@ -38,13 +51,16 @@ SMALLEST_FACTOR = Fraction(1, 2**126)
 class Expression:
     """A merge expression of degree 1 in normal form.
 
-    ``text`` is what the user typed, ``first`` the leftmost model in it: the one that gives the output its names,
-    dtypes and protected tensors.
+    ``text`` is what the user typed, ``graph`` its normal form in the order of the text, ``arithmetic`` what is computed, the same until
+    `arranged`. ``anchors`` are the models that may be the *anchor*, which gives the output its names, dtypes and kept tensors: those
+    whose own factor, outside differences, is 1; else those whose own factor is positive. The first of them is it until `anchored`.
     """
 
     text: str
-    first: str
     graph: Sum
+    arithmetic: Sum
+    anchors: tuple[str, ...]
+    records_anchor: bool = True
 
     @property
     def loras(self) -> tuple[str, ...]:
@@ -52,13 +68,33 @@ class Expression:
         return self.graph.loras()
 
     @property
+    def anchor(self) -> str:
+        """The model that the expression changes."""
+        return self.anchors[0]
+
+    @property
     def models(self) -> tuple[str, ...]:
-        """Every model of the expression, the first one in front."""
-        return (self.first, *(name for name in self.graph.models() if name != self.first))
+        """Every model of the expression, the anchor in front."""
+        return (self.anchor, *(name for name in self.graph.models() if name != self.anchor))
+
+    def anchored(self, name: str) -> Expression:
+        """The expression with ``name``, one of ``anchors``, as its anchor."""
+        return replace(self, anchors=(name,))
+
+    def arranged(self, contents: Mapping[str, str]) -> Expression:
+        """The expression with its arithmetic in the order that the fingerprints of its models and LoRAs give."""
+        return replace(self, arithmetic=canonical(self.graph, contents))
+
+    def as_written(self) -> Expression:
+        """The expression as mergetool 0.1.0 took it before outputs recorded an anchor: the leftmost model is it, the text's order counts."""
+        tree = _syntax_tree(self.text)
+        first = _leftmost_model(tree)
+        assert first is not None
+        return replace(self, anchors=(first,), arithmetic=self.graph, records_anchor=False)
 
     def render(self, names: Mapping[str, str]) -> str:
-        """The normal form as text, each model written as ``names`` says (itself where absent)."""
-        return render(self.graph, names)
+        """What is computed as text, each model written as ``names`` says (itself where absent)."""
+        return render(self.arithmetic, names)
 
 
 def parse(text: str, known: Collection[str] = ()) -> Expression:
@@ -77,8 +113,7 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     tree = _syntax_tree(source)
     _check_limits(tree, source)
     read = _read(tree.body, source)
-    first = _leftmost_model(tree)
-    if isinstance(read, Fraction) or first is None:
+    if isinstance(read, Fraction):
         raise ExpressionError(f'"{source}" is a number, not a model.')
     _check_quoting(tree, source, known)
     value = normal(read)
@@ -89,7 +124,14 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     both = set(value.models()) & set(value.loras())
     if both:
         raise ExpressionError(f'"{both.pop()}" is written as a model and as a LoRA; one file is one of the two.')
-    return Expression(source, first, value)
+    return Expression(source, value, value, _anchors(value))
+
+
+def _anchors(value: Sum) -> tuple[str, ...]:
+    factors = own_factors(value)
+    return tuple(name for name, factor in factors.items() if factor == 1) or tuple(
+        name for name, factor in factors.items() if factor > 0
+    )
 
 
 def _check_quoting(tree: ast.Expression, source: str, known: Collection[str]) -> None:
@@ -264,7 +306,7 @@ def _binary(node: ast.BinOp, source: str) -> Fraction | Sum:
                 raise ExpressionError(f"{where} adds a number to a model; numbers only multiply.")
             signed = scale(sign, right)
             assert isinstance(signed, Sum)
-            return add(left, signed)
+            return add(add(Sum(()), left) if left.degree() == 0 and not _is_chain(node) else left, signed)
         case ast.Mult():
             if isinstance(left, Fraction):
                 return scale(left, right)
@@ -279,6 +321,13 @@ def _binary(node: ast.BinOp, source: str) -> Fraction | Sum:
             return scale(1 / right, left)
         case _:
             raise ExpressionError(f"{where} uses an operator that merges do not have; there are + - * /.")
+
+
+def _is_chain(node: ast.BinOp) -> bool:
+    """Whether the left side goes on without parentheses: "(a - b) + c" begins before its "a - b" does, "a - b + c" with it."""
+    left = node.left
+    is_sum = isinstance(left, ast.BinOp) and isinstance(left.op, ast.Add | ast.Sub)
+    return is_sum and left.col_offset == node.col_offset
 
 
 def _snippet(node: ast.AST, source: str) -> str:

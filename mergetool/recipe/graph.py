@@ -6,12 +6,15 @@ The normal form fixes the float32 operations that an engine performs, in order:
 * in a sum, the same model named twice is one term;
 * in a sum, a term ``-k*y`` is paired with the nearest unpaired earlier term ``k*x`` (else the nearest later one)
   as ``k*(x - y)``: differences are taken first and scaled afterwards, never ``k*x - k*y``.
+
+`canonical` orders and pairs by what the models hold instead of by where they were written, so that one algebra has one list of
+operations: terms may be exchanged, ``k*(x - y)`` written out or turned round, and parentheses around what is only added left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -58,9 +61,13 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Terms added from left to right. A single-term Sum is that term."""
+    """Terms added from left to right. A single-term Sum is that term.
+
+    ``is_paired`` marks a difference that `normal` found, where the user wrote no parentheses.
+    """
 
     terms: tuple[Term, ...]
+    is_paired: bool = field(default=False, compare=False)
 
     def models(self) -> tuple[str, ...]:
         """The model names in order of first appearance in the normal form."""
@@ -145,9 +152,9 @@ def add(left: Sum, right: Sum) -> Sum:
 
 
 def normal(value: Sum) -> Sum:
-    """``value`` with repeated operands added up and opposite ones paired; a sum that it begins with is no operand of its own."""
+    """``value`` with repeated operands added up and opposite ones paired; a model that it begins with in parentheses is no operand of its own."""
     terms = _collect(value.terms)
-    while terms and terms[0].factor == 1 and isinstance(terms[0].operand, Sum):
+    while terms and terms[0].factor == 1 and isinstance(terms[0].operand, Sum) and terms[0].operand.degree() != 0:
         terms = _collect(terms[0].operand.terms + terms[1:])
     paired = Sum(_pair(terms))
     if len(paired.terms) == 1:
@@ -186,8 +193,89 @@ def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
             done.append(term)
         elif i < mate:
             x, y = (term, terms[mate]) if term.factor > 0 else (terms[mate], term)
-            done.append(Term(x.factor, Sum((Term(Fraction(1), x.operand), Term(Fraction(-1), y.operand)))))
+            difference = (Term(Fraction(1), x.operand), Term(Fraction(-1), y.operand))
+            done.append(Term(x.factor, Sum(difference, is_paired=True)))
     return tuple(done)
+
+
+def own_factors(value: Sum, factor: Fraction = Fraction(1)) -> dict[str, Fraction]:
+    """The factor of every model outside differences, in the order of the terms; a method counts as its first argument.
+
+    Example: 1 of ``a`` alone in ``a + 20*(b - c)``; 1 of ``a``, 1 of ``b`` and -1 of ``c`` in ``a + b - c``.
+    """
+    total: dict[str, Fraction] = {}
+    for term in value.terms:
+        by = factor * term.factor
+        match term.operand:
+            case Model(name):
+                found = {name: by}
+            case Sum(is_paired=is_paired) as inner if is_paired or inner.degree() != 0:
+                found = own_factors(inner, by)
+            case Call(degree=degree) as call if degree != 0:
+                found = own_factors(call.arguments[0], by)
+            case _:
+                found = {}
+        for name, more in found.items():
+            total[name] = total.get(name, Fraction(0)) + more
+    return total
+
+
+def canonical(value: Sum, contents: Mapping[str, str]) -> Sum:
+    """``value`` with the order and the pairs of its terms decided by ``contents``, the fingerprint of every model and LoRA.
+
+    Where two fingerprints are equal, so are the values, and the order decides nothing.
+    """
+    opened: list[Term] = []
+    for term in _unpaired(value):
+        operand, factor = term.operand, term.factor
+        if isinstance(operand, Call):
+            operand = replace(operand, arguments=tuple(canonical(a, contents) for a in operand.arguments))
+        if not isinstance(operand, Sum):
+            opened.append(Term(factor, operand))
+            continue
+        inner = canonical(operand, contents).terms
+        if len(inner) == 1 or (abs(factor) == 1 and not _is_difference(inner)):
+            opened += (Term(factor * each.factor, each.operand) for each in inner)
+        elif factor < 0 and _is_difference(inner):
+            opened.append(
+                Term(-factor, Sum((Term(Fraction(1), inner[1].operand), Term(Fraction(-1), inner[0].operand))))
+            )
+        elif inner:
+            opened.append(Term(factor, Sum(inner)))
+
+    def place(term: Term) -> tuple[str, bool, str, Fraction]:
+        content = _content(term.operand, contents)
+        return content[0], term.factor < 0, content, term.factor
+
+    paired = _pair(tuple(sorted(_collect(tuple(opened)), key=place)))
+    return Sum(tuple(sorted(paired, key=place)))
+
+
+def _unpaired(value: Sum) -> Iterator[Term]:
+    """The terms of a sum, with the pairs that `normal` found taken apart, and models in mere parentheses among them."""
+    for term in value.terms:
+        inner = term.operand
+        if isinstance(inner, Sum) and (inner.is_paired or (abs(term.factor) == 1 and inner.degree() != 0)):
+            yield from (Term(term.factor * each.factor, each.operand) for each in _unpaired(inner))
+        else:
+            yield term
+
+
+def _is_difference(terms: Sequence[Term]) -> bool:
+    return [term.factor for term in terms] == [1, -1]
+
+
+def _content(operand: Operand, contents: Mapping[str, str]) -> str:
+    """A text that orders operands by what they hold: models first, then LoRAs, methods and sums."""
+    match operand:
+        case Model(name):
+            return f"1 {contents[name]}"
+        case Lora(name):
+            return f"2 {contents[name]}"
+        case Call(method, arguments, parameters):
+            return f"3 {method} {[_content(argument, contents) for argument in arguments]} {parameters}"
+        case Sum(terms):
+            return f"4 {[(_content(term.operand, contents), term.factor) for term in terms]}"
 
 
 def _degree(term: Term) -> Fraction:

@@ -17,7 +17,7 @@ class Options:
     """What the user asked for besides the expression.
 
     ``keep_from`` names the model of kept tensors, ``multipliers`` are the settings of ``--set`` in order (a later
-    one wins; see ``recipe.groups``), ``dtype`` and ``layout`` are the output's, None for the first model's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
+    one wins; see ``recipe.groups``), ``dtype`` and ``layout`` are the output's, None for the anchor's, and so is ``prefix``, before every tensor name. ``quant`` is the container of
     the output's large matrices, None for plain floats, ``scale_search`` whether its tensor scales are searched for. ``rounding`` is how every element that is
     not copied becomes the output's dtype, ``seed`` that of stochastic rounding. Raises UsageError for a rounding that
     does not exist, a negative seed, and a seed for what is not random. ``bundled`` is what becomes of the VAE, the text encoders and the like in the

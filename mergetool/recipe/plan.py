@@ -1,10 +1,10 @@
 """A merge resolved against real headers: what happens to every tensor, before any tensor is read.
 
-Policy, for every part (a parameter under its canonical name) of the first model:
+Policy, for every part (a parameter under its canonical name) of the anchor:
 
 * in every model that the expression needs and blendable (a float type): **merged**;
-* selected by ``--protect`` or ``--exclude``, or not by ``--include``: **kept**, from the first model or ``--from``;
-* in ``--set`` with multiplier 0: kept from the first model;
+* selected by ``--protect`` or ``--exclude``, or not by ``--include``: **kept**, from the anchor or ``--from``;
+* in ``--set`` with multiplier 0: kept from the anchor;
 * missing from one of the other models: kept, and named; a LoRA that does not change it counts as zero;
 * integers, booleans and other types that cannot be blended: kept, and named;
 * of different shape in two models: an error, unless it is kept.
@@ -84,7 +84,7 @@ def plan_merge(
     fingerprints: Mapping[str, str] | None = None,
     noise: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
-    """Resolve ``expression`` against the opened ``inputs`` (the first model in front; ``--from`` may come last).
+    """Resolve ``expression`` against the opened ``inputs`` (the anchor in front; ``--from`` may come last).
 
     ``fingerprints`` maps input names to content fingerprints for the metadata; without them a placeholder of the same
     length is planned. ``noise`` maps the names of quantised inputs to the share of rounding noise in their weights, for
@@ -253,7 +253,7 @@ class _Planner:
     def _step(self, part: Part, first: int, dtype: DType, quantiser: quant.Quantiser | None) -> Step:
         multiplier = self.multiplier.get(part.name, Fraction(1))
         reason = self.kept.get(part.name) or (SET_TO_0 if multiplier == 0 else self._obstacle(part.name))
-        if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the first model itself
+        if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the anchor itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
             applied = Fraction(0) if reason == SET_TO_0 else Fraction(1)

@@ -29,6 +29,8 @@ def metadata(
     """
     names = display_names(models)
     recipe: dict[str, object] = {"expression": expression.render(names)}
+    if expression.records_anchor:
+        recipe["anchor"] = names[expression.anchor]
     for key, patterns in (("protect", options.protect), ("include", options.include), ("exclude", options.exclude)):
         if patterns:
             recipe[key] = list(patterns)
@@ -63,9 +65,13 @@ def metadata(
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a merge wrote about itself: expression, options, and the fingerprint of each input by its recorded name."""
+    """What a merge wrote about itself: expression, options, and the fingerprint of each input by its recorded name.
+
+    ``anchor`` is None in files that were made before it was recorded; see `Expression.as_written`.
+    """
 
     expression: str
+    anchor: str | None
     options: Options
     fingerprints: Mapping[str, str]
 
@@ -80,9 +86,10 @@ def read(stored: Mapping[str, str], source: str) -> Recorded:
             _name(entry["name"]): _text(entry["fingerprint"]) for entry in json.loads(stored["mergetool.inputs"])
         }
         _text(recipe["expression"])
+        anchor = _text(recipe["anchor"]) if "anchor" in recipe else None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{source} carries a damaged recipe in its metadata; it cannot be verified.") from None
-    return Recorded(recipe["expression"], _options(recipe), recorded)
+    return Recorded(recipe["expression"], anchor, _options(recipe), recorded)
 
 
 def _name(value: object) -> str:

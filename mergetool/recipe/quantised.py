@@ -1,6 +1,6 @@
 """Which weights of an output are quantised, and when a quantised weight can be copied as it is.
 
-With ``--quant`` these become quantised: where the first model's file is in a container that can be written, the weights that it has
+With ``--quant`` these become quantised: where the anchor's file is in a container that can be written, the weights that it has
 quantised; else the matrices of attention and feed-forward with both sides of at least 64, outside the refiners. Everything else stays in high precision:
 norms, biases, pad tokens, embedders, modulations, the final layer, and refiners, whose change alters a merge's pictures most.
 """
@@ -53,7 +53,7 @@ def is_quantised(
 
 
 def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
-    """The layout of a quantised output, None for the first model's own; raises UsageError for one it cannot have."""
+    """The layout of a quantised output, None for the anchor's own; raises UsageError for one it cannot have."""
     needed = ONE_TENSOR_LAYOUTS.get(anatomy.family.name)
     if needed is None:
         return wanted

@@ -47,7 +47,7 @@ class Pictures(_Strict):
     refine_steps: Count = Field(4, description="Steps of the second stage.")
     steps: Count = Field(30, description="Steps of the first stage.")
     guidance: Number = Field(3, description="Guidance of the first stage, as diffusers counts it.")
-    shift: Number | None = Field(None, description="Schedule shift; the first model's, else 6.")
+    shift: Number | None = Field(None, description="Schedule shift; the anchor's, else 6.")
     prompts: Text | None = Field(None, description="A file with a prompt a line.")
     seeds: Count | Text | None = Field(None, description="Seeds for every prompt: 0, or a text: 1,2,3 or 1-8.")
     size: Text | None = Field(None, description="WIDTHxHEIGHT; the model's.")
@@ -85,7 +85,7 @@ class MergeOutput(_Strict):
 
     merge: Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
     output: Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
-    protect: Patterns | None = Field(None, description="Groups or patterns taken bit for bit from the first model.")
+    protect: Patterns | None = Field(None, description="Groups or patterns taken bit for bit from the anchor.")
     include: Patterns | None = Field(None, description="Merge only these.")
     exclude: Patterns | None = Field(None, description="Do not merge these.")
     keep_from: Text | None = Field(
@@ -94,13 +94,13 @@ class MergeOutput(_Strict):
     set: Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Multipliers by group or pattern; a later one wins."
     )
-    dtype: Dtype | None = Field(None, description="The output's dtype; the first model's.")
+    dtype: Dtype | None = Field(None, description="The output's dtype; the anchor's.")
     quant: Container | None = Field(None, description="Container of the large matrices.")
     scale_search: bool = Field(False, description="Search each tensor's scale for the least squared error.")
-    layout: Literal["comfyui", "diffusers"] | None = Field(None, description="The first model's.")
+    layout: Literal["comfyui", "diffusers"] | None = Field(None, description="The anchor's.")
     bundled: Literal["keep", "drop", "drop-ema", "merge"] = Field(
         "keep",
-        description="The first model's VAE, text encoders, EMA weights and the like: copied, left out, or merged.",
+        description="The anchor's VAE, text encoders, EMA weights and the like: copied, left out, or merged.",
     )
     rounding: Literal["nearest", "stochastic", "error-feedback"] = "nearest"
     seed: Count = Field(0, description="Seed of stochastic rounding.")

@@ -65,7 +65,7 @@ class Step:
     """One part of one output tensor: elements ``[first, first + elements)`` of it.
 
     ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
-    ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the first model's elements, which what is
+    ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the anchor's elements, which what is
     merged is measured against; the program may not need it. ``multiplier`` is the ``--set`` that is in the program, 0 where it is
     the reason.
     """

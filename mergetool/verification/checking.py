@@ -77,7 +77,7 @@ def verify(
     looked, left_out = None, "not asked for"
     if with_images is not False:
         try:
-            studio, look = looking.plan(output, weights.parents[weights.first], wish, patient=bool(with_images))
+            studio, look = looking.plan(output, weights.parents[weights.anchor], wish, patient=bool(with_images))
         except looking.NotLookedAt as reason:
             left_out = str(reason)
         else:

@@ -29,7 +29,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
     from mergetool.comparison.plots import svg  # matplotlib takes half a second, which only a page is worth
     from mergetool.verification import plots
 
-    first = weights.distances.get(weights.first, [])
+    first = weights.distances.get(weights.anchor, [])
     return page.template("mergetool.verification", "report.html.j2").render(
         name=name,
         version=__version__,

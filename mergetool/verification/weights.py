@@ -20,7 +20,7 @@ from mergetool.comparison.energies import Distance
 from mergetool.engine import job, merge
 from mergetool.errors import DataError, InputMissing, NonFiniteError
 from mergetool.recipe import provenance
-from mergetool.recipe.expression import parse
+from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import MERGED, Input
 
@@ -32,12 +32,12 @@ class WeightsReport:
     ``differing`` maps a tensor to the offset of the first byte that is not what the recipe says; ``changed`` names
     inputs whose content is not what was merged; ``missing`` and ``extra`` are tensors that only the recipe or only
     the file has, or has in another shape or dtype; ``non_finite`` counts NaN and infinities of a tensor. ``parents``
-    are the models that the expression adds, by their recorded names, the first one in front, each with where it is;
+    are the models that the expression adds, by their recorded names, the anchor in front, each with where it is;
     ``distances`` how far the output lies from each, but for those where NaN or infinity leave no distance.
     """
 
     expression: str
-    first: str
+    anchor: str
     parents: dict[str, str] = field(default_factory=dict)
     merged: int = 0
     kept: int = 0
@@ -84,11 +84,11 @@ def check_weights(
         opened, plan, found, recorded = again.opened, again.plan, again.plan.inputs, again.recorded
         expression = plan.expression
         adding = [name for name, factor in expression.graph.coefficients().items() if factor > 0]
-        report = WeightsReport(recorded.expression, expression.first)
+        report = WeightsReport(recorded.expression, expression.anchor)
         report.parents = {
             model.name: place
-            for place, model in sorted(again.places, key=lambda entry: entry[1].name != expression.first)
-            if model.name in adding or model.name == expression.first
+            for place, model in sorted(again.places, key=lambda entry: entry[1].name != expression.anchor)
+            if model.name in adding or model.name == expression.anchor
         }
         report.changed = [name for name, now in again.fingerprints.items() if now != recorded.fingerprints[name]]
         report.missing, report.extra = against_header(plan, opened.checkpoint)
@@ -140,7 +140,7 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
     opened = stack.enter_context(models.open_model(output))
     folder = models.resolve(output).path.absolute().parent
     recorded = provenance.read(opened.checkpoint.metadata, output)
-    expression = parse(recorded.expression, known=list(recorded.fingerprints))
+    expression = _recorded_expression(recorded, output)
     named = [
         *expression.models,
         *expression.loras,
@@ -156,9 +156,23 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
     found = [model for _, model in places]
     found += [_open_lora(name, given.get(name), folder, found[0], stack) for name in expression.loras]
     prints = {model.name: model.checkpoint.fingerprint() for model in found}
+    if expression.records_anchor:
+        expression = expression.arranged(prints)
+    found.sort(key=lambda model: model.name != expression.anchor)
     return Reopened(
         opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints
     )
+
+
+def _recorded_expression(recorded: provenance.Recorded, output: str) -> Expression:
+    expression = parse(recorded.expression, known=list(recorded.fingerprints))
+    if recorded.anchor is None:
+        return expression.as_written()
+    if recorded.anchor not in expression.models:
+        raise DataError(
+            f"{output} carries a damaged recipe in its metadata: {quoted(recorded.anchor)} is not a model of its expression."
+        )
+    return expression.anchored(recorded.anchor)
 
 
 def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) -> tuple[str, Input]:

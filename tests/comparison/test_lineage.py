@@ -16,6 +16,7 @@ from mergetool.comparison import lineage, sampling
 from mergetool.comparison.lineage import Finding
 from mergetool.comparison.result import part_of_result
 from mergetool.engine import job
+from mergetool.recipe.expression import parse
 from mergetool.recipe.options import Options
 from mergetool.recipe.steps import Input
 from tests.families import checkpoint
@@ -76,7 +77,7 @@ def test_of_two_ancestors_the_nearer_one_is_named() -> None:
 def test_refiners_averaged_from_unrelated_models_are_an_error_unless_kept(expression: str) -> None:
     assert "error" in levels(expression)
     for options in ({"protect": ("refiner",)}, {"multipliers": (("refiner", Fraction(0)),)}):
-        kept = levels(expression, **options)
+        kept = levels(expression, keep_from=parse(expression).anchors[0], **options)
         assert "warn" in kept
         assert "error" not in kept
 
@@ -99,7 +100,7 @@ def test_refiners_averaged_from_relatives_are_only_noted() -> None:
     (found,) = checked("0.5*lab.turbo + 0.5*lab.deturbo")
     assert found.level == "note"
     assert "7.54 % apart" in found.text
-    assert checked("0.5*lab.turbo + 0.5*lab.deturbo", protect=("refiner",)) == []
+    assert checked("0.5*lab.turbo + 0.5*lab.deturbo", protect=("refiner",), keep_from="lab.turbo") == []
 
 
 def test_a_wrong_pair_inside_a_method_is_found() -> None:

@@ -127,8 +127,8 @@ def test_set_scales_the_change_of_a_group(family: Path) -> None:
     assert oracle.encode(found, dtypes.BF16) == oracle.encode(expected, dtypes.BF16)
 
 
-def test_set_on_an_interpolation_moves_between_the_first_model_and_the_result(family: Path) -> None:
-    options = Options(multipliers=(("layers", 0),))  # type: ignore[arg-type]
+def test_set_on_an_interpolation_moves_between_the_anchor_and_the_result(family: Path) -> None:
+    options = Options(multipliers=(("layers", 0),), keep_from="a.safetensors")  # type: ignore[arg-type]
     out = run("0.5*a + 0.5*b".replace("0.5*b", "0.5*'b.safetensors'"), family / "out.safetensors", options)
     with Checkpoint.open(out) as merged, Checkpoint.open(family / "a.safetensors") as first:
         assert merged.read("layers.0.attention.out.weight") == first.read("layers.0.attention.out.weight")

@@ -21,7 +21,7 @@ def test_a_program_that_does_not_look_is_caught(tmp_path: Path, monkeypatch: pyt
     assert any("silence" in violation for violation in values.plant(tmp_path, 3).violations)
 
 
-def test_integers_and_booleans_are_the_first_model_s(tmp_path: Path) -> None:
+def test_integers_and_booleans_are_the_anchors(tmp_path: Path) -> None:
     values.blend(tmp_path).require(300)
 
 
@@ -32,7 +32,7 @@ def test_a_reader_that_takes_integers_for_floats_of_their_width_is_caught(
     taken = {code: floats[dtypes.BY_CODE[code].bits] for code in values.NOT_BLENDED}
     monkeypatch.setattr(header, "BY_CODE", {**dtypes.BY_CODE, **taken})
     found = values.blend(tmp_path, only=["sum"]).violations
-    assert found == [f"ids.{code} by sum is not the first model's" for code in values.NOT_BLENDED]
+    assert found == [f"ids.{code} by sum is not the anchor's" for code in values.NOT_BLENDED]
 
 
 def test_a_plan_that_does_not_name_what_is_kept_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,13 +140,14 @@ def mixed(path: Path, seed: int) -> None:
 
 
 def blend(folder: Path, only: Collection[str] = ()) -> Tally:
-    """Every dtype that is no float through every run (or those in ``only``): the first model's bytes, and a reason in the plan that says so."""
+    """Every dtype that is no float through every run (or those in ``only``): the anchor's bytes, and a reason in the plan that says so."""
     tally = Tally("19", "integers and booleans through every method and kind of output")
     with working_in(folder):
         for seed, name in enumerate(MODELS):
             mixed(Path(f"{name}.safetensors"), seed)
         first = _integers("a.safetensors")
         for what, text, options in (run for run in runs() if not only or run[0] in only):
+            options = replace(options, keep_from="a.safetensors")
             with job.open_merge(text, options) as plan:
                 merged = set(plan.reasons().get("merged", ()))
                 kept = {name for names in plan.reasons().values() for name in names} - merged
@@ -153,7 +155,7 @@ def blend(folder: Path, only: Collection[str] = ()) -> Tally:
             found = _integers("out.safetensors")
             for name, raw in first.items():
                 tally.injected += 1
-                fault = None if found.get(name) == raw else "is not the first model's"
+                fault = None if found.get(name) == raw else "is not the anchor's"
                 fault = fault or (None if name in kept else "is not named as kept")
                 tally.judge(None if fault is None else f"{name} by {what} {fault}")
     return tally

@@ -42,10 +42,37 @@ def test_normal_form(text: str, expected: str) -> None:
     assert normal(text) == expected
 
 
-def test_the_first_model_is_the_leftmost_in_the_text_even_when_it_cancels() -> None:
-    expression = parse("x - x + y")
-    assert expression.first == "x"
-    assert expression.models == ("x", "y")
+@pytest.mark.parametrize(
+    ("text", "anchors"),
+    [
+        ("alk + 20*(a - b)", ("alk",)),
+        ("20*(a - b) + alk", ("alk",)),
+        ("(a - b)*1.5 + alk", ("alk",)),
+        ("20*a - 20*b + alk", ("alk",)),
+        ("2*a - b", ("a",)),
+        ("x - x + y", ("y",)),
+        ("0*x + y", ("y",)),
+        ("a + 0.5*(b - a)", ("a",)),
+        ("20*(b - c) + (a + 0.5*d - 0.5*e)", ("a",)),
+        ("slerp(a, b, t=0.5)", ("a",)),
+        ("ties(a, b, base=c)", ("c",)),
+        ("lora('x') + a", ("a",)),
+        ("a + b - c", ("a", "b")),
+        ("b + (a - c)", ("b",)),
+        ("0.7*a + 0.3*b", ("a", "b")),
+        ("0.5*(a + b)", ("a", "b")),
+    ],
+)
+def test_the_anchor_is_the_model_whose_own_factor_is_1_wherever_it_stands(text: str, anchors: tuple[str, ...]) -> None:
+    assert parse(text).anchors == anchors
+
+
+def test_the_anchor_is_in_front_of_the_models() -> None:
+    assert parse("20*(b - c) + a").models == ("a", "b", "c")
+
+
+def test_before_anchors_were_recorded_the_leftmost_model_was_it() -> None:
+    assert parse("20*(b - c) + a").as_written().anchor == "b"
 
 
 def test_models_are_listed_once_each() -> None:
