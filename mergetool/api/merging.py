@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from mergetool.api.progress import Progress, StrPath, bars, counting, patterns, reporting
 
 if TYPE_CHECKING:
-    from mergetool.comparison.lineage import Finding
+    from mergetool.comparison.preflight import Preflight
     from mergetool.engine.running import Outcome
     from mergetool.lora.extract import Extraction
     from mergetool.making.places import Places
@@ -73,7 +73,7 @@ def merge(
     """
     from mergetool.checkpoint import dtypes
     from mergetool.checkpoint.outputs import model_target
-    from mergetool.comparison import lineage
+    from mergetool.comparison import preflight
     from mergetool.engine import device as devices
     from mergetool.engine import job
     from mergetool.recipe.groups import parse_setting
@@ -95,9 +95,9 @@ def merge(
     )
     target = model_target(output, layout=layout, shard_size=shard_size, overwrite=overwrite)
     with job.open_merge(expression, options, skip_unmatched=skip_unmatched) as plan:
-        findings = lineage.check(plan)
+        checked = preflight.check(plan)
         if not force:
-            lineage.refuse(findings, way_out="force=True merges anyway")
+            checked.refuse(way_out="force=True merges anyway")
         on = devices.choose(device, work=plan.bytes_read, memory=0)
         with counting("merge", plan.bytes_read + plan.header.data_size, progress) as advance:
             outcome = job.run_merge(
@@ -110,11 +110,11 @@ def merge(
                 device=on,
                 progress=advance,
             )
-        return _merged(plan, target.path, findings, outcome)
+        return _merged(plan, target.path, checked, outcome)
 
 
-def _merged(plan: Plan, output: Path, findings: Sequence[Finding], outcome: Outcome) -> Merged:
-    warnings = (*plan.warnings, *(finding.text for finding in findings))
+def _merged(plan: Plan, output: Path, checked: Preflight, outcome: Outcome) -> Merged:
+    warnings = (*plan.warnings, *(finding.text for finding in checked.findings))
     return Merged(output, str(plan.expression.graph), plan.reasons(), dict(plan.left_out), warnings, outcome)
 
 
@@ -196,7 +196,7 @@ class _How:
 
 
 def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, Made]:
-    from mergetool.comparison import lineage
+    from mergetool.comparison import preflight
     from mergetool.engine import device as devices
     from mergetool.engine import job
     from mergetool.making import looks, survey
@@ -206,11 +206,11 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
     outputs = [task.output for task in tasks]
     with survey.open_plans(places, outputs, skip_unmatched=how.skip_unmatched) as plans:
         on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=0)
-        findings = [lineage.check(plan) for plan in plans]
-        for output, found in zip(outputs, findings, strict=True):
+        checked = [preflight.check(plan) for plan in plans]
+        for output, each in zip(outputs, checked, strict=True):
             if not how.force:
                 with places.located(output):
-                    lineage.refuse(found, way_out="force=True merges anyway")
+                    each.refuse(way_out="force=True merges anyway")
         with counting("merge", job.bytes_moved(plans, on), how.progress) as advance:
             outcomes = job.run_merges(
                 plans,
@@ -222,8 +222,8 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
                 progress=advance,
             )
         made = {
-            task.path: Made(task.output.label, task.path, task.state.kind, _merged(plan, task.path, found, outcome))
-            for task, plan, found, outcome in zip(tasks, plans, findings, outcomes, strict=True)
+            task.path: Made(task.output.label, task.path, task.state.kind, _merged(plan, task.path, each, outcome))
+            for task, plan, each, outcome in zip(tasks, plans, checked, outcomes, strict=True)
         }
         inputs = {task.path: looks.places_of(plan) for task, plan in zip(tasks, plans, strict=True)}
     for task in tasks:

@@ -260,12 +260,12 @@ def _print_rounding(report: Report, *, verbose: bool) -> None:
     console.heading(
         "round",
         f"{report.expression}, to {report.dtype}: {_percent(lost.eaten / lost.moved)} of {console.parameters(lost.moved)} elements left no trace, "
-        f"{_percent(lost.projection)} of the delta came through",
+        f"rounding keeps {_percent(lost.projection)} of the change",
     )
     if verbose:
         rows = [(name, movement) for name, movement in report.rounding.items() if movement.moved]
         console.table(
-            ["group", "moved", "left no trace", "below half a unit", "came through"],
+            ["group", "moved", "left no trace", "below half a unit", "kept"],
             [_rounding_row(name, movement) for name, movement in rows],
         )
 

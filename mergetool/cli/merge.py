@@ -22,7 +22,7 @@ from mergetool.cli.console import (
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.comparison.lineage import Finding
+    from mergetool.comparison.preflight import Preflight
     from mergetool.recipe.groups import Setting
     from mergetool.recipe.options import Options
     from mergetool.recipe.plan import Plan
@@ -251,10 +251,10 @@ def perform(expression: str, options: Options, output: str | None, settings: Set
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
             merge_report.print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
-        findings = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
+        checked = guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
         if settings.dry_run or target is None:
             if settings.as_json:
-                console.print_json(merge_report.plan_json(plan, memory) | merge_report.lineage_json(findings))
+                console.print_json(merge_report.plan_json(plan, memory) | checked.record())
             return
         total = plan.bytes_read + plan.header.data_size
         with console.progress(bar, total, shown=settings.shows_progress, publishes=True) as advance:
@@ -275,24 +275,24 @@ def perform(expression: str, options: Options, output: str | None, settings: Set
         if settings.as_json:
             console.print_json(
                 merge_report.plan_json(plan, memory)
-                | merge_report.lineage_json(findings)
+                | checked.record()
                 | merge_report.outcome_json(plan, outcome, target, seconds)
             )
         else:
             merge_report.print_outcome(plan, outcome, target, seconds)
 
 
-def guard(plan: Plan, *, force: bool, shown: bool) -> list[Finding]:
-    """Whether the models of ``plan`` belong together, printed where ``shown``; raises LineageError where they do not, unless with ``force``."""
-    from mergetool.comparison import lineage
+def guard(plan: Plan, *, force: bool, shown: bool) -> Preflight:
+    """The preflight of ``plan``, printed where ``shown``; raises LineageError for an error in it, unless with ``force``."""
+    from mergetool.comparison import preflight
 
-    findings = lineage.check(plan)
-    for finding in findings:
+    checked = preflight.check(plan)
+    for finding in checked.findings:
         if shown and (force or not finding.is_error):
             console.heading(finding.level, finding.text)
     if not force:
-        lineage.refuse(findings)
-    return findings
+        checked.refuse()
+    return checked
 
 
 def multiplier(text: str) -> Setting:

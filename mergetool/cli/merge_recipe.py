@@ -112,8 +112,8 @@ class _Run:
                     console.heading("output", task.output.label)
                     merge_report.print_plan(plan, memory, every_tensor=settings.verbose)
                 with self.places.located(task.output):
-                    findings = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
-                self.json[task.path] |= merge_report.lineage_json(findings)
+                    checked = merging.guard(plan, force=settings.force or settings.dry_run, shown=not settings.as_json)
+                self.json[task.path] |= checked.record()
             if len(plans) > 1 and not settings.as_json:
                 console.say()
                 _print_together(plans, settings.threads, on, total)

@@ -9,7 +9,6 @@ from mergetool.cli import console
 
 if TYPE_CHECKING:
     from mergetool.checkpoint.outputs import Target
-    from mergetool.comparison.lineage import Finding
     from mergetool.engine.movements import Movements
     from mergetool.engine.running import Outcome
     from mergetool.ops.movement import Movement
@@ -101,12 +100,12 @@ def _print_rounding(plan: Plan, movements: Movements) -> None:
     to, mode = "/".join(sorted(dtypes)), plan.options.rounding
     if mode == "nearest" and total.projection < WORTH_ADVICE:
         lost = _percent(1 - total.projection)
-        console.heading("delta", f"rounding to {to} lost {lost} of the delta; --rounding stochastic keeps it")
+        console.heading("delta", f"rounding to {to} lost {lost} of the change; --rounding stochastic keeps it")
     else:
-        how = "" if mode == "nearest" else f"{mode} "
-        console.heading("delta", f"{_percent(total.projection)} of the delta came through {how}rounding to {to}")
+        how = "rounding" if mode == "nearest" else f"{mode} rounding"
+        console.heading("delta", f"{how} to {to} kept {_percent(total.projection)} of the change")
     console.table(
-        ["group", "moved", "left no trace", "below half a unit", "came through"],
+        ["group", "moved", "left no trace", "below half a unit", "kept"],
         [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
     )
     if movements.sampled:
@@ -150,10 +149,6 @@ def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "metadata": dict(plan.header.metadata),
     }
-
-
-def lineage_json(findings: list[Finding]) -> dict[str, Any]:
-    return {"lineage": [{"level": finding.level, "text": finding.text} for finding in findings]}
 
 
 def outcome_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:

@@ -188,12 +188,12 @@ def _settings(groups: str) -> tuple[Setting, ...]:
 
 def _advice(plan: Plan, force: bool) -> list[str]:
     """What the models say about themselves. Raises LineageError where they do not belong together, unless with ``force``."""
-    from mergetool.comparison import lineage
+    from mergetool.comparison import preflight
 
-    findings = lineage.check(plan)
+    checked = preflight.check(plan)
     if not force:
-        lineage.refuse(findings, way_out="turn on force to merge anyway")
-    return [f"{finding.level}: {finding.text}" for finding in findings]
+        checked.refuse(way_out="turn on force to merge anyway")
+    return [f"{finding.level}: {finding.text}" for finding in checked.findings]
 
 
 def _write(plan: Plan, path: Path, overwrite: bool) -> str:
@@ -219,7 +219,7 @@ def _write(plan: Plan, path: Path, overwrite: bool) -> str:
         ", ".join(f"{len(names)} {reason}" for reason, names in plan.reasons().items()),
     ]
     if movement.moved:
-        lines.append(f"{100 * movement.projection:.1f} % of the delta came through rounding")
+        lines.append(f"rounding kept {100 * movement.projection:.1f} % of the change")
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
 
 

@@ -15,8 +15,8 @@ from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison import lineage
 from mergetool.comparison.distances import by_part, comparable, cut
 from mergetool.comparison.energies import Distance, Energies
+from mergetool.comparison.finding import Finding
 from mergetool.comparison.heatmap import block
-from mergetool.comparison.lineage import Finding
 from mergetool.comparison.streaming import Chunk, Operands, stream
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements

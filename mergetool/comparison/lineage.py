@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
@@ -24,9 +23,10 @@ from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import distances, sampling
 from mergetool.comparison.energies import Distance, percent
+from mergetool.comparison.finding import Finding
 from mergetool.comparison.sampling import Sample, middle
 from mergetool.comparison.weights import differences, whole_models
-from mergetool.errors import LineageError, MergetoolError
+from mergetool.errors import MergetoolError
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import MERGED, Input
 
@@ -45,28 +45,6 @@ NO_DIFFERENCE = "the two do not differ where they were looked at"
 FP16_LIMIT = 0.42
 """ComfyUI computes Z-Image in fp16 only where the standard deviation of `fp16_part` is below this."""
 NEAR_LIMIT = 0.95
-
-Level = Literal["note", "warn", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One sentence about a merge, with what was measured. An error means that pictures would be noise."""
-
-    level: Level
-    text: str
-
-    @property
-    def is_error(self) -> bool:
-        """Whether the merge should not be made without the user's word."""
-        return self.level == "error"
-
-
-def refuse(findings: Sequence[Finding], *, way_out: str = "--force merges anyway") -> None:
-    """Raises LineageError for the first finding that is an error; ``way_out`` says how to merge nevertheless."""
-    for finding in findings:
-        if finding.is_error:
-            raise LineageError(f"{finding.text}; {way_out}.")
 
 
 @dataclass(frozen=True)
@@ -137,15 +115,28 @@ class Relation:
         return f"{percent(self.layers)} apart in the layers{refiners}"
 
 
-def check(plan: Plan) -> list[Finding]:
-    """What a sample of the inputs says about ``plan``: a few megabytes of each, and of known models when something is subtracted.
+@dataclass(frozen=True)
+class Relations:
+    """How the models of one merge are related, read when it is asked for."""
 
-    The inputs must be open. Raises what reading them raises; known models that cannot be read are passed over.
-    """
-    lineage = _Lineage(plan.inputs)
-    found = [one for pair in differences(plan.expression.graph) for one in lineage.of_difference(*pair)]
-    found += lineage.of_averages(plan)
-    return [*dict.fromkeys(found), *_fp16(plan)]
+    plan: Plan
+    lineage: _Lineage
+
+    def findings(self) -> list[Finding]:
+        """What a sample of the inputs says: a few megabytes of each, and of known models when something is subtracted."""
+        found = [one for pair in differences(self.plan.expression.graph) for one in self.lineage.of_difference(*pair)]
+        found += self.lineage.of_averages(self.plan)
+        return [*dict.fromkeys(found), *_fp16(self.plan)]
+
+    def distances(self) -> tuple[tuple[str, str, float], ...]:
+        """For every x - y of the expression: x, y and how far apart they are, over all parts."""
+        pairs = differences(self.plan.expression.graph)
+        return tuple((x, y, self.lineage.relation(x, y).whole) for x, y in pairs)
+
+
+def of(plan: Plan) -> Relations:
+    """The relations of the inputs of ``plan``, which must be open while they are asked for."""
+    return Relations(plan, _Lineage(plan.inputs))
 
 
 def between(x: Input, y: Input) -> list[Finding]:
@@ -164,7 +155,7 @@ class _Lineage:
         """Whole models that are averaged, in the refiners and elsewhere."""
         refiners = self._averaged(plan, "refiner")
         for pair in refiners:
-            relation = self._relation(*pair)
+            relation = self.relation(*pair)
             both = f"{pair[0]} and {pair[1]}"
             if not relation.is_related:
                 yield Finding(
@@ -179,7 +170,7 @@ class _Lineage:
                     f"the refiners are averaged from {both}, {percent(relation.refiners)} apart; --protect refiner keeps one model's",
                 )
         for pair in self._averaged(plan, "layers"):
-            relation = self._relation(*pair)
+            relation = self.relation(*pair)
             if pair not in refiners and not relation.is_related:
                 yield Finding(
                     "warn",
@@ -205,7 +196,7 @@ class _Lineage:
 
     def of_difference(self, x: str, y: str) -> Iterator[Finding]:
         """Whether y looks like what x was trained from."""
-        relation = self._relation(x, y)
+        relation = self.relation(x, y)
         farther, differing = relation.gains
         if not relation.is_related:
             why = "refiners of their own" if relation.layers <= MOST_APART else "different weights altogether"
@@ -256,7 +247,8 @@ class _Lineage:
         names = [name for name in dict.fromkeys(names) if name not in (relation.x.name, relation.y.name)]
         return names[:MOST_KNOWN]
 
-    def _relation(self, x: str, y: str) -> Relation:
+    def relation(self, x: str, y: str) -> Relation:
+        """Two inputs by name."""
         return Relation(self._sample(x), self._sample(y))
 
     def _sample(self, name: str) -> Sample:

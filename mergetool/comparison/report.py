@@ -88,7 +88,7 @@ def _table(first: str, rows: dict[str, Energies], report: Report) -> Table:
 def _rounding(report: Report) -> Table:
     rows = [(name, each) for name, each in (*report.rounding.items(), ("all", report.lost)) if each.moved]
     return Table(
-        ["group", "left no trace", "below half a unit", "came through"],
+        ["group", "left no trace", "below half a unit", "kept"],
         [
             [
                 name,

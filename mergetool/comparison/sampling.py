@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergetool.adapters.values import widened
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison.distances import comparable
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.engine.reading import PositionedFetcher, ValueReader
 from mergetool.ops.sums import square
 from mergetool.quant.encoding import Floats
-from mergetool.recipe.steps import Input, window_of
+from mergetool.recipe.steps import Input, Window, window_of
 
 MOST, LEAST = 4096, 64
 """Elements of a part, or a row where that is longer: of Z-Image 3 to 4 MB of a BF16 file, norms whole. The verdicts on the embedded family are the same
@@ -44,21 +45,30 @@ def read(model: Input) -> Sample:
     reader = ValueReader(PositionedFetcher())
     values: dict[str, Floats] = {}
     for name, part in parts.items():
-        width = part.shape[-1] if part.shape else 1
-        rows = part.numel // width
-        taken = min(rows, max(1, each // width))
-        start = (rows - taken) // 2 * width
-        found = reader.fetch(0, model.checkpoint, window_of(0, model, part), start, taken * width)
-        out = np.empty(taken * width, np.float32)
-        if found.is_plain:
-            out[:] = widened(found.raw[0], found.dtype)
-        else:
-            found.decode(out)
-        reader.release(found)
-        for file, offset, size in found.places:
-            file.forget(offset // AROUND * AROUND, size + 2 * AROUND)
-        values[name] = out
+        start, count = middle_rows(part.numel, part.shape[-1] if part.shape else 1, each)
+        values[name] = values_of(reader, model.checkpoint, window_of(0, model, part), start, count)
     return Sample(model.name, model, values, {name: part.numel for name, part in parts.items()})
+
+
+def middle_rows(elements: int, width: int, most: int = MOST) -> tuple[int, int]:
+    """Where the sample of a part begins, and how many elements it has: ``most``, in whole rows of ``width``, at least one row."""
+    rows = elements // width
+    taken = min(rows, max(1, most // width))
+    return (rows - taken) // 2 * width, taken * width
+
+
+def values_of(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Floats:
+    """Elements ``[start, start + count)`` of a window as float32 [count]; the pages around them are let go of."""
+    found = reader.fetch(0, checkpoint, window, start, count)
+    out = np.empty(count, np.float32)
+    if found.is_plain:
+        out[:] = widened(found.raw[0], found.dtype)
+    else:
+        found.decode(out)
+    reader.release(found)
+    for file, offset, size in found.places:
+        file.forget(offset // AROUND * AROUND, size + 2 * AROUND)
+    return out
 
 
 def distances(variant: Sample, base: Sample) -> list[Distance]:

@@ -104,7 +104,7 @@ def test_an_expression_with_groups_and_a_container(comfyui: Executor, tmp_path: 
     ran = command("merge", expression, *options, "-o", "expression.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert Path(outputs["5"][1]).read_bytes() == (tmp_path / "expression.safetensors").read_bytes()
-    assert "came through" in comfyui.ui["5"]["text"][0]
+    assert "rounding kept" in comfyui.ui["5"]["text"][0]
 
 
 def test_a_comparison_chooses_the_multiplier(comfyui: Executor, host: Host, tmp_path: Path) -> None:

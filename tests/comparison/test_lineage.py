@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mergetool import models
 from mergetool.checkpoint.dtypes import BF16, F16
 from mergetool.comparison import lineage, sampling
-from mergetool.comparison.lineage import Finding
+from mergetool.comparison.finding import Finding
 from mergetool.comparison.result import part_of_result
 from mergetool.engine import job
 from mergetool.recipe.expression import parse
@@ -29,7 +29,7 @@ PARENTS = {("striped", "base"), ("deturbo", "turbo"), ("hollow", "turbo"), ("hol
 
 def checked(expression: str, **options: object) -> list[Finding]:
     with job.open_merge(expression, Options(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
-        return lineage.check(plan)
+        return lineage.of(plan).findings()
 
 
 def levels(expression: str, **options: object) -> list[str]:
