@@ -165,7 +165,9 @@ def test_merge_json_is_one_object_with_the_whole_plan(family: Path, tmp_path: Pa
 def test_merge_says_what_rounding_took_and_which_rounding_keeps_it(family: Path, tmp_path: Path) -> None:
     small = "alkahest + 0.01 * (turbo - deturbo)"
     near = mergetool("merge", small, "-o", tmp_path / "near.safetensors", cwd=family)
-    assert re.search(r"delta   rounding to bf16 lost \d\d\.\d % of the change; --rounding stochastic keeps it", near.out)
+    assert re.search(
+        r"delta   rounding to bf16 lost \d\d\.\d % of the change; --rounding stochastic keeps it", near.out
+    )
     kept = mergetool("merge", small, "--rounding", "stochastic", "-o", tmp_path / "kept.safetensors", cwd=family)
     assert re.search(r"delta   stochastic rounding to bf16 kept [\d.]+ % of the change", kept.out)
     shares = re.search(r"^ +ffn +[\d.]+ k +([\d.]+) % +([\d.]+) % +([\d.]+) %$", kept.out, re.MULTILINE)
