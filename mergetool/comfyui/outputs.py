@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mergetool.recipe.groups import Setting
     from mergetool.recipe.plan import Plan
 
-FIRST = "as the first model"
+FIRST = "as the anchor"
 PLAIN = "none"
 DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e5m2")
 LAYOUTS = ("comfyui", "diffusers")

@@ -326,7 +326,7 @@ def config_files(plan: Plan) -> Mapping[str, bytes]:
 
 
 def stem_of(plan: Plan) -> str:
-    """What the files of a folder output are called: as the first model's, where it is a folder of a library that looks for that name.
+    """What the files of a folder output are called: as the anchor's, where it is a folder of a library that looks for that name.
 
     transformers looks for ``model.safetensors``, diffusers for ``diffusion_pytorch_model.safetensors``.
     """

@@ -1,6 +1,6 @@
 """What becomes of the tensors that a file bundles with its model: ``--bundled``.
 
-* ``keep``: those of the first model are copied bit for bit, whatever dtype or container the model gets; GGUF blocks, which a safetensors file cannot hold,
+* ``keep``: those of the anchor are copied bit for bit, whatever dtype or container the model gets; GGUF blocks, which a safetensors file cannot hold,
   become BF16;
 * ``drop``: left out, and named; flags that say how to sample the model (``v_pred``, ``ztsnr``) stay, as they are the model's;
 * ``drop-ema``: EMA weights are left out and the rest is kept;
@@ -57,7 +57,7 @@ def _read(part: Part, encoding: quant.Encoding | None) -> Part:
 def outputs(
     model: Input, mode: str, *, same_names: bool, same_layout: bool
 ) -> tuple[list[OutputTensor], list[tuple[str, str]]]:
-    """What is written of the bundled tensors of the first model, and what is left out of them, with the reason.
+    """What is written of the bundled tensors of the anchor, and what is left out of them, with the reason.
 
     ``same_layout`` says whether the output has the model's layout, ``same_names`` whether a file of its names may bundle something.
     """

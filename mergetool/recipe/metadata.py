@@ -1,4 +1,4 @@
-"""Which of the first model's metadata travels into the output: all of it but what would be false there, and what is ours.
+"""Which of the anchor's metadata travels into the output: all of it but what would be false there, and what is ours.
 
 Configs, licences and model specs are needed to load and to pass on what was made of a model. Nothing that is left out is left out in silence.
 """
