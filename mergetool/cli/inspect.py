@@ -67,7 +67,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
     if opened.refused:
-        console.heading("refused", f"its names are shown, its values are not read: {opened.refused}")
+        console.heading("refused", opened.refused)
     for note in opened.notes:
         console.heading("note", f"{model} {note}")
     for label, count in _quantised(opened).items():

@@ -100,12 +100,12 @@ def _strange(
     info = model[name]
     if leaf == "weight":
         return next((n for n in (*within, *beside) if not _PLAIN.fullmatch(leaf_of(n))), None)
-    related = [*within, *(n for n in beside if leaf_of(n).startswith(leaf) or _is_side(leaf_of(n)))]
+    is_list = len(info.shape) < 2
+    related = [*within, *(n for n in beside if leaf_of(n).startswith(leaf) or (_is_side(leaf_of(n)) and not is_list))]
     if related:
         return related[0]
     if info.dtype.blendable or not parent:
         return None
-    is_list = len(info.shape) < 2
     if is_list and (info.dtype.kind not in ("int", "uint") or f"{parent}.weight" in model):
         return None
     return next((n for n in beside if not _PLAIN.fullmatch(leaf_of(n))), None)

@@ -114,7 +114,8 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
         unused = {kind: count for kind, count in sorted(beside.items()) if kind not in ("flag", "schedule")}
         if unused and mode != "drop":
             which = ", ".join(f"{count} {kind}" for kind, count in unused.items())
-            found.append(
-                f"what {model.name} bundles with its model ({which} tensors) is not in the output; --bundled merge merges it"
+            way_out = (
+                "--bundled merge merges it" if first.anatomy.outside else f"{first.name}'s file has the model alone"
             )
+            found.append(f"what {model.name} bundles with its model ({which} tensors) is not in the output; {way_out}")
     return found

@@ -137,6 +137,12 @@ def test_another_models_parts_that_go_nowhere_are_named() -> None:
     )
 
 
+def test_a_model_alone_takes_nothing_of_what_others_bundle() -> None:
+    save_file({n: t for n, t in load_file("a.safetensors").items() if n.startswith(UNET)}, "a.safetensors")
+    assert not list(beside(made(MERGE, bundled="merge")))
+    assert any("a.safetensors's file has the model alone" in text for text in planned(MERGE).warnings)
+
+
 def test_a_pattern_that_means_a_bundled_part_says_so() -> None:
     with pytest.raises(PatternError, match="matches only what is bundled with the model"):
         planned(MERGE, exclude=("first_stage_model",))
