@@ -7,11 +7,13 @@ import mmap
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mergetool.checkpoint import system
+from mergetool.checkpoint.descriptors import Pool, Pooled
 from mergetool.errors import DataError, InputMissing, StorageError
 
 Identity = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
@@ -60,8 +62,10 @@ def _require_regular(status: os.stat_result, path: Path) -> None:
 # Windows or positioned reads, GB/s of summed bytes, 2 GiB in the page cache, 2 cores, median of 5: with 4 MiB
 # pieces 26 (window) and 23 (read_into a reused buffer) on one thread, 35 and 30 on two; with 1 MiB pieces 23 and 21
 # on one, but 24 and 29 on two: mapping and unmapping small windows makes the threads wait for each other.
-class InputFile:
-    """One input file, opened once and never by name again: a file renamed over it later is not read.
+class InputFile(Pooled):
+    """One input file, pinned when it is opened: a file renamed over it later is not read.
+
+    Where too many are open it is closed for a while, and what is opened again must still be the same file, unchanged.
 
     ``size`` is in bytes and ``identity`` is (device, inode, size, mtime_ns, ctime_ns), both as of the
     opening. Every method may be called from several threads at once.
@@ -75,8 +79,9 @@ class InputFile:
         self._fd = fd
         self._lock = threading.Lock()
         self._tried_to_map = False
-        self._mapping: mmap.mmap | None = None
-        self._address = 0
+        self._mapping: _Mapping | None = None
+        self._closed = False
+        _pool.add(self)
 
     @classmethod
     def open(cls, path: Path) -> InputFile:
@@ -112,10 +117,10 @@ class InputFile:
 
     def close(self) -> None:
         """Close the file; views that `window` returned stay readable until they are released. Idempotent."""
+        fd = _pool.remove(self)
         with self._lock:
-            fd, self._fd = self._fd, -1
+            self._closed = self._tried_to_map = True
             self._mapping = None
-            self._tried_to_map = True
         if fd >= 0:
             system.close(fd)
 
@@ -128,14 +133,15 @@ class InputFile:
         view = buffer.cast("B")
         self._require_inside(offset, len(view))
         done = 0
-        while done < len(view):
-            try:
-                count = system.read_at(self._fd, view[done:], offset + done)
-            except OSError as error:
-                raise _cannot_read(error, self.path) from error
-            if count == 0:
-                raise self._shrank(offset + done)
-            done += count
+        with _pool.using(self) as fd:
+            while done < len(view):
+                try:
+                    count = system.read_at(fd, view[done:], offset + done)
+                except OSError as error:
+                    raise _cannot_read(error, self.path) from error
+                if count == 0:
+                    raise self._shrank(offset + done)
+                done += count
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``; raises as `read_into` does."""
@@ -161,8 +167,8 @@ class InputFile:
         if mapping is None or size == 0:
             return memoryview(self.read(offset, size))
         self._require_inside(offset, size)
-        self._populate(offset, size)
-        return memoryview(mapping)[offset : offset + size]
+        self._populate(mapping, offset, size)
+        return memoryview(mapping.bytes)[offset : offset + size]
 
     def drop(self, offset: int, size: int) -> None:
         """Give the pages of a window back, so that the process does not grow with the file.
@@ -177,22 +183,25 @@ class InputFile:
         self._require_inside(offset, size)
         start = offset - offset % mmap.PAGESIZE
         try:
-            system.advise(self._address + start, offset + size - start, system.MADV_DONTNEED)
+            system.advise(mapping.address + start, offset + size - start, system.MADV_DONTNEED)
         except OSError as error:
             if error.errno not in system.UNSUPPORTED:
                 raise _cannot_read(error, self.path) from error
 
     def will_need(self, offset: int, size: int) -> None:
         """Start reading these bytes into the page cache and return at once; a hint that never fails."""
-        system.read_ahead(self._fd, offset, size)
+        with _pool.using(self) as fd:
+            system.read_ahead(fd, offset, size)
 
     def bring(self, offset: int, size: int) -> bool:
         """Read these bytes into the page cache, until they are there; False where that cannot be done. Raises OSError."""
-        return system.bring(self._fd, offset, size)
+        with _pool.using(self) as fd:
+            return system.bring(fd, offset, size)
 
     def forget(self, offset: int, size: int) -> None:
         """Let these bytes go from the page cache, for files too large to stay there; a hint that never fails."""
-        system.forget(self._fd, offset, size)
+        with _pool.using(self) as fd:
+            system.forget(fd, offset, size)
 
     def check_unchanged(self) -> None:
         """Raises DataError unless the name still leads to the file opened, and its size and times are as then."""
@@ -204,29 +213,54 @@ class InputFile:
                 raise DataError(f'"{self.path}" was removed while it was read; run again.') from None
             raise _cannot_read(error, self.path) from error
         if now != self.identity:
-            raise DataError(
-                f'"{self.path}" changed while it was read (its size, times or inode differ); '
-                "run again when nothing writes to it."
-            )
+            raise self._changed()
 
-    def _map(self) -> mmap.mmap | None:
+    def _open_again(self) -> int:
+        if self._closed:
+            raise ValueError(f'"{self.path}" was closed')
+        try:
+            fd = system.open_input(self._real_path)
+        except OSError as error:
+            raise _cannot_open(error, self.path) from None
+        if identity_of(os.fstat(fd)) != self.identity:
+            system.close(fd)
+            raise self._changed()
+        return fd
+
+    def _park(self) -> None:
+        fd, self._fd = self._fd, -1
+        self._mapping, self._tried_to_map = None, False  # a mapping holds a descriptor of its own
+        if fd >= 0:
+            system.close(fd)
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f'"{self.path}" changed while it was read (its size, times or inode differ); '
+            "run again when nothing writes to it."
+        )
+
+    def _map(self) -> _Mapping | None:
         with self._lock:
             if not self._tried_to_map:
-                self._tried_to_map = True
-                if self.size and system.network_file_system(self._fd) is None:
-                    self._mapping, self._address = _map_whole(self._fd, self.size)
+                with _pool.using(self) as fd:
+                    self._tried_to_map = True
+                    if self.size and system.network_file_system(fd) is None:
+                        self._mapping = _map_whole(fd, self.size)
+                    return self._mapping
             return self._mapping
 
-    def _populate(self, offset: int, size: int) -> None:
+    def _populate(self, mapping: _Mapping, offset: int, size: int) -> None:
         """Fault a window in with one call, which also turns the SIGBUS of a cut file into an error."""
         start = offset - offset % mmap.PAGESIZE
         try:
-            system.advise(self._address + start, offset + size - start, system.MADV_POPULATE_READ)
+            system.advise(mapping.address + start, offset + size - start, system.MADV_POPULATE_READ)
         except OSError as error:
             if error.errno in system.UNSUPPORTED:  # before Linux 5.14: pages are faulted in one by one
                 return
-            if os.fstat(self._fd).st_size < offset + size:
-                raise self._shrank(os.fstat(self._fd).st_size) from None
+            with _pool.using(self) as fd:
+                end = os.fstat(fd).st_size
+            if end < offset + size:
+                raise self._shrank(end) from None
             raise _cannot_read(error, self.path) from error
 
     def _require_inside(self, offset: int, size: int) -> None:
@@ -240,15 +274,26 @@ class InputFile:
         )
 
 
-def _map_whole(fd: int, size: int) -> tuple[mmap.mmap | None, int]:
-    """The read-only shared mapping of a file and its address; None where the system refuses to map it."""
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """The read-only shared mapping of a whole file, and its address."""
+
+    bytes: mmap.mmap
+    address: int
+
+
+_pool = Pool(part=4)  # of each two descriptors at most: a mapping has a second one
+
+
+def _map_whole(fd: int, size: int) -> _Mapping | None:
+    """The mapping of a file; None where the system refuses to map it."""
     import numpy
 
     try:
         mapping = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # ENODEV, ENOMEM, EACCES; ValueError: the file is already shorter
-        return None, 0
-    return mapping, numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
+        return None
+    return _Mapping(mapping, numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data)
 
 
 def _cannot_open(error: OSError, path: Path) -> InputMissing | DataError:

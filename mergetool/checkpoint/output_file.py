@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import stat
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mergetool.checkpoint import system
+from mergetool.checkpoint.descriptors import Pool, Pooled
 from mergetool.checkpoint.targets import TargetClaim, attempt, is_own
 from mergetool.errors import StorageError
 
@@ -40,12 +42,18 @@ class _Open:
 
 
 _open = _Open()
+_pool = Pool(part=8)
 
 
-class OutputFile:
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+class OutputFile(Pooled):
     """One file being written under a temporary name: ``size`` bytes, zero until written.
 
-    ``shown`` is the path that errors name, the one the user asked for.
+    ``shown`` is the path that errors name, the one the user asked for. Where too many are open it is closed for a while, with what was
+    written on stable storage, and its lock let go of: the lock of a folder of outputs tells that their run is alive.
     """
 
     def __init__(self, path: Path, shown: Path, size: int, *, left: bool = False) -> None:
@@ -73,6 +81,24 @@ class OutputFile:
             except BaseException:
                 self.abandon()
                 raise
+            self._identity = _identity(system.status_of(self._fd))
+            _pool.add(self)
+
+    def _open_again(self) -> int:
+        fd = system.open_stage(self.path)
+        if _identity(system.status_of(fd)) != self._identity:
+            system.close(fd)
+            raise OSError(errno.ESTALE, "another file lies where it was being written")
+        return fd
+
+    def _park(self) -> None:
+        fd, self._fd = self._fd, -1
+        try:
+            system.fsync(fd)  # an error that nobody is told of now would not be told again
+        except OSError:
+            self._damaged = True
+        finally:
+            attempt(system.close, fd)
 
     def _require_own(self, locked: bool | None) -> None:
         found = system.status_of(self._fd)
@@ -175,8 +201,8 @@ class OutputFile:
                 raise ValueError(f'"{self._shown}" is no longer open for writing')
             self._writers += 1
         try:
-            with system.explained(self._shown, action):
-                yield self._fd
+            with system.explained(self._shown, action), _pool.using(self) as fd:
+                yield fd
         except BaseException:
             self._damaged = True
             raise
@@ -185,7 +211,7 @@ class OutputFile:
                 self._writers -= 1
                 late = self._closing and self._writers == 0
             if late:
-                attempt(system.close, self._fd)
+                attempt(self._release)
 
     def _close(self) -> None:
         with self._lock:
@@ -195,7 +221,12 @@ class OutputFile:
             _open.count(-self.size)
             idle = self._writers == 0
         if idle:
-            system.close(self._fd)
+            self._release()
+
+    def _release(self) -> None:
+        fd = _pool.remove(self)
+        if fd >= 0:
+            system.close(fd)
 
     def _require_inside(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:

@@ -75,16 +75,18 @@ def _load_native() -> dict[str, Callable[..., int]]:
     return found
 
 
-def _load_fcntl() -> Any:
+def _load(module: str) -> Any:
+    """A module of the standard library that some systems lack; None there."""
     try:
-        return importlib.import_module("fcntl")
+        return importlib.import_module(module)
     except ImportError:
         return None
 
 
 # The capability table: a test removes an entry, or an attribute of os, to become a system without the call.
 NATIVE = _load_native()
-FCNTL = _load_fcntl()
+FCNTL = _load("fcntl")
+RESOURCE = _load("resource")
 
 _BINARY = getattr(os, "O_BINARY", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
@@ -107,6 +109,14 @@ def _native(name: str, *arguments: object) -> None:
 
 
 # ---- opening
+
+
+def most_open_files() -> int:
+    """How many files the process may have open at once; 512 where the system does not say, as in Windows' C library."""
+    if RESOURCE is None:
+        return 512
+    soft: int = RESOURCE.getrlimit(RESOURCE.RLIMIT_NOFILE)[0]
+    return soft if 0 <= soft < 1 << 20 else 1 << 20
 
 
 def open_input(path: Path) -> int:
