@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -121,10 +125,13 @@ def test_hundreds_of_shards_are_written_with_few_descriptors(tmp_path: Path) -> 
 def test_a_sync_that_fails_when_a_shard_is_closed_for_others_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     header = Header.plan([(f"t{number}", F32, (5,)) for number in range(50)])
     with CheckpointWriter.stage(tmp_path / "out", header, shard_size=20) as out:
         with monkeypatch.context() as patch:
-            patch.setattr(system, "fsync", lambda fd: os.fsync(-1))
+            patch.setattr(system, "fsync", failing)
             for number in range(50):
                 out.write(f"t{number}", 0, memoryview(bytes(20)))
         with pytest.raises(StorageError, match="an earlier write failed"):
@@ -133,10 +140,6 @@ def test_a_sync_that_fails_when_a_shard_is_closed_for_others_is_not_forgotten(
 
 
 def test_three_models_of_many_shards_merge_with_256_open_files(tmp_path: Path) -> None:
-    import json
-    import subprocess
-    import sys
-
     values = {f"layers.{number}.weight": numpy.full((4, 4), number, numpy.float32) for number in range(120)}
     for scale, name in enumerate("abc", 1):
         (tmp_path / name).mkdir()
