@@ -1,6 +1,6 @@
 """Who loads a LoRA file: what diffusers and ComfyUI make of each spelling of a Z-Image LoRA.
 
-diffusers 0.42 is run on each in the tests; ComfyUI's column is what its source does (October 2025 to August 2026).
+diffusers 0.42.1 and ComfyUI 0.30.0 are run on each in the tests.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,41 @@ def test_comfyui_adds_what_bake_adds(
     lora = KINDS[kind]().save(tmp_path)
     tolerance = allowed(comfyui, base, zeros, lora, strength)
     assert mispatched(comfyui, base, lora, baked(base, lora, strength), tolerance, strength=strength) == []
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_", "transformer.", "lycoris_", ""])
+def test_every_name_that_comfyui_knows_means_the_same_rows(
+    tmp_path: Path, base: Path, comfyui: ComfyUI, prefix: str
+) -> None:
+    starts = ("diffusion_model.", "lora_unet_", "transformer.", "lycoris_")
+    names = {
+        name: target
+        for name, target in comfyui.ask("names", model=base)["names"].items()
+        if (name.startswith(prefix) if prefix else not name.startswith(starts)) and "pad_token" not in name
+    }
+    weights = load_file(base)
+    for tensors in without_overlaps(names, weights):
+        lora = Written(tensors).save(tmp_path)
+        assert mispatched(comfyui, base, lora, baked(base, lora)) == []
+
+
+def without_overlaps(names: dict[str, list[Any]], weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Whole differences under all names, in as many files as it takes for no row to be changed twice."""
+    files: list[dict[str, torch.Tensor]] = []
+    taken: list[set[tuple[str, int]]] = []
+    for i, (name, (target, start, length)) in enumerate(names.items()):
+        stored = target.removeprefix("diffusion_model.")
+        if stored not in weights:  # a modulation of the context refiners, which they have not
+            continue
+        first, count = start or 0, length or weights[stored].shape[0]
+        rows = {(stored, row) for row in range(first, first + count)}
+        place = next((j for j, held in enumerate(taken) if not held & rows), len(files))
+        if place == len(files):
+            files.append({})
+            taken.append(set())
+        files[place][f"{name}.diff"] = random(count, *weights[stored].shape[1:], seed=i)
+        taken[place] |= rows
+    return files
 
 
 @pytest.mark.parametrize("key_format", ["default", "diffusers", "comfyui"])

@@ -43,6 +43,7 @@ def test_the_numbers_of_comparisons_are_those_of_the_tests() -> None:
         ),
         "a forward pass": (1, embedded),
         "spellings of LoRAs": (cases(loaders.test_comfyui_adds_what_is_said), small),
+        "every name": (cases(loras.test_every_name_that_comfyui_knows_means_the_same_rows), small),
         "LoRAs of every kind": (cases(loras.test_comfyui_adds_what_bake_adds), small),
         "LoRAs that": (cases(loras.test_comfyui_adds_what_convert_writes) + 2, small),
         "DoRA": (
