@@ -203,3 +203,15 @@ def test_a_lora_of_which_nothing_meets_the_base_is_never_verified(tuned: Path) -
     )
     ran = mergetool("lora", "verify", "base.safetensors", "x.safetensors", "tuned.safetensors", cwd=tuned)
     assert (ran.code, "adds nothing to base.safetensors" in ran.err) == (65, True), ran.err
+
+
+def test_inspect_with_a_model_measures_how_far_comfyuis_dora_is_from_trainings(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "base.safetensors")
+    name = f"diffusion_model.{BLOCK}.attention.to_out.0"
+    tensors = {f"{name}.lora_down.weight": random(2, DIM, seed=1), f"{name}.lora_up.weight": random(DIM, 2, seed=2)}
+    for shape, measured in (((DIM, 1), True), ((1, DIM), False)):
+        save_file(tensors | {f"{name}.dora_scale": torch.ones(shape)}, tmp_path / "dora.safetensors")
+        command = ("lora", "inspect", "dora.safetensors", "--model", "base.safetensors")
+        found = mergetool(*command, "--json", cwd=tmp_path).json
+        assert (found["dora_in_comfyui"] is not None) is measured
+        assert ("ComfyUI's weights are" in mergetool(*command, cwd=tmp_path).out) is measured

@@ -346,3 +346,15 @@ def test_diffusers_loads_an_exact_merge_with_its_alphas(tmp_path: Path) -> None:
         name = f"transformer.{part.removesuffix('.weight')}"
         product = f64(found[f"{name}.lora_B.weight"]) @ f64(found[f"{name}.lora_A.weight"])
         close(product, 0.7 * (first.changes[part] + second.changes[part]), 5e-3)
+
+
+def test_factors_of_a_convolution_over_time_keep_their_kernel(tmp_path: Path) -> None:
+    name = "diffusion_model.patch_embedding"
+    down, up = torch.randn(3, 4, 1, 2, 2), torch.randn(6, 3, 1, 1, 1)
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "a.safetensors")
+    with opened([(str(tmp_path / "a.safetensors"), Fraction(1))]) as terms:
+        combine(gather(terms), tmp_path / "b.safetensors", Fixed(3), dtype=dtypes.F32)
+    written = load_file(tmp_path / "b.safetensors")
+    one, other = written[f"{name}.lora_A.weight"], written[f"{name}.lora_B.weight"]
+    assert (one.shape, other.shape) == (down.shape, up.shape)
+    torch.testing.assert_close(other.reshape(6, 3) @ one.reshape(3, -1), up.reshape(6, 3) @ down.reshape(3, -1))
