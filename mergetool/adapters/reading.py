@@ -343,6 +343,10 @@ class _Reading:
         if dora:
             self.warnings.append(f"{len(dora)} modules are DoRA: their change depends on the weight it is added to")
             self._remark_magnitudes(dora)
+        mine = {id(change.adapter): change.adapter for found in changes.values() for change in found}.values()
+        of_text = sum(is_of_text_encoder(next(iter(adapter.tensors.values()))) for adapter in mine)
+        if of_text:
+            self.warnings.append(f"{of_text} of {len(mine)} changed modules are of text encoders")
         prefixes = Counter(one.prefix for one in self.spelled.values())
         if len(prefixes) > 1:
             self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")

@@ -252,11 +252,11 @@ def _print_done(gathering: Gathering, done: Combined, settings: Settings, target
     console.table(["group", "modules", "rank read", "rank min/med/max", "energy", "residual"], rows)
     if done.capped:
         wanted = max(one.wanted or 0 for one in done.capped)
-        names = [f"{one.name} wants {one.wanted}" for one in done.capped]
+        capped = [f"{one.name} wants {one.wanted}" for one in done.capped]
         console.heading(
             "",
-            f"{len(names)} stopped by --rank-max, which would have to be {wanted}: "
-            f"{console.listed(names, most=len(names) if settings.verbose else 2)}",
+            f"{len(capped)} stopped by --rank-max, which would have to be {wanted}: "
+            f"{console.listed(capped, most=len(capped) if settings.verbose else 2)}",
         )
     if done.empty:
         names = console.listed(done.empty, most=len(done.empty) if settings.verbose else 2)

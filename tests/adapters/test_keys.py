@@ -254,3 +254,13 @@ def test_names_of_the_model_itself_may_have_a_prefix(tmp_path: Path) -> None:
         anatomy = recognise(checkpoint.tensors, source="base")
     with open_lora(tmp_path / "lora.safetensors", anatomy=anatomy) as file:
         assert len(file.changes) == 2
+
+
+def test_text_encoders_of_an_unknown_model_are_counted_among_its_modules(tmp_path: Path) -> None:
+    names = ("lora_unet_input_blocks_4_1_proj_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    save_file(
+        {f"{name}{end}": random(4, 4, seed=1) for name in names for end in (DOWN, UP)}, tmp_path / "lora.safetensors"
+    )
+    with open_lora(tmp_path / "lora.safetensors") as file:
+        assert len(file.changes) == 2
+        assert any("1 of 2 changed modules are of text encoders" in warning for warning in file.warnings)
