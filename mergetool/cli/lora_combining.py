@@ -105,7 +105,9 @@ def selection(
         if there
     ]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} contradict each other; give one of them; --rank-max caps a threshold or a budget.")
+        raise UsageError(
+            f"{' and '.join(given)} contradict each other; give one of them; --rank-max caps a threshold or a budget."
+        )
     if rank is not None:
         if rank_max is not None:
             raise UsageError(
