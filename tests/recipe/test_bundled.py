@@ -23,7 +23,7 @@ from tests.quant.files import marker
 from tests.quant.ggml import Q, packed, write
 from tests.recipe.all_in_one import BESIDE, UNET, sdxl
 
-MERGE = "0.5*'a.safetensors' + 0.5*'b.safetensors'"
+MERGE = "'a.safetensors' + 0.5*('b.safetensors' - 'a.safetensors')"
 COPY = "'a.safetensors'"
 
 

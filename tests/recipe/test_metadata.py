@@ -17,7 +17,7 @@ from mergetool.recipe.options import Options
 
 CONFIG = json.dumps({"transformer": {"num_layers": 3}, "vae": {"_class_name": "CausalVideoAutoencoder"}})
 THEIRS = {"config": CONFIG, "modelspec.title": "My LTXV", "modelspec.license": "CC-BY-NC-4.0", "license": "other"}
-MERGE = "0.5*'a.safetensors' + 0.5*'b.safetensors'"
+MERGE = "'a.safetensors' + 0.5*('b.safetensors' - 'a.safetensors')"
 OURS = {"format", "mergetool.recipe", "mergetool.inputs", "mergetool.version"}
 
 
