@@ -7,7 +7,9 @@ Policy, for every part (a parameter under its canonical name) of the anchor:
 * in ``--set`` with multiplier 0: kept from the anchor;
 * missing from one of the other models: kept, and named; a LoRA that does not change it counts as zero;
 * integers, booleans and other types that cannot be blended: kept, and named;
-* of different shape in two models: an error, unless it is kept.
+* of different shape in two models: an error, unless it is kept; it then has the shape of the model that it is kept from.
+
+Every model of the expression has to meet the first one: see `arch.meeting`.
 
 A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not; a quantised weight is
 copied, with its scales, when the output's container is its own. Without ``--quant`` quantised weights become BF16. A part that
