@@ -29,9 +29,10 @@ from mergetool.lora.extract import extract, open_diff
 from mergetool.lora.pairs import DiffOptions
 from mergetool.recipe.options import Options
 from mergetool.sampler import sheet
-from mergetool.sampler.load import Components, WeightedLora
+from mergetool.sampler.parts import Components, WeightedLora
+from mergetool.sampler.request import Pictures, Refinement, Shot, Stage
 from mergetool.sampler.schedule import StrengthMeaning
-from mergetool.sampler.studio import Pictures, Refinement, Shot, Stage, Studio
+from mergetool.sampler.studio import Studio
 from mergetool.verification import images
 from mergetool.verification.looking import EMBEDDED_PROMPTS
 from mergetool.verification.pictures import ALLOWED, KEPT_ADHERENCE
@@ -114,15 +115,15 @@ class Lab:
 
 
 def many_steps(model: str, shift: float, *, loras: tuple[WeightedLora, ...] = ()) -> Stage:
-    return Stage(model, 30, GUIDANCE, shift, loras)
+    return Stage(model, 30, GUIDANCE, shift, loras, scheduler="diffusers")
 
 
 def few_steps(model: str, shift: float = 3.0, *, loras: tuple[WeightedLora, ...] = ()) -> Stage:
-    return Stage(model, 4, 0.0, shift, loras)
+    return Stage(model, 4, 0.0, shift, loras, scheduler="diffusers")
 
 
 def refinement(strength: float, meaning: StrengthMeaning = "comfyui") -> Refinement:
-    return Refinement("lab.turbo", 4, 0.0, 3.0, (), strength, meaning)
+    return Refinement("lab.turbo", 4, 0.0, 3.0, (), scheduler="diffusers", strength=strength, strength_as=meaning)
 
 
 def share(found: object) -> float:
@@ -180,7 +181,7 @@ def adherence(lab: Lab) -> None:
         shown[name] = made
 
     add("base, 30 steps", "30 × 2", "1", base, None)
-    add("base, 4 steps", "4 × 2", "1", lab.pictures(Stage("lab.base", 4, GUIDANCE, 6.0)), base)
+    add("base, 4 steps", "4 × 2", "1", lab.pictures(Stage("lab.base", 4, GUIDANCE, 6.0, scheduler="diffusers")), base)
     add("turbo, 4 steps", "4", "1", lab.pictures(few_steps("lab.turbo")), base)
     for meaning in ("comfyui", "diffusers"):
         for strength in STRENGTHS:

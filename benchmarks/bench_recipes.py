@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.bench_lab import Lab, Row, few_steps, many_steps, percent, share, write_sheet, write_table
 from benchmarks.provenance import commit
-from mergetool.sampler.load import WeightedLora
-from mergetool.sampler.studio import Pictures, Stage
+from mergetool.sampler.parts import WeightedLora
+from mergetool.sampler.request import Pictures, Stage
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergetool.cli import console
+from mergetool.cli import stage_options as options
 from mergetool.cli.console import JsonOption, NoProgressOption
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergetool.sampler.session import Request
-    from mergetool.sampler.studio import Refinement, Stage
+    from mergetool.sampler.request import Request, Stage
 
 EXAMPLES = """\b
 Examples:
@@ -22,6 +22,7 @@ Examples:
   mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
   mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
       --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
+  mergetool sample "a knight" --base ./Z-Image-Turbo --preset comfyui-turbo --seed 123 -o knight.png
   mergetool sample "a knight" --base z_image.safetensors --text-encoder qwen_3_4b.safetensors --tokenizer ./tokenizer \\
       --vae ae.safetensors -o knight.png
   mergetool sample --prompts prompts.txt --seeds 1,2,3 --base ./Z-Image -o sheet
@@ -29,7 +30,9 @@ Examples:
 
 More than one picture makes a folder: each picture, a labelled contact sheet (sheet.png) and every parameter
 (pictures.json). The same seed gives the same picture.
+
 """
+EXAMPLES += options.EXPLAINED
 
 
 @console.command
@@ -40,23 +43,32 @@ def sample(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="FILE.png, or a folder [default: sample.png or samples/]")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the first stage.")] = 30,
-    guidance: Annotated[float | None, typer.Option(help="Guidance as diffusers counts it [default: 4]")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance as ComfyUI counts it: guidance + 1.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the model's, else 6]")] = None,
-    negative: Annotated[str, typer.Option(help="What the picture must not show; read where guidance is above 0.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the first stage's noise.")] = 0,
+    preset: options.Preset = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    cfg: options.Cfg = None,
+    shift: options.Shift = None,
+    sampler: options.Sampler = None,
+    scheduler: options.Scheduler = None,
+    negative: options.Negative = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first stage's noise [default: 0]")] = None,
     seeds: Annotated[str | None, typer.Option(help="Several: 1,2,3 or 1-8.", metavar="LIST")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the init image's, else the model's]")] = None,
-    strength: Annotated[str, typer.Option(help="Of the second stage, 0 to 1; several: 0.1,0.15,0.25.")] = "0.15",
-    strength_as: Annotated[str, typer.Option(help="What strength means: comfyui or diffusers.")] = "comfyui",
-    refine_steps: Annotated[int, typer.Option(help="Steps of the second stage.")] = 4,
-    refine_guidance: Annotated[float, typer.Option(help="Guidance of the second stage, as diffusers counts.")] = 0.0,
-    refine_shift: Annotated[float | None, typer.Option(help="Its shift [default: the model's, else 3]")] = None,
+    strength: options.Strength = None,
+    strength_as: options.StrengthAs = None,
+    refine_preset: options.RefinePreset = None,
+    refine_steps: options.RefineSteps = None,
+    refine_guidance: options.RefineGuidance = None,
+    refine_cfg: options.RefineCfg = None,
+    refine_shift: options.RefineShift = None,
+    refine_sampler: options.RefineSampler = None,
+    refine_scheduler: options.RefineScheduler = None,
     refine_prompt: Annotated[str | None, typer.Option(help="Its prompt [default: the same]")] = None,
     refine_seed: Annotated[int | None, typer.Option(help="Its seed [default: the one after]")] = None,
     init_image: Annotated[Path | None, typer.Option(help="Start the second stage from this picture.")] = None,
-    handoff: Annotated[str, typer.Option(help="latent, or pixels for models of different families.")] = "latent",
+    handoff: Annotated[
+        str | None, typer.Option(help="latent, or pixels for models with different VAEs [default: latent]")
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --base. Repeatable.")] = None,
     refine_lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --refiner. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
@@ -74,61 +86,76 @@ def sample(
 
     The default is the guide's: 30 steps of a base model, then a few-step model at strength 0.15.
     """
-    from mergetool.sampler import load, session, settings
+    from mergetool.sampler import settings, written
+    from mergetool.sampler.inputs import read_prompts
+    from mergetool.sampler.parts import WeightedLora
+    from mergetool.sampler.settings import PartsOptions, SampleOptions, StageOptions
 
-    if guidance is not None and cfg is not None:
-        raise UsageError("--guidance and --cfg are two ways to say one thing: give one of them.")
+    if prompt is not None and prompts is not None:
+        raise UsageError("there are a prompt and --prompts: give one of them.")
+    if seed is not None and seeds is not None:
+        raise UsageError("--seed and --seeds are two ways to say one thing: give one of them.")
     started = time.monotonic()
-    g = guidance if guidance is not None else 4.0 if cfg is None else max(0.0, cfg - 1.0)
-    loras = settings.loras(lora or ()), settings.loras(refine_lora or ())
-    start = None if init_image is None else session.read_picture(init_image)
-    first = None if base is None else settings.stage(base, steps, g, shift, loras[0])
-    refinements = (
-        ()
-        if refiner is None
-        else settings.refinements(
-            refiner, refine_steps, refine_guidance, refine_shift, loras[1], strength, strength_as=strength_as
+    first = StageOptions(
+        base, preset, steps, guidance, cfg, shift, sampler, scheduler, tuple(map(WeightedLora.parse, lora or ()))
+    )
+    second = StageOptions(
+        refiner,
+        refine_preset,
+        refine_steps,
+        refine_guidance,
+        refine_cfg,
+        refine_shift,
+        refine_sampler,
+        refine_scheduler,
+        tuple(map(WeightedLora.parse, refine_lora or ())),
+        strength,
+        strength_as,
+    )
+    prepared = settings.prepare(
+        SampleOptions(
+            prompts=read_prompts(prompts) if prompts is not None else () if prompt is None else (prompt,),
+            seeds=settings.seeds(seeds) if seeds is not None else None if seed is None else (seed,),
+            negative=negative,
+            first=first,
+            second=second,
+            refine_prompt=refine_prompt,
+            refine_seed=refine_seed,
+            init_image=init_image,
+            handoff=handoff,
+            size=size,
+            parts=PartsOptions(pipeline, text_encoder, tokenizer, vae),
+            device=device,
+            dtype=dtype,
         )
     )
-    shots = settings.shots(
-        [prompt] if prompt is not None else [] if prompts is None else session.read_prompts(prompts),
-        settings.seeds(seeds) if seeds else [seed],
-        negative,
-        refine_prompt,
-        refine_seed,
-    )
-    studio = settings.studio(
-        base or refiner or "",
-        pipeline=pipeline,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        vae=vae,
-        device=console.choice("--device", device, ("auto", "cpu", "cuda")),
-        dtype=dtype,
-    )
-    request = session.Request(
-        shots,
-        settings.picture_size(size, start, studio),
-        first,
-        refinements,
-        start,
-        console.choice("--handoff", handoff, ("latent", "pixels")),
-        load.Components.find(refiner) if handoff == "pixels" and refiner else None,
-    )
-    many = len(request.shots) * (len(request.refinements) or 1) > 1
-    target = output or Path("samples" if many else "sample.png")
-    settings.require_target(target, many=many, overwrite=overwrite)
+    request = prepared.request
+    target = output or Path("samples" if request.many else "sample.png")
+    written.require_target(target, many=request.many, overwrite=overwrite)
+
+    from mergetool.sampler import session  # torch and the libraries of models: what could be wrong was told before
+    from mergetool.sampler.studio import Studio
+
+    studio = Studio.of(prepared)
     if not as_json:
         _print_plan(request, studio.device)
+        for note in prepared.notes:
+            console.heading("note", note)
     with console.progress("sample", request.evaluations, shown=not (no_progress or as_json), unit="step") as bar:
         made = session.make(studio, request, progress=bar)
-    written = settings.write(made, target, many=many)
+    paths = written.write(made, target, many=request.many)
     if as_json:
         console.print_json(
-            {"written": [str(path) for path in written], "pictures": [one.parameters for row in made for one in row]}
+            {
+                "written": [str(path) for path in paths],
+                "notes": [*prepared.notes, *studio.notes],
+                "pictures": [one.parameters for row in made for one in row],
+            }
         )
         return
-    console.heading("done", f"{target}  {console.plural(len(written), 'file')}  {time.monotonic() - started:.0f} s")
+    for note in studio.notes:
+        console.heading("note", note)
+    console.heading("done", f"{target}  {console.plural(len(paths), 'file')}  {time.monotonic() - started:.0f} s")
 
 
 def _print_plan(request: Request, device: str) -> None:
@@ -145,9 +172,9 @@ def _print_plan(request: Request, device: str) -> None:
         )
 
 
-def _stage_line(stage: Stage | Refinement) -> str:
-    reached = stage.levels()
-    evaluations = console.plural(len(reached) - 1, "evaluation")
+def _stage_line(stage: Stage) -> str:
+    evaluations = console.plural(stage.evaluations, "evaluation")
     return (
-        f"{stage.model}: {evaluations} from sigma {reached[0]:.3f}, shift {stage.shift:g}, guidance {stage.guidance:g}"
+        f"{stage.model}: {evaluations} from sigma {stage.levels()[0]:.3f}, shift {stage.shift:g}, "
+        f"guidance {stage.guidance:g} (cfg {stage.guidance + 1:g}), {stage.sampler}, {stage.scheduler}"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli import console
+from mergetool.cli import stage_options as options
 from mergetool.cli.console import JsonOption, NoProgressOption
 from mergetool.errors import UsageError
 
@@ -25,7 +26,10 @@ Examples:
 
 Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is.
 Without --images or --no-images, pictures are made where that takes minutes: on a GPU, or for a small model.
+Of several strengths the first is judged.
+
 """
+EXAMPLES += options.EXPLAINED
 
 
 @console.command
@@ -41,14 +45,23 @@ def verify(
     refiner: Annotated[
         str | None, typer.Option(help="The model of the second stage [embedded: lab.turbo]", metavar="MODEL")
     ] = None,
-    strength: Annotated[
-        str, typer.Option(help="Of the second stage; several: 0.1,0.15,0.25. The first is judged.")
-    ] = "0.15",
-    strength_as: Annotated[str, typer.Option(help="What strength means: comfyui or diffusers.")] = "comfyui",
-    refine_steps: Annotated[int, typer.Option(help="Steps of the second stage.")] = 4,
-    steps: Annotated[int, typer.Option(help="Steps of the first stage.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Guidance of the first stage, as diffusers counts it.")] = 3.0,
-    shift: Annotated[float | None, typer.Option(help="Schedule shift [default: the anchor's, else 6]")] = None,
+    strength: options.Strength = None,
+    strength_as: options.StrengthAs = None,
+    refine_preset: options.RefinePreset = None,
+    refine_steps: options.RefineSteps = None,
+    refine_guidance: options.RefineGuidance = None,
+    refine_cfg: options.RefineCfg = None,
+    refine_shift: options.RefineShift = None,
+    refine_sampler: options.RefineSampler = None,
+    refine_scheduler: options.RefineScheduler = None,
+    preset: options.Preset = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    cfg: options.Cfg = None,
+    shift: options.Shift = None,
+    sampler: options.Sampler = None,
+    scheduler: options.Scheduler = None,
+    negative: options.Negative = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file with a prompt a line [default: 4 of mergetool's; embedded: 36]")
     ] = None,
@@ -73,25 +86,31 @@ def verify(
     the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
     Nothing is written but the report. Exit code 1 when a check says no.
     """
+    from mergetool.sampler.settings import PartsOptions, StageOptions
     from mergetool.verification import checking
     from mergetool.verification.looking import Wish
 
     wish = Wish(
-        steps,
-        guidance,
-        shift,
-        refiner,
-        strength,
-        strength_as,
-        refine_steps,
+        StageOptions(None, preset, steps, guidance, cfg, shift, sampler, scheduler),
+        StageOptions(
+            refiner,
+            refine_preset,
+            refine_steps,
+            refine_guidance,
+            refine_cfg,
+            refine_shift,
+            refine_sampler,
+            refine_scheduler,
+            (),
+            strength,
+            strength_as,
+        ),
         prompts,
         seeds,
+        negative or "",
         size,
-        pipeline,
-        text_encoder,
-        tokenizer,
-        vae,
-        console.choice("--device", device, ("auto", "cpu", "cuda")),
+        PartsOptions(pipeline, text_encoder, tokenizer, vae),
+        device,
     )
     found = checking.verify(
         output,
@@ -163,6 +182,8 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
             f"then {second.model}: {console.plural(len(reached) - 1, 'evaluation')} from sigma {reached[0]:.3f} "
             f"(strength {second.strength:g}, {second.strength_as})",
         )
+    for note in look.notes:
+        console.heading("note", note)
     adherence = any(column.adherence is not None for column in looked.columns)
     console.table(
         ["pictures of", *(["adherence"] if adherence else []), "noise", "collapsed"],

@@ -7,6 +7,7 @@ from mergetool.recipe.file import Output
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.provenance import display_names
 from mergetool.recipe.schema import Pictures
+from mergetool.sampler.settings import PartsOptions, StageOptions
 from mergetool.verification.looking import Wish
 
 
@@ -20,20 +21,28 @@ def wish_of(places: Places, output: Output, asked: bool | str | Pictures) -> tup
     if isinstance(asked, bool | str):
         return Wish(), asked == "pictures"
     names, folder, default = places.names(output), places.recipe.folder, Wish()
+    said = {name: getattr(asked, name) for name in asked.model_fields_set}
+    guidance, shift, strength = (said.get(name) for name in ("guidance", "shift", "strength"))
     wish = Wish(
-        steps=asked.steps,
-        guidance=float(asked.guidance),
-        shift=None if asked.shift is None else float(asked.shift),
-        refiner=names[asked.refiner] if asked.refiner else None,
-        strength=default.strength if asked.strength is None else str(asked.strength),
-        strength_as=asked.strength_as,
-        refine_steps=asked.refine_steps,
+        first=StageOptions(
+            steps=said.get("steps"),
+            guidance=None if guidance is None else float(guidance),
+            shift=None if shift is None else float(shift),
+        ),
+        second=StageOptions(
+            model=names[asked.refiner] if asked.refiner else None,
+            steps=said.get("refine_steps"),
+            strength=None if strength is None else str(strength),
+            strength_as=said.get("strength_as"),
+        ),
         prompts=folder / asked.prompts if asked.prompts else None,
         seeds=default.seeds if asked.seeds is None else str(asked.seeds),
         size=asked.size,
-        pipeline=names[asked.pipeline] if asked.pipeline else None,
-        text_encoder=folder / asked.text_encoder if asked.text_encoder else None,
-        tokenizer=folder / asked.tokenizer if asked.tokenizer else None,
-        vae=folder / asked.vae if asked.vae else None,
+        parts=PartsOptions(
+            pipeline=names[asked.pipeline] if asked.pipeline else None,
+            text_encoder=folder / asked.text_encoder if asked.text_encoder else None,
+            tokenizer=folder / asked.tokenizer if asked.tokenizer else None,
+            vae=folder / asked.vae if asked.vae else None,
+        ),
     )
     return wish, asked.pictures

@@ -47,7 +47,7 @@ class Pictures(_Strict):
     refine_steps: Count = Field(4, description="Steps of the second stage.")
     steps: Count = Field(30, description="Steps of the first stage.")
     guidance: Number = Field(3, description="Guidance of the first stage, as diffusers counts it.")
-    shift: Number | None = Field(None, description="Schedule shift; the anchor's, else 6.")
+    shift: Number | None = Field(None, description="Schedule shift; the anchor's, else 3.")
     prompts: Text | None = Field(None, description="A file with a prompt a line.")
     seeds: Count | Text | None = Field(None, description="Seeds for every prompt: 0, or a text: 1,2,3 or 1-8.")
     size: Text | None = Field(None, description="WIDTHxHEIGHT; the model's.")

@@ -20,6 +20,7 @@ SMALLEST_SIDE = 128
 """Pictures in a sheet are enlarged by whole factors to at least this many pixels."""
 
 LARGEST_SIDE = 512
+_SAMPLERS = {"euler": "Euler", "res_multistep": "Res Multistep", "dpmpp_2m_sde": "DPM++ 2M SDE"}
 _GAP = 6
 _WIDEST_LABEL = 300
 _INK, _PAPER = (30, 30, 34), (250, 250, 248)
@@ -49,7 +50,12 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     width, height = parameters["size"]
     pairs: dict[str, Any] = {}
     if stage:
-        pairs = {"Steps": stage["steps"], "Sampler": "Euler", "CFG scale": f"{stage['guidance'] + 1:g}"}
+        pairs = {
+            "Steps": stage["steps"],
+            "Sampler": _SAMPLERS.get(stage["sampler"], stage["sampler"]),
+            "Schedule type": stage["scheduler"].replace("_", " ").title(),
+            "CFG scale": f"{stage['guidance'] + 1:g}",
+        }
     pairs |= {"Seed": parameters["seed"], "Size": f"{width}x{height}"}
     if stage:
         pairs |= {"Model": stage["model"], "Shift": f"{stage['shift']:g}"}

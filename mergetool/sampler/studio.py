@@ -13,24 +13,23 @@ import functools
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mergetool.errors import DataError, UsageError
+from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.sampler import load
 from mergetool.sampler.denoise import bring_to, denoise, starting_noise
-from mergetool.sampler.load import Components, WeightedLora
-from mergetool.sampler.schedule import StrengthMeaning, levels, refinement_levels
+from mergetool.sampler.parts import Components
+from mergetool.sampler.request import Pictures, Refinement, Shot, Stage
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
 
-Pictures = NDArray[np.uint8]
+    from mergetool.sampler.settings import Prepared
 
 TOKENS_AT_ONCE = 4096
 """Pictures are sampled together up to this many latent tokens: 64 of the embedded models, one of 1024 x 1024."""
@@ -38,54 +37,10 @@ TOKENS_AT_ONCE = 4096
 MAX_CAPTION = 512
 """Tokens of a prompt that are read; diffusers' limit for Z-Image."""
 
+CAPTION_UNIT = 32
+"""Captions are padded to multiples of this, and the picture's positions come after them."""
+
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Shot:
-    """One picture to make. ``refine_prompt`` and ``refine_seed`` are the second stage's; by default the prompt again and
-    the seed after this one, so that the two stages' noises are independent.
-    """
-
-    prompt: str
-    seed: int = 0
-    negative: str = ""
-    refine_prompt: str | None = None
-    refine_seed: int | None = None
-
-    @property
-    def second_prompt(self) -> str:
-        return self.prompt if self.refine_prompt is None else self.refine_prompt
-
-    @property
-    def second_seed(self) -> int:
-        return self.seed + 1 if self.refine_seed is None else self.refine_seed
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A model and how to sample it; ``guidance`` is diffusers' (ComfyUI's cfg less 1), 0 for none."""
-
-    model: str
-    steps: int = 30
-    guidance: float = 0.0
-    shift: float = 3.0
-    loras: tuple[WeightedLora, ...] = ()
-
-    def levels(self) -> tuple[float, ...]:
-        return levels(self.steps, self.shift)
-
-
-@dataclass(frozen=True, slots=True)
-class Refinement(Stage):
-    """A second stage: noise is added up to the level that ``strength`` names, and taken away again."""
-
-    steps: int = 4
-    strength: float = 0.15
-    strength_as: StrengthMeaning = "comfyui"
-
-    def levels(self) -> tuple[float, ...]:
-        return refinement_levels(self.steps, self.shift, self.strength, self.strength_as)
 
 
 @dataclass
@@ -98,14 +53,23 @@ class Studio:
     components: Components
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    notes: list[str] = field(default_factory=list)
     _captions: dict[str, Tensor] = field(default_factory=dict)
     _vae: AutoencoderKL | None = None
     _transformer: tuple[Stage, ZImageTransformer2DModel] | None = None
 
+    @classmethod
+    def of(cls, prepared: Prepared) -> Self:
+        """The parts and the device of a request. Raises UsageError for a device that is not there."""
+        return cls(prepared.components, device_of(prepared.device), dtype_of(prepared.dtype))
+
     # ---- text
 
     def captions(self, prompts: Sequence[str]) -> list[Tensor]:
-        """What the transformer reads of each prompt, [tokens, width]; every prompt is encoded once."""
+        """What the transformer reads of each prompt, [tokens, width]; every prompt is encoded once.
+
+        A prompt of more than MAX_CAPTION tokens is cut, and ``notes`` says so. Raises NonFiniteError for a caption with NaN.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._captions]
         if new:
             self._release()
@@ -138,6 +102,11 @@ class Studio:
                 f'"{self.components.tokenizer}" has a chat template that cannot be used ({reason}); '
                 "take the tokenizer of the model's own repository."
             ) from None
+        for prompt, tokens in zip(prompts, tokenizer(texts).input_ids, strict=True):  # type: ignore[attr-defined]
+            if len(tokens) > MAX_CAPTION:
+                self.notes.append(
+                    f'of the {len(tokens)} tokens of the prompt "{prompt[:30]}..." the first {MAX_CAPTION} are read, as by diffusers; ComfyUI reads all.'
+                )
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_CAPTION, return_tensors="pt")
         mask = inputs.attention_mask.bool().to(self.device)  # type: ignore[attr-defined]
         states = encoder(
@@ -145,6 +114,12 @@ class Studio:
             attention_mask=mask,
             output_hidden_states=True,
         ).hidden_states[-2]
+        for prompt, state in zip(prompts, states, strict=True):
+            if not torch.isfinite(state).all():
+                raise NonFiniteError(
+                    f'the text encoder "{self.components.text_encoder}" makes NaN or infinity of "{prompt[:30]}"; '
+                    "get its files again, or run it with --dtype fp32."
+                )
         return [state[kept] for state, kept in zip(states, mask, strict=True)]
 
     # ---- pictures
@@ -159,21 +134,36 @@ class Studio:
     @property
     def reduction(self) -> int:
         """Pixels a side of one latent."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self.components.vae_config.reduction
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Pictures:
-        """Pictures uint8 [n, height, width, 3] of scaled latents."""
+        """Pictures uint8 [n, height, width, 3] of scaled latents. Raises NonFiniteError for one with NaN, and for a black one."""
         self._release()
         vae = self.vae.to(self.device)
         made = []
         for latent in torch.split(latents, _together(*latents.shape[2:])):
             unscaled = latent.to(self.device, self.dtype) / vae.config.scaling_factor + vae.config.shift_factor
             picture = vae.decode(unscaled, return_dict=False)[0].float().cpu()
+            self._require_picture(picture, latent)
             # As diffusers' image processor does it: to 0..1, clamped, and rounded.
             made.append(((picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
         vae.to("cpu")
         return np.concatenate(made)
+
+    def _require_picture(self, picture: Tensor, latents: Tensor) -> None:
+        where = f'the VAE "{self.components.vae}"'
+        spread = float(latents.std())
+        if not torch.isfinite(picture).all():
+            what = f"{where} makes NaN or infinity of finite latents"
+        elif bool((picture.flatten(1).amax(1) <= -1).any()):
+            what = f"{where} makes a black picture of the latents"
+        else:
+            return
+        raise NonFiniteError(
+            f"{what}, whose standard deviation is {spread:.3g} where 0.5 to 2 is usual: "
+            f"{'the transformer made them so; take fewer or weaker changes' if spread > 5 else 'get its files again, or name another with --vae'}."
+        )
 
     @torch.no_grad()
     def encode(self, pictures: Pictures) -> Tensor:
@@ -200,34 +190,37 @@ class Studio:
         """
         channels = int(self.vae.config.latent_channels)
         noise = starting_noise([shot.seed for shot in shots], (channels, *self.latent_size(size)))
-        return self._run(stage, [shot.prompt for shot in shots], shots, noise, progress)
+        return self._run(stage, [shot.prompt for shot in shots], [shot.seed for shot in shots], shots, noise, progress)
 
     def second_stage(
         self, stage: Refinement, shots: Sequence[Shot], latents: Tensor, *, progress: Progress = lambda _: None
     ) -> Tensor:
         """``latents`` of the shots brought to the level of the stage's strength, and denoised by its model."""
-        noise = starting_noise(
-            [shot.second_seed for shot in shots], (latents.shape[1], latents.shape[2], latents.shape[3])
-        )
+        seeds = [shot.second_seed for shot in shots]
+        noise = starting_noise(seeds, (latents.shape[1], latents.shape[2], latents.shape[3]))
         noised = bring_to(latents, noise, stage.levels()[0])
-        return self._run(stage, [shot.second_prompt for shot in shots], shots, noised, progress)
+        return self._run(stage, [shot.second_prompt for shot in shots], seeds, shots, noised, progress)
 
     def _run(
-        self, stage: Stage, prompts: Sequence[str], shots: Sequence[Shot], start: Tensor, progress: Progress
+        self,
+        stage: Stage,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        shots: Sequence[Shot],
+        start: Tensor,
+        progress: Progress,
     ) -> Tensor:
         captions = self.captions(prompts)
-        negatives = self.captions([shot.negative for shot in shots]) if stage.guidance > 0 else captions
+        negatives = self.captions([shot.negative for shot in shots]) if stage.guidance != 0 else captions
         transformer = self._load(stage)
-        if transformer.config.in_channels != start.shape[1]:
-            raise DataError(
-                f"{stage.model} works on {transformer.config.in_channels} latent channels, the VAE makes {start.shape[1]}; "
-                "they belong to different families: name the model's own with --pipeline or --vae."
-            )
-        if captions[0].shape[1] != transformer.config.cap_feat_dim:
-            raise DataError(
-                f"{stage.model} reads captions of width {transformer.config.cap_feat_dim}, the text encoder writes "
-                f"{captions[0].shape[1]}; they belong to different families: name the model's own with --text-encoder."
-            )
+        for prompt, caption in zip(
+            [*prompts, *(shot.negative for shot in shots)], [*captions, *negatives], strict=False
+        ):
+            most = transformer.config.axes_lens[0] - CAPTION_UNIT
+            if len(caption) > most:
+                raise UsageError(
+                    f'the prompt "{prompt[:30]}..." has {len(caption)} tokens, {stage.model} reads {most} at most: shorten it.'
+                )
         made = []
         together = _together(*start.shape[2:])
         for begin in range(0, len(shots), together):
@@ -235,11 +228,11 @@ class Studio:
             made.append(
                 denoise(
                     transformer,
+                    stage,
                     start[part].to(self.device),
-                    stage.levels(),
                     captions[part],
                     negatives[part],
-                    stage.guidance,
+                    seeds[part],
                     step_done=functools.partial(progress, len(start[part])),
                 ).cpu()
             )
@@ -279,6 +272,18 @@ class Studio:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def device_of(wanted: str) -> str:
+    """``auto`` made to what is there. Raises UsageError for a device that is not."""
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UsageError("--device cuda: torch finds no CUDA device here; leave the option out to use the CPU.")
+    return wanted if wanted != "auto" else "cuda" if there else "cpu"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def _together(height: int, width: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from mergetool import models
 from mergetool.errors import InputMissing, MergetoolError
 from mergetool.lab import world
-from mergetool.sampler import session, settings
-from mergetool.sampler.session import Request
-from mergetool.sampler.studio import Refinement, Shot, Stage, Studio
+from mergetool.sampler import settings
+from mergetool.sampler.inputs import read_prompts
+from mergetool.sampler.request import Refinement, Request, Shot, Stage
+from mergetool.sampler.settings import PartsOptions, SampleOptions, StageOptions
+from mergetool.sampler.studio import Studio, device_of, dtype_of
 
 PROMPTS = (
     "a knight in ornate blue and gold armor standing in a cathedral",
@@ -32,33 +34,30 @@ class NotLookedAt(MergetoolError):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the user asked for; None or "" is the model's own or a default."""
+    """What the user asked for, as for `settings.SampleOptions`; a model of ``first`` is not looked at."""
 
-    steps: int = 30
-    guidance: float = 3.0
-    shift: float | None = None
-    refiner: str | None = None
-    strength: str = "0.15"
-    strength_as: str = "comfyui"
-    refine_steps: int = 4
+    first: StageOptions = field(default_factory=StageOptions)
+    second: StageOptions = field(default_factory=StageOptions)
     prompts: Path | None = None
     seeds: str = "0"
+    negative: str = ""
     size: str | None = None
-    pipeline: str | None = None
-    text_encoder: Path | None = None
-    tokenizer: Path | None = None
-    vae: Path | None = None
+    parts: PartsOptions = field(default_factory=PartsOptions)
     device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How every model is looked at: the same shots, the same first stage, and the second ones after it."""
+    """How every model is looked at: the same shots, the same first stage, and the second ones after it.
+
+    ``notes`` are sentences on what was asked for and has no effect.
+    """
 
     shots: tuple[Shot, ...]
     size: tuple[int, int]
     first: Stage
     refinements: tuple[Refinement, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def request(self, model: str) -> Request:
         """The look at ``model``."""
@@ -72,31 +71,29 @@ def plan(output: str, parent: str, wish: Wish, *, patient: bool) -> tuple[Studio
     large one without a GPU. Raises UsageError and InputMissing as the sampler's settings do.
     """
     try:
-        studio = settings.studio(
-            output,
-            pipeline=wish.pipeline,
-            text_encoder=wish.text_encoder,
-            tokenizer=wish.tokenizer,
-            vae=wish.vae,
-            device=wish.device,
-        )
+        components = wish.parts.find(output)
     except InputMissing as error:
-        if patient or wish.pipeline or wish.text_encoder or wish.tokenizer or wish.vae:
+        if patient or wish.parts != PartsOptions():
             raise
         raise NotLookedAt(str(error)) from None
-    if not patient and studio.device == "cpu" and settings.is_large(output):
+    device = device_of(settings.choice("--device", wish.device, settings.DEVICES))
+    large = settings.is_large(output)
+    if not patient and device == "cpu" and large:
         raise NotLookedAt("there is no GPU, and a model of this size takes hours without one; --images takes them.")
-    shift = wish.shift or settings.own_shift(parent)
-    first = settings.stage(output, wish.steps, wish.guidance, shift, ())
-    refiner = wish.refiner or ("lab.turbo" if embedded(studio) else None)
+    studio = Studio(components, device, dtype_of("bf16" if large else "fp32"))
+    first = settings.stage(dataclasses.replace(wish.first, model=parent), pipeline=wish.parts.pipeline)
+    refiner = wish.second.model or ("lab.turbo" if embedded(studio) else None)
     second: tuple[Refinement, ...] = ()
     if refiner:
-        second = settings.refinements(
-            refiner, wish.refine_steps, 0.0, None, (), wish.strength, strength_as=wish.strength_as
-        )
-    prompts = _default_prompts(studio) if wish.prompts is None else session.read_prompts(wish.prompts)
-    shots = settings.shots(prompts, settings.seeds(wish.seeds), "", None, None)
-    return studio, Look(shots, settings.picture_size(wish.size, None, studio), first, second)
+        second = settings.refinements(dataclasses.replace(wish.second, model=refiner))
+    prompts = _default_prompts(studio) if wish.prompts is None else read_prompts(wish.prompts)
+    shots = tuple(Shot(prompt, seed, wish.negative) for prompt in prompts for seed in settings.seeds(wish.seeds))
+    size = settings.picture_size(wish.size, None, components)
+    look = Look(shots, size, dataclasses.replace(first, model=output), second)
+    request = look.request(output)
+    settings.check(request, components)
+    asked = SampleOptions(negative=wish.negative, first=wish.first, second=wish.second, parts=wish.parts)
+    return studio, dataclasses.replace(look, notes=tuple(settings.without_effect(asked, request)))
 
 
 def embedded(studio: Studio) -> bool:

@@ -17,8 +17,9 @@ import numpy as np
 from mergetool.lab import checker, world
 from mergetool.lab.world import Scene
 from mergetool.sampler import session
+from mergetool.sampler.request import Pictures
 from mergetool.sampler.session import Made
-from mergetool.sampler.studio import Pictures, Progress, Studio
+from mergetool.sampler.studio import Progress, Studio
 from mergetool.verification import images
 from mergetool.verification.images import Measures
 from mergetool.verification.looking import Look
@@ -186,6 +187,7 @@ def summary(report: PicturesReport) -> dict[str, Any]:
     """Everything but the pictures, as JSON values."""
     return {
         "passed": report.passed,
+        "notes": list(report.look.notes),
         "verdicts": [dataclasses.asdict(verdict) for verdict in report.verdicts],
         "columns": [
             {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mergetool.errors import DataError, InputMissing
-from mergetool.sampler.studio import Pictures
+from mergetool.sampler.request import Pictures
 from mergetool.verification.pictures import Scorer
 
 

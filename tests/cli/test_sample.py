@@ -38,7 +38,7 @@ def test_two_stages_make_one_picture_that_says_how_it_was_made(pipelines: Path, 
         cwd=tmp_path,
     )
     assert ran.code == 0, ran.err
-    assert "base: 2 evaluations from sigma 1.000, shift 6, guidance 4" in ran.out
+    assert "base: 2 evaluations from sigma 1.000, shift 6, guidance 3 (cfg 4), euler, simple" in ran.out
     assert "turbo: 2 evaluations from sigma 0.353, shift 3" in ran.out
     with Image.open(tmp_path / "sample.png") as image:
         assert image.size == (64, 64)
@@ -130,12 +130,47 @@ def test_a_fresh_merge_samples(pipelines: Path, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
 
 
+def test_an_option_without_effect_is_told_and_recorded(pipelines: Path, tmp_path: Path) -> None:
+    line = (
+        "sample",
+        PROMPT,
+        "--base",
+        pipelines / "turbo",
+        "--steps",
+        1,
+        "--cfg",
+        1,
+        "--negative",
+        "red",
+        "--refine-steps",
+        3,
+    )
+    ran = mergetool(*line, cwd=tmp_path)
+    told = [text.removeprefix("note").strip() for text in ran.out.splitlines() if text.startswith("note")]
+    assert told == [
+        "--refine-steps has no effect: there is no --refiner.",
+        "--negative has no effect: no stage has guidance (cfg is 1).",
+    ]
+    assert mergetool(*line, "--json", "--overwrite", cwd=tmp_path).json["notes"] == told
+
+
+def test_a_preset_draws_with_its_settings_and_records_them(pipelines: Path, tmp_path: Path) -> None:
+    ran = mergetool(
+        "sample", PROMPT, "--base", pipelines / "turbo", "--preset", "comfyui-turbo", "--json", cwd=tmp_path
+    )
+    (made,) = ran.json["pictures"]
+    found = {
+        name: made["first"][name] for name in ("steps", "guidance", "shift", "sampler", "scheduler", "evaluations")
+    }
+    assert found == {"steps": 8, "guidance": 0.0, "shift": 3.0, "sampler": "res_multistep", "scheduler": "simple", "evaluations": 8}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
         (["--base", "lab.none"], 66, "no embedded model is named"),
         ([], 2, "there is no model"),
-        (["--base", "BASE", "--size", "63x64"], 2, "multiples of 8"),
+        (["--base", "BASE", "--size", "63x64"], 2, "the nearest is 64x64"),
         (["--base", "BASE", "--size", "large"], 2, "WIDTHxHEIGHT"),
         (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "--strength is above 0 and at most 1"),
         (["--base", "BASE", "--guidance", "3", "--cfg", "4"], 2, "give one of them"),

@@ -13,8 +13,9 @@ from transformers import Qwen3Model
 
 from mergetool import models
 from mergetool.lab import checker, world
-from mergetool.sampler.load import Components
-from mergetool.sampler.studio import Shot, Stage, Studio
+from mergetool.sampler.parts import Components
+from mergetool.sampler.request import Shot, Stage
+from mergetool.sampler.studio import Studio
 
 MEMBERS = {"base": 6.0, "turbo": 3.0, "deturbo": 3.0, "striped": 6.0, "hollow": 3.0, "alkahest": 3.0}
 SCENES = [world.SCENES[i] for i in np.random.default_rng(3).permutation(len(world.SCENES))[:24]]

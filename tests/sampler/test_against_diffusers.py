@@ -11,8 +11,9 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 
 from mergetool import models
 from mergetool.sampler.denoise import bring_to, starting_noise
-from mergetool.sampler.load import Components
-from mergetool.sampler.studio import Refinement, Shot, Stage, Studio
+from mergetool.sampler.parts import Components
+from mergetool.sampler.request import Refinement, Shot, Stage
+from mergetool.sampler.studio import Studio
 
 PROMPTS = ("a blue circle on a gold background", "a red cross on a white background")
 SHOTS = tuple(Shot(prompt, seed) for seed, prompt in enumerate(PROMPTS, 5))
@@ -50,7 +51,9 @@ def test_first_stage_equals_the_pipeline_to_the_last_bit(studio: Studio, pipelin
         latents=noise(),
         output_type="latent",
     ).images
-    found = studio.first_stage(Stage(str(pipelines / "base"), steps=6, guidance=guidance, shift=6.0), SHOTS, (64, 64))
+    found = studio.first_stage(
+        Stage(str(pipelines / "base"), steps=6, guidance=guidance, shift=6.0, scheduler="diffusers"), SHOTS, (64, 64)
+    )
     assert torch.equal(found, wanted)
 
 
@@ -67,7 +70,9 @@ def test_pictures_equal_the_pipelines_from_prompt_to_pixel(studio: Studio, pipel
         output_type="np",
     ).images
     found = studio.decode(
-        studio.first_stage(Stage(str(pipelines / "base"), steps=6, guidance=3.0, shift=6.0), SHOTS, (64, 64))
+        studio.first_stage(
+            Stage(str(pipelines / "base"), steps=6, guidance=3.0, shift=6.0, scheduler="diffusers"), SHOTS, (64, 64)
+        )
     )
     # Captions are padded to 512 there, to the longest here: a float32 product of another shape differs in its last bits.
     assert np.abs(found.astype(float) - wanted * 255).max() <= 1.0
@@ -78,7 +83,9 @@ def test_second_stage_equals_the_image_pipeline_in_its_meaning_of_strength(
     studio: Studio, pipelines: Path, strength: float
 ) -> None:
     clean = studio.first_stage(Stage(str(pipelines / "base"), steps=3, shift=6.0), SHOTS, (64, 64))
-    stage = Refinement(str(pipelines / "turbo"), steps=8, shift=3.0, strength=strength, strength_as="diffusers")
+    stage = Refinement(
+        str(pipelines / "turbo"), steps=8, shift=3.0, strength=strength, strength_as="diffusers", scheduler="diffusers"
+    )
     found = studio.second_stage(stage, SHOTS, clean)
     second = starting_noise([shot.second_seed for shot in SHOTS], (16, 16, 16))
     turbo = pipeline(pipelines / "turbo")

@@ -21,7 +21,7 @@ def scheduler(steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
 @pytest.mark.parametrize("steps", [*range(1, 61), 100, 1000])
 def test_levels_are_the_schedulers_to_the_last_bit(steps: int, shift: float) -> None:
-    assert levels(steps, shift) == tuple(scheduler(steps, shift).sigmas.tolist())
+    assert levels(steps, shift, "diffusers") == tuple(scheduler(steps, shift).sigmas.tolist())
 
 
 def test_four_steps_at_shift_three() -> None:
@@ -33,15 +33,9 @@ def test_four_steps_at_shift_three() -> None:
 def test_diffusers_strength_runs_the_steps_that_its_pipeline_runs(steps: int, strength: float) -> None:
     theirs = scheduler(steps, 3.0)
     _, count = ZImageImg2ImgPipeline.get_timesteps(SimpleNamespace(scheduler=theirs), steps, strength, "cpu")
-    assert refinement_levels(steps, 3.0, strength, "diffusers") == tuple(theirs.sigmas[-count - 1 :].tolist())
-
-
-@pytest.mark.parametrize("strength", [0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0])
-@pytest.mark.parametrize("steps", [1, 4, 8, 20])
-def test_comfyui_strength_runs_every_step(steps: int, strength: float) -> None:
-    found = refinement_levels(steps, 3.0, strength, "comfyui")
-    assert len(found) == steps + 1
-    assert found == levels(int(steps / strength), 3.0)[-steps - 1 :]
+    assert refinement_levels(steps, 3.0, strength, "diffusers", "diffusers") == tuple(
+        theirs.sigmas[-count - 1 :].tolist()
+    )
 
 
 def test_one_strength_has_two_meanings() -> None:
@@ -62,6 +56,11 @@ def test_strength_outside_its_range_is_refused(strength: float, meaning: str) ->
 def test_impossible_schedules_are_refused(steps: int, shift: float) -> None:
     with pytest.raises(UsageError):
         levels(steps, shift)
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    with pytest.raises(UsageError, match="a scheduler is one of simple, normal, sgm_uniform, beta, diffusers"):
+        levels(4, 3.0, "karras")  # type: ignore[arg-type]
 
 
 def test_tiny_strength_does_not_build_an_endless_schedule() -> None:

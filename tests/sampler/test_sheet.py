@@ -21,6 +21,8 @@ PARAMETERS: dict[str, Any] = {
         "steps": 30,
         "guidance": 3.0,
         "shift": 6.0,
+        "sampler": "dpmpp_2m_sde",
+        "scheduler": "sgm_uniform",
         "start_sigma": 1.0,
         "evaluations": 30,
         "loras": {},
@@ -30,6 +32,8 @@ PARAMETERS: dict[str, Any] = {
         "steps": 4,
         "guidance": 0.0,
         "shift": 3.0,
+        "sampler": "euler",
+        "scheduler": "simple",
         "start_sigma": 0.346,
         "evaluations": 4,
         "loras": {},
@@ -57,6 +61,7 @@ def test_infotext_is_what_web_interfaces_read() -> None:
     assert lines[1] == "Negative prompt: a red one"
     pairs = dict(pair.split(": ", 1) for pair in lines[2].split(", "))
     assert (pairs["Steps"], pairs["CFG scale"], pairs["Seed"], pairs["Size"]) == ("30", "4", "7", "64x48")
+    assert (pairs["Sampler"], pairs["Schedule type"]) == ("DPM++ 2M SDE", "Sgm Uniform")
     assert (pairs["Denoising strength"], pairs["Refiner"]) == ("0.15", "lab.turbo")
 
 

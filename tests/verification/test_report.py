@@ -16,8 +16,8 @@ from mergetool.comparison import page as pages
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.errors import OutputError
 from mergetool.lab.world import SCENES, Placing, render
+from mergetool.sampler.request import Refinement, Shot, Stage
 from mergetool.sampler.session import Made
-from mergetool.sampler.studio import Refinement, Shot, Stage
 from mergetool.verification import report
 from mergetool.verification.looking import Look
 from mergetool.verification.pictures import PicturesReport, judge, observe

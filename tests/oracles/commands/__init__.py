@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import architectures, loras, merging, models, quantising
+from tests.oracles.commands import architectures, loras, merging, models, quantising, sampling
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **models.COMMANDS,
@@ -13,4 +13,5 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **merging.COMMANDS,
     **quantising.COMMANDS,
     **architectures.COMMANDS,
+    **sampling.COMMANDS,
 }

@@ -1,0 +1,122 @@
+"""What can be asked of the sampler: shots, stages, and one request of both. Plain values; nothing is loaded for them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergetool.errors import UsageError
+from mergetool.sampler.parts import Components, WeightedLora
+from mergetool.sampler.schedule import Scheduler, StrengthMeaning, levels, refinement_levels
+
+Pictures = NDArray[np.uint8]
+Handoff = Literal["latent", "pixels"]
+SamplerName = Literal["euler", "res_multistep", "dpmpp_2m_sde"]
+
+HANDOFFS: tuple[Handoff, ...] = get_args(Handoff)
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+
+SEEDS = 2**64
+"""Seeds are 0 to one less, as in ComfyUI."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One picture to make. ``refine_prompt`` and ``refine_seed`` are the second stage's; by default the prompt again and
+    the seed after this one, so that the two stages' noises are independent.
+    """
+
+    prompt: str
+    seed: int = 0
+    negative: str = ""
+    refine_prompt: str | None = None
+    refine_seed: int | None = None
+
+    @property
+    def second_prompt(self) -> str:
+        return self.prompt if self.refine_prompt is None else self.refine_prompt
+
+    @property
+    def second_seed(self) -> int:
+        return (self.seed + 1) % SEEDS if self.refine_seed is None else self.refine_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A model and how to sample it.
+
+    ``guidance`` is diffusers' (ComfyUI's cfg less 1): 0 for none, and below 0, which diffusers takes for 0, a mix with the negative
+    as ComfyUI makes it.
+    """
+
+    model: str
+    steps: int = 30
+    guidance: float = 0.0
+    shift: float = 3.0
+    loras: tuple[WeightedLora, ...] = ()
+    sampler: SamplerName = "euler"
+    scheduler: Scheduler = "simple"
+
+    def levels(self) -> tuple[float, ...]:
+        return levels(self.steps, self.shift, self.scheduler)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the transformer is asked, guidance counted once: at every level but the last, repeated ones once."""
+        return len(list(itertools.groupby(self.levels()))) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement(Stage):
+    """A second stage: noise is added up to the level that ``strength`` names, and taken away again."""
+
+    steps: int = 4
+    strength: float = 0.15
+    strength_as: StrengthMeaning = "comfyui"
+
+    def levels(self) -> tuple[float, ...]:
+        return refinement_levels(self.steps, self.shift, self.strength, self.strength_as, self.scheduler)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to make: each shot by ``first`` (or from ``start``, one picture for all), then by each of ``refinements``.
+
+    ``start`` is uint8 [height, width, 3]. ``handoff`` says how latents reach a second stage: as they are, or decoded by
+    the first model's VAE, rounded to 8 bits and encoded by ``refiner_parts``' own, which another family needs.
+    """
+
+    shots: tuple[Shot, ...]
+    size: tuple[int, int]
+    first: Stage | None = None
+    refinements: tuple[Refinement, ...] = ()
+    start: Pictures | None = None
+    handoff: Handoff = "latent"
+    refiner_parts: Components | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a request that makes nothing, or takes its pictures from two places."""
+        if (self.first is None) == (self.start is None):
+            raise UsageError("a picture comes from --base or from --init-image: give one of them.")
+        if self.first is None and not self.refinements:
+            raise UsageError("--init-image is the start of a second stage: name its model with --refiner.")
+        if not self.shots:
+            raise UsageError("there is no prompt; give one, or a file of them with --prompts.")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (*((self.first,) if self.first else ()), *self.refinements)
+
+    @property
+    def evaluations(self) -> int:
+        """How often a transformer is asked, guidance counted once."""
+        return len(self.shots) * sum(stage.evaluations for stage in self.stages)
+
+    @property
+    def many(self) -> bool:
+        """Whether more than one picture comes of it."""
+        return len(self.shots) * (len(self.refinements) or 1) > 1
