@@ -59,7 +59,7 @@ def _rgb(image: Image, path: Path, notes: list[str]) -> NDArray[np.uint8]:
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        if layers.getextrema()[3] != (255, 255):
+        if np.asarray(layers)[..., 3].min() < 255:
             notes.append(f"what is transparent in {path.name} is taken as white.")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     return np.array(image.convert("RGB"))  # a copy, which torch may write to

@@ -73,7 +73,7 @@ def dpmpp_2m_sde(velocity: Velocity, latents: Tensor, levels: Tensor, *, seeds: 
     before: Tensor | None = None
     last = torch.tensor(0.0)
     for now, then in itertools.pairwise(levels):
-        picture = latents - velocity(latents, now) * now
+        picture: Tensor = latents - velocity(latents, now) * now
         if then == 0:
             return picture
         ratio = then.logit().neg()  # half of the logarithm of the signal-to-noise ratio
