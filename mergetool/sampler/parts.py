@@ -344,10 +344,10 @@ def lacking(model: str, missing: Sequence[str], extra: Sequence[str]) -> str:
 
 def require_lora(file: LoraFile, model: str) -> None:
     """Raises DataError for a LoRA that changes nothing in a model, or has keys that do not."""
-    matching.require_match(file, model, skip_unmatched=True)
     if file.unmatched:
         key, reason = file.unmatched[0]
         raise DataError(
             f'"{file.name}" has {quoted(key)}, which changes nothing in {model} ({reason}; {len(file.unmatched)} such keys in all); '
             "it is a LoRA for another model: bake what fits with mergetool lora bake --skip-unmatched."
         )
+    matching.require_match(file, model, skip_unmatched=False)
