@@ -86,7 +86,7 @@ def test_a_lora_is_added_at_its_strength(base: Path, tmp_path: Path) -> None:
     ("key", "shape", "sentence"),
     [
         ("layers.99.attention.to_q", (96, 96), r"layers\.99.*LoRA for another model"),
-        ("layers.1.attention.to_q", (128, 96), r"changes \[128, 96\] values.*for another model"),
+        ("layers.1.attention.to_q", (128, 96), r"changes \[128, 96\] values.*where the model has \[96, 96\]"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(
