@@ -109,6 +109,8 @@ def test_a_fresh_merge_samples(pipelines: Path, tmp_path: Path) -> None:
         f"0.5 * '{pipelines}/base' + 0.5 * '{pipelines}/turbo'",
         "--protect",
         "refiner",
+        "--from",
+        pipelines / "base",
         "-o",
         "m.safetensors",
         cwd=tmp_path,
