@@ -17,7 +17,8 @@ FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
 
 _TEXT_ENCODER = re.compile(
     r"(?:base_model\.model\.)?(?:lora_te\d?_|lycoris_te\d?_|lora_te\d?\.|te\d?\.|text_encoders?(?:_\d)?\.|text_model\.|clip_[lgh]\."
-    r"|conditioner\.embedders\.|cond_stage_model\.|lora_prior_te_)"
+    r"|conditioner\.embedders\.|cond_stage_model\.|lora_prior_te_"
+    r"|bundle_emb\.)"  # OneTrainer's embeddings
 )
 _XLABS = re.compile(
     r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])|(single_blocks\.\d+)\.processor\.(proj)_lora"
@@ -43,8 +44,6 @@ class Spelled:
 
 def take_apart(key: str) -> Spelled | str:
     """The pieces of a LoRA key, or in words why it is none."""
-    if key.startswith("bundle_emb."):
-        return "an embedding bundled by OneTrainer"
     found = ending(key)
     if found is None:
         return "not a LoRA key"

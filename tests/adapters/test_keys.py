@@ -264,3 +264,10 @@ def test_text_encoders_of_an_unknown_model_are_counted_among_its_modules(tmp_pat
     with open_lora(tmp_path / "lora.safetensors") as file:
         assert len(file.changes) == 2
         assert any("1 of 2 changed modules are of text encoders" in warning for warning in file.warnings)
+
+
+def test_embeddings_that_onetrainer_bundles_are_for_the_text_encoder(tmp_path: Path) -> None:
+    written = split("transformer.", DOWN, UP, alpha=1)
+    written.tensors["bundle_emb.token.qwen"] = random(4, 8, seed=1)
+    with open_lora(written.save(tmp_path)) as file:
+        assert (file.text_encoder, file.unmatched) == (("bundle_emb.token.qwen",), ())
