@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mergetool.comfyui import links
+from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
-from mergetool.errors import MergetoolError
 from mergetool.recipe.expression import parse
 
 MULTIPLIER = (
@@ -38,6 +37,7 @@ class Subtract:
         """Two models and a number."""
         return {"required": {"a": (links.MODEL, {}), "b": (links.MODEL, {}), "multiplier": MULTIPLIER}}
 
+    @host.computing
     def subtract(self, a: str, b: str, multiplier: float) -> tuple[str]:
         """The difference as an expression."""
         return (links.difference(a, b, multiplier),)
@@ -57,6 +57,7 @@ class Add:
         """A model, a difference and a number."""
         return {"required": {"model": (links.MODEL, {}), "delta": (links.DELTA, {}), "multiplier": MULTIPLIER}}
 
+    @host.computing
     def add(self, model: str, delta: str, multiplier: float) -> tuple[str]:
         """The sum as an expression."""
         return (links.total(model, delta, multiplier),)
@@ -85,12 +86,9 @@ class MergeExpression:
     @classmethod
     def VALIDATE_INPUTS(cls, expression: str | None) -> Literal[True] | str:
         """True, or why the text is no merge, before anything runs; None is a linked text, not known yet."""
-        try:
-            parse("a" if expression is None else expression)
-        except MergetoolError as error:
-            return str(error)
-        return True
+        return host.first_error(lambda: parse("a" if expression is None else expression))
 
+    @host.computing
     def merge(self, expression: str, **inputs: str) -> tuple[str]:
         """The expression with the linked models in it; raises ExpressionError when it is no merge."""
         return (parse(links.filled(expression, inputs)).text,)

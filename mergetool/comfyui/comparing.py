@@ -51,6 +51,7 @@ class Compare:
         """True, or what is wrong with the picture's name, before anything runs; None is a linked one, not known yet."""
         return host.first_error(lambda: host.target(host.OUTPUT, picture, ".png") if picture else None)
 
+    @host.computing
     def compare(
         self,
         base: str,
@@ -64,15 +65,14 @@ class Compare:
         import mergetool
 
         asked = "a comparison"
-        with host.own_tensors():
-            found = mergetool.compare(
-                links.one_model(base, asked),
-                links.one_model(variant, asked),
-                reference=links.one_model(reference, asked) if reference else None,
-                onto=links.one_model(onto, asked) if onto else None,
-                target=wanted_change,
-                progress=host.progress(),
-            )
+        found = mergetool.compare(
+            links.one_model(base, asked),
+            links.one_model(variant, asked),
+            reference=links.one_model(reference, asked) if reference else None,
+            onto=links.one_model(onto, asked) if onto else None,
+            target=wanted_change,
+            progress=host.progress(),
+        )
         report = _report(found)
         ui: dict[str, Any] = {"text": [report]}
         if picture:

@@ -6,13 +6,14 @@ there and never imported, since other packages may have the same names.
 
 from __future__ import annotations
 
+import functools
 import ntpath
 import posixpath
+import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import lora_target
@@ -24,6 +25,9 @@ LORAS = "loras"
 OUTPUT = "output"
 
 _READ = (".safetensors", ".sft", ".gguf")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def files_input(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -68,7 +72,7 @@ def first_error(*checks: Callable[[], object]) -> Literal[True] | str:
         for check in checks:
             check()
     except MergetoolError as error:
-        return str(error)
+        return spelled(str(error))
     return True
 
 
@@ -96,13 +100,34 @@ def progress() -> Callable[[int, int], None]:
     return report
 
 
-@contextmanager
-def own_tensors() -> Iterator[None]:
-    """ComfyUI runs nodes in torch's inference mode, whose tensors other threads may not write to; within the block it is off."""
-    import torch
+def computing(run: Callable[P, R]) -> Callable[P, R]:
+    """A node's function as ComfyUI may call it.
 
-    with torch.inference_mode(False):
-        yield
+    ComfyUI runs nodes in torch's inference mode, whose tensors other threads may not write to: it is off. It shows an error's text and
+    its frames at the node: the text calls options as nodes do, and the frames inside mergetool are left out.
+    """
+
+    @functools.wraps(run)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        import torch
+
+        try:
+            with torch.inference_mode(False):
+                return run(*args, **kwargs)
+        except MergetoolError as error:
+            error.args = (spelled(str(error)),)
+            raise error.with_traceback(None) from None
+
+    return called
+
+
+def spelled(sentence: str) -> str:
+    """A sentence about the command line's options as one about a node's inputs; commands in backticks stay."""
+    sentence = sentence.replace(" pass --", " turn on --")
+    return _OPTION.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], sentence)
+
+
+_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)")
 
 
 def _folder(kind: str) -> Path:

@@ -15,6 +15,7 @@ from mergetool.recipe.quoting import quote
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
+    from mergetool.lora.pairs import DiffOptions, Pairing
     from mergetool.recipe.groups import Setting
     from mergetool.recipe.plan import Plan
 
@@ -75,6 +76,7 @@ class Save:
         """Never the same while the file is not there, so that one that was deleted is made again."""
         return "there" if host.target(folder, name).exists() else float("nan")
 
+    @host.computing
     def save(
         self,
         model: str,
@@ -106,7 +108,7 @@ class Save:
             seed=rounding_seed if rounding == "stochastic" else 0,
         )
         path = host.target(folder, name)
-        with host.own_tensors(), job.open_merge(model, options) as plan:
+        with job.open_merge(model, options) as plan:
             if state.of_merge(plan, Target(path, "file"), None) == state.CURRENT:
                 report = f"{path} was already made of this"
             else:
@@ -119,7 +121,10 @@ class ExtractLora:
     """The difference of two checkpoints as a LoRA."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "variant - base as a LoRA. Both are files: link a merge through Save first."
+    DESCRIPTION = (
+        "variant - base as a LoRA. Both are files: link a merge through Save first. "
+        "A file that was made of the same inputs in the same way is left as it is."
+    )
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("path", "report")
     FUNCTION = "extract"
@@ -148,6 +153,7 @@ class ExtractLora:
         """True, or what is wrong with the name, before anything runs; None is a linked one, not known yet."""
         return host.first_error(lambda: host.target(host.OUTPUT, "later" if name is None else name))
 
+    @host.computing
     def extract(
         self,
         base: str,
@@ -161,24 +167,18 @@ class ExtractLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
-        import mergetool
+        from mergetool.lora.extract import open_diff
+        from mergetool.lora.pairs import chosen
+        from mergetool.making import state
 
+        options = chosen(rank_thresh=rank_thresh, rank_max=rank_max, exclude=exclude.split(), dtype=dtype)
         path = host.target(folder, name)
-        host.make_folder(path)
-        started = time.monotonic()
-        with host.own_tensors():
-            found = mergetool.diff(
-                links.one_model(base, "a LoRA's base"),
-                links.one_model(variant, "the model that a LoRA is taken of"),
-                path,
-                rank_thresh=rank_thresh,
-                rank_max=rank_max,
-                exclude=exclude.split(),
-                dtype=dtype,
-                overwrite=overwrite,
-                progress=host.progress(),
-            )
-        report = f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
+        models = links.one_model(base, "a LoRA's base"), links.one_model(variant, "the model that a LoRA is taken of")
+        with open_diff(*models, options) as pairing:
+            if state.of_diff(pairing, options, path) == state.CURRENT:
+                report = f"{path} was already made of this"
+            else:
+                report = _extract(pairing, options, path, overwrite)
         return {"ui": {"text": [report]}, "result": (str(path), report)}
 
 
@@ -221,6 +221,19 @@ def _write(plan: Plan, path: Path, overwrite: bool) -> str:
     if movement.moved:
         lines.append(f"rounding kept {100 * movement.projection:.1f} % of the change")
     return "\n".join([*lines, *(f"note: {warning}" for warning in plan.warnings)])
+
+
+def _extract(pairing: Pairing, options: DiffOptions, path: Path, overwrite: bool) -> str:
+    from mergetool.api.progress import counting
+    from mergetool.lora import on_device
+    from mergetool.lora.extract import extract
+
+    host.make_folder(path)
+    started = time.monotonic()
+    with counting("diff", pairing.bytes_to_read(options), host.progress()) as advance:
+        device = on_device.choose("auto")
+        found = extract(pairing, path, options, overwrite=overwrite, device=device, progress=advance)
+    return f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
 
 
 def _kept(found: Extraction) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from mergetool.comfyui.arithmetic import Add, MergeExpression, Subtract
 from mergetool.comfyui.comparing import Compare
 from mergetool.comfyui.outputs import ExtractLora, Save
-from mergetool.comfyui.sources import ModelFile, NamedModel
+from mergetool.comfyui.sources import LoraFile, ModelFile, NamedModel
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "MergetoolModelFile": ModelFile,
     "MergetoolNamedModel": NamedModel,
+    "MergetoolLoraFile": LoraFile,
     "MergetoolSubtract": Subtract,
     "MergetoolAdd": Add,
     "MergetoolExpression": MergeExpression,
@@ -20,6 +21,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "MergetoolModelFile": "Model File (mergetool)",
     "MergetoolNamedModel": "Model by Name or Path (mergetool)",
+    "MergetoolLoraFile": "LoRA File (mergetool)",
     "MergetoolSubtract": "Subtract Models (mergetool)",
     "MergetoolAdd": "Add Difference (mergetool)",
     "MergetoolExpression": "Merge by Expression (mergetool)",

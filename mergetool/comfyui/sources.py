@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from mergetool import models
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
 from mergetool.recipe.quoting import quote
 
@@ -33,6 +34,7 @@ class ModelFile:
         """The content's fingerprint, sizes and times: another file under the same name is another input."""
         return state(str(host.file(host.MODELS, file)))
 
+    @host.computing
     def name(self, file: str) -> tuple[str]:
         """The file as an expression."""
         return (quote(str(host.file(host.MODELS, file).absolute())),)
@@ -57,14 +59,44 @@ class NamedModel:
         """As of a file."""
         return state(model.strip())
 
+    @host.computing
     def name(self, model: str) -> tuple[str]:
         """The model as an expression."""
         return (quote(models.resolve(model.strip()).name),)
 
 
+class LoraFile:
+    """A LoRA in ComfyUI's folder of LoRAs, as what it changes."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "A LoRA in ComfyUI's folder, in any spelling that is known, as a difference: link it to Add Difference, whose multiplier is its strength."
+    RETURN_TYPES = (links.DELTA,)
+    RETURN_NAMES = ("delta",)
+    FUNCTION = "name"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The file."""
+        return {"required": {"file": host.files_input(host.LORAS)}}
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> str:
+        """As of a model."""
+        with Checkpoint.open(host.file(host.LORAS, file)) as stored:
+            return _state(stored)
+
+    @host.computing
+    def name(self, file: str) -> tuple[str]:
+        """The file as a term of an expression."""
+        return (f"lora({quote(str(host.file(host.LORAS, file).absolute()))})",)
+
+
 def state(model: str) -> str:
     """What changes when the content of ``model`` does. Raises what opening it raises."""
     with models.open_model(model, names_only=True) as opened:
-        stats = [os.stat(file.path) for file in opened.checkpoint.files]
-        times = [f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats]
-        return " ".join([opened.checkpoint.fingerprint(), *times])
+        return _state(opened.checkpoint)
+
+
+def _state(stored: Checkpoint) -> str:
+    stats = [os.stat(file.path) for file in stored.files]
+    return " ".join([stored.fingerprint(), *(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)])

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Packages that ComfyUI imports for sound and video only; PyPI's wheels of the first two do not import beside a CPU torch."""
 
-    NAMES = ("torchvision", "torchaudio", "av")
+    NAMES: tuple[str, ...] = ("torchvision", "torchaudio", "av")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.NAMES else None
@@ -35,7 +35,7 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def load(root: Path) -> None:
     """Makes ``import comfy`` mean the source in ``root``, on the processor, for models of any width."""
-    sys.meta_path.insert(0, _Stubs())
+    sys.meta_path.insert(0, Stubs())
     sys.path.append(str(root))  # last: ComfyUI has folders "tests" and "utils" of its own
     import comfy.options
 
@@ -47,10 +47,10 @@ def load(root: Path) -> None:
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    _allow_small()
+    allow_small()
 
 
-def _allow_small() -> None:
+def allow_small() -> None:
     """Lets ComfyUI take Z-Image of any size: widths and numbers of blocks from the file, the rest as it sets it at width 3840.
 
     ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. At widths
