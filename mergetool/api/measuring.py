@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from mergetool.api.progress import Progress, StrPath, counting, patterns
@@ -19,7 +18,7 @@ def diff(
     output: StrPath,
     *,
     rank: int = 0,
-    rank_thresh: float = 0.95,
+    rank_thresh: float | None = None,
     rank_max: int | None = None,
     rule: Literal["energy", "fro", "sum", "ratio", "abs", "knee"] = "energy",
     budget: int = 0,
@@ -36,25 +35,25 @@ def diff(
 ) -> Extraction:
     """Take the difference ``variant - base`` as a LoRA, written to ``output``; the variant may be a LoRA itself.
 
-    Options are those of the command; ``budget`` is in bytes, ``rank_max`` 64 where nothing is said and no budget given. Returns the rank, energy and residual of every
+    Options are those of the command; ``budget`` is in bytes. Where nothing is said ``rank_thresh`` is 0.95, of the rules that take a share, and
+    ``rank_max`` 64, but 0 with a budget. Returns the rank, energy and residual of every
     matrix, and what was left out. Raises MergetoolError.
     """
-    from mergetool.checkpoint.dtypes import output_dtype
     from mergetool.checkpoint.outputs import lora_target
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, open_diff
-    from mergetool.lora.pairs import DiffOptions
+    from mergetool.lora.pairs import chosen
 
-    options = DiffOptions(
+    options = chosen(
         rank=rank,
         rank_thresh=rank_thresh,
-        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
+        rank_max=rank_max,
         rule=rule,
         budget=budget,
         min_dim=min_dim,
         include=patterns(include),
         exclude=patterns(exclude),
-        dtype=output_dtype(dtype),
+        dtype=dtype,
         seed=seed,
     )
     with (
@@ -97,7 +96,7 @@ def compare(
     from mergetool.comparison import comparison
     from mergetool.recipe.options import Options
 
-    size = multiplier if multiplier == comparison.RECOMMENDED else Fraction(str(multiplier))
+    size = comparison.multiplier_of(str(multiplier))
     options = Options(include=patterns(include), exclude=patterns(exclude), dtype=dtypes.output_dtype(dtype))
     with (
         comparison.open_comparison(

@@ -166,8 +166,10 @@ class Recipe:
         Merges of common models are one pass over them. Raises OutputError for what is out of date, without ``overwrite``, before anything
         is made, and what merges and differences raise, with the place in the recipe.
         """
+        from mergetool.engine import device as devices
         from mergetool.making import survey
 
+        devices.choose(device, work=0)  # one that is not there is refused before any output is made
         places = survey.places_for(self._read, target)
         passes = survey.survey(places, skip_unmatched=skip_unmatched)
         if not overwrite:

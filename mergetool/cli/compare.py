@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +87,7 @@ def compare(
     """Measure how far B lies from A, block by block, in one pass; and advise a multiplier for B - A."""
     started = time.monotonic()
     conditions = [_condition(text) for text in fail_on or ()]
-    size, share = _multiplier(multiplier), _share("--target", target)
+    share = _share("--target", target)
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     names = [onto or base, variant, base, *(name for name in (reference, reference_base) if name is not None)]
     with _reading_ahead([] if include or exclude else names) as used:
@@ -96,6 +95,7 @@ def compare(
         from mergetool.comparison import comparison as comparing
         from mergetool.recipe.options import Options
 
+        size = comparing.multiplier_of(multiplier)
         options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=dtypes.output_dtype(dtype))
         _require_targets(plot, report, overwrite=overwrite)
         with comparing.open_comparison(
@@ -140,18 +140,6 @@ def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
 
 
 # --- what is asked -------------------------------------------------------------------------------------------
-
-
-def _multiplier(text: str) -> Any:
-    if text == "recommended":
-        return text
-    try:
-        value = Fraction(text) if len(text) < 40 and 0 < abs(float(text)) < 1e38 else None
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None:
-        raise UsageError(f'--multiplier is a number other than 0, or the word recommended, not "{text}".')
-    return value
 
 
 def _share(option: str, text: str) -> float:

@@ -16,6 +16,7 @@ from mergetool.cli.console import (
     ScaleSearchOption,
     VerboseOption,
 )
+from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +42,10 @@ Without --dtype and --quant, quantised weights become BF16 and everything else k
 @console.command
 def convert(
     model: Annotated[str, typer.Argument(help="A registered name, a file, a folder, or hf://org/repo")],
-    output: Annotated[str, typer.Option("--output", "-o", help="FILE.safetensors, or FOLDER/ for a folder.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="FILE.safetensors, or FOLDER/ for a folder. Needed unless --dry-run."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 (a bare cast).")] = None,
     quant: QuantOption = None,
     scale_search: ScaleSearchOption = False,
@@ -56,6 +60,7 @@ def convert(
     threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
     nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
     as_json: JsonOption = False,
     no_progress: NoProgressOption = False,
     verbose: VerboseOption = False,
@@ -66,6 +71,8 @@ def convert(
     from mergetool.recipe.options import Options
     from mergetool.recipe.quoting import quote
 
+    if output is None and not dry_run:
+        raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
     non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
     options = Options(
         dtype=dtypes.output_dtype(dtype),
@@ -77,10 +84,18 @@ def convert(
     )
     started = time.monotonic()
     shard_bytes = console.parse_size(shard_size) if shard_size else None
-    target = console.model_output(output, shown=not as_json, layout=layout, shard_size=shard_bytes, overwrite=overwrite)
+    target = None
+    if output is not None:
+        target = console.model_output(
+            output, shown=not as_json, layout=layout, shard_size=shard_bytes, overwrite=overwrite
+        )
     with job.open_merge(quote(model), options) as plan:
         if not as_json:
             _print_plan(model, plan)
+        if dry_run or target is None:
+            if as_json:
+                console.print_json(_plan_json(plan))
+            return
         total = plan.bytes_read + plan.header.data_size
         with console.progress("convert", total, shown=not (no_progress or as_json), publishes=True) as bar:
             outcome = job.run_merge(
@@ -106,7 +121,7 @@ def _print_plan(model: str, plan: Plan) -> None:
         if tensor.constant is None:
             kinds[tensor.stored_as] = kinds.get(tensor.stored_as, 0) + 1
     stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    console.heading("plan", f"{model}: {plan.layout} layout, {stored}")
+    console.heading("plan", f"{model}: {plan.layout} layout, {stored}, {console.size(plan.header.file_size)}")
     if plan.left_out:
         names = console.listed([f"{name} ({reason})" for name, reason in plan.left_out])
         console.heading("", f"{len(plan.left_out)} left out: {names}")
@@ -153,12 +168,10 @@ def _by_group(plan: Plan, errors: Mapping[str, Fidelity]) -> dict[str, Fidelity]
 
 def _as_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
     return {
+        **_plan_json(plan),
         "output": str(target.path),
         "bytes_written": plan.header.file_size,
         "seconds": round(seconds, 3),
-        "layout": plan.layout,
-        "prefix": plan.prefix,
-        "tensors": {tensor.name: tensor.stored_as for tensor in plan.tensors if tensor.constant is None},
         "errors": {
             name: {
                 "relative_frobenius": found.relative,
@@ -170,6 +183,15 @@ def _as_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> di
         "search_gain": outcome.search_gain,
         "capped": dict(sorted(outcome.capped.items())),
         "non_finite": dict(sorted(outcome.non_finite.items())),
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "bytes_to_write": plan.header.file_size,
+        "layout": plan.layout,
+        "prefix": plan.prefix,
+        "tensors": {tensor.name: tensor.stored_as for tensor in plan.tensors if tensor.constant is None},
         "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
         "warnings": list(plan.warnings),
     }

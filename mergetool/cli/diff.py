@@ -156,7 +156,7 @@ def diff(
         orthogonal=orthogonal,
     )
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
-    target_device = on_device.choose(console.choice("--device", device, ("auto", "cpu", "cuda")))
+    target_device = on_device.choose(device)
     memory = console.parse_size(gpu_memory) if gpu_memory else 0
     started = time.monotonic()
     named = partial(console.lora_output, shown=not as_json)
@@ -308,7 +308,9 @@ def extraction_json(
             "rank": options.rank,
             "budget": options.budget,
             "rule": None if options.rank or options.budget else options.rule,
-            "rank_thresh": None if options.rank or options.budget or options.rule == "knee" else options.rank_thresh,
+            "rank_thresh": None
+            if options.rank or options.budget or options.rule == "knee"
+            else options.chosen.threshold,
             "rank_max": options.rank_max,
         },
         "spectra": None if spectra is None else {"file": str(spectra), "searched": found.searched},

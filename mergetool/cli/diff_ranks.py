@@ -38,9 +38,9 @@ def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
         console.heading("", f"{len(capped)} capped at {options.rank_max}: --rank-max 0 leaves it to the budget")
         return
     advice = (
-        f"--rank-max {max(wanted)} would reach {options.rank_thresh:g}"
+        f"--rank-max {max(wanted)} would reach {options.chosen.threshold:g}"
         if len(wanted) == len(capped)
-        else f"--rank-max 0 would reach {options.rank_thresh:g}"
+        else f"--rank-max 0 would reach {options.chosen.threshold:g}"
     )
     if options.share is None:
         advice = f"--rank-max 0 keeps all that --rule {options.rule} does"

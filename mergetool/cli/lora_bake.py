@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -92,7 +96,7 @@ def bake(
         bundled=bundled,
     )
     settings = merging.Settings(
-        shard_size=shard_size,
+        shard_size=console.parse_size(shard_size) if shard_size else None,
         threads=threads,
         skip_unmatched=skip_unmatched,
         force=force,
@@ -108,10 +112,31 @@ def bake(
 def expression(model: str, loras: list[str]) -> str:
     """The merge that adds ``loras``, each PATH[:STRENGTH], to ``model``. Raises UsageError for a strength that is no number."""
     terms = [quote(model)]
-    for text in loras:
-        path, strength = with_strength(text)
+    for path, strength in with_strengths(loras):
         terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({in_quotes(path)})")
     return " ".join(terms)
+
+
+_AMOUNT = r"[+-]?\d+(?:[.,]\d+)?\s*%?"
+
+
+def with_strengths(texts: Sequence[str]) -> list[tuple[str, Fraction]]:
+    """`with_strength` of each. Raises UsageError, with what to write, for a strength beside its LoRA, with a comma or in per cent."""
+    for i, text in enumerate(texts):
+        path, _, amount = text.rpartition(":")
+        if not re.fullmatch(_AMOUNT, amount) or Path(text).exists():
+            continue
+        if not path and i:
+            raise UsageError(f'a strength follows its LoRA after a colon: write "{texts[i - 1]}:{_decimal(amount)}".')
+        if path and amount != _decimal(amount) and not amount.startswith("+"):
+            raise UsageError(f'"{text}": a strength is a number with a point: write "{path}:{_decimal(amount)}".')
+    return [with_strength(text) for text in texts]
+
+
+def _decimal(amount: str) -> str:
+    """A number as people write it, with a point and without a per cent sign."""
+    digits = amount.replace(",", ".").rstrip("% ")
+    return str(Decimal(digits) / 100) if "%" in amount else digits
 
 
 def with_strength(text: str) -> tuple[str, Fraction]:

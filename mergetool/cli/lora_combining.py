@@ -90,7 +90,7 @@ def selection(
     needed: bool,
 ) -> Selection:
     """What the options ask to keep. Raises UsageError for several that contradict each other, or for none where one is ``needed``."""
-    from mergetool.lora.rules import RULES, Rule
+    from mergetool.lora.rules import RULES, rule_for
     from mergetool.lora.selection import Budget, ByRule, Exact, Fixed
 
     name = console.choice("--rule", rule or "energy", RULES)
@@ -119,9 +119,7 @@ def selection(
     if by_rule:
         if rank_thresh is None and name != "knee":
             raise UsageError(f"--rule {name} needs a --rank-thresh.")
-        if rank_thresh is not None and name == "knee":
-            raise UsageError("--rule knee has no threshold; leave --rank-thresh away.")
-        return ByRule(Rule(name, 0.95 if rank_thresh is None else rank_thresh), rank_max)
+        return ByRule(rule_for(name, rank_thresh), rank_max)
     if rank_max is not None:
         return Fixed(rank_max)
     if needed:

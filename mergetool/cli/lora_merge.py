@@ -9,7 +9,7 @@ import typer
 from mergetool.cli import console, merge
 from mergetool.cli import lora_combining as combining
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
-from mergetool.cli.lora_bake import with_strength
+from mergetool.cli.lora_bake import with_strengths
 
 EXAMPLES = """\b
 Examples:
@@ -61,4 +61,4 @@ def merge_loras(
         shows_progress=not (no_progress or as_json),
         verbose=verbose,
     )
-    combining.perform([with_strength(text) for text in loras], settings)
+    combining.perform(with_strengths(loras), settings)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +26,8 @@ from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.comparison.preflight import Preflight
+    from mergetool.engine.reading import Method
+    from mergetool.engine.running import Measure, NonFinite
     from mergetool.recipe.groups import Setting
     from mergetool.recipe.options import Options
     from mergetool.recipe.plan import Plan
@@ -58,8 +63,12 @@ def _print_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
+CONTEXT = {"allow_extra_args": True}  # to say what was meant by them
+
+
 @console.command
 def merge(
+    context: typer.Context,
     expression: Annotated[
         str,
         typer.Argument(
@@ -154,9 +163,12 @@ def merge(
     """
     from mergetool.checkpoint import dtypes
     from mergetool.cli import merge_recipe
+    from mergetool.engine import device as devices
     from mergetool.ops.rounding import MODES
     from mergetool.recipe.options import Options
 
+    if context.args:
+        raise _several(expression, context.args)
     options = Options(
         protect=tuple(protect or ()),
         include=tuple(include or ()),
@@ -172,13 +184,13 @@ def merge(
         bundled=bundled,
     )
     settings = Settings(
-        shard_size=shard_size,
+        shard_size=console.parse_size(shard_size) if shard_size else None,
         threads=threads,
-        device=device,
-        gpu_memory=gpu_memory,
-        measure=measure,
-        reader=reader,
-        nonfinite=nonfinite,
+        device=devices.named(device),
+        gpu_memory=console.parse_size(gpu_memory) if gpu_memory else 0,
+        measure=console.choice("--measure", measure, ("sample", "all", "off")),
+        reader=console.choice("--reader", reader, ("auto", "mmap", "pread")),
+        nonfinite=console.choice("--nonfinite", nonfinite, ("refuse", "keep")),
         skip_unmatched=skip_unmatched,
         force=force,
         overwrite=overwrite,
@@ -200,17 +212,37 @@ def merge(
     perform(expression, options, output, settings)
 
 
+def _several(first: str, more: Sequence[str]) -> UsageError:
+    """The error for an expression that is several arguments: one without quotes around it, or models without what to do with them."""
+    from mergetool.recipe.expression import parse
+    from mergetool.recipe.quoting import quote
+
+    whole = " ".join([first, *more])
+    try:
+        parse(whole)
+    except UsageError as error:
+        names = [first, *more]
+        if any(re.fullmatch(r"[-+*/()\d.,%]+", name) for name in names):
+            return UsageError(f"the expression is one argument, in quotes; and {error}")
+        mean = " + ".join(f"{Decimal(1) / len(names):.4g}*{quote(name)}" for name in names)
+        return UsageError(
+            f"the expression is one argument, in quotes, and there are {len(names)}: {', '.join(names)}; "
+            f'say what to do with them: "{mean}" is their mean, "{quote(names[0])} + 0.5*({quote(names[-1])} - BASE)" adds what one has learned.'
+        )
+    return UsageError(f'the expression is one argument, in quotes: write "{whole}".')
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a merge is run and what is printed of it, as the options give it."""
+    """How a merge is run and what is printed of it: options that were read, sizes in bytes."""
 
-    shard_size: str | None = None
+    shard_size: int | None = None
     threads: int | None = None
     device: str = "auto"
-    gpu_memory: str | None = None
-    measure: str = "sample"
-    reader: str = "auto"
-    nonfinite: str = "refuse"
+    gpu_memory: int = 0
+    measure: Measure = "sample"
+    reader: Method = "auto"
+    nonfinite: NonFinite = "refuse"
     skip_unmatched: bool = False
     force: bool = False
     overwrite: bool = False
@@ -229,25 +261,20 @@ def perform(expression: str, options: Options, output: str | None, settings: Set
 
     if output is None and not settings.dry_run:
         raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
-    method = console.choice("--reader", settings.reader, ("auto", "mmap", "pread"))
-    non_finite = console.choice("--nonfinite", settings.nonfinite, ("refuse", "keep"))
-    measure = console.choice("--measure", settings.measure, ("sample", "all", "off"))
     started = time.monotonic()
-    gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
-    shard_bytes = console.parse_size(settings.shard_size) if settings.shard_size else None
     target = None
     if output is not None:
         target = console.model_output(
             output,
             shown=not settings.as_json,
             layout=options.layout,
-            shard_size=shard_bytes,
+            shard_size=settings.shard_size,
             overwrite=settings.overwrite,
         )
     with job.open_merge(
         expression, options, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
     ) as plan:
-        on = devices.choose(settings.device, work=plan.bytes_read, memory=gpu_bytes)
+        on = devices.choose(settings.device, work=plan.bytes_read, memory=settings.gpu_memory)
         memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
         if not settings.as_json:
             merge_report.print_plan(plan, memory, every_tensor=settings.dry_run or settings.verbose)
@@ -262,12 +289,12 @@ def perform(expression: str, options: Options, output: str | None, settings: Set
                 plan,
                 target,
                 overwrite=settings.overwrite,
-                shard_size=shard_bytes,
+                shard_size=settings.shard_size,
                 threads=settings.threads,
-                method=method,
-                non_finite=non_finite,
+                method=settings.reader,
+                non_finite=settings.nonfinite,
                 device=on,
-                measure=measure,
+                measure=settings.measure,
                 resume=settings.resume,
                 progress=advance,
             )

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 def perform(path: Path, variables: Sequence[str], target: str | None, settings: Settings) -> None:
     """Survey a recipe's outputs, then make those that are not there as they would be written now."""
+    from mergetool.engine import device as devices
     from mergetool.making import survey
     from mergetool.recipe import file
 
+    devices.choose(settings.device, work=0)  # one that is not there is refused before any output is made
     recipe = file.load(path, variables)
     places = survey.places_for(recipe, target)
     passes = survey.survey(places, skip_unmatched=settings.skip_unmatched)
@@ -100,8 +102,9 @@ class _Run:
         with survey.open_plans(
             self.places, outputs, fingerprints=not settings.dry_run, skip_unmatched=settings.skip_unmatched
         ) as plans:
-            gpu_bytes = console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0
-            on = devices.choose(settings.device, work=sum(plan.bytes_read for plan in plans), memory=gpu_bytes)
+            on = devices.choose(
+                settings.device, work=sum(plan.bytes_read for plan in plans), memory=settings.gpu_memory
+            )
             total = job.bytes_moved(plans, on)
             for task, plan in zip(tasks, plans, strict=True):
                 memory = job.BASE_MEMORY + memory_needed(plan, settings.threads, on)
@@ -126,10 +129,10 @@ class _Run:
                     overwrite=settings.overwrite,
                     shard_size=survey.shard_size(outputs[0]),
                     threads=settings.threads,
-                    method=console.choice("--reader", settings.reader, ("auto", "mmap", "pread")),
-                    non_finite=console.choice("--nonfinite", settings.nonfinite, ("refuse", "keep")),
+                    method=settings.reader,
+                    non_finite=settings.nonfinite,
                     device=on,
-                    measure=console.choice("--measure", settings.measure, ("sample", "all", "off")),
+                    measure=settings.measure,
                     resume=settings.resume,
                     progress=advance,
                 )
@@ -157,7 +160,7 @@ class _Run:
                 diff.print_pairing(pairing, verbose=settings.verbose)
             if settings.dry_run:
                 return
-            device = on_device.choose(console.choice("--device", settings.device, ("auto", "cpu", "cuda")))
+            device = on_device.choose(settings.device)
             with console.progress("diff", pairing.bytes_to_read(options), shown=settings.shows_progress) as bar:
                 found = extract(
                     pairing,
@@ -165,9 +168,9 @@ class _Run:
                     options,
                     overwrite=settings.overwrite,
                     threads=settings.threads,
-                    method=console.choice("--reader", settings.reader, ("auto", "mmap", "pread")),
+                    method=settings.reader,
                     device=device,
-                    memory=console.parse_size(settings.gpu_memory) if settings.gpu_memory else 0,
+                    memory=settings.gpu_memory,
                     progress=bar,
                 )
             seconds = time.monotonic() - started

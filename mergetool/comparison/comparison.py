@@ -21,6 +21,7 @@ from mergetool.comparison.streaming import Chunk, Operands, stream
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
 from mergetool.engine.reading import Method
+from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.ops.movement import Movement
 from mergetool.recipe.expression import parse
@@ -188,6 +189,19 @@ def open_comparison(
         yield _planned(operands, options or Options())
 
 
+def multiplier_of(text: str) -> Fraction | str:
+    """A multiplier as people write it, exact, or the word "recommended". Raises UsageError for anything else, 0 too."""
+    if text == RECOMMENDED:
+        return text
+    try:
+        value = Fraction(text) if len(text) < 40 and 0 < abs(float(text)) < 1e38 else None
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None:
+        raise UsageError(f'--multiplier is a number other than 0, or the word {RECOMMENDED}, not "{text}".')
+    return value
+
+
 def compare(
     comparison: Comparison,
     *,
@@ -200,9 +214,12 @@ def compare(
     """Read the models once and report; with the multiplier that turns out to be "recommended", an eighth of three of them once more.
 
     Rounding is looked at on the elements that `mergetool merge` measures by itself, and its figures are equal to those of that merge on a CPU.
-    Memory is about 15 MB a thread. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError for NaN or infinity in a
-    model, and what reading raises.
+    Memory is about 15 MB a thread. ``progress`` is told of bytes read, from this thread. Raises UsageError for a target that is none, NonFiniteError
+    for NaN or infinity in a model, and what reading raises.
     """
+    if not 0 < target < 1e6:
+        raise UsageError(f"--target is {target:g}, but a change has a size above 0.")
+    asked(threads)
     operands = comparison.operands
     first = Fraction(1) if multiplier == RECOMMENDED else multiplier
     if not isinstance(first, Fraction) or first == 0:

@@ -18,7 +18,7 @@ from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison.energies import Energies
 from mergetool.engine.jobs import Job
 from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
-from mergetool.engine.threads import TorchThreads, default_threads
+from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import blend
 from mergetool.ops.contract import execute
@@ -94,7 +94,7 @@ def stream(
         return [meter.measure(chunk) for chunk in some]
 
     found = []
-    with torch_threads, ThreadPoolExecutor(threads or default_threads(), "compare", give_way) as pool:
+    with torch_threads, ThreadPoolExecutor(asked(threads), "compare", give_way) as pool:
         waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
         try:
             for future in waiting:

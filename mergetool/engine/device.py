@@ -30,16 +30,21 @@ class Device:
 CPU = Device()
 
 
+def named(name: str) -> str:
+    """``name``, when it is ``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``. Raises UsageError for another word."""
+    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,3}", name, re.ASCII):
+        raise UsageError(f'--device "{name}" is not auto, cpu, cuda or cuda:NUMBER.')
+    return name
+
+
 def choose(name: str, *, work: int, memory: int = 0) -> Device:
     """The device that ``--device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
 
     ``auto`` takes GPUs when there are some, Triton can be imported and ``work`` bytes are worth it, else the CPU; the
     output is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
     """
-    if name == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
+    if named(name) == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
         return CPU
-    if name not in ("auto", "cuda") and not (name.startswith("cuda:") and name[5:].isdecimal()):
-        raise UsageError(f'--device "{name}" is not auto, cpu, cuda or cuda:NUMBER.')
     missing = _obstacle(name)
     if missing is None:
         return Device(_gpus(name), memory)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 from mergetool import __version__, models
 from mergetool.adapters import matching
@@ -25,6 +26,7 @@ from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
+from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.options import Options
@@ -202,6 +204,14 @@ def run_merges(
     Every output is the same, byte for byte, as `run_merge` of its plan alone makes it. When a plan fails none is published. Each is as
     for `run_merge`, and raises what that does, and UsageError for outputs of one path, or for several that are to be resumed.
     """
+    asked(threads)
+    for option, word, known in (
+        ("reader", method, Method),
+        ("nonfinite", non_finite, NonFinite),
+        ("measure", measure, Measure),
+    ):
+        if word not in get_args(known):
+            raise UsageError(f'--{option} is one of {", ".join(get_args(known))}, not "{word}".')
     targets = [
         model_target(output, layout=plan.options.layout, shard_size=shard_size, overwrite=overwrite)
         for plan, output in zip(plans, outputs, strict=True)

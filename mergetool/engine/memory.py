@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mergetool.checkpoint import system
 from mergetool.engine import bundles, calling, quantising
 from mergetool.engine.device import CPU, Device
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import asked, default_threads
 from mergetool.recipe.plan import Plan
 
 SHARE_FOR_METHODS = 0.25
@@ -17,7 +17,7 @@ SHARE_FOR_METHODS = 0.25
 def workers(plans: Sequence[Plan], threads: int | None = None) -> int:
     """How many threads a pass uses: ``threads``, or every processor, unless merge methods would fill the memory with their parameters."""
     if threads is not None:
-        return threads
+        return asked(threads)
     steps = [step for plan in plans for tensor in plan.tensors for step in tensor.steps]
     if not any(step.program and step.program.calls for step in steps):
         return default_threads()

@@ -7,12 +7,26 @@ import threading
 from types import TracebackType
 from typing import Self
 
+from mergetool.errors import UsageError
+
+MOST = 256
+"""Threads that may be asked for."""
+
 
 def default_threads() -> int:
     """The processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def asked(threads: int | None) -> int:
+    """``threads``, or as many as there are processors where nothing is asked. Raises UsageError for fewer than 1 or more than 256."""
+    if threads is None:
+        return default_threads()
+    if not 1 <= threads <= MOST:
+        raise UsageError(f"--threads is {threads}, but has to be from 1 to {MOST}.")
+    return threads
 
 
 class TorchThreads:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mergetool import __version__
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.outputs import Target
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
@@ -108,7 +108,7 @@ def combine(
     done: list[Outcome] = []
     empty: list[str] = []
     tensors: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(threads or default_threads(), "combine", torch.set_num_threads, (1,)) as pool:
+    with ThreadPoolExecutor(asked(threads), "combine", torch.set_num_threads, (1,)) as pool:
         try:
             solve = _solver(gathering, selection, dtype, derive, metadata, pool, progress)
             for outcome, made in _in_turn(pool, solve, gathering.modules, progress):

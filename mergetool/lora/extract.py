@@ -23,7 +23,7 @@ from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target, lora_target
 from mergetool.engine.job import open_change
 from mergetool.engine.reading import Method
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
 from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
@@ -131,7 +131,7 @@ def extract(
         device = None
     system.keep_freed_memory()
     side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
-    run = partial(stream, pairing, options, files=files, method=method, threads=threads or default_threads())
+    run = partial(stream, pairing, options, files=files, method=method, threads=asked(threads))
     with ThreadPoolExecutor(1, "metadata") as background:
         early = background.submit(metadata_of, pairing, options, spectra=spectra)
         solved: list[Solved] = []
@@ -151,16 +151,16 @@ def extract(
             progress(pairing.nbytes(pair))
     found, factors = _in_order(pairing, solved, options)
     if found.layers and not factors:
-        raise UsageError(f"no singular value is above {options.rank_thresh:g}; lower --rank-thresh.")
+        raise UsageError(f"no singular value is above {options.chosen.threshold:g}; lower --rank-thresh.")
     if not factors:
         raise _nothing(pairing, options)
     if whole_to is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
         lora_file.write(
-            whole_to, values, early.result(), files, overwrite=overwrite, threads=threads or default_threads()
+            whole_to, values, early.result(), files, overwrite=overwrite, threads=asked(threads)
         )
-    lora_file.write(to, factors, early.result(), files, overwrite=overwrite, threads=threads or default_threads())
-    side.save(files, threads or default_threads())
+    lora_file.write(to, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
+    side.save(files, asked(threads))
     found.searched = sorted(side.added)
     return found
 
@@ -279,4 +279,4 @@ def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
     if options.budget:
         return {"budget": options.budget, "rank_max": options.rank_max}
     chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.rank_max}
-    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.rank_thresh}
+    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.chosen.threshold}

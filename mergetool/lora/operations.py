@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergetool.checkpoint.names import quoted
-from mergetool.engine.threads import default_threads
+from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora import sets
 from mergetool.lora.delta import Delta
@@ -105,7 +105,7 @@ def scores(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Score]:
     """The score of every module of two LoRAs, in file order. ``signs`` asks for ``opposing``, which looks at every element."""
-    with ThreadPoolExecutor(threads or default_threads(), "score", torch.set_num_threads, (1,)) as pool:
+    with ThreadPoolExecutor(asked(threads), "score", torch.set_num_threads, (1,)) as pool:
         for found in pool.map(lambda module: _score(gathering, module, signs), gathering.modules):
             progress(1)
             yield found
@@ -129,7 +129,7 @@ def delta_scores(
 
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
     for pair, found in each(
-        pairing, pairing.decomposed, score, files=files, method="auto", threads=threads or default_threads()
+        pairing, pairing.decomposed, score, files=files, method="auto", threads=asked(threads)
     ):
         assert isinstance(found, Score)
         if not all(map(math.isfinite, found.energies)):

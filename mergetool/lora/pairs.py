@@ -20,16 +20,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
+from typing import cast
 
 from mergetool import arch
 from mergetool.arch import Part, meeting
 from mergetool.arch.z_image import PAD_TOKENS
-from mergetool.checkpoint.dtypes import BF16, DType, output_dtype
+from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import FamilyError, UsageError
-from mergetool.lora.rules import RULES, Rule, RuleName
+from mergetool.lora.rules import Rule, RuleName, rule_for
 from mergetool.recipe.steps import Input
 
-FACTOR_DTYPES = ("bf16", "fp16", "fp32")
+FACTOR_DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
+DEFAULT_RANK_MAX = 64
 
 UNCHANGED = "not changed by the LoRA"
 """The reason of the base's parts that a LoRA leaves alone."""
@@ -39,7 +41,7 @@ UNCHANGED = "not changed by the LoRA"
 class DiffOptions:
     """What the user asked of a difference LoRA.
 
-    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default the share of the
+    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default 0.95, the share of the
     sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
     least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores
     whole, in a second file, what has no factors, and the matrices that ``full_layers`` select. With a second variant the common
@@ -48,8 +50,8 @@ class DiffOptions:
     """
 
     rank: int = 0
-    rank_thresh: float = 0.95
-    rank_max: int = 64
+    rank_thresh: float | None = None
+    rank_max: int = DEFAULT_RANK_MAX
     min_dim: int = 32
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -64,20 +66,27 @@ class DiffOptions:
     orthogonal: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a number that cannot be meant."""
-        Rule(self.rule, self.rank_thresh)
+        """Raises UsageError for a number or a dtype that cannot be meant, and for options that contradict each other."""
         for option, value in (
             ("--rank", self.rank),
             ("--rank-max", self.rank_max),
             ("--min-dim", self.min_dim),
             ("--budget", self.budget),
+            ("--seed", self.seed),
         ):
             if value < 0:
                 raise UsageError(f"{option} is {value}, but cannot be negative.")
+        if self.dtype not in FACTOR_DTYPES.values():
+            raise UsageError(
+                f"--dtype is one of {', '.join(FACTOR_DTYPES)}: factors are not stored in {self.dtype.name}."
+            )
         if self.budget and (self.rank or self.rule != "energy"):
             raise UsageError("--budget chooses the ranks by itself; leave out --rank and --rule.")
         if self.rank and self.rule != "energy":
             raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
+        if (self.rank or self.budget) and self.rank_thresh is not None:
+            raise UsageError(f"{'--budget' if self.budget else '--rank'} has no threshold; leave out --rank-thresh.")
+        rule_for(self.rule, self.rank_thresh)
         if self.full_layers and not self.full:
             raise UsageError("--full-layer names what goes into a second file; say which with --full FILE.safetensors.")
         if self.union and self.orthogonal:
@@ -95,7 +104,7 @@ class DiffOptions:
     @property
     def chosen(self) -> Rule:
         """The rule by which ranks are chosen where neither ``rank`` nor ``budget`` says them."""
-        return Rule(self.rule, self.rank_thresh)
+        return rule_for(self.rule, self.rank_thresh)
 
     @property
     def share(self) -> float | None:
@@ -105,36 +114,33 @@ class DiffOptions:
 
 def chosen(
     *,
-    rank: int,
-    rank_thresh: float | None,
-    rank_max: int | None,
-    rule: str,
-    budget: int,
-    min_dim: int,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    dtype: str,
-    seed: int,
+    rank: int = 0,
+    rank_thresh: float | None = None,
+    rank_max: int | None = None,
+    rule: str = "energy",
+    budget: int = 0,
+    min_dim: int = 32,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: str = "bf16",
+    seed: int = 0,
 ) -> DiffOptions:
-    """The options for what a user said, None where nothing was said. Raises UsageError for what contradicts itself."""
+    """The options for what a user said in words, None where nothing was said: what every face calls.
+
+    Raises UsageError for a word that is none of those there are, and what ``DiffOptions`` raises.
+    """
     if dtype not in FACTOR_DTYPES:
         raise UsageError(f'--dtype is one of {", ".join(FACTOR_DTYPES)}, not "{dtype}".')
-    if rule not in RULES:
-        raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{rule}".')
-    if rank_thresh is not None and (rule == "knee" or budget):
-        raise UsageError(f"{'--budget' if budget else '--rule knee'} has no threshold; leave out --rank-thresh.")
-    if rank_thresh is None and rule in ("ratio", "abs") and not rank:
-        raise UsageError(f"--rule {rule} needs --rank-thresh; `mergetool diff --help` says what it is.")
     return DiffOptions(
         rank=rank,
-        rank_thresh=0.95 if rank_thresh is None else rank_thresh,
-        rank_max=(0 if budget else 64) if rank_max is None else rank_max,
-        rule=rule,
+        rank_thresh=rank_thresh,
+        rank_max=(0 if budget else DEFAULT_RANK_MAX) if rank_max is None else rank_max,
+        rule=cast(RuleName, rule),  # checked there
         budget=budget,
         min_dim=min_dim,
         include=tuple(include),
         exclude=tuple(exclude),
-        dtype=output_dtype(dtype),
+        dtype=FACTOR_DTYPES[dtype],
         seed=seed,
     )
 

@@ -98,6 +98,20 @@ class Rule:
         return place + 1 if place < len(sums) else (len(sums) if whole else None)
 
 
+def rule_for(name: str, threshold: float | None) -> Rule:
+    """The rule that a user named, with the threshold given, None for none: 0.95 where a share is meant.
+
+    Raises UsageError for a name that is no rule's, a threshold that it cannot mean, one too many or one too few.
+    """
+    if name not in RULES:
+        raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{name}".')
+    if name == "knee" and threshold is not None:
+        raise UsageError("--rule knee has no threshold; leave out --rank-thresh.")
+    if name in ("ratio", "abs") and threshold is None:
+        raise UsageError(f"--rule {name} needs --rank-thresh; `mergetool diff --help` says what it is.")
+    return Rule(name, 0.95 if threshold is None else threshold)  # type: ignore[arg-type]
+
+
 _SHARE = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
 
 

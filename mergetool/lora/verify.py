@@ -28,7 +28,7 @@ from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.reading import Fetcher, ValueReader, fetcher
-from mergetool.engine.threads import TorchThreads, default_threads
+from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lora.svd import squared_norm
 from mergetool.models import OpenedModel
@@ -132,7 +132,7 @@ def verify_lora(
     parameter, and what reading raises.
     """
     sizes = {part: _nbytes(comparison, part) for part in comparison.parts}
-    count = threads or default_threads()
+    count = asked(threads)
     files = [*comparison.base.checkpoint.files, *comparison.variant.checkpoint.files]
     local = threading.local()
 

@@ -37,6 +37,7 @@ from mergetool.recipe.graph import (
     render,
     scale,
 )
+from mergetool.recipe.mending import mended
 from mergetool.recipe.quoting import one_line, quote, syntax_tree
 
 MAX_TEXT = 100_000
@@ -110,6 +111,23 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     source = one_line(text).strip()  # one line, so that columns and messages are too
     if not source:
         raise ExpressionError('the expression is empty; write for example "a + 20 * (b - c)".')
+    try:
+        return _parsed(source, known)
+    except ExpressionError:
+        better = mended(source, lambda found: _is_merge(found, known))
+        if better is None:
+            raise
+        raise ExpressionError(f'"{source}" cannot be read: {better[1]}; write "{better[0]}".') from None
+
+
+def _is_merge(source: str, known: Collection[str]) -> bool:
+    try:
+        return bool(_parsed(source, known))
+    except ExpressionError:
+        return False
+
+
+def _parsed(source: str, known: Collection[str]) -> Expression:
     tree = _syntax_tree(source)
     _check_limits(tree, source)
     read = _read(tree.body, source)
@@ -160,12 +178,21 @@ def _check_degree(value: Sum, source: str) -> None:
     if degree == 2 and len(value.terms) == 2 and all(isinstance(t.operand, Model) for t in value.terms):
         a, b = (quote(t.operand.name) for t in value.terms if isinstance(t.operand, Model))
         raise ExpressionError(
-            f'"{source}" adds two whole models (degree 2); did you mean 0.5*{a} + 0.5*{b}, or {a} + ({b} - base)?'
+            f'"{source}" adds two whole models (degree 2); did you mean 0.5*{a} + 0.5*{b}, or {a} + ({b} - base)?{_lora_meant(value, degree)}'
         )
     raise ExpressionError(
         f'"{source}" has degree {shown}: the factors of its models add up to {shown}, and a merge needs 1; '
-        f"add differences, as in a + m*(b - c), or divide by {shown}."
+        f"add differences, as in a + m*(b - c), or divide by {shown}.{_lora_meant(value, degree)}"
     )
+
+
+def _lora_meant(value: Sum, degree: Fraction) -> str:
+    """A second sentence where a file whose own factor is what is too much could be a LoRA; else nothing."""
+    for term in value.terms:
+        if isinstance(term.operand, Model) and degree - term.factor == 1 and term.operand.name.endswith(".safetensors"):
+            name = quote(term.operand.name)
+            return f" If {name} is a LoRA, write lora({name})."
+    return ""
 
 
 def _is_product(source: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mergetool import models
+from mergetool.engine import device as devices
 from mergetool.errors import InputMissing, MergetoolError
 from mergetool.lab import world
 from mergetool.sampler import settings
@@ -44,6 +45,10 @@ class Wish:
     size: str | None = None
     parts: PartsOptions = field(default_factory=PartsOptions)
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a device that is none."""
+        devices.named(self.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,71 @@
+"""Slips that people make in expressions, and the text that was meant: a path without quotes, a decimal comma, a per cent sign, a factor without ``*``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from mergetool.recipe.quoting import in_quotes, quote
+
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_HELD = "\ue000"  # stands for a name in quotes, which is left as it is
+_NUMBER = r"(?<![\w.])(\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?)"
+_OPERATORS = re.compile(r"([()+*,]|\s-\s)")
+_PATH = re.compile(rf"(\s*-?\s*(?:{_NUMBER}\s*%?\s+)?)(\S.*\.(?:safetensors|sft|gguf|ckpt|pt))(\s*)", re.IGNORECASE)
+
+
+def mended(text: str, reads: Callable[[str], bool]) -> tuple[str, str] | None:
+    """What ``text`` was meant to be and what was wrong with it, when there is such a text that ``reads``; else None."""
+    names = _QUOTED.findall(text)
+    held = _QUOTED.sub(_HELD, text)
+    reasons = []
+    for reason, mend in _MENDINGS:
+        better = mend(held)
+        if better == held:
+            continue
+        held = better
+        reasons.append(reason)
+        found = _with_names(held, names)
+        if reads(found):
+            return found, " and ".join(reasons)
+    return None
+
+
+def _with_names(held: str, names: list[str]) -> str:
+    given = iter(names)
+    return re.sub(_HELD, lambda _: next(given), held)
+
+
+def _paths(text: str) -> str:
+    def quoted(operand: str) -> str:
+        found = _PATH.fullmatch(operand)
+        if not found or _HELD in operand:
+            return operand
+        before, _, path, after = found.groups()
+        return operand if quote(path) == path else f"{before}{in_quotes(path)}{after}"
+
+    return "".join(map(quoted, _OPERATORS.split(text)))
+
+
+def _points(text: str) -> str:
+    return re.sub(r"(?<![\w.,])(\d+),(\d+)(?![\w.,])", r"\1.\2", text)
+
+
+def _fractions(text: str) -> str:
+    def share(found: re.Match[str]) -> str:
+        return f"{Decimal(found[1].replace(',', '.')) / 100:f}{'' if found[2] == '*' else '*'}{found[2]}"
+
+    return re.sub(rf"{_NUMBER}\s*%\s*(?:of\s+)?(\S)", share, text)
+
+
+def _products(text: str) -> str:
+    return re.sub(rf"{_NUMBER}\s*(?:[×·]|x(?=[\s(]))?\s*(?=[A-Za-z_({_HELD}'\"])", r"\1*", text)
+
+
+_MENDINGS = (
+    ("a path is put in quotes", _paths),
+    ("decimals follow a point", _points),
+    ("30% is 0.3", _fractions),
+    ("* stands between a factor and what it multiplies", _products),
+)
