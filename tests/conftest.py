@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.families import checkpoint
 
 if TYPE_CHECKING:
     from tests.oracles import ComfyUI
+
+# Examples are counted, never timed: a machine under load is not a fault of what is tested.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"

@@ -156,9 +156,7 @@ def extract(
         raise _nothing(pairing, options)
     if whole_to is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
-        lora_file.write(
-            whole_to, values, early.result(), files, overwrite=overwrite, threads=asked(threads)
-        )
+        lora_file.write(whole_to, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
     lora_file.write(to, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
     side.save(files, asked(threads))
     found.searched = sorted(side.added)

@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks.measure import INTERVAL, measure, process_tree
 
+pytestmark = pytest.mark.loaded
+
 MIB = 1 << 20
-HOLD = f"import time; time.sleep({INTERVAL * 8})"  # a child must outlive a few samples for its peak to be seen
+HOLD = f"import time; time.sleep({INTERVAL * 40})"  # a child must outlive a few samples, also late ones, for its peak to be seen
 
 
 def python(code: str) -> list[str]:

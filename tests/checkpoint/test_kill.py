@@ -18,6 +18,8 @@ import pytest
 from tests.checkpoint import kill_target
 from tests.checkpoint.faults import Content, beside, content_of, violations
 
+pytestmark = pytest.mark.loaded
+
 ROOT = Path(__file__).parents[2]
 OLD_FILE: Content = b"the old checkpoint"
 OLD_FOLDER: Content = {"diffusion_pytorch_model.safetensors": b"the old checkpoint", "README.md": b"old"}

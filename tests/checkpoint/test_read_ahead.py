@@ -15,6 +15,9 @@ import pytest
 
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.read_ahead import PIECE, ReadAhead, give_way
+from tests.patience import HANG
+
+pytestmark = pytest.mark.loaded
 
 SIZE = 5 * PIECE
 
@@ -46,7 +49,7 @@ def cached(path: Path, start: int = 0, size: int = SIZE) -> float:
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 20
+    end = time.monotonic() + HANG
     while not holds() and time.monotonic() < end:
         time.sleep(0.01)
     return holds()

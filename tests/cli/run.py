@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hostile.warm import Warm
+from tests.patience import HANG
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def installed(*arguments: object, cwd: Path, **environment: str) -> Ran:
     program = Path(sys.executable).with_name("mergetool")
     env = {**os.environ, "MERGETOOL_CONFIG_DIR": str(cwd / "config"), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
-        [program, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120
+        [program, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=HANG
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import mergetool.comfyui
 from tests.oracles import comfyui, comfyui_packages, pip_target
+from tests.patience import HANG
 
 REPOSITORY = Path(__file__).parents[2]
 NODES = Path(mergetool.comfyui.__file__).parent
@@ -39,7 +40,6 @@ PACKAGES = [
     "trampoline==0.1.2",
     "yarl==1.25.1",
 ]
-HANG = 600  # seconds: nothing here takes a tenth of it on a machine that does anything at all
 
 Prompt = dict[str, dict[str, Any]]
 

@@ -210,6 +210,7 @@ def test_a_file_of_another_merge_is_replaced_only_where_asked(server: Server) ->
     first = path.read_bytes()
     other = merge_of("kept")
     other["5"]["inputs"]["multiplier"] = 171.15
+    other["6"]["inputs"]["force"] = True  # it lands far from the bridge
     ran = server.run(other)
     assert ran.error["node_id"] == "6"
     assert ran.error["exception_type"] == "mergetool.errors.OutputError"

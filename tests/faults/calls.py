@@ -18,6 +18,7 @@ from tests.checkpoint.faults import Content
 from tests.faults.tally import Tally
 from tests.faults.warm import Ended, Run
 from tests.faults.world import Case, World
+from tests.patience import HANG
 
 TRACED = (
     "openat",
@@ -76,7 +77,7 @@ def trace(world: World, case: Case, target: Path, log: Path, *options: str, **ho
     command = ["strace", "-f", "-qq", "-y", "-o", log, "-e", f"trace={','.join(TRACED)}", *options, "-p", run.pid]
     with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE) as tracer:
         status = Path(f"/proc/{run.pid}/status")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANG
         while "TracerPid:\t0\n" in status.read_text():
             assert tracer.poll() is None, tracer.stderr and tracer.stderr.read()
             assert time.monotonic() < deadline, "strace does not attach"
@@ -84,7 +85,7 @@ def trace(world: World, case: Case, target: Path, log: Path, *options: str, **ho
         run.go()
         ended = run.wait()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            tracer.wait(timeout=20)
+            tracer.wait(timeout=HANG)
     return run, ended
 
 

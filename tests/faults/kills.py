@@ -15,8 +15,6 @@ from tests.faults.warm import Run
 from tests.faults.world import Case, World
 
 POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPS_WITHIN = 2.0
-"""Seconds from a signal to the end of the run."""
 
 
 def lengths(world: World) -> dict[str, float]:
@@ -84,7 +82,7 @@ def kill(world: World, *, count: int, seed: int = 3, broken: str = "", again: fl
 
 
 def signals(world: World, *, count: int, seed: int = 5, broken: str = "") -> Tally:
-    """SIGINT, SIGTERM and SIGHUP, every sixth twice: the run ends in time, cleaned up, and says how it ended.
+    """SIGINT, SIGTERM and SIGHUP, every sixth twice: the run ends, cleaned up, and says how it ended.
 
     A signal that comes when the output is published is too late: the run then ends with 0. One that the interpreter gets before
     or after the program's own `main` ends it at once.
@@ -100,15 +98,11 @@ def signals(world: World, *, count: int, seed: int = 5, broken: str = "") -> Tal
         target = world.fresh(case, old)
         run = start(world, case, target, broken=broken)
         strike(world, run, target, took[case.name], draw, number)
-        sent = time.monotonic()
         if twice:
             time.sleep(draw.uniform(0, 0.003))
             run.kill(number)
         ended = run.wait()
-        late = time.monotonic() - sent
         violated = world.judge(case, target, old, ended)
-        if late > STOPS_WITHIN:
-            violated.append(f"ended {late:.1f} s after the signal")
         stopped = ended.code in (128 + number, -number)
         if ended.code not in (0, 128 + number) and not ended.killed:
             violated.append(f"exit code {ended.code} after signal {number}")

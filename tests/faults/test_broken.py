@@ -12,6 +12,8 @@ from tests.faults.conftest import standing
 from tests.faults.rows import Bench
 from tests.faults.tally import Tally
 
+pytestmark = pytest.mark.loaded
+
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.faults.rows import ROWS, Bench, Row
 
+pytestmark = pytest.mark.loaded
+
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_promise(bench: Bench, row: Row) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.patience import HANG
+
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60.0
+PATIENCE = float(HANG)
 """Seconds after which a run that should have ended is a failure of its own."""
 
 

@@ -1,7 +1,7 @@
 """The coverage-guided fuzzer: ``python -m tests.hostile.fuzz TARGET FOLDER -runs=N [-seed=S]``, libFuzzer's options after the folder.
 
 atheris instruments mergetool, so that inputs which reach new branches are kept and changed further. A verdict that breaks a target's
-promise, any exception but MergetoolError, two seconds for one input or 1 GiB of memory ends it with a non-zero code and the input in FOLDER.
+promise, any exception but MergetoolError, one input that hangs or 1 GiB of memory ends it with a non-zero code and the input in FOLDER.
 ``--broken NAME`` puts one of `BROKEN` in first: a reader with a known hole, which a run must find.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import atheris
 
+from tests.patience import HANG
+
 with atheris.instrument_imports(include=["mergetool"], enable_loader_override=False):
     import mergetool.adapters
     import mergetool.models
@@ -25,7 +27,7 @@ with atheris.instrument_imports(include=["mergetool"], enable_loader_override=Fa
     from tests.hostile import targets
     from tests.hostile.seeds import SEEDS
 
-LIMITS = ["-timeout=2", "-rss_limit_mb=1024", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]
+LIMITS = [f"-timeout={HANG}", "-rss_limit_mb=1024", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]
 
 
 class Drawn:

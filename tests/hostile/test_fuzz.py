@@ -9,6 +9,8 @@ import pytest
 from tests.hostile.fuzzing import BROKEN_RUNS, CI_RUNS, fuzz
 from tests.hostile.targets import TARGETS
 
+pytestmark = pytest.mark.loaded
+
 
 def test_every_target_has_a_number_of_runs() -> None:
     assert CI_RUNS.keys() == TARGETS.keys()

@@ -10,6 +10,8 @@ import pytest
 from mergetool.checkpoint import inputs, reader, system
 from tests.hostile import escapes, links, names
 
+pytestmark = pytest.mark.loaded
+
 
 @pytest.mark.usefixtures("strace")
 def test_no_shard_name_opens_anything_outside_its_folder(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.forking import take_new_threads
+from tests.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ class Warm:
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(HANG)
         assert self._process.stdout is not None
         self._process.stdout.close()
 

@@ -12,6 +12,7 @@ import pytest
 from mergetool.errors import RecipeError
 from mergetool.recipe import file
 from mergetool.recipe.document import MAX_BYTES
+from tests.patience import HANG
 from tests.recipe.malformed import MALFORMED, MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def fuzzed(count: int, seed: int) -> dict[str, object]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=3000,
+        timeout=4 * HANG,
     )
     return json.loads(ran.stdout)  # type: ignore[no-any-return]
 
