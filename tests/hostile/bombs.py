@@ -1,4 +1,4 @@
-"""Row 22: small or cheap files that want all of the memory or all of the time; each is refused or done under 30 s of CPU and 2 GiB.
+"""Row 22: small or cheap files that want all of the memory or all of the time; each is refused or done within five minutes of CPU and 2 GiB.
 
 ``python -m tests.hostile.bombs READER PATH MEMORY`` reads one in a process of its own, and writes to MEMORY how many bytes it took.
 """
