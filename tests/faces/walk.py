@@ -82,7 +82,7 @@ def _named(face: str, options: Mapping[str, Any]) -> Options:
 
 def _node_default(kind: Any, how: Mapping[str, Any]) -> Any:
     first = kind[0] if isinstance(kind, list) else None
-    return how.get("default", None if first in ("as the first model", "none") else first)
+    return how.get("default", None if first in ("as the anchor", "none") else first)
 
 
 def _text(default: Any) -> str:
