@@ -109,7 +109,7 @@ def rule_for(name: str, threshold: float | None) -> Rule:
         raise UsageError("--rule knee has no threshold; leave out --rank-thresh.")
     if name in ("ratio", "abs") and threshold is None:
         raise UsageError(f"--rule {name} needs --rank-thresh; `mergetool diff --help` says what it is.")
-    return Rule(name, 0.95 if threshold is None else threshold)  # type: ignore[arg-type]
+    return Rule(name, 0.95 if threshold is None else threshold)
 
 
 _SHARE = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
