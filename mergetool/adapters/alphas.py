@@ -20,6 +20,9 @@ from mergetool.errors import DataError
 from mergetool.quant.encoding import SCALE_DTYPES, floats
 
 CONFIG = "adapter_config.json"
+HEADER = "lora_adapter_metadata"
+"""The entry of a header in which diffusers keeps the config of an adapter, by component."""
+
 MAX_CONFIG = 1_000_000
 
 
@@ -51,8 +54,13 @@ def stated(file: Path, metadata: Mapping[str, str]) -> Alphas:
             if config.size > MAX_CONFIG:
                 raise DataError(f'"{beside}" has {config.size} bytes, but the limit is {MAX_CONFIG}; move it away.')
             return _alphas(config.read(0, config.size), str(beside))
-    text = metadata.get("lora_adapter_metadata")
-    return _alphas(text.encode(), f"{file}: lora_adapter_metadata") if text else Alphas()
+    return in_header(metadata, str(file)) or Alphas()
+
+
+def in_header(metadata: Mapping[str, str], source: str) -> Alphas | None:
+    """What a header says; None where it says nothing. Raises DataError for JSON that cannot be read."""
+    text = metadata.get(HEADER)
+    return _alphas(text.encode(), f"{source}: {HEADER}") if text else None
 
 
 def read(checkpoint: Checkpoint, key: str) -> float:

@@ -1,4 +1,4 @@
-"""What becomes of a Z-Image LoRA's keys in diffusers 0.42: the modules that its loader makes of them, or why it rejects the file."""
+"""What becomes of a Z-Image LoRA's keys in releases of diffusers: the modules that its loader makes of them, or why it rejects the file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Collection, Iterable
 
 from mergetool.checkpoint.names import quoted
 
+RELEASES = ("0.36", "0.38", "0.39", "0.40", "0.42.1")
+"""Those that the tests run, oldest first; nothing is said of any other."""
+
+NEWEST = RELEASES[-1]
+
 # Where lora_unet_ names are taken apart at every underscore, these stay together or are put together again.
 _TOGETHER = re.compile(r"(?:(?<=^)|(?<=_))(to)_(q|k|v|out)(?=_|\.|$)|(?:(?<=^)|(?<=_))(feed)_(forward)(?=_|\.|$)")
-_PUT_TOGETHER = ("context.refiner.", "noise.refiner.", "adaLN.modulation.", "all.final.layer.", "all.x.embedder.")
-_EMBEDDERS = ("cap.embedder.", "t.embedder.")
+_REFINERS = ("context.refiner.", "noise.refiner.")  # since 0.38
+_OTHERS = ("adaLN.modulation.", "all.final.layer.", "all.x.embedder.", "cap.embedder.", "t.embedder.")  # since 0.39
 _IGNORED = (".lora_A", ".lora_B")  # layers are made for them, which stay zero
 _HALF_KNOWN = re.compile(r"(?<!\.to_[qkv])_lora\.")  # the oldest spelling, which had the three projections only
 # Ends of keys that need no conversion.
@@ -31,17 +36,16 @@ class Rejected(Exception):
     """diffusers raises an error, and loads nothing."""
 
 
-def modules(keys: Collection[str]) -> dict[str, set[str]]:
+def modules(keys: Collection[str], release: str = NEWEST) -> dict[str, set[str]]:
     """The modules that get a layer, under the names that are then looked up in the model, each with the keys it is made of.
 
-    Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where it raises an error.
+    Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release``, one of `RELEASES`, raises an error.
     """
     kept = [key for key in keys if "dora_scale" not in key]
-    if any(".lokr_" in key for key in kept):
+    if release == NEWEST and any(".lokr_" in key for key in kept):
         return _lokr(kept)
-    starts = ("lora_unet_", "diffusion_model.")
-    if any(key.endswith(".alpha") or key.startswith(starts) or "default." in key for key in kept):
-        return _converted(kept)
+    if goes_through_conversion(kept):
+        return _converted(kept, RELEASES.index(release))
     odd = next((key for key in kept if "lora" not in key), None)
     if odd is not None:
         raise Rejected(f"{quoted(odd)} is neither LoRA nor LoKr")
@@ -56,6 +60,17 @@ def modules(keys: Collection[str]) -> dict[str, set[str]]:
     )
 
 
+def goes_through_conversion(keys: Iterable[str]) -> bool:
+    """Whether the file is taken for one of another program, whose alphas are multiplied into the factors."""
+    starts = ("lora_unet_", "diffusion_model.")
+    return any(key.endswith(".alpha") or key.startswith(starts) or "default." in key for key in keys)
+
+
+def alphas_are_read(keys: Collection[str], release: str) -> bool:
+    """Whether ``.alpha`` tensors count; 0.36 drops those that stand beside ``lora_A`` and ``lora_B``."""
+    return release != "0.36" or any(".lora_down.weight" in key for key in keys)
+
+
 def _lokr(keys: Collection[str]) -> dict[str, set[str]]:
     if not any(key.startswith("diffusion_model.") or key.endswith(".alpha") for key in keys):
         return _by_module((key, key.removeprefix("transformer.")) for key in keys if key.startswith("transformer."))
@@ -65,10 +80,10 @@ def _lokr(keys: Collection[str]) -> dict[str, set[str]]:
     return _by_module((key, key.removeprefix("diffusion_model.")) for key in keys if ".lokr_" in key)
 
 
-def _converted(keys: Collection[str]) -> dict[str, set[str]]:
-    """Keys that go through its conversion, all of which it must understand."""
+def _converted(keys: Collection[str], age: int) -> dict[str, set[str]]:
+    """Keys that go through its conversion, all of which it must understand; ``age`` is an index of `RELEASES`."""
     flat = any(key.startswith("lora_unet_") for key in keys)
-    last = {_renamed(key, flat=flat): key for key in keys}  # of two keys that become one, the first is lost
+    last = {_renamed(key, age, flat=flat): key for key in keys}  # of two keys that become one, the first is lost
     names = {key: name for name, key in last.items()}
     is_dotted = {key: ".lora.down." in name or ".lora.up." in name for key, name in names.items()}
     # One pair of words in a file: down and up go before A and B, which are then left over.
@@ -83,35 +98,55 @@ def _converted(keys: Collection[str]) -> dict[str, set[str]]:
         if not module or leaf not in [f"{word}.weight" for word in (("down", "up") if is_dotted[key] else words)]:
             raise Rejected(f"{quoted(key)} is not understood")
         found.setdefault(module, set()).add(key)
-    found = _without_fused(found, {key for key, dotted in is_dotted.items() if dotted})
-    _require_alphas_used(names, found)
+    if age == 0:
+        if any(is_dotted.values()):  # which is what the ends of underscored names become
+            raise Rejected("names that end in lora.down and lora.up are not understood")
+        bare = next((module for module in found if f"{module}.alpha" not in names.values()), None)
+        if words == ("down", "up"):
+            if bare is not None:
+                raise Rejected(f"{quoted(bare)} has lora_down without an alpha")
+            _require_alphas_used(names, found, set())
+        return found
+    dotted = {key for key, found_dotted in is_dotted.items() if found_dotted}
+    found, unused = _without_fused(found, dotted, splits=age == len(RELEASES) - 1)
+    _require_alphas_used(names, found, unused)
     return found
 
 
-def _without_fused(found: dict[str, set[str]], dotted: set[str]) -> dict[str, set[str]]:
-    """Of lora_unet_ files: qkv split in three, and dropped beside split keys; ``out`` likewise."""
+def _without_fused(
+    found: dict[str, set[str]], dotted: set[str], *, splits: bool
+) -> tuple[dict[str, set[str]], set[str]]:
+    """Of lora_unet_ files: qkv split in three, and dropped beside split keys or by releases without ``splits``; ``out`` likewise.
+
+    And the modules whose alphas go with them.
+    """
     result: dict[str, set[str]] = {}
+    unused: set[str] = set()
     for module, keys in found.items():
         block, _, last = module.rpartition(".")
         split = [f"{block}.to_{letter}" for letter in "qkv"]
         if not keys & dotted or last not in ("qkv", "out"):
             result[module] = keys
+        elif last == "qkv" and not splits:
+            unused.add(module)
+        elif last == "out" and not splits:
+            continue  # its alpha, which was renamed, is left over
         elif last == "qkv" and not found.keys() & set(split):
             result |= dict.fromkeys(split, keys)
         elif last == "out" and f"{block}.to_out.0" not in found:
             result[f"{block}.to_out.0"] = keys
-    return result
+    return result, unused
 
 
-def _require_alphas_used(names: dict[str, str], found: dict[str, set[str]]) -> None:
-    used = set(found) | {module.replace(".to_q", ".qkv") for module in found}
+def _require_alphas_used(names: dict[str, str], found: dict[str, set[str]], unused: set[str]) -> None:
+    used = unused | set(found) | {module.replace(".to_q", ".qkv") for module in found}
     for key, name in names.items():
         module = name.removesuffix(".alpha")
         if name.endswith(".alpha") and module not in used:
             raise Rejected(f"{quoted(key)} has no factors that are understood")
 
 
-def _renamed(key: str, *, flat: bool) -> str:
+def _renamed(key: str, age: int, *, flat: bool) -> str:
     name = key.removeprefix("diffusion_model.")
     if flat:
         base, dot, end = name.removeprefix("lora_unet_").rpartition(".")
@@ -120,7 +155,7 @@ def _renamed(key: str, *, flat: bool) -> str:
     if ".to_out" not in name:
         name = re.sub(r"\.out(?=\.(?:lora_down|lora_up)\.weight$|\.alpha$)", ".to_out.0", name)
     name = name.replace("default.", "")
-    for together in (*_PUT_TOGETHER, *_EMBEDDERS):
+    for together in (*(_REFINERS if age > 0 else ()), *(_OTHERS if age > 1 else ())):
         words = together[:-1].split(".")
         name = name.replace(together, "_".join(words) + ".")
     return name

@@ -1,6 +1,6 @@
-"""Who loads a LoRA file: what diffusers and ComfyUI make of each spelling of a Z-Image LoRA.
+"""Who loads a LoRA file: what named releases of diffusers and ComfyUI make of each spelling of a Z-Image LoRA.
 
-diffusers 0.42.1 and ComfyUI 0.30.0 are run on each in the tests.
+The tests run all of them on every spelling (docs/lora-dialects.md). Of other families nothing is said, since their loaders have maps of their own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mergetool.adapters import in_diffusers
+from mergetool.adapters import alphas, in_diffusers
 from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile
@@ -16,18 +16,20 @@ from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
 
 Verdict = Literal["whole", "partly", "not at all"]
 
+COMFYUI = "0.30"
 IN_COMFYUI = ("diffusion_model.", "lora_unet_", "transformer.", "lycoris_", "")
 """Prefixes that ComfyUI maps; the last three before diffusers' names only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What a program makes of a file: the parts of the model that it changes as the file means it, and why not the others.
+    """What some releases of a program make of a file: the parts of the model that they change as it means, and why not the others.
 
-    ``error`` is what makes it reject the file, where it does. What is dropped otherwise is dropped in silence, or with a line in a log.
+    ``error`` is what makes them reject the file, where they do. What is dropped otherwise is dropped in silence, or with a line in a log.
     """
 
     program: str
+    releases: tuple[str, ...]
     applied: int
     dropped: dict[str, str]
     error: str | None = None
@@ -39,23 +41,44 @@ class Loading:
             return "whole"
         return "partly" if self.applied else "not at all"
 
+    @property
+    def name(self) -> str:
+        """The program with its releases. Example: ``diffusers 0.38, 0.39 and 0.40``."""
+        *others, last = self.releases
+        return f"{self.program} {', '.join(others)}{' and ' if others else ''}{last}"
+
 
 def loading(file: LoraFile) -> list[Loading]:
-    """What diffusers and ComfyUI do with a LoRA; nothing is known of other families than Z-Image, so an empty list."""
-    return [_in_diffusers(file), _in_comfyui(file)] if file.family is Z_IMAGE else []
+    """What the releases of diffusers, newest first, and ComfyUI do with a LoRA; those that do the same are one entry.
+
+    Nothing is known of other families than Z-Image, so an empty list.
+    """
+    if file.family is not Z_IMAGE:
+        return []
+    found: list[Loading] = []
+    for release in reversed(in_diffusers.RELEASES):
+        one = _in_diffusers(file, release)
+        if found and (found[-1].dropped, found[-1].error) == (one.dropped, one.error):
+            releases = (release, *found[-1].releases)
+            found[-1] = Loading(one.program, releases, one.applied, one.dropped, one.error)
+        else:
+            found.append(one)
+    return [*found, _in_comfyui(file)]
 
 
-def _in_diffusers(file: LoraFile) -> Loading:
+def _in_diffusers(file: LoraFile, release: str) -> Loading:
     try:
-        layers = in_diffusers.modules(file.checkpoint.tensors)
+        layers = in_diffusers.modules(file.checkpoint.tensors, release)
     except in_diffusers.Rejected as reason:
-        return _rejected(file, str(reason))
+        return _rejected(file, release, str(reason))
     names = {part.removesuffix(".weight") for part in file.changes}
     if layers and not names & layers.keys():
-        return _rejected(file, f'it finds no module "{next(iter(layers))}"')
+        return _rejected(file, release, f'it finds no module "{next(iter(layers))}"')
     dropped = {}
+    factors = _factors(file, layers, release)
     for part, changes in file.changes.items():
-        keys = layers.get(part.removesuffix(".weight"), set())
+        module = part.removesuffix(".weight")
+        keys = layers.get(module, set())
         loaded = [change for change in changes if keys & set(change.adapter.tensors.values())]
         if not loaded:
             dropped[part] = _why_not_in_diffusers(changes[0])
@@ -63,13 +86,51 @@ def _in_diffusers(file: LoraFile) -> Loading:
             dropped[part] = "loaded without its DoRA magnitudes"
         elif len(loaded) < len(changes):
             dropped[part] = f"loaded with {len(loaded)} of its {len(changes)} changes"
-        elif _alpha_is_outside(file, loaded[0].adapter) and "lora_adapter_metadata" not in file.checkpoint.metadata:
-            dropped[part] = "the alpha in adapter_config.json is not read"
-    return Loading("diffusers", len(file.changes) - len(dropped), dropped)
+        elif abs(factors[module] - 1) > 1e-6:
+            dropped[part] = f"loaded at {factors[module]:.3g} times its scale"
+    return Loading("diffusers", (release,), len(file.changes) - len(dropped), dropped)
 
 
-def _rejected(file: LoraFile, reason: str) -> Loading:
-    return Loading("diffusers", 0, dict.fromkeys(file.changes, "the whole file is rejected"), reason)
+def _factors(file: LoraFile, layers: dict[str, set[str]], release: str) -> dict[str, float]:
+    """By how much a release multiplies the change of each of its modules, beside what the file means.
+
+    A conversion multiplies ``.alpha`` in, and then the header's config counts too. Where there is none, modules get an alpha that is
+    their rank, and until 0.39 the first module's rank.
+    """
+    tensors = file.checkpoint.tensors
+    downs = [key for keys in layers.values() for key in keys if getattr(take_apart(key), "role", "") == "down"]
+    first = tensors[downs[0]].shape[0] if downs else None
+    adapters = {
+        part.removesuffix(".weight"): change.adapter
+        for part, changes in file.changes.items()
+        for change in changes
+        if layers.get(part.removesuffix(".weight"), set()) & set(change.adapter.tensors.values())
+    }
+    ranks = {module: adapters[module].rank for module in layers if module in adapters}
+    header = alphas.in_header(file.checkpoint.metadata, file.name)
+    reads_alphas = in_diffusers.alphas_are_read(tensors, release)
+    found = {}
+    for module, rank in ranks.items():
+        adapter = adapters[module]
+        if not rank or not first or adapter.kind != "lora" or not adapter.scale:
+            found[module] = 1.0
+            continue
+        scale = adapter.scale if reads_alphas and f"{adapter.module}.alpha" in tensors else 1.0
+        if header is not None:
+            stated = header.alpha(module, rank)
+            scale *= header.scale(_PEFT_ALPHA if stated is None else stated, rank)
+        elif release in _FIRST_RANK:
+            scale *= first / rank
+        found[module] = scale / adapter.scale
+    return found
+
+
+_PEFT_ALPHA = 8.0  # of a config that states none
+_FIRST_RANK = ("0.36", "0.38", "0.39")
+
+
+def _rejected(file: LoraFile, release: str, reason: str) -> Loading:
+    return Loading("diffusers", (release,), 0, dict.fromkeys(file.changes, "the whole file is rejected"), reason)
 
 
 def _why_not_in_diffusers(change: Change) -> str:
@@ -94,7 +155,7 @@ def _in_comfyui(file: LoraFile) -> Loading:
             dropped[part] = (
                 f"loaded with only some of its {len(reasons)} changes: of those of the same rows, the last is kept"
             )
-    return Loading("ComfyUI", len(file.changes) - len(dropped), dropped)
+    return Loading("ComfyUI", (COMFYUI,), len(file.changes) - len(dropped), dropped)
 
 
 def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:

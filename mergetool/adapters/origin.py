@@ -12,7 +12,7 @@ from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.header import TensorInfo
 
 LUMINA2 = "Lumina-Image 2"
-_LUMINA2_WIDTH, _Z_IMAGE_WIDTH = 2304, 3840
+LUMINA2_WIDTH, _Z_IMAGE_WIDTH = 2304, 3840
 _READ_FROM_STREAM = ("attention.qkv", "attention.to_q", "feed_forward.w1", "feed_forward.w3")
 _STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.architecture")
 
@@ -40,8 +40,8 @@ def is_lumina2(spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo]
             return True
         if columns:
             widths.add(columns)
-    if widths & {_LUMINA2_WIDTH, _Z_IMAGE_WIDTH}:
-        return _LUMINA2_WIDTH in widths
+    if widths & {LUMINA2_WIDTH, _Z_IMAGE_WIDTH}:
+        return LUMINA2_WIDTH in widths
     stated = " ".join(metadata.get(key, "") for key in _STATES_ORIGIN).lower()
     return "lumina" in stated and not any(name in stated for name in ("z-image", "z_image", "zimage"))
 

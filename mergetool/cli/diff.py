@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console, diff_outputs, diff_ranks
+from mergetool.cli import console, diff_outputs, diff_ranks, loads
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def diff(
     no_progress: NoProgressOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Take the difference variant - base as a LoRA that ComfyUI and diffusers both load whole.
+    """Take the difference variant - base as a LoRA for ComfyUI and diffusers.
 
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
     energy of its whole spectrum, unless --rank-max stops it first, which is said. With --budget the ranks are those that
@@ -204,6 +204,7 @@ def diff(
                 pairing_json(pairing)
                 | note
                 | extraction_json(found, options, spectra_path, target, seconds)
+                | {"loading": loads.as_json(loads.of_written(target, pairing.base.anatomy.family))}
                 | diff_outputs.whole_json(found, full_path, checkpoint_path, pairing)
             )
         else:
@@ -277,9 +278,8 @@ def print_extraction(
                 "",
                 f"{layer.name}  rank {layer.rank}  energy {layer.energy:.5f}  residual {layer.residual:.2%}  {layer.method}",
             )
-    console.heading(
-        "done", f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   loads in ComfyUI and diffusers"
-    )
+    console.heading("done", f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s")
+    loads.print_all(loads.of_written(target, pairing.base.anatomy.family), verbose=verbose)
     diff_outputs.print_whole(found, full, verbose=verbose)
     base = pairing.base.name
     if checkpoint is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, loads
 from mergetool.cli.diff_ranks import GROUPS
 from mergetool.errors import UsageError
 
@@ -194,7 +194,11 @@ def perform(
             )
         seconds = time.monotonic() - started
         if settings.as_json:
-            console.print_json(_plan_json(gathering, settings.command) | _done_json(done, target, seconds))
+            console.print_json(
+                _plan_json(gathering, settings.command)
+                | _done_json(done, target, seconds)
+                | {"loading": loads.as_json(loads.of_written(target, gathering.family))}
+            )
         else:
             _print_done(gathering, done, settings, target, seconds)
 
@@ -271,11 +275,11 @@ def _print_done(gathering: Gathering, done: Combined, settings: Settings, target
     kept = sum(one.total for one in done.modules)
     if lost:
         console.heading("", f"{100 * lost / (lost + kept):.2g} % of the energy is left out, which no LoRA can carry")
-    loads = "" if gathering.family.name == "generic" else "   loads in ComfyUI and diffusers"
     console.heading(
         "done",
-        f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   residual {done.residual:.2%}{loads}",
+        f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   residual {done.residual:.2%}",
     )
+    loads.print_all(loads.of_written(target, gathering.family), verbose=settings.verbose)
 
 
 def _row(group: str, chosen: Sequence[Outcome]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, loads
 from mergetool.cli.console import JsonOption, NoProgressOption, SkipUnmatchedOption, VerboseOption
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ Examples:
   mergetool lora convert style.safetensors -o style-peft --key-format peft
 
 \b
-default     diffusion_model. and diffusers' names, lora_A and lora_B: loads whole in diffusers and ComfyUI
+default     diffusion_model. and diffusers' names, lora_A and lora_B: for diffusers and ComfyUI
 diffusers   transformer. and the same names; a scale is multiplied in
 comfyui     ComfyUI's own names, q, k and v as one; also carries whole differences (.diff)
-kohya       lora_unet_, underscores and alphas, as musubi-tuner has them
+kohya       lora_unet_, underscores and alphas, as musubi-tuner has them: for diffusers since 0.39
 peft        a folder: adapter_model.safetensors and adapter_config.json
 
-Values are kept bit for bit where the format can say them; what was rounded is named.
+Values are kept bit for bit where the format can say them; what was rounded is named. Which releases load the file that was written,
+whole or not, is said at the end. Of a model that is not Z-Image a LoRA keeps its names, or is refused.
 """
 
 
@@ -50,8 +51,6 @@ def convert(
     verbose: VerboseOption = False,
 ) -> None:
     """Write a LoRA under the names of another program, losslessly where that is possible."""
-    from mergetool.adapters import open_lora
-    from mergetool.adapters.loaders import loading
     from mergetool.cli.lora_inspect import opened
     from mergetool.lora.convert import convert as write
     from mergetool.lora.spelling import KEY_FORMATS
@@ -66,9 +65,8 @@ def convert(
             advance(1)
             done = write(file, target, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
         dialect = file.dialect
-    with open_lora(target) as written:
-        found = loading(written)
-        size = sum(one.size for one in written.checkpoint.files)
+        found = loads.of_written(target, file.family)
+    size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
     if as_json:
         console.print_json(_json(done, target, size, dialect, found))
     else:
@@ -100,8 +98,7 @@ def _print(
         "done",
         f"{output}  {console.plural(done.modules, 'module')}, {lossless}  {console.size(size)}  {seconds:.1f} s",
     )
-    for one in found:
-        console.heading("", f"{one.program} loads it {one.verdict}")
+    loads.print_all(found, verbose=verbose)
 
 
 def _json(done: Converted, output: Path, size: int, dialect: str, found: list[Loading]) -> dict[str, Any]:
@@ -115,5 +112,5 @@ def _json(done: Converted, output: Path, size: int, dialect: str, found: list[Lo
         "rounded": done.rounded,
         "empty": done.empty,
         "skipped": [{"key": key, "reason": reason} for key, reason in done.unmatched],
-        "loading": {one.program: one.verdict for one in found},
+        "loading": loads.as_json(found),
     }

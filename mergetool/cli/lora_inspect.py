@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, loads
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Examples:
   mergetool lora inspect ./peft-folder --json
 
 LORA is a file or a PEFT folder in any spelling. The norm of a change is that of its whole matrix at strength 1, ||scale * up @ down||.
-Of diffusers and ComfyUI is said whether they load it whole, partly or not at all, and why.
+Of five releases of diffusers and of ComfyUI is said whether they load it whole, partly or not at all, and why.
 """
 
 GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pad")
@@ -121,8 +121,7 @@ def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: b
     console.heading("targets", "")
     console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(found.targets))
     _print_blocks(found, verbose=verbose)
-    for one in loaded:
-        print_loading(one, verbose=verbose)
+    loads.print_all(loaded, verbose=verbose)
     reasons: dict[str, list[str]] = {}
     for key, reason in matching.left_aside(file):
         reasons.setdefault(reason, []).append(key)
@@ -147,22 +146,6 @@ def _print_blocks(found: Contents, *, verbose: bool) -> None:
         for target in found.targets:
             rank = f"rank {target.rank}  " if target.rank is not None else ""
             console.heading("", f"{target.part}  {rank}scale {target.scale:g}  norm {target.norm:.4g}")
-
-
-def print_loading(one: Loading, *, verbose: bool) -> None:
-    """Say what one program makes of a file."""
-    parts = one.applied + len(one.dropped)
-    console.heading(
-        "loads", f"{one.program}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else "")
-    )
-    if one.error:
-        console.heading("", f"it raises an error: {one.error}")
-        return
-    reasons: dict[str, list[str]] = {}
-    for part, reason in one.dropped.items():
-        reasons.setdefault(reason, []).append(part)
-    for reason, parts_of in reasons.items():
-        console.heading("", f"{len(parts_of)} {reason}: {console.listed(parts_of, most=1000 if verbose else 2)}")
 
 
 def _by_group(targets: tuple[Target, ...]) -> list[list[str]]:
@@ -219,10 +202,7 @@ def _json(file: LoraFile, found: Contents, loaded: list[Loading], in_comfyui: Di
             }
             for target in found.targets
         ],
-        "loading": {
-            one.program: {"verdict": one.verdict, "applied": one.applied, "error": one.error, "dropped": one.dropped}
-            for one in loaded
-        },
+        "loading": loads.as_json(loaded),
         "unmatched": [{"key": key, "reason": reason} for key, reason in file.unmatched],
         "text_encoder": list(file.text_encoder),
         "unread": dict(file.unread),

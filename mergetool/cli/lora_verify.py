@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli import console
+from mergetool.cli import console, loads
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 from mergetool.errors import CheckFailed, UsageError
 
@@ -70,7 +70,6 @@ def verify(
 
 
 def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> None:
-    from mergetool.cli.lora_inspect import print_loading
     from mergetool.lora.verify import worst
 
     console.heading("left", f"of the difference tuned - base, at strength {report.strength:g}")
@@ -87,8 +86,7 @@ def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> N
         console.heading("unread", f"{len(names)} keys, {reason}: {console.listed(names, most=1000 if verbose else 2)}")
     for warning in report.warnings:
         console.heading("warning", warning)
-    for loaded in report.loading:
-        print_loading(loaded, verbose=verbose)
+    loads.print_all(list(report.loading), verbose=verbose)
     console.heading("done", f"{_percent(report.total(after=True))} left  {console.size(read)} read  {seconds:.1f} s")
 
 
@@ -146,10 +144,7 @@ def _json(report: LoraReport) -> dict[str, Any]:
         "left_out": [{"name": name, "reason": reason} for name, reason in report.left_out],
         "unmatched": [{"key": key, "reason": reason} for key, reason in report.unmatched],
         "warnings": list(report.warnings),
-        "loading": {
-            one.program: {"verdict": one.verdict, "applied": one.applied, "error": one.error, "dropped": one.dropped}
-            for one in report.loading
-        },
+        "loading": loads.as_json(list(report.loading)),
     }
 
 

@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 
+from mergetool.adapters.diffusers_header import header
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import Header
 from mergetool.errors import UsageError
@@ -60,7 +61,7 @@ def file_size(spectra: Sequence[Spectrum], ranks: Sequence[int], dtype: DType, m
             inner = one.shape[1] // prod(one.kernel)
             entries += [(one.down, dtype, (rank, inner, *one.kernel))]
             entries += [(one.up, dtype, (one.shape[0], rank, *(1 for _ in one.kernel)))]
-    return Header.plan(entries, dict(metadata)).file_size
+    return Header.plan(entries, {**metadata, **header({name: shape for name, _, shape in entries})}).file_size
 
 
 def ranks_for(spectra: Sequence[Spectrum], budget: int, dtype: DType, metadata: Mapping[str, str]) -> list[int]:

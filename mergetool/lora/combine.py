@@ -8,7 +8,6 @@ A resize is the sum of one LoRA, recompressed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mergetool import __version__
+from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.outputs import Target
 from mergetool.engine.threads import asked
@@ -30,11 +29,12 @@ from mergetool.lora.factored import RankOf
 from mergetool.lora.gathering import Gathering, Module, holding, total_of
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ranks_within
 from mergetool.lora.sources import Source
+from mergetool.lora.spelling import with_alphas_everywhere
 from mergetool.lora.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.recipe.graph import number
 from mergetool.recipe.groups import setting_text
-from mergetool.recipe.provenance import display_names
+from mergetool.recipe.provenance import display_names, stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,8 @@ def combine(
     if not tensors:
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
+    if gathering.family is not GENERIC:  # whose names are as the first file spells them
+        tensors = with_alphas_everywhere(tensors)
     lora_file.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
 
@@ -248,12 +250,4 @@ def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, c
         recipe["dtype"] = dtype.name
     if gathering.multipliers:
         recipe["set"] = [setting_text(setting) for setting in gathering.multipliers]
-    prints = [
-        {"name": names[term.file.name], "fingerprint": term.file.checkpoint.fingerprint()} for term in gathering.terms
-    ]
-    return {
-        "format": "pt",
-        "mergetool.version": __version__,
-        "mergetool.lora": json.dumps(recipe, sort_keys=True),
-        "mergetool.inputs": json.dumps(prints, sort_keys=True),
-    }
+    return stamp("lora", recipe, [(names[one.file.name], one.file.checkpoint.fingerprint()) for one in gathering.terms])

@@ -6,7 +6,6 @@ multiplied into ``up``, which is exact for powers of two, and said where it is n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergetool import __version__
-from mergetool.adapters import LoraFile
+from mergetool.adapters import LoraFile, matching
 from mergetool.adapters.keys import FLAT
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
 from mergetool.errors import DataError
-from mergetool.lora import fusing, module, peft_folder
+from mergetool.lora import fusing, module, naming, peft_folder
 from mergetool.lora import output as lora_file
+from mergetool.lora.dialects import without_prefix
 from mergetool.lora.module import Module
-from mergetool.lora.spelling import SPELLINGS, KeyFormat, Spelling
-from mergetool.recipe.provenance import display_names
+from mergetool.lora.spelling import SPELLINGS, KeyFormat, Spelling, with_alphas_everywhere
+from mergetool.recipe.provenance import display_names, stamp
 
 NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
 """Metadata of a file that is not its copy's: the second has alphas, which are elsewhere then."""
@@ -34,7 +33,7 @@ NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
 @dataclass
 class Converted:
     """What was done: modules and tensors written, modules whose ``up`` was rounded again with its relative error, those left out since
-    they change nothing, and names that are in the file for nothing (with ``skip_unmatched``)."""
+    they change nothing, and keys that were left out: those of text encoders and, with ``skip_unmatched``, those that mean nothing."""
 
     modules: int = 0
     tensors: int = 0
@@ -65,12 +64,14 @@ def convert(
     """
     target = lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
     spelling = SPELLINGS[key_format]
-    _require_convertible(file, spelling, skip_unmatched=skip_unmatched, names_known=names_known)
-    done = Converted(unmatched=file.unmatched)
+    _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
+    done = Converted(unmatched=matching.left_aside(file))
     modules = _modules(file, spelling, key_format, done)
     tensors: dict[str, Tensor] = {}
     for part, one in modules.items():
         tensors |= _spelled(part, one, spelling, done)
+    if key_format == "default":
+        tensors = with_alphas_everywhere(tensors)
     if not tensors:
         raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
     done.modules, done.tensors = len(modules), len(tensors)
@@ -83,7 +84,7 @@ def convert(
     return done
 
 
-def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: bool, names_known: bool) -> None:
+def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatched: bool, names_known: bool) -> None:
     if file.unmatched and not skip_unmatched:
         key, reason = file.unmatched[0]
         raise DataError(
@@ -98,11 +99,12 @@ def _require_convertible(file: LoraFile, spelling: Spelling, *, skip_unmatched: 
             "programs differ in which they take: get the LoRA with either."
         )
     flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
-    if file.family is GENERIC and flat and not spelling.flat and not names_known:
+    if file.family is GENERIC and flat and key_format == "comfyui" and not names_known:
         raise DataError(
             f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
             "name the model with --model."
         )
+    naming.require_known(file, key_format)
 
 
 def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Converted) -> dict[str, Module]:
@@ -177,8 +179,8 @@ def _layout(file: LoraFile) -> str:
 
 
 def module_name(parameter: str) -> str:
-    """The module that a parameter is of."""
-    return parameter.removesuffix(".weight").removesuffix(".bias")
+    """The module that a parameter is of, as LoRA files call it."""
+    return without_prefix(parameter).removesuffix(".weight").removesuffix(".bias")
 
 
 def _spelled(part: str, found: Module, spelling: Spelling, done: Converted) -> dict[str, Tensor]:
@@ -224,10 +226,5 @@ def _metadata(file: LoraFile, key_format: str) -> dict[str, str]:
     """The file's own, which says how it was trained, and what was done to it."""
     kept = {key: value for key, value in file.checkpoint.metadata.items() if key not in NOT_KEPT}
     name = display_names([file.name])[file.name]
-    inputs = [{"name": name, "fingerprint": file.checkpoint.fingerprint()}]
-    return kept | {
-        "format": "pt",
-        "mergetool.version": __version__,
-        "mergetool.lora.convert": json.dumps({"lora": name, "key_format": key_format}, sort_keys=True),
-        "mergetool.inputs": json.dumps(inputs, sort_keys=True),
-    }
+    recipe = {"lora": name, "key_format": key_format}
+    return kept | stamp("lora.convert", recipe, [(name, file.checkpoint.fingerprint())])

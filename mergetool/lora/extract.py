@@ -6,7 +6,6 @@ While matrices are decomposed, one a core, the next one is read; so memory is a 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mergetool import __version__, models
+from mergetool import models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target, lora_target
@@ -34,7 +33,7 @@ from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
 from mergetool.lora.spectra import SideFile
 from mergetool.lora.streaming import stream
 from mergetool.lora.whole import Whole, tensors
-from mergetool.recipe.provenance import display_names
+from mergetool.recipe.provenance import display_names, stamp
 from mergetool.recipe.steps import Input
 
 
@@ -261,13 +260,7 @@ def metadata_of(pairing: Pairing, options: DiffOptions, *, spectra: Path | None 
         recipe["variant2"] = names[pairing.second.name]
         recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
         recipe |= {"orthogonal": True} if options.orthogonal else {}
-    prints = [{"name": names[m.name], "fingerprint": m.checkpoint.fingerprint()} for m in models_]
-    return {
-        "format": "pt",
-        "mergetool.version": __version__,
-        "mergetool.diff": json.dumps(recipe, sort_keys=True),
-        "mergetool.inputs": json.dumps(prints, sort_keys=True),
-    }
+    return stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
 
 
 def _ranks_recipe(options: DiffOptions) -> dict[str, object]:

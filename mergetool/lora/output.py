@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from mergetool.adapters.diffusers_header import header
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.outputs import Target, lora_target
@@ -44,12 +45,13 @@ def write(
 ) -> None:
     """Publish ``tensors``, each in its own dtype, at ``output``: a whole file, or none. Raises what `CheckpointWriter` raises.
 
-    A folder is as PEFT has it: adapter_model.safetensors, and ``extra_files``.
+    The header says ranks and scales for diffusers beside ``metadata`` (`diffusers_header`). A folder is as PEFT has it:
+    adapter_model.safetensors, and ``extra_files``.
     """
     entries = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     with CheckpointWriter.stage(
         output,
-        Header.plan(entries, dict(metadata)),
+        Header.plan(entries, {**metadata, **header({name: shape for name, _, shape in entries})}),
         overwrite=overwrite,
         inputs=list(inputs),
         extra_files=extra_files,

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from mergetool.adapters.adapter import Kind
 
 KeyFormat = Literal["default", "diffusers", "comfyui", "kohya", "peft"]
@@ -67,3 +70,22 @@ SPELLINGS: Mapping[KeyFormat, Spelling] = {
         "base_model.model.", ".lora_A.weight", ".lora_B.weight", alpha="config", dora=".lora_magnitude_vector"
     ),
 }
+
+
+def with_alphas_everywhere(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoRAs of the default format, as they are if none of them needs an ``.alpha`` or has a ``.lora_mid``, else all with an alpha.
+
+    Then the factors' names end in ``.lora_down.weight`` and ``.lora_up.weight``: diffusers 0.36 reads alphas only beside these, and
+    only where every module has one, and ComfyUI reads a ``.lora_mid.weight`` only beside these. Later releases read both.
+    """
+    default = SPELLINGS["default"]
+    if not any(name.endswith((".alpha", ".lora_mid.weight")) for name in tensors):
+        return dict(tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(default.down)
+        if name.endswith(default.down) and f"{module}.alpha" not in tensors:
+            found[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
+        new = name.replace(default.down, ".lora_down.weight").replace(default.up, ".lora_up.weight")
+        found[new] = tensor
+    return found

@@ -15,6 +15,9 @@ from mergetool.recipe.expression import Expression
 from mergetool.recipe.groups import parse_setting, setting_text
 from mergetool.recipe.options import Options
 
+DERIVED = frozenset({"lora_adapter_metadata"})
+"""Metadata that follows from an output's tensors, and so says nothing of how it was made."""
+
 # A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
 FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 
@@ -24,8 +27,7 @@ def metadata(
 ) -> dict[str, str]:
     """The ``__metadata__`` of a merge: recipe, inputs with their content fingerprints, and version.
 
-    ``models`` are the names as the user gave them; they are written by ``display_names``, so that no path is
-    published. ``format`` is what transformers and diffusers look for.
+    ``models`` are the names as the user gave them; they are written by ``display_names``, so that no path is published.
     """
     names = display_names(models)
     recipe: dict[str, object] = {"expression": expression.render(names)}
@@ -54,12 +56,19 @@ def metadata(
         recipe["rounding"] = options.rounding
     if options.rounding == "stochastic":
         recipe["seed"] = options.seed
-    inputs = [{"name": names[m], "fingerprint": fingerprints.get(m, FINGERPRINT_PLACEHOLDER)} for m in models]
+    return stamp("recipe", recipe, [(names[m], fingerprints.get(m, FINGERPRINT_PLACEHOLDER)) for m in models])
+
+
+def stamp(command: str, recipe: Mapping[str, object], inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The ``__metadata__`` of everything that is written: what made it as ``mergetool.COMMAND``, of which inputs, and the version.
+
+    ``inputs`` are display names with content fingerprints. ``format`` is what transformers and diffusers look for.
+    """
     return {
         "format": "pt",
         "mergetool.version": __version__,
-        "mergetool.recipe": json.dumps(recipe, sort_keys=True),
-        "mergetool.inputs": json.dumps(inputs, sort_keys=True),
+        f"mergetool.{command}": json.dumps(recipe, sort_keys=True),
+        "mergetool.inputs": json.dumps([{"name": name, "fingerprint": made} for name, made in inputs], sort_keys=True),
     }
 
 
@@ -113,7 +122,7 @@ def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
     Example: ``the input "tuned" has changed``. Empty where both are the same.
     """
     found = []
-    for key in sorted({*stored, *planned}):
+    for key in sorted({*stored, *planned} - DERIVED):
         old, new = stored.get(key), planned.get(key)
         if old == new:
             continue

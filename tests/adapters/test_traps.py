@@ -17,8 +17,8 @@ from mergetool.engine import job
 from mergetool.engine.running import Outcome
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.recipe.options import Options
+from tests.adapters.files import both
 from tests.adapters.spellings import BLOCK, DIM, DOWN, FFN, UP, A, B, f64, fused, musubi_for_comfy, random, split
-from tests.adapters.test_loaders import both
 from tests.families import checkpoint
 
 QKV = [f"{BLOCK}.attention.to_{letter}.weight" for letter in "qkv"]

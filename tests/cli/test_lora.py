@@ -24,11 +24,12 @@ def test_inspect_says_what_is_in_it_and_who_loads_it(musubi: Path, tmp_path: Pat
     ran = mergetool("lora", "inspect", musubi, cwd=tmp_path)
     assert ran.code == 0, ran.err
     for words in ("lora_unet_", "kohya-type trainer (networks.lora_zimage)", "2 / 3 / 4 (mixed)", "8 (7)", "14 bf16",
-                  "layers.1", "diffusers: whole", "ComfyUI: partly, 2 of 7 parts", "not mapped"):  # fmt: skip
+                  "layers.1", "diffusers 0.40 and 0.42.1: whole", "diffusers 0.38 and 0.39: partly, 2 of 7 parts",
+                  "diffusers 0.36: not at all", "ComfyUI 0.30: partly, 2 of 7 parts", "not mapped"):  # fmt: skip
         assert words in ran.out
     found = mergetool("lora", "inspect", musubi, "--json", cwd=tmp_path).json
-    assert found["loading"]["diffusers"]["verdict"] == "whole"
-    assert len(found["loading"]["ComfyUI"]["dropped"]) == 5
+    assert found["loading"]["diffusers"]["0.42.1"]["verdict"] == "whole"
+    assert len(found["loading"]["ComfyUI"]["0.30"]["dropped"]) == 5
     assert found["rank"] == {"min": 2, "median": 3, "max": 4}
     assert len(found["targets"]) == 7
 
@@ -60,8 +61,8 @@ def test_convert_says_what_it_did_and_who_loads_the_result(musubi: Path, tmp_pat
     ran = mergetool("lora", "convert", musubi, "-o", "out.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert "7 modules, every value as it was" in ran.out
-    assert "diffusers loads it whole" in ran.out
-    assert "ComfyUI loads it whole" in ran.out
+    assert "diffusers 0.36, 0.38, 0.39, 0.40 and 0.42.1: whole" in ran.out
+    assert "ComfyUI 0.30: whole" in ran.out
     ran = mergetool("lora", "convert", musubi, "-o", "d.safetensors", "--key-format", "diffusers", cwd=tmp_path)
     assert "rounded" in ran.out
     assert "not every value" in ran.out
@@ -101,19 +102,45 @@ def test_convert_refuses_what_a_format_cannot_carry_with_a_way_out(tmp_path: Pat
 
 
 def test_a_model_of_another_family_tells_the_names(tmp_path: Path) -> None:
+    module = "input_blocks.4.1.proj_in"
+    save_file({f"model.diffusion_model.{module}.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
     save_file(
-        {"down_blocks.0.proj.weight": torch.zeros(8, 8), "mid.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors"
-    )
-    save_file(
-        {f"lora_unet_down_blocks_0_proj.lora_{x}.weight": random(8, 8, seed=1) for x in ("up", "down")},
+        {f"lora_unet_{module.replace('.', '_')}.lora_{x}.weight": random(8, 8, seed=1) for x in ("up", "down")},
         tmp_path / "lora.safetensors",
     )
-    assert mergetool("lora", "convert", "lora.safetensors", "-o", "x.safetensors", cwd=tmp_path).code == 65
-    ran = mergetool(
-        "lora", "convert", "lora.safetensors", "-o", "x.safetensors", "--model", "m.safetensors", cwd=tmp_path
-    )
+    command = ("lora", "convert", "lora.safetensors", "-o", "x.safetensors", "--key-format", "comfyui")
+    assert mergetool(*command, cwd=tmp_path).code == 65
+    ran = mergetool(*command, "--model", "m.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
-    assert "diffusion_model.down_blocks.0.proj.lora_A.weight" in load_file(tmp_path / "x.safetensors")
+    assert f"diffusion_model.{module}.lora_up.weight" in load_file(tmp_path / "x.safetensors")
+    assert "not known" in ran.out
+    refused = mergetool(*command[:-1], "default", "--model", "m.safetensors", "--overwrite", cwd=tmp_path)
+    assert (refused.code, refused.err.count("\n")) == (65, 1)
+    assert "--key-format comfyui or --key-format kohya keeps the names" in refused.err
+
+
+def test_of_a_model_whose_names_are_not_known_diff_claims_nothing(tmp_path: Path) -> None:
+    names = [f"blocks.{i}.attn1.to_{x}.weight" for i in range(2) for x in "qkv"]
+    for seed, name in enumerate(("base", "tuned")):
+        save_file(
+            {key: random(64, 64, seed=seed * 10 + i) for i, key in enumerate(names)}, tmp_path / f"{name}.safetensors"
+        )
+    command = (
+        "diff",
+        "--base",
+        "base.safetensors",
+        "--variant",
+        "tuned.safetensors",
+        "--rank",
+        4,
+        "-o",
+        "out.safetensors",
+    )
+    ran = mergetool(*command, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "loads   not known" in ran.out
+    assert "diffusers" not in ran.out
+    assert mergetool(*command, "--overwrite", "--json", cwd=tmp_path).json["loading"] == {}
 
 
 @pytest.fixture
@@ -134,7 +161,13 @@ def test_verify_prints_groups_and_the_worst(tuned: Path) -> None:
     ran = mergetool("lora", "verify", "base.safetensors", "lora.safetensors", "tuned.safetensors", cwd=tuned)
     assert ran.code == 0, ran.err
     assert "attention_norm1.weight" in ran.out.split("worst")[1]
-    for words in ("before rounding", "after rounding", "diffusers: whole", "ComfyUI: whole", "not changed by the LoRA"):
+    for words in (
+        "before rounding",
+        "after rounding",
+        "diffusers 0.40 and 0.42.1: whole",
+        "ComfyUI 0.30: whole",
+        "not changed by the LoRA",
+    ):
         assert words in ran.out
 
 

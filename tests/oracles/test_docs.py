@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mergetool import models
 from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
-from tests.adapters import test_loaders as loaders
+from tests.adapters.files import FILES
 from tests.families import TINY
 from tests.oracles import test_comfyui_faults as faults
 from tests.oracles import test_comfyui_loading as loading
@@ -42,7 +42,7 @@ def test_the_numbers_of_comparisons_are_those_of_the_tests() -> None:
             len(reference_shapes(REFERENCE_CONFIG, "comfyui")),
         ),
         "a forward pass": (1, embedded),
-        "spellings of LoRAs": (cases(loaders.test_comfyui_adds_what_is_said), small),
+        "spellings of LoRAs": (len(FILES), small),
         "every name": (cases(loras.test_every_name_that_comfyui_knows_means_the_same_rows), small),
         "LoRAs of every kind": (cases(loras.test_comfyui_adds_what_bake_adds), small),
         "LoRAs that": (cases(loras.test_comfyui_adds_what_convert_writes) + 2, small),

@@ -1,0 +1,60 @@
+"""The header entry from which every release of diffusers takes the ranks and scales of a LoRA, as its own ``save_lora_weights`` writes it.
+
+Without it releases before 0.40 give every module the alpha of the first module's rank, so that a LoRA of mixed ranks is loaded at scales
+of rank / rank instead of 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+
+from mergetool.adapters import in_diffusers
+from mergetool.adapters.alphas import HEADER
+from mergetool.adapters.keys import Spelled, take_apart
+from mergetool.adapters.origin import LUMINA2_WIDTH, z_image_parts
+
+OWN = "transformer."
+"""What diffusers puts before the names of a pipeline's transformer, of whatever family."""
+
+
+def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The entry for a file of these tensors; empty for one that is no LoRA of modules whose names in diffusers are known. Those of Lumina 2
+    look like Z-Image's and have others there.
+
+    Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
+    """
+    downs = _downs(tuple(shapes))
+    if not downs or any(shapes[down][1:] == (LUMINA2_WIDTH,) for _, down in downs):
+        return {}
+    ranks = {module: shapes[down][0] for module, down in downs}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: value for module, value in ranks.items() if value != rank}
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+    }
+    return {HEADER: json.dumps({OWN + key: value for key, value in config.items()}, sort_keys=True)}
+
+
+@lru_cache(maxsize=4)
+def _downs(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Modules by their names in diffusers, each with the key of its ``down``; none where one of them is not known, or is no LoRA."""
+    spelled = {key: one for key in keys if isinstance(one := take_apart(key), Spelled)}
+    if len(spelled) < len(keys) or any(".lokr_" in key or ".hada_" in key for key in keys):
+        return ()
+    if all(one.prefix == OWN and one.role in ("up", "down") for one in spelled.values()):
+        return tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
+    known = {part.removesuffix(".weight") for part in z_image_parts(spelled) or ()}
+    try:
+        modules = in_diffusers.modules(keys)
+    except in_diffusers.Rejected:
+        return ()
+    if not modules.keys() <= known:
+        return ()
+    return tuple((name, key) for name, held in modules.items() for key in sorted(held) if spelled[key].role == "down")

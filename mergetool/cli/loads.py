@@ -1,0 +1,56 @@
+"""What commands say of the programs that load a LoRA, computed from the file that was read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.cli import console
+
+if TYPE_CHECKING:
+    from mergetool.adapters.loaders import Loading
+    from mergetool.arch import Family
+
+
+def of_written(path: Path, family: Family) -> list[Loading]:
+    """Who loads the LoRA that was just written for a model of ``family``."""
+    from mergetool.adapters import open_lora
+    from mergetool.adapters.loaders import loading
+    from mergetool.arch.generic import GENERIC
+
+    if family is GENERIC:  # whatever its names look like
+        return []
+    with open_lora(path) as written:
+        return loading(written)
+
+
+def print_all(found: list[Loading], *, verbose: bool) -> None:
+    """A line for every group of releases that do the same, with what is lost; one line where nothing is known."""
+    for one in found:
+        _print(one, verbose=verbose)
+    if not found:
+        console.heading("loads", "not known: of no model but Z-Image is it known here which names programs look up")
+
+
+def _print(one: Loading, *, verbose: bool) -> None:
+    parts = one.applied + len(one.dropped)
+    console.heading(
+        "loads", f"{one.name}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else "")
+    )
+    if one.error:
+        console.heading("", f"it raises an error: {one.error}")
+        return
+    reasons: dict[str, list[str]] = {}
+    for part, reason in one.dropped.items():
+        reasons.setdefault(reason, []).append(part)
+    for reason, parts_of in reasons.items():
+        console.heading("", f"{len(parts_of)} {reason}: {console.listed(parts_of, most=1000 if verbose else 2)}")
+
+
+def as_json(found: list[Loading]) -> dict[str, dict[str, Any]]:
+    """Program -> release -> what it makes of the file; empty where nothing is known."""
+    programs: dict[str, dict[str, Any]] = {}
+    for one in found:
+        told = {"verdict": one.verdict, "applied": one.applied, "error": one.error, "dropped": one.dropped}
+        programs.setdefault(one.program, {}).update(dict.fromkeys(one.releases, told))
+    return programs

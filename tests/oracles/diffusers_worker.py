@@ -1,0 +1,73 @@
+"""The process that one release of diffusers runs in: loads LoRAs onto a transformer of zeros, so that fusing leaves their change."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+from tests.oracles.worker import serve
+
+LAYER = re.compile(r"\.lora_A\.|\.lokr_")
+MAGNITUDES = ".lora_magnitude_vector."
+
+
+def load(lora: str, name: str, out: str, pipeline: str, model: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Loads the file ``name`` in the folder ``lora`` and writes the change of every module that got a layer, as ``MODULE.weight``.
+
+    ``version`` is the release's own word; ``magnitudes`` are modules whose DoRA magnitudes were loaded. Raises what diffusers raises.
+    """
+    transformer = zeroed(model, repr(config))
+    made_by = getattr(diffusers, pipeline)
+    pipe = made_by(**components(made_by, transformer))
+    try:
+        pipe.load_lora_weights(lora, weight_name=name)
+    except BaseException:
+        zeroed.cache_clear()  # with half a LoRA in it
+        raise
+    names = [parameter for parameter, _ in transformer.named_parameters()]
+    layers = sorted({LAYER.split(parameter)[0] for parameter in names if LAYER.search(parameter)})
+    magnitudes = sorted({parameter.split(MAGNITUDES)[0] for parameter in names if MAGNITUDES in parameter})
+    if layers:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    state = transformer.state_dict()
+    save_file({f"{layer}.weight": state[f"{layer}.weight"].clone() for layer in layers}, out)
+    for layer in layers:
+        state[f"{layer}.weight"].zero_()
+    return {"version": diffusers.__version__, "magnitudes": magnitudes}
+
+
+def components(pipeline: Any, transformer: Any) -> dict[str, Any]:
+    """A pipeline's arguments: nothing but the transformer."""
+    wanted = inspect.signature(pipeline.__init__).parameters
+    return {
+        name: transformer if name == "transformer" else None
+        for name, parameter in wanted.items()
+        if name != "self" and parameter.default is inspect.Parameter.empty
+    }
+
+
+@lru_cache(maxsize=1)
+def zeroed(model: str, config: str) -> Any:
+    """A transformer of a class and config (its ``repr``) whose parameters are all zero."""
+    with torch.device("meta"):
+        found = getattr(diffusers, model).from_config(ast.literal_eval(config))
+    found = found.to_empty(device="cpu").requires_grad_(False)
+    for parameter in found.parameters():
+        parameter.zero_()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    serve({"load": load})
