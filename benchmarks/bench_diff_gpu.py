@@ -248,7 +248,7 @@ def judge(pairing: Pairing, found: Extraction, lora: Path, device: torch.device)
             verdicts.append(
                 Verdict(
                     layer,
-                    int((energies.cumsum(0) < OPTIONS.rank_thresh * total).sum()) + 1,
+                    int((energies.cumsum(0) < OPTIONS.chosen.threshold * total).sum()) + 1,
                     float(energies[: layer.rank].sum()) / total,
                     float((span.T @ delta).square().sum()) / total,
                     float((delta - up @ down).norm() / delta.norm()),
@@ -267,7 +267,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> bool:
         if layer.capped:
             right &= layer.rank == OPTIONS.rank_max and one.best - layer.energy < 1e-3
         else:
-            right &= layer.rank == one.fewest and layer.energy >= OPTIONS.rank_thresh - 1e-9
+            right &= layer.rank == one.fewest and layer.energy >= OPTIONS.chosen.threshold - 1e-9
         good &= right
         print(
             f"  {'ok   ' if right else 'WRONG'} {layer.name:45} {layer.rank:3} ({one.fewest})"
