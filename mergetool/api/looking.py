@@ -134,6 +134,7 @@ def verify(
     output: StrPath,
     *,
     inputs: Mapping[str, str] | None = None,
+    parents: Sequence[str] = (),
     images: bool | None = None,
     refiner: str | None = None,
     strength: float | None = None,
@@ -147,6 +148,8 @@ def verify(
     progress: Progress = False,
 ) -> Verification:
     """Derive every tensor of a merge again from its recipe, then look at its pictures beside its parents'.
+
+    A file without a recipe is measured against ``parents``, and judged by its pictures alone.
 
     ``images`` True makes pictures, False does not, None where that takes minutes. ``inputs`` maps names of the recipe to where those models are now,
     ``report`` is an HTML file to write. What a check says no to is in the result; an exception is raised for what cannot be checked.
@@ -166,6 +169,7 @@ def verify(
         inputs or {},
         wish,
         bars(progress),
+        parents=parents,
         with_images=images,
         report=None if report is None else Path(report),
         threads=threads,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool compare lab.base lab.striped
   mergetool compare z-image artshoot
   mergetool compare deturbo artshoot --reference beret --onto alkahest
   mergetool compare deturbo artshoot --reference tuned --reference-base z-image --multiplier recommended

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool convert lab.base -o base-fp8.safetensors --quant fp8-scaled
   mergetool convert turbo-nvfp4.safetensors -o turbo-bf16.safetensors
   mergetool convert z_image-Q8_0.gguf -o z_image.safetensors
   mergetool convert alkahest -o alkahest-fp8.safetensors --quant fp8-scaled --scale-search

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool diff --base lab.base --variant lab.striped --rank-thresh 0.995 --exclude refiner
   mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner
   mergetool diff --base base.safetensors --variant tuned.safetensors --rank 32 -o tuned.lora.safetensors
   mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool inspect lab.base
   mergetool inspect alkahest
   mergetool inspect out.safetensors --hash
   mergetool inspect hf://Tongyi-MAI/Z-Image/transformer --json

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
   mergetool merge "alkahest + 20 * (artshoot - 'z-image')" --protect refiner -o out.safetensors
   mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
   mergetool merge "alk + 20*(a - b)" --set refiner=0 --set "layers=linear(0.2,1)" --set "layers.*.attention=2" --dry-run
@@ -42,12 +43,10 @@ Examples:
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
   mergetool merge "turbo + 0.7 * lora('style.safetensors') - 0.2 * lora('other.safetensors')" -o baked.safetensors
-  mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
   mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
-
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --resume -o out.safetensors
 
-Names are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
+lab.NAME are models that come with mergetool. Others are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
 letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
 PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
 or module names ("layers.*.attention"), re:REGEX, or what of a group is in one of those (layers.q, layers.0-9.ffn). SHAPE(FIRST,LAST) over the

@@ -23,7 +23,9 @@ Examples:
   mergetool verify out.safetensors
   mergetool verify out.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --report out.html
   mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --no-images --json
+  mergetool verify someone.safetensors --parents base.safetensors --pipeline ./Z-Image --report page.html
 
+A file without recipe is judged by its pictures, and measured against --parents.
 Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is.
 Without --images or --no-images, pictures are made where that takes minutes: on a GPU, or for a small model.
 Of several strengths the first is judged.
@@ -34,9 +36,13 @@ EXAMPLES += options.EXPLAINED
 
 @console.command
 def verify(
-    output: Annotated[str, typer.Argument(help="A merge that mergetool made.", metavar="OUT")],
+    output: Annotated[str, typer.Argument(help="A merge, or any model.", metavar="OUT")],
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="Where an input is now. Repeatable.", metavar="NAME=MODEL")
+    ] = None,
+    parents: Annotated[
+        list[str] | None,
+        typer.Option(help="Model to measure a file without recipe against. Repeatable.", metavar="MODEL"),
     ] = None,
     with_images: Annotated[
         bool | None, typer.Option("--images/--no-images", help="Make pictures, or stop after the weights.")
@@ -117,6 +123,7 @@ def verify(
         dict(place(text) for text in inputs or ()),
         wish,
         partial(console.bar, shown=not (no_progress or as_json)),
+        parents=parents or (),
         with_images=with_images,
         report=report,
         clip=clip,
@@ -157,11 +164,16 @@ def place(text: str) -> tuple[str, str]:
 def _print(report: WeightsReport, seconds: float) -> None:
     from mergetool.comparison.energies import relative
 
-    console.heading("recipe", report.expression)
+    if report.derived:
+        console.heading("recipe", report.expression)
     for what, names in report.damage():
         console.heading("", f"{len(names)} {what}: {console.listed(names)}")
     for parent, found in report.distances.items():
         console.heading("", f"{100 * relative(found):.3g} % from {parent}, in the norm of all weights")
+    if not report.derived:
+        looked = f"{console.plural(report.kept, 'tensor')} looked through for NaN and infinity"
+        console.heading("weights", f"no recipe, not derived; {looked}  {seconds:.1f} s")
+        return
     compared = (
         f"{report.merged} merged and {report.kept} kept tensors, {console.size(report.bytes_compared)} derived again"
     )
@@ -198,13 +210,17 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
         ],
     )
     for verdict in looked.verdicts:
-        console.heading("ok" if verdict.passed else "NO", f"{verdict.name}: {verdict.sentence}")
+        said = "not judged: " if verdict.passed is None else ""
+        console.heading(
+            {None: "?", True: "ok", False: "NO"}[verdict.passed], f"{verdict.name}: {said}{verdict.sentence}"
+        )
 
 
 def _json(report: WeightsReport) -> dict[str, Any]:
     from mergetool.comparison.energies import relative
 
     return {
+        "derived": report.derived,
         "sound": report.sound,
         "expression": report.expression,
         "merged": report.merged,

@@ -85,9 +85,14 @@ class Recorded:
     fingerprints: Mapping[str, str]
 
 
+def is_recorded(stored: Mapping[str, str]) -> bool:
+    """Whether a checkpoint's metadata holds the record of a merge."""
+    return "mergetool.recipe" in stored and "mergetool.inputs" in stored
+
+
 def read(stored: Mapping[str, str], source: str) -> Recorded:
     """The record in a checkpoint's metadata. Raises DataError where there is none, or a damaged one."""
-    if "mergetool.recipe" not in stored or "mergetool.inputs" not in stored:
+    if not is_recorded(stored):
         raise DataError(f"{source} carries no recipe: it was not made by mergetool merge, or lost its metadata since.")
     try:
         recipe = json.loads(stored["mergetool.recipe"])

@@ -6,6 +6,9 @@ All quantities are of pictures uint8 [height, width, 3] of any size, from numpy 
   are no noise). White noise has none, a picture of something has most of 1.
 * *contrast*: the standard deviation of its values, 0 to 127.5. A flat picture has next to none.
 * *clipped*: the share of its values at the very ends of the scale, 0 and 255, where a burnt picture lies.
+* *roughness*: the mean square of the difference of neighbouring pixels' luminance over twice its variance: 1 for white noise, next to none
+  where surfaces are smooth.
+* *saturation*: the mean difference of a pixel's largest and smallest colour, 0 to 1.
 
 and between two pictures of one size:
 
@@ -15,6 +18,7 @@ and between two pictures of one size:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +34,15 @@ WINDOW = 8
 LEAST_STRUCTURE = 0.6
 LEAST_CONTRAST = 12.0
 MOST_CLIPPED = 0.5
+# Of 20 pictures of merges at 20 and at 10 times a right factor all are beyond these three, of 80 right ones none is beyond two of them.
+MOST_CONTRAST = 85.0
+MOST_EVENLY_CLIPPED = 0.05
+MOST_ROUGHNESS = 0.1
 MOST_COLOUR_DRIFT = 0.2
 MOST_STRUCTURAL_DRIFT = 0.3
+
+LEAST_RANGE = {"structure": 0.1, "contrast": 8.0, "clipped": 0.05, "roughness": 0.02, "saturation": 0.08}
+"""How far from its parents' pictures a picture may lie in each measure, whatever their own range."""
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -43,11 +54,19 @@ class Measures:
     structure: float
     contrast: float
     clipped: float
+    roughness: float = 0.0
+    saturation: float = 0.0
 
     @property
     def noise(self) -> bool:
-        """Whether the picture has no structure: neighbouring tiles have little in common."""
-        return self.structure < LEAST_STRUCTURE and not self.collapsed
+        """Whether neighbouring tiles have little in common, or neighbouring pixels while values run to both ends of the scale.
+
+        A merge that goes far too far draws glaring stripes or blocks: its tiles have something in common, its pixels little.
+        """
+        glaring = (
+            self.contrast > MOST_CONTRAST and self.clipped > MOST_EVENLY_CLIPPED and self.roughness > MOST_ROUGHNESS
+        )
+        return (self.structure < LEAST_STRUCTURE or glaring) and not self.collapsed
 
     @property
     def collapsed(self) -> bool:
@@ -65,7 +84,22 @@ def measure(picture: Picture) -> Measures:
         structure=max(_correlation(tiles[1:], tiles[:-1]), _correlation(tiles[:, 1:], tiles[:, :-1])),
         contrast=float(np.sqrt(variance / 3)),
         clipped=float(((picture == 0) | (picture == 255)).mean()),
+        roughness=_roughness(values @ LUMINANCE),
+        saturation=float((picture.max(axis=2).astype(np.int64) - picture.min(axis=2)).mean() / 255),
     )
+
+
+def outside(found: Sequence[Measures], usual: Sequence[Measures]) -> list[bool]:
+    """Which of ``found`` leave the range of ``usual`` in some measure, by more than half of that range and the measure's `LEAST_RANGE`.
+
+    Other pictures of the same prompts, right ones, stay inside: a fine-tune shifts a measure, ruin throws it out.
+    """
+    ranges = {}
+    for name, least in LEAST_RANGE.items():
+        values = [getattr(one, name) for one in usual]
+        room = max(least, (max(values) - min(values)) / 2)
+        ranges[name] = min(values) - room, max(values) + room
+    return [any(not low <= getattr(one, name) <= high for name, (low, high) in ranges.items()) for one in found]
 
 
 def colour_distance(one: Picture, other: Picture) -> float:
@@ -103,6 +137,13 @@ def _tiles(values: NDArray[np.float64]) -> NDArray[np.float64]:
     cut = values[: height * TILES, : width * TILES]
     means: NDArray[np.float64] = cut.reshape(TILES, height, TILES, width, -1).mean(axis=(1, 3))
     return means
+
+
+def _roughness(values: NDArray[np.float64]) -> float:
+    """Of a picture [height, width]; 0 of a flat one."""
+    variance = float(values.var())
+    steps = [float(np.square(np.diff(values, axis=axis)).mean()) for axis in (0, 1)]
+    return sum(steps) / 4 / variance if variance > 1e-9 else 0.0
 
 
 def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:

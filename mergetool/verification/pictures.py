@@ -30,6 +30,8 @@ ALLOWED = 0.25
 KEPT_ADHERENCE = 0.75
 """Least adherence of a merge, as a share of its best parent's."""
 
+PROMPTS_NOT_READ = "nothing here tells whether pictures show their prompts; --clip FOLDER does"
+
 Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]
 """Pictures and their prompts to a score each, higher where a picture shows its prompt."""
 
@@ -61,13 +63,18 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One check: ``value`` against ``limit``, and a sentence for people."""
+    """One check: ``value`` against ``limit``, and a sentence for people. Where nothing could judge, ``passed`` and both figures are None."""
 
     name: str
-    passed: bool
-    value: float
-    limit: float
+    passed: bool | None
+    value: float | None
+    limit: float | None
     sentence: str
+
+    @property
+    def word(self) -> str:
+        """What a badge says."""
+        return "not judged" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class PicturesReport:
 
     @property
     def passed(self) -> bool:
-        return all(verdict.passed for verdict in self.verdicts)
+        """No verdict says no."""
+        return all(verdict.passed is not False for verdict in self.verdicts)
 
 
 def check_pictures(
@@ -139,12 +147,28 @@ def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
     ]
     if len(own) > 1:
         found.append(_drift(columns, output))
+    if others:
+        found.append(_unlike(own[0], others))
+    judged = False
     for name, value in (("adherence", _adherence), ("score", _score)):
         mine, theirs = [value(column) for column in own], [value(column) for column in others]
         known = [v for v in mine if v is not None]
         if known:
+            judged = True
             found.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
+    if not judged:
+        found.append(Verdict("prompts", None, None, None, PROMPTS_NOT_READ))
     return tuple(found)
+
+
+def _unlike(own: Column, others: Sequence[Column]) -> Verdict:
+    """A merge's pictures lie about where its parents' do; ruined ones leave the range of all of them in some measure."""
+    usual = [m for column in others for m in column.measures if not (m.noise or m.collapsed)]
+    if not usual:
+        return Verdict("unlike", None, None, None, "no parent drew a picture to compare with")
+    far = images.outside(own.measures, usual)
+    value = float(np.mean(far))
+    return Verdict("unlike", value <= ALLOWED, value, ALLOWED, f"{sum(far)} of {len(far)} pictures unlike any parent's")
 
 
 def _drift(columns: Sequence[Column], output: str) -> Verdict:

@@ -33,7 +33,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
     return page.template("mergetool.verification", "report.html.j2").render(
         name=name,
         version=__version__,
-        passed=weights.sound and (looked is None or looked.passed),
+        badge=badge(weights, looked),
         weights=weights,
         found=weights.damage(),
         verdicts=() if looked is None else looked.verdicts,
@@ -47,6 +47,13 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         sheet_rows=SHEET_ROWS,
         record=json.dumps(_record(weights, looked), indent=1),
     )
+
+
+def badge(weights: WeightsReport, looked: PicturesReport | None) -> str:
+    """The word for all of it: failed where one check says no, not judged where none was made."""
+    if weights.damage() or (looked is not None and not looked.passed):
+        return "failed"
+    return "passed" if weights.derived or looked is not None else "not judged"
 
 
 def _distances(weights: WeightsReport) -> Table:
@@ -106,6 +113,7 @@ def _record(weights: WeightsReport, looked: PicturesReport | None) -> dict[str, 
     return {
         "expression": weights.expression,
         "parents": list(weights.parents),
+        "derived": weights.derived,
         "sound": weights.sound,
         "bytes_compared": weights.bytes_compared,
         "pictures": None if looked is None else pictures.summary(looked),

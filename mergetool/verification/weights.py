@@ -7,7 +7,7 @@ report.sound        True when every tensor is what its recipe says
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison import distances
 from mergetool.comparison.energies import Distance
 from mergetool.engine import job, merge
-from mergetool.errors import DataError, InputMissing, NonFiniteError
+from mergetool.errors import DataError, FamilyError, InputMissing, NonFiniteError
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.plan import Plan, plan_merge
+from mergetool.recipe.quoting import quote
 from mergetool.recipe.steps import MERGED, Input
 
 
@@ -34,6 +35,9 @@ class WeightsReport:
     the file has, or has in another shape or dtype; ``non_finite`` counts NaN and infinities of a tensor. ``parents``
     are the models that the expression adds, by their recorded names, the anchor in front, each with where it is;
     ``distances`` how far the output lies from each, but for those where NaN or infinity leave no distance.
+
+    ``derived`` is False for a file without a recipe: its ``expression`` is empty, its ``parents`` are those that the user named, and ``kept``
+    counts its tensors, of which only NaN and infinity are looked for.
     """
 
     expression: str
@@ -48,6 +52,7 @@ class WeightsReport:
     differing: dict[str, int] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
     distances: dict[str, list[Distance]] = field(default_factory=dict)
+    derived: bool = True
 
     def damage(self) -> list[tuple[str, list[str]]]:
         """What is wrong, in words, each with the inputs or tensors it is wrong with."""
@@ -63,7 +68,55 @@ class WeightsReport:
     @property
     def sound(self) -> bool:
         """Every tensor is there, finite, and what the recipe says, from the inputs that were recorded."""
-        return not self.damage()
+        return self.derived and not self.damage()
+
+
+def has_recipe(output: str) -> bool:
+    """Whether ``output`` records how it was merged. Raises what opening it raises."""
+    with models.open_model(output, names_only=True) as opened:
+        return provenance.is_recorded(opened.checkpoint.metadata)
+
+
+def look_at_weights(
+    output: str,
+    parents: Sequence[str],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightsReport:
+    """Measure a file without a recipe: NaN, infinity, and its distance from each of ``parents``.
+
+    ``progress`` gets bytes moved and bytes to move. Raises what opening and reading raise, and FamilyError for a parent that shares no tensor with it.
+    """
+    with ExitStack() as stack:
+        plan = stack.enter_context(job.open_merge(quote(output), fingerprints=False))
+        (result,) = plan.inputs
+        others = [(name, stack.enter_context(models.open_model(name))) for name in parents]
+        report = WeightsReport("", output, {name: name for name in parents}, kept=len(plan.tensors), derived=False)
+        total = plan.bytes_read + plan.header.data_size + 2 * len(others) * plan.header.data_size
+        moved = 0
+
+        def advance(count: int) -> None:
+            nonlocal moved
+            moved += count
+            progress(min(moved, total), total)
+
+        outcome = merge.run(plan, _Nowhere(), threads=threads, non_finite="keep", measure="off", progress=advance)
+        report.non_finite = outcome.non_finite
+        for name, opened in others:
+            parent = Input(name, opened.checkpoint, opened.anatomy)
+            if not distances.comparable([result, parent]):
+                raise FamilyError(f"{output} and {name} share no tensor of one shape; name a parent of its own family.")
+            with suppress(NonFiniteError):
+                report.distances[name] = distances.measure(result, parent, progress=advance)
+        return report
+
+
+class _Nowhere:
+    """An output that keeps nothing."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Forget the bytes."""
 
 
 def check_weights(

@@ -101,3 +101,30 @@ def test_a_report_is_not_overwritten_unasked(merged: Path) -> None:
     assert (ran.code, merged.with_name("page.html").read_text()) == (73, "mine")
     assert mergetool("verify", merged.name, "--report", "page.html", "--overwrite", cwd=merged.parent).code == 0
     assert "passed" in merged.with_name("page.html").read_text()
+
+
+def test_a_file_without_recipe_is_measured_against_named_parents(merged: Path) -> None:
+    ran = mergetool("verify", "b.safetensors", "--parents", "alk", "--parents", "a", cwd=merged.parent)
+    assert (ran.code, ran.err) == (0, "")
+    assert "weights no recipe, not derived; 65 tensors looked through for NaN and infinity" in ran.out
+    assert len([line for line in ran.out.splitlines() if " % from a" in line]) == 2
+    assert "sound" not in ran.out
+
+
+def test_a_file_without_recipe_and_without_pictures_is_not_judged(merged: Path) -> None:
+    ran = mergetool("verify", "b.safetensors", "--json", cwd=merged.parent)
+    assert (ran.code, ran.json["passed"], ran.json["derived"], ran.json["sound"]) == (0, None, False, False)
+
+
+def test_nan_in_a_file_without_recipe_fails(merged: Path) -> None:
+    data = bytearray((merged.parent / "b.safetensors").read_bytes())
+    data[-2:] = b"\xc0\x7f"
+    (merged.parent / "bad.safetensors").write_bytes(data)
+    ran = mergetool("verify", "bad.safetensors", "--parents", "a", cwd=merged.parent)
+    assert ran.code == 1
+    assert ran.err == "mergetool: bad.safetensors holds NaN or infinity.\n"
+
+
+def test_a_merge_knows_its_parents(merged: Path) -> None:
+    ran = mergetool("verify", merged.name, "--parents", "a", cwd=merged.parent)
+    assert (ran.code, "records its own parents" in ran.err) == (2, True)

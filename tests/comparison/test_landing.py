@@ -44,11 +44,19 @@ def test_the_distance_is_the_norm_of_the_change_over_that_of_the_anchor(factor: 
     assert landed(BRIDGE.format(factor)).distance == pytest.approx(wanted, rel=0.1)  # a sample of 4096 elements a part
 
 
-def test_parts_that_are_kept_do_not_count() -> None:
+def test_parts_that_are_kept_count_as_not_moved() -> None:
     alkahest, striped, base = weights("alkahest"), weights("striped"), weights("base")
     merged = [key for key in base if "refiner" not in key]
-    wanted = 20 * norm({key: striped[key] - base[key] for key in merged}) / norm({key: alkahest[key] for key in merged})
+    wanted = 20 * norm({key: striped[key] - base[key] for key in merged}) / norm(alkahest)
     assert landed(BRIDGE.format(20), protect=("refiner",)).distance == pytest.approx(wanted, rel=0.1)
+
+
+def test_parts_that_are_taken_from_another_model_count_as_moved() -> None:
+    base, turbo = weights("base"), weights("turbo")
+    taken = [key for key in base if "refiner" in key]
+    wanted = norm({key: turbo[key] - base[key] for key in taken}) / norm(base)
+    found = landed("lab.base + 1e-9*(lab.striped - lab.base)", protect=("refiner",), keep_from="lab.turbo")
+    assert found.distance == pytest.approx(wanted, rel=0.1)
 
 
 def test_the_distances_within_the_expression_stand_beside_it() -> None:

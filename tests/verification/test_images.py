@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mergetool.lab.world import SCENES, Placing, render
-from mergetool.verification.images import Picture, colour_distance, measure, psnr, structural_distance
+from mergetool.verification.images import Picture, colour_distance, measure, outside, psnr, structural_distance
 
 
 def noise(seed: int, size: int = 64) -> Picture:
@@ -41,6 +41,37 @@ def test_structure_is_the_correlation_of_neighbouring_tiles() -> None:
 def test_stripes_are_no_noise(turned: bool) -> None:
     scenes = [render(scene, Placing(32, 32, 18), striped=True, hollow=True) for scene in SCENES[::20]]
     assert not any(measure(np.ascontiguousarray(p.swapaxes(0, 1)) if turned else p).noise for p in scenes)
+
+
+def glaring(seed: int) -> Picture:
+    """Blocks of 8 x 4 pixels at both ends of the scale, in rows that alternate, blurred a little: what a merge at 20 times a right factor draws."""
+    generator = np.random.default_rng(seed)
+    rows = np.where(np.arange(16)[:, None] % 2, 235.0, 20.0) + generator.normal(0, 90, (16, 8))
+    grey = np.repeat(np.repeat(rows, 4, axis=0), 8, axis=1)
+    return np.clip(grey[..., None] + generator.normal(0, 20, (64, 64, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_glaring_blocks_are_noise_though_neighbouring_tiles_agree(seed: int) -> None:
+    found = measure(glaring(seed))
+    assert found.structure > 0.6
+    assert found.noise
+
+
+def test_roughness_is_1_of_white_noise_and_small_of_a_surface() -> None:
+    assert measure(noise(1, 128)).roughness == pytest.approx(1, abs=0.05)
+    assert measure(drawn(1)).roughness < 0.1
+
+
+def test_saturation_is_the_spread_of_a_pixels_colours() -> None:
+    assert measure(np.full((64, 64, 3), (255, 0, 51), np.uint8)).saturation == 1.0
+    assert measure(np.full((64, 64, 3), 90, np.uint8)).saturation == 0.0
+
+
+def test_pictures_that_leave_the_range_of_the_usual_ones_are_outside() -> None:
+    usual = [measure(drawn(seed)) for seed in range(12)]
+    assert outside([measure(drawn(seed)) for seed in range(50, 62)], usual).count(True) <= 2
+    assert all(outside([measure(glaring(seed)) for seed in range(5)], usual))
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -37,16 +37,19 @@ def random(low: int, high: int) -> list[NDArray[np.uint8]]:
 
 def test_right_pictures_pass_every_verdict() -> None:
     verdicts = judge([column("parent", drawn()), column("out", drawn()), column("out", drawn(radius=18.5))], "out")
-    assert [verdict.name for verdict in verdicts] == ["noise", "collapsed", "drift", "adherence"]
+    assert [verdict.name for verdict in verdicts] == ["noise", "collapsed", "drift", "unlike", "adherence"]
     assert failed(verdicts) == set()
 
 
 @pytest.mark.parametrize(
     ("pictures", "names"),
     [
-        (random(0, 256), {"noise", "adherence"}),
-        (random(100, 104), {"collapsed", "adherence"}),
-        ([np.where(picture > 127, 255, 0).astype(np.uint8) for picture in random(0, 256)], {"collapsed", "adherence"}),
+        (random(0, 256), {"noise", "unlike", "adherence"}),
+        (random(100, 104), {"collapsed", "unlike", "adherence"}),
+        (
+            [np.where(picture > 127, 255, 0).astype(np.uint8) for picture in random(0, 256)],
+            {"collapsed", "unlike", "adherence"},
+        ),
         (drawn(SCENES[1::35]), {"adherence"}),
     ],
     ids=["noise", "flat", "burnt", "other scenes"],
@@ -82,6 +85,22 @@ def test_a_score_far_below_the_best_parents_fails() -> None:
     parents = [column("a", drawn(), scores=0.1), column("b", drawn(), scores=0.3)]
     assert failed(judge([*parents, column("out", drawn(), scores=0.25)], "out")) == set()
     assert failed(judge([*parents, column("out", drawn(), scores=0.2)], "out")) == {"score"}
+
+
+def test_where_nothing_reads_the_prompts_that_is_not_judged() -> None:
+    made = [Made(picture, {}) for picture in drawn()]
+    verdicts = judge([observe("out", "out", made, ["a knight"] * len(made))], "out")
+    (prompts,) = [verdict for verdict in verdicts if verdict.passed is None]
+    assert (prompts.name, prompts.word, prompts.value) == ("prompts", "not judged", None)
+    assert "--clip" in prompts.sentence
+
+
+def test_pictures_unlike_every_parents_fail_where_neither_noise_nor_collapse_is_seen() -> None:
+    board = np.indices((64, 64)).sum(axis=0)[..., None] % 2
+    checkered = [np.clip(picture * 0.8 + 40 * board, 0, 255).astype(np.uint8) for picture in drawn()]
+    found = failed(judge([column("parent", drawn()), column("out", checkered)], "out"))
+    assert "unlike" in found
+    assert not found & {"noise", "collapsed"}
 
 
 def test_prompts_outside_the_world_have_no_adherence() -> None:

@@ -140,3 +140,16 @@ def test_a_place_where_no_page_can_be_is_refused_before_any_work(tmp_path: Path)
         with pytest.raises(OutputError):
             pages.require_target(path, overwrite=False)
     pages.require_target(tmp_path / "there.html", overwrite=True)
+
+
+def test_where_nothing_was_judged_the_badge_says_so() -> None:
+    measured = WeightsReport("", "someone", {}, kept=7, derived=False)
+    page = Page(report.render("someone.safetensors", measured, None, left_out="there is no GPU"))
+    assert "not judged" in page.texts
+    assert "passed" not in page.texts
+    assert any("no recipe, not derived" in text for text in page.texts)
+
+
+def test_a_file_without_recipe_that_holds_nan_has_failed() -> None:
+    measured = WeightsReport("", "someone", {}, kept=7, derived=False, non_finite={"layers.0.w": 3})
+    assert "failed" in Page(report.render("someone.safetensors", measured, None)).texts
