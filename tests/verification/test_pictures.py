@@ -27,7 +27,7 @@ def column(model: str, pictures: Sequence[NDArray[np.uint8]], scores: float | No
 
 
 def failed(verdicts: Sequence[Verdict]) -> set[str]:
-    return {verdict.name for verdict in verdicts if not verdict.passed}
+    return {verdict.name for verdict in verdicts if verdict.passed is False}
 
 
 def random(low: int, high: int) -> list[NDArray[np.uint8]]:
