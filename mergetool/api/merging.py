@@ -208,8 +208,8 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
     outputs = [task.output for task in tasks]
     with survey.open_plans(places, outputs, skip_unmatched=how.skip_unmatched) as plans:
         on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=0)
-        checked = [preflight.check(plan) for plan in plans]
-        for output, each in zip(outputs, checked, strict=True):
+        preflights = [preflight.check(plan) for plan in plans]
+        for output, each in zip(outputs, preflights, strict=True):
             if not how.force:
                 with places.located(output):
                     each.refuse(way_out="force=True merges anyway")
@@ -225,7 +225,7 @@ def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, M
             )
         made = {
             task.path: Made(task.output.label, task.path, task.state.kind, _merged(plan, task.path, each, outcome))
-            for task, plan, each, outcome in zip(tasks, plans, checked, outcomes, strict=True)
+            for task, plan, each, outcome in zip(tasks, plans, preflights, outcomes, strict=True)
         }
         inputs = {task.path: looks.places_of(plan) for task, plan in zip(tasks, plans, strict=True)}
     for task in tasks:

@@ -19,7 +19,7 @@ from tests.hostile.tally import Tally
 from tests.resident import resident
 
 ROOT = Path(__file__).parents[2]
-MOST_SECONDS = 300  # of CPU, ten times what the slowest takes: a reader that never ends is told, not a slow machine
+MOST_SECONDS = 300  # of CPU: it tells a reader that never ends from a slow machine
 MOST_MEMORY = 2 << 30
 
 
