@@ -145,7 +145,7 @@ def test_json_says_what_was_stored_whole(family: Path, tmp_path: Path) -> None:
         (("--orthogonal",), "--variant2"),
         (("--variant2", "two.safetensors", "--union", "--orthogonal"), "leave one out"),
         (("--full-layer", "ffn"), "--full FILE"),
-        (("--checkpoint", "x.bin"), '"x.bin.safetensors"'),
+        (("--checkpoint", "x.bin"), 'name it "x.safetensors"'),
         (("--checkpoint", "absent/x.safetensors"), '"absent" does not exist'),
         (("--checkpoint", "l.safetensors", "-o", "l.safetensors"), "another name"),
         (("--variant2", "two.safetensors", "--spectra", "s.safetensors"), "leave it out"),
