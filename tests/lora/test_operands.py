@@ -473,14 +473,15 @@ def test_options_that_do_not_fit_together_are_refused(
 
 # ---------------------------------------------------------------- convolutions
 
-CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2"
+CONV = "input_blocks.1.0.in_layers.2"
+STORED = f"model.diffusion_model.{CONV}"
 
 
 def conv_family(folder: Path, kernel: int = 3) -> torch.Tensor:
     shape = (48, 40, kernel, kernel)
-    base = base_of(folder, {f"{CONV}.weight": gaussian(*shape, seed=11), f"{CONV}.bias": gaussian(48, seed=12)})
+    base = base_of(folder, {f"{STORED}.weight": gaussian(*shape, seed=11), f"{STORED}.bias": gaussian(48, seed=12)})
     change = low(5, 13, 48, 40 * kernel * kernel).reshape(shape)
-    to = base | {f"{CONV}.weight": base[f"{CONV}.weight"] + change, f"{CONV}.bias": base[f"{CONV}.bias"] + 1}
+    to = base | {f"{STORED}.weight": base[f"{STORED}.weight"] + change, f"{STORED}.bias": base[f"{STORED}.bias"] + 1}
     save(folder / "v.safetensors", {name: to[name] + (low(2, 9) if name == NAME else 0) for name in to})
     return change
 
