@@ -1,4 +1,7 @@
-"""Row 29: pipeline folders that would make diffusers or transformers load a pickle, run code, leave the folder or use the network."""
+"""Row 29: pipeline folders that would make diffusers or transformers load a pickle, run code, leave the folder or use the network.
+
+Links are the user's and are followed, also out of the folder: what they lead to is checked as what lies there is.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,15 @@ def _index(folder: Path, stem: str, canary: Path, *, beside: bool = False) -> No
 
 
 def _linked_out(path: Path) -> None:
-    target = path.parent.parent / "private.safetensors"
+    target = path.parent.parent.parent / "private.safetensors"
     shutil.move(path, target)
+    path.symlink_to(target)
+
+
+def _linked_to_a_pickle(path: Path, canary: Path) -> None:
+    target = path.parent.parent.parent / "private.safetensors"
+    target.write_bytes(pickle.dumps(Canary(canary)))
+    path.unlink()
     path.symlink_to(target)
 
 
@@ -87,7 +97,8 @@ CASES = [
     Case("text encoder, pickle called safetensors", lambda f, c: _pickled(f / "text_encoder" / "model.safetensors", c)),
     Case("text encoder, index out", lambda f, c: _index(f / "text_encoder", "model", c)),
     Case("text encoder, index out beside a harmless one", lambda f, c: _index(f / "text_encoder", "model", c, beside=True)),
-    Case("text encoder, link out", lambda f, c: _linked_out(f / "text_encoder" / "model.safetensors")),
+    Case("text encoder, link out", lambda f, c: _linked_out(f / "text_encoder" / "model.safetensors"), codes=(0,)),
+    Case("text encoder, link to a pickle", lambda f, c: _linked_to_a_pickle(f / "text_encoder" / "model.safetensors", c)),
     Case("text encoder, cut", lambda f, c: _cut(f / "text_encoder" / "model.safetensors")),
     Case("text encoder, code", lambda f, c: _remote(f / "text_encoder", "config.json", c, AutoModel="evil.Evil", AutoConfig="evil.Evil")),
     Case("text encoder, code of another repository", lambda f, c: _remote(f / "text_encoder", "config.json", c, AutoConfig="evil/x--evil.Evil")),
@@ -97,7 +108,8 @@ CASES = [
     Case("VAE, pickle", lambda f, c: _pickled(f / "vae" / "diffusion_pytorch_model.bin", c)),
     Case("VAE, pickle called safetensors", lambda f, c: _pickled(f / "vae" / "diffusion_pytorch_model.safetensors", c)),
     Case("VAE, index out", lambda f, c: _index(f / "vae", "diffusion_pytorch_model", c)),
-    Case("VAE, link out", lambda f, c: _linked_out(f / "vae" / "diffusion_pytorch_model.safetensors")),
+    Case("VAE, link out", lambda f, c: _linked_out(f / "vae" / "diffusion_pytorch_model.safetensors"), codes=(0,)),
+    Case("VAE, link to a pickle", lambda f, c: _linked_to_a_pickle(f / "vae" / "diffusion_pytorch_model.safetensors", c)),
     Case("VAE, one file, pickle", lambda f, c: _pickled(f / "vae.pt", c), ("--vae", "vae.pt")),
     Case("VAE, one file, pickle called safetensors", lambda f, c: _pickled(f / "vae.safetensors", c), ("--vae", "vae.safetensors")),
     Case("VAE, address for a name", lambda f, c: _edit(f / "vae" / "config.json", _name_or_path="http://127.0.0.1:9/x"), codes=(0,)),
@@ -108,7 +120,7 @@ CASES = [
 
 
 def run(warm: Warm, folder: Path, *, patched: str | None = None) -> Tally:
-    """A picture of one step with every spoilt folder: nothing is unpickled, run, fetched or read outside it."""
+    """A picture of one step with every spoilt folder: nothing is unpickled, run or fetched, or read outside it but through a link."""
     tally = Tally("29", "pipeline folders that would run code, through sample", injected=len(CASES))
     good = models.EMBEDDED / "base"
     line = ["sample", "a circle", "--steps", "1", "--overwrite", "-o", str(folder / "x.png"), "--pipeline", "."]
