@@ -60,7 +60,7 @@ class Landing:
         elif self.distance > FAR:
             yield Finding(
                 "warn",
-                f"{moves}: more than {percent(FAR)}, expect noise; lower the factors, or look at it with mergetool sample",
+                f"{moves}: more than {percent(FAR)}, pictures may turn to noise; lower the factors, or look first with mergetool sample",
             )
         elif self.changed < LEAST:
             count = round(self.changed * self.elements)

@@ -105,7 +105,7 @@ def test_a_merge_of_strangers_is_stopped_before_it_begins_unless_forced(tmp_path
     assert not list(tmp_path.glob("*.safetensors"))
     dry = CliRunner().invoke(app, [*naive, "--dry-run", "--json"])
     assert dry.exit_code == 0
-    assert [finding["level"] for finding in json.loads(dry.stdout)["lineage"]] == ["error"]
+    assert [finding["level"] for finding in json.loads(dry.stdout)["lineage"]] == ["warn", "error"]
     assert CliRunner().invoke(app, [*naive[:-1], str(tmp_path / "out.safetensors"), "--force"]).exit_code == 0
     assert (tmp_path / "out.safetensors").exists()
 
@@ -116,7 +116,7 @@ def test_a_wrong_base_is_warned_of_and_merged(tmp_path: Path) -> None:
         app, ["merge", expression, "--protect", "refiner", "-o", str(tmp_path / "out.safetensors")]
     )
     assert ran.exit_code == 0
-    (warning,) = (line for line in ran.stdout.splitlines() if line.startswith("warn"))
-    assert "lab.striped does not look like" in warning
+    assert any(line.startswith("warn") and "lab.striped does not look like" in line for line in ran.stdout.splitlines())
     right = CliRunner().invoke(app, ["merge", "lab.alkahest + 2*(lab.hollow - lab.deturbo)", "--dry-run", "--json"])
-    assert json.loads(right.stdout)["lineage"] == []
+    (moves,) = json.loads(right.stdout)["lineage"]
+    assert moves["text"].startswith("moves lab.alkahest by 29.7 %; lab.hollow is 14.5 % from lab.deturbo")

@@ -234,7 +234,7 @@ def test_a_deleted_output_is_made_again(server: Server) -> None:
 
 def test_models_that_do_not_belong_together_need_force(server: Server) -> None:
     prompt = workflow("expression.json")
-    prompt["4"]["inputs"]["expression"] = "0.5*c + 0.5*a"
+    prompt["4"]["inputs"]["expression"] = "c + 0.5*(a - c)"
     prompt["5"]["inputs"] |= {"protect_refiner": False, "quant": "none", "name": "forced.safetensors"}
     prompt["1"]["inputs"]["model"] = "lab.turbo"
     refused = server.run(prompt).error

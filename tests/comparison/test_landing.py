@@ -70,7 +70,7 @@ def test_the_distances_within_the_expression_stand_beside_it() -> None:
     ("factor", "level", "words"),
     [
         ("1.5", "note", "moves lab.alkahest by 9.7"),
-        ("20", "warn", "expect noise"),
+        ("20", "warn", "pictures may turn to noise"),
         ("1e30", "error", "leaves nothing of lab.alkahest"),
         ("1e38", "error", "leaves nothing of lab.alkahest"),
         ("1e-30", "warn", "as good as a copy of lab.alkahest"),

@@ -45,13 +45,13 @@ class Run:
 
 MERGE = "'a.safetensors' + 3 * ('b.safetensors' - 'c.safetensors')"
 KINDS = [
-    Run("merge", ["merge", MERGE]),
-    Run("merge, pread", ["merge", MERGE, "--reader", "pread"]),
-    Run("merge, quantised", ["merge", MERGE, "--quant", "fp8-scaled", "--scale-search"]),
-    Run("merge, error feedback", ["merge", MERGE, "--dtype", "fp8_e4m3", "--rounding", "error-feedback"]),
-    Run("merge, sharded", ["merge", MERGE, "--shard-size", "100MB"], "out"),
+    Run("merge", ["merge", MERGE, "--force"]),
+    Run("merge, pread", ["merge", MERGE, "--force", "--reader", "pread"]),
+    Run("merge, quantised", ["merge", MERGE, "--force", "--quant", "fp8-scaled", "--scale-search"]),
+    Run("merge, error feedback", ["merge", MERGE, "--force", "--dtype", "fp8_e4m3", "--rounding", "error-feedback"]),
+    Run("merge, sharded", ["merge", MERGE, "--force", "--shard-size", "100MB"], "out"),
     Run("convert", ["convert", "a.safetensors", "--quant", "int8"]),
-    Run("lora bake", ["lora", "bake", "a.safetensors", "lora.safetensors:0.5"]),
+    Run("lora bake", ["lora", "bake", "a.safetensors", "lora.safetensors:0.5", "--force"]),
 ]
 METHODS = [Run(f"merge by {name}", ["merge", call(method), "--force"]) for name, method in methods().items()]
 RUNS = [*KINDS, *METHODS]

@@ -69,7 +69,19 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def baked(base: Path, lora: Path, strength: float = 1) -> Values:
     out = lora.with_name("baked.safetensors")
-    run("lora", "bake", base, f"{lora}:{strength}", "-o", out, "--dtype", "fp32", "--overwrite", folder=lora.parent)
+    run(
+        "lora",
+        "bake",
+        base,
+        f"{lora}:{strength}",
+        "-o",
+        out,
+        "--dtype",
+        "fp32",
+        "--force",
+        "--overwrite",
+        folder=lora.parent,
+    )
     return read(out)
 
 

@@ -127,7 +127,7 @@ def test_what_the_schema_lists_is_what_there_is() -> None:
     assert set(schema.Container.__args__) == set(QUANTISERS)  # type: ignore[attr-defined]
     assert fields["rounding"].annotation.__args__ == MODES  # type: ignore[union-attr]
     assert schema.Difference.model_fields["rule"].annotation.__args__ == RULES  # type: ignore[union-attr]
-    assert schema.Difference.model_fields["dtype"].annotation.__args__ == FACTOR_DTYPES  # type: ignore[union-attr]
+    assert schema.Difference.model_fields["dtype"].annotation.__args__ == tuple(FACTOR_DTYPES)  # type: ignore[union-attr]
 
 
 def test_the_published_schema_is_current() -> None:
