@@ -84,6 +84,7 @@ def test_one_dimension_of_codes_in_place_of_a_weight_is_refused() -> None:
         {"weight": (F8_E4M3, (8, 8)), "num_batches_tracked": (I64, ()), "running_mean": (F32, (8,))},
         {"mask": (BOOL, (8, 8)), "table": (F32, (8,))},
         {"flag": (U8, ()), "table": (F32, (8,))},
+        {"chars": (I8, (16,)), "bytes": (U8, (16,)), "ids": (I64, (16,)), "mask": (BOOL, (16,))},
         {"f4": (F4, (8,)), "scale": (E8M0, (4,)), "flag": (BOOL, (1,)), "empty": (F32, (0, 3))},
     ],
 )
