@@ -132,7 +132,8 @@ def is_file_name(name: str | os.PathLike[str]) -> bool:
 
 def _require_no_folder(text: str, target: Target) -> None:
     path = Path(text)
-    if not target.is_folder and path.is_dir():
+    # What cannot be looked at is no folder here: the one who claims the target says why. Path.is_dir would raise.
+    if not target.is_folder and os.path.isdir(path):
         file = path / f"merged{SUFFIX}"
         raise OutputError(
             f'"{path}" is a folder; name a file in it, such as "{file}", or a new folder with "{os.sep}" at its end.'

@@ -147,14 +147,20 @@ GOLDEN: dict[Callable[[Path], Place], tuple[int, str]] = {
     missing_folder: (73, 'the folder "{folder}" does not exist; make it first.'),
     missing_folders: (73, 'the folder "{folder}" does not exist; make it first.'),
     file_as_folder: (73, '"{folder}" is not a folder; choose another place.'),
-    a_folder_is_there: (73, '"{target}" is a folder; name a file in it instead.'),
+    a_folder_is_there: (
+        73,
+        '"{target}" is a folder; name a file in it, such as "{target}/merged.safetensors", or a new folder with "/" at its end.',
+    ),
     a_file_is_there: (73, '"{target}" is a file, but the output is a folder; choose another name.'),
     a_device_is_there: (73, '"{target}" is a device, FIFO or socket; choose another name.'),
     a_fifo_is_there: (73, '"{target}" is a device, FIFO or socket; choose another name.'),
     a_socket_is_there: (73, '"{target}" is a device, FIFO or socket; choose another name.'),
     a_link_to_nothing: (73, '"{target}" is a link that leads nowhere; remove it or choose another name.'),
     a_link_to_itself: (73, '"{target}" is a link that leads nowhere; remove it or choose another name.'),
-    a_link_to_a_folder: (73, '"{folder}/real" is a folder; name a file in it instead.'),
+    a_link_to_a_folder: (
+        73,
+        '"{target}" is a folder; name a file in it, such as "{target}/merged.safetensors", or a new folder with "/" at its end.',
+    ),
     a_folder_with_a_diary: (
         73,
         '"{target}" also holds "diary.txt", which is no part of a model folder; choose another folder or move that away.',
