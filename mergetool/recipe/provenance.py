@@ -18,6 +18,27 @@ from mergetool.recipe.options import Options
 DERIVED = frozenset({"lora_adapter_metadata"})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
 
+_KEYS = frozenset(
+    [
+        "expression",
+        "anchor",
+        "protect",
+        "include",
+        "exclude",
+        "set",
+        "from",
+        "dtype",
+        "layout",
+        "quant",
+        "scale_search",
+        "prefix",
+        "bundled",
+        "rounding",
+        "seed",
+    ]
+)
+"""What a recorded recipe may say. Nothing can be derived again from one that says more, be it damaged or of a later version."""
+
 # A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
 FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 
@@ -101,8 +122,14 @@ def read(stored: Mapping[str, str], source: str) -> Recorded:
         }
         _text(recipe["expression"])
         anchor = _text(recipe["anchor"]) if "anchor" in recipe else None
+        unknown = sorted(recipe.keys() - _KEYS)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{source} carries a damaged recipe in its metadata; it cannot be verified.") from None
+    if unknown:
+        raise DataError(
+            f"{source} carries a recipe with {quoted(unknown[0])}, which this mergetool does not know: it is damaged, or of a later "
+            "version; it cannot be verified."
+        )
     return Recorded(recipe["expression"], anchor, _options(recipe), recorded)
 
 

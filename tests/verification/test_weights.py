@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint import dtypes
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import DataError, InputMissing, MergetoolError
 from mergetool.recipe.options import Options
@@ -147,6 +148,16 @@ def test_a_damaged_recipe_is_an_error_not_a_crash(family: Path, damage: str) -> 
     out = merge(family / "out.safetensors")
     rewritten(out, lambda tensors: None, **{"mergetool.recipe": damage})
     with pytest.raises(MergetoolError):
+        check_weights(str(out))
+
+
+def test_a_recipe_that_says_what_nobody_knows_is_not_verified(family: Path) -> None:
+    """Its tensors may be those of what is known, as with "ancjor" for "anchor"; what else was done is not known."""
+    out = merge(family / "out.safetensors")
+    with Checkpoint.open(out) as checkpoint:
+        recipe = checkpoint.metadata["mergetool.recipe"]
+    rewritten(out, lambda tensors: None, **{"mergetool.recipe": recipe.replace("anchor", "ancjor")})
+    with pytest.raises(DataError, match='"ancjor", which this mergetool does not know'):
         check_weights(str(out))
 
 
