@@ -191,8 +191,16 @@ def test_a_target_that_exists_is_refused_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
+def test_an_output_without_an_ending_gets_one(family: Path, tmp_path: Path) -> None:
+    assert diff(family, tmp_path / "lora").layers
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
 def test_the_output_must_be_named_as_a_file(family: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"lora\.safetensors"):
+    with pytest.raises(UsageError, match=r'would be GGUF.*name it ".*lora\.safetensors"'):
+        diff(family, tmp_path / "lora.gguf")
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
         diff(family, tmp_path / "lora")
 
 
