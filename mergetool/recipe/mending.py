@@ -11,12 +11,15 @@ from mergetool.recipe.quoting import in_quotes, quote
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _HELD = "\ue000"  # stands for a name in quotes, which is left as it is
 _NUMBER = r"(?<![\w.])(\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?)"
+_SHARE = r"(?<![\w.])(\d{1,9}(?:[.,]\d{1,15})?)\s*%\s*(?:of\s+)?(\S)"  # short enough to be divided exactly
 _OPERATORS = re.compile(r"([()+*,]|\s-\s)")
 _PATH = re.compile(rf"(\s*-?\s*(?:{_NUMBER}\s*%?\s+)?)(\S.*\.(?:safetensors|sft|gguf|ckpt|pt))(\s*)", re.IGNORECASE)
 
 
 def mended(text: str, reads: Callable[[str], bool]) -> tuple[str, str] | None:
     """What ``text`` was meant to be and what was wrong with it, when there is such a text that ``reads``; else None."""
+    if _HELD in text:
+        return None
     names = _QUOTED.findall(text)
     held = _QUOTED.sub(_HELD, text)
     reasons = []
@@ -56,7 +59,7 @@ def _fractions(text: str) -> str:
     def share(found: re.Match[str]) -> str:
         return f"{Decimal(found[1].replace(',', '.')) / 100:f}{'' if found[2] == '*' else '*'}{found[2]}"
 
-    return re.sub(rf"{_NUMBER}\s*%\s*(?:of\s+)?(\S)", share, text)
+    return re.sub(_SHARE, share, text)
 
 
 def _products(text: str) -> str:

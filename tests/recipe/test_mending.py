@@ -48,6 +48,15 @@ def test_what_is_no_slip_keeps_its_own_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["0.5 \ue000 + 0,5*b", "1e9999999% a + b", "1e-9999999% a + b", "1e9999999999999999999999999% a + b"]
+)
+def test_text_that_no_one_types_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ExpressionError) as error:
+        parse(text)
+    assert "; write " not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "text", ["base + 0.5*'x.safetensors'", "base + x.safetensors", "base + 2*(a - b) + x.safetensors"]
 )
 def test_a_file_too_much_may_be_a_lora(text: str) -> None:
