@@ -7,6 +7,7 @@ import mmap
 import os
 import stat
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,12 @@ from typing import Self
 
 from mergetool.checkpoint import system
 from mergetool.checkpoint.descriptors import Pool, Pooled
-from mergetool.errors import DataError, InputMissing, StorageError
+from mergetool.errors import DataError, InputMissing, MergetoolError, StorageError
 
 Identity = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
+
+UNREADABLE = (OSError, ValueError, MergetoolError)
+"""What a hint about a file meets: a disk that fails, a file that was closed, and one that is gone or another when it is opened again."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -190,17 +194,17 @@ class InputFile(Pooled):
 
     def will_need(self, offset: int, size: int) -> None:
         """Start reading these bytes into the page cache and return at once; a hint that never fails."""
-        with _pool.using(self) as fd:
+        with suppress(*UNREADABLE), _pool.using(self) as fd:
             system.read_ahead(fd, offset, size)
 
     def bring(self, offset: int, size: int) -> bool:
-        """Read these bytes into the page cache, until they are there; False where that cannot be done. Raises OSError."""
+        """Read these bytes into the page cache, until they are there; False where that cannot be done. Raises `UNREADABLE`."""
         with _pool.using(self) as fd:
             return system.bring(fd, offset, size)
 
     def forget(self, offset: int, size: int) -> None:
         """Let these bytes go from the page cache, for files too large to stay there; a hint that never fails."""
-        with _pool.using(self) as fd:
+        with suppress(*UNREADABLE), _pool.using(self) as fd:
             system.forget(fd, offset, size)
 
     def check_unchanged(self) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from mergetool.checkpoint import system
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.inputs import UNREADABLE, InputFile
 
 PIECE = 32 << 20
 """Bytes of a file that are read in one call, which holds no lock of the interpreter: a thread that wants it back waits for those that compute."""
@@ -78,7 +78,7 @@ class ReadAhead:
                     yield file, start, min(PIECE, file.size - start)
 
     def _run(self) -> None:
-        with suppress(OSError):
+        with suppress(*UNREADABLE):
             while (piece := self._next()) is not None:
                 file, start, size = piece
                 if not file.bring(start, size):

@@ -19,6 +19,7 @@ from mergetool.checkpoint.descriptors import LEAST
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.read_ahead import ReadAhead
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.errors import DataError, StorageError
 
@@ -53,6 +54,20 @@ def test_hundreds_of_inputs_are_read_with_few_descriptors(tmp_path: Path, mapped
         file.check_unchanged()
         file.close()
     assert descriptors() == before
+
+
+@pytest.mark.usefixtures("few")
+def test_hints_about_a_file_that_is_gone_or_closed_never_fail(tmp_path: Path) -> None:
+    first, *others = [InputFile.open(path) for path in files(tmp_path, 100)]
+    first.path.unlink()
+    for _ in range(2):  # the file that was closed for others, then the one that was closed for good
+        first.will_need(0, 100)
+        first.forget(0, 100)
+        with ReadAhead([first], room=1 << 20):
+            pass
+        first.close()
+    for file in others:
+        file.close()
 
 
 @pytest.mark.usefixtures("few")
