@@ -108,7 +108,8 @@ def _strange(
         return None
     if is_list and (info.dtype.kind not in ("int", "uint") or f"{parent}.weight" in model):
         return None
-    tables = (n for n in beside if not is_list or model[n].dtype.kind == "float")  # numbers beside a list are another list
+    # Integers beside a list are another list.
+    tables = (n for n in beside if not is_list or model[n].dtype.kind == "float")
     return next((n for n in tables if not _PLAIN.fullmatch(leaf_of(n))), None)
 
 
