@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import pytest
 
-from mergetool.checkpoint import system
+from mergetool.checkpoint import output_file, system
+from mergetool.checkpoint.descriptors import Pool
 from mergetool.checkpoint.names import folded
 from tests.checkpoint.faults import CALLS, Content
 
@@ -78,6 +79,8 @@ class Disk:
         self._files: dict[int, Inode] = {}
         self._fds = iter(range(FIRST_FD, 1 << 60))
         self._dead = False
+        # A killed run lets go of nothing, but its pool of open files is gone with it: it would close descriptors of the next.
+        output_file._pool = Pool(output_file._pool._part)
         for inode in self._inodes():
             inode.locked_by, inode.opened = None, 0
 
