@@ -27,7 +27,7 @@ from mergetool.engine import job
 from mergetool.lab import checker, world
 from mergetool.lora.extract import extract, open_diff
 from mergetool.lora.pairs import DiffOptions
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.sampler import sheet
 from mergetool.sampler.parts import Components, WeightedLora
 from mergetool.sampler.request import Pictures, Refinement, Shot, Stage
@@ -103,7 +103,7 @@ class Lab:
     def merged(self, expression: str, *, protected: bool) -> str:
         """The path of a merge."""
         path = self.folder / f"{zlib.crc32(f'{expression}{protected}'.encode()):08x}.safetensors"
-        with job.open_merge(expression, Options(protect=("refiner",) if protected else ())) as plan:
+        with job.open_merge(expression, MergeOptions(protect=("refiner",) if protected else ())) as plan:
             job.run_merge(plan, path, overwrite=True)
         return str(path)
 

@@ -34,7 +34,7 @@ from mergetool.engine.running import Measure
 from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, Mode
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounding.md"
 OUTPUTS = (dtypes.BF16, dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2)
@@ -79,7 +79,7 @@ def _merged(
 ) -> tuple[Movement, Movement]:
     out = folder / "out.safetensors"
     text = f"'{folder}/base.safetensors' + ('{folder}/tuned.safetensors' - '{folder}/base.safetensors')"
-    with job.open_merge(text, Options(rounding=mode)) as plan:
+    with job.open_merge(text, MergeOptions(rounding=mode)) as plan:
         summary = job.run_merge(plan, out, overwrite=True, measure="all").movements.total
     with Checkpoint.open(out) as merged:
         stored = merged.read(TENSOR)
@@ -168,7 +168,7 @@ def _forget(files: Sequence[Path]) -> None:
 
 def _merge(text: str, output: Path, mode: Mode, measure: Measure) -> None:
     with (
-        job.open_merge(text, Options(rounding=mode), fingerprints=False) as plan,
+        job.open_merge(text, MergeOptions(rounding=mode), fingerprints=False) as plan,
         CheckpointWriter.stage(output, plan.header, overwrite=True) as writer,
     ):
         merge.run(plan, writer, measure=measure)

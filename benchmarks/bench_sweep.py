@@ -29,9 +29,9 @@ import sys
 from pathlib import Path
 from mergetool.checkpoint import dtypes
 from mergetool.engine import job
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 out, dtype, protected, *expressions = sys.argv[1:]
-options = Options(protect=(protected,), dtype=dtypes.output_dtype(dtype))
+options = MergeOptions(protect=(protected,), dtype=dtypes.output_dtype(dtype))
 with job.open_merges([(text, options) for text in expressions]) as plans:
     job.run_merges(plans, [Path(out, f"{i}.safetensors") for i in range(len(plans))])
 """

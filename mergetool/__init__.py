@@ -8,7 +8,7 @@ and never loads torch by itself.
 
     mergetool.merge("alkahest + 20 * (turbo - deturbo)", "out.safetensors", protect=["refiner"])
 
-    with mergetool.open_merge("alkahest + 20 * (turbo - deturbo)", mergetool.Options(protect=("refiner",))) as plan:
+    with mergetool.open_merge("alkahest + 20 * (turbo - deturbo)", mergetool.MergeOptions(protect=("refiner",))) as plan:
         mergetool.run_merge(plan, Path("out.safetensors"))
 """
 
@@ -18,9 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergetool.api.looking import sample, verify
+    from mergetool.api.looking import replay, sample, verify
     from mergetool.api.measuring import compare, diff
-    from mergetool.api.merging import Recipe, merge, replay
+    from mergetool.api.merging import bake, convert, merge
+    from mergetool.api.recipes import Recipe
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
     from mergetool.engine.job import open_merge, run_merge
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from mergetool.lora.extract import extract, open_diff
     from mergetool.lora.pairs import DiffOptions
     from mergetool.models import open_model
+    from mergetool.options.merging import MergeOptions
     from mergetool.recipe.expression import parse
-    from mergetool.recipe.options import Options
 
 __version__ = "0.1.0"
 
@@ -37,10 +38,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "DiffOptions",
+    "MergeOptions",
     "MergetoolError",
-    "Options",
     "Recipe",
+    "bake",
     "compare",
+    "convert",
     "diff",
     "extract",
     "merge",
@@ -59,9 +62,11 @@ _HOME = {
     "CheckpointWriter": "checkpoint.writer",
     "DiffOptions": "lora.pairs",
     "MergetoolError": "errors",
-    "Options": "recipe.options",
-    "Recipe": "api.merging",
+    "MergeOptions": "options.merging",
+    "Recipe": "api.recipes",
+    "bake": "api.merging",
     "compare": "api.measuring",
+    "convert": "api.merging",
     "diff": "api.measuring",
     "extract": "lora.extract",
     "merge": "api.merging",
@@ -69,7 +74,7 @@ _HOME = {
     "open_merge": "engine.job",
     "open_model": "models",
     "parse": "recipe.expression",
-    "replay": "api.merging",
+    "replay": "api.looking",
     "run_merge": "engine.job",
     "sample": "api.looking",
     "verify": "api.looking",

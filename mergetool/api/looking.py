@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetool.api.progress import Progress, StrPath, bars, counting
+from mergetool.api.events import Progress, StrPath
+from mergetool.api.progress import bars, counting, reporting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mergetool.sampler.settings import PartsOptions
     from mergetool.verification.checking import Verification
+    from mergetool.verification.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,20 @@ def verify(
         threads=threads,
         overwrite=overwrite,
     )
+
+
+def replay(
+    output: StrPath,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> Replay:
+    """Make a merge again from the recipe in its metadata, and compare every byte of the file or folder; nothing is written.
+
+    ``inputs`` maps names of the recipe to where those models are now. What is not the same is in the result, with the reason.
+    """
+    from mergetool.verification.replay import replay as again
+
+    with reporting("replay", progress, "%") as reported:
+        return again(str(output), inputs=inputs or {}, threads=threads, progress=reported)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from mergetool.api.progress import Progress, StrPath, counting, patterns
+from mergetool.api.events import Progress, StrPath
+from mergetool.api.progress import counting, patterns
 
 if TYPE_CHECKING:
     from mergetool.comparison.comparison import Report
@@ -35,7 +36,7 @@ def diff(
 ) -> Extraction:
     """Take the difference ``variant - base`` as a LoRA, written to ``output``; the variant may be a LoRA itself.
 
-    Options are those of the command; ``budget`` is in bytes. Where nothing is said ``rank_thresh`` is 0.95, of the rules that take a share, and
+    MergeOptions are those of the command; ``budget`` is in bytes. Where nothing is said ``rank_thresh`` is 0.95, of the rules that take a share, and
     ``rank_max`` 64, but 0 with a budget. Returns the rank, energy and residual of every
     matrix, and what was left out. Raises MergetoolError.
     """
@@ -92,12 +93,11 @@ def compare(
     share; ``onto`` is what the difference will be added to (``base`` without it). ``multiplier`` is a number, exact as text, or
     "recommended": that of the merge whose rounding is looked at.
     """
-    from mergetool.checkpoint import dtypes
     from mergetool.comparison import comparison
-    from mergetool.recipe.options import Options
+    from mergetool.options.merging import MergeOptions
 
     size = comparison.multiplier_of(str(multiplier))
-    options = Options(include=patterns(include), exclude=patterns(exclude), dtype=dtypes.output_dtype(dtype))
+    options = MergeOptions(include=patterns(include), exclude=patterns(exclude), dtype=dtype)
     with (
         comparison.open_comparison(
             base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options

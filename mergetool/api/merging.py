@@ -1,282 +1,277 @@
-"""Merges: by expression, by recipe file, and again from what one records."""
+"""Merges by expression: `merge`, and the two that are merges of one model, `convert` and `bake`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from mergetool.api.progress import Progress, StrPath, bars, counting, patterns, reporting
+from mergetool.api.calling import called
+from mergetool.api.events import Events, Request
+from mergetool.errors import UsageError
+from mergetool.options.kinds import Loras, Model, Output, Text
+from mergetool.options.merging import ContainerOptions, MergeOptions
+from mergetool.options.running import (
+    DRY,
+    MergeRunOptions,
+    NonFiniteOptions,
+    ShardOptions,
+    ThreadOptions,
+    WriteOptions,
+)
+from mergetool.options.table import Option, part, values
+from mergetool.recipe.quoting import in_quotes, quote
 
 if TYPE_CHECKING:
+    from mergetool.checkpoint.outputs import Target
     from mergetool.comparison.preflight import Preflight
     from mergetool.engine.running import Outcome
-    from mergetool.lora.extract import Extraction
-    from mergetool.making.places import Places
-    from mergetool.making.survey import Task
     from mergetool.recipe.plan import Plan
-    from mergetool.verification.checking import Verification
-    from mergetool.verification.replay import Replay
+
+
+@dataclass(frozen=True)
+class Merge(Request, MergeOptions, ShardOptions, MergeRunOptions):
+    """A merge of checkpoints by an expression."""
+
+    expression: Annotated[
+        str,
+        Option(
+            help="What to compute, as in: alkahest + 20 * (tuned - base); or a recipe file.",
+            kind=Text("EXPRESSION|RECIPE.yaml"),
+            argument=True,
+            key="merge",
+        ),
+    ]
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            help="FILE.safetensors, or FOLDER/ for a folder. Of a recipe: the folder for its outputs.",
+            kind=Output(),
+            short="-o",
+            default=DRY,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Convert(Request, ContainerOptions, ShardOptions, ThreadOptions, NonFiniteOptions, WriteOptions):
+    """The same model in another dtype, container, layout or number of files."""
+
+    model: Annotated[
+        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=Model(), argument=True)
+    ]
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=Output(), short="-o", default=DRY),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
+    """LoRAs added to a model."""
+
+    model: Annotated[
+        str, Option(help="What to add to: a MODEL of any layout or container.", kind=Model(), argument=True)
+    ]
+    loras: Annotated[
+        Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
+        Option(help="LoRAs, each with its strength.", kind=Loras(), argument=True),
+    ]
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=Output(), short="-o", default=DRY),
+    ] = None
+
+    @property
+    def expression(self) -> str:
+        """The merge that adds them."""
+        return baked(self.model, cast("Sequence[tuple[str, Fraction]]", self.loras))
+
+
+def baked(model: str, loras: Sequence[tuple[str, Fraction]]) -> str:
+    """The expression that adds ``loras``, paths with their strengths, to ``model``."""
+    terms = [quote(model)]
+    for path, strength in loras:
+        terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({in_quotes(path)})")
+    return " ".join(terms)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge that was written to ``output``.
+    """A merge that was written to ``output``, or with ``dry_run`` would be; ``outcome`` is None then, and ``output`` may be.
 
     ``tensors`` maps what was done ("merged", "protected: refiner", ...) to the output tensors that it was done to, ``left_out`` a name to why it is not
-    in the output; ``warnings`` are what a user should know. ``outcome`` has what became of the delta in rounding, and what was capped.
+    in the output; ``warnings`` are what a user should know. ``outcome`` has what became of the delta in rounding, what was capped, and of a conversion
+    the error of every tensor.
     """
 
-    output: Path
+    output: Path | None
     expression: str
     tensors: Mapping[str, Sequence[str]]
     left_out: Mapping[str, str]
     warnings: Sequence[str]
-    outcome: Outcome
-
-
-def merge(
-    expression: str,
-    output: StrPath,
-    *,
-    protect: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    keep_from: str | None = None,
-    multipliers: Mapping[str, float | str | Fraction] | None = None,
-    dtype: str | None = None,
-    quant: str | None = None,
-    scale_search: bool = False,
-    bundled: Literal["keep", "drop", "drop-ema", "merge"] = "keep",
-    layout: str | None = None,
-    rounding: Literal["nearest", "stochastic", "error-feedback"] = "nearest",
-    seed: int = 0,
-    shard_size: int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    non_finite: Literal["refuse", "keep"] = "refuse",
-    skip_unmatched: bool = False,
-    overwrite: bool = False,
-    force: bool = False,
-    progress: Progress = False,
-) -> Merged:
-    """Merge checkpoints by an expression into ``output``, a .safetensors file or with ``/`` at its end a folder; complete, or not at all.
-
-    ``multipliers`` scales the change in groups, as ``--set`` does: ``{"layers": "linear(0.2,1)", "refiner": 0}``; a later entry wins. ``protect``,
-    ``include`` and ``exclude`` are patterns of groups and tensors. ``bundled`` is what becomes of the VAE, text encoders, EMA weights and the like in the
-    first model's file: copied, left out (all or EMA weights), or merged. Sizes are in bytes. ``force`` merges models that do not look as if they belong
-    together, which is a LineageError otherwise. Raises MergetoolError: ExpressionError, PatternError or
-    UsageError for what is asked, InputMissing and DataError for inputs, OutputError, BusyError and StorageError for the output, NonFiniteError for
-    NaN and infinity.
-    """
-    from mergetool.checkpoint import dtypes
-    from mergetool.checkpoint.outputs import model_target
-    from mergetool.comparison import preflight
-    from mergetool.engine import device as devices
-    from mergetool.engine import job
-    from mergetool.recipe.groups import parse_setting
-    from mergetool.recipe.options import Options
-
-    options = Options(
-        protect=patterns(protect),
-        include=patterns(include),
-        exclude=patterns(exclude),
-        multipliers=tuple(parse_setting(f"{pattern}={value}") for pattern, value in (multipliers or {}).items()),
-        keep_from=keep_from,
-        dtype=dtypes.output_dtype(dtype),
-        layout=layout,
-        rounding=rounding,
-        seed=seed,
-        quant=quant,
-        scale_search=scale_search,
-        bundled=bundled,
-    )
-    target = model_target(output, layout=layout, shard_size=shard_size, overwrite=overwrite)
-    with job.open_merge(expression, options, skip_unmatched=skip_unmatched) as plan:
-        checked = preflight.check(plan)
-        if not force:
-            checked.refuse(way_out="force=True merges anyway")
-        on = devices.choose(device, work=plan.bytes_read, memory=0)
-        with counting("merge", plan.bytes_read + plan.header.data_size, progress) as advance:
-            outcome = job.run_merge(
-                plan,
-                target,
-                overwrite=overwrite,
-                shard_size=shard_size,
-                threads=threads,
-                non_finite=non_finite,
-                device=on,
-                progress=advance,
-            )
-        return _merged(plan, target.path, checked, outcome)
-
-
-def _merged(plan: Plan, output: Path, checked: Preflight, outcome: Outcome) -> Merged:
-    warnings = (*plan.warnings, *(finding.text for finding in checked.findings))
-    return Merged(output, str(plan.expression.graph), plan.reasons(), dict(plan.left_out), warnings, outcome)
-
-
-@dataclass(frozen=True)
-class Made:
-    """One output of a recipe: ``state`` is what was there before ("absent", "current" or "outdated").
-
-    ``merged`` is set where a merge was made, ``extraction`` where a LoRA was, neither where it was current and stayed; ``verification``
-    where the recipe asks for one.
-    """
-
-    name: str
-    path: Path
-    state: Literal["absent", "current", "outdated"]
-    merged: Merged | None = None
-    extraction: Extraction | None = None
-    verification: Verification | None = None
-
-
-class Recipe:
-    """A recipe file, read and checked, with variables set: ``Recipe("bridge.yaml", m=20)``.
-
-    Raises RecipeError, with line and column, for all that is wrong in it, InputMissing where it is not there.
-    """
-
-    def __init__(self, path: StrPath, **variables: float | str | Fraction) -> None:
-        from mergetool.recipe import file
-
-        self._read = file.load(Path(path), [f"{name}={value}" for name, value in variables.items()])
+    outcome: Outcome | None
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of its outputs, each with the values of a sweep, in the order in which they are made."""
-        return tuple(output.label for output in self._read.outputs)
-
-    def make(
-        self,
-        target: StrPath = ".",
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        skip_unmatched: bool = False,
-        overwrite: bool = False,
-        force: bool = False,
-        progress: Progress = False,
-    ) -> list[Made]:
-        """Make the outputs that are not there as they would be written now, in the folder ``target`` (the only one: in that file).
-
-        Merges of common models are one pass over them. Raises OutputError for what is out of date, without ``overwrite``, before anything
-        is made, and what merges and differences raise, with the place in the recipe.
-        """
-        from mergetool.engine import device as devices
-        from mergetool.making import survey
-
-        devices.choose(device, work=0)  # one that is not there is refused before any output is made
-        places = survey.places_for(self._read, target)
-        passes = survey.survey(places, skip_unmatched=skip_unmatched)
-        if not overwrite:
-            survey.refuse_outdated(passes)
-        how = _How(device, threads, skip_unmatched, overwrite, force, progress)
-        made: dict[Path, Made] = {}
-        for tasks in passes:
-            to_make = [task for task in tasks if task.is_to_be_made]
-            merges = [task for task in to_make if task.output.expression is not None]
-            if merges:
-                made |= _merge_all(places, merges, how)
-            for task in (task for task in to_make if task.output.expression is None):
-                made[task.path] = _take_difference(places, task, how)
-        tasks = [task for one in passes for task in one]
-        return [made.get(task.path) or Made(task.output.label, task.path, task.state.kind) for task in tasks]
+    def path(self) -> Path:
+        """``output`` of what was written."""
+        assert self.output is not None
+        return self.output
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
-    device: str
-    threads: int | None
-    skip_unmatched: bool
-    overwrite: bool
-    force: bool
-    progress: Progress
+class Planned:
+    """A merge before it is run: its plan, where it goes, and in which context its errors are told."""
+
+    plan: Plan
+    target: Target | None
+    task: Any = None
+    located: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def _merge_all(places: Places, tasks: Sequence[Task], how: _How) -> dict[Path, Made]:
-    from mergetool.comparison import preflight
-    from mergetool.engine import device as devices
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a merge: in ``seconds``, at ``target``; what the preflight said is in ``checked``, where there was one."""
+
+    target: Target
+    checked: Preflight | None
+    outcome: Outcome
+    seconds: float
+
+
+def run_merge(asked: Merge, events: Events) -> Merged:
+    """Merge checkpoints by an expression: complete, or not at all.
+
+    Raises MergetoolError: ExpressionError, PatternError or UsageError for what is asked, InputMissing and DataError for inputs, LineageError for models that
+    do not look as if they belong together, OutputError, BusyError and StorageError for the output, NonFiniteError for NaN and infinity.
+    """
+    return _one(asked.expression, asked, part(MergeOptions, asked), events)
+
+
+def run_bake(asked: Bake, events: Events) -> Merged:
+    """Add LoRAs to a checkpoint of any layout or container, in one pass. Raises what `merge` raises."""
+    return _one(asked.expression, asked, part(MergeOptions, asked), events, word="bake")
+
+
+def run_convert(asked: Convert, events: Events) -> Merged:
+    """Write a model in another form; the outcome has what that cost every tensor. Raises what `merge` raises."""
+    options = MergeOptions(**values(part(ContainerOptions, asked)))
+    how = MergeRunOptions(
+        device="cpu",
+        **values(part(ThreadOptions, asked)),
+        **values(part(NonFiniteOptions, asked)),
+        **values(part(WriteOptions, asked)),
+    )
+    return _one(quote(asked.model), asked, options, events, word="convert", how=how)
+
+
+def _one(
+    expression: str,
+    asked: Merge | Bake | Convert,
+    options: MergeOptions,
+    events: Events,
+    *,
+    word: str = "merge",
+    how: MergeRunOptions | None = None,
+) -> Merged:
+    from mergetool.checkpoint.outputs import model_target
     from mergetool.engine import job
-    from mergetool.making import looks, survey
-    from mergetool.recipe.schema import MergeOutput
-    from mergetool.verification import checking
 
-    outputs = [task.output for task in tasks]
-    with survey.open_plans(places, outputs, skip_unmatched=how.skip_unmatched) as plans:
-        on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=0)
-        preflights = [preflight.check(plan) for plan in plans]
-        for output, each in zip(outputs, preflights, strict=True):
-            if not how.force:
-                with places.located(output):
-                    each.refuse(way_out="force=True merges anyway")
-        with counting("merge", job.bytes_moved(plans, on), how.progress) as advance:
-            outcomes = job.run_merges(
-                plans,
-                [task.target for task in tasks],
-                overwrite=how.overwrite,
-                shard_size=survey.shard_size(outputs[0]),
-                threads=how.threads,
-                device=on,
-                progress=advance,
-            )
-        made = {
-            task.path: Made(task.output.label, task.path, task.state.kind, _merged(plan, task.path, each, outcome))
-            for task, plan, each, outcome in zip(tasks, plans, preflights, outcomes, strict=True)
-        }
-        inputs = {task.path: looks.places_of(plan) for task, plan in zip(tasks, plans, strict=True)}
-    for task in tasks:
-        spec = task.output.spec
-        if isinstance(spec, MergeOutput) and spec.verify:
-            wish, with_images = looks.wish_of(places, task.output, spec.verify)
-            checked = checking.verify(
-                str(task.path),
-                inputs[task.path],
-                wish,
-                bars(how.progress),
-                with_images=with_images,
-                threads=how.threads,
-            )
-            made[task.path] = replace(made[task.path], verification=checked)
-    return made
+    if asked.output is None and not asked.dry_run:
+        raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
+    target = None
+    if asked.output is not None:
+        target = model_target(
+            asked.output, layout=options.layout, shard_size=asked.shard_bytes, overwrite=asked.overwrite
+        )
+        if target.note:
+            events.note(target.note)
+    ran = how or part(MergeRunOptions, asked)
+    with job.open_merge(expression, options, fingerprints=not asked.dry_run, skip_unmatched=ran.skip_unmatched) as plan:
+        (merged,) = make([Planned(plan, target)], ran, events, word=word, shard_size=asked.shard_bytes)
+    return merged
 
 
-def _take_difference(places: Places, task: Task, how: _How) -> Made:
-    from mergetool.lora import on_device
-    from mergetool.lora.extract import extract
-    from mergetool.making import survey
+def make(
+    planned: Sequence[Planned],
+    how: MergeRunOptions,
+    events: Events,
+    *,
+    word: str = "merge",
+    shard_size: int | None = None,
+) -> list[Merged]:
+    """Guard and run merges of one pass: the only place where that is done. A conversion has nothing to guard and is compared with what it stored.
 
-    with (
-        survey.open_pairing(places, task.output, skip_unmatched=how.skip_unmatched) as (pairing, options),
-        counting("diff", pairing.bytes_to_read(options), how.progress) as advance,
-    ):
-        found = extract(
-            pairing,
-            task.path,
-            options,
+    With ``how.dry_run`` it stops before the run. Raises what `run_merge` says.
+    """
+    from mergetool.comparison import preflight
+    from mergetool.engine import bundles, job
+    from mergetool.engine import device as devices
+    from mergetool.engine.memory import memory_needed, memory_of
+
+    started = time.monotonic()
+    compared = word == "convert"
+    plans = [one.plan for one in planned]
+    on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=how.gpu_bytes)
+    checks: list[Preflight | None] = []
+    for one in planned:
+        events.output(one.task)
+        events.plan(one.plan, job.BASE_MEMORY + memory_needed(one.plan, how.threads, on))
+        checks.append(None if compared else _checked(one, preflight.check(one.plan), how, events))
+    moved = job.bytes_moved(plans, on)
+    if len(plans) > 1:
+        passes, memory = len(bundles.passes(plans, on)), job.BASE_MEMORY + memory_of(plans, how.threads, on)
+        events.together(len(plans), passes, moved, memory, sum(plan.header.file_size for plan in plans))
+    if how.dry_run:
+        return [_merged(one, checked, None) for one, checked in zip(planned, checks, strict=True)]
+    targets = [one.target for one in planned if one.target is not None]
+    with events.progress(word, moved, publishes=True) as advance:
+        outcomes = job.run_merges(
+            plans,
+            targets,
             overwrite=how.overwrite,
+            shard_size=shard_size,
             threads=how.threads,
-            device=on_device.choose(how.device),
+            method=how.reader,
+            non_finite=how.non_finite,
+            device=on,
+            measure=how.measure,
+            compared=compared,
+            resume=how.resume,
             progress=advance,
         )
-    return Made(task.output.label, task.path, task.state.kind, extraction=found)
+    seconds = time.monotonic() - started
+    for one, target, checked, outcome in zip(planned, targets, checks, outcomes, strict=True):
+        events.output(one.task)
+        events.done(one.plan, Done(target, checked, outcome, seconds))
+    return [_merged(one, checked, outcome) for one, checked, outcome in zip(planned, checks, outcomes, strict=True)]
 
 
-def replay(
-    output: StrPath,
-    *,
-    inputs: Mapping[str, str] | None = None,
-    threads: int | None = None,
-    progress: Progress = False,
-) -> Replay:
-    """Make a merge again from the recipe in its metadata, and compare every byte of the file or folder; nothing is written.
+def _checked(one: Planned, checked: Preflight, how: MergeRunOptions, events: Events) -> Preflight:
+    """Tell what the preflight found. Raises LineageError for an error in it, unless with ``force``."""
+    overruled = how.force or how.dry_run
+    for finding in checked.findings:
+        if overruled or not finding.is_error:
+            events.finding(finding)
+    events.checked(checked)
+    if not overruled:
+        with one.located():
+            checked.refuse()
+    return checked
 
-    ``inputs`` maps names of the recipe to where those models are now. What is not the same is in the result, with the reason.
-    """
-    from mergetool.verification.replay import replay as again
 
-    with reporting("replay", progress) as reported:
-        return again(str(output), inputs=inputs or {}, threads=threads, progress=reported)
+def _merged(one: Planned, checked: Preflight | None, outcome: Outcome | None) -> Merged:
+    plan, findings = one.plan, () if checked is None else checked.findings
+    warnings = (*plan.warnings, *(finding.text for finding in findings))
+    path = None if one.target is None else one.target.path
+    return Merged(path, str(plan.expression.graph), plan.reasons(), dict(plan.left_out), warnings, outcome)
+
+
+merge = called(Merge, run_merge, "merge")
+convert = called(Convert, run_convert, "convert")
+bake = called(Bake, run_bake, "bake")

@@ -92,12 +92,11 @@ def compare(
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     names = [onto or base, variant, base, *(name for name in (reference, reference_base) if name is not None)]
     with _reading_ahead([] if include or exclude else names) as used:
-        from mergetool.checkpoint import dtypes
         from mergetool.comparison import comparison as comparing
-        from mergetool.recipe.options import Options
+        from mergetool.options.merging import MergeOptions
 
         size = comparing.multiplier_of(multiplier)
-        options = Options(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=dtypes.output_dtype(dtype))
+        options = MergeOptions(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=dtype)
         _require_targets(plot, report, overwrite=overwrite)
         with comparing.open_comparison(
             base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options

@@ -19,6 +19,7 @@ from mergetool.checkpoint import outputs
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.sizes import parse_size as parse_size
 from mergetool.errors import MergetoolError, UsageError
+from mergetool.options import table as table_of_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,9 +102,22 @@ class _Stdout:
 _stdout = _Stdout()
 
 
+def spelled(text: str) -> str:
+    """``text`` with options as they are typed: `` `rank_max=0` `` is ``--rank-max 0``."""
+    return table_of_options.spelled(text, _flag)
+
+
+def _flag(name: str, value: str | None) -> str | None:
+    row = table_of_options.named(name)
+    if row is None:
+        return None
+    spelling = row.option.kind.metavar if row.option.argument else row.option.short or row.flag
+    return f"{spelling} {value}" if value else spelling
+
+
 def say(text: str = "") -> None:
     """One line on stdout."""
-    _stdout.print(printable(text))
+    _stdout.print(printable(spelled(text)))
 
 
 def heading(word: str, text: str) -> None:
@@ -113,7 +127,7 @@ def heading(word: str, text: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
-    _stdout.print(json.dumps(value, indent=2, ensure_ascii=True))
+    _stdout.print(spelled(json.dumps(value, indent=2, ensure_ascii=True)))
 
 
 def model_output(
@@ -257,7 +271,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             result = function(*args, **kwargs)
             _stdout.flush()  # here, where its failure can be told
         except MergetoolError as error:
-            fail(_with_notes(str(error), error), error.exit_code)
+            sentence = _with_notes(str(error), error)
+            if kwargs.get("as_json"):
+                failed = {"type": type(error).__name__, "message": sentence, "exit_code": error.exit_code}
+                print_json({"error": failed})
+            fail(sentence, error.exit_code)
         except _Ended as ended:
             sentence = "stopped; nothing was written at the output's place."
             fail(_with_notes(sentence, ended), 128 + ended.number)
@@ -282,7 +300,7 @@ def _with_notes(sentence: str, error: BaseException) -> str:
 
 def fail(sentence: str, code: int) -> NoReturn:
     """Say why on stderr and end the command."""
-    print(f"mergetool: {printable(sentence)}", file=sys.stderr)
+    print(f"mergetool: {printable(spelled(sentence))}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.merging import Convert, run_convert
 from mergetool.cli import console
-from mergetool.cli.console import (
-    BundledOption,
-    JsonOption,
-    NoProgressOption,
-    QuantOption,
-    ScaleSearchOption,
-    VerboseOption,
-)
-from mergetool.errors import UsageError
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mergetool.api.merging import Done
     from mergetool.checkpoint.outputs import Target
     from mergetool.engine.fidelity import Fidelity
     from mergetool.engine.running import Outcome
@@ -40,89 +32,38 @@ Without --dtype and --quant, quantised weights become BF16 and everything else k
 """
 
 
-@console.command
-def convert(
-    model: Annotated[str, typer.Argument(help="A registered name, a file, a folder, or hf://org/repo")],
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="FILE.safetensors, or FOLDER/ for a folder. Needed unless --dry-run."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2 (a bare cast).")] = None,
-    quant: QuantOption = None,
-    scale_search: ScaleSearchOption = False,
-    bundled: BundledOption = "keep",
-    layout: Annotated[str | None, typer.Option(help="comfyui or diffusers [default: the model's]")] = None,
-    prefix: Annotated[
-        str | None, typer.Option(help='Before every tensor name; "" for none [default: the model\'s]')
-    ] = None,
-    shard_size: Annotated[
-        str | None, typer.Option(help="Write a folder of shards no larger than this, as in 5GB.", metavar="SIZE")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
-    nonfinite: Annotated[str, typer.Option(help="refuse or keep NaN and infinity.")] = "refuse",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and stop.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
+@command(Convert)
+def convert(typed: Typed) -> None:
     """Convert between dtypes, quantised containers, layouts and shards, streaming; says what it cost each layer."""
-    from mergetool.checkpoint import dtypes
-    from mergetool.engine import job
-    from mergetool.recipe.options import Options
-    from mergetool.recipe.quoting import quote
-
-    if output is None and not dry_run:
-        raise UsageError("no output is named; add -o OUT.safetensors, or --dry-run to see the plan.")
-    non_finite = console.choice("--nonfinite", nonfinite, ("refuse", "keep"))
-    options = Options(
-        dtype=dtypes.output_dtype(dtype),
-        quant=quant,
-        scale_search=scale_search,
-        layout=layout,
-        prefix=prefix,
-        bundled=bundled,
-    )
-    started = time.monotonic()
-    shard_bytes = console.parse_size(shard_size) if shard_size else None
-    target = None
-    if output is not None:
-        target = console.model_output(
-            output, shown=not as_json, layout=layout, shard_size=shard_bytes, overwrite=overwrite
-        )
-    with job.open_merge(quote(model), options) as plan:
-        if not as_json:
-            _print_plan(model, plan)
-        if dry_run or target is None:
-            if as_json:
-                console.print_json(_plan_json(plan))
-            return
-        total = plan.bytes_read + plan.header.data_size
-        with console.progress("convert", total, shown=not (no_progress or as_json), publishes=True) as bar:
-            outcome = job.run_merge(
-                plan,
-                target,
-                overwrite=overwrite,
-                shard_size=shard_bytes,
-                threads=threads,
-                non_finite=non_finite,
-                compared=True,
-                progress=bar,
-            )
-        seconds = time.monotonic() - started
-        if as_json:
-            console.print_json(_as_json(plan, outcome, target, seconds))
-        else:
-            _print_outcome(plan, outcome, target, seconds, verbose=verbose)
+    with _ConvertReport.shown(typed) as report:
+        run_convert(typed.request(Convert), report)
 
 
-def _print_plan(model: str, plan: Plan) -> None:
+class _ConvertReport(Report):
+    """What will be stored, and what that cost."""
+
+    def plan(self, plan: Plan, memory: int) -> None:
+        """What will be stored."""
+        self.json |= _plan_json(plan) | {"memory": memory}
+        if self.prints:
+            _print_plan(self.typed.given["model"], plan, memory)
+
+    def done(self, plan: Plan, result: Done) -> None:
+        """What it cost each layer."""
+        self.json |= _outcome_json(plan, result.outcome, result.target, result.seconds)
+        if self.prints:
+            _print_outcome(plan, result.outcome, result.target, result.seconds, verbose=self.typed.verbose)
+
+
+def _print_plan(model: str, plan: Plan, memory: int) -> None:
     kinds: dict[str, int] = {}
     for tensor in plan.tensors:
         if tensor.constant is None:
             kinds[tensor.stored_as] = kinds.get(tensor.stored_as, 0) + 1
     stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     console.heading("plan", f"{model}: {plan.layout} layout, {stored}, {console.size(plan.header.file_size)}")
+    reads = f"reads {console.size(plan.bytes_read)}, writes {console.size(plan.header.file_size)}"
+    console.heading("", f"{reads}, memory {console.size(memory)}, disk {console.size(plan.header.file_size)}")
     if plan.left_out:
         names = console.listed([f"{name} ({reason})" for name, reason in plan.left_out])
         console.heading("", f"{len(plan.left_out)} left out: {names}")
@@ -167,9 +108,8 @@ def _by_group(plan: Plan, errors: Mapping[str, Fidelity]) -> dict[str, Fidelity]
     return {group: Fidelity.total(found) for group, found in members.items() if found}
 
 
-def _as_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
+def _outcome_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
     return {
-        **_plan_json(plan),
         "output": str(target.path),
         "bytes_written": plan.header.file_size,
         "seconds": round(seconds, 3),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetool.api.merging import baked
 from mergetool.cli import console
-from mergetool.cli.lora_bake import expression
 from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ def bake(
     """Write ``base`` with the stored ``loras`` added, as `mergetool lora bake` does."""
     from mergetool.engine import job
 
-    terms = [f"{path.absolute()}:1" for path in loras]
+    terms = [(str(path.absolute()), Fraction(1)) for path in loras]
     with (
-        job.open_merge(expression(base, terms)) as plan,
+        job.open_merge(baked(base, terms)) as plan,
         console.progress("bake", plan.bytes_read + plan.header.data_size, shown=shown, publishes=True) as advance,
     ):
         job.run_merge(plan, checkpoint, overwrite=overwrite, threads=threads, progress=advance)

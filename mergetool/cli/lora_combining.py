@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mergetool.lora.combine import Combined, Derive, Outcome
     from mergetool.lora.gathering import Gathering
     from mergetool.lora.selection import Selection
-    from mergetool.recipe.groups import Setting
+    from mergetool.options.multipliers import Setting
 
 OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="FILE.safetensors. Needed unless --dry-run.")]
 RankOption = Annotated[

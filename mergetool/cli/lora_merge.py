@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from mergetool.cli import console, merge
+from mergetool.cli import console
 from mergetool.cli import lora_combining as combining
 from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
-from mergetool.cli.lora_bake import with_strengths
+from mergetool.options.kinds import with_strengths
+from mergetool.options.multipliers import parse_setting
 
 EXAMPLES = """\b
 Examples:
@@ -51,7 +52,7 @@ def merge_loras(
         output,
         combining.selection(rank, rank_thresh, rule, budget, rank_max, needed=False),
         dtype=combining.output_dtype(dtype),
-        multipliers=tuple(merge.multiplier(text) for text in multipliers or ()),
+        multipliers=tuple(parse_setting(text) for text in multipliers or ()),
         model=model,
         threads=threads,
         skip_unmatched=skip_unmatched,

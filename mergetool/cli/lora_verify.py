@@ -44,8 +44,8 @@ def verify(
     verbose: VerboseOption = False,
 ) -> None:
     """Compare base + LoRA with the tuned model, layer by layer, before and after rounding; and say who loads the LoRA."""
-    from mergetool.cli.lora_bake import with_strength
     from mergetool.lora.verify import open_comparison, verify_lora
+    from mergetool.options.kinds import with_strength
 
     path, factor = with_strength(f"x:{strength}")
     if path != "x":

@@ -6,9 +6,12 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
+    from mergetool.api.merging import Done
     from mergetool.checkpoint.outputs import Target
+    from mergetool.comparison.preflight import Preflight
     from mergetool.engine.movements import Movements
     from mergetool.engine.running import Outcome
     from mergetool.ops.movement import Movement
@@ -18,9 +21,29 @@ if TYPE_CHECKING:
 WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
 
+class MergeReport(Report):
+    """What a merge is going to do, and what became of it."""
+
+    def plan(self, plan: Plan, memory: int) -> None:
+        """The plan, of a dry run with every tensor."""
+        self.json |= plan_json(plan, memory)
+        if self.prints:
+            print_plan(plan, memory, every_tensor=self.typed.verbose or self.typed.given.get("dry_run", False))
+
+    def checked(self, checked: Preflight) -> None:
+        """What was measured before the run."""
+        self.json |= checked.record()
+
+    def done(self, plan: Plan, result: Done) -> None:
+        """The outcome."""
+        self.json |= outcome_json(plan, result.outcome, result.target, result.seconds)
+        if self.prints:
+            print_outcome(plan, result.outcome, result.target, result.seconds)
+
+
 def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
+    from mergetool.options.multipliers import setting_text
     from mergetool.quant import is_side_tensor
-    from mergetool.recipe.groups import setting_text
 
     family = plan.inputs[0].anatomy.family.name
     dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
@@ -32,8 +55,8 @@ def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     )
     console.heading("", str(plan.expression.graph))
     console.heading("anchor", f"{plan.expression.anchor}: names, dtypes, layout and kept tensors are its")
-    if plan.options.multipliers:
-        console.heading("", "set " + ", ".join(map(setting_text, plan.options.multipliers)))
+    if plan.options.settings:
+        console.heading("", "set " + ", ".join(map(setting_text, plan.options.settings)))
     if every_tensor:
         for tensor in plan.tensors:
             reasons = dict.fromkeys(step.reason for step in tensor.steps)

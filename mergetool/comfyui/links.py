@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from mergetool.errors import ExpressionError, UsageError
+from mergetool.options.multipliers import number
 from mergetool.recipe.expression import parse
-from mergetool.recipe.graph import Model, number
+from mergetool.recipe.graph import Model
 from mergetool.recipe.quoting import one_line, syntax_tree
 
 MODEL = "MERGETOOL_MODEL"

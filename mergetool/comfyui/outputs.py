@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.comfyui import host, links
 from mergetool.comfyui.sources import CATEGORY
 from mergetool.ops.rounding import MODES
-from mergetool.recipe.groups import parse_setting
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import parse_setting
 from mergetool.recipe.quoting import quote
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.lora.pairs import DiffOptions, Pairing
-    from mergetool.recipe.groups import Setting
+    from mergetool.options.multipliers import Setting
     from mergetool.recipe.plan import Plan
 
 FIRST = "as the anchor"
@@ -93,15 +93,14 @@ class Save:
         groups: str = "",
     ) -> dict[str, Any]:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
-        from mergetool.checkpoint import dtypes
         from mergetool.checkpoint.outputs import Target
         from mergetool.engine import job
         from mergetool.making import state
 
-        options = Options(
+        options = MergeOptions(
             protect=("refiner",) if protect_refiner else (),
             multipliers=_settings(groups),
-            dtype=None if dtype == FIRST else dtypes.output_dtype(dtype),
+            dtype=None if dtype == FIRST else dtype,
             layout=None if layout == FIRST else layout,
             quant=None if quant == PLAIN else quant,
             rounding=rounding,

@@ -24,9 +24,9 @@ from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.ops.movement import Movement
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import number
 from mergetool.recipe.expression import parse
-from mergetool.recipe.graph import number
-from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.quoting import quote
 from mergetool.recipe.steps import MERGED, Input
@@ -45,7 +45,7 @@ class Comparison:
     are not measured, with the reason, and ``unmet`` says what of the models has no counterpart, where that is much. ``options`` are those of the merge whose rounding is looked at."""
 
     operands: Operands
-    options: Options
+    options: MergeOptions
     parts: tuple[str, ...]
     excluded: frozenset[str]
     left_out: tuple[tuple[str, str], ...]
@@ -91,7 +91,7 @@ class Report:
     group_names: tuple[str, ...]
     multiplier: Fraction
     expression: str
-    options: Options
+    options: MergeOptions
     dtype: str
     rounding: dict[str, Movement]
     lost: Movement
@@ -161,7 +161,7 @@ def open_comparison(
     reference: str | None = None,
     reference_base: str | None = None,
     onto: str | None = None,
-    options: Options | None = None,
+    options: MergeOptions | None = None,
 ) -> Iterator[Comparison]:
     """Open MODELs to compare ``variant`` with ``base``; headers only are read, and the files are closed at the end of the ``with`` block.
 
@@ -186,7 +186,7 @@ def open_comparison(
             meeting.check_families(inputs[0], other)
         reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))
         operands = Operands(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
-        yield _planned(operands, options or Options())
+        yield _planned(operands, options or MergeOptions())
 
 
 def multiplier_of(text: str) -> Fraction | str:
@@ -270,12 +270,12 @@ def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> It
     return (finding for finding in findings if not (differ and finding.text.endswith(lineage.NO_DIFFERENCE)))
 
 
-def _planned(operands: Operands, options: Options) -> Comparison:
+def _planned(operands: Operands, options: MergeOptions) -> Comparison:
     """Without a word on what to include, the refiners are measured but excluded."""
     base = operands.inputs[operands.base].anatomy
     by_default = not (options.include or options.exclude) and REFINER in base.family.group_names(base)
     if by_default:
-        options = Options(exclude=(REFINER,), dtype=options.dtype)
+        options = MergeOptions(exclude=(REFINER,), dtype=options.dtype)
     known = tuple(entry.name for entry in models.listing())
     draft = Comparison(operands, options, (), frozenset(), (), known)
     reasons = {step.part: step.reason for tensor in draft.plan(Fraction(1)).tensors for step in tensor.steps}

@@ -280,7 +280,7 @@ def fp16_part(plan: Plan) -> str | None:
 
 def _fp16(plan: Plan) -> list[Finding]:
     part = fp16_part(plan)
-    if part is None or plan.options.dtype is not F16:
+    if part is None or plan.options.stored is not F16:
         return []
     from mergetool.comparison.result import part_of_result  # with it comes torch, which takes a second to import
 

@@ -28,8 +28,8 @@ from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe.expression import Expression, parse
-from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.steps import Input
 
@@ -39,21 +39,21 @@ BASE_MEMORY = 220_000_000
 
 @contextmanager
 def open_merge(
-    text: str, options: Options | None = None, *, fingerprints: bool = True, skip_unmatched: bool = False
+    text: str, options: MergeOptions | None = None, *, fingerprints: bool = True, skip_unmatched: bool = False
 ) -> Iterator[Plan]:
     """The plan of the merge that ``text`` describes; its inputs are closed at the end of the ``with`` block.
 
     What a LoRA has for no tensor of the anchor is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
     DataError and their kin: every failure that needs no tensor data happens here.
     """
-    items = [(text, options or Options())]
+    items = [(text, options or MergeOptions())]
     with open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched) as (plan,):
         yield plan
 
 
 @contextmanager
 def open_merges(
-    items: Sequence[tuple[str, Options]], *, fingerprints: bool = True, skip_unmatched: bool = False
+    items: Sequence[tuple[str, MergeOptions]], *, fingerprints: bool = True, skip_unmatched: bool = False
 ) -> Iterator[list[Plan]]:
     """The plans of several merges, for `run_merges`: one for each expression with its options, in their order.
 
@@ -61,36 +61,39 @@ def open_merges(
     for `open_merge`.
     """
     with ExitStack() as stack:
-        opened = _Opened(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
+        opened = Inputs(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
         yield [opened.plan(text, options) for text, options in items]
 
 
-class _Opened:
-    """The inputs of several merges, each opened and looked at once; ``stack`` closes them."""
+class Inputs:
+    """The inputs of several merges and differences, each opened and looked at once; ``stack`` closes them.
 
-    def __init__(self, stack: ExitStack, *, fingerprints: bool, skip_unmatched: bool) -> None:
+    What a LoRA has for no tensor of its model is an error, or with ``skip_unmatched`` named. Without ``fingerprints`` no tensor is read.
+    """
+
+    def __init__(self, stack: ExitStack, *, fingerprints: bool = True, skip_unmatched: bool = False) -> None:
         self._stack = stack
         self._fingerprints = fingerprints
-        self._skip_unmatched = skip_unmatched
+        self.skip_unmatched = skip_unmatched
         self._known = [entry.name for entry in models.listing()]
         self._models: dict[str, Input] = {}
         self._loras: dict[tuple[str, str], Input] = {}  # of a name and the anchor: what it adds depends on both
         self._prints: dict[Checkpoint, str] = {}
         self._noise: dict[str, float | None] = {}
 
-    def plan(self, text: str, options: Options) -> Plan:
+    def plan(self, text: str, options: MergeOptions) -> Plan:
         """The plan of one of them. Raises UsageError where several models could be its anchor and it matters which."""
         expression = parse(text, known=self._known)
         if options.keep_from in expression.anchors:
             expression = expression.anchored(options.keep_from)
         return anchor.chosen(expression, lambda name: self._plan_from(expression.anchored(name), options))
 
-    def _plan_from(self, expression: Expression, options: Options) -> Plan:
+    def _plan_from(self, expression: Expression, options: MergeOptions) -> Plan:
         names = list(expression.models)
         if options.keep_from and options.keep_from not in names:
             names.append(options.keep_from)
-        inputs = [self._model(name) for name in names]
-        inputs += [self._lora(name, inputs[0]) for name in expression.loras]
+        inputs = [self.model(name) for name in names]
+        inputs += [self.lora(name, inputs[0]) for name in expression.loras]
         if not self._fingerprints:
             return plan_merge(expression, inputs, options)
         prints = {model.name: self._fingerprint(model.checkpoint) for model in inputs}
@@ -98,7 +101,8 @@ class _Opened:
         shares = {name: share for name, share in found.items() if share is not None}
         return plan_merge(expression.arranged(prints), inputs, options, fingerprints=prints, noise=shares)
 
-    def _model(self, name: str) -> Input:
+    def model(self, name: str) -> Input:
+        """A model by name or path, opened."""
         if name not in self._models:
             opened = models.open_model(name)
             self._stack.enter_context(opened.checkpoint)
@@ -107,10 +111,11 @@ class _Opened:
             )
         return self._models[name]
 
-    def _lora(self, name: str, first: Input) -> Input:
+    def lora(self, name: str, first: Input) -> Input:
+        """What a LoRA adds to the model ``first``, opened. Raises what `open_change` raises."""
         key = name, first.name
         if key not in self._loras:
-            self._loras[key] = open_change(name, first, self._stack, skip_unmatched=self._skip_unmatched)
+            self._loras[key] = open_change(name, first, self._stack, skip_unmatched=self.skip_unmatched)
         return self._loras[key]
 
     def _fingerprint(self, checkpoint: Checkpoint) -> str:

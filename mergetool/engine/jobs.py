@@ -11,7 +11,7 @@ from types import MappingProxyType
 from mergetool.engine import quantising
 from mergetool.engine.quantising import Piece
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import OutputTensor, Step
 
@@ -95,7 +95,7 @@ Cuts = Mapping[tuple[str, int], Grain]
 """How to cut the steps that begin at an element of an output tensor, where it is not as `grain` would."""
 
 
-def grain(tensor: OutputTensor, step: Step, options: Options, size: int | None = None) -> Grain:
+def grain(tensor: OutputTensor, step: Step, options: MergeOptions, size: int | None = None) -> Grain:
     """How a step is cut when its plan is alone: ``size`` elements (`CHUNK` without it), or whole rows where those are needed."""
     if step.program is not None and step.program.calls:  # a method sees the whole parameter
         return Grain(max(1, step.elements), 1)
@@ -130,7 +130,7 @@ def jobs(plan: Plan, size: int | None = None, cuts: Cuts = MappingProxyType({}))
     yield from encoding
 
 
-def _quantising(tensor: OutputTensor, options: Options, phase: int, *, searching: bool) -> Iterator[Quantise]:
+def _quantising(tensor: OutputTensor, options: MergeOptions, phase: int, *, searching: bool) -> Iterator[Quantise]:
     height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
     for i, piece in enumerate(quantising.pieces(tensor, height)):
         yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED_PIECES == 0)
@@ -156,7 +156,7 @@ def cut(job: Job) -> Iterator[Job]:
         yield replace(job, start=job.start + start, count=min(CHUNK, job.count - start), rounding=rounding)
 
 
-def _chunks(tensor: OutputTensor, options: Options, size: int | None, cuts: Cuts) -> Iterator[Job]:
+def _chunks(tensor: OutputTensor, options: MergeOptions, size: int | None, cuts: Cuts) -> Iterator[Job]:
     key = stream_key(options.seed, tensor.name)
     for step in tensor.steps:
         chunk = (cuts.get((tensor.name, step.first)) or grain(tensor, step, options, size)).chunk
@@ -170,7 +170,7 @@ def _chunks(tensor: OutputTensor, options: Options, size: int | None, cuts: Cuts
             yield Job(tensor, step, start, min(chunk, step.elements - start), rounding, sampled=sampled)
 
 
-def _has_feedback(tensor: OutputTensor, step: Step, options: Options) -> bool:
+def _has_feedback(tensor: OutputTensor, step: Step, options: MergeOptions) -> bool:
     """Whether rounding errors go along the rows of what is stored: of a quantised tensor that is done when it is encoded."""
     return options.rounding == "error-feedback" and step.program is not None and tensor.quantiser is None
 
@@ -180,7 +180,7 @@ def _row(tensor: OutputTensor, step: Step) -> int:
     return min(tensor.shape[-1] if tensor.shape else 1, step.elements)
 
 
-def _rounding(piece: Piece, options: Options) -> Rounding:
+def _rounding(piece: Piece, options: MergeOptions) -> Rounding:
     """How a piece's codes are rounded: by their place in the stored tensor, padding included."""
     width = quantising.padded(piece.tensor)[1]
     if options.rounding == "stochastic":

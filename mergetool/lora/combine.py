@@ -32,8 +32,7 @@ from mergetool.lora.sources import Source
 from mergetool.lora.spelling import with_alphas_everywhere
 from mergetool.lora.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
-from mergetool.recipe.graph import number
-from mergetool.recipe.groups import setting_text
+from mergetool.options.multipliers import number, setting_text
 from mergetool.recipe.provenance import display_names, stamp
 
 

@@ -20,7 +20,7 @@ from mergetool import models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target, lora_target
-from mergetool.engine.job import open_change
+from mergetool.engine.job import Inputs
 from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
@@ -34,7 +34,6 @@ from mergetool.lora.spectra import SideFile
 from mergetool.lora.streaming import stream
 from mergetool.lora.whole import Whole, tensors
 from mergetool.recipe.provenance import display_names, stamp
-from mergetool.recipe.steps import Input
 
 
 @dataclass
@@ -58,30 +57,29 @@ class Extraction:
 
 @contextmanager
 def open_diff(
-    base: str, variant: str, options: DiffOptions, *, second: str | None = None, skip_unmatched: bool = False
+    base: str,
+    variant: str,
+    options: DiffOptions,
+    *,
+    second: str | None = None,
+    skip_unmatched: bool = False,
+    inputs: Inputs | None = None,
 ) -> Iterator[Pairing]:
-    """The pairing of two models by name or path; they are closed at the end of the ``with`` block.
+    """The pairing of two models by name or path; they are closed at the end of the ``with`` block, but for those of ``inputs``.
 
     ``variant`` and ``second`` may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
     error, or with ``skip_unmatched`` named. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
     is read.
     """
     with ExitStack() as stack:
-        model = _open(base, stack)
+        opened = inputs or Inputs(stack, skip_unmatched=skip_unmatched)
+        model = opened.model(base)
         variants = [
-            open_change(name, model, stack, skip_unmatched=skip_unmatched)
-            if is_lora(models.resolve(name).path)
-            else _open(name, stack)
+            opened.lora(name, model) if is_lora(models.resolve(name).path) else opened.model(name)
             for name in (variant, second)
             if name is not None
         ]
         yield pair_up(model, variants[0], options, *variants[1:])
-
-
-def _open(name: str, stack: ExitStack) -> Input:
-    opened = models.open_model(name)
-    stack.enter_context(opened.checkpoint)
-    return Input(name, opened.checkpoint, opened.anatomy)
 
 
 def extract(

@@ -22,8 +22,8 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
 from mergetool.lora import dialects
 from mergetool.lora.sources import Source, source_of, total
+from mergetool.options.multipliers import Setting
 from mergetool.recipe import groups
-from mergetool.recipe.groups import Setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, model_target
@@ -17,7 +17,7 @@ from mergetool.checkpoint.shards import is_model_folder
 from mergetool.checkpoint.sizes import parse_size
 from mergetool.checkpoint.targets import require_folder
 from mergetool.engine import job
-from mergetool.errors import MergetoolError, OutputError, UsageError
+from mergetool.errors import OutputError, UsageError
 from mergetool.lora import pairs
 from mergetool.lora.extract import open_diff
 from mergetool.lora.pairs import DiffOptions, Pairing
@@ -26,19 +26,28 @@ from mergetool.making.passes import passes
 from mergetool.making.places import Places
 from mergetool.making.state import ABSENT, State
 from mergetool.recipe.file import Output, Recipe, options_of, patterns
-from mergetool.recipe.options import Options
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.schema import LoraOutput, MergeOutput
 
 
 @dataclass(frozen=True)
 class Task:
-    """One output: where it goes, what is there, and whether an output that it uses has to be made first."""
+    """One output: where it goes, what is there, and what makes it: None where an output that it uses has to be made first."""
 
     output: Output
     target: Target
     state: State
-    waits: bool = False
+    opened: Plan | tuple[Pairing, DiffOptions] | None
+
+    @property
+    def waits(self) -> bool:
+        """Whether an output that it uses has to be made first."""
+        return self.opened is None
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether it is a merge, not a difference."""
+        return isinstance(self.output.spec, MergeOutput)
 
     @property
     def path(self) -> Path:
@@ -73,89 +82,107 @@ def places_for(recipe: Recipe, name: str | os.PathLike[str] | None) -> Places:
     return Places(recipe, folder.parent, model_target(name, folder=only.is_folder))
 
 
-def survey(places: Places, *, skip_unmatched: bool = False) -> list[list[Task]]:
-    """Every pass of a recipe, with the state of each output. Raises what planning an output raises, at its place in the recipe."""
-    waiting: set[int] = set()
-    found = []
-    for outputs in passes(places.recipe.outputs, lambda output: frozenset(places.names(output).values())):
-        tasks = []
-        ready = [output for output in outputs if not any(id(used) in waiting for used in output.earlier)]
-        states = _states(places, ready, skip_unmatched=skip_unmatched)
+@dataclass
+class Survey:
+    """Every pass of a recipe, with the state of each output; models stay open, and each is opened and fingerprinted once."""
+
+    places: Places
+    inputs: job.Inputs
+    stack: ExitStack
+    passes: list[list[Task]] = field(default_factory=list)
+    late: dict[int, Plan] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All outputs in the order in which they are made."""
+        return [task for tasks in self.passes for task in tasks]
+
+    def planned(self, tasks: Sequence[Task]) -> list[tuple[Task, Plan]]:
+        """The merges of a pass with their plans; what waited for other outputs is planned now."""
+        waiting = [task.output for task in tasks if task.is_merge and task.waits and id(task.output) not in self.late]
+        self.late |= zip(map(id, waiting), self._plans(waiting), strict=True)
+        return [
+            (task, task.opened if isinstance(task.opened, Plan) else self.late[id(task.output)])
+            for task in tasks
+            if task.is_merge
+        ]
+
+    def paired(self, task: Task) -> tuple[Pairing, DiffOptions]:
+        """A difference with its options; what waited for other outputs is opened now."""
+        return task.opened if isinstance(task.opened, tuple) else self._pairing(task.output)
+
+    def look(self) -> None:
+        """Find the passes. Raises what planning an output raises, at its place in the recipe."""
+        waiting: set[int] = set()
+        for outputs in passes(self.places.recipe.outputs, lambda output: frozenset(self.places.names(output).values())):
+            ready = [output for output in outputs if not any(id(used) in waiting for used in output.earlier)]
+            opened = self._opened(ready)
+            tasks = [self._task(output, opened.get(id(output))) for output in outputs]
+            waiting |= {id(task.output) for task in tasks if task.is_to_be_made}
+            self.passes.append(tasks)
+
+    def _task(self, output: Output, opened: Plan | tuple[Pairing, DiffOptions] | None) -> Task:
+        target = self.places.target(output)
+        if opened is None:
+            there = State("outdated", "an output that it uses is made first") if target.path.exists() else ABSENT
+        elif isinstance(opened, Plan):
+            with self.places.located(output):
+                there = state.of_merge(opened, target, shard_size(output))
+        else:
+            there = state.of_diff(*opened, target.path)
+        return Task(output, target, there, opened)
+
+    def _opened(self, outputs: Sequence[Output]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
+        merges = [output for output in outputs if isinstance(output.spec, MergeOutput)]
+        found: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
+        found |= zip(map(id, merges), self._plans(merges), strict=True)
+        return found | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
+
+    def _plans(self, outputs: Sequence[Output]) -> list[Plan]:
+        """The plans of merges; errors have their place in the recipe."""
+        plans = []
         for output in outputs:
-            waits = id(output) not in states
-            there = State("outdated", "an output that it uses is made first")
-            known = (there if places.path(output).exists() else ABSENT) if waits else states[id(output)]
-            tasks.append(Task(output, places.target(output), known, waits))
-            if known.kind != "current":
-                waiting.add(id(output))
-        found.append(tasks)
-    return found
+            with self.places.located(output):
+                options = options_of(output, self.places.names(output))
+                plans.append(self.inputs.plan(self.places.expression(output), options))
+        return plans
 
-
-def refuse_outdated(tasks: Sequence[Sequence[Task]]) -> None:
-    """Raises OutputError where an output would replace something else."""
-    for task in (task for one in tasks for task in one):
-        if task.state.kind == "outdated":
-            raise OutputError(
-                f'{task.output.place_of("output")}: "{task.path}" exists and is not what this recipe makes now '
-                f"({task.state.why}); --overwrite replaces it, or choose another name."
-            )
-
-
-def _states(places: Places, outputs: Sequence[Output], *, skip_unmatched: bool) -> dict[int, State]:
-    found: dict[int, State] = {}
-    merges = [output for output in outputs if isinstance(output.spec, MergeOutput)]
-    if merges:
-        with open_plans(places, merges, skip_unmatched=skip_unmatched) as plans:
-            for output, plan in zip(merges, plans, strict=True):
-                with places.located(output):
-                    found[id(output)] = state.of_merge(plan, places.target(output), shard_size(output))
-    for output in outputs:
-        if isinstance(output.spec, LoraOutput):
-            with open_pairing(places, output, skip_unmatched=skip_unmatched) as (pairing, options):
-                found[id(output)] = state.of_diff(pairing, options, places.path(output))
-    return found
-
-
-@contextmanager
-def open_plans(
-    places: Places, outputs: Sequence[Output], *, fingerprints: bool = True, skip_unmatched: bool = False
-) -> Iterator[list[Plan]]:
-    """The plans of merges that are made in one pass; errors have their place in the recipe."""
-    items: list[tuple[str, Options]] = []
-    for output in outputs:
-        items.append((places.expression(output), options_of(output, places.names(output))))
-    with ExitStack() as stack:
-        try:
-            opened = job.open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
-            plans = stack.enter_context(opened)
-        except MergetoolError as error:
-            for output, (text, options) in zip(outputs, items, strict=True):  # whose fault it is
-                with (
-                    places.located(output),
-                    job.open_merge(text, options, fingerprints=False, skip_unmatched=skip_unmatched),
-                ):
-                    pass
-            raise error from None
-        yield plans
-
-
-@contextmanager
-def open_pairing(
-    places: Places, output: Output, *, skip_unmatched: bool = False
-) -> Iterator[tuple[Pairing, DiffOptions]]:
-    """The pairing of a difference LoRA, and its options."""
-    assert isinstance(output.spec, LoraOutput)
-    asked, names = output.spec.diff, places.names(output)
-    with ExitStack() as stack:
-        with places.located(output):
+    def _pairing(self, output: Output) -> tuple[Pairing, DiffOptions]:
+        """The pairing of a difference LoRA, and its options."""
+        assert isinstance(output.spec, LoraOutput)
+        asked, names = output.spec.diff, self.places.names(output)
+        with self.places.located(output):
             options = diff_options(output)
             second = names[asked.variant2] if asked.variant2 else None
             opened = open_diff(
-                names[asked.base], names[asked.variant], options, second=second, skip_unmatched=skip_unmatched
+                names[asked.base],
+                names[asked.variant],
+                options,
+                second=second,
+                skip_unmatched=self.inputs.skip_unmatched,
+                inputs=self.inputs,
             )
-            pairing = stack.enter_context(opened)
-        yield pairing, options
+            return self.stack.enter_context(opened), options
+
+
+@contextmanager
+def opened(places: Places, *, fingerprints: bool = True, skip_unmatched: bool = False) -> Iterator[Survey]:
+    """The survey of a recipe; its models are closed at the end of the ``with`` block."""
+    with ExitStack() as stack:
+        inputs = job.Inputs(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
+        surveyed = Survey(places, inputs, stack)
+        surveyed.look()
+        yield surveyed
+
+
+def refuse_outdated(tasks: Sequence[Task]) -> None:
+    """Raises OutputError where an output would replace something else."""
+    for task in tasks:
+        if task.state.kind == "outdated":
+            raise OutputError(
+                f'{task.output.place_of("output")}: "{task.path}" exists and is not what this recipe makes now '
+                f"({task.state.why}); `overwrite` replaces it, or choose another name."
+            )
 
 
 def diff_options(output: Output) -> DiffOptions:

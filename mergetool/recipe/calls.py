@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mergetool.errors import ExpressionError, UsageError
 from mergetool.ops.program import Value
-from mergetool.recipe.graph import Call, Sum, Term, add, normal, number, scale
+from mergetool.options.multipliers import number
+from mergetool.recipe.graph import Call, Sum, Term, add, normal, scale
 
 if TYPE_CHECKING:
     from mergetool.methods import Method

@@ -22,6 +22,7 @@ from fractions import Fraction
 from math import isfinite
 
 from mergetool.errors import ExpressionError
+from mergetool.options.multipliers import number
 from mergetool.recipe.calls import read_call
 from mergetool.recipe.graph import (
     Call,
@@ -32,7 +33,6 @@ from mergetool.recipe.graph import (
     add,
     canonical,
     normal,
-    number,
     own_factors,
     render,
     scale,

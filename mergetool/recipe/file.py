@@ -16,18 +16,17 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
-from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.outputs import named
 from mergetool.checkpoint.sizes import parse_size
 from mergetool.errors import RecipeError, UsageError
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import Setting, parse_setting
 from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.groups import Setting, parse_setting
 from mergetool.recipe.naming import Replaced, Variable
-from mergetool.recipe.options import Options
 from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
 from mergetool.recipe.validation import keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
@@ -120,18 +119,18 @@ def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> Recipe:
     return _Reader(root, path, dict(map(variables.from_option, settings))).recipe()
 
 
-def options_of(output: Output, names: Mapping[str, str]) -> Options:
+def options_of(output: Output, names: Mapping[str, str]) -> MergeOptions:
     """The options of a merge; ``names`` are the MODEL arguments that its names stand for. Raises RecipeError."""
     spec = output.spec
     assert isinstance(spec, MergeOutput)
     try:
-        return Options(
+        return MergeOptions(
             protect=patterns(spec.protect),
             include=patterns(spec.include),
             exclude=patterns(spec.exclude),
             multipliers=tuple(_multiplier(output, group, value) for group, value in (spec.set or {}).items()),
             keep_from=names[spec.keep_from] if spec.keep_from else None,
-            dtype=dtypes.output_dtype(spec.dtype) if spec.dtype else None,
+            dtype=spec.dtype,
             layout=spec.layout,
             quant=spec.quant,
             scale_search=spec.scale_search,

@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from mergetool.ops.program import Value
+from mergetool.options.multipliers import number
 from mergetool.recipe.quoting import in_quotes, quote
 
 Operand: TypeAlias = "Model | Lora | Call | Sum"
@@ -311,23 +312,6 @@ def _coefficients(operand: Operand) -> dict[str, Fraction]:
             return Sum(tuple(Term(share, argument) for argument in operand.arguments)).coefficients()
         case _:
             return {}
-
-
-def number(value: Fraction) -> str:
-    """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
-        return f"{value.numerator}/{value.denominator}"
-    digits = 0
-    while (value * 10**digits).denominator != 1:
-        digits += 1
-    whole = str(abs((value * 10**digits).numerator)).rjust(digits + 1, "0")
-    return f"{'-' if value < 0 else ''}{whole[:-digits]}.{whole[-digits:]}"
 
 
 def render(value: Sum, names: Mapping[str, str]) -> str:

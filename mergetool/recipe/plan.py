@@ -33,11 +33,11 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
+from mergetool.options.merging import MergeOptions
 from mergetool.quant import is_side_tensor
 from mergetool.recipe import bundled, groups, metadata, provenance, quantised
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.options import Options
 from mergetool.recipe.stacking import Stack, stack_loras, stack_name
 from mergetool.recipe.steps import COPY, MERGED, SET_TO_0, Input, OutputTensor, Step, Window, window_of
 
@@ -48,7 +48,7 @@ class Plan:
 
     expression: Expression
     inputs: tuple[Input, ...]
-    options: Options
+    options: MergeOptions
     layout: str
     prefix: str
     tensors: tuple[OutputTensor, ...]
@@ -81,7 +81,7 @@ class Plan:
 def plan_merge(
     expression: Expression,
     inputs: Sequence[Input],
-    options: Options,
+    options: MergeOptions,
     *,
     fingerprints: Mapping[str, str] | None = None,
     noise: Mapping[str, float] = MappingProxyType({}),
@@ -98,7 +98,7 @@ def plan_merge(
 
 class _Planner:
     def __init__(
-        self, expression: Expression, inputs: tuple[Input, ...], options: Options, noise: Mapping[str, float]
+        self, expression: Expression, inputs: tuple[Input, ...], options: MergeOptions, noise: Mapping[str, float]
     ) -> None:
         self.beside = frozenset(inputs[0].anatomy.outside) if options.bundled == "merge" else frozenset[str]()
         if self.beside:
@@ -108,7 +108,7 @@ class _Planner:
         self.inputs = inputs
         self.first = inputs[0]
         self.family = self.first.anatomy.family
-        self.options = options = replace(options, multipliers=groups.expand(options.multipliers, self.family))
+        self.options = options = replace(options, multipliers=groups.expand(options.settings, self.family))
         self.column = {model.name: i for i, model in enumerate(inputs)}
         self.needed = [self.column[name] for name in expression.graph.models()]
         self.loras = [self.column[name] for name in expression.loras]
@@ -118,7 +118,7 @@ class _Planner:
         if options.prefix is not None:
             prefixes.check(options.prefix)
         self.kept = self._kept_parts()
-        self.multiplier = groups.resolve(self.options.multipliers, self.first.anatomy)
+        self.multiplier = groups.resolve(self.options.settings, self.first.anatomy)
         self.unmet = self._check_meeting()
         self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
@@ -248,8 +248,8 @@ class _Planner:
     def _output_dtype(self, parts: Sequence[Part]) -> DType:
         stored = [BF16 if part.encoding is not None else part.dtype for part in parts]
         widest = max(stored, key=lambda dtype: dtype.bits)
-        if self.options.dtype is not None and all(part.dtype.blendable for part in parts):
-            return self.options.dtype
+        if self.options.stored is not None and all(part.dtype.blendable for part in parts):
+            return self.options.stored
         return widest
 
     def _step(self, part: Part, first: int, dtype: DType, quantiser: quant.Quantiser | None) -> Step:
@@ -384,7 +384,7 @@ class _Planner:
             )
         if self.quantiser is not None:
             warnings.append(self._what_is_quantised())
-        if self.family.overflows_fp16 and self.options.dtype is not None and self.options.dtype.name == "fp16":
+        if self.family.overflows_fp16 and self.options.dtype == "fp16":
             warnings.append(f"fp16 output: {self.family.name}'s activations overflow in fp16; bf16 is the safe choice")
         return warnings
 

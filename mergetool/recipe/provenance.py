@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergetool import __version__
-from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, MergetoolError
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import parse_setting, setting_text
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.groups import parse_setting, setting_text
-from mergetool.recipe.options import Options
 
 DERIVED = frozenset({"lora_adapter_metadata"})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
@@ -44,7 +43,7 @@ FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 
 
 def metadata(
-    expression: Expression, models: Sequence[str], options: Options, fingerprints: Mapping[str, str]
+    expression: Expression, models: Sequence[str], options: MergeOptions, fingerprints: Mapping[str, str]
 ) -> dict[str, str]:
     """The ``__metadata__`` of a merge: recipe, inputs with their content fingerprints, and version.
 
@@ -58,11 +57,11 @@ def metadata(
         if patterns:
             recipe[key] = list(patterns)
     if options.multipliers:
-        recipe["set"] = [setting_text(setting) for setting in options.multipliers]
+        recipe["set"] = [setting_text(setting) for setting in options.settings]
     if options.keep_from:
         recipe["from"] = names[options.keep_from]
     if options.dtype:
-        recipe["dtype"] = options.dtype.name
+        recipe["dtype"] = options.dtype
     if options.layout:
         recipe["layout"] = options.layout
     if options.quant:
@@ -102,7 +101,7 @@ class Recorded:
 
     expression: str
     anchor: str | None
-    options: Options
+    options: MergeOptions
     fingerprints: Mapping[str, str]
 
 
@@ -196,15 +195,15 @@ def _changed_recipe(old: Any, new: Any) -> str:
     return f"its recipe is another ({', '.join(differing)})" if differing else "its recipe is written in another way"
 
 
-def _options(recipe: Mapping[str, Any]) -> Options:
+def _options(recipe: Mapping[str, Any]) -> MergeOptions:
     try:
-        return Options(
+        return MergeOptions(
             protect=tuple(_text(pattern) for pattern in recipe.get("protect", ())),
             include=tuple(_text(pattern) for pattern in recipe.get("include", ())),
             exclude=tuple(_text(pattern) for pattern in recipe.get("exclude", ())),
             multipliers=tuple(parse_setting(_text(text)) for text in recipe.get("set", ())),
             keep_from=_text(recipe["from"]) if "from" in recipe else None,
-            dtype=dtypes.output_dtype(recipe["dtype"]) if "dtype" in recipe else None,
+            dtype=recipe.get("dtype"),
             layout=_text(recipe["layout"]) if "layout" in recipe else None,
             quant=_text(recipe["quant"]) if "quant" in recipe else None,
             scale_search=recipe.get("scale_search", False) is True,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint.dtypes import F32
 from mergetool.engine import job
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import BLOCK, DIM, FFN, f64, random
 from tests.families import checkpoint
 
@@ -38,7 +38,7 @@ def baked(
     base = folder / "base.safetensors"
     if not base.exists():
         checkpoint(base)
-    chosen = Options(layout="diffusers", dtype=F32, **options)  # type: ignore[arg-type]
+    chosen = MergeOptions(layout="diffusers", dtype=F32, **options)  # type: ignore[arg-type]
     for name, expression in (("before", f"'{base}'"), ("after", f"'{base}' + {factor} * lora('{lora}')")):
         with job.open_merge(expression, chosen) as plan:
             job.run_merge(plan, folder / f"{name}.safetensors", overwrite=True)
@@ -86,7 +86,7 @@ def test_a_fused_doras_magnitudes_are_of_all_the_rows_it_holds(tmp_path: Path, s
 @pytest.mark.parametrize("quant", ["fp8-scaled", "int8"])
 def test_the_weight_is_what_a_quantised_model_decodes_to(tmp_path: Path, quant: str) -> None:
     checkpoint(tmp_path / "plain.safetensors")
-    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", Options(quant=quant)) as plan:
+    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", MergeOptions(quant=quant)) as plan:
         job.run_merge(plan, tmp_path / "base.safetensors")
     scale = random(FFN, 1, seed=3).abs() + 1
     lora, product = written(tmp_path, PLAIN, FFN, scale)
@@ -151,7 +151,7 @@ def test_the_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base.safetensors")
     found = set()
     for threads in (1, 3):
-        with job.open_merge(f"'{base}' + lora('{lora}')", Options()) as plan:
+        with job.open_merge(f"'{base}' + lora('{lora}')", MergeOptions()) as plan:
             job.run_merge(plan, tmp_path / "out.safetensors", threads=threads, overwrite=True)
         found.add((tmp_path / "out.safetensors").read_bytes())
     assert len(found) == 1

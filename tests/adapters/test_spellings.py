@@ -17,7 +17,7 @@ from mergetool.arch import recognise
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import SPELLINGS
 from tests.families import checkpoint
 
@@ -45,9 +45,9 @@ def test_what_is_baked_is_the_float64_sum_rounded_once(tmp_path: Path, spelling:
     written = SPELLINGS[spelling]()
     base = checkpoint(tmp_path / "base.safetensors", layout=layout)
     lora = written.save(tmp_path)
-    with job.open_merge(f"'{base}' - 3/4 * lora('{lora}')", Options(layout="diffusers")) as plan:
+    with job.open_merge(f"'{base}' - 3/4 * lora('{lora}')", MergeOptions(layout="diffusers")) as plan:
         job.run_merge(plan, tmp_path / "out.safetensors")
-    with job.open_merge(f"'{base}'", Options(layout="diffusers", dtype=F32)) as plan:
+    with job.open_merge(f"'{base}'", MergeOptions(layout="diffusers", dtype=F32)) as plan:
         job.run_merge(plan, tmp_path / "before.safetensors")
     before, after = load_numpy(tmp_path / "before.safetensors"), load_file(tmp_path / "out.safetensors")
     for part, weight in before.items():

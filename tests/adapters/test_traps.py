@@ -16,7 +16,7 @@ from mergetool.cli.lora_bake import expression
 from mergetool.engine import job
 from mergetool.engine.running import Outcome
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.files import both
 from tests.adapters.spellings import BLOCK, DIM, DOWN, FFN, UP, A, B, f64, fused, musubi_for_comfy, random, split
 from tests.families import checkpoint
@@ -34,7 +34,7 @@ def bake(folder: Path, lora: Path, strength: str = "1", *, base: Path | None = N
     """What `mergetool lora bake` writes, by default in the ComfyUI layout of the base."""
     base = base or model(folder)
     text = expression(str(base), [f"{lora}:{strength}"])
-    with job.open_merge(text, Options(**options), skip_unmatched=skip) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options), skip_unmatched=skip) as plan:  # type: ignore[arg-type]
         outcome = job.run_merge(plan, folder / "out.safetensors", overwrite=True)
     return load_file(folder / "out.safetensors"), outcome
 
@@ -42,7 +42,7 @@ def bake(folder: Path, lora: Path, strength: str = "1", *, base: Path | None = N
 def moved(folder: Path, lora: Path, strength: str = "1", **options: object) -> dict[str, np.ndarray]:
     """The change of every parameter under diffusers' names, in float32."""
     base = model(folder)
-    with job.open_merge(f"'{base}'", Options(layout="diffusers", dtype=F32)) as plan:
+    with job.open_merge(f"'{base}'", MergeOptions(layout="diffusers", dtype=F32)) as plan:
         job.run_merge(plan, folder / "before.safetensors", overwrite=True)
     after, _ = bake(folder, lora, strength, base=base, layout="diffusers", dtype=F32, **options)
     before = load_file(folder / "before.safetensors")
@@ -109,7 +109,7 @@ def test_unmatched_lora_keys_ignored(tmp_path: Path) -> None:
         bake(tmp_path, lora)
     assert not (tmp_path / "out.safetensors").exists()
     with job.open_merge(
-        expression(str(tmp_path / "base.safetensors"), [str(lora)]), Options(), skip_unmatched=True
+        expression(str(tmp_path / "base.safetensors"), [str(lora)]), MergeOptions(), skip_unmatched=True
     ) as plan:
         assert [name for name, _ in plan.left_out] == [f"{extra}{A}", f"{extra}{B}"]
 
@@ -148,7 +148,7 @@ def test_skip_pattern_deleting_tensors(tmp_path: Path) -> None:
 def test_scale_tensors_averaged_as_weights(tmp_path: Path) -> None:
     """A LoRA is added to what codes and scales stand for; a scale is no weight that it could be added to."""
     checkpoint(tmp_path / "plain.safetensors")
-    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", Options(quant="fp8-scaled")) as plan:
+    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", MergeOptions(quant="fp8-scaled")) as plan:
         job.run_merge(plan, tmp_path / "fp8.safetensors")
     written = split("diffusion_model.", A, B)
     codes = load_file(tmp_path / "fp8.safetensors")
@@ -175,7 +175,7 @@ def test_fp16_default_overflowing(tmp_path: Path) -> None:
 def test_fp8_written_without_scale(tmp_path: Path) -> None:
     """A scaled file that is baked into its own container has a scale that was made for the new values."""
     checkpoint(tmp_path / "plain.safetensors")
-    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", Options(quant="fp8-scaled")) as plan:
+    with job.open_merge(f"'{tmp_path / 'plain.safetensors'}'", MergeOptions(quant="fp8-scaled")) as plan:
         job.run_merge(plan, tmp_path / "fp8.safetensors")
     written = split("diffusion_model.", A, B)
     lora = written.save(tmp_path)
@@ -196,7 +196,7 @@ def test_subtraction_in_bf16(tmp_path: Path) -> None:
     """Taking a LoRA away is one float32 operation and one rounding, not a rounded product and a rounded difference."""
     written = split("diffusion_model.", A, B)
     after, _ = bake(tmp_path, written.save(tmp_path), "-0.3", layout="diffusers")
-    with job.open_merge(f"'{tmp_path / 'base.safetensors'}'", Options(layout="diffusers")) as plan:
+    with job.open_merge(f"'{tmp_path / 'base.safetensors'}'", MergeOptions(layout="diffusers")) as plan:
         job.run_merge(plan, tmp_path / "before.safetensors")
     before = load_file(tmp_path / "before.safetensors")
     part = f"{BLOCK}.feed_forward.w1.weight"
@@ -220,7 +220,7 @@ def test_falsy_0_treated_as_unset(tmp_path: Path, strength: str) -> None:
     found = moved(tmp_path, silent.save(tmp_path))
     assert not any(change.any() for change in found.values())
     with job.open_merge(
-        expression(str(tmp_path / "base.safetensors"), [str(lora)]), Options(multipliers=(("ffn", Fraction(0)),))
+        expression(str(tmp_path / "base.safetensors"), [str(lora)]), MergeOptions(multipliers=(("ffn", Fraction(0)),))
     ) as plan:
         steps = {step.part: step.reason for tensor in plan.tensors for step in tensor.steps}
     assert steps[f"{BLOCK}.feed_forward.w1.weight"] == "--set to 0"

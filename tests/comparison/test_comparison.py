@@ -17,7 +17,7 @@ from mergetool.comparison import comparison as comparing
 from mergetool.comparison.comparison import RECOMMENDED, Report
 from mergetool.engine import job
 from mergetool.errors import FamilyError, NonFiniteError, PatternError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
 from tests.quant.models import quantised
 
@@ -111,7 +111,9 @@ def test_a_reference_may_have_a_base_of_its_own(planted: Path) -> None:
 
 def test_refiners_are_measured_and_count_in_no_total_unless_they_are_included(planted: Path) -> None:
     plain = compared(planted / "base.safetensors", planted / "variant.safetensors")
-    every = compared(planted / "base.safetensors", planted / "variant.safetensors", options=Options(include=("*",)))
+    every = compared(
+        planted / "base.safetensors", planted / "variant.safetensors", options=MergeOptions(include=("*",))
+    )
     assert plain.is_excluded("refiner")
     assert not every.is_excluded("refiner")
     assert plain.groups()["refiner"] == every.groups()["refiner"]
@@ -168,7 +170,7 @@ def test_what_rounding_loses_is_exactly_what_the_merge_reports(
 def test_it_is_that_of_another_output_dtype_and_of_the_parts_that_are_included(
     planted: Path, tmp_path: Path, dtype: str
 ) -> None:
-    options = Options(include=("attention", "norm"), dtype=dtypes.output_dtype(dtype))
+    options = MergeOptions(include=("attention", "norm"), dtype=dtypes.output_dtype(dtype))
     found = compared(
         planted / "base.safetensors", planted / "variant.safetensors", options=options, multiplier=Fraction("20.5")
     )
@@ -216,7 +218,7 @@ def test_nan_is_refused_by_model_and_tensor(planted: Path, tmp_path: Path) -> No
     place = rf"bad\.safetensors: tensor \"layers\.1\.feed_forward\.w2\.weight\".*element {3 * stored['layers.1.feed_forward.w2.weight'].shape[1] + 4}\)"
     with pytest.raises(NonFiniteError, match=place):
         compared(planted / "base.safetensors", tmp_path / "bad.safetensors")
-    options = Options(exclude=("layers.1",))
+    options = MergeOptions(exclude=("layers.1",))
     assert compared(planted / "base.safetensors", tmp_path / "bad.safetensors", options=options).total.delta > 0
 
 
@@ -252,7 +254,7 @@ def test_requests_that_make_no_sense_are_refused(planted: Path, large: Path) -> 
     with pytest.raises(FamilyError, match="different families"):
         compared(base, large / "base.safetensors")
     with pytest.raises(PatternError, match="layerz"):
-        compared(base, variant, options=Options(exclude=("layerz",)))
+        compared(base, variant, options=MergeOptions(exclude=("layerz",)))
 
 
 def test_torch_has_its_threads_back_afterwards(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from mergetool.comparison.preflight import Preflight
 from mergetool.engine import job
 from mergetool.errors import LineageError
 from mergetool.models import EMBEDDED
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 
 BRIDGE = "lab.alkahest + {}*(lab.striped - lab.base)"
 
 
 def checked(text: str, **options: object) -> Preflight:
-    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options)) as plan:  # type: ignore[arg-type]
         return preflight.check(plan)
 
 

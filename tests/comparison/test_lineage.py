@@ -16,8 +16,8 @@ from mergetool.comparison import lineage, sampling
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.result import part_of_result
 from mergetool.engine import job
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe.expression import parse
-from mergetool.recipe.options import Options
 from mergetool.recipe.steps import Input
 from tests.families import checkpoint
 from tests.quant.models import quantised
@@ -28,7 +28,7 @@ PARENTS = {("striped", "base"), ("deturbo", "turbo"), ("hollow", "turbo"), ("hol
 
 
 def checked(expression: str, **options: object) -> list[Finding]:
-    with job.open_merge(expression, Options(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
+    with job.open_merge(expression, MergeOptions(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
         return lineage.of(plan).findings()
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import UsageError
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import parse_setting
 from mergetool.recipe import provenance
-from mergetool.recipe.groups import parse_setting
-from mergetool.recipe.options import Options
 from tests.families import checkpoint
 
 NAMES = ("alk", "a", "b", "c", "d")
@@ -43,7 +43,7 @@ def _here(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def merged(text: str, **options: object) -> tuple[str, str]:
     """The anchor and a digest of all tensors, names and bytes, of what ``text`` merges to."""
     output = Path("out.safetensors")
-    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, output, overwrite=True, measure="off")
     with Checkpoint.open(output) as opened:
         digest = hashlib.sha256()

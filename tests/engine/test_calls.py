@@ -15,11 +15,11 @@ from mergetool.engine.calling import Caller
 from mergetool.engine.device import Device
 from mergetool.ops import oracle
 from mergetool.ops.program import Apply
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.verification.weights import check_weights
 from tests.families import checkpoint
 
-F32 = Options(dtype=dtypes.F32)
+F32 = MergeOptions(dtype=dtypes.F32)
 QKV = "layers.0.attention.qkv.weight"
 
 
@@ -32,7 +32,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(text: str, output: Path, options: Options | None = None, **how: object) -> Path:
+def run(text: str, output: Path, options: MergeOptions | None = None, **how: object) -> Path:
     for name in ("a", "b", "base"):
         text = text.replace(f"<{name}>", f"'{name}.safetensors'")
     with job.open_merge(text, options) as plan:
@@ -79,7 +79,7 @@ def test_base_is_short_for_the_differences_with_it(family: Path) -> None:
 def test_bytes_depend_on_neither_threads_nor_layout(family: Path, threads: int, layout: str) -> None:
     text = "slerp(<a>, <b>, t=0.3)"
     wanted = values(run(text, family / "one.safetensors", threads=1), QKV)
-    out = run(text, family / "out.safetensors", Options(layout=layout), threads=threads)
+    out = run(text, family / "out.safetensors", MergeOptions(layout=layout), threads=threads)
     if layout == "comfyui":
         assert values(out, QKV).tobytes() == wanted.tobytes()
     else:
@@ -88,7 +88,9 @@ def test_bytes_depend_on_neither_threads_nor_layout(family: Path, threads: int, 
 
 
 def test_set_scales_what_a_method_changes(family: Path) -> None:
-    half = run("slerp(<a>, <b>, t=0.3)", family / "h.safetensors", Options(dtype=dtypes.F32, multipliers=(("k", 0),)))  # type: ignore[arg-type]
+    half = run(
+        "slerp(<a>, <b>, t=0.3)", family / "h.safetensors", MergeOptions(dtype=dtypes.F32, multipliers=(("k", 0),))
+    )  # type: ignore[arg-type]
     rows = slice(*(np.array([1, 2]) * len(values(half, QKV)) // 3))
     a = values(family / "a.safetensors", QKV)
     assert (values(half, QKV)[rows] == a[rows]).all()
@@ -96,7 +98,7 @@ def test_set_scales_what_a_method_changes(family: Path) -> None:
 
 
 def test_quantised_outputs_are_the_quantised_result(family: Path) -> None:
-    quantised = run("slerp(<a>, <b>)", family / "q.safetensors", Options(quant="fp8-scaled"))
+    quantised = run("slerp(<a>, <b>)", family / "q.safetensors", MergeOptions(quant="fp8-scaled"))
     exact = values(run("slerp(<a>, <b>)", family / "out.safetensors", F32), QKV)
     with Checkpoint.open(quantised) as opened:
         scale = np.frombuffer(opened.read("layers.0.attention.qkv.weight_scale"), np.float32)

@@ -17,7 +17,7 @@ from mergetool.engine import gpu, job
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.running import Outcome
 from mergetool.errors import DeviceError, NonFiniteError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 
 BRIDGE = "'alk.safetensors' + 171.1 * ('a.safetensors' - 'b.safetensors')"
 ROOM = 20_000_000
@@ -43,7 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(("cuda:0",) if torch.cuda.is_available() else ("cpu",), ROOM)
 
 
-def merged(name: str, options: Options, device: Device) -> tuple[bytes, Outcome]:
+def merged(name: str, options: MergeOptions, device: Device) -> tuple[bytes, Outcome]:
     with job.open_merge(BRIDGE, options) as plan:
         outcome = job.run_merge(plan, Path(name), device=device)
     return Path(name).read_bytes(), outcome
@@ -51,7 +51,7 @@ def merged(name: str, options: Options, device: Device) -> tuple[bytes, Outcome]
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "error-feedback"])
 def test_the_bytes_are_the_cpus(family: Path, device: Device, rounding: str) -> None:
-    options = Options(include=FEW, rounding=rounding, seed=7 if rounding == "stochastic" else 0)  # type: ignore[arg-type]
+    options = MergeOptions(include=FEW, rounding=rounding, seed=7 if rounding == "stochastic" else 0)  # type: ignore[arg-type]
     wanted, by_cpu = merged("cpu.safetensors", options, CPU)
     found, by_gpu = merged("gpu.safetensors", options, device)
     assert found == wanted
@@ -73,7 +73,7 @@ def test_small_tensors_do_not_keep_large_ones_from_being_read(
         return region
 
     monkeypatch.setattr(gpu.Ring, "take", noted)
-    merged("gpu.safetensors", Options(include=("norm",)), device)
+    merged("gpu.safetensors", MergeOptions(include=("norm",)), device)
     assert [*takes, False].index(False) > 2 * gpu.SEATS
 
 
@@ -89,7 +89,7 @@ def test_page_locked_memory_does_not_grow_with_the_models(family: Path, device: 
 
 
 def test_what_the_gpu_has_no_room_for_is_computed_by_the_cpu_and_named(family: Path, device: Device) -> None:
-    options = Options(include=FEW)
+    options = MergeOptions(include=FEW)
     found, outcome = merged("gpu.safetensors", options, Device(device.names, 1000))
     assert found == merged("cpu.safetensors", options, CPU)[0]
     assert set(outcome.off_device) >= {"layers.0.attention_norm1.weight"}
@@ -108,7 +108,7 @@ def test_memory_that_runs_out_in_the_middle_costs_time_only(
         launch(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CudaOps, "launch", now_and_then)
-    options = Options(include=FEW)
+    options = MergeOptions(include=FEW)
     found, outcome = merged("gpu.safetensors", options, device)
     assert found == merged("cpu.safetensors", options, CPU)[0]
     assert outcome.off_device
@@ -124,7 +124,7 @@ def test_a_lost_gpu_is_one_sentence_and_no_output(
 
     monkeypatch.setattr(CudaOps, "collect", lost)
     with pytest.raises(DeviceError, match=r"failed \(CUDA error: unspecified launch failure\); --device cpu"):
-        merged("gpu.safetensors", Options(include=FEW), device)
+        merged("gpu.safetensors", MergeOptions(include=FEW), device)
     assert not Path("gpu.safetensors").exists()
 
 
@@ -135,9 +135,9 @@ def test_nan_in_an_input_is_named_as_the_cpu_names_it(family: Path, device: Devi
         file.seek(offset + 6)
         file.write(b"\xc0\x7f")
     with pytest.raises(NonFiniteError) as by_cpu:
-        merged("cpu.safetensors", Options(include=FEW), CPU)
+        merged("cpu.safetensors", MergeOptions(include=FEW), CPU)
     with pytest.raises(NonFiniteError) as by_gpu:
-        merged("gpu.safetensors", Options(include=FEW), device)
+        merged("gpu.safetensors", MergeOptions(include=FEW), device)
     assert str(by_gpu.value) == str(by_cpu.value)
 
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.ops import oracle
-from mergetool.recipe.groups import parse_setting
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import parse_setting
 from mergetool.verification.weights import check_weights
 from tests.families import TINY, checkpoint
 
@@ -31,7 +31,7 @@ def deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def merged(folder: Path, *settings: str) -> Path:
-    options = Options(multipliers=tuple(map(parse_setting, settings)))
+    options = MergeOptions(multipliers=tuple(map(parse_setting, settings)))
     with job.open_merge(MERGE, options) as plan:
         job.run_merge(plan, folder / "out.safetensors")
     return folder / "out.safetensors"

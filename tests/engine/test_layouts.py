@@ -13,7 +13,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.ops import oracle
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.families import TINY, checkpoint
 
 MERGE = "'comfy.safetensors' + 20*('official' - 'prefixed.safetensors')"
@@ -35,7 +35,7 @@ def here(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return zoo
 
 
-def merge(output: Path, options: Options | None = None, text: str = MERGE, shard_size: int | None = None) -> Path:
+def merge(output: Path, options: MergeOptions | None = None, text: str = MERGE, shard_size: int | None = None) -> Path:
     with job.open_merge(text, options) as plan:
         job.run_merge(plan, output, shard_size=shard_size)
     return output
@@ -63,7 +63,7 @@ def test_mixed_layouts_and_dtypes_are_the_same_parameters(here: Path, tmp_path: 
 
 
 def test_comfyui_output_loads_with_from_single_file(here: Path, tmp_path: Path) -> None:
-    out = merge(tmp_path / "out.safetensors", Options(protect=("refiner",)))
+    out = merge(tmp_path / "out.safetensors", MergeOptions(protect=("refiner",)))
     loaded = load_single(out, here)
     found = loaded.state_dict()["layers.1.attention.to_q.weight"].float().numpy().ravel()
     assert oracle.encode(found, dtypes.BF16) == oracle.encode(expected_q(here, "layers.1"), dtypes.BF16)
@@ -85,7 +85,7 @@ def load_single(path: Path, zoo: Path) -> ZImageTransformer2DModel:
 
 @pytest.mark.parametrize("shard_size", [None, 200_000])
 def test_diffusers_output_loads_with_from_pretrained(here: Path, tmp_path: Path, shard_size: int | None) -> None:
-    out = merge(tmp_path / "out", Options(layout="diffusers"), shard_size=shard_size)
+    out = merge(tmp_path / "out", MergeOptions(layout="diffusers"), shard_size=shard_size)
     loaded, report = ZImageTransformer2DModel.from_pretrained(
         out, output_loading_info=True, torch_dtype=torch.bfloat16, local_files_only=True
     )
@@ -96,8 +96,8 @@ def test_diffusers_output_loads_with_from_pretrained(here: Path, tmp_path: Path,
 
 
 def test_both_layouts_hold_the_same_numbers(here: Path, tmp_path: Path) -> None:
-    one = merge(tmp_path / "one.safetensors", Options(layout="comfyui"))
-    other = merge(tmp_path / "other.safetensors", Options(layout="diffusers"))
+    one = merge(tmp_path / "one.safetensors", MergeOptions(layout="comfyui"))
+    other = merge(tmp_path / "other.safetensors", MergeOptions(layout="diffusers"))
     with Checkpoint.open(one) as fused, Checkpoint.open(other) as split:
         for block in ("layers.0", "noise_refiner.0", "context_refiner.0"):
             parts = b"".join(split.read(f"{block}.attention.to_{x}.weight") for x in "qkv")
@@ -112,7 +112,7 @@ def test_the_first_models_dtype_is_the_outputs(here: Path, tmp_path: Path) -> No
 
 
 def test_the_config_travels_with_a_folder_output(here: Path, tmp_path: Path) -> None:
-    out = merge(tmp_path / "out", Options(layout="diffusers"))
+    out = merge(tmp_path / "out", MergeOptions(layout="diffusers"))
     with Checkpoint.open(out) as opened:
         assert opened.config is not None
         assert {key: opened.config[key] for key in ("dim", "axes_dims", "axes_lens")} == {

@@ -15,7 +15,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
 from mergetool.errors import NonFiniteError
 from mergetool.ops import oracle
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
 
 BRIDGE = "alk + 171.1*(a - b)"
@@ -37,7 +37,7 @@ def spelled(text: str) -> str:
     return text
 
 
-def run(text: str, output: Path, options: Options | None = None, **how: object) -> Path:
+def run(text: str, output: Path, options: MergeOptions | None = None, **how: object) -> Path:
     with job.open_merge(spelled(text), options) as plan:
         job.run_merge(plan, output, **how)  # type: ignore[arg-type]
     return output
@@ -53,7 +53,7 @@ def digest(path: Path) -> str:
 
 
 def test_every_element_is_the_documented_float32_sequence(family: Path) -> None:
-    out = run(BRIDGE + " + 20*(c - d)", family / "out.safetensors", Options(protect=("refiner",)))
+    out = run(BRIDGE + " + 20*(c - d)", family / "out.safetensors", MergeOptions(protect=("refiner",)))
     with Checkpoint.open(out) as opened:
         for name, info in opened.tensors.items():
             found = opened.read(name)
@@ -69,7 +69,7 @@ def test_every_element_is_the_documented_float32_sequence(family: Path) -> None:
 
 
 def test_protected_tensors_are_the_first_models_bytes(family: Path) -> None:
-    out = run(BRIDGE, family / "out.safetensors", Options(protect=("refiner",)))
+    out = run(BRIDGE, family / "out.safetensors", MergeOptions(protect=("refiner",)))
     with Checkpoint.open(out) as merged, Checkpoint.open(family / "alk.safetensors") as first:
         names = [name for name in merged.tensors if "refiner" in name]
         assert len(names) == 24
@@ -78,7 +78,7 @@ def test_protected_tensors_are_the_first_models_bytes(family: Path) -> None:
 
 
 def test_protected_tensors_can_come_from_another_model(family: Path) -> None:
-    out = run(BRIDGE, family / "out.safetensors", Options(protect=("noise_refiner",), keep_from="c.safetensors"))
+    out = run(BRIDGE, family / "out.safetensors", MergeOptions(protect=("noise_refiner",), keep_from="c.safetensors"))
     with Checkpoint.open(out) as merged, Checkpoint.open(family / "c.safetensors") as other:
         names = [name for name in merged.tensors if "noise_refiner" in name]
         assert all(merged.read(name) == other.read(name) for name in names)
@@ -114,7 +114,7 @@ def test_one_pass_is_closer_to_the_truth_than_two(family: Path) -> None:
 
 
 def test_set_scales_the_change_of_a_group(family: Path) -> None:
-    options = Options(multipliers=(("ffn", 0), ("layers.1.attention.to_k.weight", 2)))  # type: ignore[arg-type]
+    options = MergeOptions(multipliers=(("ffn", 0), ("layers.1.attention.to_k.weight", 2)))  # type: ignore[arg-type]
     out = run("alk + 20*(a - b)", family / "out.safetensors", options)
     with Checkpoint.open(out) as merged, Checkpoint.open(family / "alk.safetensors") as first:
         kept = "layers.1.feed_forward.w1.weight"
@@ -128,7 +128,7 @@ def test_set_scales_the_change_of_a_group(family: Path) -> None:
 
 
 def test_set_on_an_interpolation_moves_between_the_anchor_and_the_result(family: Path) -> None:
-    options = Options(multipliers=(("layers", 0),), keep_from="a.safetensors")  # type: ignore[arg-type]
+    options = MergeOptions(multipliers=(("layers", 0),), keep_from="a.safetensors")  # type: ignore[arg-type]
     out = run("0.5*a + 0.5*b".replace("0.5*b", "0.5*'b.safetensors'"), family / "out.safetensors", options)
     with Checkpoint.open(out) as merged, Checkpoint.open(family / "a.safetensors") as first:
         assert merged.read("layers.0.attention.out.weight") == first.read("layers.0.attention.out.weight")
@@ -149,13 +149,13 @@ def test_output_reads_with_the_safetensors_library(family: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "recorded"),
     [
-        (Options(), {}),
-        (Options(rounding="stochastic"), {"rounding": "stochastic", "seed": 0}),
-        (Options(rounding="error-feedback"), {"rounding": "error-feedback"}),
+        (MergeOptions(), {}),
+        (MergeOptions(rounding="stochastic"), {"rounding": "stochastic", "seed": 0}),
+        (MergeOptions(rounding="error-feedback"), {"rounding": "error-feedback"}),
     ],
     ids=lambda value: str(getattr(value, "rounding", "")),
 )
-def test_the_recipe_records_the_rounding(family: Path, options: Options, recorded: dict[str, object]) -> None:
+def test_the_recipe_records_the_rounding(family: Path, options: MergeOptions, recorded: dict[str, object]) -> None:
     out = run(BRIDGE, family / "out.safetensors", options)
     with safe_open(out, "np") as opened:
         recipe = json.loads(opened.metadata()["mergetool.recipe"])
@@ -187,7 +187,7 @@ def test_a_nan_is_refused_by_name_and_nothing_is_written(family: Path, where: st
 def test_a_nan_in_a_protected_tensor_is_refused_too(family: Path) -> None:
     plant(family / "alk.safetensors", "noise_refiner.0.attention.out.weight", 0, b"\x80\x7f")
     with pytest.raises(NonFiniteError, match=r"noise_refiner\.0\.attention\.out\.weight"):
-        run(BRIDGE, family / "out.safetensors", Options(protect=("refiner",)))
+        run(BRIDGE, family / "out.safetensors", MergeOptions(protect=("refiner",)))
 
 
 def test_nan_is_kept_and_counted_on_request(family: Path) -> None:
@@ -199,11 +199,11 @@ def test_nan_is_kept_and_counted_on_request(family: Path) -> None:
 
 def test_fp16_overflow_is_refused_with_the_way_out(family: Path) -> None:
     with pytest.raises(NonFiniteError, match="write bf16"):
-        run("alk + 1000000000*(a - b)", family / "out.safetensors", Options(dtype=dtypes.F16))
+        run("alk + 1000000000*(a - b)", family / "out.safetensors", MergeOptions(dtype=dtypes.F16))
 
 
 def test_fp8_output_saturates_and_says_where(family: Path) -> None:
-    with job.open_merge(spelled("alk + 1000000*(a - b)"), Options(dtype=dtypes.F8_E4M3)) as plan:
+    with job.open_merge(spelled("alk + 1000000*(a - b)"), MergeOptions(dtype=dtypes.F8_E4M3)) as plan:
         outcome = job.run_merge(plan, family / "out.safetensors")
     assert outcome.capped
     assert np.abs(decoded(family / "out.safetensors", "layers.0.attention.qkv.weight")).max() == 448.0

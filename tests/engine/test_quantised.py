@@ -26,8 +26,8 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import DataError, UsageError
 from mergetool.ops import oracle
+from mergetool.options.merging import MergeOptions
 from mergetool.quant.output import QUANTISERS
-from mergetool.recipe.options import Options
 from tests.families import checkpoint
 from tests.quant.ggml import Q
 from tests.quant.models import CONTAINERS, as_gguf, is_large, quantised
@@ -38,7 +38,7 @@ WIDE = {"dim": 256, "n_heads": 8, "axes_dims": [8, 12, 12]}
 
 
 def run(text: str, output: Path, **options: object) -> Path:
-    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, output)
     return output
 
@@ -163,7 +163,7 @@ def test_untouched_weights_are_copied_with_their_scales(family: Path, container:
 
 def test_the_plan_does_not_call_a_copied_weight_rounded(family: Path) -> None:
     quantised(family / "q.safetensors", family / "alk.safetensors", "fp8")
-    options = Options(quant="fp8-scaled", protect=("layers",))
+    options = MergeOptions(quant="fp8-scaled", protect=("layers",))
     with job.open_merge(MERGE, options) as plan:
         reasons = {tensor.name: {step.reason for step in tensor.steps} for tensor in plan.tensors}
     assert reasons["layers.0.attention.qkv.weight"] == {"protected: layers"}
@@ -200,7 +200,7 @@ def test_bytes_do_not_depend_on_threads_or_reading(family: Path, quant: str) -> 
     digests = set()
     for threads, method in ((1, "pread"), (2, "mmap"), (4, "mmap")):
         search = QUANTISERS[quant].has_tensor_scale
-        with job.open_merge(MERGE, Options(quant=quant, scale_search=search)) as plan:
+        with job.open_merge(MERGE, MergeOptions(quant=quant, scale_search=search)) as plan:
             job.run_merge(plan, family / "out.safetensors", threads=threads, method=method, overwrite=True)  # type: ignore[arg-type]
         digests.add(hashlib.sha256((family / "out.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
@@ -220,7 +220,7 @@ def test_a_searched_scale_is_never_worse_than_amax(family: Path) -> None:
     alk, a, b = (values(family / f"{name}.safetensors") for name in ("alk", "a", "b"))
     gains = {}
     for search in (False, True):
-        with job.open_merge(MERGED, Options(quant="fp8-scaled", scale_search=search)) as plan:
+        with job.open_merge(MERGED, MergeOptions(quant="fp8-scaled", scale_search=search)) as plan:
             outcome = job.run_merge(plan, family / "out.safetensors", overwrite=True)
         total = 0.0
         for name in alk:

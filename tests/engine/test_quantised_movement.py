@@ -14,7 +14,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
 from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.families import TINY, checkpoint
 
 NAME = "layers.0.feed_forward.w2.weight"
@@ -45,10 +45,10 @@ def merged(random: np.random.Generator, half_steps: float, rounding: str) -> tup
     np.clip(delta, -0.1 - base, 0.1 - base, out=delta, where=np.arange(base.size).reshape(base.shape) > 0)
     save_file(model | {NAME: base}, "base.safetensors")
     save_file(model | {NAME: base + delta}, "tuned.safetensors")
-    options = Options(quant="fp8-scaled", rounding=rounding, seed=5 if rounding == "stochastic" else 0)  # type: ignore[arg-type]
+    options = MergeOptions(quant="fp8-scaled", rounding=rounding, seed=5 if rounding == "stochastic" else 0)  # type: ignore[arg-type]
     with job.open_merge("'base.safetensors' + 1*('tuned.safetensors' - 'base.safetensors')", options) as plan:
         found = job.run_merge(plan, Path("out.safetensors"), overwrite=True).movements.tensors()[NAME]
-    with job.open_merge("'base.safetensors'", Options(quant="fp8-scaled")) as plan:
+    with job.open_merge("'base.safetensors'", MergeOptions(quant="fp8-scaled")) as plan:
         job.run_merge(plan, Path("alone.safetensors"), overwrite=True)
     result = base + ((base + delta) - base)
     return found, result - base, dequantised("out.safetensors") - dequantised("alone.safetensors")

@@ -14,7 +14,7 @@ from mergetool.checkpoint.files import StagedFile
 from mergetool.engine import job
 from mergetool.engine.running import Outcome
 from mergetool.errors import StorageError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.checkpoint.faults import beside, content_of
 
 EXPRESSION = "'alk.safetensors' + 20*('a.safetensors' - 'b.safetensors')"
@@ -29,12 +29,14 @@ def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "INTERVAL", 50_000)
 
 
-def merge(output: Path, options: Options, progress: Callable[[int], None] = lambda _: None, **how: bool) -> Outcome:
+def merge(
+    output: Path, options: MergeOptions, progress: Callable[[int], None] = lambda _: None, **how: bool
+) -> Outcome:
     with job.open_merge(EXPRESSION, options) as plan:
         return job.run_merge(plan, output, threads=2, progress=progress, **how)
 
 
-def stop_before_the_end(monkeypatch: pytest.MonkeyPatch, output: Path, options: Options) -> str:
+def stop_before_the_end(monkeypatch: pytest.MonkeyPatch, output: Path, options: MergeOptions) -> str:
     """A run that fails when it is about to publish: what it says of what is kept."""
 
     def refuse(staged: StagedFile) -> None:
@@ -50,15 +52,17 @@ def stop_before_the_end(monkeypatch: pytest.MonkeyPatch, output: Path, options: 
 @pytest.mark.parametrize(
     "options",
     [
-        Options(),
-        Options(rounding="stochastic", seed=3),
-        Options(quant="fp8-scaled"),
-        Options(quant="nvfp4", scale_search=True),
-        Options(quant="int8"),
+        MergeOptions(),
+        MergeOptions(rounding="stochastic", seed=3),
+        MergeOptions(quant="fp8-scaled"),
+        MergeOptions(quant="nvfp4", scale_search=True),
+        MergeOptions(quant="int8"),
     ],
     ids=["plain", "stochastic", "fp8-scaled", "nvfp4", "int8"],
 )
-def test_resumed_bytes_are_those_of_one_run(family: Path, monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+def test_resumed_bytes_are_those_of_one_run(
+    family: Path, monkeypatch: pytest.MonkeyPatch, options: MergeOptions
+) -> None:
     whole, output = family / "whole.safetensors", family / "out.safetensors"
     merge(whole, options)
     assert "bytes of finished tensors are kept" in stop_before_the_end(monkeypatch, output, options)
@@ -80,17 +84,17 @@ def test_resumed_bytes_are_those_of_one_run(family: Path, monkeypatch: pytest.Mo
 
 def test_without_resume_the_stage_is_removed(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = family / "out.safetensors"
-    stop_before_the_end(monkeypatch, output, Options())
+    stop_before_the_end(monkeypatch, output, MergeOptions())
     assert beside(output)[0] != []
-    merge(output, Options())
+    merge(output, MergeOptions())
     assert beside(output) == ([], [])
 
 
 def test_other_options_begin_anew(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, output = family / "whole.safetensors", family / "out.safetensors"
-    merge(whole, Options(rounding="stochastic", seed=4))
-    stop_before_the_end(monkeypatch, output, Options(rounding="stochastic", seed=3))
-    outcome = merge(output, Options(rounding="stochastic", seed=4), resume=True)
+    merge(whole, MergeOptions(rounding="stochastic", seed=4))
+    stop_before_the_end(monkeypatch, output, MergeOptions(rounding="stochastic", seed=3))
+    outcome = merge(output, MergeOptions(rounding="stochastic", seed=4), resume=True)
     assert (outcome.resumed, outcome.begun_anew) == (0, "it was of another recipe")
     assert content_of(output) == content_of(whole)
     assert beside(output) == ([], [])
@@ -98,11 +102,11 @@ def test_other_options_begin_anew(family: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_input_that_was_written_meanwhile_begins_anew(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = family / "out.safetensors"
-    stop_before_the_end(monkeypatch, output, Options())
+    stop_before_the_end(monkeypatch, output, MergeOptions())
     ((stage,), _) = beside(output)
     later = time.time() + 5
     os.utime(family / "a.safetensors", (later, later))
-    with job.open_merge(EXPRESSION, Options()) as plan:
+    with job.open_merge(EXPRESSION, MergeOptions()) as plan:
         assert journal.differs(stage, job._work(plan, "refuse")) == "it was of other inputs"
 
 
@@ -113,14 +117,14 @@ def test_stopped_before_anything_is_finished_leaves_nothing(family: Path, monkey
         raise Stopped
 
     with pytest.raises(Stopped) as caught:
-        merge(family / "out.safetensors", Options(), progress=stop, resume=True)
+        merge(family / "out.safetensors", MergeOptions(), progress=stop, resume=True)
     assert not hasattr(caught.value, "__notes__")
     assert beside(family / "out.safetensors") == ([], [])
 
 
 def test_several_outputs_are_not_resumed(family: Path) -> None:
     with (
-        job.open_merges([(EXPRESSION, Options()), ("'a.safetensors'", Options())]) as plans,
+        job.open_merges([(EXPRESSION, MergeOptions()), ("'a.safetensors'", MergeOptions())]) as plans,
         pytest.raises(UsageError, match="one output can be resumed"),
     ):
         job.run_merges(plans, [family / "one.safetensors", family / "two.safetensors"], resume=True)

@@ -18,7 +18,7 @@ from mergetool.ops import oracle
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, ErrorFeedback, Nearest, Rounding, Stochastic, stream_key
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
 
 MERGE = "'alk.safetensors' + 2*('a.safetensors' - 'b.safetensors')"
@@ -28,7 +28,7 @@ FUSED = "layers.1.attention.qkv.weight"
 def run(
     output: Path, text: str = MERGE, threads: int | None = None, measure: Measure = "sample", **options: object
 ) -> Outcome:
-    with job.open_merge(text, Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options)) as plan:  # type: ignore[arg-type]
         return job.run_merge(plan, output, threads=threads, measure=measure)
 
 
@@ -147,7 +147,7 @@ def test_figures_of_every_tensor_are_the_oracles(family: Path, rounding: str, dt
 
 
 def test_a_group_is_the_sum_of_its_parts(family: Path) -> None:
-    with job.open_merge(MERGE, Options(protect=("refiner",))) as plan:
+    with job.open_merge(MERGE, MergeOptions(protect=("refiner",))) as plan:
         outcome = job.run_merge(plan, family / "out.safetensors")
         groups = outcome.movements.groups(plan)
     assert "refiner" not in groups

@@ -16,17 +16,17 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import bundles, job, jobs, memory
 from mergetool.engine.device import Device
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.quant.models import quantised
 
-Items = list[tuple[str, Options]]
+Items = list[tuple[str, MergeOptions]]
 
 DELTA = "('a.safetensors' - 'b.safetensors')"
 INPUTS = {"alk.safetensors", "a.safetensors", "b.safetensors"}
 
 
-def scaled(multiplier: float, **options: Any) -> tuple[str, Options]:
-    return f"'alk.safetensors' + {multiplier} * {DELTA}", Options(**options)
+def scaled(multiplier: float, **options: Any) -> tuple[str, MergeOptions]:
+    return f"'alk.safetensors' + {multiplier} * {DELTA}", MergeOptions(**options)
 
 
 MULTIPLIERS = [scaled(m, protect=("refiner",)) for m in (5, 10, 20, 40)]
@@ -37,8 +37,8 @@ MIXED = [
     scaled(20, rounding="error-feedback"),
     scaled(10, layout="diffusers", dtype=dtypes.F16),
     scaled(10, multipliers=(("ffn", 0), ("layers.1", 2))),
-    (f"'b.safetensors' + 2 * {DELTA}", Options(dtype=dtypes.F32)),
-    (f"slerp('alk.safetensors', 'a.safetensors', t=0.3) + 0.5 * {DELTA}", Options()),
+    (f"'b.safetensors' + 2 * {DELTA}", MergeOptions(dtype=dtypes.F32)),
+    (f"slerp('alk.safetensors', 'a.safetensors', t=0.3) + 0.5 * {DELTA}", MergeOptions()),
 ]
 QUANTISED = [
     scaled(5, quant="fp8-scaled"),
@@ -114,7 +114,7 @@ def test_quantised_inputs_give_the_bytes_of_single_runs(family: Path, container:
     for name in ("alk", "a"):
         quantised(family / f"q-{name}.safetensors", family / f"{name}.safetensors", container)
     first = "'q-alk.safetensors' + {} * ('q-a.safetensors' - 'b.safetensors')"
-    items = [(first.format(m), Options(dtype=dtype)) for m in (5, 20) for dtype in (dtypes.BF16, dtypes.F8_E4M3)]
+    items = [(first.format(m), MergeOptions(dtype=dtype)) for m in (5, 20) for dtype in (dtypes.BF16, dtypes.F8_E4M3)]
     assert together(items, method="pread") == alone(items)
 
 
@@ -147,7 +147,7 @@ def test_a_model_is_opened_and_its_fingerprint_taken_once(monkeypatch: pytest.Mo
         return original(checkpoint)
 
     monkeypatch.setattr(Checkpoint, "fingerprint", fingerprint)
-    with job.open_merges([scaled(5), (f"'b.safetensors' + {DELTA}", Options())]) as plans:
+    with job.open_merges([scaled(5), (f"'b.safetensors' + {DELTA}", MergeOptions())]) as plans:
         checkpoints = [{model.name: model.checkpoint for model in plan.inputs} for plan in plans]
     assert taken == Counter(INPUTS)
     assert checkpoints[0]["b.safetensors"] is checkpoints[1]["b.safetensors"]
@@ -225,7 +225,7 @@ def test_two_outputs_of_one_name_are_refused() -> None:
 def test_an_output_may_not_be_the_input_of_another_merge(family: Path) -> None:
     before = (family / "b.safetensors").read_bytes()
     with (
-        job.open_merges([("0.5*'alk.safetensors' + 0.5*'a.safetensors'", Options()), scaled(5)]) as plans,
+        job.open_merges([("0.5*'alk.safetensors' + 0.5*'a.safetensors'", MergeOptions()), scaled(5)]) as plans,
         pytest.raises(Exception, match=r"b\.safetensors"),
     ):
         job.run_merges(plans, [Path("b.safetensors"), Path("out.safetensors")], overwrite=True)

@@ -176,7 +176,7 @@ def of_mergers(golden: dict[str, Any]) -> None:
 def of_mergetool(golden: dict[str, Any]) -> None:
     """Outputs of this version: a merge, its shards, FP8 with scales, a LoRA, GGUF read in."""
     from mergetool.engine import job
-    from mergetool.recipe.options import Options
+    from mergetool.options.merging import MergeOptions
     from tests.hostile.models import model as written
 
     with tempfile.TemporaryDirectory() as folder:
@@ -185,8 +185,8 @@ def of_mergetool(golden: dict[str, Any]) -> None:
         ]
         text = f"'{names[0]}' + 3 * ('{names[1]}' - '{names[2]}')"
         for name, options, size in (
-            ("mergetool-0.1-merge.safetensors", Options(), None), ("mergetool-0.1-shards", Options(), 20_000),
-            ("mergetool-0.1-fp8.safetensors", Options(quant="fp8-scaled"), None), ("mergetool-0.1-int8.safetensors", Options(quant="int8"), None),
+            ("mergetool-0.1-merge.safetensors", MergeOptions(), None), ("mergetool-0.1-shards", MergeOptions(), 20_000),
+            ("mergetool-0.1-fp8.safetensors", MergeOptions(quant="fp8-scaled"), None), ("mergetool-0.1-int8.safetensors", MergeOptions(quant="int8"), None),
         ):  # fmt: skip
             with job.open_merge(text, options) as plan:
                 job.run_merge(plan, FILES / name, shard_size=size, overwrite=True)

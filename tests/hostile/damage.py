@@ -13,7 +13,7 @@ from typing import Any
 
 from mergetool.engine import job
 from mergetool.errors import MergetoolError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.verification.replay import replay
 from mergetool.verification.weights import check_weights
 from tests.hostile.models import family
@@ -143,7 +143,7 @@ KINDS: list[Callable[[Output, random.Random], bytes]] = [
 ]  # fmt: skip
 
 
-def merged(output: Path, factor: int, options: Options, shard_size: int | None = None) -> Path:
+def merged(output: Path, factor: int, options: MergeOptions, shard_size: int | None = None) -> Path:
     with job.open_merge(EXPRESSION.format(factor), options) as plan:
         job.run_merge(plan, output, threads=1, shard_size=shard_size)
     return output
@@ -166,7 +166,7 @@ def run(folder: Path, count: int, *, look: Callable[[str], bool] = found, seed: 
     try:
         dice = random.Random(seed)
         outputs = []
-        for number, options in enumerate((Options(), Options(rounding="stochastic", seed=SEED))):
+        for number, options in enumerate((MergeOptions(), MergeOptions(rounding="stochastic", seed=SEED))):
             raw, other = (
                 merged(Path(f"{number}-{factor}.safetensors"), factor, options).read_bytes() for factor in (20, 21)
             )
@@ -192,7 +192,7 @@ def run(folder: Path, count: int, *, look: Callable[[str], bool] = found, seed: 
 def _shards(count: int, dice: random.Random, look: Callable[[str], bool]) -> Iterator[str | None]:
     """Indices and shards that do not belong together, or not to the recipe."""
     for factor in (20, 21):
-        merged(Path(f"folder-{factor}"), factor, Options(), shard_size=20_000)
+        merged(Path(f"folder-{factor}"), factor, MergeOptions(), shard_size=20_000)
     names = sorted(path.name for path in Path("folder-20").glob("*.safetensors"))
     index = next(Path("folder-20").glob("*.index.json")).name
     if look("folder-20"):

@@ -20,7 +20,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, NonFiniteError
 from mergetool.methods import Method, methods
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.hostile.models import LAYERS, tensors
 from tests.hostile.tally import Tally
 
@@ -34,12 +34,12 @@ EXPRESSIONS = {
     "average": "0.5 * 'a.safetensors' + 0.5 * 'b.safetensors'",
 }
 OPTIONS = {
-    "fp16": Options(dtype=dtypes.F16),
-    "fp8, stochastic": Options(dtype=dtypes.F8_E4M3, rounding="stochastic", seed=1),
-    "error feedback": Options(rounding="error-feedback"),
-    "int8": Options(quant="int8"),
-    "fp8-scaled": Options(quant="fp8-scaled", scale_search=True),
-    "nvfp4": Options(quant="nvfp4"),
+    "fp16": MergeOptions(dtype=dtypes.F16),
+    "fp8, stochastic": MergeOptions(dtype=dtypes.F8_E4M3, rounding="stochastic", seed=1),
+    "error feedback": MergeOptions(rounding="error-feedback"),
+    "int8": MergeOptions(quant="int8"),
+    "fp8-scaled": MergeOptions(quant="fp8-scaled", scale_search=True),
+    "nvfp4": MergeOptions(quant="nvfp4"),
 }
 NOT_BLENDED = {
     "I64": "<i8",
@@ -63,12 +63,12 @@ def call(method: Method) -> str:
     return f"{method.name}({', '.join(files[:most])})"
 
 
-def runs() -> Iterator[tuple[str, str, Options]]:
+def runs() -> Iterator[tuple[str, str, MergeOptions]]:
     """Every method, and every expression and kind of output without one."""
     for name, method in methods().items():
-        yield name, call(method), Options()
+        yield name, call(method), MergeOptions()
     for name, text in EXPRESSIONS.items():
-        yield name, text, Options()
+        yield name, text, MergeOptions()
     for name, options in OPTIONS.items():
         yield name, EXPRESSIONS["sum"], options
 
@@ -83,7 +83,7 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def merge(text: str, options: Options) -> None:
+def merge(text: str, options: MergeOptions) -> None:
     """Do it; raises what planning and running raise."""
     with job.open_merge(text, options) as plan:
         job.run_merge(plan, Path("out.safetensors"), overwrite=True, threads=1)
@@ -112,7 +112,7 @@ def plant(folder: Path, most: int | None = None) -> Tally:
     return tally
 
 
-def _silence(text: str, options: Options) -> str | None:
+def _silence(text: str, options: MergeOptions) -> str | None:
     """What is wrong with how planted values are told of."""
     try:
         merge(text, options)

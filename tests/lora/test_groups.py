@@ -13,8 +13,8 @@ from mergetool.engine import job
 from mergetool.lora.combine import combine
 from mergetool.lora.gathering import gather, opened
 from mergetool.lora.selection import Exact
-from mergetool.recipe.groups import parse_setting
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
+from mergetool.options.multipliers import parse_setting
 from tests.cli.run import mergetool
 from tests.families import TINY, checkpoint
 
@@ -45,7 +45,7 @@ def changes(path: Path) -> dict[int, torch.Tensor]:
 
 
 def test_in_a_model_depth_counts_over_the_models_blocks(lora: dict[int, torch.Tensor], tmp_path: Path) -> None:
-    options = Options(multipliers=(SETTING,))
+    options = MergeOptions(multipliers=(SETTING,))
     with job.open_merge("'base.safetensors' + lora('lora.safetensors')", options) as plan:
         job.run_merge(plan, tmp_path / "out.safetensors")
     before, after = load_file(tmp_path / "base.safetensors"), load_file(tmp_path / "out.safetensors")

@@ -15,7 +15,7 @@ from mergetool.adapters import open_lora
 from mergetool.engine import job
 from mergetool.lab.training import models
 from mergetool.lora.convert import convert
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import random
 
 RANK, ALPHA = 4, 3.0
@@ -59,7 +59,9 @@ def output(model: torch.nn.Module) -> torch.Tensor:
 
 
 def baked(files: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    with job.open_merge(f"'{files / 'base.safetensors'}' + lora('{files / 'lora.safetensors'}')", Options()) as plan:
+    with job.open_merge(
+        f"'{files / 'base.safetensors'}' + lora('{files / 'lora.safetensors'}')", MergeOptions()
+    ) as plan:
         job.run_merge(plan, files / "baked.safetensors", overwrite=True)
     model = models.transformer().eval()
     model.load_state_dict(load_file(files / "baked.safetensors"))

@@ -16,7 +16,7 @@ from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora.gathering import gather, opened
 from mergetool.lora.rules import Rule
 from mergetool.lora.selection import ByRule, Exact, Fixed, Selection
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import SPELLINGS, f64, random
 from tests.lora.test_combine import changes, close, run, saved
 
@@ -210,7 +210,7 @@ def test_same_random_mask_for_same_shape_layers(tmp_path: Path) -> None:
     expression = f"'{tmp_path / 'base.safetensors'}' + 1 * lora('{tmp_path / 'l.safetensors'}')"
     differing = {}
     for rounding in ("nearest", "stochastic"):
-        with job.open_merge(expression, Options(rounding=rounding)) as plan:
+        with job.open_merge(expression, MergeOptions(rounding=rounding)) as plan:
             job.run_merge(plan, tmp_path / "out.safetensors", overwrite=True)
         one, two = (load_file(tmp_path / "out.safetensors")[f"blocks.{i}.proj.weight"] for i in range(2))
         differing[rounding] = float((one != two).float().mean())
@@ -243,7 +243,7 @@ def test_wrong_dare_rescale(tmp_path: Path) -> None:
     expression = f"'{tmp_path / 'base.safetensors'}' + 1 * lora('{tmp_path / 'l.safetensors'}')"
     shares = []
     for seed in range(1, 41):
-        with job.open_merge(expression, Options(rounding="stochastic", seed=seed)) as plan:
+        with job.open_merge(expression, MergeOptions(rounding="stochastic", seed=seed)) as plan:
             job.run_merge(plan, tmp_path / "out.safetensors", overwrite=True)
         stored = load_file(tmp_path / "out.safetensors")["blocks.0.proj.weight"]
         shares.append(float((change * (f64(stored) - f64(weight))).sum() / (change**2).sum()))

@@ -17,7 +17,7 @@ from mergetool.lora import verify
 from mergetool.lora.extract import extract, open_diff
 from mergetool.lora.pairs import DiffOptions
 from mergetool.lora.verify import LoraReport, open_comparison, verify_lora, worst
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import BLOCK, DIM, SPELLINGS
 from tests.families import checkpoint
 
@@ -42,7 +42,7 @@ def verified(folder: Path, lora: str = "lora.safetensors", *, base: str = "base.
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     """Every parameter in float64 under diffusers' names."""
-    with job.open_merge(f"'{path}'", Options(layout="diffusers", dtype=F32)) as plan:
+    with job.open_merge(f"'{path}'", MergeOptions(layout="diffusers", dtype=F32)) as plan:
         job.run_merge(plan, path.parent / "plain.safetensors", overwrite=True)
     return {name: tensor.double().numpy() for name, tensor in load_file(path.parent / "plain.safetensors").items()}
 
@@ -70,7 +70,7 @@ def test_residuals_are_those_of_the_definition(family: Path, strength: Fraction)
 
 def test_what_is_after_rounding_is_what_bake_writes(family: Path) -> None:
     with job.open_merge(
-        f"'{family / 'base.safetensors'}' + 1/2 * lora('{family / 'lora.safetensors'}')", Options()
+        f"'{family / 'base.safetensors'}' + 1/2 * lora('{family / 'lora.safetensors'}')", MergeOptions()
     ) as plan:
         job.run_merge(plan, family / "baked.safetensors", overwrite=True)
     report = verified(family, tuned="baked.safetensors", strength=Fraction(1, 2))
@@ -103,7 +103,7 @@ def test_every_spelling_is_compared(tmp_path: Path, spelling: str) -> None:
 def test_a_strength_multiplies_changes_of_every_kind(tmp_path: Path, spelling: str) -> None:
     written = SPELLINGS[spelling]()
     base, lora = checkpoint(tmp_path / "base.safetensors", dtype=F32), written.save(tmp_path)
-    with job.open_merge(f"'{base}' - 0.3 * lora('{lora}')", Options()) as plan:
+    with job.open_merge(f"'{base}' - 0.3 * lora('{lora}')", MergeOptions()) as plan:
         job.run_merge(plan, tmp_path / "tuned.safetensors")
     report = verified(tmp_path, lora.name, strength=Fraction(-3, 10))
     assert report.total() < 1e-5
@@ -111,9 +111,11 @@ def test_a_strength_multiplies_changes_of_every_kind(tmp_path: Path, spelling: s
 
 
 def test_a_quantised_base_is_baked_into_bf16(family: Path) -> None:
-    with job.open_merge(f"'{family / 'base.safetensors'}'", Options(quant="fp8-scaled")) as plan:
+    with job.open_merge(f"'{family / 'base.safetensors'}'", MergeOptions(quant="fp8-scaled")) as plan:
         job.run_merge(plan, family / "fp8.safetensors", overwrite=True)
-    with job.open_merge(f"'{family / 'fp8.safetensors'}' + lora('{family / 'lora.safetensors'}')", Options()) as plan:
+    with job.open_merge(
+        f"'{family / 'fp8.safetensors'}' + lora('{family / 'lora.safetensors'}')", MergeOptions()
+    ) as plan:
         job.run_merge(plan, family / "from-fp8.safetensors", overwrite=True)
     report = verified(family, base="fp8.safetensors", tuned="from-fp8.safetensors")
     assert report.total(after=True) == 0

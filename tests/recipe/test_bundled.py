@@ -17,7 +17,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.engine import job
 from mergetool.errors import PatternError, UsageError
 from mergetool.models import EMBEDDED
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
 from tests.quant.files import marker
 from tests.quant.ggml import Q, packed, write
@@ -40,7 +40,7 @@ def made(expression: str, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def planned(expression: str, **options: Any) -> Plan:
-    with job.open_merge(expression, Options(**options), fingerprints=False) as plan:
+    with job.open_merge(expression, MergeOptions(**options), fingerprints=False) as plan:
         return plan
 
 
@@ -150,7 +150,7 @@ def test_a_pattern_that_means_a_bundled_part_says_so() -> None:
 
 def test_another_word_is_refused() -> None:
     with pytest.raises(UsageError, match="choose one of keep, drop, drop-ema, merge"):
-        Options(bundled="ignore")
+        MergeOptions(bundled="ignore")
 
 
 def test_the_choice_is_recorded_and_read_again() -> None:

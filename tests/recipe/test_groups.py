@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mergetool.arch import recognise
 from mergetool.arch.z_image import reference_shapes
 from mergetool.errors import PatternError, UsageError
-from mergetool.recipe.groups import Gradient, expand, parse_setting, resolve, setting_text
+from mergetool.options.multipliers import Gradient, parse_setting, setting_text
+from mergetool.recipe.groups import expand, resolve
 from tests.arch.tables import TINY, anatomy, table
 
 DEEP = TINY | {"n_layers": 5, "n_refiner_layers": 2}

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import mergetool
 from mergetool.engine import job
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe import metadata
-from mergetool.recipe.options import Options
 
 CONFIG = json.dumps({"transformer": {"num_layers": 3}, "vae": {"_class_name": "CausalVideoAutoencoder"}})
 THEIRS = {"config": CONFIG, "modelspec.title": "My LTXV", "modelspec.license": "CC-BY-NC-4.0", "license": "other"}
@@ -38,7 +38,7 @@ def written(expression: str = "'a.safetensors'", **options: str) -> dict[str, st
 
 
 def warnings(expression: str) -> str:
-    with job.open_merge(expression, Options(), fingerprints=False) as plan:
+    with job.open_merge(expression, MergeOptions(), fingerprints=False) as plan:
         return "\n".join(plan.warnings)
 
 

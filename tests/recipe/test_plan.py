@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint import dtypes
 from mergetool.engine import job
 from mergetool.errors import ExpressionError, FamilyError, InputMissing, PatternError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
 
 MERGE = "'alk.safetensors' + 20*('a.safetensors' - 'b.safetensors')"
 
 
 def planned(text: str = MERGE, **options: object) -> Plan:
-    with job.open_merge(text, Options(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
+    with job.open_merge(text, MergeOptions(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
         return plan
 
 
@@ -185,7 +185,7 @@ def test_the_header_has_the_size_that_the_run_will_write(family: Path) -> None:
 )
 def test_a_rounding_that_makes_no_sense_is_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        Options(**options)  # type: ignore[arg-type]
+        MergeOptions(**options)  # type: ignore[arg-type]
 
 
 def test_a_model_whose_factor_is_0_is_not_read(family: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint.dtypes import F32
 from mergetool.engine import job
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.sampler import settings
 from mergetool.sampler.denoise import starting_noise
 from mergetool.sampler.parts import Components
@@ -67,7 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """The embedded models as ComfyUI's files."""
     folder = tmp_path_factory.mktemp("comfyui")
     for name in ("base", "turbo"):
-        with job.open_merge(f"1*lab.{name}", Options(layout="comfyui", dtype=F32)) as plan:
+        with job.open_merge(f"1*lab.{name}", MergeOptions(layout="comfyui", dtype=F32)) as plan:
             job.run_merge(plan, folder / f"{name}.safetensors")
     return {name: str(folder / f"{name}.safetensors") for name in ("base", "turbo")}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mergetool import models
 from mergetool.engine import job
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.sampler import load
 from mergetool.sampler.load import load_text_encoder, load_transformer, load_vae
 from mergetool.sampler.parts import Components, WeightedLora
@@ -36,7 +36,7 @@ def loaded(model: str | Path, dtype: torch.dtype = torch.float32, *loras: Weight
 
 
 def merged(base: Path, out: Path, **options: object) -> Path:
-    with job.open_merge(f"1 * '{base}'", Options(**options)) as plan:  # type: ignore[arg-type]
+    with job.open_merge(f"1 * '{base}'", MergeOptions(**options)) as plan:  # type: ignore[arg-type]
         job.run_merge(plan, out)
     return out
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.sampler import settings
 from mergetool.sampler.parts import WeightedLora
 from mergetool.sampler.settings import PRESETS, PartsOptions, SampleOptions, StageOptions, prepare
@@ -82,7 +82,7 @@ def test_diffusers_meaning_of_strength_comes_with_diffusers_levels() -> None:
 
 
 def test_sample_and_verify_have_the_same_defaults(tmp_path: Path) -> None:
-    with job.open_merge("lab.base + 0.1*(lab.alkahest - lab.base)", Options()) as made:
+    with job.open_merge("lab.base + 0.1*(lab.alkahest - lab.base)", MergeOptions()) as made:
         job.run_merge(made, tmp_path / "m.safetensors")
     asked = SampleOptions((PROMPT,), first=StageOptions("lab.base"), second=StageOptions("lab.turbo"))
     request = prepare(asked).request
@@ -96,7 +96,7 @@ def test_sample_and_verify_have_the_same_defaults(tmp_path: Path) -> None:
 @pytest.fixture
 def turbo(tmp_path: Path) -> str:
     """Turbo as one file, which has no scheduler beside it."""
-    with job.open_merge("1*lab.turbo", Options(layout="comfyui")) as made:
+    with job.open_merge("1*lab.turbo", MergeOptions(layout="comfyui")) as made:
         job.run_merge(made, tmp_path / "turbo.safetensors")
     return str(tmp_path / "turbo.safetensors")
 

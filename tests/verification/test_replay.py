@@ -13,15 +13,15 @@ import pytest
 from mergetool.checkpoint import dtypes
 from mergetool.engine import job
 from mergetool.errors import DataError, UsageError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.verification.replay import Replay, replay
 from tests.families import checkpoint
 
 EXPRESSION = "'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')"
 
 
-def merged(target: Path, options: Options | None = None, shard_size: int | None = None) -> Path:
-    with job.open_merge(EXPRESSION, options or Options(protect=("refiner",))) as plan:
+def merged(target: Path, options: MergeOptions | None = None, shard_size: int | None = None) -> Path:
+    with job.open_merge(EXPRESSION, options or MergeOptions(protect=("refiner",))) as plan:
         job.run_merge(plan, f"{target}/" if target.suffix == "" else target, shard_size=shard_size)
     return target
 
@@ -33,14 +33,14 @@ def again(target: Path) -> Replay:
 @pytest.mark.parametrize(
     "options",
     [
-        Options(),
-        Options(protect=("refiner",), keep_from="b.safetensors"),
-        Options(layout="diffusers", multipliers=(("attention", Fraction(1, 3)),)),
-        Options(rounding="stochastic", seed=5, dtype=dtypes.F8_E4M3),
-        Options(quant="fp8-scaled", scale_search=True),
+        MergeOptions(),
+        MergeOptions(protect=("refiner",), keep_from="b.safetensors"),
+        MergeOptions(layout="diffusers", multipliers=(("attention", Fraction(1, 3)),)),
+        MergeOptions(rounding="stochastic", seed=5, dtype=dtypes.F8_E4M3),
+        MergeOptions(quant="fp8-scaled", scale_search=True),
     ],
 )
-def test_a_fresh_merge_is_the_same_bytes(family: Path, options: Options) -> None:
+def test_a_fresh_merge_is_the_same_bytes(family: Path, options: MergeOptions) -> None:
     found = again(merged(family / "out.safetensors", options))
     assert (found.same, found.files, found.size) == (True, 1, (family / "out.safetensors").stat().st_size)
 

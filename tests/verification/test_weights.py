@@ -14,14 +14,14 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import DataError, InputMissing, MergetoolError
-from mergetool.recipe.options import Options
+from mergetool.options.merging import MergeOptions
 from mergetool.verification.weights import check_weights
 from tests.families import checkpoint
 
-PROTECTED = Options(protect=("refiner",))
+PROTECTED = MergeOptions(protect=("refiner",))
 
 
-def merge(output: Path, options: Options = PROTECTED) -> Path:
+def merge(output: Path, options: MergeOptions = PROTECTED) -> Path:
     with job.open_merge("'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')", options) as plan:
         job.run_merge(plan, output)
     return output
@@ -39,15 +39,15 @@ def rewritten(path: Path, change: Callable[[dict[str, object]], None], **metadat
 @pytest.mark.parametrize(
     "options",
     [
-        Options(),
+        MergeOptions(),
         PROTECTED,
-        Options(layout="diffusers"),
-        Options(multipliers=(("attention", Fraction(1, 2)),), exclude=("layers.0",)),
-        Options(rounding="stochastic", seed=77, dtype=dtypes.F8_E4M3),
-        Options(rounding="error-feedback", layout="diffusers"),
+        MergeOptions(layout="diffusers"),
+        MergeOptions(multipliers=(("attention", Fraction(1, 2)),), exclude=("layers.0",)),
+        MergeOptions(rounding="stochastic", seed=77, dtype=dtypes.F8_E4M3),
+        MergeOptions(rounding="error-feedback", layout="diffusers"),
     ],
 )
-def test_a_fresh_merge_is_sound(family: Path, options: Options) -> None:
+def test_a_fresh_merge_is_sound(family: Path, options: MergeOptions) -> None:
     found = check_weights(str(merge(family / "out.safetensors", options)))
     assert found.sound
     assert found.merged > 0
@@ -57,7 +57,7 @@ def test_a_fresh_merge_is_sound(family: Path, options: Options) -> None:
 
 def with_seed(out: Path, seed: str) -> Path:
     """A stochastically rounded merge whose recipe says another seed than it was made with."""
-    merge(out, Options(rounding="stochastic", seed=3))
+    merge(out, MergeOptions(rounding="stochastic", seed=3))
     with safe_open(out, "pt") as file:
         recipe = file.metadata()["mergetool.recipe"]
     assert '"seed": 3' in recipe

@@ -1,0 +1,137 @@
+"""What a run tells while it goes on: every face shows it in its own way, and a call from Python shows a bar, or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergetool.options.table import Table
+
+if TYPE_CHECKING:
+    from mergetool.comparison.finding import Finding
+    from mergetool.comparison.preflight import Preflight
+
+StrPath = str | os.PathLike[str]
+Progress = bool | Callable[[int, int], None]
+"""False for none, True for a bar on stderr, or a function of what is done and of the total."""
+
+Advance = Callable[[int], None]
+"""Told what was done since the last call."""
+
+
+Bar = AbstractContextManager[Advance]
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+class Events:
+    """What a face may be told of a run, in this order; each method does nothing until a face says otherwise.
+
+    ``plan`` is told what an operation is going to do, while its inputs are open: a `Plan`, a `Pairing`, ... with the bytes of memory that it takes;
+    ``done`` what became of it.
+    """
+
+    def note(self, text: str) -> None:
+        """A sentence on what was asked: a name that was completed, an option without effect."""
+
+    def survey(self, tasks: Sequence[Any]) -> None:
+        """The outputs of a recipe, before the first is begun."""
+
+    def output(self, task: Any) -> None:
+        """The output of a recipe that the next events are about."""
+
+    def waiting(self, task: Any) -> None:
+        """An output of a recipe that is planned when others are there; of a dry run."""
+
+    def verifying(self, task: Any) -> None:
+        """An output of a recipe that is going to be verified."""
+
+    def verified(self, task: Any, checked: Any) -> None:
+        """What became of that."""
+
+    def plan(self, plan: Any, memory: int) -> None:
+        """What is going to be done."""
+
+    def together(self, count: int, passes: int, moved: int, memory: int, written: int) -> None:
+        """How several outputs are made at the same time: bytes."""
+
+    def finding(self, finding: Finding) -> None:
+        """What was measured before the run and should be known."""
+
+    def checked(self, checked: Preflight) -> None:
+        """All of what was measured before the run."""
+
+    def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
+        """A block in which `Advance` is told what is done; it ``publishes`` where its end is the end of the work."""
+        return nullcontext(_nothing)
+
+    def done(self, plan: Any, result: Any) -> None:
+        """What became of it: after ``progress`` has ended, while inputs are still open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Table):
+    """The base of what the API is asked: a table of options, and how its caller sees how far it is."""
+
+    progress: Progress = False
+
+
+class Called(Events):
+    """The events of a call from Python: a bar, or the caller's own function."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+
+    def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
+        """A bar where one is wanted."""
+        return counting(word, total, self._shown, unit)
+
+
+@contextmanager
+def counting(word: str, total: int, progress: Progress, unit: str = "B") -> Iterator[Advance]:
+    """A function to call with what was done since the last call."""
+    done = 0
+    with reporting(word, progress, unit) as report:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report(done, total)
+
+        yield advance
+
+
+@contextmanager
+def reporting(word: str, progress: Progress, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with what is done and the total."""
+    if progress is False:
+        yield lambda done, total: None
+    elif progress is True:
+        from tqdm import tqdm
+
+        with tqdm(desc=word, unit=unit, unit_scale=True) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield show
+    else:
+        yield progress
+
+
+def percent_of(advance: Advance) -> Callable[[int, int], None]:
+    """A function of what is done and the total, for ``advance`` of a bar of 100."""
+    said = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        advance(100 * done // total - said)
+        said = 100 * done // total
+
+    return tell

@@ -1,0 +1,171 @@
+"""Recipe files: each output that is not there as it would be written now is made, by what makes one without a recipe."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from mergetool.api import merging
+from mergetool.api.calling import method
+from mergetool.api.differences import Extracted
+from mergetool.api.events import Events, Request
+from mergetool.api.merging import Merged, Planned
+from mergetool.options.kinds import Output
+from mergetool.options.running import MergeRunOptions
+from mergetool.options.table import Option, part
+from mergetool.recipe.schema import MergeOutput
+
+if TYPE_CHECKING:
+    from mergetool.lora.extract import Extraction
+    from mergetool.making.survey import Survey, Task
+    from mergetool.recipe.file import Recipe as Read
+    from mergetool.verification.checking import Verification
+
+
+@dataclass(frozen=True)
+class Make(Request, MergeRunOptions):
+    """How the outputs of a recipe are made."""
+
+    target: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="The folder for its outputs, or the name of its only one.", kind=Output(), default="this folder"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One output of a recipe: ``state`` is what was there before ("absent", "current" or "outdated").
+
+    ``merged`` is set where a merge was made, ``extraction`` where a LoRA was, neither where it was current and stayed; ``verification``
+    where the recipe asks for one.
+    """
+
+    name: str
+    path: Path
+    state: Literal["absent", "current", "outdated"]
+    merged: Merged | None = None
+    extraction: Extraction | None = None
+    verification: Verification | None = None
+
+
+def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
+    """Make the outputs that are not there as they would be written now, in the folder ``target`` (the only one: in that file).
+
+    Merges of common models are one pass over them; every input is opened once. Raises OutputError for what is out of date, without ``overwrite``, before
+    anything is made, and what merges and differences raise, with the place in the recipe.
+    """
+    from mergetool.engine import device as devices
+    from mergetool.making import survey
+
+    devices.choose(asked.device, work=0)  # one that is not there is refused before any output is made
+    places = survey.places_for(recipe, asked.target)
+    how = part(MergeRunOptions, asked)
+    made: dict[Path, Made] = {}
+    with survey.opened(places, fingerprints=True, skip_unmatched=how.skip_unmatched) as surveyed:
+        events.survey(surveyed.tasks)
+        if not (how.dry_run or how.overwrite):
+            survey.refuse_outdated(surveyed.tasks)
+        for tasks in surveyed.passes:
+            to_make = [task for task in tasks if task.is_to_be_made]
+            if how.dry_run:
+                for task in (task for task in to_make if task.waits):
+                    events.waiting(task)
+                to_make = [task for task in to_make if not task.waits]
+            made |= _merge(surveyed, to_make, how, events)
+            for task in (task for task in to_make if not task.is_merge):
+                made[task.path] = _difference(surveyed, task, how, events)
+        if not how.dry_run:
+            made |= _verified(surveyed, made, how, events)
+        return [made.get(task.path) or Made(task.output.label, task.path, task.state.kind) for task in surveyed.tasks]
+
+
+def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events: Events) -> dict[Path, Made]:
+    from mergetool.making import survey
+
+    planned = [
+        Planned(plan, task.target, task, partial(surveyed.places.located, task.output))
+        for task, plan in surveyed.planned(tasks)
+    ]
+    if not planned:
+        return {}
+    merged = merging.make(planned, how, events, shard_size=survey.shard_size(planned[0].task.output))
+    return {
+        one.task.path: Made(one.task.output.label, one.task.path, one.task.state.kind, each)
+        for one, each in zip(planned, merged, strict=True)
+    }
+
+
+def _difference(surveyed: Survey, task: Task, how: MergeRunOptions, events: Events) -> Made:
+    from mergetool.lora import on_device
+    from mergetool.lora.extract import extract
+
+    started = time.monotonic()
+    pairing, options = surveyed.paired(task)
+    events.output(task)
+    events.plan(pairing, 0)
+    made = Made(task.output.label, task.path, task.state.kind)
+    if how.dry_run:
+        return made
+    with events.progress("diff", pairing.bytes_to_read(options)) as advance:
+        found = extract(
+            pairing,
+            task.path,
+            options,
+            overwrite=how.overwrite,
+            threads=how.threads,
+            method=how.reader,
+            device=on_device.choose(how.device),
+            memory=how.gpu_bytes,
+            progress=advance,
+        )
+    events.done(pairing, Extracted(task.path, found, options, time.monotonic() - started))
+    return replace(made, extraction=found)
+
+
+def _verified(surveyed: Survey, made: Mapping[Path, Made], how: MergeRunOptions, events: Events) -> dict[Path, Made]:
+    """Check what was made now and asks for it."""
+    from mergetool.making import looks
+    from mergetool.verification import checking
+
+    found = {}
+    for task, plan in surveyed.planned([task for task in surveyed.tasks if task.path in made and task.is_merge]):
+        spec = task.output.spec
+        if isinstance(spec, MergeOutput) and spec.verify:
+            events.verifying(task)
+            wish, with_images = looks.wish_of(surveyed.places, task.output, spec.verify)
+            checked = checking.verify(
+                str(task.path),
+                looks.places_of(plan),
+                wish,
+                events.progress,
+                with_images=with_images,
+                threads=how.threads,
+            )
+            events.verified(task, checked)
+            found[task.path] = replace(made[task.path], verification=checked)
+    return found
+
+
+class Recipe:
+    """A recipe file, read and checked, with variables set: ``Recipe("bridge.yaml", m=20)``.
+
+    Raises RecipeError, with line and column, for all that is wrong in it, InputMissing where it is not there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], **variables: float | str | Fraction) -> None:
+        from mergetool.recipe import file
+
+        self._read = file.load(Path(path), [f"{name}={value}" for name, value in variables.items()])
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its outputs, each with the values of a sweep, in the order in which they are made."""
+        return tuple(output.label for output in self._read.outputs)
+
+    make = method(Make, lambda self, asked, events: run_recipe(self._read, asked, events), run_recipe)

@@ -1,0 +1,150 @@
+"""Commands from the table of options: a request's rows become the parameters of a command, and what was typed becomes the request."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from mergetool.cli import console
+from mergetool.options.kinds import Choice, Flag, Kind, Model, Models, Patterns, Settings
+from mergetool.options.table import Row, Table, rows_in
+
+T = TypeVar("T", bound=Table)
+
+PRINTING = {
+    "as_json": ("--json", "Print one JSON object on stdout instead of text."),
+    "no_progress": ("--no-progress", "Show no progress bar."),
+    "verbose": ("--verbose", "List every tensor instead of counts."),
+}
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What was typed: ``given`` has the values of the options that were, by their names, ``own`` what belongs to the command alone."""
+
+    given: Mapping[str, Any]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    as_json: bool = False
+    no_progress: bool = False
+    verbose: bool = False
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a bar is wanted."""
+        return not (self.no_progress or self.as_json)
+
+    def request(self, table: type[T], **more: Any) -> T:
+        """The request that was typed. Raises UsageError for values that contradict each other."""
+        return table(**{**self.given, **more})
+
+
+def command(
+    table: type[Table], *, own: Sequence[inspect.Parameter] = (), prints: Sequence[str] = tuple(PRINTING)
+) -> Callable[[Callable[[Typed], None]], Callable[..., None]]:
+    """Make a command of a function of what was `Typed`, with an option for every row of ``table``.
+
+    ``own`` are parameters for typer that belong to the command alone, ``prints`` those of `PRINTING` that it has.
+    """
+    known = rows_in(table, "command")
+
+    def decorate(function: Callable[[Typed], None]) -> Callable[..., None]:
+        def run(**typed: Any) -> None:
+            said = {name: typed[name] for name in prints}
+            given = {name: row.read(typed[name]) for name, row in known.items() if typed[name] not in (None, [])}
+            mine = {one.name: typed[one.name] for one in own}
+            function(Typed(given, mine, **said))
+
+        parameters = [parameter(row) for row in known.values()] + list(own) + [_printing(name) for name in prints]
+        parameters.sort(key=lambda one: one.default is not inspect.Parameter.empty)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        run.request = table  # type: ignore[attr-defined]
+        return console.command(run)
+
+    return decorate
+
+
+def parameter(row: Row) -> inspect.Parameter:
+    """A row as a parameter for typer; every value is text, which the row reads, so that every face refuses the same."""
+    kind, option = row.option.kind, row.option
+    if isinstance(kind, Flag):
+        both = row.initial is None
+        spelling = f"{row.flag}/--no-{row.flag.removeprefix('--')}" if both else row.flag
+        said = typer.Option(
+            *filter(None, (spelling, option.short)), help=f"{option.help}{_default(row)}", show_default=False
+        )
+        return _keyword(row.name, bool | None, said, None)
+    many: Any = list[str] if kind.many else str
+    completion = _completion(kind)
+    if option.argument:
+        said = typer.Argument(help=option.help, metavar=_metavar(row), show_default=False, autocompletion=completion)
+        return _keyword(row.name, many if row.is_needed else many | None, said, _EMPTY if row.is_needed else None)
+    said = typer.Option(
+        *filter(None, (row.flag, option.short)),
+        help=f"{option.help}{_choices(kind)}{_repeatable(kind)}{_default(row)}",
+        metavar=kind.metavar,
+        show_default=False,
+        autocompletion=completion,
+    )
+    return _keyword(row.name, many if row.is_needed else many | None, said, _EMPTY if row.is_needed else None)
+
+
+_EMPTY = inspect.Parameter.empty
+
+
+def _keyword(name: str, kind: Any, said: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, said], default=default)
+
+
+def _printing(name: str) -> inspect.Parameter:
+    flag, said = PRINTING[name]
+    flags = (flag, "-v") if name == "verbose" else (flag,)
+    return _keyword(name, bool, typer.Option(*flags, help=said), False)
+
+
+def _metavar(row: Row) -> str:
+    return row.option.kind.metavar if not row.option.kind.many else f"{row.option.kind.metavar}..."
+
+
+def _choices(kind: Kind) -> str:
+    return f" One of {', '.join(kind.words)}." if isinstance(kind, Choice) else ""
+
+
+def _repeatable(kind: Kind) -> str:
+    return " Repeatable." if kind.many else ""
+
+
+def _default(row: Row) -> str:
+    default = row.option.default or row.initial
+    said = console.spelled(str(default))
+    nothing = default is None or default is False or default == ()
+    return "" if row.is_needed or nothing else f" [default: {said}]"
+
+
+def _completion(kind: Kind) -> Callable[[str], list[str]] | None:
+    """What completes a value: words, registered models, groups."""
+    if isinstance(kind, Choice):
+        return lambda incomplete: [word for word in kind.words if word.startswith(incomplete)]
+    if isinstance(kind, Model | Models):
+        return _models
+    if isinstance(kind, Patterns | Settings):
+        return _groups
+    return None
+
+
+def _models(incomplete: str) -> list[str]:
+    from mergetool import models
+
+    return [entry.name for entry in models.listing() if entry.name.startswith(incomplete)]
+
+
+def _groups(incomplete: str) -> list[str]:
+    from mergetool import models
+
+    with models.open_model("lab.base", names_only=True) as opened:
+        return [name for name in opened.anatomy.family.group_names(opened.anatomy) if name.startswith(incomplete)]

@@ -1,0 +1,367 @@
+"""What the value of an option can be: how it is checked, and how it is read from text.
+
+``value`` takes what a program gives, or text, and returns the one form in which the library sees it. Raises ValueError, whose text says what is
+wanted, in words that follow "has to be".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.sizes import parse_size
+from mergetool.errors import UsageError
+from mergetool.options.multipliers import Setting, parse_setting
+
+MOST = 2**31 - 1
+"""The largest count that any option takes."""
+
+
+class Kind:
+    """The kind of an option's value; ``metavar`` stands for it in a line of help, ``many`` that it can be given more than once."""
+
+    metavar = "TEXT"
+    many = False
+
+    def value(self, given: Any) -> Any:
+        """The form in which the library sees ``given``. Raises ValueError with what is wanted, or UsageError with a sentence."""
+        raise NotImplementedError
+
+    def read(self, text: str | Sequence[str]) -> Any:
+        """`value` of what was typed: one text, or a list of them where there can be ``many``."""
+        return self.value(text)
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """True or false."""
+
+    metavar = ""
+
+    def value(self, given: Any) -> bool:
+        if not isinstance(given, bool):
+            raise ValueError("true or false")
+        return given
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """Any text but an empty one, of which ``metavar`` says what it is; ``empty`` allows that too."""
+
+    metavar: str = "TEXT"
+    empty: bool = False
+
+    def value(self, given: Any) -> str:
+        if not isinstance(given, str) or not (given or self.empty):
+            raise ValueError("a text")
+        return given
+
+
+@dataclass(frozen=True)
+class Model(Text):
+    """A model: a registered name, a path, an address or ``lab.NAME``."""
+
+    metavar: str = "MODEL"
+
+    def value(self, given: Any) -> str:
+        return super().value(os.fspath(given) if isinstance(given, os.PathLike) else given)
+
+
+@dataclass(frozen=True)
+class File(Kind):
+    """A path of a file or folder; ``ending`` is that of a file to be written."""
+
+    metavar: str = "PATH"
+
+    def value(self, given: Any) -> Path:
+        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+            raise ValueError("a path")
+        from mergetool.checkpoint.paths import typed
+
+        return Path(typed(os.fspath(given)))
+
+
+@dataclass(frozen=True)
+class Output(Kind):
+    """The name of what is written, as it was typed: a slash at its end says folder."""
+
+    metavar: str = "OUT"
+
+    def value(self, given: Any) -> str:
+        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+            raise ValueError("a path")
+        return os.fspath(given)
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some words; ``known`` is a function where a register knows them."""
+
+    known: tuple[str, ...] | Callable[[], Sequence[str]]
+    metavar: str = "WORD"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words there are."""
+        return tuple(self.known() if callable(self.known) else self.known)
+
+    def value(self, given: Any) -> str:
+        if isinstance(given, DType):
+            given = given.name
+        if not isinstance(given, str) or given not in self.words:
+            raise ValueError(f"one of {', '.join(self.words)}")
+        return given
+
+
+@dataclass(frozen=True)
+class Device(Kind):
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``."""
+
+    metavar = "DEVICE"
+
+    def value(self, given: Any) -> str:
+        if isinstance(given, str):
+            name, colon, number = given.partition(":")
+            known = name == "cuda" and number.isascii() and number.isdigit() and len(number) < 4
+            if given in ("auto", "cpu", "cuda") or (colon and known):
+                return given
+        raise ValueError("auto, cpu, cuda or cuda:NUMBER")
+
+
+@dataclass(frozen=True)
+class Whole(Kind):
+    """A whole number of at least ``least`` and at most ``most``."""
+
+    least: int = 0
+    most: int = MOST
+    metavar: str = "N"
+
+    def value(self, given: Any) -> int:
+        if isinstance(given, str) and given.strip().removeprefix("-").isdecimal() and len(given) < 40:
+            given = int(given)
+        if isinstance(given, bool) or not isinstance(given, int) or not self.least <= given <= self.most:
+            bound = f"from {self.least}" + ("" if self.most == MOST else f" to {self.most}")
+            raise ValueError(f"a whole number {bound}")
+        return given
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number: above ``above``, at least ``least``, at most ``most`` where they are given."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    metavar: str = "X"
+
+    def value(self, given: Any) -> float:
+        number = _number(given)
+        inside = number is not None and self.least <= number <= self.most and number > self.above
+        if number is None or not inside:
+            bounds = (("above", self.above), ("from", self.least), ("up to", self.most))
+            words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+            raise ValueError(" ".join(["a number", *words]))
+        return number
+
+
+@dataclass(frozen=True)
+class Share(Kind):
+    """A share above 0: 0.01, or as text ``1%``."""
+
+    metavar: str = "SHARE"
+
+    def value(self, given: Any) -> float:
+        percent = isinstance(given, str) and given.strip().endswith("%")
+        number = _number(given.strip().removesuffix("%") if percent else given)
+        if number is None or not 0 < (number / 100 if percent else number) < 1e6:
+            raise ValueError("a share such as 0.8% or 0.008")
+        return number / 100 if percent else number
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """Bytes: a whole number above 0, or as text ``300MB``."""
+
+    metavar: str = "SIZE"
+
+    def value(self, given: Any) -> int:
+        if isinstance(given, str):
+            return parse_size(given)
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given < 2**63:
+            raise ValueError("a size above 0, in bytes or as in 300MB, 2GB or 4GiB")
+        return given
+
+
+@dataclass(frozen=True)
+class Patterns(Kind):
+    """Groups, globs over tensor names, and ``re:`` expressions."""
+
+    metavar: str = "PATTERN"
+    many = True
+
+    def value(self, given: Any) -> tuple[str, ...]:
+        if isinstance(given, str):
+            raise ValueError(f'a list, as in ["{given}"]')
+        try:
+            patterns = tuple(given)
+        except TypeError:
+            raise ValueError("a list of patterns") from None
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError("a list of texts")
+        return patterns
+
+
+@dataclass(frozen=True)
+class Models(Patterns):
+    """Several models."""
+
+    metavar: str = "MODEL"
+
+
+@dataclass(frozen=True)
+class Settings(Kind):
+    """Multipliers by group: a mapping, or texts such as ``layers=linear(0.2,1)``; a later one wins."""
+
+    metavar: str = "GROUP=MULT"
+    many = True
+
+    def value(self, given: Any) -> tuple[Setting, ...]:
+        if isinstance(given, str):
+            raise ValueError('a mapping, as in {"refiner": 0}')
+        if isinstance(given, Mapping):
+            return tuple(parse_setting(f"{pattern}={_exact(number)}") for pattern, number in given.items())
+        return tuple(parse_setting(one) if isinstance(one, str) else one for one in given)
+
+
+@dataclass(frozen=True)
+class Places(Kind):
+    """A mapping of names to models, or texts such as ``tuned=/models/tuned.safetensors``."""
+
+    metavar: str = "NAME=MODEL"
+    many = True
+
+    def value(self, given: Any) -> dict[str, str]:
+        if isinstance(given, Mapping):
+            return {str(name): os.fspath(place) for name, place in given.items()}
+        if isinstance(given, str):
+            raise ValueError('a mapping, as in {"tuned": "/models/tuned.safetensors"}')
+        return dict(self._place(text) for text in given)
+
+    def _place(self, text: str) -> tuple[str, str]:
+        name, equals, where = text.partition("=")
+        if not (name and equals and where):
+            raise UsageError(f'`inputs` "{text}" is not NAME=MODEL, as in tuned=/models/tuned.safetensors.')
+        return name, where
+
+
+@dataclass(frozen=True)
+class Loras(Kind):
+    """LoRAs with their strengths: a mapping of paths to numbers, or texts such as ``style.safetensors:0.8``."""
+
+    metavar: str = "LORA[:STRENGTH]"
+    many = True
+
+    def value(self, given: Any) -> tuple[tuple[str, Fraction], ...]:
+        if isinstance(given, str):
+            raise ValueError(f'a mapping of LoRAs to strengths, as in {{"{given}": 1}}')
+        if isinstance(given, Mapping):
+            return tuple(
+                (os.fspath(path), _strength(os.fspath(path), str(_exact(size)))) for path, size in given.items()
+            )
+        entries = list(given)
+        if all(isinstance(entry, str) for entry in entries):
+            return tuple(with_strengths(entries))
+        return tuple(entries)
+
+
+_AMOUNT = r"[+-]?\d+(?:[.,]\d+)?\s*%?"
+
+
+def with_strengths(texts: Sequence[str]) -> list[tuple[str, Fraction]]:
+    """`with_strength` of each. Raises UsageError, with what to write, for a strength beside its LoRA, with a comma or in per cent."""
+    for i, text in enumerate(texts):
+        path, _, amount = text.rpartition(":")
+        if not re.fullmatch(_AMOUNT, amount) or Path(text).exists():
+            continue
+        if not path and i:
+            raise UsageError(f'a strength follows its LoRA after a colon: write "{texts[i - 1]}:{_decimal(amount)}".')
+        if path and amount != _decimal(amount) and not amount.startswith("+"):
+            raise UsageError(f'"{text}": a strength is a number with a point: write "{path}:{_decimal(amount)}".')
+    return [with_strength(text) for text in texts]
+
+
+def with_strength(text: str) -> tuple[str, Fraction]:
+    """The path and the strength of ``LORA[:STRENGTH]``; a colon is part of the path unless a number follows.
+
+    Example: ``style.safetensors:-0.3`` gives ``("style.safetensors", Fraction(-3, 10))``. Raises UsageError for a strength that is
+    not finite.
+    """
+    path, colon, number = text.rpartition(":")
+    try:
+        float(number)
+    except ValueError:
+        return text, Fraction(1)
+    return (path, _strength(text, number)) if colon and path else (text, Fraction(1))
+
+
+def _strength(text: str, number: str) -> Fraction:
+    value = float(number)
+    if not math.isfinite(value) or len(number) > 40:
+        raise UsageError(f'"{text}": the strength {number[:40]} is not a finite number.')
+    # Not Fraction("1e-999999999"), which is zero to every program and a number of a billion digits here.
+    return Fraction(number.strip()) if value else Fraction(0)
+
+
+def _decimal(amount: str) -> str:
+    """A number as people write it, with a point and without a per cent sign."""
+    digits = amount.replace(",", ".").rstrip("% ")
+    return str(Decimal(digits) / 100) if "%" in amount else digits
+
+
+@dataclass(frozen=True)
+class Pair(Kind):
+    """Two finite numbers, or as text ``1,0.5``."""
+
+    metavar: str = "W1,W2"
+
+    def value(self, given: Any) -> tuple[float, float]:
+        numbers = [_number(one) for one in (given.split(",") if isinstance(given, str) else given)]
+        if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
+            raise ValueError("two numbers, as in 1,0.5")
+        return numbers[0], numbers[1]
+
+
+def _number(given: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(given, bool) or not isinstance(given, int | float | Decimal | Fraction | str):
+        return None
+    try:
+        number = float(given)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _exact(number: object) -> object:
+    """A number as text that has all its digits."""
+    return repr(number) if isinstance(number, float) else number
+
+
+def shown(given: object) -> str:
+    """A refused value, short, for a sentence."""
+    text = given if isinstance(given, str) else repr(given)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f'"{text}"' if isinstance(given, str) else text
+
+
+def sentence(name: str, given: object, wanted: str) -> UsageError:
+    """The error for a value that is not what it has to be, in the words of every face."""
+    return UsageError(f"`{name}` is {shown(given)}, but has to be {wanted}.")

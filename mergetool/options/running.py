@@ -1,0 +1,136 @@
+"""How something is run: none of these options changes a byte of what is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, cast
+
+from mergetool.options.kinds import Choice, Device, Flag, Size, Whole
+from mergetool.options.table import Face, Option, Table
+
+READERS = ("auto", "mmap", "pread")
+MEASURES = ("sample", "all", "off")
+NON_FINITE = ("refuse", "keep")
+
+RUN: dict[Face, str] = {"recipe": "how a recipe is run is said by who runs it"}
+PLANNED: dict[Face, str] = RUN | {"node": "ComfyUI queues what is to be run"}
+DRY = "none, with `dry_run`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(Table):
+    """What may become of an output that is there."""
+
+    overwrite: Annotated[bool, Option(help="Replace an existing output.", kind=Flag(), missing=RUN)] = False
+    dry_run: Annotated[
+        bool, Option(help="Print what would be done, with the memory it takes, and stop.", kind=Flag(), missing=PLANNED)
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(Table):
+    """Into how many files a model is written."""
+
+    shard_size: Annotated[
+        int | str | None, Option(help="Write a folder of shards no larger than this, as in 5GB.", kind=Size())
+    ] = None
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """``shard_size`` in bytes."""
+        return cast("int | None", self.shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions(Table):
+    """How many threads work."""
+
+    threads: Annotated[
+        int | None, Option(help="Worker threads.", kind=Whole(1, 256), default="all cores", missing=RUN)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions(ThreadOptions):
+    """How files are read."""
+
+    reader: Annotated[
+        Literal["auto", "mmap", "pread"],
+        Option(help="How files are read; same bytes.", kind=Choice(READERS), missing=RUN),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Table):
+    """What computes."""
+
+    device: Annotated[str, Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER.", kind=Device(), missing=RUN)] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuOptions(DeviceOptions):
+    """What computes, and how much of it is taken."""
+
+    gpu_memory: Annotated[
+        int | str | None,
+        Option(help="Most memory to take of each GPU.", kind=Size(), default="80 % of what is free", missing=RUN),
+    ] = None
+
+    @property
+    def gpu_bytes(self) -> int:
+        """``gpu_memory`` in bytes, 0 for the default."""
+        return cast(int, self.gpu_memory or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnmatchedOptions(Table):
+    """What becomes of LoRA keys that match nothing."""
+
+    skip_unmatched: Annotated[
+        bool,
+        Option(help="Skip (and list) LoRA keys that match nothing in the model.", kind=Flag(), missing=RUN),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForceOptions(Table):
+    """Whether the preflight may be overruled."""
+
+    force: Annotated[
+        bool,
+        Option(help="Merge models that do not look as if they belong together.", kind=Flag(), missing=RUN),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteOptions(Table):
+    """What becomes of NaN and infinity."""
+
+    non_finite: Annotated[
+        Literal["refuse", "keep"],
+        Option(help="What to do with NaN and infinity.", kind=Choice(NON_FINITE), flag="--nonfinite", missing=RUN),
+    ] = "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRunOptions(ReaderOptions, GpuOptions, NonFiniteOptions, UnmatchedOptions, ForceOptions, WriteOptions):
+    """How a merge is run."""
+
+    measure: Annotated[
+        Literal["sample", "all", "off"],
+        Option(
+            help="On how much of the output to measure what rounding did to the delta.",
+            kind=Choice(MEASURES),
+            missing=RUN,
+        ),
+    ] = "sample"
+    resume: Annotated[
+        bool,
+        Option(
+            help="Keep what is finished when the run is stopped; the same command then goes on from there.",
+            kind=Flag(),
+            missing=RUN,
+        ),
+    ] = False

@@ -1,0 +1,158 @@
+"""Rows of the table, the base of the dataclasses whose fields they are, and how a face spells an option in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergetool.errors import UsageError
+from mergetool.options.kinds import Kind, sentence
+
+Face = Literal["command", "api", "recipe", "node"]
+FACES: tuple[Face, ...] = ("command", "api", "recipe", "node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a row says besides name, type and default.
+
+    ``flag`` is its spelling on the command line where that is not the name with hyphens, ``short`` another with one letter, ``argument`` that it stands there
+    without a name; ``key`` is its spelling in a recipe. ``default`` is what the default means, in words, where the value alone does not say it. ``missing`` has, for a face that does not have the option, why.
+    """
+
+    help: str
+    kind: Kind
+    flag: str = ""
+    short: str = ""
+    key: str = ""
+    argument: bool = False
+    default: str = ""
+    missing: Mapping[Face, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One option of a class of options: its name, its default (``dataclasses.MISSING`` for none), and what `Option` says."""
+
+    name: str
+    initial: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line."""
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def key(self) -> str:
+        """Its spelling in a recipe."""
+        return self.option.key or self.name
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is no default."""
+        return self.initial is dataclasses.MISSING
+
+    def value(self, given: Any) -> Any:
+        """``given`` as the library sees it, the default as it is. Raises UsageError."""
+        if given is None and self.initial is None:
+            return None
+        try:
+            return self.option.kind.value(given)
+        except ValueError as wanted:
+            raise sentence(self.name, given, str(wanted)) from None
+
+    def read(self, typed: Any) -> Any:
+        """`value` of what was typed. Raises UsageError."""
+        try:
+            return self.option.kind.read(typed)
+        except ValueError as wanted:
+            raise sentence(self.name, typed, str(wanted)) from None
+
+
+class Table:
+    """The base of a dataclass whose fields are rows: each value is checked and brought to its one form when an instance is made."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value that is not what its option takes, and for values that contradict each other."""
+        for row in rows(type(self)).values():
+            object.__setattr__(self, row.name, row.value(getattr(self, row.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Raises UsageError for values that contradict each other; every class of options adds its own to its bases'."""
+
+
+def rows(table: Any) -> Mapping[str, Row]:
+    """The rows of a dataclass by their names: its own, then those of each of its bases, in the order of both."""
+    return _rows(table)
+
+
+@functools.cache
+def _rows(table: Any) -> Mapping[str, Row]:
+    assert isinstance(table, type)
+    hints = typing.get_type_hints(table, include_extras=True)
+    fields: Mapping[str, dataclasses.Field[Any]] = getattr(table, "__dataclass_fields__", {})
+    found = {}
+    if not dataclasses.is_dataclass(table):
+        return {}
+    for name in (
+        *inspect.get_annotations(table),
+        *(name for base in table.__bases__ for name in rows(base)),
+    ):
+        for said in getattr(hints[name], "__metadata__", ()):
+            if isinstance(said, Option) and name not in found:
+                found[name] = Row(name, fields[name].default, said)
+    return found
+
+
+def named(name: str, table: type = Table) -> Row | None:
+    """The row of that name in one of the tables that are loaded; spelling is the same in all that have it."""
+    if name in rows(table):
+        return rows(table)[name]
+    return next((found for inner in _inner(table) if (found := named(name, inner)) is not None), None)
+
+
+def _inner(table: type) -> list[type]:
+    return type.__subclasses__(table)
+
+
+def rows_in(table: type, face: Face) -> dict[str, Row]:
+    """The rows that a face has."""
+    return {name: row for name, row in rows(table).items() if face not in row.option.missing}
+
+
+def values(table: Table) -> dict[str, Any]:
+    """What an instance holds, by the names of its rows."""
+    return {name: getattr(table, name) for name in rows(type(table))}
+
+
+def part(table: Any, of: Table) -> Any:
+    """The rows of ``of`` that belong to the class ``table``, as an instance of that."""
+    return table(**{name: getattr(of, name) for name in rows(table)})
+
+
+_NAMED = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`\s]*))?`")
+
+
+def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
+    """``text`` with every option that it names, `` `name` `` or `` `name=value` ``, as ``spell`` says it; None leaves it."""
+
+    def replaced(match: re.Match[str]) -> str:
+        said = spell(match["name"], match["value"])
+        return match[0] if said is None else said
+
+    return _NAMED.sub(replaced, text)
+
+
+def refuse_together(given: Mapping[str, bool], why: str) -> None:
+    """Raises UsageError where more than one of ``given`` options is there; ``why`` ends the sentence."""
+    there = [f"`{name}`" for name, is_there in given.items() if is_there]
+    if len(there) > 1:
+        raise UsageError(f"{' and '.join(there)} contradict each other; {why}.")
