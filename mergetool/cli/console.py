@@ -81,6 +81,7 @@ class _Stdout:
 
     def __init__(self) -> None:
         self.failure: OSError | None = None
+        self.has_json = False
 
     def print(self, text: str) -> None:
         try:
@@ -127,6 +128,7 @@ def heading(word: str, text: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
+    _stdout.has_json = True
     _stdout.print(spelled(json.dumps(value, indent=2, ensure_ascii=True)))
 
 
@@ -267,12 +269,13 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        _stdout.has_json = False
         try:
             result = function(*args, **kwargs)
             _stdout.flush()  # here, where its failure can be told
         except MergetoolError as error:
             sentence = _with_notes(str(error), error)
-            if kwargs.get("as_json"):
+            if kwargs.get("as_json") and not _stdout.has_json:  # a check that says no has printed what it found
                 failed = {"type": type(error).__name__, "message": sentence, "exit_code": error.exit_code}
                 print_json({"error": failed})
             fail(sentence, error.exit_code)

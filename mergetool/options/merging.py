@@ -14,7 +14,9 @@ from mergetool.ops.rounding import MODES, Mode
 from mergetool.options.kinds import Choice, Flag, Model, Patterns, Settings, Text, Whole
 from mergetool.options.multipliers import Setting
 from mergetool.options.table import Option, Table
-from mergetool.quant.output import QUANTISERS
+
+CONTAINERS = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
+"""Those of `quant.output.QUANTISERS`, which would bring numpy to every ``--help``; a test holds that they are."""
 
 LAYOUTS = ("comfyui", "diffusers")
 BUNDLED = ("keep", "drop", "drop-ema", "merge")
@@ -35,7 +37,7 @@ class ContainerOptions(Table):
         str | None,
         Option(
             help="Quantised container of the large matrices, as ComfyUI loads it.",
-            kind=Choice(tuple(QUANTISERS), "CONTAINER"),
+            kind=Choice(CONTAINERS, "CONTAINER"),
         ),
     ] = None
     scale_search: Annotated[
