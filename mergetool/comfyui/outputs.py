@@ -191,7 +191,7 @@ def _advice(plan: Plan, force: bool) -> list[str]:
 
     checked = preflight.check(plan)
     if not force:
-        checked.refuse(way_out="turn on force to merge anyway")
+        checked.refuse()
     return [f"{finding.level}: {finding.text}" for finding in checked.findings]
 
 

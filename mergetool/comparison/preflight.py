@@ -19,11 +19,11 @@ class Preflight:
     landing: Landing
     findings: tuple[Finding, ...]
 
-    def refuse(self, *, way_out: str = "--force merges anyway") -> None:
-        """Raises LineageError for the first finding that is an error; ``way_out`` says how to merge nevertheless."""
+    def refuse(self) -> None:
+        """Raises LineageError for the first finding that is an error."""
         for finding in self.findings:
             if finding.is_error:
-                raise LineageError(f"{finding.text}; {way_out}.")
+                raise LineageError(f"{finding.text}; `force` merges anyway.")
 
     def record(self) -> dict[str, Any]:
         """The findings and figures for JSON."""

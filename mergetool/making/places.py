@@ -16,6 +16,7 @@ from mergetool.recipe import naming
 from mergetool.recipe.document import Node, Place
 from mergetool.recipe.file import Model, Output, Recipe
 from mergetool.recipe.quoting import one_line, quote
+from mergetool.recipe.validation import as_keys
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Places:
             named = [(sentence.find(text), place) for output in outputs for text, place in self._named(output)]
             place = min((found for found in named if found[0] >= 0), key=lambda found: found[0], default=(0, None))[1]
             whole = outputs[0].place_of("diff" if outputs[0].expression is None else "merge")
-            raise type(error)(f"{place or whole}: {sentence}") from None
+            raise type(error)(f"{place or whole}: {as_keys(sentence)}") from None
 
     def _named(self, output: Output) -> Iterator[tuple[str, Place]]:
         """What an error may have in quotes, and where it stands in the recipe."""

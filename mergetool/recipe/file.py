@@ -28,7 +28,7 @@ from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.naming import Replaced, Variable
 from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
-from mergetool.recipe.validation import keys_of, nearest, validated
+from mergetool.recipe.validation import as_keys, keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
 
 MAX_OUTPUTS = 256
@@ -141,7 +141,7 @@ def options_of(output: Output, names: Mapping[str, str]) -> MergeOptions:
     except RecipeError:
         raise
     except UsageError as error:
-        raise output.place_of("seed").error(str(error)) from None
+        raise output.place_of("seed").error(as_keys(str(error))) from None
 
 
 def patterns(given: str | list[str] | None) -> tuple[str, ...]:

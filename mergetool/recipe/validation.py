@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import RecipeError
+from mergetool.options.table import named, spelled
 from mergetool.recipe.document import Node, Place
 
 M = TypeVar("M", bound=BaseModel)
@@ -35,6 +36,18 @@ def validated(kind: type[M], node: Node, also: Sequence[str] = ()) -> M:
         return kind.model_validate(node.data())
     except ValidationError as error:
         raise _first(error, node, kind, also) from None
+
+
+def as_keys(sentence: str) -> str:
+    """``sentence`` with the options that it names as the keys of a recipe, those that are there."""
+
+    def key(name: str, value: str | None) -> str | None:
+        row = named(name)
+        if row is None or "recipe" in row.option.missing:
+            return None
+        return f'"{row.key}: {value}"' if value else f'"{row.key}"'
+
+    return spelled(sentence, key)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.cli.lora_bake import with_strength
+from mergetool.options.kinds import with_strength
 from tests.adapters.spellings import SPELLINGS, Written
 from tests.cli.run import mergetool
 from tests.lora.test_combine import changes, close

@@ -53,8 +53,8 @@ def test_files_and_folders_of_shards_are_passes_of_their_own() -> None:
 
 def states(text: str, target: Path | None = None) -> list[tuple[str, str, str]]:
     places = survey.places_for(read(text), target)
-    tasks = [task for one in survey.survey(places) for task in one]
-    return [(task.output.label, task.state.kind, task.state.why) for task in tasks]
+    with survey.opened(places) as surveyed:
+        return [(task.output.label, task.state.kind, task.state.why) for task in surveyed.tasks]
 
 
 CHAIN = (
@@ -65,11 +65,11 @@ CHAIN = (
 
 def make(text: str) -> None:
     places = survey.places_for(read(text), None)
-    for one in survey.survey(places):
-        outputs = [task.output for task in one]
-        with survey.open_plans(places, outputs) as plans:
-            size = survey.shard_size(outputs[0])
-            job.run_merges(plans, [task.target for task in one], overwrite=True, shard_size=size)
+    with survey.opened(places) as surveyed:
+        for tasks in surveyed.passes:
+            plans = [plan for _, plan in surveyed.planned(tasks)]
+            size = survey.shard_size(tasks[0].output)
+            job.run_merges(plans, [task.target for task in tasks], overwrite=True, shard_size=size)
 
 
 def kinds(text: str) -> list[str]:
@@ -113,8 +113,11 @@ def test_a_file_that_is_cut_short_is_out_of_date(family: Path) -> None:
 def test_something_else_at_the_place_is_not_replaced(family: Path) -> None:
     (family / "one.safetensors").write_bytes(b"mine")
     places = survey.places_for(read(CHAIN), None)
-    with pytest.raises(OutputError, match=r"r\.yaml:4:8: .*one\.safetensors.*--overwrite"):
-        survey.refuse_outdated(survey.survey(places))
+    with (
+        survey.opened(places) as surveyed,
+        pytest.raises(OutputError, match=r"r\.yaml:4:8: .*one\.safetensors.*`overwrite`"),
+    ):
+        survey.refuse_outdated(surveyed.tasks)
     assert (family / "one.safetensors").read_bytes() == b"mine"
 
 
@@ -123,9 +126,10 @@ def test_a_lora_is_up_to_date_by_its_recipe_and_inputs(family: Path) -> None:
 
     text = MODELS + "diff: {base: a, variant: b, rank: 4}\n"
     places = survey.places_for(read(text), None)
-    (output,) = places.recipe.outputs
-    with survey.open_pairing(places, output) as (pairing, options):
-        extract(pairing, places.path(output), options, threads=1)
+    with survey.opened(places) as surveyed:
+        (task,) = surveyed.tasks
+        pairing, options = surveyed.paired(task)
+        extract(pairing, task.path, options, threads=1)
     assert kinds(text) == ["current"]
     assert states(text.replace("rank: 4", "rank: 5"))[0][1:] == ("outdated", "its recipe is another (rank)")
 

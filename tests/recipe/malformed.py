@@ -156,7 +156,7 @@ MALFORMED: list[tuple[str, str, str]] = [
     ("a seed with a fraction", "+merge: a\nrounding: stochastic\nseed: §1.5", "a whole number"),
     ("a seed that is a text", "+merge: a\nrounding: stochastic\nseed: §'1'", "a whole number"),
     ("a seed that is too large", "+merge: a\nrounding: stochastic\nseed: §99999999999", "at most"),
-    ("a seed for what is not random", "+merge: a\nseed: §3", "leave the seed out"),
+    ("a seed for what is not random", "+merge: a\nseed: §3", 'leave out "seed"'),
     ("yes instead of true", "+merge: a\nscale_search: §yes", "true or false"),
     ("1 instead of true", "+merge: a\nscale_search: §1", "true or false"),
     ("a size of nothing", "+merge: a\noutput: x\nshard_size: §0", "above 0"),

@@ -156,7 +156,7 @@ def test_a_parameter_the_model_never_reads_does_not_enter_the_other_layout(famil
 
 
 def test_an_unknown_layout_is_refused(family: Path) -> None:
-    with pytest.raises(UsageError, match="comfyui or diffusers"):
+    with pytest.raises(UsageError, match="comfyui, diffusers"):
         planned(layout="sideways")
 
 

@@ -13,6 +13,7 @@ from mergetool.errors import RecipeError, UsageError
 from mergetool.lora.pairs import FACTOR_DTYPES
 from mergetool.lora.rules import RULES
 from mergetool.ops.rounding import MODES
+from mergetool.options.merging import CONTAINERS
 from mergetool.quant.output import QUANTISERS
 from mergetool.recipe import file, schema
 from mergetool.recipe.file import Output, Recipe, options_of
@@ -118,13 +119,13 @@ def test_options_are_those_of_the_command_line() -> None:
     assert (found.protect, found.exclude, found.keep_from) == (("refiner",), ("pad", "layers.3"), "b")
     assert found.multipliers[:2] == (("layers.0-1", Fraction(1, 2)), ("v", Fraction(0)))
     assert str(found.multipliers[2][1]) == "linear(0.2,1)"
-    assert (found.dtype, found.rounding, found.seed, found.layout) == (dtypes.F8_E4M3, "stochastic", 3, "diffusers")
+    assert (found.dtype, found.rounding, found.seed, found.layout) == ("fp8_e4m3", "stochastic", 3, "diffusers")
 
 
 def test_what_the_schema_lists_is_what_there_is() -> None:
     fields = schema.MergeOutput.model_fields
     assert set(schema.Dtype.__args__) == set(dtypes.OUTPUT)  # type: ignore[attr-defined]
-    assert set(schema.Container.__args__) == set(QUANTISERS)  # type: ignore[attr-defined]
+    assert set(schema.Container.__args__) == set(QUANTISERS) == set(CONTAINERS)  # type: ignore[attr-defined]
     assert fields["rounding"].annotation.__args__ == MODES  # type: ignore[union-attr]
     assert schema.Difference.model_fields["rule"].annotation.__args__ == RULES  # type: ignore[union-attr]
     assert schema.Difference.model_fields["dtype"].annotation.__args__ == tuple(FACTOR_DTYPES)  # type: ignore[union-attr]
