@@ -239,7 +239,7 @@ def test_models_that_do_not_belong_together_need_force(server: Server) -> None:
     prompt["1"]["inputs"]["model"] = "lab.turbo"
     refused = server.run(prompt).error
     assert refused["exception_type"] == "mergetool.errors.LineageError"
-    assert refused["exception_message"].strip().endswith("turn on force to merge anyway.")
+    assert refused["exception_message"].strip().endswith("`force` merges anyway.")
     prompt["5"]["inputs"]["force"] = True
     assert "error: " in server.run(prompt).text("5")
 
