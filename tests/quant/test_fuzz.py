@@ -205,6 +205,10 @@ def test_a_file_is_read_rightly_or_refused_in_one_sentence(
 
 
 def test_the_fuzz_reaches_every_outcome() -> None:
-    """Run after it, in the same process: a generator that only made files to refuse would prove nothing."""
+    """A generator that only made files to refuse would prove nothing.
+
+    The rarest outcome comes up in 4 % of 600 draws, 24 of them: fewer than 8 happen once in ten thousand runs.
+    """
+    OUTCOMES.clear()
     test_a_file_is_read_rightly_or_refused_in_one_sentence()
-    assert min(OUTCOMES[outcome] for outcome in ("refused", "plain", "read")) >= 50, OUTCOMES
+    assert min(OUTCOMES[outcome] for outcome in ("refused", "plain", "read")) >= 8, OUTCOMES
