@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters import open_lora
+from mergetool.api.merging import Bake
 from mergetool.checkpoint.dtypes import F16, F32
-from mergetool.cli.lora_bake import expression
 from mergetool.engine import job
 from mergetool.engine.running import Outcome
 from mergetool.errors import DataError, NonFiniteError
@@ -33,7 +33,7 @@ def bake(folder: Path, lora: Path, strength: str = "1", *, base: Path | None = N
          **options: object) -> tuple[dict[str, torch.Tensor], Outcome]:  # fmt: skip
     """What `mergetool lora bake` writes, by default in the ComfyUI layout of the base."""
     base = base or model(folder)
-    text = expression(str(base), [f"{lora}:{strength}"])
+    text = Bake(str(base), [f"{lora}:{strength}"]).expression
     with job.open_merge(text, MergeOptions(**options), skip_unmatched=skip) as plan:  # type: ignore[arg-type]
         outcome = job.run_merge(plan, folder / "out.safetensors", overwrite=True)
     return load_file(folder / "out.safetensors"), outcome
@@ -109,7 +109,7 @@ def test_unmatched_lora_keys_ignored(tmp_path: Path) -> None:
         bake(tmp_path, lora)
     assert not (tmp_path / "out.safetensors").exists()
     with job.open_merge(
-        expression(str(tmp_path / "base.safetensors"), [str(lora)]), MergeOptions(), skip_unmatched=True
+        Bake(str(tmp_path / "base.safetensors"), [str(lora)]).expression, MergeOptions(), skip_unmatched=True
     ) as plan:
         assert [name for name, _ in plan.left_out] == [f"{extra}{A}", f"{extra}{B}"]
 
@@ -212,7 +212,7 @@ def test_falsy_0_treated_as_unset(tmp_path: Path, strength: str) -> None:
     """A strength of 0 adds nothing, and an alpha of 0 is one; neither is 1."""
     written = split("diffusion_model.", A, B)
     lora = written.save(tmp_path)
-    assert expression("m", [f"{lora}:{strength}"]).count(f"0 * lora({str(lora)!r})") == 1
+    assert Bake("m", [f"{lora}:{strength}"]).expression.count(f"0 * lora({str(lora)!r})") == 1
     after, _ = bake(tmp_path, lora, strength)
     before = load_file(tmp_path / "base.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -220,7 +220,8 @@ def test_falsy_0_treated_as_unset(tmp_path: Path, strength: str) -> None:
     found = moved(tmp_path, silent.save(tmp_path))
     assert not any(change.any() for change in found.values())
     with job.open_merge(
-        expression(str(tmp_path / "base.safetensors"), [str(lora)]), MergeOptions(multipliers=(("ffn", Fraction(0)),))
+        Bake(str(tmp_path / "base.safetensors"), [str(lora)]).expression,
+        MergeOptions(multipliers=(("ffn", Fraction(0)),)),
     ) as plan:
         steps = {step.part: step.reason for tensor in plan.tensors for step in tensor.steps}
     assert steps[f"{BLOCK}.feed_forward.w1.weight"] == "--set to 0"
