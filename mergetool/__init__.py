@@ -18,8 +18,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergetool.api.comparing import compare
     from mergetool.api.looking import replay, sample, verify
-    from mergetool.api.measuring import compare, diff
+    from mergetool.api.measuring import diff
     from mergetool.api.merging import bake, convert, merge
     from mergetool.api.recipes import Recipe
     from mergetool.checkpoint.reader import Checkpoint
@@ -65,7 +66,7 @@ _HOME = {
     "MergeOptions": "options.merging",
     "Recipe": "api.recipes",
     "bake": "api.merging",
-    "compare": "api.measuring",
+    "compare": "api.comparing",
     "convert": "api.merging",
     "diff": "api.measuring",
     "extract": "lora.extract",

@@ -1,4 +1,4 @@
-"""What two models differ by: as a LoRA, and as numbers."""
+"""What two models differ by, as a LoRA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from mergetool.api.events import Progress, StrPath
 from mergetool.api.progress import counting, patterns
 
 if TYPE_CHECKING:
-    from mergetool.comparison.comparison import Report
     from mergetool.lora.extract import Extraction
 
 
@@ -70,38 +69,3 @@ def diff(
             device=on_device.choose(device),
             progress=advance,
         )
-
-
-def compare(
-    base: str,
-    variant: str,
-    *,
-    reference: str | None = None,
-    reference_base: str | None = None,
-    onto: str | None = None,
-    multiplier: float | str = 1,
-    target: float = 0.01,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    dtype: str | None = None,
-    threads: int | None = None,
-    progress: Progress = False,
-) -> Report:
-    """Measure how far ``variant`` lies from ``base``, part by part, in one pass, and advise a multiplier for their difference.
-
-    ``reference`` - ``reference_base`` (``base`` without it) is a difference whose size is known to be right, ``target`` the wanted change as a
-    share; ``onto`` is what the difference will be added to (``base`` without it). ``multiplier`` is a number, exact as text, or
-    "recommended": that of the merge whose rounding is looked at.
-    """
-    from mergetool.comparison import comparison
-    from mergetool.options.merging import MergeOptions
-
-    size = comparison.multiplier_of(str(multiplier))
-    options = MergeOptions(include=patterns(include), exclude=patterns(exclude), dtype=dtype)
-    with (
-        comparison.open_comparison(
-            base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
-        ) as opened,
-        counting("compare", opened.bytes_read, progress) as advance,
-    ):
-        return comparison.compare(opened, multiplier=size, target=target, threads=threads, progress=advance)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
+from mergetool.api.comparing import Compare, run_compare
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
-from mergetool.errors import CheckFailed, UsageError
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report as Shown
 
 if TYPE_CHECKING:
-    from mergetool.comparison.comparison import Report
+    from mergetool.comparison.comparison import Comparison, Report
     from mergetool.comparison.energies import Energies
     from mergetool.ops.movement import Movement
 
@@ -40,165 +35,36 @@ totals, since merges keep them: --include "*" counts them.
 --target), untraced (elements that left no trace) or lost (share of the delta that rounding lost).
 """
 
-_CONDITION = re.compile(
-    r"(?:(?P<group>[^:<>]+):)?(?P<metric>[a-z]+)(?P<sign>[<>])(?P<number>[-+.0-9eE]+)(?P<percent>%?)"
-)
-METRICS = ("distance", "cosine", "reference", "target", "untraced", "lost")
 
-
-@console.command
-def compare(
-    base: Annotated[str, typer.Argument(help="The model that is subtracted", metavar="A")],
-    variant: Annotated[str, typer.Argument(help="The model it is subtracted from", metavar="B")],
-    reference: Annotated[
-        str | None, typer.Option(help="A fine-tune whose difference has the right size.", metavar="MODEL")
-    ] = None,
-    reference_base: Annotated[
-        str | None, typer.Option(help="What to subtract from the reference [default: A]", metavar="MODEL")
-    ] = None,
-    onto: Annotated[
-        str | None, typer.Option(help="The model that the difference will be added to [default: A]", metavar="MODEL")
-    ] = None,
-    multiplier: Annotated[
-        str, typer.Option("--multiplier", "-m", help="A number, or recommended: what rounding is looked at with.")
-    ] = "1",
-    target: Annotated[str, typer.Option(help="Wanted change, as a share of the norm of what is changed.")] = "1%",
-    include: Annotated[
-        list[str] | None, typer.Option(help="Compare only these. Repeatable.", metavar="PATTERN")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Do not compare these [default: refiners count in no total]. Repeatable.", metavar="PATTERN"),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the merge whose rounding is looked at [default: that of X]")
-    ] = None,
-    fail_on: Annotated[
-        list[str] | None, typer.Option(help="Exit with 1 where this holds. Repeatable.", metavar="CONDITION")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the heat map.", metavar="FILE.png")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write all of it as one HTML page.", metavar="FILE.html")] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: one a core]", min=1, max=256)] = None,
-    reader: Annotated[str, typer.Option(help="auto, mmap or pread: how files are read; same figures.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plot or report.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
+@command(Compare)
+def compare(typed: Typed) -> None:
     """Measure how far B lies from A, block by block, in one pass; and advise a multiplier for B - A."""
-    started = time.monotonic()
-    conditions = [_condition(text) for text in fail_on or ()]
-    share = _share("--target", target)
-    method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
-    names = [onto or base, variant, base, *(name for name in (reference, reference_base) if name is not None)]
-    with _reading_ahead([] if include or exclude else names) as used:
-        from mergetool.comparison import comparison as comparing
-        from mergetool.options.merging import MergeOptions
-
-        size = comparing.multiplier_of(multiplier)
-        options = MergeOptions(include=tuple(include or ()), exclude=tuple(exclude or ()), dtype=dtype)
-        _require_targets(plot, report, overwrite=overwrite)
-        with comparing.open_comparison(
-            base, variant, reference=reference, reference_base=reference_base, onto=onto, options=options
-        ) as opened:
-            read = opened.bytes_read
-            with console.progress("compare", read, shown=not (no_progress or as_json)) as advance:
-
-                def moved(count: int) -> None:
-                    used(count)
-                    advance(count)
-
-                found = comparing.compare(
-                    opened, multiplier=size, target=share, threads=threads, method=method, progress=moved
-                )
-    failed = [said for condition in conditions if (said := _failure(found, condition))]
-    if plot is not None or report is not None:
-        _draw(found, plot, report, overwrite=overwrite)
-    if as_json:
-        console.print_json(_json(found) | {"failed": failed})
-    else:
-        _print(found, verbose=verbose)
-        for kind, path in (("plot", plot), ("report", report)):
-            if path is not None:
-                console.heading(kind, str(path))
-        console.heading("done", f"{console.size(read)} read  {time.monotonic() - started:.1f} s")
-        _print_next(found)
-    if failed:
-        raise CheckFailed(f"{base} and {variant}: {'; '.join(failed)}.")
+    with _CompareReport.shown(typed) as report:
+        found = run_compare(typed.request(Compare), report)
+    found.require_passed()
 
 
-@contextmanager
-def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
-    """Within the block the models' files are read into memory; gives the function to tell of bytes used."""
-    from mergetool import models
-    from mergetool.checkpoint.read_ahead import ReadAhead
-    from mergetool.checkpoint.reader import Checkpoint
+class _CompareReport(Shown):
+    """What was measured."""
 
-    with ExitStack() as stack:
-        found = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]
-        yield stack.enter_context(ReadAhead([file for each in found for file in each.files])).used
+    def __init__(self, typed: Typed) -> None:
+        super().__init__(typed)
+        self._started = time.monotonic()
 
+    def done(self, plan: Comparison, result: Report) -> None:
+        """Groups, blocks, rounding and the advice."""
+        if not self.prints:
+            from mergetool.comparison.report import record
 
-# --- what is asked -------------------------------------------------------------------------------------------
-
-
-def _share(option: str, text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e6:
-        raise UsageError(f'{option} is a share such as 0.8% or 0.008, not "{text}".')
-    return value
-
-
-def _condition(text: str) -> re.Match[str]:
-    match = _CONDITION.fullmatch(text.replace(" ", ""))
-    if match is None or match["metric"] not in METRICS:
-        raise UsageError(
-            f'--fail-on "{text}" is not METRIC>NUMBER or GROUP:METRIC>NUMBER with one of {", ".join(METRICS)}, as in "distance>10%".'
-        )
-    try:
-        float(match["number"])
-    except ValueError:
-        raise UsageError(f'--fail-on "{text}": "{match["number"]}" is not a number.') from None
-    return match
-
-
-def _require_targets(plot: Path | None, report: Path | None, *, overwrite: bool) -> None:
-    if plot is not None:
-        from mergetool.comparison import plots
-
-        plots.require_target(plot, overwrite=overwrite)
-    if report is not None:
-        from mergetool.comparison import page
-
-        page.require_target(report, overwrite=overwrite)
-
-
-# --- what is said --------------------------------------------------------------------------------------------
-
-
-def _failure(report: Report, condition: re.Match[str]) -> str:
-    """What holds that should not, or nothing; raises UsageError for a group that is not there."""
-    group, metric = condition["group"], condition["metric"]
-    groups = report.groups()
-    if group is not None and group not in groups:
-        raise UsageError(f'--fail-on: there is no group "{group}" here; choose one of {", ".join(groups)}.')
-    energies = report.total if group is None else groups[group]
-    movement = report.lost if group is None else report.rounding.get(group)
-    value = {
-        "distance": energies.distance,
-        "cosine": energies.cosine,
-        "reference": energies.to_reference,
-        "target": energies.to_change(report.target),
-        "untraced": movement.eaten / movement.moved if movement and movement.moved else None,
-        "lost": 1 - movement.projection if movement and movement.moved else None,
-    }[metric]
-    limit = float(condition["number"]) / (100 if condition["percent"] else 1)
-    if value is None or not (value > limit if condition["sign"] == ">" else value < limit):
-        return ""
-    return f"{metric} of {group or 'all'} is {value:.4g}, {condition['sign']} {limit:g}"
+            self.json |= record(result) | {"failed": list(result.failed)}
+            return
+        _print(result, verbose=self.typed.verbose)
+        for kind in ("plot", "report"):
+            if kind in self.typed.given:
+                console.heading(kind, str(self.typed.given[kind]))
+        seconds = time.monotonic() - self._started
+        console.heading("done", f"{console.size(plan.bytes_read)} read  {seconds:.1f} s")
+        _print_next(result)
 
 
 def _print(report: Report, *, verbose: bool) -> None:
@@ -316,21 +182,3 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-def _draw(found: Report, plot: Path | None, report: Path | None, *, overwrite: bool) -> None:
-    from mergetool.comparison import heatmap, page, plots
-    from mergetool.comparison.report import render
-
-    if plot is not None:
-        title = f"{found.variant} - {found.base}"
-        heat = heatmap.of_distances(found.distances)
-        plots.write_png(plot, heat, label="relative distance", title=title, overwrite=overwrite)
-    if report is not None:
-        page.write(report, render(found))
-
-
-def _json(report: Report) -> dict[str, Any]:
-    from mergetool.comparison.report import record
-
-    return record(report)

@@ -22,8 +22,9 @@ from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
 from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
-from mergetool.errors import UsageError
+from mergetool.errors import CheckFailed, UsageError
 from mergetool.ops.movement import Movement
+from mergetool.options.comparing import RECOMMENDED, TARGET, Condition
 from mergetool.options.merging import MergeOptions
 from mergetool.options.multipliers import number
 from mergetool.recipe.expression import parse
@@ -31,12 +32,8 @@ from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.quoting import quote
 from mergetool.recipe.steps import MERGED, Input
 
-RECOMMENDED = "recommended"
 REFINER = "refiner"
 """The group that is measured and left out of all totals, unless the user says what to leave out: merges protect it."""
-TARGET = 0.01
-"""The change that is aimed at without another wish, as a share of the norm of what is changed: enough to survive rounding to bf16 (whose unit
-is 0.4 to 0.8 % of a weight), and less than any fine-tune of the embedded family moved its base by (5.9 to 16 %)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,15 @@ class Comparison:
         inputs = [self.operands.inputs[column].anatomy.parts for column in self.operands.columns]
         return sum(parts[part].nbytes for parts in inputs for part in self.parts)
 
+    def require_groups(self, conditions: Sequence[Condition]) -> None:
+        """Raises UsageError for a condition on a group of which nothing is measured."""
+        anatomy = self.base.anatomy
+        there = {group for part in self.parts for group in anatomy.family.groups(part, anatomy.parts[part].shape)}
+        known = [group for group in anatomy.family.group_names(anatomy) if group in there]
+        for one in conditions:
+            if one.group is not None and one.group not in known:
+                raise UsageError(f'`fail_on`: there is no group "{one.group}" here; choose one of {", ".join(known)}.')
+
     def expression(self, multiplier: Fraction) -> str:
         """The merge that the rounding figures are of."""
         columns = (self.operands.onto, self.operands.variant, self.operands.base)
@@ -79,7 +85,8 @@ class Comparison:
 @dataclass(frozen=True)
 class Report:
     """What a comparison found. ``excluded`` parts are measured and in no total. ``expression`` is the merge, with ``multiplier``, whose
-    rounding to ``dtype`` ``rounding`` tells of: by group, what `mergetool merge` reports. ``target`` is the wanted change, as a share."""
+    rounding to ``dtype`` ``rounding`` tells of: by group, what `mergetool merge` reports. ``target`` is the wanted change, as a share. ``failed`` are
+    the conditions that hold and should not, in words."""
 
     base: str
     variant: str
@@ -98,6 +105,12 @@ class Report:
     sampled: bool
     target: float
     lineage: tuple[Finding, ...]
+    failed: tuple[str, ...] = ()
+
+    def require_passed(self) -> None:
+        """Raises CheckFailed where a condition holds that should not."""
+        if self.failed:
+            raise CheckFailed(f"{self.base} and {self.variant}: {'; '.join(self.failed)}.")
 
     @property
     def included(self) -> list[Distance]:
@@ -125,6 +138,32 @@ class Report:
         for one in self.distances:
             held.setdefault(block(one), []).append(one.energies)
         return {name: Energies.total(found) for name, found in held.items()}
+
+    def value(self, metric: str, group: str | None) -> float | None:
+        """What one of `METRICS` is for a group, for all parts without one; None where nothing differs, or no reference is there."""
+        energies = self.total if group is None else self.groups()[group]
+        movement = self.lost if group is None else self.rounding.get(group)
+        match metric:
+            case "distance":
+                return energies.distance
+            case "cosine":
+                return energies.cosine
+            case "reference":
+                return energies.to_reference
+            case "target":
+                return energies.to_change(self.target)
+        if movement is None or not movement.moved:
+            return None
+        return movement.eaten / movement.moved if metric == "untraced" else 1 - movement.projection
+
+    def failing(self, conditions: Sequence[Condition]) -> tuple[str, ...]:
+        """Of the conditions those that hold, in words."""
+        found = []
+        for one in conditions:
+            value = self.value(one.metric, one.group)
+            if value is not None and one.holds(value):
+                found.append(f"{one.metric} of {one.group or 'all'} is {value:.4g}, {one.sign} {one.limit:g}")
+        return tuple(found)
 
     def merge_with(self, multiplier: Fraction) -> str:
         """The expression of the merge with another multiplier."""
@@ -172,10 +211,10 @@ def open_comparison(
     if base == variant:
         raise UsageError(f'"{base}" is both models; name two to compare.')
     if reference_base is not None and reference is None:
-        raise UsageError("--reference-base is what --reference is a difference to; name that too.")
+        raise UsageError("`reference_base` is what `reference` is a difference to; name that too.")
     pair = None if reference is None else (reference, reference_base or base)
     if pair is not None and pair[0] == pair[1]:
-        raise UsageError(f'the reference "{pair[0]}" has no difference to itself; name its base with --reference-base.')
+        raise UsageError(f'the reference "{pair[0]}" has no difference to itself; name its base with `reference_base`.')
     names = list(dict.fromkeys((onto or base, variant, base, *(pair or ()))))
     with ExitStack() as stack:
         inputs = []
@@ -187,19 +226,6 @@ def open_comparison(
         reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))
         operands = Operands(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
         yield _planned(operands, options or MergeOptions())
-
-
-def multiplier_of(text: str) -> Fraction | str:
-    """A multiplier as people write it, exact, or the word "recommended". Raises UsageError for anything else, 0 too."""
-    if text == RECOMMENDED:
-        return text
-    try:
-        value = Fraction(text) if len(text) < 40 and 0 < abs(float(text)) < 1e38 else None
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None:
-        raise UsageError(f'--multiplier is a number other than 0, or the word {RECOMMENDED}, not "{text}".')
-    return value
 
 
 def compare(
@@ -218,7 +244,7 @@ def compare(
     for NaN or infinity in a model, and what reading raises.
     """
     if not 0 < target < 1e6:
-        raise UsageError(f"--target is {target:g}, but a change has a size above 0.")
+        raise UsageError(f"`target` is {target:g}, but a change has a size above 0.")
     asked(threads)
     operands = comparison.operands
     first = Fraction(1) if multiplier == RECOMMENDED else multiplier

@@ -161,13 +161,13 @@ class _Lineage:
                 yield Finding(
                     "error",
                     f"the refiners would be averaged from {both}, which lie {relation.apart()}: what the refiners hand on means something "
-                    f"else in each, and pictures become noise; keep one model's with --protect refiner, or add a difference within one "
+                    f"else in each, and pictures become noise; keep one model's with `protect=refiner`, or add a difference within one "
                     "family instead of averaging two",
                 )
             elif relation.refiners:
                 yield Finding(
                     "note",
-                    f"the refiners are averaged from {both}, {percent(relation.refiners)} apart; --protect refiner keeps one model's",
+                    f"the refiners are averaged from {both}, {percent(relation.refiners)} apart; `protect=refiner` keeps one model's",
                 )
         for pair in self._averaged(plan, "layers"):
             relation = self.relation(*pair)
@@ -295,7 +295,7 @@ def _fp16(plan: Plan) -> list[Finding]:
     return [
         Finding(
             "warn",
-            f"{measured}: from {FP16_LIMIT} on ComfyUI does not compute in fp16, because activations overflow; write bf16 with --dtype bf16",
+            f"{measured}: from {FP16_LIMIT} on ComfyUI does not compute in fp16, because activations overflow; write bf16 with `dtype=bf16`",
         )
     ]
 

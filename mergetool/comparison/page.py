@@ -41,9 +41,9 @@ def require_target(path: Path, *, overwrite: bool) -> None:
     """Raises OutputError, before any work, when the page cannot be written there."""
     require_folder(path.parent)
     if path.is_dir():
-        raise OutputError(f'"{path}" is a folder; name a file, as in --report {path}/report.html.')
+        raise OutputError(f'"{path}" is a folder; name a file in it, as in {path}/report.html.')
     if path.exists() and not overwrite:
-        raise OutputError(f'"{path}" exists; choose another place with --report, or replace it with --overwrite.')
+        raise OutputError(f'"{path}" exists; choose another place with `report`, or replace it with `overwrite`.')
 
 
 def write(path: Path, text: str) -> None:

@@ -204,8 +204,8 @@ class _Meter:
                 at = window.first_element + chunk.start + int(bad.argmax())
                 return NonFiniteError(
                     f"{self._operands.inputs[column].name}: tensor {quoted(window.tensor)} holds NaN or infinity ({int(bad.sum())} of the "
-                    f"{chunk.count} elements looked at, the first at element {at}); mend the file, or leave it out with --exclude."
+                    f"{chunk.count} elements looked at, the first at element {at}); mend the file, or leave it out with `exclude`."
                 )
         return NonFiniteError(
-            f"the difference of parameter {quoted(chunk.part)} overflows float32; leave it out with --exclude."
+            f"the difference of parameter {quoted(chunk.part)} overflows float32; leave it out with `exclude`."
         )

@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mergetool import compare
 from mergetool.cli.main import app
+from mergetool.comparison import comparison
+from mergetool.errors import CheckFailed, UsageError
 from tests.cli.run import mergetool
 
 PAIR = ("compare", "lab.base", "lab.striped")
@@ -120,3 +123,25 @@ def test_a_wrong_base_is_warned_of_and_merged(tmp_path: Path) -> None:
     right = CliRunner().invoke(app, ["merge", "lab.alkahest + 2*(lab.hollow - lab.deturbo)", "--dry-run", "--json"])
     (moves,) = json.loads(right.stdout)["lineage"]
     assert moves["text"].startswith("moves lab.alkahest by 29.7 %; lab.hollow is 14.5 % from lab.deturbo")
+
+
+def test_the_api_draws_and_tells_which_conditions_hold(tmp_path: Path) -> None:
+    plot, report = tmp_path / "map.png", tmp_path / "page.html"
+    found = compare(
+        "lab.base", "lab.striped", plot=plot, report=report, fail_on=["distance>5%", "refiner:distance>90%"]
+    )
+    assert (plot.exists(), report.exists()) == (True, True)
+    assert [text.split(" is ")[0] for text in found.failed] == ["distance of all"]
+    with pytest.raises(CheckFailed, match=r"lab\.base and lab\.striped: distance of all"):
+        found.require_passed()
+
+
+def test_a_condition_that_cannot_be_read_is_refused_before_a_model_is_opened() -> None:
+    with pytest.raises(UsageError, match='`fail_on` "distance=1" is not METRIC>NUMBER'):
+        compare("nowhere", "nowhere else", fail_on=["distance=1"])
+
+
+def test_a_condition_on_a_group_that_is_not_there_is_refused_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: pytest.fail("the models were read"))
+    with pytest.raises(UsageError, match='no group "refinery" here; choose one of'):
+        compare("lab.base", "lab.striped", fail_on=["refinery:distance>1"])

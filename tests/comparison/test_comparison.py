@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import F32
 from mergetool.comparison import comparison as comparing
-from mergetool.comparison.comparison import RECOMMENDED, Report
+from mergetool.comparison.comparison import Report
 from mergetool.engine import job
 from mergetool.errors import FamilyError, NonFiniteError, PatternError, UsageError
+from mergetool.options.comparing import RECOMMENDED
 from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
 from tests.quant.models import quantised
@@ -245,7 +246,7 @@ def test_requests_that_make_no_sense_are_refused(planted: Path, large: Path) -> 
     base, variant = planted / "base.safetensors", planted / "variant.safetensors"
     with pytest.raises(UsageError, match="both models"):
         compared(base, base)
-    with pytest.raises(UsageError, match="--reference-base"):
+    with pytest.raises(UsageError, match="`reference_base`"):
         compared(base, variant, reference=base)
     with pytest.raises(UsageError, match="name that too"):
         compared(base, variant, reference_base=base)

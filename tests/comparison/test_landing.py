@@ -93,7 +93,7 @@ def test_a_large_factor_of_a_tiny_difference_passes(tmp_path: Path, monkeypatch:
 
 
 def test_an_error_is_refused_with_the_way_out() -> None:
-    with pytest.raises(LineageError, match=r"more than 300 % leaves nothing .*; --force merges anyway"):
+    with pytest.raises(LineageError, match=r"more than 300 % leaves nothing .*; `force` merges anyway"):
         checked(BRIDGE.format("1e6")).refuse()
 
 

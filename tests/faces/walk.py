@@ -13,6 +13,7 @@ import typer
 import mergetool
 from mergetool.cli.main import app
 from mergetool.comfyui import NODE_CLASS_MAPPINGS
+from mergetool.options.table import rows
 from mergetool.recipe import schema
 
 CLI = typer.main.get_command(app)
@@ -44,7 +45,11 @@ Options = dict[str, tuple[str, str]]
 
 def faces(operation: str) -> dict[str, Options]:
     """The options of one operation in every face that has it."""
-    found: dict[str, dict[str, Any]] = {"command": {p.name: p.default for p in COMMANDS[operation].params}}
+    request = getattr(COMMANDS[operation].callback, "request", None)
+    initial = {} if request is None else {row.name: row.initial for row in rows(request).values() if not row.is_needed}
+    found: dict[str, dict[str, Any]] = {
+        "command": {p.name: initial.get(p.name, p.default) for p in COMMANDS[operation].params}
+    }
     if hasattr(mergetool, operation):
         parameters = inspect.signature(getattr(mergetool, operation)).parameters
         found["API"] = {name: parameter.default for name, parameter in parameters.items()}

@@ -1,0 +1,118 @@
+"""How far apart two models are, and by which multiplier to add their difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+from mergetool.api.calling import called
+from mergetool.api.events import Events, Request
+from mergetool.options.comparing import CompareOptions
+from mergetool.options.kinds import Model
+from mergetool.options.table import Option
+
+if TYPE_CHECKING:
+    from mergetool.comparison.comparison import Report
+
+
+@dataclass(frozen=True)
+class Compare(Request, CompareOptions):
+    """Two models side by side: the delta is ``variant - base``."""
+
+    base: Annotated[str, Option(help="The model that is subtracted.", kind=Model("A"), argument=True)]
+    variant: Annotated[str, Option(help="The model it is subtracted from.", kind=Model("B"), argument=True)]
+
+    @property
+    def models(self) -> list[str]:
+        """All that are read, in the order of reading."""
+        return [
+            self.onto or self.base,
+            self.variant,
+            self.base,
+            *(name for name in (self.reference, self.reference_base) if name is not None),
+        ]
+
+
+def run_compare(asked: Compare, events: Events) -> Report:
+    """Measure how far ``variant`` lies from ``base``, part by part, in one pass, and advise a multiplier for their difference.
+
+    Two multipliers are advised: the one that gives the delta the size of ``reference - reference_base``, and the one that makes it ``target`` of the
+    norm of what it is added to. Conditions of ``fail_on`` that hold are in the result's ``failed``. Raises MergetoolError.
+    """
+    # Files are read while the libraries are imported; a choice of parts might leave most of them unread.
+    with _reading_ahead([] if asked.include or asked.exclude else asked.models) as used:
+        from mergetool.comparison import comparison
+        from mergetool.options.merging import MergeOptions
+
+        _require_targets(asked)
+        options = MergeOptions(include=asked.include, exclude=asked.exclude, dtype=asked.dtype)
+        with comparison.open_comparison(
+            asked.base,
+            asked.variant,
+            reference=asked.reference,
+            reference_base=asked.reference_base,
+            onto=asked.onto,
+            options=options,
+        ) as opened:
+            opened.require_groups(asked.conditions)
+            with events.progress("compare", opened.bytes_read) as advance:
+
+                def moved(count: int) -> None:
+                    used(count)
+                    advance(count)
+
+                found = comparison.compare(
+                    opened,
+                    multiplier=asked.size,
+                    target=asked.share,
+                    threads=asked.threads,
+                    method=asked.reader,
+                    progress=moved,
+                )
+            found = replace(found, failed=found.failing(asked.conditions))
+            _draw(found, asked)
+            events.done(opened, found)
+            return found
+
+
+@contextmanager
+def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+    """Within the block the models' files are read into memory; gives the function to tell of bytes used."""
+    from mergetool import models
+    from mergetool.checkpoint.read_ahead import ReadAhead
+    from mergetool.checkpoint.reader import Checkpoint
+
+    with ExitStack() as stack:
+        found = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]
+        yield stack.enter_context(ReadAhead([file for each in found for file in each.files])).used
+
+
+def _require_targets(asked: Compare) -> None:
+    if asked.plot is not None:
+        from mergetool.comparison import plots
+
+        plots.require_target(cast(Path, asked.plot), overwrite=asked.overwrite)
+    if asked.report is not None:
+        from mergetool.comparison import page
+
+        page.require_target(cast(Path, asked.report), overwrite=asked.overwrite)
+
+
+def _draw(found: Report, asked: Compare) -> None:
+    """The heat map and the page, where they are asked for."""
+    if asked.plot is not None:
+        from mergetool.comparison import heatmap, plots
+
+        heat, title = heatmap.of_distances(found.distances), f"{found.variant} - {found.base}"
+        plots.write_png(cast(Path, asked.plot), heat, label="relative distance", title=title, overwrite=asked.overwrite)
+    if asked.report is not None:
+        from mergetool.comparison import page
+        from mergetool.comparison.report import render
+
+        page.write(cast(Path, asked.report), render(found))
+
+
+compare = called(Compare, run_compare, "compare")

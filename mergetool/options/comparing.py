@@ -1,0 +1,151 @@
+"""What a comparison of two models measures, and what it is held against."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from mergetool.checkpoint import dtypes
+from mergetool.errors import UsageError
+from mergetool.options.kinds import Choice, File, Flag, Kind, Model, Patterns, Share
+from mergetool.options.running import ReaderOptions
+from mergetool.options.table import Option
+
+RECOMMENDED = "recommended"
+TARGET = 0.01
+"""The change that is aimed at without another wish, as a share of the norm of what is changed: enough to survive rounding to bf16 (whose unit
+is 0.4 to 0.8 % of a weight), and less than any fine-tune of the embedded family moved its base by (5.9 to 16 %)."""
+
+METRICS = ("distance", "cosine", "reference", "target", "untraced", "lost")
+
+_CONDITION = re.compile(
+    r"(?:(?P<group>[^:<>]+):)?(?P<metric>[a-z]+)(?P<sign>[<>])(?P<number>[-+.0-9eE]+)(?P<percent>%?)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """``metric`` of ``group``, of all parts without one, above or below ``limit``: what must not be."""
+
+    group: str | None
+    metric: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """``METRIC>NUMBER`` or ``GROUP:METRIC<NUMBER``, the number also in per cent. Raises UsageError."""
+        match = _CONDITION.fullmatch(text.replace(" ", ""))
+        if match is None or match["metric"] not in METRICS:
+            raise UsageError(
+                f'`fail_on` "{text}" is not METRIC>NUMBER or GROUP:METRIC>NUMBER with one of {", ".join(METRICS)}, as in "distance>10%".'
+            )
+        try:
+            number = float(match["number"])
+        except ValueError:
+            raise UsageError(f'`fail_on` "{text}": "{match["number"]}" is not a number.') from None
+        return cls(match["group"], match["metric"], match["sign"], number / (100 if match["percent"] else 1))
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is beyond the limit."""
+        return value > self.limit if self.sign == ">" else value < self.limit
+
+
+@dataclass(frozen=True)
+class Conditions(Kind):
+    """Several conditions, as text."""
+
+    metavar: str = "CONDITION"
+    many = True
+
+    def value(self, given: Any) -> tuple[Condition, ...]:
+        if isinstance(given, str):
+            raise ValueError(f'a list, as in ["{given}"]')
+        return tuple(one if isinstance(one, Condition) else Condition.parse(one) for one in given)
+
+
+@dataclass(frozen=True)
+class Multiplied(Kind):
+    """An exact number other than 0, or the word "recommended"."""
+
+    metavar: str = "M"
+
+    def value(self, given: Any) -> Fraction | str:
+        if given == RECOMMENDED:
+            return RECOMMENDED
+        # As text, a float is the number that was written. float() comes first: Fraction("1e-999999999") has a billion digits.
+        text = str(given) if isinstance(given, int | float | Decimal) and not isinstance(given, bool) else given
+        with suppress(ValueError, OverflowError):
+            is_number = isinstance(text, Fraction) or (isinstance(text, str) and len(text) < 40)
+            if is_number and 0 < abs(float(text)) < 1e38:
+                return Fraction(text)
+        raise ValueError(f"a number other than 0, or the word {RECOMMENDED}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ReaderOptions):
+    """How two models are compared."""
+
+    reference: Annotated[str | None, Option(help="A fine-tune whose difference has the right size.", kind=Model())] = (
+        None
+    )
+    reference_base: Annotated[
+        str | None, Option(help="What to subtract from the reference.", kind=Model(), default="`base`")
+    ] = None
+    onto: Annotated[
+        str | None, Option(help="The model that the difference will be added to.", kind=Model(), default="`base`")
+    ] = None
+    multiplier: Annotated[
+        float | str | Fraction,
+        Option(
+            help=f'Multiplier to assume when measuring rounding loss; "{RECOMMENDED}" uses the advised one.',
+            kind=Multiplied(),
+            short="-m",
+        ),
+    ] = 1
+    target: Annotated[
+        float | str,
+        Option(help="Wanted change, as a share of the norm of what is changed.", kind=Share(), default="1%"),
+    ] = TARGET
+    include: Annotated[Sequence[str], Option(help="Compare only these.", kind=Patterns())] = ()
+    exclude: Annotated[
+        Sequence[str],
+        Option(help="Do not compare these.", kind=Patterns(), default="refiners count in no total"),
+    ] = ()
+    dtype: Annotated[
+        str | None,
+        Option(
+            help="Output dtype to assume when measuring rounding loss.",
+            kind=Choice(tuple(dtypes.OUTPUT), "DTYPE"),
+            default="that of `onto`",
+        ),
+    ] = None
+    fail_on: Annotated[
+        Sequence[str | Condition], Option(help="Fail the check where this holds.", kind=Conditions())
+    ] = ()
+    plot: Annotated[Path | str | None, Option(help="Draw the heat map.", kind=File("FILE.png"))] = None
+    report: Annotated[Path | str | None, Option(help="Write all of it as one HTML page.", kind=File("FILE.html"))] = (
+        None
+    )
+    overwrite: Annotated[bool, Option(help="Replace an existing plot or report.", kind=Flag())] = False
+
+    @property
+    def size(self) -> Fraction | str:
+        """``multiplier`` in its one form."""
+        return cast("Fraction | str", self.multiplier)
+
+    @property
+    def share(self) -> float:
+        """``target`` in its one form."""
+        return cast(float, self.target)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """``fail_on`` in its one form."""
+        return cast("tuple[Condition, ...]", self.fail_on)
