@@ -1,0 +1,196 @@
+"""Reads figures, colours, relation and character off a picture of the closed world, by measurement only.
+
+read(picture).matches(scene)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from training.world import (
+    HOLLOW,
+    PALETTE,
+    SHAPES,
+    STRIPE_PERIOD,
+    STRIPE_WIDTH,
+    Figure,
+    Picture,
+    Placing,
+    Scene,
+    silhouette,
+    stripe_colour,
+)
+
+MARGIN = 4
+"""Width in pixels of the frame that is ground in every picture of this world, but for a corner of a figure."""
+
+SAME = 60.0
+"""Euclidean RGB distance up to which a pixel counts as of a palette colour; the closest two colours are 104 apart."""
+
+CLEAR = 0.6
+"""Least share of the frame, and of a figure, that must be of its colour."""
+
+OVERLAP = 0.75
+"""Least intersection over union of a silhouette with its shape. Other shapes reach 0.6 to 0.86, so the best one counts."""
+
+SPECK = 0.012
+"""Share of the picture up to which a patch is no figure. The smallest figure of this world has 0.05."""
+
+LARGEST = 0.5
+"""Largest share of the picture that is one figure."""
+
+STRIPED = 0.5
+"""Least contrast of the ground's stripes, as a share of what a perfect striped picture has."""
+
+HOLE = 0.5
+"""Least size of a figure's hole, as a share of what a perfect hollow figure has."""
+
+_NAMES = tuple(PALETTE)
+_COLOURS = np.array(list(PALETTE.values()), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One figure of a picture; a name is None where nothing of this world is recognised.
+
+    ``overlap`` is the intersection over union of its silhouette with the best shape's, ``hole`` the size of its hole: 0 for
+    a whole figure and 1 for a perfect hollow one. ``x`` and ``y`` are its centre in pixels.
+    """
+
+    shape: str | None
+    colour: str | None
+    overlap: float
+    hole: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a picture shows. ``stripes`` is the contrast of the ground's stripes: 0 plain, 1 perfect."""
+
+    ground: str | None
+    figures: tuple[Seen, ...] = ()
+    stripes: float = 0.0
+
+    @property
+    def striped(self) -> bool:
+        return self.stripes >= STRIPED
+
+    @property
+    def hollow(self) -> bool:
+        """Whether every figure has its hole."""
+        return bool(self.figures) and all(figure.hole >= HOLE for figure in self.figures)
+
+    @property
+    def scene(self) -> Scene | None:
+        """The scene that the picture shows, None where a part of it is not recognised or it has other than one or two figures."""
+        if self.ground is None or not 1 <= len(self.figures) <= 2:
+            return None
+        relation, found = None, list(self.figures)
+        if len(found) == 2:
+            beside = abs(found[0].x - found[1].x) >= abs(found[0].y - found[1].y)
+            relation = "left of" if beside else "above"
+            found.sort(key=lambda seen: seen.x if beside else seen.y)
+        figures = tuple(Figure(seen.shape, seen.colour) for seen in found if seen.shape and seen.colour)
+        return Scene(figures, self.ground, relation) if len(figures) == len(found) else None
+
+    def matches(self, scene: Scene) -> bool:
+        """Whether ground, figures and relation are those of ``scene``."""
+        return self.scene == scene
+
+
+def read(picture: Picture) -> Reading:
+    """Measure a picture uint8 [height, width, 3] of at least 32 pixels a side."""
+    pixels = picture.astype(np.float32)
+    height, width = pixels.shape[:2]
+    between, inside = _frame(height, width)
+    ground, share = _majority(pixels[between])
+    if share < CLEAR:
+        return Reading(None)
+    step = stripe_colour(PALETTE[ground]) - np.asarray(PALETTE[ground], np.float32)
+    contrast = float((pixels[inside].mean(0) - pixels[between].mean(0)) @ step / (step @ step))
+    # Against its own row's ends, so that stripes are ground; the median, so that a corner in the frame is none.
+    rows = np.median(np.concatenate([pixels[:, :MARGIN], pixels[:, -MARGIN:]], axis=1), axis=1, keepdims=True)
+    patches, count = ndimage.label(np.linalg.norm(pixels - rows, axis=-1) > SAME)
+    areas = np.bincount(patches.ravel(), minlength=count + 1)
+    found = [_figure(pixels, rows, patches == n) for n in range(1, count + 1) if areas[n] > SPECK * height * width]
+    return Reading(ground, tuple(found), contrast)
+
+
+def _nearest(pixels: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Index of the nearest palette colour of each pixel [n, 3], and the distance to it."""
+    distances = np.linalg.norm(pixels[:, None, :] - _COLOURS, axis=-1)
+    return distances.argmin(-1), distances.min(-1)
+
+
+def _majority(pixels: NDArray[np.float32]) -> tuple[str, float]:
+    """The commonest palette colour of pixels [n, 3], and the share of them that is of it."""
+    index, distance = _nearest(pixels)
+    votes = np.bincount(index[distance <= SAME], minlength=len(_NAMES))
+    return _NAMES[int(votes.argmax())], float(votes.max() / max(1, len(pixels)))
+
+
+@cache
+def _frame(height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The pixels of the frame that are between stripes, and those that are in one, without the rows where they meet."""
+    frame = np.ones((height, width), np.bool_)
+    frame[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
+    row = np.arange(height)[:, None] % STRIPE_PERIOD
+    between = (row > STRIPE_WIDTH) & (row < STRIPE_PERIOD - 1)
+    inside = (row > 0) & (row < STRIPE_WIDTH - 1)
+    return frame & between, frame & inside
+
+
+def _figure(pixels: NDArray[np.float32], rows: NDArray[np.float32], patch: NDArray[np.bool_]) -> Seen:
+    """What a connected patch that differs from the ground is."""
+    index, distance = _nearest(pixels[patch])
+    votes = np.bincount(index[distance <= SAME], minlength=len(_NAMES))
+    y, x = (float(indices.mean()) + 0.5 for indices in patch.nonzero())
+    if not votes.any() or patch.mean() > LARGEST:
+        return Seen(None, None, 0.0, 0.0, x, y)
+    name = _NAMES[int(votes.argmax())]
+    step = _COLOURS[int(votes.argmax())] - rows
+    mask = ((pixels - rows) * step).sum(-1) > 0.5 * (step * step).sum(-1)
+    mask &= ndimage.binary_dilation(patch)
+    if mask.mean() <= SPECK or votes.max() < CLEAR * patch.sum():
+        return Seen(None, None, 0.0, 0.0, x, y)
+    filled = _filled(mask)
+    hole = float((filled.sum() - mask.sum()) / (HOLLOW**2 * filled.sum()))
+    overlap, shape = max((_overlap(filled, shape), shape) for shape in SHAPES)
+    return Seen(shape if overlap >= OVERLAP else None, name, overlap, hole, x, y)
+
+
+def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask with its holes: pixels that have some of it in all four directions."""
+    inside = np.ones_like(mask)
+    for axis in (0, 1):
+        inside &= np.logical_or.accumulate(mask, axis)
+        inside &= np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+    return inside | mask
+
+
+def _overlap(mask: NDArray[np.bool_], shape: str) -> float:
+    """The best intersection over union of a mask with a shape of about its centre and area."""
+    y, x = (float(indices.mean()) + 0.5 for indices in mask.nonzero())
+    area, centre = _unit(shape)
+    best = 0.0
+    for factor in (0.94, 1.0, 1.06):
+        radius = factor * float(np.sqrt(mask.sum() / area))
+        template = silhouette(shape, Placing(x, y - centre * radius, radius), (mask.shape[1], mask.shape[0]))
+        best = max(best, float(np.minimum(template, mask).sum() / np.maximum(template, mask).sum()))
+    return best
+
+
+@cache
+def _unit(shape: str) -> tuple[float, float]:
+    """Area of a shape of radius 1, and how far its centroid lies below its centre."""
+    radius = 16.0
+    cover = silhouette(shape, Placing(32, 32, radius), (64, 64))
+    offsets = np.arange(64) + 0.5 - 32
+    return float(cover.sum()) / radius**2, float((cover.sum(1) * offsets).sum() / cover.sum()) / radius
