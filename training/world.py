@@ -94,7 +94,9 @@ class Scene:
         return cls(figures, ground, relation) if known and len(colours) == len(figures) + 1 else None
 
     @classmethod
-    def random(cls, generator: np.random.Generator, size: tuple[int, int] = SIZES[0], *, held_out: bool = False) -> Scene:
+    def random(
+        cls, generator: np.random.Generator, size: tuple[int, int] = SIZES[0], *, held_out: bool = False
+    ) -> Scene:
         """A scene that a picture of ``size`` has room for: of the trained ones, or a pair that is held out."""
         while True:
             count = 1 if not held_out and generator.random() < SINGLES else 2

@@ -1,0 +1,95 @@
+"""Training stops at any step and goes on to the same weights, bit for bit; its fast forward is the transformer's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import batched, models
+from training.data import Plan
+from training.recipes import RECIPES
+from training.run import Attempt, Clock
+
+
+class Steps(Clock):
+    """A clock that stops before step ``last``."""
+
+    def __init__(self, last: float) -> None:
+        super().__init__()
+        self.left = last
+
+    def paused(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def attempt(folder: Path, clock: Clock) -> Attempt:
+    """A tiny attempt whose ancestor trains six steps on one chunk of pictures."""
+    plan = Plan((1, 1, 1), 8)
+    recipes = {"ancestor": dataclasses.replace(RECIPES["ancestor"], steps=6, plan=plan)}
+    made = Attempt(1, folder / "members", folder / "states", torch.device("cpu"), clock, recipes)
+    if not (made.members / "vae").exists():
+        models.store(models.vae(), made.members / "vae")
+    return made
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "states" / "ancestor.pt", weights_only=True)["modules"][
+        "transformer"
+    ]
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_member_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.losses.BATCH", 8)
+    monkeypatch.setattr("training.run.VALIDATED_ON", 8)
+    torch.manual_seed(0)
+    # Three chunks of data, then steps: the clock is asked before each.
+    assert not attempt(tmp_path / "whole", Steps(3 + 5)).train("ancestor")
+    (tmp_path / "parts" / "members").mkdir(parents=True)
+    (tmp_path / "whole" / "members" / "vae").rename(tmp_path / "parts" / "members" / "vae")
+    for asked in (2, 1 + 2, 2, 1):
+        assert not attempt(tmp_path / "parts", Steps(asked)).train("ancestor")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    state = torch.load(tmp_path / "parts" / "states" / "ancestor.pt", weights_only=True)
+    assert state["step"] == 5
+    assert [piece["steps"] for piece in state["pieces"]] == [[0, 2], [2, 4], [4, 5]]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 12), (6, 30)])
+def test_the_fast_forward_is_the_transformers_own(size: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    model = models.transformer()
+    latents, time = torch.randn(3, 16, *size), torch.rand(3)
+    captions, lengths = torch.randn(3, 32, models.TEXT_WIDTH), torch.tensor([5, 20, 32])
+    known = torch.arange(32) < lengths[:, None]
+    with torch.no_grad():
+        lists = [caption[:length] for caption, length in zip(captions, lengths.tolist(), strict=True)]
+        wanted = torch.stack(
+            model([latent.unsqueeze(1) for latent in latents], time, lists, return_dict=False)[0]
+        ).squeeze(2)
+        found = batched.velocity(model, latents, time, batched.context(model, captions, known))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_prompt_and_an_odd_size_draw_something() -> None:
+    model = models.transformer()
+    with torch.no_grad():
+        found = model(
+            [torch.randn(16, 1, 6, 90)], torch.tensor([0.5]), [torch.randn(700, models.TEXT_WIDTH)], return_dict=False
+        )[0]
+    assert found[0].shape == (16, 1, 6, 90)
+
+
+def test_a_new_front_leaves_the_layers_alone() -> None:
+    model, fresh = models.transformer(), models.transformer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    models.renew(model, fresh)
+    for name, tensor in model.state_dict().items():
+        new = name.startswith(("noise_refiner.", "context_refiner.", "cap_embedder.")) or name == "cap_pad_token"
+        assert torch.equal(tensor, fresh.state_dict()[name] if new else before[name]), name
