@@ -30,9 +30,9 @@ from mergetool.lora import dialects
 from mergetool.lora.budget import Spectrum, file_size, ranks_for
 from mergetool.lora.directions import Directions
 from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.pairs import DiffOptions
-from mergetool.lora.rules import Rule, RuleName
+from mergetool.lora.rules import Rule
 from mergetool.lora.spectra import SideFile
+from mergetool.options.differences import DiffOptions, RuleName
 
 LAB = (("lab.alkahest", "lab.turbo"), ("lab.base", "lab.turbo"), ("lab.alkahest", "lab.deturbo"))
 LAB_RANKS = (4, 8, 16, 24, 40)
@@ -120,11 +120,11 @@ class Spectra:
 
 def spectra_of(base: str, variant: str, side: Path, known: int, exclude: tuple[str, ...]) -> Spectra:
     """The spectra of a pair, from ``side``, which is made with ``known`` directions a matrix where it is not there."""
-    options = DiffOptions(rank=known, exclude=exclude)
+    options = DiffOptions(rank=known, exclude=exclude, spectra=side)
     with open_diff(base, variant, options) as pairing:
         if not side.exists():
             start = time.perf_counter()
-            extract(pairing, side.with_name("largest.safetensors"), options, spectra=side, overwrite=True)
+            extract(pairing, side.with_name("largest.safetensors"), options, overwrite=True)
             side.with_name("largest.safetensors").unlink()
             print(f"{known} directions of every matrix: {time.perf_counter() - start:.0f} s", flush=True)
         file = SideFile.open(side, pairing, options.seed)
@@ -142,8 +142,9 @@ def spectra_of(base: str, variant: str, side: Path, known: int, exclude: tuple[s
 
 def extraction(base: str, variant: str, side: Path, options: DiffOptions, output: Path) -> Extraction:
     """What ``options`` give."""
+    options = replace(options, spectra=side)
     with open_diff(base, variant, options) as pairing:
-        return extract(pairing, output, options, spectra=side, overwrite=True)
+        return extract(pairing, output, options, overwrite=True)
 
 
 def residual_of(found: Extraction) -> float:

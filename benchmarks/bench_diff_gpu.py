@@ -37,8 +37,9 @@ from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.factors import factors_of
 from mergetool.lora.layer import Layer
 from mergetool.lora.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
-from mergetool.lora.pairs import DiffOptions, Pairing
+from mergetool.lora.pairs import Pairing
 from mergetool.lora.svd import SMALL
+from mergetool.options.differences import DiffOptions
 
 OPTIONS = DiffOptions(rank_thresh=0.995, rank_max=64)
 CASE = "thresh 0.995, cap 64"
@@ -248,7 +249,7 @@ def judge(pairing: Pairing, found: Extraction, lora: Path, device: torch.device)
             verdicts.append(
                 Verdict(
                     layer,
-                    int((energies.cumsum(0) < OPTIONS.chosen.threshold * total).sum()) + 1,
+                    int((energies.cumsum(0) < OPTIONS.threshold * total).sum()) + 1,
                     float(energies[: layer.rank].sum()) / total,
                     float((span.T @ delta).square().sum()) / total,
                     float((delta - up @ down).norm() / delta.norm()),
@@ -267,7 +268,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> bool:
         if layer.capped:
             right &= layer.rank == OPTIONS.rank_max and one.best - layer.energy < 1e-3
         else:
-            right &= layer.rank == one.fewest and layer.energy >= OPTIONS.chosen.threshold - 1e-9
+            right &= layer.rank == one.fewest and layer.energy >= OPTIONS.threshold - 1e-9
         good &= right
         print(
             f"  {'ok   ' if right else 'WRONG'} {layer.name:45} {layer.rank:3} ({one.fewest})"

@@ -26,7 +26,7 @@ from mergetool import models
 from mergetool.engine import job
 from mergetool.lab import checker, world
 from mergetool.lora.extract import extract, open_diff
-from mergetool.lora.pairs import DiffOptions
+from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.sampler import sheet
 from mergetool.sampler.parts import Components, WeightedLora

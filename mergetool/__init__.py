@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mergetool.engine.job import open_merge, run_merge
     from mergetool.errors import MergetoolError
     from mergetool.lora.extract import extract, open_diff
-    from mergetool.lora.pairs import DiffOptions
     from mergetool.models import open_model
+    from mergetool.options.differences import DiffOptions
     from mergetool.options.merging import MergeOptions
     from mergetool.recipe.expression import parse
 
@@ -61,7 +61,7 @@ __all__ = [
 _HOME = {
     "Checkpoint": "checkpoint.reader",
     "CheckpointWriter": "checkpoint.writer",
-    "DiffOptions": "lora.pairs",
+    "DiffOptions": "options.differences",
     "MergetoolError": "errors",
     "MergeOptions": "options.merging",
     "Recipe": "api.recipes",

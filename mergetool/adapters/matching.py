@@ -19,7 +19,7 @@ def require_match(file: LoraFile, model: str, *, skip_unmatched: bool) -> None:
         key, reason = file.unmatched[0]
         raise DataError(
             f'"{file.name}": {quoted(key)} changes nothing in {model} ({reason}; {len(file.unmatched)} such keys in all); '
-            "it may be for another model: --skip-unmatched leaves them out."
+            "it may be for another model: `skip_unmatched` leaves them out."
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
-    from mergetool.lora.pairs import DiffOptions
+    from mergetool.options.differences import DiffOptions
 
 
 @dataclass(frozen=True)

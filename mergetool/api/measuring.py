@@ -21,7 +21,7 @@ def diff(
     rank_thresh: float | None = None,
     rank_max: int | None = None,
     rule: Literal["energy", "fro", "sum", "ratio", "abs", "knee"] = "energy",
-    budget: int = 0,
+    budget: int | str | None = None,
     min_dim: int = 32,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -42,9 +42,9 @@ def diff(
     from mergetool.checkpoint.outputs import lora_target
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, open_diff
-    from mergetool.lora.pairs import chosen
+    from mergetool.options.differences import DiffOptions
 
-    options = chosen(
+    options = DiffOptions(
         rank=rank,
         rank_thresh=rank_thresh,
         rank_max=rank_max,

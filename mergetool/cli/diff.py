@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,7 +14,8 @@ from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
-    from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+    from mergetool.lora.pairs import Pair, Pairing
+    from mergetool.options.differences import DiffOptions
 
 EXAMPLES = """\b
 Examples:
@@ -135,36 +135,36 @@ def diff(
     """
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract, on_the_cpu, open_diff
-    from mergetool.lora.pairs import chosen
+    from mergetool.options.differences import DiffOptions, RuleName
 
-    options = replace(
-        chosen(
-            rank=rank,
-            rank_thresh=rank_thresh,
-            rank_max=rank_max,
-            rule=rule,
-            budget=console.parse_size(budget) if budget else 0,
-            min_dim=min_dim,
-            include=include or (),
-            exclude=exclude or (),
-            dtype=dtype,
-            seed=seed,
-        ),
-        full=full is not None,
-        full_layers=tuple(full_layer or ()),
+    named = partial(console.lora_output, shown=not as_json)
+    options = DiffOptions(
+        rank=rank,
+        rank_thresh=rank_thresh,
+        rank_max=rank_max,
+        rule=cast(RuleName, rule),
+        budget=budget,
+        min_dim=min_dim,
+        include=include or (),
+        exclude=exclude or (),
+        dtype=dtype,
+        seed=seed,
+        variant2=variant2,
         union=union,
         weights=diff_outputs.weights(weights),
         orthogonal=orthogonal,
+        full=None if full is None else named(full),
+        full_layer=full_layer or (),
+        spectra=None if spectra is None else named(spectra),
     )
+    full_path, spectra_path = cast("Path | None", options.full), cast("Path | None", options.spectra)
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     target_device = on_device.choose(device)
     memory = console.parse_size(gpu_memory) if gpu_memory else 0
     started = time.monotonic()
-    named = partial(console.lora_output, shown=not as_json)
     target = named(output or _default_output(base, variant))
-    full_path, spectra_path = (None if name is None else named(name) for name in (full, spectra))
     checkpoint_path = None if checkpoint is None else named(checkpoint, what="--checkpoint")
-    with open_diff(base, variant, options, second=variant2, skip_unmatched=skip_unmatched) as pairing:
+    with open_diff(base, variant, options, skip_unmatched=skip_unmatched) as pairing:
         if not as_json:
             print_pairing(pairing, verbose=verbose or dry_run)
             diff_outputs.print_operands(pairing, options)
@@ -176,7 +176,7 @@ def diff(
             diff_outputs.check_checkpoint(
                 checkpoint_path, (target, full_path, spectra_path), pairing, overwrite=overwrite
             )
-        only = on_the_cpu(options, spectra_path, pairing) if target_device else ""
+        only = on_the_cpu(options, pairing) if target_device else ""
         if only and not as_json:
             console.heading("note", f"{only} works on the CPU; the device is not used")
         shown = not (no_progress or as_json)
@@ -186,13 +186,11 @@ def diff(
                 pairing,
                 target,
                 options,
-                full=full_path,
                 overwrite=overwrite,
                 threads=threads,
                 method=method,
                 device=target_device,
                 memory=memory,
-                spectra=spectra_path,
                 progress=bar,
             )
         if checkpoint_path is not None:
@@ -307,12 +305,10 @@ def extraction_json(
         "output": str(target),
         "ranks": {
             "rank": options.rank,
-            "budget": options.budget,
+            "budget": options.budget_bytes,
             "rule": None if options.rank or options.budget else options.rule,
-            "rank_thresh": None
-            if options.rank or options.budget or options.rule == "knee"
-            else options.chosen.threshold,
-            "rank_max": options.rank_max,
+            "rank_thresh": None if options.rank or options.budget or options.rule == "knee" else options.threshold,
+            "rank_max": options.cap,
         },
         "spectra": None if spectra is None else {"file": str(spectra), "searched": found.searched},
         "bytes_written": target.stat().st_size,

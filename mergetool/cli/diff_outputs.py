@@ -14,7 +14,8 @@ from mergetool.errors import UsageError
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.lora.layer import Layer
-    from mergetool.lora.pairs import DiffOptions, Pairing
+    from mergetool.lora.pairs import Pairing
+    from mergetool.options.differences import DiffOptions
 
 
 def weights(text: str) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from mergetool.cli import console
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.lora.layer import Layer
-    from mergetool.lora.pairs import DiffOptions
+    from mergetool.options.differences import DiffOptions
 
 # The first of these that a matrix is in is its row of the table.
 GROUPS = ("attention", "ffn", "adaln", "embedder", "final")
@@ -35,18 +35,16 @@ def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
     wanted = [layer.wanted for layer in capped if layer.wanted is not None]
     worst = min(capped, key=lambda layer: layer.energy)
     if options.budget:
-        console.heading("", f"{len(capped)} capped at {options.rank_max}: --rank-max 0 leaves it to the budget")
+        console.heading("", f"{len(capped)} capped at {options.cap}: --rank-max 0 leaves it to the budget")
         return
     advice = (
-        f"--rank-max {max(wanted)} would reach {options.chosen.threshold:g}"
+        f"--rank-max {max(wanted)} would reach {options.threshold:g}"
         if len(wanted) == len(capped)
-        else f"--rank-max 0 would reach {options.chosen.threshold:g}"
+        else f"--rank-max 0 would reach {options.threshold:g}"
     )
     if options.share is None:
         advice = f"--rank-max 0 keeps all that --rule {options.rule} does"
-    console.heading(
-        "", f"{len(capped)} capped at {options.rank_max}, down to {worst.energy:.4f} ({worst.name}): {advice}"
-    )
+    console.heading("", f"{len(capped)} capped at {options.cap}, down to {worst.energy:.4f} ({worst.name}): {advice}")
 
 
 def _budget_line(found: Extraction, options: DiffOptions, target: Path) -> str:
@@ -54,7 +52,7 @@ def _budget_line(found: Extraction, options: DiffOptions, target: Path) -> str:
     residual = (
         sum(one.residual**2 * one.total for one in found.layers) / sum(one.total for one in found.layers)
     ) ** 0.5
-    return f"{size:,} of {options.budget:,} bytes · residual {100 * residual:.1f} % of all matrices together, the least at that size"
+    return f"{size:,} of {options.budget_bytes:,} bytes · residual {100 * residual:.1f} % of all matrices together, the least at that size"
 
 
 def _print_unmet(layers: Sequence[Layer], options: DiffOptions, *, verbose: bool) -> None:
@@ -71,7 +69,7 @@ def _print_unmet(layers: Sequence[Layer], options: DiffOptions, *, verbose: bool
         console.heading(
             "",
             f"{len(missed)} below the threshold as stored, down to {1 - worst.residual**2:.7f} ({worst.name}): "
-            f"{options.dtype.name.lower()} rounds away more than it leaves; --dtype fp32 would reach it",
+            f"{options.dtype} rounds away more than it leaves; --dtype fp32 would reach it",
         )
 
 
@@ -103,5 +101,5 @@ def _row(name: str, layers: Sequence[Layer], options: DiffOptions) -> list[str]:
         f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}",
         f"{energy:.4f}",
         f"{100 * residual:.1f} %",
-        f"{capped} at {options.rank_max}" if capped else "",
+        f"{capped} at {options.cap}" if capped else "",
     ]

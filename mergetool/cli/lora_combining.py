@@ -90,8 +90,9 @@ def selection(
     needed: bool,
 ) -> Selection:
     """What the options ask to keep. Raises UsageError for several that contradict each other, or for none where one is ``needed``."""
-    from mergetool.lora.rules import RULES, rule_for
+    from mergetool.lora.rules import Rule
     from mergetool.lora.selection import Budget, ByRule, Exact, Fixed
+    from mergetool.options.differences import RULES, SHARE, require_threshold
 
     name = console.choice("--rule", rule or "energy", RULES)
     by_rule = rank_thresh is not None or rule is not None
@@ -119,7 +120,8 @@ def selection(
     if by_rule:
         if rank_thresh is None and name != "knee":
             raise UsageError(f"--rule {name} needs a --rank-thresh.")
-        return ByRule(rule_for(name, rank_thresh), rank_max)
+        require_threshold(name, rank_thresh)
+        return ByRule(Rule(name, SHARE if rank_thresh is None else rank_thresh), rank_max)
     if rank_max is not None:
         return Fixed(rank_max)
     if needed:

@@ -100,10 +100,10 @@ def _of_loras(first: str, second: str, signs: bool, threads: int | None, skip: b
 def _of_deltas(base: str, first: str, second: str, signs: bool, threads: int | None, skip: bool, shows: bool) -> Found:
     from mergetool.lora.extract import open_diff
     from mergetool.lora.operations import delta_scores
-    from mergetool.lora.pairs import DiffOptions
+    from mergetool.options.differences import DiffOptions
 
-    options = DiffOptions(orthogonal=True, min_dim=1)  # what only one of them changes is scored too
-    with open_diff(base, first, options, second=second, skip_unmatched=skip) as pairing:
+    options = DiffOptions(variant2=second, orthogonal=True, min_dim=1)  # what only one of them changes is scored too
+    with open_diff(base, first, options, skip_unmatched=skip) as pairing:
         size = sum(map(pairing.nbytes, pairing.decomposed))
         with console.progress("score", size, shown=shows) as bar:
             found = list(delta_scores(pairing, signs=signs, threads=threads, progress=bar))

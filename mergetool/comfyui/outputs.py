@@ -15,7 +15,8 @@ from mergetool.recipe.quoting import quote
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
-    from mergetool.lora.pairs import DiffOptions, Pairing
+    from mergetool.lora.pairs import Pairing
+    from mergetool.options.differences import DiffOptions
     from mergetool.options.multipliers import Setting
     from mergetool.recipe.plan import Plan
 
@@ -167,10 +168,10 @@ class ExtractLora:
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
         from mergetool.lora.extract import open_diff
-        from mergetool.lora.pairs import chosen
         from mergetool.making import state
+        from mergetool.options.differences import DiffOptions
 
-        options = chosen(rank_thresh=rank_thresh, rank_max=rank_max, exclude=exclude.split(), dtype=dtype)
+        options = DiffOptions(rank_thresh=rank_thresh, rank_max=rank_max, exclude=exclude.split(), dtype=dtype)
         path = host.target(folder, name)
         models = links.one_model(base, "a LoRA's base"), links.one_model(variant, "the model that a LoRA is taken of")
         with open_diff(*models, options) as pairing:

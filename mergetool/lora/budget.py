@@ -84,7 +84,7 @@ def ranks_for(spectra: Sequence[Spectrum], budget: int, dtype: DType, metadata: 
     ranks = _filled(items, low, spectra, budget, dtype, size)
     if not any(ranks):
         least = size(_counted(items[:1], len(spectra)))
-        raise UsageError(f"--budget is {budget} bytes, but the smallest LoRA that is worth its file has {least}.")
+        raise UsageError(f"`budget` is {budget} bytes, but the smallest LoRA that is worth its file has {least}.")
     return ranks
 
 

@@ -19,12 +19,13 @@ from mergetool.lora.directions import EXTRA, Directions, find, from_directions, 
 from mergetool.lora.layer import Result
 from mergetool.lora.on_device import Solved
 from mergetool.lora.operands import Operand, dense
-from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.spectra import SideFile
 from mergetool.lora.stored import ATTEMPTS, next_share
 from mergetool.lora.svd import Decomposition, balanced_factors, stored_residual
 from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def stored_result(
     wanted: float | None = None
     for _ in range(ATTEMPTS):
         found = at(wanted)
-        down, up = balanced_factors(found, TORCH[options.dtype])
+        down, up = balanced_factors(found, TORCH[options.stored])
         residual = stored_residual(found, down, up)
         if options.share is None or found.capped:
             break
@@ -64,7 +65,7 @@ def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Ru
     def work(pair: Pair, operand: Operand) -> Result:
         known, delta = side.known.get(pair.name), dense(operand)
         if known is None or not suffice(known, options, pair.shape):
-            known = side.add(pair.name, find(pair.name, delta, options, options.rank or options.rank_max))
+            known = side.add(pair.name, find(pair.name, delta, options, options.rank or options.cap))
         return stored_result(
             pair, options, family, lambda share: from_directions(pair.name, delta, known, options, share=share)
         )
@@ -74,7 +75,7 @@ def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Ru
 
 @dataclass
 class WithinBudget:
-    """Every pair with the ranks that give the least total error in a file of ``options.budget`` bytes.
+    """Every pair with the ranks that give the least total error in a file of ``options.budget_bytes``.
 
     ``metadata`` is the file's. Directions are looked for until of no matrix all that are known are kept: only those matrices are
     read again, for twice as many, so that the last pass chooses as if every spectrum were known to its end.
@@ -117,12 +118,12 @@ class WithinBudget:
         self.progress(0)
 
     def _cap(self, pair: Pair) -> int:
-        return min(self.options.rank_max or min(pair.shape), *pair.shape)
+        return min(self.options.cap or min(pair.shape), *pair.shape)
 
     def _first_guess(self) -> dict[str, int]:
         """How many directions of every matrix to look for at first."""
         pairs = self.pairing.decomposed
-        uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget, self.options.dtype)
+        uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget_bytes, self.options.stored)
         guess = max(math.ceil(budget.FIRST_GUESS * uniform), budget.LEAST)
         return {pair.name: min(guess, self._cap(pair)) for pair in pairs}
 
@@ -134,7 +135,7 @@ class WithinBudget:
             usable = known.energies[: min(known.count, self._cap(pair))]
             kernel = pair.base.shape[2:]
             spectra.append(budget.Spectrum(down, up, pair.shape, usable, kernel))
-        ranks = budget.ranks_for(spectra, self.options.budget, self.options.dtype, self.metadata)
+        ranks = budget.ranks_for(spectra, self.options.budget_bytes, self.options.stored, self.metadata)
         return {pair.name: rank for pair, rank in zip(pairs, ranks, strict=True)}
 
     def _is_open(self, pair: Pair, rank: int) -> bool:
@@ -153,7 +154,7 @@ class WithinBudget:
             result = stored_result(
                 pair, self.options, family, lambda _: from_directions(pair.name, delta, known, self.options, rank=rank)
             )
-            capped = rank == self.options.rank_max and not known.complete
+            capped = rank == self.options.cap and not known.complete
             return replace(result, layer=replace(result.layer, capped=capped))
 
         for pair in pairs:

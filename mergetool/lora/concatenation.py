@@ -85,8 +85,8 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
 def _check(module: Module, dtype: torch.dtype, factors: Sequence[Tensor]) -> None:
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
         raise NonFiniteError(
-            f'factors of "{module.part}" are too large for {str(dtype).removeprefix("torch.")}; write bf16 or fp32 with --dtype, '
-            "or give --rank, which balances them."
+            f'factors of "{module.part}" are too large for {str(dtype).removeprefix("torch.")}; write bf16 or fp32 with `dtype`, '
+            "or give `rank`, which balances them."
         )
 
 
@@ -109,7 +109,7 @@ def _columns(module: Module, piece: Piece, dtype: torch.dtype) -> _Columns:
         if found.rank > most:
             raise UsageError(
                 f'"{piece.file.name}": {quoted(adapter.module)} ({adapter.kind}) has more than rank {most}, where two factors are '
-                "larger than the matrix itself; give --rank, --rank-thresh or --budget."
+                "larger than the matrix itself; give `rank`, `rank_thresh` or `budget`."
             )
         down, up = balanced_factors(found, dtype)
         stored = Factored.of(up, down)

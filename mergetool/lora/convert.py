@@ -89,7 +89,7 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
         key, reason = file.unmatched[0]
         raise DataError(
             f'"{file.name}": {quoted(key)} cannot be converted ({reason}; {len(file.unmatched)} such keys in all); '
-            "--skip-unmatched leaves them out."
+            "`skip_unmatched` leaves them out."
         )
     twice = next((part for part, changes in file.changes.items() if len(changes) > 1), None)
     if twice is not None:
@@ -102,7 +102,7 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
     if file.family is GENERIC and flat and key_format == "comfyui" and not names_known:
         raise DataError(
             f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
-            "name the model with --model."
+            "name the model with `model`."
         )
     naming.require_known(file, key_format)
 
@@ -123,7 +123,7 @@ def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Co
             if not spelling.fused:
                 raise DataError(
                     f'"{file.name}": {quoted(adapter.module)} is {whole.what} of q, k and v together, which cannot be taken '
-                    "apart; --key-format comfyui keeps it, and `mergetool lora bake` adds it to a checkpoint."
+                    "apart; `key_format=comfyui` keeps it, and `mergetool lora bake` adds it to a checkpoint."
                 )
             found[file.family.stored_name(changes[0].part, _layout(file))] = whole
             continue
@@ -142,13 +142,13 @@ def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spellin
     if spelling.alpha == "config" and found.is_by_columns:
         raise DataError(
             f'"{file.name}": {quoted(name)} is a DoRA with magnitudes of its inputs, where PEFT has those of outputs only; '
-            "--key-format comfyui or default keeps them."
+            "`key_format=comfyui` or `key_format=default` keeps them."
         )
     if not is_carried:
         way_out = "comfyui" if found.kind == "full" else "default"
         raise DataError(
-            f'"{file.name}": {quoted(name)} is {found.what}, which --key-format {key_format} cannot carry; '
-            f"--key-format {way_out} can, and `mergetool lora bake` adds it to a checkpoint."
+            f'"{file.name}": {quoted(name)} is {found.what}, which `key_format={key_format}` cannot carry; '
+            f"`key_format={way_out}` can, and `mergetool lora bake` adds it to a checkpoint."
         )
 
 

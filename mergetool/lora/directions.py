@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from mergetool.lora.delta import Delta
-from mergetool.lora.pairs import DiffOptions
-from mergetool.lora.rules import Float64
+from mergetool.lora.rules import Float64, Rule
 from mergetool.lora.svd import Decomposition, decompose
+from mergetool.options.differences import DiffOptions
 
 EXTRA = 8
 """Rows beyond the chosen rank to project onto: what rounding moved between neighbours is found again."""
@@ -68,7 +68,7 @@ class Directions:
 
 def find(name: str, delta: Delta, options: DiffOptions, most: int) -> Directions:
     """Search for the ``most`` strongest directions of ``delta``, or with 0 for those that the rule keeps."""
-    rule = options.chosen
+    rule = Rule.of(options)
     short = min(delta.matrix.shape)
     spectrum = None
     if rule.needs_all and not options.rank and not options.budget:
@@ -85,7 +85,7 @@ def find(name: str, delta: Delta, options: DiffOptions, most: int) -> Directions
 
 
 def _decompose(name: str, delta: Delta, options: DiffOptions, rank: int = 0, rank_max: int = 0) -> Decomposition:
-    rule = options.chosen
+    rule = Rule.of(options)
     return decompose(
         delta.matrix,
         name=name,
@@ -102,10 +102,10 @@ def _decompose(name: str, delta: Delta, options: DiffOptions, rank: int = 0, ran
 def suffice(known: Directions, options: DiffOptions, shape: tuple[int, ...]) -> bool:
     """True when ``known`` decides what ``options`` keep of a delta of ``shape``, without another search."""
     short = min(shape)
-    cap = min(options.rank or options.rank_max or short, short)
+    cap = min(options.rank or options.cap or short, short)
     if options.rank:
         return known.complete or known.count >= cap
-    rule = options.chosen
+    rule = Rule.of(options)
     if rule.needs_all:
         whole = len(known.values) == short
         return whole and (known.complete or known.count >= min(rule.rank(known.energies) or 0, cap))
@@ -127,9 +127,9 @@ def from_directions(
 
     ``rank`` is a budget's choice; ``share`` overrides the rule's share of the energy.
     """
-    rule, short = options.chosen, min(delta.matrix.shape)
+    rule, short = Rule.of(options), min(delta.matrix.shape)
     name_of_rule, threshold = rule.name, rule.threshold
-    cap, wanted = options.rank_max, 0
+    cap, wanted = options.cap, 0
     if share is not None:
         name_of_rule, threshold = "energy", share
     rank = options.rank if rank is None else rank

@@ -19,7 +19,8 @@ import torch
 from mergetool import models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
-from mergetool.checkpoint.outputs import Target, lora_target
+from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.outputs import Target
 from mergetool.engine.job import Inputs
 from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
@@ -29,10 +30,11 @@ from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
 from mergetool.lora.operands import Operand, decomposed
-from mergetool.lora.pairs import DiffOptions, Pair, Pairing, pair_up
+from mergetool.lora.pairs import Pair, Pairing, pair_up
 from mergetool.lora.spectra import SideFile
 from mergetool.lora.streaming import stream
 from mergetool.lora.whole import Whole, tensors
+from mergetool.options.differences import DiffOptions
 from mergetool.recipe.provenance import display_names, stamp
 
 
@@ -61,14 +63,13 @@ def open_diff(
     variant: str,
     options: DiffOptions,
     *,
-    second: str | None = None,
     skip_unmatched: bool = False,
     inputs: Inputs | None = None,
 ) -> Iterator[Pairing]:
     """The pairing of two models by name or path; they are closed at the end of the ``with`` block, but for those of ``inputs``.
 
-    ``variant`` and ``second`` may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
-    error, or with ``skip_unmatched`` named. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
+    Both variants may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
+    error, or with ``skip_unmatched`` listed. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
     is read.
     """
     with ExitStack() as stack:
@@ -76,8 +77,7 @@ def open_diff(
         model = opened.model(base)
         variants = [
             opened.lora(name, model) if is_lora(models.resolve(name).path) else opened.model(name)
-            for name in (variant, second)
-            if name is not None
+            for name in (variant, *([] if options.variant2 is None else [str(options.variant2)]))
         ]
         yield pair_up(model, variants[0], options, *variants[1:])
 
@@ -87,50 +87,34 @@ def extract(
     output: Path | Target,
     options: DiffOptions,
     *,
-    full: Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     method: Method = "auto",
     device: torch.device | None = None,
     memory: int = 0,
-    spectra: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
-    Factors are named by ``dialects.keys`` and stored in ``options.dtype``. What is stored whole goes to ``full``, which is
-    published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    Factors are named by ``dialects.keys``. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
     values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
 
-    ``spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
-    ``options.rank`` or ``options.rank_max`` of each matrix. The output is the same as when they are found in the run.
+    ``options.spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
+    as many of each matrix as may be kept. The output is the same as when they are found in the run.
 
-    Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or ``spectra`` belongs to other
+    Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or the side file belongs to other
     models, OutputError, BusyError, StorageError or DataError.
     """
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    # The header is known only when all ranks are; a target that may not be written is refused before the work.
-    to = lora_file.check(output, files, overwrite=overwrite)
-    whole_to = None if full is None else lora_target(full)
-    spectra = None if spectra is None else lora_target(spectra).path
-    if options.full != (full is not None):
-        raise UsageError("--full needs a file for what is stored whole.")
-    for option, target in (("--spectra", spectra), ("--full", None if whole_to is None else whole_to.path)):
-        if target is None:
-            continue
-        lora_file.check(target, files, overwrite=overwrite or option == "--spectra")
-        if target.absolute() in (to.path.absolute(), spectra.absolute() if spectra and option == "--full" else None):
-            raise UsageError(f"{option} names the same file as another output; give one of them another name.")
-    if spectra is not None and pairing.second is not None:
-        raise UsageError("--spectra keeps those of one difference, not of what two share; leave it out, or --variant2.")
-    if on_the_cpu(options, spectra, pairing):
+    to, whole_to, spectra = _places(output, options, pairing, files, overwrite=overwrite)
+    if on_the_cpu(options, pairing):
         device = None
     system.keep_freed_memory()
     side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
     run = partial(stream, pairing, options, files=files, method=method, threads=asked(threads))
     with ThreadPoolExecutor(1, "metadata") as background:
-        early = background.submit(metadata_of, pairing, options, spectra=spectra)
+        early = background.submit(metadata_of, pairing, options)
         solved: list[Solved] = []
         found_in: Iterator[Solved]
         if device is not None:
@@ -148,7 +132,7 @@ def extract(
             progress(pairing.nbytes(pair))
     found, factors = _in_order(pairing, solved, options)
     if found.layers and not factors:
-        raise UsageError(f"no singular value is above {options.chosen.threshold:g}; lower --rank-thresh.")
+        raise UsageError(f"no singular value is above {options.threshold:g}; lower `rank_thresh`.")
     if not factors:
         raise _nothing(pairing, options)
     if whole_to is not None and found.whole:
@@ -160,17 +144,33 @@ def extract(
     return found
 
 
-def on_the_cpu(options: DiffOptions, spectra: Path | None = None, pairing: Pairing | None = None) -> str:
-    """What of these options, and of a pairing, only the CPU's path can do, as the command line calls it; empty when a device can do
-    some of it.
-    """
+def _places(
+    output: Path | Target, options: DiffOptions, pairing: Pairing, inputs: Sequence[InputFile], *, overwrite: bool
+) -> tuple[Target, Target | None, Path | None]:
+    """Where the LoRA, what is stored whole and the directions go. The header is known only when all ranks are, so what may not be written is refused here."""
+    to = lora_file.check(output, inputs, overwrite=overwrite)
+    taken, beside = [to.path.absolute()], []
+    for name, place in (("spectra", options.spectra), ("full", options.full)):
+        target = None if place is None else lora_file.check(place, inputs, overwrite=overwrite or name == "spectra")
+        if target is not None and target.path.absolute() in taken:
+            raise UsageError(f"`{name}` names the same file as another output; give one of them another name.")
+        taken += [] if target is None else [target.path.absolute()]
+        beside.append(target)
+    spectra, whole = beside
+    if spectra is not None and pairing.second is not None:
+        raise UsageError("`spectra` keeps those of one difference, not of what two share; leave it out, or `variant2`.")
+    return to, whole, None if spectra is None else spectra.path
+
+
+def on_the_cpu(options: DiffOptions, pairing: Pairing | None = None) -> str:
+    """What of these options, and of a pairing, only the CPU's path can do; empty when a device can do some of it."""
     if pairing is not None and not any(pair.is_plain for pair in pairing.decomposed):
-        return "--variant2" if pairing.second else "what is not two plain float tensors"
+        return "`variant2`" if pairing.second else "what is not two plain float tensors"
     if options.budget:
-        return "--budget"
-    if spectra is not None:
-        return "--spectra"
-    return "" if options.rank or options.share is not None else f"--rule {options.rule}"
+        return "`budget`"
+    if options.spectra is not None:
+        return "`spectra`"
+    return "" if options.rank or options.share is not None else f"`rule={options.rule}`"
 
 
 def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
@@ -232,27 +232,27 @@ def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
     names = [model.name for model in pairing.inputs]
     return NonFiniteError(
         f'tensor "{pair.name}" holds NaN or infinity in {", ".join(names[:-1])} or {names[-1]}; '
-        "mend the file, or leave the tensor out with --exclude."
+        "mend the file, or leave the tensor out with `exclude`."
     )
 
 
-def metadata_of(pairing: Pairing, options: DiffOptions, *, spectra: Path | None = None) -> dict[str, str]:
+def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
     models_ = pairing.inputs
     names = display_names([model.name for model in models_])
     recipe: dict[str, object] = {
         "base": names[pairing.base.name],
         "variant": names[pairing.variant.name],
-        "dtype": options.dtype.name,
+        "dtype": options.dtype,
         "min_dim": options.min_dim,
         "seed": options.seed,
     }
     recipe |= _ranks_recipe(options)
-    if spectra is not None:
+    if options.spectra is not None:
         recipe["spectra"] = True  # directions came through bf16, so the last bits are others
-    patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layers))
+    patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layer))
     recipe |= {key: list(v) for key, v in patterns if v}
-    if options.full:
+    if options.full is not None:
         recipe["full"] = True
     if pairing.second is not None:
         recipe["variant2"] = names[pairing.second.name]
@@ -266,6 +266,6 @@ def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
     if options.rank:
         return {"rank": options.rank}
     if options.budget:
-        return {"budget": options.budget, "rank_max": options.rank_max}
-    chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.rank_max}
-    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.chosen.threshold}
+        return {"budget": options.budget_bytes, "rank_max": options.cap}
+    chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.cap}
+    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.threshold}

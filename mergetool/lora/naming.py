@@ -34,10 +34,10 @@ def require_known(file: LoraFile, key_format: KeyFormat) -> None:
     """Raises DataError where the names of ``file`` are not known to be among those that the format's program loads."""
     if file.family is not GENERIC or _is_known(file, key_format):
         return
-    others = " or ".join(f"--key-format {other}" for other in KEY_FORMATS if _is_known(file, other))
+    others = " or ".join(f"`key_format={other}`" for other in KEY_FORMATS if _is_known(file, other))
     raise DataError(
         f'"{file.name}" is not for Z-Image (its first module is {quoted(next(iter(file.adapters)).module)}), and the names that another '
-        f"model's modules have in --key-format {key_format} are not known here; "
+        f"model's modules have in `key_format={key_format}` are not known here; "
         + (
             f"{others} keeps the names that it has."
             if others

@@ -23,12 +23,13 @@ from mergetool.errors import UsageError
 from mergetool.lora.batched import decompose_batch, squared_norms
 from mergetool.lora.factors import Factors, factors_of
 from mergetool.lora.layer import Result
-from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.stored import ATTEMPTS, next_share
 from mergetool.lora.svd import Decomposition
 from mergetool.lora.upload import Uploader
 from mergetool.lora.whole import Whole
 from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
 
 Solved = tuple[Pair, float, Result | Whole | None]
 """A pair, the energy of its difference, and what is stored of it: None where that energy is zero or not finite."""
@@ -222,12 +223,12 @@ class Solver:
             [pairs[i].name for i in usable],
             rank=options.rank,
             rank_thresh=options.share or 1.0,
-            rank_max=options.rank_max,
+            rank_max=options.cap,
             seed=options.seed,
             energies=[energies[i] for i in usable],
         )
         results: dict[int, Result] = {}
-        for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.dtype]), strict=True):
+        for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.stored]), strict=True):
             one, factors = self._meeting_the_share(one, factors, deltas[i], energies[i])
             results[i] = Result.of(
                 pairs[i], one, factors.down, factors.up, factors.residual, self._family, options.share
@@ -249,11 +250,11 @@ class Solver:
                 delta[None],
                 [found.name],
                 rank_thresh=share,
-                rank_max=options.rank_max,
+                rank_max=options.cap,
                 seed=options.seed,
                 energies=[energy],
             )
-            (factors,) = factors_of([found], TORCH[options.dtype])
+            (factors,) = factors_of([found], TORCH[options.stored])
         return found, factors
 
 

@@ -17,10 +17,11 @@ from mergetool.engine.reading import Fetcher
 from mergetool.lora import sets, sources
 from mergetool.lora.delta import Buffers, Delta, DeltaReader
 from mergetool.lora.factored import Factored
-from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.rules import Rule
 from mergetool.lora.sets import NEGLIGIBLE, LowRank
 from mergetool.lora.svd import Decomposition, decompose, squared_norm, zero_decomposition
+from mergetool.options.differences import DiffOptions
 from mergetool.recipe.steps import Input
 
 Operand = Delta | LowRank
@@ -113,7 +114,7 @@ def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | 
 
     Those of a pair of factors come from its whole spectrum, which is exact.
     """
-    rule = options.chosen if share is None else Rule("energy", share)
+    rule = Rule.of(options) if share is None else Rule("energy", share)
     if isinstance(delta, Delta):
         return _dense(pair, delta, options, rule)
     if delta.rank == 0:
@@ -122,7 +123,7 @@ def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | 
 
     def rank(values: Tensor) -> int:
         nonlocal wanted, most
-        most = min(options.rank or options.rank_max or len(values), len(values))
+        most = min(options.rank or options.cap or len(values), len(values))
         wanted = options.rank or rule.rank(values.square().numpy()) or 0
         return min(wanted, most)
 
@@ -170,7 +171,7 @@ def _of_lora(source: sources.Product | sources.Kronecker | sources.Dense) -> Ope
 def _truncated(pair: Pair, delta: Delta, options: DiffOptions) -> LowRank:
     if delta.energy == 0:
         return LowRank(delta.matrix[:, :0], delta.matrix[:0])
-    return LowRank.of(_dense(pair, delta, options, options.chosen))
+    return LowRank.of(_dense(pair, delta, options, Rule.of(options)))
 
 
 def _dense(pair: Pair, delta: Delta, options: DiffOptions, rule: Rule) -> Decomposition:
@@ -179,7 +180,7 @@ def _dense(pair: Pair, delta: Delta, options: DiffOptions, rule: Rule) -> Decomp
         name=pair.name,
         rank=options.rank,
         rank_thresh=rule.threshold,
-        rank_max=options.rank_max,
+        rank_max=options.cap,
         seed=options.seed,
         sketch=delta.sketch,
         energy=delta.energy,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -21,7 +21,9 @@ from mergetool.ops.cpu import TORCH
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
 
 
-def check(output: Path | Target, inputs: Sequence[InputFile], *, overwrite: bool, folder: bool = False) -> Target:
+def check(
+    output: str | os.PathLike[str] | Target, inputs: Sequence[InputFile], *, overwrite: bool, folder: bool = False
+) -> Target:
     """What ``output`` is written as, after refusing what could not be written, before the work whose result goes there.
 
     Raises what `outputs.lora_target` raises; OutputError for a folder that is not there, an existing file without ``overwrite`` or an

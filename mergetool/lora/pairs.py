@@ -4,7 +4,7 @@ Policy, for every part (a parameter under its canonical name) of base and varian
 
 * a matrix of at least ``min_dim`` rows and columns, in both, of equal shape: **decomposed**; a convolution's [out, in, kh, kw] as
   the matrix [out, in * kh * kw];
-* left out by ``--exclude`` or ``--include``: named, and its share of the difference is measured;
+* left out by ``exclude`` or ``include``: named, and its share of the difference is measured;
 * one-dimensional, smaller than ``min_dim``, of three or more than four dimensions: named, and its share of the difference is
   measured, since no factors can carry it; with ``full`` **stored whole** in a second file;
 * neither a weight nor a bias (pad tokens): named and measured; no program applies such a key;
@@ -19,130 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
-from typing import cast
+from math import prod
 
 from mergetool import arch
 from mergetool.arch import Part, meeting
 from mergetool.arch.z_image import PAD_TOKENS
-from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import FamilyError, UsageError
-from mergetool.lora.rules import Rule, RuleName, rule_for
+from mergetool.options.differences import DiffOptions
 from mergetool.recipe.steps import Input
-
-FACTOR_DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
-DEFAULT_RANK_MAX = 64
 
 UNCHANGED = "not changed by the LoRA"
 """The reason of the base's parts that a LoRA leaves alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class DiffOptions:
-    """What the user asked of a difference LoRA.
-
-    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh`` as `rules` defines them: by default 0.95, the share of the
-    sum of squared singular values to keep. ``budget`` above 0 is the size of the file in bytes instead: the ranks are those with the
-    least error. ``rank_max`` 0 means no cap. ``dtype`` is what the factors are stored in. ``full`` stores
-    whole, in a second file, what has no factors, and the matrices that ``full_layers`` select. With a second variant the common
-    part is taken, or with ``union`` the union with ``weights``, or with ``orthogonal`` the part of the first that is orthogonal to the
-    second (`lora.sets`).
-    """
-
-    rank: int = 0
-    rank_thresh: float | None = None
-    rank_max: int = DEFAULT_RANK_MAX
-    min_dim: int = 32
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    dtype: DType = BF16
-    seed: int = 0
-    rule: RuleName = "energy"
-    budget: int = 0
-    full: bool = False
-    full_layers: tuple[str, ...] = ()
-    union: bool = False
-    weights: tuple[float, float] = (1.0, 1.0)
-    orthogonal: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a number or a dtype that cannot be meant, and for options that contradict each other."""
-        for option, value in (
-            ("--rank", self.rank),
-            ("--rank-max", self.rank_max),
-            ("--min-dim", self.min_dim),
-            ("--budget", self.budget),
-            ("--seed", self.seed),
-        ):
-            if value < 0:
-                raise UsageError(f"{option} is {value}, but cannot be negative.")
-        if self.dtype not in FACTOR_DTYPES.values():
-            raise UsageError(
-                f"--dtype is one of {', '.join(FACTOR_DTYPES)}: factors are not stored in {self.dtype.name}."
-            )
-        if self.budget and (self.rank or self.rule != "energy"):
-            raise UsageError("--budget chooses the ranks by itself; leave out --rank and --rule.")
-        if self.rank and self.rule != "energy":
-            raise UsageError("--rank is the same rank for every matrix; leave out --rule.")
-        if (self.rank or self.budget) and self.rank_thresh is not None:
-            raise UsageError(f"{'--budget' if self.budget else '--rank'} has no threshold; leave out --rank-thresh.")
-        rule_for(self.rule, self.rank_thresh)
-        if self.full_layers and not self.full:
-            raise UsageError("--full-layer names what goes into a second file; say which with --full FILE.safetensors.")
-        if self.union and self.orthogonal:
-            raise UsageError("--union and --orthogonal are two things to take of two differences; leave one out.")
-        if self.weights != (1.0, 1.0) and not self.union:
-            raise UsageError("--weights are those of the two unique parts in --union; add --union.")
-        if not all(map(isfinite, self.weights)):
-            raise UsageError(f"--weights are {self.weights[0]:g},{self.weights[1]:g}, but have to be finite.")
-
-    @property
-    def takes_common(self) -> bool:
-        """Whether of two differences the common part is taken."""
-        return not (self.union or self.orthogonal)
-
-    @property
-    def chosen(self) -> Rule:
-        """The rule by which ranks are chosen where neither ``rank`` nor ``budget`` says them."""
-        return rule_for(self.rule, self.rank_thresh)
-
-    @property
-    def share(self) -> float | None:
-        """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
-        return None if self.rank or self.budget else self.chosen.share
-
-
-def chosen(
-    *,
-    rank: int = 0,
-    rank_thresh: float | None = None,
-    rank_max: int | None = None,
-    rule: str = "energy",
-    budget: int = 0,
-    min_dim: int = 32,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    dtype: str = "bf16",
-    seed: int = 0,
-) -> DiffOptions:
-    """The options for what a user said in words, None where nothing was said: what every face calls.
-
-    Raises UsageError for a word that is none of those there are, and what ``DiffOptions`` raises.
-    """
-    if dtype not in FACTOR_DTYPES:
-        raise UsageError(f'--dtype is one of {", ".join(FACTOR_DTYPES)}, not "{dtype}".')
-    return DiffOptions(
-        rank=rank,
-        rank_thresh=rank_thresh,
-        rank_max=(0 if budget else DEFAULT_RANK_MAX) if rank_max is None else rank_max,
-        rule=cast(RuleName, rule),  # checked there
-        budget=budget,
-        min_dim=min_dim,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        dtype=FACTOR_DTYPES[dtype],
-        seed=seed,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +119,6 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
     """
     family = base.anatomy.family
     variants = [variant] if second is None else [variant, second]
-    if second is None and not options.takes_common:
-        option, what = ("--union", "that of two differences") if options.union else ("--orthogonal", "to a difference")
-        raise UsageError(f"{option} is {what}; name the other with --variant2.")
     for model in variants:
         meeting.check_families(base, model)
     reasons = _Reasons.of(base, options)
@@ -271,7 +155,7 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
     left_out += [entry for model in variants for entry in model.unmatched]
     pairing = Pairing(base, variant, tuple(pairs), tuple(left_out), second, tuple(warnings))
     if not pairing.decomposed:
-        raise UsageError("no matrix is left to decompose; relax --exclude, --include or --min-dim.")
+        raise UsageError("no matrix is left to decompose; relax `exclude`, `include` or `min_dim`.")
     return pairing
 
 
@@ -307,22 +191,22 @@ class _Reasons:
             for name in names
         }
         return cls(
-            options, _selected(options.include, base), excluded, _selected(options.full_layers, base) or frozenset()
+            options, _selected(options.include, base), excluded, _selected(options.full_layer, base) or frozenset()
         )
 
     def chosen(self, name: str) -> str:
         """Why the user's patterns leave a part out; empty where they do not."""
         if name in self.excluded:
             return self.excluded[name]
-        return "" if self.included is None or name in self.included else "not in --include"
+        return "" if self.included is None or name in self.included else "not in `include`"
 
     def fate(self, part: Part, reason: str) -> tuple[str, bool]:
         """The reason of a part that patterns leave out for ``reason``, and whether it is stored whole."""
         if reason:
             return reason, False
-        reason = "--full-layer" if part.name in self.whole else _unfit(part, self.options.min_dim)
+        reason = "`full_layer`" if part.name in self.whole else _unfit(part, self.options.min_dim)
         # Programs apply what is called .diff to a module's weight and .diff_b to its bias; nothing else.
-        return reason, bool(reason) and self.options.full and part.name.endswith((".weight", ".bias"))
+        return reason, bool(reason) and self.options.full is not None and part.name.endswith((".weight", ".bias"))
 
 
 def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
@@ -349,5 +233,5 @@ def _unfit(part: Part, min_dim: int) -> str:
 def _shape_clash(base: Input, variant: Input, mine: Part, theirs: Part) -> FamilyError:
     return FamilyError(
         f'tensor "{mine.name}" has shape {list(mine.shape)} in {base.name} but {list(theirs.shape)} in {variant.name}; '
-        f'a difference needs equal shapes: leave it out with --exclude "{mine.name}", or pick the matching base.'
+        f"a difference needs equal shapes: leave it out with `exclude={mine.name}`, or pick the matching base."
     )

@@ -26,7 +26,7 @@ def config(file: LoraFile, modules: Mapping[str, Module]) -> bytes:
     if doras not in (0, len(modules)):
         raise DataError(
             f'"{file.name}" has {doras} DoRAs among {len(modules)} modules, where a PEFT folder has either; '
-            "--key-format default keeps both."
+            "`key_format=default` keeps both."
         )
     ranks = {name: len(module.down) for name, module in modules.items()}
     alphas = {name: _number(module.scale * ranks[name]) for name, module in modules.items()}

@@ -1,7 +1,7 @@
 """How many singular values of a difference to keep: one definition for each rule.
 
 s_1 >= s_2 >= ... are the singular values of one matrix of the difference, all of them, before anything is rounded; t is
-``--rank-thresh``. Ranks are at least 1, except that ``abs`` may keep nothing.
+``rank_thresh``. Ranks are at least 1, except that ``abs`` may keep nothing.
 
 * ``energy``: the fewest r with sum_{i<=r} s_i^2 >= t * sum s_i^2, 0 < t <= 1.
 * ``fro``: the fewest r with sqrt(sum_{i<=r} s_i^2 / sum s_i^2) >= t, 0 < t <= 1: ``energy`` at t^2.
@@ -20,22 +20,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergetool.errors import UsageError
-
-RuleName = Literal["energy", "fro", "sum", "ratio", "abs", "knee"]
-RULES: tuple[RuleName, ...] = ("energy", "fro", "sum", "ratio", "abs", "knee")
+from mergetool.options.differences import DiffOptions, RuleName, require_threshold, share_of
 
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One of ``RULES`` with its ``threshold``, which ``knee`` has no use for.
+    """A rule with its ``threshold``, which ``knee`` has no use for.
 
     Raises UsageError for a threshold that the rule cannot mean.
     """
@@ -44,22 +40,18 @@ class Rule:
     threshold: float = 0.95
 
     def __post_init__(self) -> None:
-        t = self.threshold
-        if self.name not in RULES:
-            raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{self.name}".')
-        if self.name in ("energy", "fro", "sum") and not 0 < t <= 1:
-            raise UsageError(f"--rank-thresh is {t}, but a share of the {_SHARE[self.name]} is above 0 and at most 1.")
-        if self.name == "ratio" and not 0 < t < 1:
-            raise UsageError(f"--rank-thresh is {t}, but --rule ratio needs a ratio to the largest value: 0 < t < 1.")
-        if self.name == "abs" and not 0 < t < math.inf:
-            raise UsageError(
-                f"--rank-thresh is {t}, but --rule abs needs the smallest singular value to keep, above 0."
-            )
+        if self.name != "knee":
+            require_threshold(self.name, self.threshold)
+
+    @classmethod
+    def of(cls, options: DiffOptions) -> Rule:
+        """The rule by which ranks are chosen where neither a rank nor a budget says them."""
+        return cls(options.rule, options.threshold)
 
     @property
     def share(self) -> float | None:
         """The share of the energy that has to be kept; None where the rule is not about energy."""
-        return {"energy": self.threshold, "fro": self.threshold**2}.get(self.name)
+        return share_of(self.name, self.threshold)
 
     @property
     def is_cut(self) -> bool:
@@ -83,7 +75,7 @@ class Rule:
         """
         whole = total is None
         if self.needs_all and not whole:
-            raise ValueError(f"--rule {self.name} needs the whole spectrum")
+            raise ValueError(f"the rule {self.name} needs the whole spectrum")
         if len(energies) == 0 or energies[0] <= 0:
             return 0
         if self.is_cut:
@@ -96,23 +88,6 @@ class Rule:
         share = self.threshold if self.share is None else self.share
         place = int(np.searchsorted(sums, share * (float(sums[-1]) if total is None else total)))
         return place + 1 if place < len(sums) else (len(sums) if whole else None)
-
-
-def rule_for(name: str, threshold: float | None) -> Rule:
-    """The rule that a user named, with the threshold given, None for none: 0.95 where a share is meant.
-
-    Raises UsageError for a name that is no rule's, a threshold that it cannot mean, one too many or one too few.
-    """
-    if name not in RULES:
-        raise UsageError(f'--rule is one of {", ".join(RULES)}, not "{name}".')
-    if name == "knee" and threshold is not None:
-        raise UsageError("--rule knee has no threshold; leave out --rank-thresh.")
-    if name in ("ratio", "abs") and threshold is None:
-        raise UsageError(f"--rule {name} needs --rank-thresh; `mergetool diff --help` says what it is.")
-    return Rule(name, 0.95 if threshold is None else threshold)
-
-
-_SHARE = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
 
 
 def _knee(values: Float64) -> int:

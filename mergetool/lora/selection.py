@@ -39,7 +39,7 @@ class Fixed:
     def __post_init__(self) -> None:
         """Raises UsageError for a rank below 1."""
         if self.rank < 1:
-            raise UsageError(f"--rank is {self.rank}, but a LoRA has a rank of at least 1.")
+            raise UsageError(f"`rank` is {self.rank}, but a LoRA has a rank of at least 1.")
 
     def recipe(self) -> dict[str, Any]:
         """What the metadata says of it."""
@@ -88,7 +88,7 @@ class Budget:
 
 def _require_cap(most: int | None) -> None:
     if most is not None and most < 1:
-        raise UsageError(f"--rank-max is {most}, but a LoRA has a rank of at least 1.")
+        raise UsageError(f"`rank_max` is {most}, but a LoRA has a rank of at least 1.")
 
 
 def _stated(most: int | None) -> dict[str, Any]:

@@ -70,10 +70,10 @@ class SideFile:
             if described["inputs"] != inputs:
                 raise UsageError(
                     f'"{path}" holds the spectra of other models than {pairing.base.name} and {pairing.variant.name}, '
-                    "or they have changed; name another file with --spectra."
+                    "or they have changed; name another file with `spectra`."
                 )
             if described["seed"] != seed:
-                raise UsageError(f'"{path}" was made with --seed {described["seed"]}; use that, or another --spectra.')
+                raise UsageError(f'"{path}" was made with `seed={described["seed"]}`; use that, or another `spectra`.')
             known = {
                 name: _directions(file, name, facts, shapes.get(name)) for name, facts in described["matrices"].items()
             }
@@ -111,7 +111,7 @@ def _described(file: Checkpoint) -> dict[str, Any]:
         sound, described = False, {}
     if not sound:
         raise DataError(
-            f'"{file.source}" is no file of spectra that this version writes; name another one with --spectra.'
+            f'"{file.source}" is no file of spectra that this version writes; name another one with `spectra`.'
         )
     return described
 

@@ -16,9 +16,10 @@ from mergetool.engine.reading import Method, fetcher
 from mergetool.lora.delta import Buffers, Delta
 from mergetool.lora.layer import Result
 from mergetool.lora.operands import Operand, OperandReader, Subject, room_for, subject
-from mergetool.lora.pairs import DiffOptions, Pair, Pairing
+from mergetool.lora.pairs import Pair, Pairing
 from mergetool.lora.whole import Whole, whole
 from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -110,7 +111,7 @@ def _worked(
     if energy == 0 or not math.isfinite(energy):
         return found.energies[0] if energy == 0 else energy, None
     if pair.whole:
-        return energy, whole(pair, found.delta, energy, TORCH[options.dtype])
+        return energy, whole(pair, found.delta, energy, TORCH[options.stored])
     return energy, _with_shares(work(pair, found.delta), found)
 
 

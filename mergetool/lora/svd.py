@@ -33,7 +33,8 @@ from mergetool.linalg.range_finder import (
     whole_spectrum,
 )
 from mergetool.linalg.tail import rank_for_energy
-from mergetool.lora.rules import Rule, RuleName
+from mergetool.lora.rules import Rule
+from mergetool.options.differences import RuleName
 
 SMALL = 128
 """Short sides up to this get the whole spectrum: the search's first three blocks would already fill it."""
@@ -247,7 +248,7 @@ def check_options(rank: int, rank_thresh: float, rank_max: int) -> None:
     if rank < 0 or rank_max < 0:
         raise UsageError(f"a rank is 0 (automatic, no cap) or more, not {min(rank, rank_max)}")
     if not 0.0 < rank_thresh <= 1.0:
-        raise UsageError(f"--rank-thresh is the share of energy to keep, above 0 and up to 1, not {rank_thresh}")
+        raise UsageError(f"`rank_thresh` is the share of energy to keep, above 0 and up to 1, not {rank_thresh}")
 
 
 def named_seed(seed: int, name: str) -> int:
@@ -274,7 +275,7 @@ def safe_exponent(delta: Tensor, energy: float, name: str) -> int | None:
         raise NonFiniteError(
             f'the difference of tensor "{name}" holds {int(bad.sum())} values that are NaN or infinite, the first '
             f"({float(delta[row, column])}) in row {row}, column {column}; finite numbers are needed: check both "
-            "models, or leave the tensor out with --exclude"
+            "models, or leave the tensor out with `exclude`"
         )
     if largest == 0.0:
         return None

@@ -13,7 +13,8 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine.job import config_files, stem_of
 from mergetool.errors import MergetoolError
 from mergetool.lora.extract import metadata_of
-from mergetool.lora.pairs import DiffOptions, Pairing
+from mergetool.lora.pairs import Pairing
+from mergetool.options.differences import DiffOptions
 from mergetool.recipe import provenance
 from mergetool.recipe.plan import Plan
 

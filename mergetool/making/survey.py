@@ -6,9 +6,9 @@ All outputs are surveyed before the first is begun, so that what can be known to
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, model_target
@@ -18,13 +18,13 @@ from mergetool.checkpoint.sizes import parse_size
 from mergetool.checkpoint.targets import require_folder
 from mergetool.engine import job
 from mergetool.errors import OutputError, UsageError
-from mergetool.lora import pairs
 from mergetool.lora.extract import open_diff
-from mergetool.lora.pairs import DiffOptions, Pairing
+from mergetool.lora.pairs import Pairing
 from mergetool.making import state
 from mergetool.making.passes import passes
 from mergetool.making.places import Places
 from mergetool.making.state import ABSENT, State
+from mergetool.options.differences import DiffOptions
 from mergetool.recipe.file import Output, Recipe, options_of, patterns
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.schema import LoraOutput, MergeOutput
@@ -152,13 +152,11 @@ class Survey:
         assert isinstance(output.spec, LoraOutput)
         asked, names = output.spec.diff, self.places.names(output)
         with self.places.located(output):
-            options = diff_options(output)
-            second = names[asked.variant2] if asked.variant2 else None
+            options = diff_options(output, names)
             opened = open_diff(
                 names[asked.base],
                 names[asked.variant],
                 options,
-                second=second,
                 skip_unmatched=self.inputs.skip_unmatched,
                 inputs=self.inputs,
             )
@@ -185,24 +183,27 @@ def refuse_outdated(tasks: Sequence[Task]) -> None:
             )
 
 
-def diff_options(output: Output) -> DiffOptions:
-    """What `mergetool diff` would be told. Raises UsageError."""
+def diff_options(output: Output, names: Mapping[str, str]) -> DiffOptions:
+    """What `mergetool diff` would be told; ``names`` are the MODEL arguments of the names that the output uses. Raises UsageError."""
     assert isinstance(output.spec, LoraOutput)
     asked = output.spec.diff
-    chosen = pairs.chosen(
+    first, second = asked.weights or (1, 1)
+    return DiffOptions(
         rank=asked.rank,
         rank_thresh=None if asked.rank_thresh is None else float(asked.rank_thresh),
         rank_max=asked.rank_max,
         rule=asked.rule,
-        budget=_bytes(asked.budget) or 0,
+        budget=asked.budget,
         min_dim=asked.min_dim,
         include=patterns(asked.include),
         exclude=patterns(asked.exclude),
         dtype=asked.dtype,
         seed=asked.seed,
+        variant2=names[asked.variant2] if asked.variant2 else None,
+        union=asked.union,
+        orthogonal=asked.orthogonal,
+        weights=(float(first), float(second)),
     )
-    first, second = asked.weights or (1, 1)
-    return replace(chosen, union=asked.union, orthogonal=asked.orthogonal, weights=(float(first), float(second)))
 
 
 def shard_size(output: Output) -> int | None:

@@ -18,7 +18,7 @@ from mergetool.lora import budget as budgets
 from mergetool.lora import choosing
 from mergetool.lora.budget import Spectrum, file_size, ranks_for
 from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.pairs import DiffOptions
+from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
 from tests.lora.contract import Float64
 from tests.lora.test_extract import delta
@@ -36,9 +36,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def diff(folder: Path, output: Path, spectra: Path | None = None, **options: object) -> Extraction:
-    chosen = DiffOptions(**{"rank_max": 0, **options})  # type: ignore[arg-type]
+    chosen = DiffOptions(**{"rank_max": 0, "spectra": spectra, **options})  # type: ignore[arg-type]
     with open_diff(str(folder / "base.safetensors"), str(folder / "variant"), chosen) as pairing:
-        return extract(pairing, output, chosen, spectra=spectra)
+        return extract(pairing, output, chosen)
 
 
 def spectrum(name: str, m: int, n: int, energies: Sequence[float]) -> Spectrum:

@@ -19,8 +19,9 @@ from mergetool.checkpoint import dtypes
 from mergetool.errors import DataError, FamilyError, OutputError, PatternError, UsageError
 from mergetool.lora.combine import Combined, combine
 from mergetool.lora.gathering import gather, holding, opened
-from mergetool.lora.rules import RULES, Rule
+from mergetool.lora.rules import Rule
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection
+from mergetool.options.differences import RULES
 from tests.adapters.spellings import SPELLINGS, Written, f64, random
 
 Q = "layers.1.attention.to_q"
@@ -146,7 +147,7 @@ def test_lokr_and_whole_differences_merge_with_loras_at_a_rank(tmp_path: Path) -
 
 def test_an_exact_sum_refuses_factors_larger_than_the_matrix(tmp_path: Path) -> None:
     path, _ = saved("LoKr", tmp_path)
-    with pytest.raises(UsageError, match=r"more than rank 46.*--rank"):
+    with pytest.raises(UsageError, match=r"more than rank 46.*`rank`"):
         run({path: 1}, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -200,7 +201,7 @@ def _lost(loras: Mapping[Path, float], done: Combined) -> list[np.ndarray]:
 
 def test_a_budget_for_nothing_is_refused(tmp_path: Path) -> None:
     path, _ = saved("bare", tmp_path)
-    with pytest.raises(UsageError, match="--budget is 500 bytes"):
+    with pytest.raises(UsageError, match="`budget` is 500 bytes"):
         run({path: 1}, tmp_path / "out.safetensors", Budget(500))
 
 
@@ -334,7 +335,7 @@ def test_keys_that_mean_nothing_are_an_error_unless_they_may_be_skipped(tmp_path
     path, _ = saved("bare", tmp_path)
     save_file(load_file(path) | {"layers.1.attention.to_q.oft_blocks": torch.ones(2)}, path)
     with opened([(str(path), Fraction(1))]) as terms:
-        with pytest.raises(DataError, match=r"oft_blocks.*--skip-unmatched"):
+        with pytest.raises(DataError, match=r"oft_blocks.*`skip_unmatched`"):
             gather(terms)
         assert [name for name, _, _ in gather(terms, skip_unmatched=True).left_out] == [
             "layers.1.attention.to_q.oft_blocks"

@@ -226,7 +226,7 @@ def test_a_fused_loha_is_cut_and_a_fused_lokr_refused_with_a_way_out(tmp_path: P
         {f"{name}.lokr_w1": random(6, 8, seed=1), f"{name}.lokr_w2": random(32, 8, seed=2)},
         tmp_path / "lokr.safetensors",
     )
-    with pytest.raises(DataError, match=r"qkv.*LoKr of q, k and v.*--key-format comfyui"):
+    with pytest.raises(DataError, match=r"qkv.*LoKr of q, k and v.*`key_format=comfyui`"):
         converted(tmp_path / "lokr.safetensors", tmp_path / ".", overwrite=True)
     native, _ = converted(tmp_path / "lokr.safetensors", tmp_path, "comfyui")
     assert load_file(native).keys() == load_file(tmp_path / "lokr.safetensors").keys()
@@ -246,7 +246,7 @@ def test_what_a_format_cannot_carry_is_refused_with_a_way_out(
     tmp_path: Path, written: object, key_format: KeyFormat, way_out: str
 ) -> None:
     source = written().save(tmp_path)  # type: ignore[operator]
-    with pytest.raises(DataError, match=rf"{key_format} cannot carry.*--key-format {way_out} can.*lora bake"):
+    with pytest.raises(DataError, match=rf"{key_format}` cannot carry.*`key_format={way_out}` can.*lora bake"):
         converted(source, tmp_path, key_format)
     assert not any(path.name.startswith("to-") for path in tmp_path.iterdir())
 
@@ -435,7 +435,7 @@ def test_what_another_family_is_refused_says_what_can_be_written(tmp_path: Path)
     save_file({f"transformer.x.lora_{x}.weight": random(4, 4, seed=1) for x in "AB"}, tmp_path / "lora.safetensors")
     with pytest.raises(
         DataError,
-        match=r"not for Z-Image.*--key-format comfyui are not known.*; --key-format diffusers or --key-format peft keeps",
+        match=r"not for Z-Image.*`key_format=comfyui` are not known.*; `key_format=diffusers` or `key_format=peft` keeps",
     ):
         converted(tmp_path / "lora.safetensors", tmp_path, "comfyui")
 
@@ -451,7 +451,7 @@ def test_keys_that_are_not_understood_are_an_error_or_named(tmp_path: Path) -> N
     written = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
     written.tensors["diffusion_model.layers.1.attention.to_q.oft_blocks"] = torch.zeros(2, 2)
     source = written.save(tmp_path)
-    with pytest.raises(DataError, match=r"oft_blocks.*OFT.*--skip-unmatched"):
+    with pytest.raises(DataError, match=r"oft_blocks.*OFT.*`skip_unmatched`"):
         converted(source, tmp_path)
     _, done = converted(source, tmp_path, skip_unmatched=True)
     assert [key for key, _ in done.unmatched] == ["diffusion_model.layers.1.attention.to_q.oft_blocks"]
@@ -463,7 +463,7 @@ def test_underscored_names_of_an_unknown_model_need_the_model(tmp_path: Path) ->
         {f"lora_unet_down_blocks_0_proj.lora_{x}.weight": random(4, 4, seed=1) for x in ("up", "down")},
         tmp_path / "lora.safetensors",
     )
-    with pytest.raises(DataError, match="--model"):
+    with pytest.raises(DataError, match="`model`"):
         converted(tmp_path / "lora.safetensors", tmp_path, "comfyui")
     target, _ = converted(tmp_path / "lora.safetensors", tmp_path, "kohya")
     assert "lora_unet_down_blocks_0_proj.lora_up.weight" in load_file(target)

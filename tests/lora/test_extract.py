@@ -16,8 +16,8 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError, NonFiniteError, OutputError, PatternError, UsageError
 from mergetool.lora.delta import DeltaReader
 from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.pairs import DiffOptions
 from mergetool.ops import oracle
+from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
 
 RENAMES = {

@@ -17,9 +17,9 @@ from mergetool.errors import NonFiniteError, StorageError, UsageError
 from mergetool.lora import on_device
 from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.on_device import MOST_ELEMENTS, choose, in_batches, subtract
-from mergetool.lora.pairs import DiffOptions
 from mergetool.ops import oracle
 from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
 
 CPU = torch.device("cpu")

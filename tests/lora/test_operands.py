@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from mergetool.adapters import is_lora, open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import recognise
-from mergetool.checkpoint.dtypes import F16, F32
+from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError, NonFiniteError, OutputError, UsageError
 from mergetool.lora import sets, sources
 from mergetool.lora.extract import Extraction, extract, on_the_cpu, open_diff
-from mergetool.lora.pairs import UNCHANGED, DiffOptions
+from mergetool.lora.pairs import UNCHANGED
+from mergetool.options.differences import DiffOptions
 from tests.adapters import spellings
 from tests.families import checkpoint
 
@@ -54,15 +56,13 @@ def lora(path: Path, changes: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> P
 
 
 def diff(folder: Path, variant: str, second: str | None = None, full: bool = False, **options: object) -> Extraction:
-    chosen = DiffOptions(**{"dtype": F32, "rank_max": 0, "full": full, **options})  # type: ignore[arg-type]
-    with open_diff(
-        str(folder / "base.safetensors"),
-        str(folder / variant),
-        chosen,
-        second=None if second is None else str(folder / second),
-    ) as pairing:
-        target = folder / "full.safetensors" if full else None
-        return extract(pairing, folder / "out.safetensors", chosen, full=target, overwrite=True)
+    beside = {
+        "full": folder / "full.safetensors" if full else None,
+        "variant2": None if second is None else folder / second,
+    }
+    chosen = DiffOptions(**{"dtype": "fp32", "rank_max": 0, **beside, **options})  # type: ignore[arg-type]
+    with open_diff(str(folder / "base.safetensors"), str(folder / variant), chosen) as pairing:
+        return extract(pairing, folder / "out.safetensors", chosen, overwrite=True)
 
 
 def stored(folder: Path, part: str = NAME) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_keys_of_a_lora_that_fit_nothing_are_refused_or_named(tmp_path: Path) ->
             "other": (gaussian(4, 2, seed=2), gaussian(2, 4, seed=3)),
         },
     )
-    with pytest.raises(DataError, match="--skip-unmatched"):
+    with pytest.raises(DataError, match="`skip_unmatched`"):
         diff(tmp_path, "variant.safetensors")
     with open_diff(str(tmp_path / "base.safetensors"), str(path), DiffOptions(), skip_unmatched=True) as pairing:
         assert [key for key, _ in pairing.left_out] == [
@@ -327,10 +327,10 @@ def test_bytes_of_a_common_part_do_not_depend_on_threads(tmp_path: Path, threads
     checkpoint(tmp_path / "base.safetensors")
     for seed in (1, 2):
         checkpoint(tmp_path / f"{seed}.safetensors", variant=seed)
-    options, found = DiffOptions(), []
+    options, found = DiffOptions(variant2=tmp_path / "2.safetensors"), []
     for count in (2, threads):
-        names = [str(tmp_path / f"{name}.safetensors") for name in ("base", "1", "2")]
-        with open_diff(names[0], names[1], options, second=names[2]) as pairing:
+        names = [str(tmp_path / f"{name}.safetensors") for name in ("base", "1")]
+        with open_diff(names[0], names[1], options) as pairing:
             extract(pairing, tmp_path / "out.safetensors", options, threads=count, overwrite=True)
         found.append((tmp_path / "out.safetensors").read_bytes())
     assert found[0] == found[1]
@@ -349,10 +349,10 @@ def test_a_budget_holds_for_a_union(tmp_path: Path) -> None:
 
 
 def test_both_files_together_make_the_base_the_variant(tmp_path: Path) -> None:
-    """Biases, norms and small matrices of a Z-Image, fused qkv among what is stored whole by --full-layer."""
+    """Biases, norms and small matrices of a Z-Image, fused qkv among what is stored whole by ``full_layer``."""
     checkpoint(tmp_path / "base.safetensors", dtype=F32)
     checkpoint(tmp_path / "variant.safetensors", variant=1, dtype=F32)
-    found = diff(tmp_path, "variant.safetensors", full=True, rank_thresh=1.0, full_layers=("layers.0",))
+    found = diff(tmp_path, "variant.safetensors", full=True, rank_thresh=1.0, full_layer=("layers.0",))
     keys, whole = list(load_file(tmp_path / "full.safetensors")), {one.name for one in found.whole}
     assert "diffusion_model.layers.0.attention.qkv.diff" in keys
     assert "diffusion_model.layers.1.attention.q_norm.diff" in keys
@@ -381,7 +381,7 @@ def test_both_files_together_make_the_base_the_variant(tmp_path: Path) -> None:
 def test_rows_of_a_fused_matrix_that_are_not_stored_whole_are_zeros_there(tmp_path: Path) -> None:
     checkpoint(tmp_path / "base.safetensors", dtype=F32)
     checkpoint(tmp_path / "variant.safetensors", variant=1, dtype=F32)
-    diff(tmp_path, "variant.safetensors", full=True, full_layers=("layers.0.attention.to_k.weight",))
+    diff(tmp_path, "variant.safetensors", full=True, full_layer=("layers.0.attention.to_k.weight",))
     whole = load_file(tmp_path / "full.safetensors")["diffusion_model.layers.0.attention.qkv.diff"]
     assert [bool(rows.any()) for rows in whole.chunk(3)] == [False, True, False]
     assert "diffusion_model.layers.0.attention.to_q.lora_A.weight" in load_file(tmp_path / "out.safetensors")
@@ -403,7 +403,7 @@ def test_a_whole_difference_is_rounded_once_and_says_by_how_much(tmp_path: Path)
     base = base_of(tmp_path, {"blocks.0.norm.weight": torch.zeros(N)})
     change = gaussian(N, seed=8)
     save(tmp_path / "v.safetensors", {NAME: base[NAME] + low(2, 9), "blocks.0.norm.weight": change})
-    found = diff(tmp_path, "v.safetensors", full=True, dtype=F16)
+    found = diff(tmp_path, "v.safetensors", full=True, dtype="fp16")
     key = "diffusion_model.blocks.0.norm.diff"
     half = load_file(tmp_path / "full.safetensors")[key]
     assert torch.equal(half, change.float().half())
@@ -414,7 +414,7 @@ def test_a_whole_difference_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path, {"blocks.0.norm.weight": torch.zeros(N)})
     save(tmp_path / "v.safetensors", {NAME: base[NAME] + low(2, 9), "blocks.0.norm.weight": torch.full((N,), 7e4)})
     with pytest.raises(NonFiniteError, match="too large for float16"):
-        diff(tmp_path, "v.safetensors", full=True, dtype=F16)
+        diff(tmp_path, "v.safetensors", full=True, dtype="fp16")
     assert not (tmp_path / "full.safetensors").exists()
 
 
@@ -443,24 +443,22 @@ def test_what_vectors_share_is_stored_whole_too(tmp_path: Path) -> None:
 
 def test_a_target_of_the_second_file_is_checked_before_the_work(tmp_path: Path) -> None:
     planted(tmp_path)
-    options = DiffOptions(full=True)
+    options = DiffOptions(full=tmp_path / "b.safetensors")
     with open_diff(str(tmp_path / "base.safetensors"), str(tmp_path / "a.safetensors"), options) as pairing:
         with pytest.raises(OutputError, match="exists"):
-            extract(pairing, tmp_path / "out.safetensors", options, full=tmp_path / "b.safetensors")
-        with pytest.raises(UsageError, match="same file"):
-            extract(pairing, tmp_path / "out.safetensors", options, full=tmp_path / "out.safetensors")
-        with pytest.raises(UsageError, match="needs a file"):
             extract(pairing, tmp_path / "out.safetensors", options)
+        with pytest.raises(UsageError, match="same file"):
+            extract(pairing, tmp_path / "out.safetensors", replace(options, full=tmp_path / "out.safetensors"))
     assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"full_layers": ("blocks.0",)}, "--full FILE"),
-        ({"weights": (1.0, 2.0)}, "add --union"),
-        ({"union": True, "weights": (1.0, float("inf"))}, "finite"),
-        ({"union": True}, "--variant2"),
+        ({"full_layer": ("blocks.0",)}, "`full=FILE"),
+        ({"weights": (1.0, 2.0)}, "add `union`"),
+        ({"union": True, "weights": (1.0, float("inf"))}, "two numbers"),
+        ({"union": True}, "`variant2`"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(
@@ -543,12 +541,12 @@ def test_what_a_device_cannot_do_is_done_on_the_cpu_to_the_byte(tmp_path: Path) 
     """A LoRA's difference and one of two variants: asked of a device, they come out as without one."""
     planted(tmp_path)
     lora(tmp_path / "lora.safetensors", {"blocks.0.proj": (gaussian(M, 2, seed=2), gaussian(2, N, seed=3))})
-    options = DiffOptions()
-    for variant, second, said in (("lora", None, "two plain float tensors"), ("a", "b", "--variant2")):
-        paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", variant, *([second] if second else []))]
+    for variant, second, said in (("lora", None, "two plain float tensors"), ("a", "b", "`variant2`")):
+        options = DiffOptions(variant2=second and tmp_path / f"{second}.safetensors")
+        paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", variant)]
         found = []
         for device in (None, torch.device("cpu")):
-            with open_diff(paths[0], paths[1], options, second=paths[2] if second else None) as pairing:
+            with open_diff(paths[0], paths[1], options) as pairing:
                 assert said in on_the_cpu(options, pairing=pairing)
                 extract(pairing, tmp_path / "out.safetensors", options, device=device, overwrite=True)
             found.append((tmp_path / "out.safetensors").read_bytes())
@@ -557,7 +555,7 @@ def test_what_a_device_cannot_do_is_done_on_the_cpu_to_the_byte(tmp_path: Path) 
 
 def test_convolutions_are_decomposed_on_a_device_as_here(tmp_path: Path) -> None:
     change = conv_family(tmp_path)
-    options = DiffOptions(dtype=F32, rank=5)
+    options = DiffOptions(dtype="fp32", rank=5)
     with open_diff(str(tmp_path / "base.safetensors"), str(tmp_path / "v.safetensors"), options) as pairing:
         extract(pairing, tmp_path / "out.safetensors", options, device=torch.device("cpu"))
     assert error(stored(tmp_path, f"{CONV}.weight"), change) < 1e-4

@@ -14,9 +14,9 @@ from mergetool.errors import UsageError
 from mergetool.linalg import above
 from mergetool.linalg.krylov import Products, orthonormal_rows
 from mergetool.lora import svd
-from mergetool.lora.pairs import DiffOptions
-from mergetool.lora.rules import RULES, Rule, RuleName
+from mergetool.lora.rules import Rule
 from mergetool.lora.svd import Decomposition, balanced_factors, decompose, squared_norm
+from mergetool.options.differences import RULES, DiffOptions, RuleName
 from tests.lora.contract import SPECTRA, Float64, Planted, noisy_layer, planted, true_energy, with_spectrum
 
 
@@ -202,7 +202,7 @@ def test_useless_directions_lead_to_no_untruth(options: dict[str, float]) -> Non
     ],
 )
 def test_a_threshold_that_a_rule_cannot_mean_is_refused(rule: RuleName, t: float) -> None:
-    with pytest.raises(UsageError, match=r"--rank-thresh is|--rule is one of"):
+    with pytest.raises(UsageError, match=r"`rank_thresh` is|`rule` is .*one of"):
         DiffOptions(rule=rule, rank_thresh=t)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mergetool.checkpoint.dtypes import F32
 from mergetool.errors import DataError, OutputError, UsageError
 from mergetool.lora import svd
 from mergetool.lora.extract import Extraction, extract, on_the_cpu, open_diff
-from mergetool.lora.pairs import DiffOptions
+from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
 from tests.lora.test_extract import delta
 
@@ -41,9 +42,9 @@ def side(family: Path) -> Path:
 
 
 def diff(folder: Path, output: Path, spectra: Path | None, **options: object) -> Extraction:
-    chosen = DiffOptions(**options)  # type: ignore[arg-type]
+    chosen = DiffOptions(spectra=spectra, **options)  # type: ignore[arg-type]
     with open_diff(str(folder / "base.safetensors"), str(folder / "variant"), chosen) as pairing:
-        return extract(pairing, output, chosen, spectra=spectra, overwrite=True)
+        return extract(pairing, output, chosen, overwrite=True)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_other_models_are_refused(family: Path, side: Path, tmp_path: Path) -> N
 
 
 def test_another_seed_is_refused(family: Path, side: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--seed 0"):
+    with pytest.raises(UsageError, match="`seed=0`"):
         diff(family, tmp_path / "lora.safetensors", side, seed=3)
 
 
@@ -232,9 +233,9 @@ def test_the_recipe_says_that_a_side_file_was_used(family: Path, side: Path, tmp
         ({}, ""),
         ({"rank": 3}, ""),
         ({"rule": "fro"}, ""),
-        ({"rule": "sum"}, "--rule sum"),
-        ({"rule": "ratio", "rank_thresh": 0.1}, "--rule ratio"),
-        ({"budget": 10_000}, "--budget"),
+        ({"rule": "sum"}, "`rule=sum`"),
+        ({"rule": "ratio", "rank_thresh": 0.1}, "`rule=ratio`"),
+        ({"budget": 10_000}, "`budget`"),
     ],
 )
 def test_what_a_device_cannot_do_is_done_on_the_cpu_and_named(
@@ -242,7 +243,8 @@ def test_what_a_device_cannot_do_is_done_on_the_cpu_and_named(
 ) -> None:
     chosen = DiffOptions(**options)  # type: ignore[arg-type]
     assert on_the_cpu(chosen) == only
-    assert on_the_cpu(chosen, tmp_path / "side.safetensors") == (only if "budget" in only else "--spectra")
+    beside = replace(chosen, spectra=tmp_path / "side.safetensors")
+    assert on_the_cpu(beside) == (only if "budget" in only else "`spectra`")
     if only:
         outputs = []
         for device in (None, torch.device("cpu")):

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.pairs import DiffOptions
 from mergetool.lora.stored import next_share
 from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
 from tests.lora.contract import with_spectrum
 
 NAME = "layers.0.w.weight"
@@ -35,9 +35,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def diff(
     pair: Path, output: Path, device: torch.device | None = None, spectra: Path | None = None, **options: object
 ) -> Extraction:
-    chosen = DiffOptions(**{"rank_max": 0, **options})  # type: ignore[arg-type]
+    chosen = DiffOptions(**{"rank_max": 0, "spectra": spectra, **options})  # type: ignore[arg-type]
     with open_diff(str(pair / "base.safetensors"), str(pair / "variant.safetensors"), chosen) as pairing:
-        return extract(pairing, output, chosen, device=device, spectra=spectra)
+        return extract(pairing, output, chosen, device=device)
 
 
 def stored_energy(pair: Path, lora: Path) -> float:

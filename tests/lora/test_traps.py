@@ -131,7 +131,7 @@ def test_falsy_0_treated_as_unset(tmp_path: Path) -> None:
     assert all("feed_forward" in part for part in changes(tmp_path / "set.safetensors"))
     with pytest.raises(DataError, match="nothing to write"):
         run({one: Fraction(0)}, tmp_path / "none.safetensors")
-    with pytest.raises(UsageError, match="--rank is 0"):
+    with pytest.raises(UsageError, match="`rank` is 0"):
         Fixed(0)
     with pytest.raises(UsageError, match="above 0"):
         Rule("energy", 0.0)
@@ -220,12 +220,12 @@ def test_same_random_mask_for_same_shape_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_reversed_flag(skip: bool, tmp_path: Path) -> None:
-    """--skip-unmatched leaves out what fits nothing when it is given, and refuses it when it is not."""
+    """``skip_unmatched`` leaves out what fits nothing when it is given, and refuses it when it is not."""
     tensors = {f"{MODULE}.lora_A.weight": random(4, 64, seed=1), f"{MODULE}.lora_B.weight": random(64, 4, seed=2)}
     save_file(tensors | {f"{MODULE}.oft_blocks": random(2, 2, seed=3)}, tmp_path / "l.safetensors")
     with opened([(str(tmp_path / "l.safetensors"), Fraction(1))]) as terms:
         if not skip:
-            with pytest.raises(DataError, match="--skip-unmatched"):
+            with pytest.raises(DataError, match="`skip_unmatched`"):
                 gather(terms, skip_unmatched=skip)
             return
         found = gather(terms, skip_unmatched=skip)

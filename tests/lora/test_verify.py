@@ -15,8 +15,8 @@ from mergetool.engine import job
 from mergetool.errors import DataError, FamilyError, NonFiniteError
 from mergetool.lora import verify
 from mergetool.lora.extract import extract, open_diff
-from mergetool.lora.pairs import DiffOptions
 from mergetool.lora.verify import LoraReport, open_comparison, verify_lora, worst
+from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import BLOCK, DIM, SPELLINGS
 from tests.families import checkpoint

@@ -10,9 +10,8 @@ import pytest
 
 from mergetool.checkpoint import dtypes
 from mergetool.errors import RecipeError, UsageError
-from mergetool.lora.pairs import FACTOR_DTYPES
-from mergetool.lora.rules import RULES
 from mergetool.ops.rounding import MODES
+from mergetool.options.differences import FACTORS, RULES
 from mergetool.options.merging import CONTAINERS
 from mergetool.quant.output import QUANTISERS
 from mergetool.recipe import file, schema
@@ -128,7 +127,7 @@ def test_what_the_schema_lists_is_what_there_is() -> None:
     assert set(schema.Container.__args__) == set(QUANTISERS) == set(CONTAINERS)  # type: ignore[attr-defined]
     assert fields["rounding"].annotation.__args__ == MODES  # type: ignore[union-attr]
     assert schema.Difference.model_fields["rule"].annotation.__args__ == RULES  # type: ignore[union-attr]
-    assert schema.Difference.model_fields["dtype"].annotation.__args__ == tuple(FACTOR_DTYPES)  # type: ignore[union-attr]
+    assert schema.Difference.model_fields["dtype"].annotation.__args__ == tuple(FACTORS)  # type: ignore[union-attr]
 
 
 def test_the_published_schema_is_current() -> None:

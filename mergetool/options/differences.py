@@ -1,0 +1,193 @@
+"""What decides the bytes of a difference LoRA besides its models."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, cast, get_args
+
+from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
+from mergetool.errors import UsageError
+from mergetool.options.kinds import Choice, Flag, Model, Number, Output, Pair, Patterns, Size, Whole
+from mergetool.options.merging import LARGEST_SEED, PatternOptions
+from mergetool.options.table import Option, Table
+
+RuleName = Literal["energy", "fro", "sum", "ratio", "abs", "knee"]
+RULES: tuple[RuleName, ...] = get_args(RuleName)
+FACTORS = {dtype.name: dtype for dtype in (BF16, F16, F32)}
+"""What factors are stored in."""
+
+RANK_MAX = 64
+"""The largest rank of a matrix where nothing else is said."""
+
+SHARE = 0.95
+"""The threshold of the rules that take a share, where nothing else is said."""
+
+_SHARES = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(Table):
+    """How large a LoRA's file may be."""
+
+    budget: Annotated[
+        int | str | None,
+        Option(help="Size of the file, e.g. 300MB: the ranks with the least total error.", kind=Size()),
+    ] = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """``budget`` in bytes, 0 for none."""
+        return cast(int, self.budget or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOptions(Table):
+    """What to take of two differences."""
+
+    variant2: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="Keep what the differences to both variants have in common.", kind=Model()),
+    ] = None
+    union: Annotated[bool, Option(help="With `variant2`: both, and what they share only once.", kind=Flag())] = False
+    weights: Annotated[
+        tuple[float, float],
+        Option(help="With `union`: how much of what each has alone.", kind=Pair(), default="1,1"),
+    ] = (1.0, 1.0)
+    orthogonal: Annotated[bool, Option(help="With `variant2`: what of `variant` is orthogonal to it.", kind=Flag())] = (
+        False
+    )
+
+    @property
+    def takes_common(self) -> bool:
+        """Whether of two differences the common part is taken."""
+        return not (self.union or self.orthogonal)
+
+    def check(self) -> None:
+        """Raises UsageError for options that contradict each other, or need another."""
+        super().check()
+        if self.union and self.orthogonal:
+            raise UsageError("`union` and `orthogonal` are two things to take of two differences; leave one out.")
+        if self.weights != (1.0, 1.0) and not self.union:
+            raise UsageError("`weights` are those of the two unique parts in `union`; add `union`.")
+        if self.variant2 is None and not self.takes_common:
+            name, what = ("union", "that of two differences") if self.union else ("orthogonal", "to a difference")
+            raise UsageError(f"`{name}` is {what}; name the other with `variant2`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Table):
+    """The files beside the LoRA."""
+
+    full: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA.",
+            kind=Output("FILE"),
+        ),
+    ] = None
+    full_layer: Annotated[Sequence[str], Option(help="Store these matrices whole, in `full`.", kind=Patterns())] = ()
+    spectra: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            help="FILE.safetensors for the directions that are found; runs with another threshold, rank or budget reuse it.",
+            kind=Output("FILE"),
+        ),
+    ] = None
+    checkpoint: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="FILE.safetensors to write the base with what was stored added to.", kind=Output("FILE")),
+    ] = None
+
+    def check(self) -> None:
+        """Raises UsageError for matrices that are to be stored whole in no file."""
+        super().check()
+        if self.full_layer and self.full is None:
+            raise UsageError("`full_layer` names what goes into a second file; say which with `full=FILE.safetensors`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
+    """What decides the bytes of a difference LoRA besides its models.
+
+    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh``, as `lora.rules` defines them; with ``budget`` the ranks are those with the
+    least error in a file of that size. With a second variant the common part is taken, or with ``union`` the union with ``weights``, or with
+    ``orthogonal`` the part of the first that is orthogonal to the second (`lora.sets`).
+    """
+
+    rank: Annotated[int, Option(help="The same rank for every matrix; 0 chooses by `rank_thresh`.", kind=Whole())] = 0
+    rank_thresh: Annotated[
+        float | None,
+        Option(
+            help="What to keep of each matrix: its share of the energy (sum of squared singular values), or as `rule` says.",
+            kind=Number(above=0),
+            default=f"{SHARE}; none for ratio and abs",
+        ),
+    ] = None
+    rank_max: Annotated[
+        int | None,
+        Option(help="Largest rank of a matrix; 0 for no cap.", kind=Whole(), default=f"{RANK_MAX}; 0 with `budget`"),
+    ] = None
+    rule: Annotated[RuleName, Option(help="What `rank_thresh` means.", kind=Choice(RULES, "RULE"))] = "energy"
+    min_dim: Annotated[int, Option(help="Leave out matrices with fewer rows or columns.", kind=Whole())] = 32
+    dtype: Annotated[str, Option(help="What the factors are stored in.", kind=Choice(tuple(FACTORS), "DTYPE"))] = "bf16"
+    seed: Annotated[int, Option(help="Seed of the random starting directions.", kind=Whole(0, LARGEST_SEED))] = 0
+
+    @property
+    def cap(self) -> int:
+        """``rank_max``, 0 for none."""
+        return (0 if self.budget else RANK_MAX) if self.rank_max is None else self.rank_max
+
+    @property
+    def stored(self) -> DType:
+        """What the factors are stored in."""
+        return FACTORS[self.dtype]
+
+    @property
+    def threshold(self) -> float:
+        """``rank_thresh``, which ``knee`` has no use for."""
+        return SHARE if self.rank_thresh is None else self.rank_thresh
+
+    @property
+    def share(self) -> float | None:
+        """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
+        return None if self.rank or self.budget else share_of(self.rule, self.threshold)
+
+    def check(self) -> None:
+        """Raises UsageError for options that contradict each other."""
+        super().check()
+        if self.budget and (self.rank or self.rule != "energy"):
+            raise UsageError("`budget` chooses the ranks by itself; leave out `rank` and `rule`.")
+        if self.rank and self.rule != "energy":
+            raise UsageError("`rank` is the same rank for every matrix; leave out `rule`.")
+        if (self.rank or self.budget) and self.rank_thresh is not None:
+            raise UsageError(f"`{'budget' if self.budget else 'rank'}` has no threshold; leave out `rank_thresh`.")
+        require_threshold(self.rule, self.rank_thresh)
+
+
+def share_of(rule: RuleName, threshold: float) -> float | None:
+    """The share of the energy that a rule keeps; None where it is not about energy."""
+    return {"energy": threshold, "fro": threshold**2}.get(rule)
+
+
+def require_threshold(rule: RuleName, threshold: float | None) -> None:
+    """Raises UsageError for a ``threshold`` that the ``rule`` cannot mean, one too many or one too few; None is no threshold."""
+    if rule == "knee" and threshold is not None:
+        raise UsageError("`rule=knee` has no threshold; leave out `rank_thresh`.")
+    if rule in ("ratio", "abs") and threshold is None:
+        what = "share of the largest singular value" if rule == "ratio" else "singular value"
+        raise UsageError(f"`rule={rule}` needs `rank_thresh`, the {what} above which all are kept.")
+    if threshold is None:
+        return
+    if rule in _SHARES and not 0 < threshold <= 1:
+        raise UsageError(f"`rank_thresh` is {threshold}, but a share of the {_SHARES[rule]} is above 0 and at most 1.")
+    if rule == "ratio" and not 0 < threshold < 1:
+        raise UsageError(
+            f"`rank_thresh` is {threshold}, but `rule=ratio` needs a ratio to the largest value: 0 < t < 1."
+        )
+    if rule == "abs" and not 0 < threshold < math.inf:
+        raise UsageError(
+            f"`rank_thresh` is {threshold}, but `rule=abs` needs the smallest singular value to keep, above 0."
+        )
