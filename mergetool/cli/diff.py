@@ -157,7 +157,7 @@ def diff(
         full_layer=full_layer or (),
         spectra=None if spectra is None else named(spectra),
     )
-    full_path, spectra_path = cast("Path | None", options.full), cast("Path | None", options.spectra)
+    full_path, spectra_path = (None if name is None else Path(name) for name in (options.full, options.spectra))
     method = console.choice("--reader", reader, ("auto", "mmap", "pread"))
     target_device = on_device.choose(device)
     memory = console.parse_size(gpu_memory) if gpu_memory else 0

@@ -105,7 +105,7 @@ def test_unmatched_lora_keys_ignored(tmp_path: Path) -> None:
     extra = "diffusion_model.layers.1.attention.to_z"
     written.tensors |= {f"{extra}{A}": random(2, DIM, seed=1), f"{extra}{B}": random(DIM, 2, seed=2)}
     lora = written.save(tmp_path)
-    with pytest.raises(DataError, match=r"to_z.*2 such keys.*--skip-unmatched"):
+    with pytest.raises(DataError, match=r"to_z.*2 such keys.*`skip_unmatched`"):
         bake(tmp_path, lora)
     assert not (tmp_path / "out.safetensors").exists()
     with job.open_merge(
