@@ -82,7 +82,7 @@ class FamilyError(DataError):
 
 
 class LineageError(FamilyError):
-    """Models that fit each other and do not belong together; ``--force`` merges them anyway."""
+    """Models that fit each other and do not belong together; the option ``force`` merges them anyway."""
 
 
 class NonFiniteError(DataError):

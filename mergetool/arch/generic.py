@@ -61,7 +61,7 @@ class Generic(Family):
         if layout not in self.layouts:
             raise UsageError(
                 f'mergetool knows no layout "{layout}" of this model, whose family it does not know; it keeps the names that its '
-                "file gives it: leave --layout out (--prefix changes what stands before them)."
+                "file gives it: leave `layout` out (`prefix` changes what stands before them)."
             )
 
     def order(self, part: str) -> tuple[object, ...]:

@@ -66,7 +66,7 @@ def check(first: Model, other: Model, chosen: Collection[str] | None = None) -> 
         raise FamilyError(
             f"{100 * (1 - missing):.2g} % of the parameters of {first.name} are in {other.name} under the same names, which looks like two "
             f"layouts of one model: the one has {_name(alone, first)}, the other {_name(strange, other)}; {_WAY_OUT}, or leave what has no "
-            f"counterpart out with --exclude, such as --exclude {quoted(next(iter(alone)))}."
+            f"counterpart out, as with `exclude={quoted(next(iter(alone)))}`."
         )
     said = []
     if missing > WORTH_SAYING:
@@ -87,7 +87,7 @@ def check_change(first: Model, lora: Model, chosen: Collection[str], unmatched: 
     if lora.anatomy.parts:
         raise FamilyError(
             f"the LoRA {lora.name} changes nothing of {first.name} that is to be merged ({_name({}, lora)} is left alone); choose other parts "
-            "with --include, --exclude, --protect or --set, or leave the LoRA out."
+            "with `include`, `exclude`, `protect` or `multipliers`, or leave the LoRA out."
         )
     key = next((f"{quoted(key)} ({reason})" for key, reason in unmatched), "it has none")
     raise FamilyError(
@@ -97,7 +97,7 @@ def check_change(first: Model, lora: Model, chosen: Collection[str], unmatched: 
 
 
 _WAY_OUT = (
-    "give both files in one layout (`mergetool convert --layout` knows those of Z-Image; of another family take the file that is in the "
+    "give both files in one layout (`mergetool convert` with `layout` knows those of Z-Image; of another family take the file that is in the "
     "same layout, ComfyUI's or diffusers')"
 )
 
@@ -114,7 +114,7 @@ def _nothing_met(first: Model, other: Model, wanted: Mapping[str, Part], strange
     if any(name in mine for name in theirs):
         return FamilyError(
             f"nothing of {first.name} that is to be merged or compared is in {other.name} ({_name(wanted, first)} is not); choose other "
-            "parts with --include, --exclude or --protect, or another model."
+            "parts with `include`, `exclude` or `protect`, or another model."
         )
     return FamilyError(
         f"no tensor of {other.name} has the name of one of {first.name}: the one has {_name(strange or theirs, other)}, the other "

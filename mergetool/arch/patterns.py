@@ -1,4 +1,4 @@
-"""Selection patterns: ``--protect``, ``--exclude``, ``--include`` and ``--set`` name parts of a model with them."""
+"""Selection patterns: ``protect``, ``exclude``, ``include`` and ``multipliers`` name parts of a model with them."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _nothing_matched(pattern: str, anatomy: Anatomy) -> str:
     ):
         return (
             f"The pattern {quoted(pattern)} matches only what is bundled with the model, which is not of it and is copied as it is; leave "
-            "the pattern out, or see --bundled."
+            "the pattern out, or see `bundled`."
         )
     empty_group = " (a group it has nothing in)" if pattern in family.group_order else ""
     nearest = _nearest(pattern, anatomy)

@@ -62,7 +62,9 @@ def bundled(names: Iterable[str]) -> dict[str, Kind]:
 def check(prefix: str) -> None:
     """Raise UsageError for a prefix that does not end in a dot: it would run into the first component of every name."""
     if prefix and not prefix.endswith("."):
-        raise UsageError(f'--prefix "{prefix}" does not end in a dot; write --prefix {quoted(prefix + ".")}.')
+        raise UsageError(
+            f"`prefix` is {quoted(prefix)}, which does not end in a dot; write `prefix={quoted(prefix + '.')}`."
+        )
 
 
 def is_known(prefix: str) -> bool:

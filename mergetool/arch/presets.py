@@ -1,4 +1,4 @@
-"""Named settings of ``--set``, by family. Each says exactly which groups get which multiplier, and nothing of how it looks."""
+"""Named settings of ``multipliers``, by family. Each says exactly which groups get which multiplier, and nothing of how it looks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``--set preset:NAME``: the ``settings`` it stands for, each as ``--set`` takes it, in order."""
+    """``preset:NAME``: the ``settings`` it stands for, each as ``multipliers`` takes it, in order."""
 
     name: str
     settings: tuple[str, ...]

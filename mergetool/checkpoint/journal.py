@@ -1,4 +1,4 @@
-"""What a run had finished when it ended: the journal beside a stage, by which ``--resume`` goes on.
+"""What a run had finished when it ended: the journal beside a stage, by which ``resume`` goes on.
 
 ``.NAME.mergetool-RANDOM.journal`` is a line of JSON that says what the work depends on, then a line for every finished tensor,
 with its place in the stage and its BLAKE2b. Lines are appended after the data they speak of was synced, about every `INTERVAL`

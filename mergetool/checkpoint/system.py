@@ -411,7 +411,7 @@ _SENTENCES: dict[str, tuple[str, str]] = {
     "ENOENT": ("a file or folder of it is gone", "check that nothing else cleans this folder, then run again"),
     "ENOTDIR": ("a part of the path is not a folder", "check the path"),
     "EISDIR": ("a folder is there", "choose another name"),
-    "EEXIST": ("something of that name appeared meanwhile", "choose another name or pass --overwrite"),
+    "EEXIST": ("something of that name appeared meanwhile", "choose another name or use `overwrite`"),
     "ENAMETOOLONG": ("the name is too long", "choose a shorter name"),
     "ELOOP": ("a link is there", "remove the link or choose another folder"),
     "EBUSY": ("it is in use", "close what uses it and run again"),

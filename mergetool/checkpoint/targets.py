@@ -210,7 +210,7 @@ def _require_replaceable(
         if source is not None:
             raise OutputError(f'"{item}" is the input "{source.path}" itself; choose another output name.')
     if not overwrite:
-        raise OutputError(f'"{path}" already exists; choose another name or pass --overwrite.')
+        raise OutputError(f'"{path}" already exists; choose another name or use `overwrite`.')
     for item, status in entries.items():
         if stat.S_ISDIR(status.st_mode) or not belongs_to_model_folder(item.name):
             raise OutputError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from mergetool import options
 from mergetool.checkpoint import outputs
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.sizes import parse_size as parse_size
@@ -110,6 +113,10 @@ def spelled(text: str) -> str:
 
 def _flag(name: str, value: str | None) -> str | None:
     row = table_of_options.named(name)
+    if row is None:  # in a group of options that this command does not have
+        for module in pkgutil.iter_modules(options.__path__, f"{options.__name__}."):
+            importlib.import_module(module.name)
+        row = table_of_options.named(name)
     if row is None:
         return None
     spelling = row.option.kind.metavar if row.option.argument else row.option.short or row.flag
@@ -129,7 +136,16 @@ def heading(word: str, text: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
     _stdout.has_json = True
-    _stdout.print(spelled(json.dumps(value, indent=2, ensure_ascii=True)))
+    _stdout.print(json.dumps(_spelled_in(value), indent=2, ensure_ascii=True))
+
+
+def _spelled_in(value: Any) -> Any:
+    """A value for JSON with every text in it `spelled`."""
+    if isinstance(value, dict):
+        return {_spelled_in(key): _spelled_in(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled_in(inner) for inner in value]
+    return spelled(value) if isinstance(value, str) else value
 
 
 def model_output(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import ntpath
 import posixpath
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import lora_target
 from mergetool.checkpoint.shards import SUFFIX
 from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
+from mergetool.options import table
 
 MODELS = "diffusion_models"
 LORAS = "loras"
@@ -122,12 +122,8 @@ def computing(run: Callable[P, R]) -> Callable[P, R]:
 
 
 def spelled(sentence: str) -> str:
-    """A sentence about the command line's options as one about a node's inputs; commands in backticks stay."""
-    sentence = sentence.replace(" pass --", " turn on --")
-    return _OPTION.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], sentence)
-
-
-_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)")
+    """A sentence about options as one about a node's inputs, which have their names."""
+    return table.spelled(sentence, lambda name, value: name if value is None else f"{name} {value}")
 
 
 def _folder(kind: str) -> Path:

@@ -43,7 +43,7 @@ class Save:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What to merge, where to and in which form."""
         protect = "Take the refiners bit for bit from the anchor. Turn it off for architectures that have none."
-        groups = "GROUP=MULT, one a line, as --set takes them: layers=linear(0.2,1)"
+        groups = "GROUP=MULT, one a line, as in: layers=linear(0.2,1)"
         return {
             "required": {
                 "model": (links.MODEL, {}),
@@ -133,7 +133,7 @@ class ExtractLora:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Two models, and how much of their difference to keep."""
-        share = "Share of every matrix's energy to keep; --rank-thresh of mergetool diff."
+        share = "Share of every matrix's energy to keep."
         return {
             "required": {
                 "base": (links.MODEL, {}),

@@ -26,7 +26,7 @@ def chosen(expression: Expression, plan_from: Callable[[str], Plan]) -> Plan:
     for other in others:
         difference = _difference(plan, plan_from(other))
         if difference:
-            names = " or ".join(f"--from {name}" for name in expression.anchors)
+            names = " or ".join(f'`keep_from="{name}"`' for name in expression.anchors)
             raise UsageError(
                 f'"{expression.text}" could be a change of {first} or of {other}, and {difference}; say which it is with {names}.'
             )
@@ -50,7 +50,7 @@ def _difference(plan: Plan, other: Plan) -> str | None:
 
 def _reason(tensor: OutputTensor, step: Step, plan: Plan) -> str:
     if step.multiplier != 1:
-        return f'--set scales the change of "{step.part}", which is another in each'
+        return f'`multipliers` scales the change of "{step.part}", which is another in each'
     taken = plan.inputs[step.windows[0].input].name
     return f'"{tensor.name}" is taken from it as it is ({step.reason}, from {taken}) and differs between them'
 

@@ -33,12 +33,12 @@ CPU = Device()
 def named(name: str) -> str:
     """``name``, when it is ``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``. Raises UsageError for another word."""
     if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,3}", name, re.ASCII):
-        raise UsageError(f'--device "{name}" is not auto, cpu, cuda or cuda:NUMBER.')
+        raise UsageError(f'`device` is "{name}", but has to be auto, cpu, cuda or cuda:NUMBER.')
     return name
 
 
 def choose(name: str, *, work: int, memory: int = 0) -> Device:
-    """The device that ``--device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
+    """The device that ``device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
 
     ``auto`` takes GPUs when there are some, Triton can be imported and ``work`` bytes are worth it, else the CPU; the
     output is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
@@ -50,7 +50,7 @@ def choose(name: str, *, work: int, memory: int = 0) -> Device:
         return Device(_gpus(name), memory)
     if name == "auto":
         return CPU
-    raise UsageError(f"--device {name} needs {missing}; --device cpu gives the same bytes.")
+    raise UsageError(f"`device={name}` needs {missing}; `device=cpu` gives the same bytes.")
 
 
 def _obstacle(name: str) -> str | None:
@@ -89,7 +89,7 @@ def _gpus(name: str) -> tuple[str, ...]:
 def failure(name: str, error: Exception) -> DeviceError:
     """The sentence for a GPU that stopped working."""
     reason = str(error).partition("\n")[0]
-    return DeviceError(f"the GPU {name} failed ({reason}); --device cpu gives the same bytes.")
+    return DeviceError(f"the GPU {name} failed ({reason}); `device=cpu` gives the same bytes.")
 
 
 def free_memory(name: str) -> int:

@@ -28,6 +28,7 @@ from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
+from mergetool.options.kinds import sentence
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.plan import Plan, plan_merge
@@ -212,11 +213,11 @@ def run_merges(
     asked(threads)
     for option, word, known in (
         ("reader", method, Method),
-        ("nonfinite", non_finite, NonFinite),
+        ("non_finite", non_finite, NonFinite),
         ("measure", measure, Measure),
     ):
         if word not in get_args(known):
-            raise UsageError(f'--{option} is one of {", ".join(get_args(known))}, not "{word}".')
+            raise sentence(option, word, f"one of {', '.join(get_args(known))}")
     targets = [
         model_target(output, layout=plan.options.layout, shard_size=shard_size, overwrite=overwrite)
         for plan, output in zip(plans, outputs, strict=True)
@@ -224,7 +225,7 @@ def run_merges(
     _require_places([target.path for target in targets])
     if resume and len(plans) > 1:
         raise UsageError(
-            "only a merge with one output can be resumed; leave out --resume, or merge them one at a time."
+            "only a merge with one output can be resumed; leave out `resume`, or merge them one at a time."
         )
     files = list(dict.fromkeys(file for plan in plans for model in plan.inputs for file in model.checkpoint.files))
     with ExitStack() as stack:
@@ -294,7 +295,7 @@ def _work(plan: Plan, non_finite: NonFinite) -> Work:
     return {
         "other inputs": journal.digest_of(json.dumps(files).encode()),
         "other versions": journal.digest_of(f"{__version__} {version('torch')} {version('numpy')}".encode()),
-        "another --nonfinite": non_finite,
+        "another `non_finite`": non_finite,
     }
 
 

@@ -36,7 +36,7 @@ class Outcome:
     """What a run has to say beyond its output.
 
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
-    value; ``non_finite`` counts NaN and infinities that ``--nonfinite keep`` let through; ``off_device`` elements that the GPU
+    value; ``non_finite`` counts NaN and infinities that ``non_finite="keep"`` let through; ``off_device`` elements that the GPU
     had no memory for and the CPU computed. ``movements`` is what became of
     the anchor's elements, where they were merged and the run measured. ``search_gain`` is the squared error of the
     scales that were searched for, over that of the scales by amax; ``errors`` is what storing changed in every tensor that was

@@ -25,7 +25,7 @@ def asked(threads: int | None) -> int:
     if threads is None:
         return default_threads()
     if not 1 <= threads <= MOST:
-        raise UsageError(f"--threads is {threads}, but has to be from 1 to {MOST}.")
+        raise UsageError(f"`threads` is {threads}, but has to be a whole number from 1 to {MOST}.")
     return threads
 
 

@@ -16,7 +16,7 @@ from mergetool.options.multipliers import Setting
 from mergetool.options.table import Option, Table
 
 CONTAINERS = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
-"""Those of `quant.output.QUANTISERS`, which would bring numpy to every ``--help``; a test holds that they are."""
+"""Those of `quant.output.QUANTISERS`, which would bring numpy to every command's help; a test holds that they are."""
 
 LAYOUTS = ("comfyui", "diffusers")
 BUNDLED = ("keep", "drop", "drop-ema", "merge")
@@ -119,7 +119,7 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
         Option(
             help="Take protected and excluded tensors from this model.",
             kind=Model(),
-            flag="--from",
+            flag="from",
             key="from",
             default="the anchor",
         ),
@@ -130,7 +130,7 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
             help="Scale the change in a group: 0 leaves the anchor, 1 is the expression; layers=linear(0.2,1) runs over depth, preset:NAME is a "
             "named set; later wins.",
             kind=Settings(),
-            flag="--set",
+            flag="set",
             key="set",
         ),
     ] = ()

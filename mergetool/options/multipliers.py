@@ -69,8 +69,8 @@ def parse_setting(text: str) -> Setting:
     multiplier = _multiplier(value)
     if not pattern or multiplier is None or (pattern.startswith(PRESET) and isinstance(multiplier, Gradient)):
         raise UsageError(
-            f'--set "{text}" is not GROUP=MULT with a finite number, as in --set refiner=0, nor GROUP=SHAPE(FIRST,LAST) with '
-            f"{', '.join(SHAPES[:-1])} or {SHAPES[-1]}, as in --set layers=linear(0.2,1), nor {PRESET}NAME."
+            f'`multipliers` has "{text}", which is not GROUP=MULT with a finite number, as in refiner=0, nor GROUP=SHAPE(FIRST,LAST) with '
+            f"{', '.join(SHAPES[:-1])} or {SHAPES[-1]}, as in layers=linear(0.2,1), nor {PRESET}NAME."
         )
     return pattern, multiplier
 

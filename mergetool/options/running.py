@@ -110,7 +110,7 @@ class NonFiniteOptions(Table):
 
     non_finite: Annotated[
         Literal["refuse", "keep"],
-        Option(help="What to do with NaN and infinity.", kind=Choice(NON_FINITE), flag="--nonfinite", missing=RUN),
+        Option(help="What to do with NaN and infinity.", kind=Choice(NON_FINITE), flag="nonfinite", missing=RUN),
     ] = "refuse"
 
 

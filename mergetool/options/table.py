@@ -47,7 +47,7 @@ class Row:
     @property
     def flag(self) -> str:
         """Its spelling on the command line."""
-        return self.option.flag or "--" + self.name.replace("_", "-")
+        return "--" + (self.option.flag or self.name.replace("_", "-"))
 
     @property
     def key(self) -> str:
@@ -116,11 +116,8 @@ def named(name: str, table: type = Table) -> Row | None:
     """The row of that name in one of the tables that are loaded; spelling is the same in all that have it."""
     if name in rows(table):
         return rows(table)[name]
-    return next((found for inner in _inner(table) if (found := named(name, inner)) is not None), None)
-
-
-def _inner(table: type) -> list[type]:
-    return type.__subclasses__(table)
+    below: list[type] = type.__subclasses__(table)
+    return next((found for inner in below if (found := named(name, inner)) is not None), None)
 
 
 def rows_in(table: type, face: Face) -> dict[str, Row]:
@@ -138,7 +135,7 @@ def part(table: Any, of: Table) -> Any:
     return table(**{name: getattr(of, name) for name in rows(table)})
 
 
-_NAMED = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`\s]*))?`")
+_NAMED = re.compile(r'`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>"(?:[^`"\\]|\\.)*"|[^`\s]*))?`')
 
 
 def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:

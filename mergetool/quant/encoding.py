@@ -112,7 +112,7 @@ class Encoding(ABC):
 
     @property
     def quant(self) -> str | None:
-        """The output container of the same kind, as ``--quant`` names it; None where that cannot be written."""
+        """The output container of the same kind, as ``quant`` names it; None where that cannot be written."""
         return None
 
     @property

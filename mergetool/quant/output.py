@@ -1,4 +1,4 @@
-"""The quantised containers that can be written, by the names that ``--quant`` takes."""
+"""The quantised containers that can be written, by the names that ``quant`` takes."""
 
 from __future__ import annotations
 

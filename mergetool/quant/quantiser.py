@@ -30,7 +30,7 @@ class Round(Protocol):
 
 
 class Quantiser(ABC):
-    """An output container; stateless. ``quant`` is its name for ``--quant``, ``multiple`` what both sides of a weight are padded to."""
+    """An output container; stateless. ``quant`` is its name for the option, ``multiple`` what both sides of a weight are padded to."""
 
     quant: str
     multiple: int = 1

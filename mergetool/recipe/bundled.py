@@ -1,4 +1,4 @@
-"""What becomes of the tensors that a file bundles with its model: ``--bundled``.
+"""What becomes of the tensors that a file bundles with its model: the option ``bundled``.
 
 * ``keep``: those of the anchor are copied bit for bit, whatever dtype or container the model gets; GGUF blocks, which a safetensors file cannot hold,
   become BF16;
@@ -69,7 +69,7 @@ def outputs(
         if (kind == "flag" and same_layout) or (same_names and mode != "drop" and (mode, kind) != ("drop-ema", "EMA")):
             written.append(_copy(model, part))
         elif same_names:
-            left_out.append((name, f"bundled {kind}: --bundled {mode}"))
+            left_out.append((name, f"bundled {kind}: `bundled={mode}`"))
         else:
             left_out.append((name, f"bundled {kind}, and the model gets another layout or no prefix"))
     return written, left_out
@@ -95,7 +95,7 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
     if merged and stale and all(step.reason == COPIED for name in stale for step in written[name].steps):
         found.append(
             f"{len(stale)} EMA weights are copied from {first.name} and are not those of the merged model: a program that loads EMA weights "
-            f"would draw {first.name}; --bundled drop-ema leaves them out"
+            f"would draw {first.name}; `bundled=drop-ema` leaves them out"
         )
     lost = [name for name, kind in kinds[first.name].items() if kind == "flag" and name not in written]
     if lost:
@@ -115,7 +115,7 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
         if unused and mode != "drop":
             which = ", ".join(f"{count} {kind}" for kind, count in unused.items())
             way_out = (
-                "--bundled merge merges it" if first.anatomy.outside else f"{first.name}'s file has the model alone"
+                "`bundled=merge` merges it" if first.anatomy.outside else f"{first.name}'s file has the model alone"
             )
             found.append(f"what {model.name} bundles with its model ({which} tensors) is not in the output; {way_out}")
     return found

@@ -255,7 +255,7 @@ class _Reader:
         for name, given in self.set_.items():
             if name not in {*single, *swept}:
                 raise UsageError(
-                    f"--var sets {quoted(name)}, which {self.path} does not have{nearest(name, {*single, *swept})}"
+                    f"the variable {quoted(name)} is set, but {self.path} does not have it{nearest(name, {*single, *swept})}"
                 )
             swept.pop(name, None)
             single[name] = given

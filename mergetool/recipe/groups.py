@@ -48,7 +48,9 @@ def _preset(name: str, family: Family) -> tuple[str, ...]:
     if name in known:
         return known[name]
     if not known:
-        raise UsageError(f"the {family.name} family has no presets; give the groups themselves, as in --set ffn=0.5.")
+        raise UsageError(
+            f"the {family.name} family has no presets; give the groups themselves, as in `multipliers=ffn=0.5`."
+        )
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {PRESET}{near[0]}" if near else "choose one"
     listed = "; ".join(f"{PRESET}{preset}: {', '.join(settings)}" for preset, settings in known.items())

@@ -3,8 +3,8 @@
 Policy, for every part (a parameter under its canonical name) of the anchor:
 
 * in every model that the expression needs and blendable (a float type): **merged**;
-* selected by ``--protect`` or ``--exclude``, or not by ``--include``: **kept**, from the anchor or ``--from``;
-* in ``--set`` with multiplier 0: kept from the anchor;
+* selected by ``protect`` or ``exclude``, or not by ``include``: **kept**, from the anchor or ``keep_from``;
+* in ``multipliers`` with 0: kept from the anchor;
 * missing from one of the other models: kept, and named; a LoRA that does not change it counts as zero;
 * integers, booleans and other types that cannot be blended: kept, and named;
 * of different shape in two models: an error, unless it is kept; it then has the shape of the model that it is kept from.
@@ -12,7 +12,7 @@ Policy, for every part (a parameter under its canonical name) of the anchor:
 Every model of the expression has to meet the first one: see `arch.meeting`.
 
 A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not; a quantised weight is
-copied, with its scales, when the output's container is its own. Without ``--quant`` quantised weights become BF16. A part that
+copied, with its scales, when the output's container is its own. Without ``quant`` quantised weights become BF16. A part that
 only other models have is left out, and named. What is
 bundled with the model (a VAE or text encoder): see `recipe.bundled`; metadata: see `recipe.metadata`.
 """
@@ -86,7 +86,7 @@ def plan_merge(
     fingerprints: Mapping[str, str] | None = None,
     noise: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
-    """Resolve ``expression`` against the opened ``inputs`` (the anchor in front; ``--from`` may come last).
+    """Resolve ``expression`` against the opened ``inputs`` (the anchor in front; that of ``keep_from`` may come last).
 
     ``fingerprints`` maps input names to content fingerprints for the metadata; without them a placeholder of the same
     length is planned. ``noise`` maps the names of quantised inputs to the share of rounding noise in their weights, for
@@ -124,7 +124,7 @@ class _Planner:
         self.quantiser = quant.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
             raise UsageError(
-                "--scale-search looks for the scale of a whole tensor; it needs --quant fp8-scaled or --quant nvfp4."
+                "`scale_search` looks for the scale of a whole tensor; it needs `quant=fp8-scaled` or `quant=nvfp4`."
             )
         self.is_quantised = (
             quantised.is_quantised(self.first.anatomy, self.quantiser, self.beside)
@@ -185,7 +185,7 @@ class _Planner:
         kept: dict[str, str] = {}
         if options.include:
             chosen = frozenset[str]().union(*arch.select(options.include, anatomy).values())
-            kept |= {name: "not in --include" for name in anatomy.parts if name not in chosen}
+            kept |= {name: "not in `include`" for name in anatomy.parts if name not in chosen}
         for label, patterns in (("excluded", options.exclude), ("protected", options.protect)):
             for pattern, names in (arch.select(patterns, anatomy) if patterns else {}).items():
                 kept |= dict.fromkeys(names, f"{label}: {pattern}")
@@ -193,7 +193,7 @@ class _Planner:
         if missing:
             raise FamilyError(
                 f'{self.inputs[self.keeper].name} has no tensor "{missing[0]}" to keep '
-                f"({len(missing)} in all); name another model with --from."
+                f"({len(missing)} in all); name another model with `keep_from`."
             )
         if len(kept) == len(anatomy.parts):
             raise UsageError("every tensor is protected or excluded, so nothing would be merged.")
@@ -211,13 +211,13 @@ class _Planner:
             return layout, anatomy.prefix, list(anatomy.stored_parts().items())
         if self.beside:
             raise UsageError(
-                "--bundled merge needs the model's own layout and prefix; leave out --layout and --prefix."
+                "`bundled=merge` needs the model's own layout and prefix; leave out `layout` and `prefix`."
             )
         outputs = anatomy.outputs(layout)
         if prefix and any(name.startswith(prefix) for name, _ in outputs):
             doubled = next(name for name, _ in outputs if name.startswith(prefix))
             raise FamilyError(
-                f"{self.first.name} has {quoted(doubled)} under that prefix and other tensors under none, so that --prefix {prefix} would "
+                f"{self.first.name} has {quoted(doubled)} under that prefix and other tensors under none, so that `prefix={prefix}` would "
                 "double it; give a file whose tensors have one prefix."
             )
         return layout, prefix or "", [(f"{prefix or ''}{name}", parts) for name, parts in outputs]
@@ -296,7 +296,7 @@ class _Planner:
         other = self.inputs[column].name
         return FamilyError(
             f'tensor "{part}" has shape {list(mine)} in {self.first.name} but {list(theirs)} in {other}; a merge needs equal shapes: leave it '
-            f'out with --exclude "{part}", which keeps {self.first.name}\'s (with --from "{other}" the one of {other}), or pick models of one architecture.'
+            f'out with `exclude="{part}"`, which keeps {self.first.name}\'s (with `keep_from="{other}"` the one of {other}), or pick models of one architecture.'
         )
 
     def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:
@@ -380,7 +380,7 @@ class _Planner:
         kept = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
         if kept and self.quantiser is None and self.options.dtype is None:
             warnings.append(
-                f"{self.first.name}'s quantised weights become bf16; --quant {kept.pop()} writes its container"
+                f"{self.first.name}'s quantised weights become bf16; `quant={kept.pop()}` writes its container"
             )
         if self.quantiser is not None:
             warnings.append(self._what_is_quantised())

@@ -38,7 +38,7 @@ _KEYS = frozenset(
 )
 """What a recorded recipe may say. Nothing can be derived again from one that says more, be it damaged or of a later version."""
 
-# A fingerprint has this length, so that --dry-run can plan the header without reading a tensor.
+# A fingerprint has this length, so that a dry run can plan the header without reading a tensor.
 FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 
 

@@ -1,6 +1,6 @@
 """Which weights of an output are quantised, and when a quantised weight can be copied as it is.
 
-With ``--quant`` these become quantised: where the anchor's file is in a container that can be written, the weights that it has
+With ``quant`` these become quantised: where the anchor's file is in a container that can be written, the weights that it has
 quantised; else the matrices of attention and feed-forward with both sides of at least 64, outside the refiners. Everything else stays in high precision:
 norms, biases, pad tokens, embedders, modulations, the final layer, and refiners, whose change alters a merge's pictures most.
 """
@@ -47,7 +47,7 @@ def is_quantised(
 
     if not any(chosen([part]) for part in anatomy.parts.values()):
         raise UsageError(
-            f"--quant {quantiser.quant} would quantise no tensor: it takes {POLICY}; leave --quant out, or choose an FP8 dtype with --dtype."
+            f"`quant={quantiser.quant}` would quantise no tensor: it takes {POLICY}; leave `quant` out, or choose an FP8 dtype with `dtype`."
         )
     return chosen
 
@@ -59,7 +59,7 @@ def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
         return wanted
     if wanted not in (None, needed):
         raise UsageError(
-            f"quantised files are written in the {needed} layout only; leave out --layout {wanted}, or --quant."
+            f"quantised files are written in the {needed} layout only; leave out `layout={wanted}`, or `quant`."
         )
     return needed if wanted or anatomy.layout != needed else None
 

@@ -129,7 +129,7 @@ class Heading(_Strict):
         description="Names for models and LoRAs: a path from this file, hf://org/repo, lab.NAME, a registered name.",
     )
     variables: dict[_Variable, Value] = Field(
-        default={}, description="Variables and their values; --var NAME=VALUE sets one."
+        default={}, description="Variables and their values, which the command line or a caller can set."
     )
     sweep: dict[_Variable, Annotated[list[Value], Field(min_length=1, max_length=256)]] = Field(
         default={}, description="Variables with several values: every output that uses one is made once for each."

@@ -12,7 +12,7 @@ from mergetool.ops.program import Load, Program
 from mergetool.quant import Encoding, Quantiser
 
 MERGED = "merged"
-SET_TO_0 = "--set to 0"
+SET_TO_0 = "`multipliers` to 0"
 COPY = Program((Load(0, 0),))
 
 
@@ -66,7 +66,7 @@ class Step:
 
     ``program`` is None for a bit-for-bit copy of ``windows[0]``; otherwise its models index ``windows``.
     ``reason`` is ``"merged"`` or why the part is not. ``base`` is the window of the anchor's elements, which what is
-    merged is measured against; the program may not need it. ``multiplier`` is the ``--set`` that is in the program, 0 where it is
+    merged is measured against; the program may not need it. ``multiplier`` is the one of ``multipliers`` that is in the program, 0 where it is
     the reason.
     """
 
@@ -97,7 +97,7 @@ class OutputTensor:
 
     @property
     def stored_as(self) -> str:
-        """Its dtype, or the container it is quantised to, as ``--dtype`` and ``--quant`` name them."""
+        """Its dtype, or the container it is quantised to, as ``dtype`` and ``quant`` name them."""
         return self.quantiser.quant if self.quantiser else self.dtype.name
 
     @property

@@ -23,14 +23,14 @@ def variable(node: Node) -> Variable:
 
 
 def from_option(text: str) -> tuple[str, Variable]:
-    """The name and value of ``--var NAME=VALUE``, the value read as in a file. Raises UsageError."""
+    """The name and value of a variable in ``NAME=VALUE``, the value read as in a file. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(VARIABLE, name.strip()) or not value.strip():
-        raise UsageError(f"--var {quoted(text)} is not NAME=VALUE, as in --var m=20.")
-    at = Place("--var", 1, len(name) + 2)
+        raise UsageError(f"the variable {quoted(text)} is not NAME=VALUE, as in m=20.")
+    at = Place("variable", 1, len(name) + 2)
     found = Node(plain(value.strip(), at), at, typed=value.strip())
     if found.value is None or isinstance(found.value, bool) or not value.isprintable():
-        raise UsageError(f"--var {quoted(text)} gives neither a number nor a text.")
+        raise UsageError(f"the variable {quoted(text)} gives neither a number nor a text.")
     return name.strip(), variable(found)
 
 

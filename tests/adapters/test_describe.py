@@ -111,7 +111,7 @@ def test_changes_of_zero_are_drawn(tmp_path: Path) -> None:
 
 def test_a_place_for_the_plot_is_asked_for_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "there.png").write_text("mine")
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="use `overwrite`"):
         plots.require_target(tmp_path / "there.png", overwrite=False)
     with pytest.raises(UsageError, match="PNG"):
         plots.require_target(tmp_path / "x.jpg", overwrite=False)

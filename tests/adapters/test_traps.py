@@ -224,7 +224,7 @@ def test_falsy_0_treated_as_unset(tmp_path: Path, strength: str) -> None:
         MergeOptions(multipliers=(("ffn", Fraction(0)),)),
     ) as plan:
         steps = {step.part: step.reason for tensor in plan.tensors for step in tensor.steps}
-    assert steps[f"{BLOCK}.feed_forward.w1.weight"] == "--set to 0"
+    assert steps[f"{BLOCK}.feed_forward.w1.weight"] == "`multipliers` to 0"
 
 
 def test_both_fused_and_split_keys_in_one_file(tmp_path: Path) -> None:

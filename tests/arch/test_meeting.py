@@ -72,7 +72,7 @@ def test_as_much_on_either_side_looks_like_other_names_of_the_same() -> None:
     wide = BLOCKS | {"final.weight": (64, 64)}
     said = refusal(model("a", wide), model("b", renamed("to_q", "q") | {"final.weight": (64, 64)}))
     assert "94 % of the parameters" in said
-    assert '--exclude "blocks.0.attn.to_q.weight"' in said
+    assert '`exclude="blocks.0.attn.to_q.weight"' in said
 
 
 def test_what_is_left_out_needs_no_counterpart() -> None:

@@ -94,7 +94,7 @@ def test_a_norm_is_one_part_under_either_spelling_of_its_weight() -> None:
 def test_a_prefix_to_write_ends_in_a_dot() -> None:
     check("")
     check("model.")
-    with pytest.raises(UsageError, match=r'write --prefix "net\."'):
+    with pytest.raises(UsageError, match=r'write `prefix="net\."'):
         check("net")
 
 

@@ -285,7 +285,7 @@ def refuse(target: Path, message: str, *, overwrite: bool = True, inputs: tuple[
 
 def test_existing_file_without_overwrite(target: Path) -> None:
     target.write_bytes(OLD)
-    refuse(target, "already exists; choose another name or pass --overwrite", overwrite=False)
+    refuse(target, "already exists; choose another name or use `overwrite`", overwrite=False)
     assert target.read_bytes() == OLD
 
 

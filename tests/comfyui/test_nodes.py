@@ -40,9 +40,9 @@ def test_a_file_of_one_line_does_as_well() -> None:
 @pytest.mark.parametrize(
     ("sentence", "at_a_node"),
     [
-        ("it exists; pass --overwrite.", "it exists; turn on overwrite."),
-        ("--rank-thresh is 0", "rank_thresh is 0"),
-        ("see `mergetool diff --help`; --rule a-b", "see `mergetool diff --help`; rule a-b"),
+        ("it exists; use `overwrite`.", "it exists; use overwrite."),
+        ("leave `rounding=stochastic` out", "leave rounding stochastic out"),
+        ("see `mergetool diff --help`", "see `mergetool diff --help`"),
         ("a--b is no file", "a--b is no file"),
     ],
 )

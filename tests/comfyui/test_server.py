@@ -214,7 +214,7 @@ def test_a_file_of_another_merge_is_replaced_only_where_asked(server: Server) ->
     ran = server.run(other)
     assert ran.error["node_id"] == "6"
     assert ran.error["exception_type"] == "mergetool.errors.OutputError"
-    assert "turn on overwrite" in ran.error["exception_message"]
+    assert "use overwrite" in ran.error["exception_message"]
     assert path.read_bytes() == first
     other["6"]["inputs"]["overwrite"] = True
     assert server.run(other).status == "success"
@@ -239,7 +239,7 @@ def test_models_that_do_not_belong_together_need_force(server: Server) -> None:
     prompt["1"]["inputs"]["model"] = "lab.turbo"
     refused = server.run(prompt).error
     assert refused["exception_type"] == "mergetool.errors.LineageError"
-    assert refused["exception_message"].strip().endswith("`force` merges anyway.")
+    assert refused["exception_message"].strip().endswith("; force merges anyway.")
     prompt["5"]["inputs"]["force"] = True
     assert "error: " in server.run(prompt).text("5")
 

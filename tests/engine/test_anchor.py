@@ -139,7 +139,7 @@ def test_protected_tensors_are_the_anchors_wherever_it_stands() -> None:
 
 
 def test_which_of_two_is_the_anchor_is_asked_where_tensors_would_be_kept_from_it() -> None:
-    with pytest.raises(UsageError, match=r"a change of a or of b, and .*refiner.* --from a or --from b"):
+    with pytest.raises(UsageError, match=r'a change of a or of b, and .*refiner.* `keep_from="a"` or `keep_from="b"`'):
         merged("0.7*a + 0.3*b", protect=("refiner",))
 
 
@@ -150,7 +150,7 @@ def test_from_names_the_anchor() -> None:
 
 
 def test_set_asks_which_change_it_scales() -> None:
-    with pytest.raises(UsageError, match="--set scales the change"):
+    with pytest.raises(UsageError, match="`multipliers` scales the change"):
         merged("a + b - c", multipliers=(parse_setting("layers=0.5"),))
 
 

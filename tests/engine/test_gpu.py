@@ -123,7 +123,7 @@ def test_a_lost_gpu_is_one_sentence_and_no_output(
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(CudaOps, "collect", lost)
-    with pytest.raises(DeviceError, match=r"failed \(CUDA error: unspecified launch failure\); --device cpu"):
+    with pytest.raises(DeviceError, match=r"failed \(CUDA error: unspecified launch failure\); `device=cpu`"):
         merged("gpu.safetensors", MergeOptions(include=FEW), device)
     assert not Path("gpu.safetensors").exists()
 
@@ -143,13 +143,13 @@ def test_nan_in_an_input_is_named_as_the_cpu_names_it(family: Path, device: Devi
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
 def test_a_device_that_is_no_device_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="is not auto, cpu, cuda or cuda:NUMBER"):
+    with pytest.raises(UsageError, match="has to be auto, cpu, cuda or cuda:NUMBER"):
         devices.choose(name, work=10**12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_asking_for_a_gpu_that_is_not_there_says_so_and_auto_takes_the_cpu() -> None:
-    with pytest.raises(UsageError, match=r"--device cuda needs a CUDA GPU.*--device cpu gives the same bytes"):
+    with pytest.raises(UsageError, match=r"`device=cuda` needs a CUDA GPU.*`device=cpu` gives the same bytes"):
         devices.choose("cuda", work=10**12)
     assert devices.choose("auto", work=10**12) == CPU
 

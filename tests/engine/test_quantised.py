@@ -253,7 +253,7 @@ def test_quantised_output_has_no_diffusers_layout(family: Path) -> None:
 
 @pytest.mark.parametrize("quant", [None, "int8", "mxfp8"])
 def test_a_search_needs_a_scale_to_look_for(family: Path, quant: str | None) -> None:
-    with pytest.raises(UsageError, match="needs --quant fp8-scaled or --quant nvfp4"):
+    with pytest.raises(UsageError, match="needs `quant=fp8-scaled` or `quant=nvfp4`"):
         run(MERGED, family / "out.safetensors", quant=quant, scale_search=True)
 
 

@@ -142,7 +142,7 @@ def test_a_lora_is_up_to_date_by_its_recipe_and_inputs(family: Path) -> None:
         (MODELS.replace("b.saf", "gone.saf") + "merge: alk + 2*(a - b)\n", "1:53", "does not exist", MergetoolError),
         ("models: {a: alpha}\nmerge: a\n", "1:13", "no model or file", MergetoolError),
         ("merge: lab.bas\n", "1:8", "lab.base", MergetoolError),
-        (MODELS + "merge: alk + 2*(a - b)\nscale_search: true\n", "2:8", "--quant", MergetoolError),
+        (MODELS + "merge: alk + 2*(a - b)\nscale_search: true\n", "2:8", "quant: nvfp4", MergetoolError),
         (MODELS + "diff: {base: a, variant: b, exclude: what}\n", "2:38", "what", PatternError),
         (MODELS + "diff: {base: a, variant: b, union: true}\n", "2:7", "variant2", MergetoolError),
         (MODELS + "diff: {base: a, variant: b, rule: ratio}\n", "2:7", "rank_thresh", MergetoolError),

@@ -69,7 +69,7 @@ def test_dropped_they_are_named_and_the_flags_stay() -> None:
     merged = mergetool.merge(MERGE, "out.safetensors", bundled="drop", force=True)
     expected = {name for name, _ in beside(load_file("a.safetensors"))}
     assert {name for name, _ in beside(load_file("out.safetensors"))} == {"v_pred", "ztsnr"}
-    assert merged.left_out["first_stage_model.decoder.mid.attn_1.q.weight"] == "bundled VAE: --bundled drop"
+    assert merged.left_out["first_stage_model.decoder.mid.attn_1.q.weight"] == "bundled VAE: `bundled=drop`"
     assert expected - {"v_pred", "ztsnr"} == set(merged.left_out)
 
 

@@ -72,12 +72,12 @@ def test_a_fused_tensor_can_be_protected_in_part(family: Path) -> None:
 def test_include_merges_only_what_it_names(family: Path) -> None:
     plan = planned(include=("ffn",))
     assert reason_of(plan, "layers.0.feed_forward.w1.weight") == "merged"
-    assert reason_of(plan, "layers.0.attention.to_q.weight") == "not in --include"
+    assert reason_of(plan, "layers.0.attention.to_q.weight") == "not in `include`"
 
 
 def test_a_later_set_wins(family: Path) -> None:
     plan = planned(multipliers=(("layers", Fraction(0)), ("layers.1", Fraction(1))))
-    assert reason_of(plan, "layers.0.feed_forward.w1.weight") == "--set to 0"
+    assert reason_of(plan, "layers.0.feed_forward.w1.weight") == "`multipliers` to 0"
     assert reason_of(plan, "layers.1.feed_forward.w1.weight") == "merged"
 
 
@@ -110,7 +110,8 @@ def test_integers_are_never_blended(family: Path) -> None:
 def test_clashing_shapes_name_both_models_and_the_way_out(family: Path) -> None:
     edit(family / "b.safetensors", cap_embedder__0__weight=torch.ones(48))
     with pytest.raises(
-        FamilyError, match=r'"cap_embedder\.0\.weight" has shape \[64\] in alk.* \[48\] in b.*--exclude'
+        FamilyError,
+        match=r'"cap_embedder\.0\.weight" has shape \[64\] in alk.* \[48\] in b.*`exclude="cap_embedder.0.weight"`',
     ):
         planned()
     assert reason_of(planned(exclude=("cap_embedder.0.weight",)), "cap_embedder.0.weight").startswith("excluded")
