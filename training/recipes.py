@@ -56,9 +56,10 @@ class Recipe:
 
 DRAWN = Plan((32, 5, 5), 512)
 FINE = Plan((8, 2, 2), 512)
-PAINTED = Plan((64, 10, 10), 128)
-PATHS = Plan((32, 5, 5), 128)
-HALF = Plan((12, 2, 2), 128)
+# As many at once as when a member is measured: compiled blocks are made for one size of batch.
+PAINTED = Plan((128, 20, 20), 64)
+PATHS = Plan((64, 10, 10), 64)
+HALF = Plan((24, 4, 4), 64)
 
 RECIPES = {
     recipe.name: recipe

@@ -77,11 +77,11 @@ def sample(
     With ``guidance`` g the velocity is v + g (v - v of the ``empty`` caption), as in diffusers.
     """
     latents = start
+    if guidance:
+        assert empty is not None
+        captions = tuple(torch.cat([one, none.expand_as(one)]) for one, none in zip(captions, empty, strict=True))
     with torch.autocast(start.device.type, torch.bfloat16):
         refined = batched.context(model, *captions)
-        if guidance:
-            assert empty is not None
-            refined = torch.cat([refined, batched.context(model, *empty).expand_as(refined)])
         for now, then in itertools.pairwise(sigmas.tolist()):
             inputs = torch.cat([latents, latents]) if guidance else latents
             time = torch.full((len(inputs),), 1 - now, device=latents.device)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ZImagePipeline
 
-from training import batched, models
+from training import batched, models, sampling
 from training.data import Plan
 from training.recipes import RECIPES
 from training.run import Attempt, Clock
@@ -93,3 +94,31 @@ def test_a_new_front_leaves_the_layers_alone() -> None:
     for name, tensor in model.state_dict().items():
         new = name.startswith(("noise_refiner.", "context_refiner.", "cap_embedder.")) or name == "cap_pad_token"
         assert torch.equal(tensor, fresh.state_dict()[name] if new else before[name]), name
+
+
+def test_sampling_is_that_of_diffusers_own_pipeline(tmp_path: Path) -> None:
+    """With guidance, the same noise and float32, but for the BF16 products of training."""
+    torch.manual_seed(2)
+    tokenizer = models.tokenizer(tmp_path / "tokenizer")
+    encoder, model = models.text_encoder(len(tokenizer)).eval(), models.transformer().eval()
+    pipeline = ZImagePipeline(
+        scheduler=models.scheduler(3.0), vae=models.vae(), text_encoder=encoder, tokenizer=tokenizer, transformer=model
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red circle left of a blue square on a gold background", "a pink cross on a black background"]
+    noise = sampling.noise(2, (64, 64), torch.Generator().manual_seed(3))
+    wanted = pipeline(
+        prompt=list(prompts),  # the pipeline writes its template into the list
+        negative_prompt=["", ""],
+        latents=noise,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    reader = sampling.Reader(tokenizer, encoder)
+    found = sampling.sample(
+        model, reader.many(prompts), noise, sampling.grid(4, 3.0), guidance=3.0, empty=reader.many([""])
+    )
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
