@@ -6,7 +6,7 @@ All outputs are surveyed before the first is begun, so that what can be known to
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, model_target
 from mergetool.checkpoint.paths import typed
 from mergetool.checkpoint.shards import is_model_folder
-from mergetool.checkpoint.sizes import parse_size
 from mergetool.checkpoint.targets import require_folder
 from mergetool.engine import job
 from mergetool.errors import OutputError, UsageError
@@ -25,7 +24,9 @@ from mergetool.making.passes import passes
 from mergetool.making.places import Places
 from mergetool.making.state import ABSENT, State
 from mergetool.options.differences import DiffOptions
-from mergetool.recipe.file import Output, Recipe, options_of, patterns
+from mergetool.options.merging import MergeOptions
+from mergetool.options.running import ShardOptions
+from mergetool.recipe.file import Output, Recipe, options_of
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.schema import LoraOutput, MergeOutput
 
@@ -143,7 +144,7 @@ class Survey:
         plans = []
         for output in outputs:
             with self.places.located(output):
-                options = options_of(output, self.places.names(output))
+                options = options_of(MergeOptions, output, self.places.names(output))
                 plans.append(self.inputs.plan(self.places.expression(output), options))
         return plans
 
@@ -152,7 +153,7 @@ class Survey:
         assert isinstance(output.spec, LoraOutput)
         asked, names = output.spec.diff, self.places.names(output)
         with self.places.located(output):
-            options = diff_options(output, names)
+            options = options_of(DiffOptions, output, names)
             opened = open_diff(
                 names[asked.base],
                 names[asked.variant],
@@ -183,33 +184,6 @@ def refuse_outdated(tasks: Sequence[Task]) -> None:
             )
 
 
-def diff_options(output: Output, names: Mapping[str, str]) -> DiffOptions:
-    """What `mergetool diff` would be told; ``names`` are the MODEL arguments of the names that the output uses. Raises UsageError."""
-    assert isinstance(output.spec, LoraOutput)
-    asked = output.spec.diff
-    first, second = asked.weights or (1, 1)
-    return DiffOptions(
-        rank=asked.rank,
-        rank_thresh=None if asked.rank_thresh is None else float(asked.rank_thresh),
-        rank_max=asked.rank_max,
-        rule=asked.rule,
-        budget=asked.budget,
-        min_dim=asked.min_dim,
-        include=patterns(asked.include),
-        exclude=patterns(asked.exclude),
-        dtype=asked.dtype,
-        seed=asked.seed,
-        variant2=names[asked.variant2] if asked.variant2 else None,
-        union=asked.union,
-        orthogonal=asked.orthogonal,
-        weights=(float(first), float(second)),
-    )
-
-
 def shard_size(output: Output) -> int | None:
     """The shard size of a merge in bytes, None for one file."""
-    return _bytes(output.spec.shard_size) if isinstance(output.spec, MergeOutput) else None
-
-
-def _bytes(size: int | str | None) -> int | None:
-    return parse_size(size) if isinstance(size, str) else size
+    return options_of(ShardOptions, output, {}).shard_bytes if isinstance(output.spec, MergeOutput) else None

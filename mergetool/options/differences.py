@@ -12,7 +12,7 @@ from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import UsageError
 from mergetool.options.kinds import Choice, Flag, Model, Number, Output, Pair, Patterns, Size, Whole
 from mergetool.options.merging import LARGEST_SEED, PatternOptions
-from mergetool.options.table import Option, Table
+from mergetool.options.table import Face, Option, Table
 
 RuleName = Literal["energy", "fro", "sum", "ratio", "abs", "knee"]
 RULES: tuple[RuleName, ...] = get_args(RuleName)
@@ -24,6 +24,11 @@ RANK_MAX = 64
 
 SHARE = 0.95
 """The threshold of the rules that take a share, where nothing else is said."""
+
+ONE_FILE: dict[Face, str] = {
+    "recipe": "an output of a recipe is one file, which it names",
+    "node": "a node writes one file, which it names",
+}
 
 _SHARES = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
 
@@ -86,19 +91,27 @@ class FileOptions(Table):
         Option(
             help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA.",
             kind=Output("FILE"),
+            missing=ONE_FILE,
         ),
     ] = None
-    full_layer: Annotated[Sequence[str], Option(help="Store these matrices whole, in `full`.", kind=Patterns())] = ()
+    full_layer: Annotated[
+        Sequence[str], Option(help="Store these matrices whole, in `full`.", kind=Patterns(), missing=ONE_FILE)
+    ] = ()
     spectra: Annotated[
         str | os.PathLike[str] | None,
         Option(
             help="FILE.safetensors for the directions that are found; runs with another threshold, rank or budget reuse it.",
             kind=Output("FILE"),
+            missing=ONE_FILE,
         ),
     ] = None
     checkpoint: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors to write the base with what was stored added to.", kind=Output("FILE")),
+        Option(
+            help="FILE.safetensors to write the base with what was stored added to.",
+            kind=Output("FILE"),
+            missing=ONE_FILE,
+        ),
     ] = None
 
     def check(self) -> None:

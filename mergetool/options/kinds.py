@@ -357,7 +357,7 @@ def _exact(number: object) -> object:
 
 def shown(given: object) -> str:
     """A refused value, short, for a sentence."""
-    text = given if isinstance(given, str) else repr(given)
+    text = str(given) if isinstance(given, str | Decimal | Fraction) else repr(given)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f'"{text}"' if isinstance(given, str) else text
 

@@ -148,6 +148,11 @@ def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
     return _NAMED.sub(replaced, text)
 
 
+def first_named(text: str, known: Mapping[str, Row]) -> Row | None:
+    """The row among ``known`` that ``text`` names first."""
+    return next((known[found["name"]] for found in _NAMED.finditer(text) if found["name"] in known), None)
+
+
 def refuse_together(given: Mapping[str, bool], why: str) -> None:
     """Raises UsageError where more than one of ``given`` options is there; ``why`` ends the sentence."""
     there = [f"`{name}`" for name, is_there in given.items() if is_there]

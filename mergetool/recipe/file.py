@@ -15,14 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeVar
 
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.outputs import named
-from mergetool.checkpoint.sizes import parse_size
-from mergetool.errors import RecipeError, UsageError
+from mergetool.errors import UsageError
+from mergetool.options import kinds
+from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.options.multipliers import Setting, parse_setting
+from mergetool.options.running import ShardOptions
+from mergetool.options.table import Table, first_named, rows_in
 from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
@@ -32,6 +36,8 @@ from mergetool.recipe.validation import as_keys, keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
 
 MAX_OUTPUTS = 256
+
+T = TypeVar("T", bound=Table)
 
 _HEADING = tuple(keys_of(Heading))
 _FILE = ".safetensors"
@@ -119,44 +125,35 @@ def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> Recipe:
     return _Reader(root, path, dict(map(variables.from_option, settings))).recipe()
 
 
-def options_of(output: Output, names: Mapping[str, str]) -> MergeOptions:
-    """The options of a merge; ``names`` are the MODEL arguments that its names stand for. Raises RecipeError."""
-    spec = output.spec
-    assert isinstance(spec, MergeOutput)
+def options_of(table: type[T], output: Output, names: Mapping[str, str]) -> T:
+    """The options of an output that belong to ``table``; ``names`` are the MODEL arguments that its names stand for.
+
+    Raises RecipeError, at the key that is wrong.
+    """
+    spec, path = (output.spec, ()) if isinstance(output.spec, MergeOutput) else (output.spec.diff, ("diff",))
+    given = {}
+    for name, row in rows_in(table, "recipe").items():
+        value = getattr(spec, name)
+        if name not in spec.model_fields_set or value is None:
+            continue
+        if isinstance(row.option.kind, kinds.Settings):
+            value = tuple(_multiplier(output, row.key, group, number) for group, number in value.items())
+        elif isinstance(row.option.kind, kinds.Patterns) and isinstance(value, str):
+            value = (value,)
+        given[name] = names[value] if isinstance(row.option.kind, kinds.Model) else value
     try:
-        return MergeOptions(
-            protect=patterns(spec.protect),
-            include=patterns(spec.include),
-            exclude=patterns(spec.exclude),
-            multipliers=tuple(_multiplier(output, group, value) for group, value in (spec.set or {}).items()),
-            keep_from=names[spec.keep_from] if spec.keep_from else None,
-            dtype=spec.dtype,
-            layout=spec.layout,
-            quant=spec.quant,
-            scale_search=spec.scale_search,
-            bundled=spec.bundled,
-            rounding=spec.rounding,
-            seed=spec.seed,
-        )
-    except RecipeError:
-        raise
+        return table(**given)
     except UsageError as error:
-        raise output.place_of("seed").error(as_keys(str(error))) from None
+        blamed = first_named(str(error), rows_in(table, "recipe"))
+        place = output.place_of(*path, *(() if blamed is None else (blamed.key,)))
+        raise place.error(as_keys(str(error))) from None
 
 
-def patterns(given: str | list[str] | None) -> tuple[str, ...]:
-    """One pattern or several, as a tuple."""
-    return (given,) if isinstance(given, str) else tuple(given or ())
-
-
-def _multiplier(output: Output, group: str, value: int | Decimal | str) -> Setting:
+def _multiplier(output: Output, key: str, group: str, value: int | Decimal | str) -> Setting:
     try:
         return parse_setting(f"{group}={value}")
-    except UsageError:
-        raise output.place_of("set", group).error(
-            f"{quoted(str(value))} is no multiplier that float32 can hold; write a number, as in {group}: 0.5, or a gradient over "
-            "blocks, as in layers: linear(0.2, 1.0)."
-        ) from None
+    except UsageError as error:
+        raise output.place_of(key, group).error(as_keys(str(error))) from None
 
 
 @dataclass
@@ -321,11 +318,11 @@ class _Reader:
             for output in made
             if all(values.get(swept) == value for swept, value in output.values.items())
         }
-        _check_size(whole, spec)
         file, is_folder = self._file(name, whole, values, spec)
         output = Output(name, values, file, spec, {}, whole, is_folder=is_folder)
         if isinstance(spec, LoraOutput):
-            return replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
+            done = replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
+            return _checked(done)
         assert expression is not None
         written = naming.with_variables(expression, known)
         parsed = naming.read(expression, written, {*self.models, *earlier}, later, known)
@@ -335,8 +332,7 @@ class _Reader:
         }
         uses |= self._named(output, earlier, _models_of_merge(spec))
         done = replace(output, uses=uses, expression=parsed, written=written)
-        options_of(done, {name: name for name in uses})  # what contradicts itself is said before any file is looked for
-        return done
+        return _checked(done)
 
     def _meaning(self, name: str, earlier: Mapping[str, Output]) -> Output | Model | None:
         return earlier.get(name) or self.models.get(name)
@@ -395,16 +391,11 @@ class _Reader:
             seen[same] = output
 
 
-def _check_size(node: Node, spec: MergeOutput | LoraOutput) -> None:
-    place = Output("", {}, "", spec, {}, node).place_of
-    size = spec.shard_size if isinstance(spec, MergeOutput) else spec.diff.budget
-    if isinstance(size, str):
-        try:
-            parse_size(size)
-        except UsageError as error:
-            raise place(*(("shard_size",) if isinstance(spec, MergeOutput) else ("diff", "budget"))).error(
-                str(error)
-            ) from None
+def _checked(output: Output) -> Output:
+    """``output``; raises RecipeError for options that contradict each other, before any file is looked for."""
+    for table in (MergeOptions, ShardOptions) if isinstance(output.spec, MergeOutput) else (DiffOptions,):
+        options_of(table, output, {name: name for name in output.uses})
+    return output
 
 
 def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:

@@ -1,16 +1,25 @@
 """What may stand in a recipe file: the keys, their types and what they mean, as pydantic models and as a JSON schema.
 
-Every field says what its option on the command line says; `docs/recipes.md` has them with examples. Texts in an output may hold
-``{NAME}`` for the value of a variable, and a number may be written as ``"{NAME}"``: variables are put in before these models
-look at an output, so that they see plain values.
+The keys of an output are made from the rows of the table of options: a row says its key, its type, its default and what it does, and refuses a value
+with the sentence of every face. `docs/recipes.md` has them with examples. Texts in an output may hold ``{NAME}`` for the value of a
+variable, and a number may be written as ``"{NAME}"``: variables are put in before these models look at an output, so that they see plain values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, WrapValidator, create_model
+from pydantic_core import PydanticCustomError
+
+from mergetool.errors import UsageError
+from mergetool.options import kinds
+from mergetool.options.differences import DiffOptions
+from mergetool.options.merging import MergeOptions
+from mergetool.options.running import ShardOptions
+from mergetool.options.table import Row, Table, named, rows_in, spelled
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,49}"
 MAX_TEXT = 100_000
@@ -28,9 +37,6 @@ Size = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["300MB", "4GiB"]}]}),
 ]
 Value = Number | Text
-
-Dtype = Literal["bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e5m2"]
-Container = Literal["fp8-scaled", "int8", "nvfp4", "mxfp8"]
 
 
 class _Strict(BaseModel):
@@ -57,54 +63,81 @@ class Pictures(_Strict):
     vae: Text | None = Field(None, description="File or folder of the VAE.")
 
 
-class Difference(_Strict):
+def _typed(kind: kinds.Kind) -> Any:
+    """The type of a key's value."""
+    match kind:
+        case kinds.Flag():
+            return bool
+        case kinds.Choice():
+            return Literal[kind.words]
+        case kinds.Whole():
+            by_value = {"type": "integer", "minimum": kind.least}
+            return Annotated[int, Field(ge=kind.least, le=kind.most), WithJsonSchema({"anyOf": [by_value, _BY_NAME]})]
+        case kinds.Number() | kinds.Share():
+            return Number
+        case kinds.Size():
+            return Size
+        case kinds.Patterns():
+            return Patterns
+        case kinds.Settings():
+            return Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)]
+        case kinds.Pair():
+            return Annotated[list[Number], Field(min_length=2, max_length=2)]
+        case kinds.Text(empty=True):
+            return Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+    return Text
+
+
+def _refusing(row: Row) -> Any:
+    """A validator that refuses what the row refuses, in its words, before the type is looked at."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            row.value(value)
+        except UsageError as error:
+            raise PydanticCustomError("option", "{sentence}", {"sentence": str(error)}) from None
+        return handler(value)
+
+    return WrapValidator(check)
+
+
+def _described(row: Row) -> str:
+    """What a key does, and what its default means, with other options by their keys."""
+
+    def key(name: str, value: str | None) -> str:
+        other = named(name)
+        return f"{other.key if other else name}{'' if value is None else f': {value}'}"
+
+    default = f" [default: {row.option.default}]" if row.option.default else ""
+    return spelled(row.option.help + default, key)
+
+
+def _of(*tables: type[Table]) -> Any:
+    """A model whose keys are the rows that a recipe has."""
+    fields: dict[str, Any] = {}
+    for row in (row for table in tables for row in rows_in(table, "recipe").values()):
+        default = None if isinstance(row.option.kind, kinds.Settings) else row.initial
+        kind = _typed(row.option.kind)
+        kind = kind | None if default in (None, ()) else kind
+        said = Field(default, alias=row.key if row.key != row.name else None, description=_described(row))
+        # Of several values the one that is wrong has a place of its own, which the type knows.
+        has_places = row.option.kind.many or isinstance(row.option.kind, kinds.Pair)
+        fields[row.name] = (kind if has_places else Annotated[kind, _refusing(row)], said)
+    return create_model("Rows", __base__=_Strict, **fields)
+
+
+class Difference(_of(DiffOptions)):  # type: ignore[misc]
     """A difference LoRA, as `mergetool diff` takes it."""
 
     base: Text = Field(description="The model the LoRA will be loaded on: a name under models, an output, or lab.NAME.")
     variant: Text = Field(description="The model that base + LoRA should become.")
-    variant2: Text | None = Field(None, description="Keep what the differences to both variants have in common.")
-    union: bool = Field(False, description="With variant2: both, and what they share only once.")
-    weights: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="With union: how much of what each has alone."
-    )
-    orthogonal: bool = Field(False, description="With variant2: what of variant is orthogonal to it.")
-    rank: Count = Field(0, description="The same rank for every matrix; 0 chooses by rank_thresh.")
-    rank_thresh: Number | None = Field(None, description="What to keep of each matrix, as rule says. [0.95]")
-    rank_max: Count | None = Field(None, description="Largest rank of a matrix; 0 for no cap. [64; 0 with budget]")
-    rule: Literal["energy", "fro", "sum", "ratio", "abs", "knee"] = "energy"
-    budget: Size | None = Field(None, description="Size of the file: the ranks with the least total error.")
-    min_dim: Count = Field(32, description="Leave out matrices with fewer rows or columns.")
-    include: Patterns | None = Field(None, description="Take only these.")
-    exclude: Patterns | None = Field(None, description="Leave these out.")
-    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="What the factors are stored in.")
-    seed: Count = Field(0, description="Seed of the random starting directions.")
 
 
-class MergeOutput(_Strict):
+class MergeOutput(_of(MergeOptions, ShardOptions)):  # type: ignore[misc]
     """A merged checkpoint."""
 
     merge: Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
     output: Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
-    protect: Patterns | None = Field(None, description="Groups or patterns taken bit for bit from the anchor.")
-    include: Patterns | None = Field(None, description="Merge only these.")
-    exclude: Patterns | None = Field(None, description="Do not merge these.")
-    keep_from: Text | None = Field(
-        None, alias="from", description="Take protected and excluded tensors from this model."
-    )
-    set: Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)] | None = Field(
-        None, description="Multipliers by group or pattern; a later one wins."
-    )
-    dtype: Dtype | None = Field(None, description="The output's dtype; the anchor's.")
-    quant: Container | None = Field(None, description="Container of the large matrices.")
-    scale_search: bool = Field(False, description="Search each tensor's scale for the least squared error.")
-    layout: Literal["comfyui", "diffusers"] | None = Field(None, description="The anchor's.")
-    bundled: Literal["keep", "drop", "drop-ema", "merge"] = Field(
-        "keep",
-        description="The anchor's VAE, text encoders, EMA weights and the like: copied, left out, or merged.",
-    )
-    rounding: Literal["nearest", "stochastic", "error-feedback"] = "nearest"
-    seed: Count = Field(0, description="Seed of stochastic rounding.")
-    shard_size: Size | None = Field(None, description="Write a folder of shards no larger than this, as in 5GB.")
     verify: bool | Literal["weights", "pictures"] | Pictures = Field(
         False, description="Check it as `mergetool verify` does: weights alone, or with pictures."
     )

@@ -132,6 +132,8 @@ def _sentence(
     names = [step for step in path if isinstance(step, str)]
     name = quoted(names[-1]) if names else "the recipe"
     first = details[0]
+    if first["type"] == "option":
+        return as_keys(first["ctx"]["sentence"])
     if first["type"] == "extra_forbidden":
         return (
             f"there is no key {name} here{nearest(names[-1], [*_known(path, kind), *(also if len(path) == 1 else ())])}"

@@ -144,8 +144,8 @@ def test_a_lora_is_up_to_date_by_its_recipe_and_inputs(family: Path) -> None:
         ("merge: lab.bas\n", "1:8", "lab.base", MergetoolError),
         (MODELS + "merge: alk + 2*(a - b)\nscale_search: true\n", "2:8", "quant: nvfp4", MergetoolError),
         (MODELS + "diff: {base: a, variant: b, exclude: what}\n", "2:38", "what", PatternError),
-        (MODELS + "diff: {base: a, variant: b, union: true}\n", "2:7", "variant2", MergetoolError),
-        (MODELS + "diff: {base: a, variant: b, rule: ratio}\n", "2:7", "rank_thresh", MergetoolError),
+        (MODELS + "diff: {base: a, variant: b, union: true}\n", "2:36", "variant2", MergetoolError),
+        (MODELS + "diff: {base: a, variant: b, rule: ratio}\n", "2:35", "rank_thresh", MergetoolError),
     ],
 )
 def test_what_planning_refuses_has_its_place_in_the_recipe(
