@@ -145,12 +145,15 @@ class Whole(Kind):
     metavar: str = "N"
 
     def value(self, given: Any) -> int:
-        if isinstance(given, str) and given.strip().removeprefix("-").isdecimal() and len(given) < 40:
-            given = int(given)
         if isinstance(given, bool) or not isinstance(given, int) or not self.least <= given <= self.most:
             bound = f"from {self.least}" + ("" if self.most == MOST else f" to {self.most}")
             raise ValueError(f"a whole number {bound}")
         return given
+
+    def read(self, text: str | Sequence[str]) -> int:
+        """`value` of digits."""
+        digits = isinstance(text, str) and text.strip().removeprefix("-").isdecimal() and len(text) < 40
+        return self.value(int(str(text)) if digits else text)
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,18 @@ class Number(Kind):
     metavar: str = "X"
 
     def value(self, given: Any) -> float:
-        number = _number(given)
+        number = None if isinstance(given, str) else _number(given)
         inside = number is not None and self.least <= number <= self.most and number > self.above
         if number is None or not inside:
             bounds = (("above", self.above), ("from", self.least), ("up to", self.most))
             words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
             raise ValueError(" ".join(["a number", *words]))
         return number
+
+    def read(self, text: str | Sequence[str]) -> float:
+        """`value` of a number that was typed."""
+        number = _number(text)
+        return self.value(text if number is None else number)
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,8 @@ class Expression:
         """The expression with its arithmetic in the order that the fingerprints of its models and LoRAs give."""
         return replace(self, arithmetic=canonical(self.graph, contents))
 
-    def as_written(self) -> Expression:
-        """The expression as mergetool 0.1.0 took it before outputs recorded an anchor: the leftmost model is it, the text's order counts."""
-        tree = _syntax_tree(self.text)
-        first = _leftmost_model(tree)
-        assert first is not None
+    def as_written(self, first: str) -> Expression:
+        """The expression of an output that records no anchor: ``first`` of its inputs is it, and the text's order counts."""
         return replace(self, anchors=(first,), arithmetic=self.graph, records_anchor=False)
 
     def render(self, names: Mapping[str, str]) -> str:
@@ -224,15 +221,6 @@ def _check_limits(tree: ast.Expression, source: str) -> None:
             )
         children = [child.value if isinstance(child, ast.keyword) else child for child in ast.iter_child_nodes(node)]
         stack.extend((child, depth + 1) for child in children if isinstance(child, ast.expr))
-
-
-def _leftmost_model(tree: ast.Expression) -> str | None:
-    found: list[tuple[int, int, str]] = []
-    for node in _value_nodes(tree.body):
-        name = _model_name(node)
-        if name is not None:
-            found.append((node.lineno, node.col_offset, name))
-    return min(found)[2] if found else None
 
 
 def _value_nodes(node: ast.expr) -> Iterator[ast.expr]:

@@ -220,7 +220,11 @@ def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened
 def _recorded_expression(recorded: provenance.Recorded, output: str) -> Expression:
     expression = parse(recorded.expression, known=list(recorded.fingerprints))
     if recorded.anchor is None:
-        return expression.as_written()
+        # Before the anchor was recorded it was the first of the inputs, which need not be the leftmost model of the recorded text.
+        first = next((name for name in recorded.fingerprints if name in expression.models), None)
+        if first is None:
+            raise DataError(f"{output} carries a damaged recipe in its metadata: it records none of its inputs.")
+        return expression.as_written(first)
     if recorded.anchor not in expression.models:
         raise DataError(
             f"{output} carries a damaged recipe in its metadata: {quoted(recorded.anchor)} is not a model of its expression."

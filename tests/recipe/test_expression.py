@@ -71,8 +71,8 @@ def test_the_anchor_is_in_front_of_the_models() -> None:
     assert parse("20*(b - c) + a").models == ("a", "b", "c")
 
 
-def test_before_anchors_were_recorded_the_leftmost_model_was_it() -> None:
-    assert parse("20*(b - c) + a").as_written().anchor == "b"
+def test_an_expression_as_it_was_written_has_the_anchor_that_is_said() -> None:
+    assert parse("20*(b - c) + a").as_written("b").anchor == "b"
 
 
 def test_models_are_listed_once_each() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_a_fresh_merge_is_sound(family: Path, options: MergeOptions) -> None:
     assert found.merged > 0
     with safe_open(family / "out.safetensors", "pt") as file:
         assert found.merged + found.kept == len(list(file.keys()))
+
+
+def test_a_file_that_records_no_anchor_took_kept_tensors_from_its_first_input(family: Path) -> None:
+    """As mergetool 0.1.0 wrote it at first: the text is in normal form, and its leftmost model is another one."""
+    text = "ties('alk.safetensors', 'a.safetensors', base='b.safetensors', density=0.5)"
+    out = family / "out.safetensors"
+    with job.open_merge(text, MergeOptions(exclude=("pad",), keep_from="alk.safetensors")) as plan:
+        job.run_merge(plan, out)
+    with safe_open(out, "pt") as file:
+        recipe, inputs = (json.loads(file.metadata()[f"mergetool.{key}"]) for key in ("recipe", "inputs"))
+    assert recipe["expression"].startswith("b ")
+    old = {key: value for key, value in recipe.items() if key not in ("anchor", "from")}
+    inputs.sort(key=lambda entry: entry["name"] != "alk")
+    rewritten(
+        out, lambda tensors: None, **{"mergetool.recipe": json.dumps(old), "mergetool.inputs": json.dumps(inputs)}
+    )
+    assert check_weights(str(out)).sound
 
 
 def with_seed(out: Path, seed: str) -> Path:
