@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergetool.api.comparing import compare
-    from mergetool.api.looking import replay, sample, verify
     from mergetool.api.measuring import diff
     from mergetool.api.merging import bake, convert, merge
+    from mergetool.api.pictures import sample
     from mergetool.api.recipes import Recipe
+    from mergetool.api.verifying import replay, verify
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
     from mergetool.engine.job import open_merge, run_merge
@@ -75,10 +76,10 @@ _HOME = {
     "open_merge": "engine.job",
     "open_model": "models",
     "parse": "recipe.expression",
-    "replay": "api.looking",
+    "replay": "api.verifying",
     "run_merge": "engine.job",
-    "sample": "api.looking",
-    "verify": "api.looking",
+    "sample": "api.pictures",
+    "verify": "api.verifying",
 }
 
 

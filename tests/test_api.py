@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 import mergetool
-from mergetool.api.looking import Picture
-from mergetool.errors import LineageError, MergetoolError, UsageError
+from mergetool.api.pictures import Picture
+from mergetool.errors import LineageError, MergetoolError, OutputError, UsageError
 from tests.cli.run import mergetool as command
 
 BRIDGE = "lab.alkahest + 1.5*(lab.striped - lab.base)"
@@ -77,6 +79,24 @@ def test_pictures_of_every_seed_and_strength_repeat(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
 
 
+def test_pictures_are_written_where_an_output_is_named(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"base": "lab.turbo", "steps": 1, "cfg": 1}
+    (picture,) = mergetool.sample("a red circle", output=tmp_path / "one.png", **quick)
+    with Image.open(tmp_path / "one.png") as stored:
+        assert np.array_equal(np.asarray(stored), np.asarray(picture.image))
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+    mergetool.sample(prompts=tmp_path / "prompts.txt", seeds="1-2", size="64x64", output=tmp_path / "sheet", **quick)
+    assert len(list((tmp_path / "sheet").glob("???-0.png"))) == 4
+    with pytest.raises(OutputError, match="`overwrite`"):
+        mergetool.sample("a red circle", output=tmp_path / "one.png", **quick)
+
+
+def test_an_option_without_effect_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="`refine_steps` has no effect: there is no `refiner`") as told:
+        mergetool.sample("a red circle", base="lab.turbo", steps=1, cfg=1, refine_steps=3)
+    assert told[0].filename == __file__
+
+
 def test_verify_tells_a_sound_merge_from_a_damaged_one(tmp_path: Path) -> None:
     out = mergetool.merge(BRIDGE, tmp_path / "out.safetensors").output
     assert mergetool.verify(out, images=False).passed
@@ -87,6 +107,8 @@ def test_verify_tells_a_sound_merge_from_a_damaged_one(tmp_path: Path) -> None:
     assert not checked.passed
     assert len(checked.weights.differing) == 1
     assert checked.left_out == "not asked for"
+    whole = mergetool.verify(out, depth="bytes", images=False)
+    assert (whole.passed, whole.replay is not None and whole.replay.same) == (False, False)
 
 
 RECIPE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,10 @@ class Called(Events):
     def __init__(self, shown: Progress) -> None:
         self._shown = shown
 
+    def note(self, text: str) -> None:
+        """A UserWarning."""
+        warnings.warn(text, stacklevel=4)  # the line that called the function
+
     def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
         """A bar where one is wanted."""
         return counting(word, total, self._shown, unit)
@@ -123,15 +128,3 @@ def reporting(word: str, progress: Progress, unit: str) -> Iterator[Callable[[in
             yield show
     else:
         yield progress
-
-
-def percent_of(advance: Advance) -> Callable[[int, int], None]:
-    """A function of what is done and the total, for ``advance`` of a bar of 100."""
-    said = 0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal said
-        advance(100 * done // total - said)
-        said = 100 * done // total
-
-    return tell

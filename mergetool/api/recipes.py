@@ -18,8 +18,8 @@ from mergetool.api.events import Events, Request
 from mergetool.api.merging import Merged, Planned
 from mergetool.options.kinds import Output
 from mergetool.options.running import MergeRunOptions
-from mergetool.options.table import Option, part
-from mergetool.recipe.schema import MergeOutput
+from mergetool.options.table import Option, part, values
+from mergetool.options.verifying import VerifyOptions
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
@@ -71,6 +71,8 @@ def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
         events.survey(surveyed.tasks)
         if not (how.dry_run or how.overwrite):
             survey.refuse_outdated(surveyed.tasks)
+        if not how.dry_run:
+            _require_pages(surveyed, overwrite=how.overwrite)
         for tasks in surveyed.passes:
             to_make = [task for task in tasks if task.is_to_be_made]
             if how.dry_run:
@@ -135,21 +137,31 @@ def _verified(surveyed: Survey, made: Mapping[Path, Made], how: MergeRunOptions,
 
     found = {}
     for task, plan in surveyed.planned([task for task in surveyed.tasks if task.path in made and task.is_merge]):
-        spec = task.output.spec
-        if isinstance(spec, MergeOutput) and spec.verify:
+        look = looks.asked_of(surveyed.places, task.output)
+        if look is not None:
             events.verifying(task)
-            wish, with_images = looks.wish_of(surveyed.places, task.output, spec.verify)
-            checked = checking.verify(
-                str(task.path),
-                looks.places_of(plan),
-                wish,
-                events.progress,
-                with_images=with_images,
-                threads=how.threads,
-            )
+            run = {
+                "threads": how.threads,
+                "device": how.device,
+                "overwrite": True,
+            }  # of what was there it was asked before
+            asked = VerifyOptions(**values(look) | run, inputs=looks.places_of(plan))
+            checked = checking.verify(str(task.path), asked, events.progress)
             events.verified(task, checked)
             found[task.path] = replace(made[task.path], verification=checked)
     return found
+
+
+def _require_pages(surveyed: Survey, *, overwrite: bool) -> None:
+    """Raises OutputError, before any work, where the page of an output cannot be written."""
+    from mergetool.comparison import page
+    from mergetool.making import looks
+
+    for task in surveyed.tasks:
+        look = looks.asked_of(surveyed.places, task.output) if task.is_to_be_made else None
+        if look is not None and look.page is not None:
+            with surveyed.places.located(task.output):
+                page.require_target(look.page, overwrite=overwrite)
 
 
 class Recipe:

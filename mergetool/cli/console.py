@@ -111,8 +111,18 @@ def spelled(text: str) -> str:
     return table_of_options.spelled(text, _flag)
 
 
+_asked: type[table_of_options.Table] = table_of_options.Table
+"""The request of the command that runs: an option of another may have its name and another spelling."""
+
+
+def speak_of(request: type[table_of_options.Table]) -> None:
+    """From now on spell options as the command of ``request`` has them."""
+    global _asked
+    _asked = request
+
+
 def _flag(name: str, value: str | None) -> str | None:
-    row = table_of_options.named(name)
+    row = table_of_options.named(name, _asked) or table_of_options.named(name)
     if row is None:  # in a group of options that this command does not have
         for module in pkgutil.iter_modules(options.__path__, f"{options.__name__}."):
             importlib.import_module(module.name)

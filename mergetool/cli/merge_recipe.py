@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.api.recipes import Made, Make, run_recipe
-from mergetool.cli import console, diff
-from mergetool.cli import verify as verifying
+from mergetool.cli import console, diff, verify_report
 from mergetool.cli.merge_report import MergeReport
 from mergetool.cli.parameters import Typed
 from mergetool.errors import CheckFailed, UsageError
@@ -117,9 +116,9 @@ class _RecipeReport(MergeReport):
 
     def verified(self, task: Task, checked: Verification) -> None:
         """What was found."""
-        self.json["verify"] = verifying.described(checked)
+        self.json["verify"] = verify_report.described(checked)
         if self.prints:
-            verifying.print_found(checked)
+            verify_report.print_found(checked)
 
 
 def _failed(made: Sequence[Made]) -> list[str]:

@@ -50,9 +50,11 @@ def command(
     ``own`` are parameters for typer that belong to the command alone, ``prints`` those of `PRINTING` that it has.
     """
     known = rows_in(table, "command")
+    console.speak_of(table)
 
     def decorate(function: Callable[[Typed], None]) -> Callable[..., None]:
         def run(**typed: Any) -> None:
+            console.speak_of(table)
             said = {name: typed[name] for name in prints}
             given = {name: row.read(typed[name]) for name, row in known.items() if typed[name] not in (None, [])}
             mine = {one.name: typed[one.name] for one in own}
@@ -85,7 +87,7 @@ def parameter(row: Row) -> inspect.Parameter:
         said = typer.Argument(help=option.help, metavar=_metavar(row), show_default=False, autocompletion=completion)
         return _keyword(row.name, many if row.is_needed else many | None, said, _EMPTY if row.is_needed else None)
     said = typer.Option(
-        *filter(None, (row.flag, option.short)),
+        *filter(None, (row.flag, option.also and f"--{option.also}", option.short)),
         help=f"{option.help}{_choices(kind)}{_repeatable(kind)}{_default(row)}",
         metavar=kind.metavar,
         show_default=False,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from mergetool.api.pictures import Sample, run_sample
 from mergetool.cli import console
-from mergetool.cli import stage_options as options
-from mergetool.cli.console import JsonOption, NoProgressOption
-from mergetool.errors import UsageError
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.presets import presets
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
+    from mergetool.api.pictures import Drawn
     from mergetool.sampler.request import Request, Stage
+    from mergetool.sampler.settings import Prepared
+
 
 EXAMPLES = """\b
 Examples:
@@ -32,130 +32,38 @@ More than one picture makes a folder: each picture, a labelled contact sheet (sh
 (pictures.json). The same seed gives the same picture.
 
 """
-EXAMPLES += options.EXPLAINED
+EXAMPLES += presets()
 
 
-@console.command
-def sample(
-    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="The model of the first stage.", metavar="MODEL")] = None,
-    refiner: Annotated[str | None, typer.Option(help="The model of the second stage.", metavar="MODEL")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="FILE.png, or a folder [default: sample.png or samples/]")
-    ] = None,
-    preset: options.Preset = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    cfg: options.Cfg = None,
-    shift: options.Shift = None,
-    sampler: options.Sampler = None,
-    scheduler: options.Scheduler = None,
-    negative: options.Negative = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first stage's noise [default: 0]")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several: 1,2,3 or 1-8.", metavar="LIST")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the init image's, else the model's]")] = None,
-    strength: options.Strength = None,
-    strength_as: options.StrengthAs = None,
-    refine_preset: options.RefinePreset = None,
-    refine_steps: options.RefineSteps = None,
-    refine_guidance: options.RefineGuidance = None,
-    refine_cfg: options.RefineCfg = None,
-    refine_shift: options.RefineShift = None,
-    refine_sampler: options.RefineSampler = None,
-    refine_scheduler: options.RefineScheduler = None,
-    refine_prompt: Annotated[str | None, typer.Option(help="Its prompt [default: the same]")] = None,
-    refine_seed: Annotated[int | None, typer.Option(help="Its seed [default: the one after]")] = None,
-    init_image: Annotated[Path | None, typer.Option(help="Start the second stage from this picture.")] = None,
-    handoff: Annotated[
-        str | None, typer.Option(help="latent, or pixels for models with different VAEs [default: latent]")
-    ] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --base. Repeatable.")] = None,
-    refine_lora: Annotated[list[str] | None, typer.Option(help="PATH:STRENGTH on --refiner. Repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
-    pipeline: console.PipelineOption = None,
-    text_encoder: console.TextEncoderOption = None,
-    tokenizer: console.TokenizerOption = None,
-    vae: console.VaeOption = None,
-    device: console.DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or auto: fp32 for small models, bf16 for large.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing pictures.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-) -> None:
+@command(Sample, prints=("as_json", "no_progress"))
+def sample(typed: Typed) -> None:
     """Make pictures with one model, or refine them with a second one: the check that a merge is right.
 
     The default is the guide's: 30 steps of a base model, then a few-step model at strength 0.15.
     """
-    from mergetool.sampler import settings, written
-    from mergetool.sampler.inputs import read_prompts
-    from mergetool.sampler.parts import WeightedLora
-    from mergetool.sampler.settings import PartsOptions, SampleOptions, StageOptions
+    with _SampleReport.shown(typed) as report:
+        run_sample(typed.request(Sample), report, always_writes=True)
 
-    if prompt is not None and prompts is not None:
-        raise UsageError("there are a prompt and --prompts: give one of them.")
-    if seed is not None and seeds is not None:
-        raise UsageError("--seed and --seeds are two ways to say one thing: give one of them.")
-    started = time.monotonic()
-    first = StageOptions(
-        base, preset, steps, guidance, cfg, shift, sampler, scheduler, tuple(map(WeightedLora.parse, lora or ()))
-    )
-    second = StageOptions(
-        refiner,
-        refine_preset,
-        refine_steps,
-        refine_guidance,
-        refine_cfg,
-        refine_shift,
-        refine_sampler,
-        refine_scheduler,
-        tuple(map(WeightedLora.parse, refine_lora or ())),
-        strength,
-        strength_as,
-    )
-    prepared = settings.prepare(
-        SampleOptions(
-            prompts=read_prompts(prompts) if prompts is not None else () if prompt is None else (prompt,),
-            seeds=settings.seeds(seeds) if seeds is not None else None if seed is None else (seed,),
-            negative=negative,
-            first=first,
-            second=second,
-            refine_prompt=refine_prompt,
-            refine_seed=refine_seed,
-            init_image=init_image,
-            handoff=handoff,
-            size=size,
-            parts=PartsOptions(pipeline, text_encoder, tokenizer, vae),
-            device=device,
-            dtype=dtype,
-        )
-    )
-    request = prepared.request
-    target = output or Path("samples" if request.many else "sample.png")
-    written.require_target(target, many=request.many, overwrite=overwrite)
 
-    from mergetool.sampler import session  # torch and the libraries of models: what could be wrong was told before
-    from mergetool.sampler.studio import Studio
+class _SampleReport(Report):
+    """What will be drawn, and where it is."""
 
-    studio = Studio.of(prepared)
-    if not as_json:
-        _print_plan(request, studio.device)
-        for note in prepared.notes:
-            console.heading("note", note)
-    with console.progress("sample", request.evaluations, shown=not (no_progress or as_json), unit="step") as bar:
-        made = session.make(studio, request, progress=bar)
-    paths = written.write(made, target, many=request.many)
-    if as_json:
-        console.print_json(
-            {
-                "written": [str(path) for path in paths],
-                "notes": [*prepared.notes, *studio.notes],
-                "pictures": [one.parameters for row in made for one in row],
-            }
-        )
-        return
-    for note in studio.notes:
-        console.heading("note", note)
-    console.heading("done", f"{target}  {console.plural(len(paths), 'file')}  {time.monotonic() - started:.0f} s")
+    def plan(self, plan: Prepared, memory: int) -> None:
+        """The stages."""
+        self.json["notes"] = []
+        if self.prints:
+            _print_plan(plan.request, plan.device)
+
+    def done(self, plan: Prepared, result: Drawn) -> None:
+        """The files."""
+        self.json |= {
+            "written": [str(path) for path in result.paths],
+            "pictures": [one.parameters for row in result.made for one in row],
+        }
+        if self.prints:
+            console.heading(
+                "done", f"{result.target}  {console.plural(len(result.paths), 'file')}  {result.seconds:.0f} s"
+            )
 
 
 def _print_plan(request: Request, device: str) -> None:

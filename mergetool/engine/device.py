@@ -37,32 +37,39 @@ def named(name: str) -> str:
     return name
 
 
-def choose(name: str, *, work: int, memory: int = 0) -> Device:
+def choose(name: str, *, work: int, memory: int = 0, kernels: bool = True) -> Device:
     """The device that ``device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
 
-    ``auto`` takes GPUs when there are some, Triton can be imported and ``work`` bytes are worth it, else the CPU; the
-    output is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
+    ``auto`` takes GPUs when there are some, Triton can be imported (without ``kernels`` it need not) and ``work`` bytes are worth it, else the CPU; the
+    output of a merge is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
     """
     if named(name) == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
         return CPU
-    missing = _obstacle(name)
+    missing = _obstacle(name, kernels)
     if missing is None:
         return Device(_gpus(name), memory)
     if name == "auto":
         return CPU
-    raise UsageError(f"`device={name}` needs {missing}; `device=cpu` gives the same bytes.")
+    raise UsageError(
+        f"`device={name}` needs {missing}; `device=cpu` {'gives the same bytes' if kernels else 'does without'}."
+    )
 
 
-def _obstacle(name: str) -> str | None:
+def torch_device(name: str) -> str:
+    """The one device on which torch itself computes: a GPU where there is one. Raises what `choose` raises."""
+    return next(iter(choose(name, work=WORTH_STARTING, kernels=False).names), "cpu")
+
+
+def _obstacle(name: str, kernels: bool) -> str | None:
     import torch
 
     if not torch.cuda.is_available():
         return "a CUDA GPU, and a torch that is built for it" + (
             "" if torch.version.cuda else f" (this one, {torch.__version__}, is not)"
         )
-    if importlib.util.find_spec("triton") is None:
+    if kernels and importlib.util.find_spec("triton") is None:
         return "Triton, which is missing (pip install triton)"
-    if importlib.util.find_spec("mergetool_kernels") is None:
+    if kernels and importlib.util.find_spec("mergetool_kernels") is None:
         return "the package mergetool_kernels, which is part of mergetool but missing here"
     wanted = name.partition(":")[2]
     if wanted and int(wanted) >= torch.cuda.device_count():

@@ -13,8 +13,8 @@ from typing import Annotated, Any, cast
 
 from mergetool.checkpoint import dtypes
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, File, Flag, Kind, Model, Patterns, Share
-from mergetool.options.running import ReaderOptions
+from mergetool.options.kinds import Choice, File, Kind, Model, Patterns, Share
+from mergetool.options.running import OverwriteOptions, ReaderOptions
 from mergetool.options.table import Option
 
 RECOMMENDED = "recommended"
@@ -89,7 +89,7 @@ class Multiplied(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(ReaderOptions):
+class CompareOptions(ReaderOptions, OverwriteOptions):
     """How two models are compared."""
 
     reference: Annotated[str | None, Option(help="A fine-tune whose difference has the right size.", kind=Model())] = (
@@ -133,7 +133,6 @@ class CompareOptions(ReaderOptions):
     report: Annotated[Path | str | None, Option(help="Write all of it as one HTML page.", kind=File("FILE.html"))] = (
         None
     )
-    overwrite: Annotated[bool, Option(help="Replace an existing plot or report.", kind=Flag())] = False
 
     @property
     def size(self) -> Fraction | str:

@@ -307,12 +307,19 @@ def with_strengths(texts: Sequence[str]) -> list[tuple[str, Fraction]]:
 
 
 def with_strength(text: str) -> tuple[str, Fraction]:
-    """The path and the strength of ``LORA[:STRENGTH]``; a colon is part of the path unless a number follows.
+    """The path and the strength of ``LORA[:STRENGTH]``; a colon is part of the path unless a number follows, or a file of the whole name exists.
 
     Example: ``style.safetensors:-0.3`` gives ``("style.safetensors", Fraction(-3, 10))``. Raises UsageError for a strength that is
-    not finite.
+    not finite or no number, and where both readings name a file.
     """
     path, colon, number = text.rpartition(":")
+    if colon and path and os.path.lexists(path):
+        if os.path.lexists(text):
+            raise UsageError(f'"{text}" is a file, and so is "{path}"; write "{text}:1" for the first, or rename it.')
+        if _number(number) is None and not re.search("nan|inf", number, re.IGNORECASE):
+            raise UsageError(f'"{text}" is no LoRA with a strength; write "{path}:0.8".')
+    elif os.path.lexists(text):
+        return text, Fraction(1)
     try:
         float(number)
     except ValueError:

@@ -18,10 +18,16 @@ DRY = "none, with `dry_run`"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteOptions(Table):
+class OverwriteOptions(Table):
     """What may become of an output that is there."""
 
     overwrite: Annotated[bool, Option(help="Replace an existing output.", kind=Flag(), missing=RUN)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(OverwriteOptions):
+    """The same, and whether anything is written at all."""
+
     dry_run: Annotated[
         bool, Option(help="Print what would be done, with the memory it takes, and stop.", kind=Flag(), missing=PLANNED)
     ] = False

@@ -22,7 +22,7 @@ FACES: tuple[Face, ...] = ("command", "api", "recipe", "node")
 class Option:
     """What a row says besides name, type and default.
 
-    ``flag`` is its spelling on the command line where that is not the name with hyphens, ``short`` another with one letter, ``argument`` that it stands there
+    ``flag`` is its spelling on the command line where that is not the name with hyphens, ``short`` another with one letter, ``also`` another name, ``argument`` that it stands there
     without a name; ``key`` is its spelling in a recipe. ``default`` is what the default means, in words, where the value alone does not say it. ``missing`` has, for a face that does not have the option, why.
     """
 
@@ -30,6 +30,7 @@ class Option:
     kind: Kind
     flag: str = ""
     short: str = ""
+    also: str = ""
     key: str = ""
     argument: bool = False
     default: str = ""

@@ -17,6 +17,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import BaseModel
+
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.outputs import named
@@ -27,6 +29,7 @@ from mergetool.options.merging import MergeOptions
 from mergetool.options.multipliers import Setting, parse_setting
 from mergetool.options.running import ShardOptions
 from mergetool.options.table import Table, first_named, rows_in
+from mergetool.options.verifying import LookOptions
 from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
@@ -130,7 +133,20 @@ def options_of(table: type[T], output: Output, names: Mapping[str, str]) -> T:
 
     Raises RecipeError, at the key that is wrong.
     """
-    spec, path = (output.spec, ()) if isinstance(output.spec, MergeOutput) else (output.spec.diff, ("diff",))
+    if isinstance(output.spec, MergeOutput):
+        return _options_of(table, output.spec, output, names)
+    return _options_of(table, output.spec.diff, output, names, "diff")
+
+
+def look_of(output: Output, names: Mapping[str, str]) -> LookOptions | None:
+    """How a merge is looked at when it is made, paths as they are written; None where it is not. Raises RecipeError, as `options_of`."""
+    asked = output.spec.verify if isinstance(output.spec, MergeOutput) else False
+    if isinstance(asked, Pictures):
+        return _options_of(LookOptions, asked, output, names, "verify")
+    return LookOptions(images=asked == "pictures") if asked else None
+
+
+def _options_of(table: type[T], spec: BaseModel, output: Output, names: Mapping[str, str], *path: str) -> T:
     given = {}
     for name, row in rows_in(table, "recipe").items():
         value = getattr(spec, name)
@@ -395,6 +411,7 @@ def _checked(output: Output) -> Output:
     """``output``; raises RecipeError for options that contradict each other, before any file is looked for."""
     for table in (MergeOptions, ShardOptions) if isinstance(output.spec, MergeOutput) else (DiffOptions,):
         options_of(table, output, {name: name for name in output.uses})
+    look_of(output, {name: name for name in output.uses})
     return output
 
 

@@ -18,8 +18,10 @@ from mergetool.errors import UsageError
 from mergetool.options import kinds
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
+from mergetool.options.pictures import Seeds, Sides, Strengths
 from mergetool.options.running import ShardOptions
 from mergetool.options.table import Row, Table, named, rows_in, spelled
+from mergetool.options.verifying import LookOptions
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,49}"
 MAX_TEXT = 100_000
@@ -43,26 +45,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=False)
 
 
-class Pictures(_Strict):
-    """How `mergetool verify` looks at an output; what is left out is its own default."""
-
-    pictures: bool = Field(True, description="Make pictures, or stop after the weights.")
-    refiner: Text | None = Field(None, description="The model of the second stage: a name under models, or lab.NAME.")
-    strength: Number | Text | None = Field(None, description="Of the second stage; several as a text: 0.1,0.15,0.25.")
-    strength_as: Literal["comfyui", "diffusers"] = "comfyui"
-    refine_steps: Count = Field(4, description="Steps of the second stage.")
-    steps: Count = Field(30, description="Steps of the first stage.")
-    guidance: Number = Field(3, description="Guidance of the first stage, as diffusers counts it.")
-    shift: Number | None = Field(None, description="Schedule shift; the anchor's, else 3.")
-    prompts: Text | None = Field(None, description="A file with a prompt a line.")
-    seeds: Count | Text | None = Field(None, description="Seeds for every prompt: 0, or a text: 1,2,3 or 1-8.")
-    size: Text | None = Field(None, description="WIDTHxHEIGHT; the model's.")
-    pipeline: Text | None = Field(None, description="The model to take text encoder and VAE from.")
-    text_encoder: Text | None = Field(None, description="Folder or file of the text encoder.")
-    tokenizer: Text | None = Field(None, description="Its tokenizer.")
-    vae: Text | None = Field(None, description="File or folder of the VAE.")
-
-
 def _typed(kind: kinds.Kind) -> Any:
     """The type of a key's value."""
     match kind:
@@ -75,6 +57,12 @@ def _typed(kind: kinds.Kind) -> Any:
             return Annotated[int, Field(ge=kind.least, le=kind.most), WithJsonSchema({"anyOf": [by_value, _BY_NAME]})]
         case kinds.Number() | kinds.Share():
             return Number
+        case Seeds():
+            return int | Text | list[int]
+        case Strengths():
+            return Number | Text | list[Number]
+        case Sides():
+            return Text | Annotated[list[int], Field(min_length=2, max_length=2)]
         case kinds.Size():
             return Size
         case kinds.Patterns():
@@ -124,6 +112,10 @@ def _of(*tables: type[Table]) -> Any:
         has_places = row.option.kind.many or isinstance(row.option.kind, kinds.Pair)
         fields[row.name] = (kind if has_places else Annotated[kind, _refusing(row)], said)
     return create_model("Rows", __base__=_Strict, **fields)
+
+
+class Pictures(_of(LookOptions)):  # type: ignore[misc]
+    """How `mergetool verify` looks at an output; what is left out is its own default."""
 
 
 class Difference(_of(DiffOptions)):  # type: ignore[misc]

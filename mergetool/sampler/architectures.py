@@ -71,7 +71,7 @@ class Qwen3:
         if kind != "qwen3":
             raise DataError(
                 f'"{path}" is not a readable text encoder for Z-Image: its config.json is of {_said(kind)}, where qwen3 is wanted; '
-                "name the model's own with --text-encoder."
+                "name the model's own with `text_encoder`."
             )
         return cls(
             hidden_size=_size(config, "hidden_size", path),
@@ -124,7 +124,7 @@ class Vae:
             tiny = kind == "AutoencoderTiny"
             raise DataError(
                 f'"{path}" is not a readable VAE for Z-Image: its config.json is of {_said(kind)}, where AutoencoderKL is wanted; '
-                f"{'a tiny autoencoder makes previews only: ' if tiny else ''}name the model's own with --vae."
+                f"{'a tiny autoencoder makes previews only: ' if tiny else ''}name the model's own with `vae`."
             )
         widths = config.get("block_out_channels")
         if not isinstance(widths, list) or not 0 < len(widths) < 10 or not all(map(_is_size, widths)):

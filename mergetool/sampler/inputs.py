@@ -42,7 +42,7 @@ def read_picture(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
                 notes.append(f"of the {image.n_frames} frames of {path.name} the first is taken.")  # type: ignore[attr-defined]
             return _rgb(ImageOps.exif_transpose(image), path, notes), notes
     except FileNotFoundError:
-        raise InputMissing(f'"{path}" does not exist; check the path of --init-image.') from None
+        raise InputMissing(f'"{path}" does not exist; check the path of `init_image`.') from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f'"{path}" is not a picture that can be read ({type(error).__name__}).') from None
 
@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
         text = data.decode(encoding)
     except FileNotFoundError:
-        raise InputMissing(f'"{path}" does not exist; check the path of --prompts.') from None
+        raise InputMissing(f'"{path}" does not exist; check the path of `prompts`.') from None
     except (OSError, UnicodeError) as error:
         raise DataError(
             f'"{path}" is not a text file that can be read ({type(error).__name__}); save it as UTF-8.'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,32 +35,6 @@ class WeightedLora:
 
     path: Path
     strength: float
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a strength that is not finite."""
-        if not math.isfinite(self.strength):
-            raise UsageError(f'the strength of "{self.path}" is a finite number, not {self.strength}.')
-
-    @classmethod
-    def parse(cls, text: str) -> WeightedLora:
-        """``PATH`` or ``PATH:STRENGTH``, the strength 1 when left out.
-
-        A colon belongs to the path where a file of the whole name exists, and where what follows is part of a path. Raises UsageError
-        for a strength that is no number, and where both readings name a file.
-        """
-        path, colon, strength = text.rpartition(":")
-        if not colon or not path or re.search(r"[\\/]", strength) or Path(strength).suffix in (SUFFIX, ".sft", ".pt"):
-            return cls(Path(text), 1.0)
-        if os.path.lexists(text):
-            if os.path.lexists(path):
-                raise UsageError(
-                    f'"{text}" is a file, and so is "{path}"; write "{text}:1" for the first, or rename it.'
-                )
-            return cls(Path(text), 1.0)
-        try:
-            return cls(Path(path), float(strength))
-        except ValueError:
-            raise UsageError(f'"{text}" is no LoRA with a strength; write PATH:0.8.') from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +76,9 @@ class Components:
         if vae is None and folder is not None:
             vae = folder / "vae"
         return cls(
-            _required(text_encoder, model, "text encoder", "--text-encoder FOLDER or FILE"),
-            _required(tokenizer, model, "tokenizer", "--tokenizer FOLDER"),
-            _required(vae, model, "VAE", "--vae FILE"),
+            _required(text_encoder, model, "text encoder", "`text_encoder`"),
+            _required(tokenizer, model, "tokenizer", "`tokenizer`"),
+            _required(vae, model, "VAE", "`vae`"),
         )
 
     @property
@@ -128,7 +101,7 @@ class Components:
 def _required(place: Path | None, model: str, what: str, option: str) -> Path:
     if place is None or not place.exists():
         found = f'"{place}" does not exist' if place else f"{model} comes without one"
-        raise InputMissing(f"no {what}: {found}; name it with {option}, or all parts with --pipeline FOLDER.")
+        raise InputMissing(f"no {what}: {found}; name it with {option}, or all parts with `pipeline`.")
     return place
 
 
@@ -196,7 +169,7 @@ def opened_vae(components: Components) -> Iterator[Weights]:
     with _open(path, "diffusion_pytorch_model", "VAE") as (file, encodings):
         if any(re.match(r"((taesd_)?(encoder|decoder)\.)?(layers\.)?\d+\.", name) for name in file.tensors):
             raise DataError(
-                f'"{path}" is a tiny autoencoder, which makes previews only: name the model\'s own VAE with --vae.'
+                f'"{path}" is a tiny autoencoder, which makes previews only: name the model\'s own VAE with `vae`.'
             )
         names = {config.name(name): name for name in file.tensors if not is_side_tensor(name)}
         yield _checked(Weights(file, names, encodings), config.shapes(), path, "vae")
@@ -276,12 +249,12 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
     if config.get("in_channels") != channels:
         raise DataError(
             f"{model} works on {config.get('in_channels')} latent channels, the VAE makes {channels}; "
-            "they belong to different families: name the model's own with --pipeline or --vae."
+            "they belong to different families: name the model's own with `pipeline` or `vae`."
         )
     if config.get("cap_feat_dim") != width:
         raise DataError(
             f"{model} reads captions of width {config.get('cap_feat_dim')}, the text encoder writes {width}; "
-            "they belong to different families: name the model's own with --text-encoder."
+            "they belong to different families: name the model's own with `text_encoder`."
         )
 
     unit, places = 2 * components.vae_config.reduction, config.get("axes_lens", [])
@@ -348,6 +321,6 @@ def require_lora(file: LoraFile, model: str) -> None:
         key, reason = file.unmatched[0]
         raise DataError(
             f'"{file.name}" has {quoted(key)}, which changes nothing in {model} ({reason}; {len(file.unmatched)} such keys in all); '
-            "it is a LoRA for another model: bake what fits with mergetool lora bake --skip-unmatched."
+            "it is a LoRA for another model: bake what fits with `mergetool lora bake` and `skip_unmatched`."
         )
     matching.require_match(file, model, skip_unmatched=False)

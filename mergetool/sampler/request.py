@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.errors import UsageError
+from mergetool.options.pictures import SEEDS, Handoff, SamplerName, Scheduler, StrengthMeaning
 from mergetool.sampler.parts import Components, WeightedLora
-from mergetool.sampler.schedule import Scheduler, StrengthMeaning, levels, refinement_levels
+from mergetool.sampler.schedule import levels, refinement_levels
 
 Pictures = NDArray[np.uint8]
-Handoff = Literal["latent", "pixels"]
-SamplerName = Literal["euler", "res_multistep", "dpmpp_2m_sde"]
-
-HANDOFFS: tuple[Handoff, ...] = get_args(Handoff)
-SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
-
-SEEDS = 2**64
-"""Seeds are 0 to one less, as in ComfyUI."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +93,11 @@ class Request:
     def __post_init__(self) -> None:
         """Raises UsageError for a request that makes nothing, or takes its pictures from two places."""
         if (self.first is None) == (self.start is None):
-            raise UsageError("a picture comes from --base or from --init-image: give one of them.")
+            raise UsageError("a picture comes from `base` or from `init_image`: give one of them.")
         if self.first is None and not self.refinements:
-            raise UsageError("--init-image is the start of a second stage: name its model with --refiner.")
+            raise UsageError("`init_image` is the start of a second stage: name its model with `refiner`.")
         if not self.shots:
-            raise UsageError("there is no prompt; give one, or a file of them with --prompts.")
+            raise UsageError("there is no prompt; give one, or a file of them with `prompts`.")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -14,20 +14,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.errors import UsageError
-
-Scheduler = Literal["simple", "normal", "sgm_uniform", "beta", "diffusers"]
-StrengthMeaning = Literal["comfyui", "diffusers"]
-
-SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
-MEANINGS: tuple[StrengthMeaning, ...] = get_args(StrengthMeaning)
-
-MOST_STEPS = 10_000
+from mergetool.options.pictures import MEANINGS, MOST_STEPS, SCHEDULERS, Scheduler, StrengthMeaning
 
 TABLE = 1000
 """Levels in ComfyUI's table."""
@@ -45,7 +37,7 @@ def levels(steps: int, shift: float, scheduler: Scheduler = "simple") -> tuple[f
     if not 1 <= steps <= MOST_STEPS:
         raise UsageError(f"the number of steps is 1 to {MOST_STEPS}, not {steps}.")
     if not 0 < shift < 1e6:
-        raise UsageError(f"--shift is a positive number, not {shift:g}.")
+        raise UsageError(f"`shift` is a positive number, not {shift:g}.")
     if scheduler not in _SCHEDULERS:
         raise UsageError(f'a scheduler is one of {", ".join(SCHEDULERS)}, not "{scheduler}".')
     return tuple(float(level) for level in _SCHEDULERS[scheduler](steps, shift))
@@ -65,9 +57,9 @@ def refinement_levels(
     Raises UsageError for a strength outside 0 to 1, and as `levels` does.
     """
     if not 0.0 < strength <= 1.0:
-        raise UsageError(f"--strength is above 0 and at most 1, not {strength:g}; at 0 there is nothing to refine.")
+        raise UsageError(f"`strength` is above 0 and at most 1, not {strength:g}; at 0 there is nothing to refine.")
     if meaning not in MEANINGS:
-        raise UsageError(f'--strength-as is one of {", ".join(MEANINGS)}, not "{meaning}".')
+        raise UsageError(f'`strength_as` is one of {", ".join(MEANINGS)}, not "{meaning}".')
     whole = levels(steps, shift, scheduler)
     if meaning == "diffusers":
         return whole[int(max(steps - min(steps * strength, steps), 0)) :]
@@ -75,7 +67,7 @@ def refinement_levels(
         return whole
     total = int(steps / strength)
     if total > MOST_STEPS:
-        raise UsageError(f"--strength {strength:g} makes a schedule of {total} steps; {MOST_STEPS} is the limit.")
+        raise UsageError(f"`strength={strength:g}` makes a schedule of {total} steps; {MOST_STEPS} is the limit.")
     return levels(total, shift, scheduler)[-steps - 1 :]
 
 

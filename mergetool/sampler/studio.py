@@ -20,6 +20,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from mergetool.engine import device as devices
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.sampler import load
 from mergetool.sampler.denoise import bring_to, denoise, starting_noise
@@ -61,7 +62,7 @@ class Studio:
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
         """The parts and the device of a request. Raises UsageError for a device that is not there."""
-        return cls(prepared.components, device_of(prepared.device), dtype_of(prepared.dtype))
+        return cls(prepared.components, devices.torch_device(prepared.device), dtype_of(prepared.dtype))
 
     # ---- text
 
@@ -118,7 +119,7 @@ class Studio:
             if not torch.isfinite(state).all():
                 raise NonFiniteError(
                     f'the text encoder "{self.components.text_encoder}" makes NaN or infinity of "{prompt[:30]}"; '
-                    "get its files again, or run it with --dtype fp32."
+                    "get its files again, or run it with `dtype=fp32`."
                 )
         return [state[kept] for state, kept in zip(states, mask, strict=True)]
 
@@ -162,7 +163,7 @@ class Studio:
             return
         raise NonFiniteError(
             f"{what}, whose standard deviation is {spread:.3g} where 0.5 to 2 is usual: "
-            f"{'the transformer made them so; take fewer or weaker changes' if spread > 5 else 'get its files again, or name another with --vae'}."
+            f"{'the transformer made them so; take fewer or weaker changes' if spread > 5 else 'get its files again, or name another with `vae`'}."
         )
 
     @torch.no_grad()
@@ -243,7 +244,7 @@ class Studio:
         unit = 2 * self.reduction
         for side in size:
             if side < unit or side % unit:
-                raise UsageError(f"--size {size[0]}x{size[1]}: both sides are multiples of {unit} for this model.")
+                raise UsageError(f"`size={size[0]}x{size[1]}`: both sides are multiples of {unit} for this model.")
         return size[1] // self.reduction, size[0] // self.reduction
 
     # ---- memory
@@ -272,14 +273,6 @@ class Studio:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-
-def device_of(wanted: str) -> str:
-    """``auto`` made to what is there. Raises UsageError for a device that is not."""
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise UsageError("--device cuda: torch finds no CUDA device here; leave the option out to use the CPU.")
-    return wanted if wanted != "auto" else "cuda" if there else "cpu"
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -27,9 +27,9 @@ def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
         raise UsageError(f'one picture is a PNG: name it "{target.name}.png".')
     require_folder(target.parent)
     if target.is_dir() != many and target.exists():
-        raise OutputError(f'"{target}" is {"no folder" if many else "a folder"}; choose another place with -o.')
+        raise OutputError(f'"{target}" is {"no folder" if many else "a folder"}; choose another place with `output`.')
     if target.exists() and not overwrite and (not many or any(target.iterdir())):
-        raise OutputError(f'"{target}" exists; choose another place with -o, or replace it with --overwrite.')
+        raise OutputError(f'"{target}" exists; choose another place with `output`, or replace it with `overwrite`.')
 
 
 def write(made: Sequence[Sequence[Made]], target: Path, *, many: bool) -> list[Path]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from mergetool import models
 from mergetool.comparison import page
 from mergetool.errors import CheckFailed, UsageError
+from mergetool.models import OpenedModel
+from mergetool.options.verifying import VerifyOptions
+from mergetool.recipe import provenance
 from mergetool.verification import looking, pictures
-from mergetool.verification.looking import Wish
 from mergetool.verification.pictures import PicturesReport
+from mergetool.verification.replay import Replay, replay
 from mergetool.verification.report import badge, render
 from mergetool.verification.scores import clip_scorer
-from mergetool.verification.weights import WeightsReport, check_weights, has_recipe, look_at_weights
+from mergetool.verification.weights import WeightsReport, check_weights, look_at_weights
 
 Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 """From a word, a total and its unit to a block in which progress is told by what was done since the last call."""
@@ -23,10 +28,14 @@ Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a model is what its recipe says, and whether it makes pictures; ``left_out`` says why none were made."""
+    """Whether a model is what its recipe says, and whether it makes pictures; ``left_out`` says why none were made.
+
+    ``replay`` has what was found of the whole file, where its bytes were compared.
+    """
 
     output: str
     weights: WeightsReport
+    replay: Replay | None
     pictures: PicturesReport | None
     left_out: str
     seconds: float
@@ -38,6 +47,8 @@ class Verification:
 
     def require_passed(self) -> None:
         """Raises CheckFailed, naming what said no, if anything did."""
+        if self.replay is not None:
+            self.replay.require_same(self.output)
         if self.weights.damage():
             wrong = "is not what its recipe says" if self.weights.derived else "holds NaN or infinity"
             raise CheckFailed(f"{self.output} {wrong}.")
@@ -46,58 +57,67 @@ class Verification:
             raise CheckFailed(f"{self.output} does not make the pictures it should ({', '.join(said)}).")
 
 
-def verify(
-    output: str,
-    inputs: Mapping[str, str],
-    wish: Wish,
-    bars: Bars,
-    *,
-    parents: Sequence[str] = (),
-    with_images: bool | None,
-    report: Path | None = None,
-    clip: Path | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-) -> Verification:
-    """Check a model's weights, and its pictures: for True always, for False never, for None where that takes minutes.
+def verify(output: str, asked: VerifyOptions, bars: Bars) -> Verification:
+    """Check a model's weights, and its pictures: for ``images`` True always, for False never, for None where that takes minutes.
 
-    The weights of a merge are derived again from its recipe; of another file they are measured against ``parents``. ``inputs`` maps recorded names to where those models are, ``report`` is an HTML file to write, ``clip`` a folder of a CLIP model. Raises
-    what cannot be checked at all; what a check says no to is in the result.
+    The weights of a merge are derived again from its recipe, to the ``depth`` of bytes the whole file; those of another file are measured against
+    ``parents``. Raises what cannot be checked at all; what a check says no to is in the result.
     """
     started = time.monotonic()
-    if report is not None:
-        page.require_target(report, overwrite=overwrite)
-    with bars("weights", 100, "%") as bar:
-        percent = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal percent
-            bar(100 * done // total - percent)
-            percent = 100 * done // total
-
-        if has_recipe(output):
-            if parents:
-                raise UsageError(
-                    f"{output} records its own parents; leave out --parents, or compare the two with mergetool compare."
-                )
-            weights = check_weights(output, inputs=inputs, threads=threads, progress=advance)
-        else:
-            if inputs:
-                raise UsageError(f"{output} carries no recipe whose inputs --input could name; name its --parents.")
-            weights = look_at_weights(output, parents, threads=threads, progress=advance)
+    if asked.page is not None:
+        page.require_target(asked.page, overwrite=asked.overwrite)
+    with bars("weights", 100, "%") as bar, models.open_model(output) as opened:
+        weights, again = _weights(opened, asked, percent_of(bar))
     looked, left_out = None, "not asked for"
-    if with_images is not False:
+    if asked.images is not False:
+        parent = next(iter(weights.parents.values()), output)
         try:
-            studio, look = looking.plan(
-                output, next(iter(weights.parents.values()), output), wish, patient=bool(with_images)
-            )
+            studio, look = looking.plan(output, parent, asked, patient=bool(asked.images))
         except looking.NotLookedAt as reason:
             left_out = str(reason)
         else:
             left_out = ""
-            scorer = None if clip is None else clip_scorer(clip)
+            scorer = None if asked.clip is None else clip_scorer(cast(Path, asked.clip))
             with bars("look", pictures.evaluations(look, len(weights.parents)), "step") as bar:
                 looked = pictures.check_pictures(weights.parents, output, studio, look, scorer=scorer, progress=bar)
-    if report is not None:
-        page.write(report, render(Path(output).name, weights, looked, left_out=left_out))
-    return Verification(output, weights, looked, left_out, time.monotonic() - started)
+    if asked.page is not None:
+        page.write(asked.page, render(Path(output).name, weights, looked, left_out=left_out))
+    return Verification(output, weights, again, looked, left_out, time.monotonic() - started)
+
+
+def _weights(
+    opened: OpenedModel, asked: VerifyOptions, progress: Callable[[int, int], None]
+) -> tuple[WeightsReport, Replay | None]:
+    """What becomes of the weights of an open file, and of the whole of it where that is asked for."""
+    output, inputs, threads = opened.name, asked.places, asked.threads
+    if asked.depth == "bytes":
+        again = replay(
+            opened,
+            inputs=inputs,
+            write_to=asked.write_to,
+            overwrite=asked.overwrite,
+            threads=threads,
+            progress=progress,
+        )
+        return again.weights, again
+    if not provenance.is_recorded(opened.checkpoint.metadata):
+        if inputs:
+            raise UsageError(f"{output} carries no recipe whose `inputs` could be named; name its `parents`.")
+        return look_at_weights(opened, asked.parents, threads=threads, progress=progress), None
+    if asked.parents:
+        raise UsageError(
+            f"{output} records its own parents; leave out `parents`, or compare the two with `mergetool compare`."
+        )
+    return check_weights(opened, inputs=inputs, threads=threads, progress=progress), None
+
+
+def percent_of(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """A function of what is done and the total, for ``advance`` of a bar of 100."""
+    said = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        advance(100 * done // total - said)
+        said = 100 * done // total
+
+    return tell

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,11 +10,12 @@ from mergetool import models
 from mergetool.engine import device as devices
 from mergetool.errors import InputMissing, MergetoolError
 from mergetool.lab import world
+from mergetool.options.pictures import PartsOptions, PicturesOptions
+from mergetool.options.table import part
 from mergetool.sampler import settings
 from mergetool.sampler.inputs import read_prompts
 from mergetool.sampler.request import Refinement, Request, Shot, Stage
-from mergetool.sampler.settings import PartsOptions, SampleOptions, StageOptions
-from mergetool.sampler.studio import Studio, device_of, dtype_of
+from mergetool.sampler.studio import Studio, dtype_of
 
 PROMPTS = (
     "a knight in ornate blue and gold armor standing in a cathedral",
@@ -34,24 +33,6 @@ class NotLookedAt(MergetoolError):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What the user asked for, as for `settings.SampleOptions`; a model of ``first`` is not looked at."""
-
-    first: StageOptions = field(default_factory=StageOptions)
-    second: StageOptions = field(default_factory=StageOptions)
-    prompts: Path | None = None
-    seeds: str = "0"
-    negative: str = ""
-    size: str | None = None
-    parts: PartsOptions = field(default_factory=PartsOptions)
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a device that is none."""
-        devices.named(self.device)
-
-
-@dataclass(frozen=True, slots=True)
 class Look:
     """How every model is looked at: the same shots, the same first stage, and the second ones after it.
 
@@ -66,39 +47,36 @@ class Look:
 
     def request(self, model: str) -> Request:
         """The look at ``model``."""
-        return Request(self.shots, self.size, dataclasses.replace(self.first, model=model), self.refinements)
+        return Request(self.shots, self.size, replace(self.first, model=model), self.refinements)
 
 
-def plan(output: str, parent: str, wish: Wish, *, patient: bool) -> tuple[Studio, Look]:
+def plan(output: str, parent: str, asked: PicturesOptions, *, patient: bool) -> tuple[Studio, Look]:
     """The parts and the look for a merge whose first model is ``parent``.
 
     Unless ``patient``, raises NotLookedAt for a merge that cannot be sampled with what is here, or only in hours: a
     large one without a GPU. Raises UsageError and InputMissing as the sampler's settings do.
     """
     try:
-        components = wish.parts.find(output)
+        components = settings.components_of(output, asked)
     except InputMissing as error:
-        if patient or wish.parts != PartsOptions():
+        if patient or part(PartsOptions, asked) != PartsOptions():
             raise
         raise NotLookedAt(str(error)) from None
-    device = device_of(settings.choice("--device", wish.device, settings.DEVICES))
+    device = devices.torch_device(asked.device)
     large = settings.is_large(output)
     if not patient and device == "cpu" and large:
-        raise NotLookedAt("there is no GPU, and a model of this size takes hours without one; --images takes them.")
+        raise NotLookedAt("there is no GPU, and a model of this size takes hours without one; `images` takes them.")
     studio = Studio(components, device, dtype_of("bf16" if large else "fp32"))
-    first = settings.stage(dataclasses.replace(wish.first, model=parent), pipeline=wish.parts.pipeline)
-    refiner = wish.second.model or ("lab.turbo" if embedded(studio) else None)
-    second: tuple[Refinement, ...] = ()
-    if refiner:
-        second = settings.refinements(dataclasses.replace(wish.second, model=refiner))
-    prompts = _default_prompts(studio) if wish.prompts is None else read_prompts(wish.prompts)
-    shots = tuple(Shot(prompt, seed, wish.negative) for prompt in prompts for seed in settings.seeds(wish.seeds))
-    size = settings.picture_size(wish.size, None, components)
-    look = Look(shots, size, dataclasses.replace(first, model=output), second)
+    first = settings.stage(replace(asked.first, model=parent), pipeline=asked.pipeline)
+    refiner = asked.refiner or ("lab.turbo" if embedded(studio) else None)
+    second = settings.refinements(replace(asked.second, model=refiner)) if refiner else ()
+    prompts = _default_prompts(studio) if asked.prompts_file is None else read_prompts(asked.prompts_file)
+    shots = tuple(Shot(prompt, seed, asked.negative or "") for prompt in prompts for seed in asked.seed_numbers)
+    size = settings.picture_size(asked.pixels, None, components)
+    look = Look(shots, size, replace(first, model=output), second)
     request = look.request(output)
     settings.check(request, components)
-    asked = SampleOptions(negative=wish.negative, first=wish.first, second=wish.second, parts=wish.parts)
-    return studio, dataclasses.replace(look, notes=tuple(settings.without_effect(asked, request)))
+    return studio, replace(look, notes=tuple(settings.without_effect(asked, request, None)))
 
 
 def embedded(studio: Studio) -> bool:

@@ -30,7 +30,7 @@ ALLOWED = 0.25
 KEPT_ADHERENCE = 0.75
 """Least adherence of a merge, as a share of its best parent's."""
 
-PROMPTS_NOT_READ = "nothing here tells whether pictures show their prompts; --clip FOLDER does"
+PROMPTS_NOT_READ = "nothing here tells whether pictures show their prompts; `clip` does"
 
 Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]
 """Pictures and their prompts to a score each, higher where a picture shows its prompt."""

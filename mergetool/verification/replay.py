@@ -7,6 +7,7 @@ found.reasons     else why not: a changed input, another version, an edited reci
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,39 +22,59 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import SUFFIX, is_index
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
-from mergetool.errors import UsageError
+from mergetool.errors import CheckFailed, UsageError
 from mergetool.recipe import provenance
-from mergetool.verification.weights import Comparer, against_header, reopen
+from mergetool.verification.weights import Comparer, WeightsReport, reopen
 
 
 @dataclass
 class Replay:
     """What a replay found. ``reasons`` say in words why the bytes are not the same, ``difference`` where the first one is outside the
-    tensors; ``kept`` is where what came out was written; ``differing`` maps a tensor to its first byte that is another, ``missing`` and ``extra`` are tensors of only one of the two.
-    ``bytes_compared`` are those of tensors."""
+    tensors, ``weights`` which tensors are others; ``kept`` is where what came out was written."""
 
-    expression: str
+    weights: WeightsReport
     size: int
     files: int
     reasons: list[str] = field(default_factory=list)
     difference: str = ""
-    missing: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    differing: dict[str, int] = field(default_factory=dict)
-    bytes_compared: int = 0
     kept: Target | None = None
+
+    @property
+    def expression(self) -> str:
+        """What was merged."""
+        return self.weights.expression
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors that the recipe makes and the file has not, or in another shape or dtype."""
+        return self.weights.missing
+
+    @property
+    def extra(self) -> list[str]:
+        """Tensors that only the file has."""
+        return self.weights.extra
+
+    @property
+    def differing(self) -> dict[str, int]:
+        """Tensors of other bytes, each with the first byte that is another."""
+        return self.weights.differing
 
     @property
     def same(self) -> bool:
         """Every byte of every file is what would be written now."""
         return not (self.reasons or self.difference or self.missing or self.extra or self.differing)
 
+    def require_same(self, output: str) -> None:
+        """Raises CheckFailed for a file of other bytes."""
+        if not self.same:
+            raise CheckFailed(f"{output} is not what its recipe makes now.")
+
 
 def replay(
-    output: str,
+    output: str | models.OpenedModel,
     *,
     inputs: Mapping[str, str] = MappingProxyType({}),
-    write_to: str | Path | None = None,
+    write_to: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -67,7 +88,8 @@ def replay(
     with ExitStack() as stack:
         again = reopen(output, inputs, stack)
         stored, plan = again.opened.checkpoint, again.plan
-        path = models.resolve(output).path
+        name = again.opened.name
+        path = models.resolve(name).path
         single = path.is_file() and not is_index(path.name)
         target = path if single or path.is_dir() else path.parent
         shards = None if single else shard_size_of(_sizes(stored))
@@ -75,14 +97,14 @@ def replay(
         planned = planned_files(
             target, plan.header, shard_size=shards, extra_files=extra, stem=job.stem_of(plan), single=single
         )
-        found = Replay(again.recorded.expression, sum(file.size for file in planned), len(planned))
+        found = Replay(again.report(), sum(file.size for file in planned), len(planned))
         found.reasons = provenance.changes(stored.metadata, plan.header.metadata)
         found.difference = first_difference(target, planned)
-        found.missing, found.extra = against_header(plan, stored)
+        found.weights.outside = [*found.reasons, *filter(None, (found.difference,))]
         sinks: list[_Sink] = []
         writer = None
         if write_to is not None:
-            found.kept = _place_for(write_to, output, single=single)
+            found.kept = _place_for(write_to, name, single=single)
             files = [*stored.files, *(file for model in plan.inputs for file in model.checkpoint.files)]
             writer = stack.enter_context(
                 CheckpointWriter.stage(
@@ -107,14 +129,15 @@ def replay(
                 moved += count
                 progress(min(moved, total), total)
 
-            merge.run(plan, _All(sinks), threads=threads, non_finite="keep", measure="off", progress=advance)
+            outcome = merge.run(plan, _All(sinks), threads=threads, non_finite="keep", measure="off", progress=advance)
+            found.weights.non_finite = outcome.non_finite
         if writer is not None:
             writer.commit()
-        found.bytes_compared, found.differing = comparer.compared, comparer.differing
+        found.weights.bytes_compared, found.weights.differing = comparer.compared, comparer.differing
         return found
 
 
-def _place_for(write_to: str | Path, output: str, *, single: bool) -> Target:
+def _place_for(write_to: str | os.PathLike[str], output: str, *, single: bool) -> Target:
     """Where what comes out is kept, of the kind that ``output`` is. Raises UsageError for a name of the other kind."""
     kept = model_target(write_to, folder=not single)
     if single == kept.is_folder:

@@ -21,7 +21,7 @@ def clip_scorer(folder: Path) -> Scorer:
     from transformers import CLIPModel, CLIPProcessor
 
     if not folder.is_dir():
-        raise InputMissing(f'--clip "{folder}" is no folder; name one with a CLIP model as transformers saves it.')
+        raise InputMissing(f'`clip` "{folder}" is no folder; name one with a CLIP model as transformers saves it.')
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)

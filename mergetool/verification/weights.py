@@ -19,6 +19,7 @@ from mergetool.comparison import distances
 from mergetool.comparison.energies import Distance
 from mergetool.engine import job, merge
 from mergetool.errors import DataError, FamilyError, InputMissing, NonFiniteError
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.plan import Plan, plan_merge
@@ -36,6 +37,8 @@ class WeightsReport:
     are the models that the expression adds, by their recorded names, the anchor in front, each with where it is;
     ``distances`` how far the output lies from each, but for those where NaN or infinity leave no distance.
 
+    ``outside`` says what of a whole file is other than what is written now, beside its tensors, where that was looked at (`replay`).
+
     ``derived`` is False for a file without a recipe: its ``expression`` is empty, its ``parents`` are those that the user named, and ``kept``
     counts its tensors, of which only NaN and infinity are looked for.
     """
@@ -52,6 +55,7 @@ class WeightsReport:
     differing: dict[str, int] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
     distances: dict[str, list[Distance]] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
     derived: bool = True
 
     def damage(self) -> list[tuple[str, list[str]]]:
@@ -61,6 +65,7 @@ class WeightsReport:
             ("missing, or of another shape or dtype", self.missing),
             ("not in the recipe", self.extra),
             ("not what the recipe says", [f"{name} (from byte {at})" for name, at in self.differing.items()]),
+            ("other than what is written now", self.outside),
             ("with NaN or infinity", [f"{name} ({count})" for name, count in self.non_finite.items()]),
         )
         return [(what, names) for what, names in kinds if names]
@@ -71,26 +76,20 @@ class WeightsReport:
         return self.derived and not self.damage()
 
 
-def has_recipe(output: str) -> bool:
-    """Whether ``output`` records how it was merged. Raises what opening it raises."""
-    with models.open_model(output, names_only=True) as opened:
-        return provenance.is_recorded(opened.checkpoint.metadata)
-
-
 def look_at_weights(
-    output: str,
+    opened: models.OpenedModel,
     parents: Sequence[str],
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WeightsReport:
-    """Measure a file without a recipe: NaN, infinity, and its distance from each of ``parents``.
+    """Measure an open file without a recipe: NaN, infinity, and its distance from each of ``parents``.
 
     ``progress`` gets bytes moved and bytes to move. Raises what opening and reading raise, and FamilyError for a parent that shares no tensor with it.
     """
     with ExitStack() as stack:
-        plan = stack.enter_context(job.open_merge(quote(output), fingerprints=False))
-        (result,) = plan.inputs
+        output, result = opened.name, Input(opened.name, opened.checkpoint, opened.anatomy)
+        plan = plan_merge(parse(quote(output), known=[output]), [result], MergeOptions())
         others = [(name, stack.enter_context(models.open_model(name))) for name in parents]
         report = WeightsReport("", output, {name: name for name in parents}, kept=len(plan.tensors), derived=False)
         total = plan.bytes_read + plan.header.data_size + 2 * len(others) * plan.header.data_size
@@ -120,7 +119,7 @@ class _Nowhere:
 
 
 def check_weights(
-    output: str,
+    output: str | models.OpenedModel,
     *,
     inputs: Mapping[str, str] | None = None,
     threads: int | None = None,
@@ -134,17 +133,7 @@ def check_weights(
     """
     with ExitStack() as stack:
         again = reopen(output, inputs or {}, stack)
-        opened, plan, found, recorded = again.opened, again.plan, again.plan.inputs, again.recorded
-        expression = plan.expression
-        adding = [name for name, factor in expression.graph.coefficients().items() if factor > 0]
-        report = WeightsReport(recorded.expression, expression.anchor)
-        report.parents = {
-            model.name: place
-            for place, model in sorted(again.places, key=lambda entry: entry[1].name != expression.anchor)
-            if model.name in adding or model.name == expression.anchor
-        }
-        report.changed = [name for name, now in again.fingerprints.items() if now != recorded.fingerprints[name]]
-        report.missing, report.extra = against_header(plan, opened.checkpoint)
+        opened, plan, report = again.opened, again.plan, again.report()
         comparer = Comparer(opened.checkpoint)
         stored = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         total = plan.bytes_read + plan.header.data_size + 2 * len(report.parents) * stored
@@ -159,17 +148,12 @@ def check_weights(
             outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measure="off", progress=advance)
             report.non_finite = outcome.non_finite
             report.bytes_compared, report.differing = comparer.compared, comparer.differing
-        result = Input(output, opened.checkpoint, opened.anatomy)
-        for model in found:
+        result = Input(opened.name, opened.checkpoint, opened.anatomy)
+        for model in plan.inputs:
             if model.name in report.parents:
                 # From or to NaN there is no distance; what holds it is named in `non_finite`, or is the parent's own affair.
                 with suppress(NonFiniteError):
                     report.distances[model.name] = distances.measure(result, model, progress=advance)
-        for tensor in plan.tensors:
-            if any(step.reason == MERGED for step in tensor.steps):
-                report.merged += 1
-            else:
-                report.kept += 1
         return report
 
 
@@ -183,14 +167,31 @@ class Reopened:
     places: list[tuple[str, Input]]
     fingerprints: Mapping[str, str]
 
+    def report(self) -> WeightsReport:
+        """What is known before a tensor is read."""
+        plan, recorded = self.plan, self.recorded
+        anchor, factors = plan.expression.anchor, plan.expression.graph.coefficients()
+        report = WeightsReport(recorded.expression, anchor)
+        report.parents = {
+            model.name: place
+            for place, model in sorted(self.places, key=lambda entry: entry[1].name != anchor)
+            if factors.get(model.name, 0) > 0 or model.name == anchor
+        }
+        report.changed = [name for name, now in self.fingerprints.items() if now != recorded.fingerprints[name]]
+        report.missing, report.extra = against_header(plan, self.opened.checkpoint)
+        report.merged = sum(any(step.reason == MERGED for step in tensor.steps) for tensor in plan.tensors)
+        report.kept = len(plan.tensors) - report.merged
+        return report
 
-def reopen(output: str, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
-    """The merge that ``output`` records, planned again from its inputs; ``stack`` closes them.
+
+def reopen(output: str | models.OpenedModel, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
+    """The merge that ``output``, open or not, records, planned again from its inputs; ``stack`` closes what is opened here.
 
     ``inputs`` gives recorded names their places; other names are looked up as MODEL arguments, then beside the output. Raises
     DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere.
     """
-    opened = stack.enter_context(models.open_model(output))
+    opened = stack.enter_context(models.open_model(output)) if isinstance(output, str) else output
+    output = opened.name
     folder = models.resolve(output).path.absolute().parent
     recorded = provenance.read(opened.checkpoint.metadata, output)
     expression = _recorded_expression(recorded, output)
@@ -259,7 +260,7 @@ def _open_lora(name: str, place: str | None, folder: Path, model: Input, stack: 
 
 def _not_found(name: str) -> InputMissing:
     return InputMissing(
-        f"the input {quoted(name)} of the recipe is not found; say where it is with --input {name}=PATH."
+        f"the input {quoted(name)} of the recipe is not found; say where it is with `inputs={name}=PATH`."
     )
 
 

@@ -180,3 +180,40 @@ def test_the_re_turbo_recipe_runs_and_its_lora_is_the_difference(tmp_path: Path)
     rounding = np.linalg.norm(turbo[name].double().numpy()) * 2**-9
     assert np.linalg.norm(left) <= 0.005**0.5 * np.linalg.norm(delta) + rounding
     assert np.linalg.norm(left) > 0
+
+
+def test_a_verification_has_the_options_of_the_command(tmp_path: Path) -> None:
+    look = "{depth: bytes, steps: 2, refine_steps: 1, cfg: 3.5, seeds: [1, 2], prompts: look.txt, negative: red, report: page.html}"
+    (tmp_path / "look.txt").write_text("a red circle on a white background\n")
+    (tmp_path / "r.yaml").write_text(f"merge: lab.alkahest + 0.5*(lab.striped - lab.base)\nverify: {look}\n")
+    (tmp_path / "page.html").write_text("mine")
+    refused = mergetool("merge", "r.yaml", cwd=tmp_path)
+    assert (refused.code, '"page.html" exists' in refused.err) == (73, True)
+    assert list(tmp_path.glob("*.safetensors")) == []
+    (tmp_path / "page.html").unlink()
+    ran = mergetool("merge", "r.yaml", "--json", cwd=tmp_path)
+    seen = ran.json["outputs"][0]["verify"]
+    assert seen["replay"]["same"]
+    made = [one["parameters"] for one in seen["pictures"]["columns"][0]["pictures"]]
+    assert [(one["seed"], one["negative"], one["first"]["guidance"]) for one in made] == [
+        (1, "red", 2.5),
+        (2, "red", 2.5),
+    ]
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("look", "place", "words"),
+    [
+        ("{strength: '0,5'}", "2:20", "written with a point: 0.5"),
+        ("{steps: 0}", "2:17", "a whole number from 1 to 10000"),
+        ("{sampler: heun}", "2:19", "one of euler, res_multistep, dpmpp_2m_sde"),
+        ("{guidance: 2, cfg: 3}", "2:20", '"guidance" and "cfg" are two ways to say one thing'),
+    ],
+)
+def test_a_value_of_a_verification_is_refused_before_any_model_is_opened(
+    tmp_path: Path, look: str, place: str, words: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"merge: lab.x + 0.5*(lab.y - lab.z)\nverify: {look}\n")
+    ran = mergetool("merge", "r.yaml", cwd=tmp_path)
+    assert (ran.code, f"r.yaml:{place}: " in ran.err, words in ran.err) == (2, True, True), ran.err

@@ -174,7 +174,7 @@ def test_a_preset_draws_with_its_settings_and_records_them(pipelines: Path, tmp_
         ([], 2, "there is no model"),
         (["--base", "BASE", "--size", "63x64"], 2, "the nearest is 64x64"),
         (["--base", "BASE", "--size", "large"], 2, "WIDTHxHEIGHT"),
-        (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "--strength is above 0 and at most 1"),
+        (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "above 0 and at most 1"),
         (["--base", "BASE", "--guidance", "3", "--cfg", "4"], 2, "give one of them"),
         (["--base", "BASE", "--vae", "nowhere"], 66, "no VAE"),
         (["--base", "BASE", "--lora", "nowhere.safetensors"], 66, "nowhere.safetensors"),

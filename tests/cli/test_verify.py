@@ -128,3 +128,29 @@ def test_nan_in_a_file_without_recipe_fails(merged: Path) -> None:
 def test_a_merge_knows_its_parents(merged: Path) -> None:
     ran = mergetool("verify", merged.name, "--parents", "a", cwd=merged.parent)
     assert (ran.code, "records its own parents" in ran.err) == (2, True)
+
+
+def test_to_the_depth_of_bytes_the_whole_file_is_compared(merged: Path) -> None:
+    ran = mergetool("verify", merged.name, "--depth", "bytes", "--json", cwd=merged.parent)
+    assert (ran.code, ran.json["passed"], ran.json["replay"]["same"]) == (0, True, True)
+    stored = merged.read_bytes()
+    merged.write_bytes(stored.replace(b'"mergetool.version":"0', b'"mergetool.version":"9', 1))
+    assert mergetool("verify", merged.name, cwd=merged.parent).code == 0  # its tensors are right
+    ran = mergetool("verify", merged.name, "--depth", "bytes", cwd=merged.parent)
+    assert (ran.code, ran.err) == (1, "mergetool: out.safetensors is not what its recipe makes now.\n")
+    assert "OTHER   it was made by mergetool 9" in ran.out
+
+
+def test_what_was_made_again_is_kept_on_request(merged: Path) -> None:
+    asked = ("verify", merged.name, "--output", "again.safetensors")
+    refused = mergetool(*asked, cwd=merged.parent)
+    assert (refused.code, "add that" in refused.err, "--depth bytes" in refused.err) == (2, True, True)
+    assert mergetool(*asked, "--depth", "bytes", cwd=merged.parent).code == 0
+    assert merged.with_name("again.safetensors").read_bytes() == merged.read_bytes()
+
+
+def test_replay_is_a_name_that_help_does_not_list(merged: Path) -> None:
+    ran = mergetool("replay", merged.name, cwd=merged.parent)
+    assert (ran.code, "same    every byte of 1 file" in ran.out) == (0, True)
+    assert "replay" not in mergetool("--help", cwd=merged.parent).out
+    assert "--no-images" in mergetool("verify", "--help", cwd=merged.parent).out

@@ -13,7 +13,7 @@ import typer
 import mergetool
 from mergetool.cli.main import app
 from mergetool.comfyui import NODE_CLASS_MAPPINGS
-from mergetool.options.table import rows
+from mergetool.options.table import Row, rows
 from mergetool.recipe import schema
 
 CLI = typer.main.get_command(app)
@@ -27,7 +27,7 @@ OWN = {"as_json", "no_progress", "verbose", "schema", "variables", "progress", "
 
 # Another name for the same thing, until there is one table of options.
 CALLED = {
-    "command": {"nonfinite": "non_finite", "with_images": "images", "lora": "loras", "refine_lora": "refine_loras"},
+    "command": {"nonfinite": "non_finite"},
     "recipe": {"set": "multipliers", "from": "keep_from", "merge": "expression", "pictures": "images"},
     "node": {
         "groups": "multipliers",
@@ -65,19 +65,27 @@ def faces(operation: str) -> dict[str, Options]:
 def differences(operation: str) -> set[str]:
     """A line for every option that a face lacks, has under another name, or with another default."""
     found = faces(operation)
+    request = getattr(COMMANDS[operation].callback, "request", None)
+    table = {} if request is None else rows(request)
     lines = set()
     for option in set().union(*found.values()):
         there = {face: options[option] for face, options in found.items() if option in options}
-        missing = [face for face in found if face not in there]
+        missing = [face for face in found if face not in there and not _is_declared(table.get(option), face)]
         lines |= {f"{operation}: {option} is not in the {face}" for face in missing}
+        known = {option, *([table[option].key] if option in table else [])}
         lines |= {
-            f"{operation}: {option} is {name} in the {face}" for face, (name, _) in there.items() if name != option
+            f"{operation}: {option} is {name} in the {face}" for face, (name, _) in there.items() if name not in known
         }
         defaults = {face: default for face, (_, default) in there.items() if default != "required"}
         if len(set(defaults.values())) > 1:
             listed = ", ".join(f"{default} in the {face}" for face, default in defaults.items())
             lines.add(f"{operation}: {option} is by default {listed}")
     return lines
+
+
+def _is_declared(row: Row | None, face: str) -> bool:
+    """Whether the table says why a face has no such option."""
+    return row is not None and face.lower() in row.option.missing
 
 
 def _named(face: str, options: Mapping[str, Any]) -> Options:

@@ -19,6 +19,7 @@ from pathlib import Path
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
+from mergetool.options.table import named
 from mergetool.recipe import file
 from tests.recipe.malformed import MALFORMED, MODELS
 
@@ -107,6 +108,7 @@ def _changed(text: str, draw: random.Random) -> str:
 def run(count: int, seed: int) -> dict[str, object]:
     """Read them all, and say what happened."""
     registry.methods()  # what is imported at first use is imported now: the methods, and plug-ins that are installed
+    named("nothing")  # the types of every option, which are texts until they are looked at
     quoted("\x1b")  # the codec of escapes in messages
     for raw in recipes(300, seed=-1):
         _read(raw, Counter(), [])

@@ -177,7 +177,7 @@ MALFORMED: list[tuple[str, str, str]] = [
     ("a verification that is a list", "merge: lab.base\nverify: §[weights]", "true or false"),
     ("steps that are a text", "merge: lab.base\nverify: {steps: §many}", "a whole number"),
     ("a strength that is true", "merge: lab.base\nverify: {strength: §true}", "a number"),
-    ("an unknown meaning of strength", "merge: lab.base\nverify: {strength_as: §diffuser}", '"diffusers"'),
+    ("an unknown meaning of strength", "merge: lab.base\nverify: {strength_as: §diffuser}", "one of comfyui, diffusers"),
     # --- models
     ("models as a list", "models: §[a, b]\nmerge: a", "a mapping"),
     ("models as a text", "models: §a\nmerge: a", "a mapping"),

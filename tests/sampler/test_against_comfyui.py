@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint.dtypes import F32
 from mergetool.engine import job
 from mergetool.options.merging import MergeOptions
+from mergetool.options.pictures import SAMPLERS, SCHEDULERS, SampleOptions
 from mergetool.sampler import settings
 from mergetool.sampler.denoise import starting_noise
 from mergetool.sampler.parts import Components
-from mergetool.sampler.request import SAMPLERS, Refinement, Shot, Stage
-from mergetool.sampler.schedule import SCHEDULERS, levels, refinement_levels
+from mergetool.sampler.request import Refinement, Shot, Stage
+from mergetool.sampler.schedule import levels, refinement_levels
 from mergetool.sampler.studio import Studio
 from tests.oracles import ComfyUI
 
@@ -147,7 +148,7 @@ def test_a_second_stage_makes_ksamplers_latents(difference: Latents, sampler: An
 
 @pytest.mark.parametrize(("preset", "model"), [("comfyui-base", "lab.base"), ("comfyui-turbo", "lab.turbo")])
 def test_a_preset_draws_the_stock_templates_latents(difference: Latents, preset: str, model: str) -> None:
-    stage = settings.stage(settings.StageOptions(model, preset))
+    stage = settings.stage(SampleOptions(base=model, preset=preset).first)
     assert (stage.sampler, stage.scheduler, stage.shift) == ("res_multistep", "simple", 3.0)
     assert difference([stage], (64, 64)) <= LARGEST["res_multistep"]
 

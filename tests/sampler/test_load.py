@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mergetool import models
 from mergetool.engine import job
-from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
+from mergetool.errors import DataError, FamilyError, InputMissing
 from mergetool.options.merging import MergeOptions
 from mergetool.sampler import load
 from mergetool.sampler.load import load_text_encoder, load_transformer, load_vae
@@ -128,19 +128,6 @@ def test_a_missing_tensor_is_named(base: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "torn.safetensors")
     with pytest.raises(FamilyError, match=r"lacks \"layers\.3\.feed_forward\.w2\.weight\""):
         loaded(tmp_path / "torn.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("text", "path", "strength"),
-    [("a.safetensors:0.8", "a.safetensors", 0.8), ("b", "b", 1.0), ("dir/c.st:-2", "dir/c.st", -2.0)],
-)
-def test_lora_arguments(text: str, path: str, strength: float) -> None:
-    assert WeightedLora.parse(text) == WeightedLora(Path(path), strength)
-
-
-def test_a_strength_that_is_no_number_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"PATH:0\.8"):
-        WeightedLora.parse("a.safetensors:strong")
 
 
 def test_a_single_file_of_the_embedded_family_finds_the_embedded_parts(

@@ -143,7 +143,7 @@ def test_nan_and_black_pictures_of_the_vae_are_told_as_its_own(pipeline: Path, b
     weights = load_file(path)
     weights["decoder.conv_out.bias"][:] = bias
     save_file(weights, path)
-    with pytest.raises(NonFiniteError, match=f"the VAE .* {words}.*name another with --vae"):
+    with pytest.raises(NonFiniteError, match=f"the VAE .* {words}.*name another with `vae`"):
         Studio(Components.find(str(pipeline))).decode(torch.randn(1, 16, 16, 16))
 
 

@@ -46,7 +46,7 @@ def test_one_strength_has_two_meanings() -> None:
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
 @pytest.mark.parametrize("meaning", ["comfyui", "diffusers"])
 def test_strength_outside_its_range_is_refused(strength: float, meaning: str) -> None:
-    with pytest.raises(UsageError, match="--strength"):
+    with pytest.raises(UsageError, match="`strength"):
         refinement_levels(8, 3.0, strength, meaning)  # type: ignore[arg-type]
 
 

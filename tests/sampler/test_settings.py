@@ -16,16 +16,20 @@ from safetensors.torch import load_file, save_file
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, UsageError
 from mergetool.options.merging import MergeOptions
+from mergetool.options.pictures import PRESETS, PicturesOptions, SampleOptions
 from mergetool.sampler import settings
-from mergetool.sampler.parts import WeightedLora
-from mergetool.sampler.settings import PRESETS, PartsOptions, SampleOptions, StageOptions, prepare
-from mergetool.verification.looking import Wish, plan
+from mergetool.sampler.settings import prepare
+from mergetool.verification.looking import plan
 
 PROMPT = "a blue circle on a gold background"
 
 
 def first(**options: Any) -> Any:
-    return settings.stage(StageOptions("lab.base", **options))
+    return settings.stage(SampleOptions(base="lab.base", **options).first)
+
+
+def second(**options: Any) -> Any:
+    return settings.refinements(SampleOptions(refiner="lab.turbo", **options).second)
 
 
 @pytest.mark.parametrize(("cfg", "guidance"), [(4.0, 3.0), (1.0, 0.0), (0.5, -0.5), (0.0, -1.0), (-3.0, -4.0)])
@@ -33,31 +37,32 @@ def test_cfg_is_guidance_and_one(cfg: float, guidance: float) -> None:
     assert first(cfg=cfg).guidance == guidance
 
 
+@pytest.mark.parametrize("prefix", ["", "refine_"])
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("option", "value", "words"),
     [
-        ({"cfg": float("nan")}, "--cfg is a number"),
-        ({"cfg": float("inf")}, "--cfg is a number"),
-        ({"guidance": float("nan")}, "--guidance is 0"),
-        ({"guidance": -0.5}, "a --cfg below 1"),
-        ({"guidance": 3.0, "cfg": 4.0}, "give one of them"),
-        ({"steps": 0}, "--steps is 1 to"),
-        ({"shift": 0.0}, "--shift is a positive number"),
-        ({"shift": -1.0}, "--shift is a positive number"),
-        ({"sampler": "heun"}, "--sampler is one of euler, res_multistep, dpmpp_2m_sde"),
-        ({"scheduler": "karras"}, "--scheduler is one of simple"),
-        ({"preset": "sdxl"}, "comfyui-base, comfyui-turbo, comfyui-refine"),
+        ("cfg", float("nan"), "a number from -10000 up to 10000"),
+        ("cfg", float("inf"), "a number from -10000 up to 10000"),
+        ("guidance", float("nan"), "0 \\(none\\) or more"),
+        ("guidance", -0.5, "cfg` below 1"),
+        ("steps", 0, "a whole number from 1 to 10000"),
+        ("shift", 0.0, "a number above 0"),
+        ("shift", -1.0, "a number above 0"),
+        ("sampler", "heun", "one of euler, res_multistep, dpmpp_2m_sde"),
+        ("scheduler", "karras", "one of simple"),
+        ("preset", "sdxl", "one of comfyui-base, comfyui-turbo, comfyui-refine"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_the_name_of_its_option(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        first(**options)
+def test_what_cannot_be_meant_is_refused_by_the_name_of_its_option(
+    prefix: str, option: str, value: Any, words: str
+) -> None:
+    with pytest.raises(UsageError, match=f"`{prefix}{option}` is .* but has to be .*{words}"):
+        SampleOptions(**{f"{prefix}{option}": value})
 
 
-@pytest.mark.parametrize(("option", "value"), [("shift", 0.0), ("steps", 0), ("cfg", float("nan")), ("sampler", "x")])
-def test_a_second_stages_option_is_refused_by_its_own_name(option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"--refine-{option} is"):
-        settings.refinements(StageOptions("lab.turbo", **{option: value}))
+def test_guidance_is_said_in_one_way() -> None:
+    with pytest.raises(UsageError, match="`refine_guidance` and `refine_cfg` are two ways to say one thing: give one"):
+        SampleOptions(refine_guidance=3.0, refine_cfg=4.0)
 
 
 def test_a_preset_is_a_default_that_other_options_change() -> None:
@@ -66,7 +71,7 @@ def test_a_preset_is_a_default_that_other_options_change() -> None:
 
 
 def test_the_preset_of_the_refiner_brings_its_strength() -> None:
-    (found,) = settings.refinements(StageOptions("lab.turbo", "comfyui-refine"))
+    (found,) = second(refine_preset="comfyui-refine")
     assert (found.steps, found.strength, found.sampler, found.scheduler) == (5, 0.33, "dpmpp_2m_sde", "beta")
 
 
@@ -77,16 +82,15 @@ def test_every_preset_runs() -> None:
 def test_diffusers_meaning_of_strength_comes_with_diffusers_levels() -> None:
     meanings = ((None, "simple"), ("comfyui", "simple"), ("diffusers", "diffusers"))
     for meaning, scheduler in meanings:
-        (found,) = settings.refinements(StageOptions("lab.turbo", strength_as=meaning))
+        (found,) = second(strength_as=meaning)
         assert found.scheduler == scheduler
 
 
 def test_sample_and_verify_have_the_same_defaults(tmp_path: Path) -> None:
     with job.open_merge("lab.base + 0.1*(lab.alkahest - lab.base)", MergeOptions()) as made:
         job.run_merge(made, tmp_path / "m.safetensors")
-    asked = SampleOptions((PROMPT,), first=StageOptions("lab.base"), second=StageOptions("lab.turbo"))
-    request = prepare(asked).request
-    _, look = plan(str(tmp_path / "m.safetensors"), "lab.base", Wish(), patient=True)
+    request = prepare(SampleOptions(PROMPT, base="lab.base", refiner="lab.turbo")).request
+    _, look = plan(str(tmp_path / "m.safetensors"), "lab.base", PicturesOptions(), patient=True)
     assert request.first is not None
     for one, other in ((request.first, look.first), (request.refinements[0], look.refinements[0])):
         for name in ("steps", "guidance", "shift", "sampler", "scheduler"):
@@ -115,19 +119,23 @@ def test_a_model_with_a_scheduler_keeps_its_own_shift() -> None:
     [
         ({}, []),
         ({"negative": "a red one"}, []),
-        ({"negative": "a red one", "first": StageOptions("lab.base", cfg=1.0)}, ["--negative has no effect"]),
-        ({"first": StageOptions("lab.base", cfg=0.5), "negative": "a red one"}, []),
-        ({"second": StageOptions(strength="0.2", steps=8)}, ["--refine-steps has no", "--strength has no"]),
-        ({"second": StageOptions(cfg=2.0, sampler="euler")}, ["--refine-cfg has no", "--refine-sampler has no"]),
-        ({"refine_seed": 4}, ["--refine-seed has no effect: there is no --refiner"]),
-        ({"handoff": "latent"}, ["--handoff has no effect: there is one stage"]),
+        ({"negative": "a red one", "cfg": 1.0}, ["`negative` has no effect"]),
+        ({"negative": "a red one", "cfg": 0.5}, []),
+        ({"strength": 0.2, "refine_steps": 8}, ["`refine_steps` has no", "`strength` has no"]),
+        ({"refine_cfg": 2.0, "refine_sampler": "euler"}, ["`refine_cfg` has no", "`refine_sampler` has no"]),
+        ({"refine_loras": {"a.safetensors": 1}}, ["`refine_loras` has no effect: there is no `refiner`"]),
+        ({"refine_seed": 4}, ["`refine_seed` has no effect: there is no `refiner`"]),
+        ({"handoff": "latent"}, ["`handoff` has no effect: there is one stage"]),
     ],
 )
 def test_what_is_asked_and_has_no_effect_is_told(options: dict[str, Any], sentences: list[str]) -> None:
-    asked = {"first": StageOptions("lab.base"), **options}
-    notes = prepare(SampleOptions((PROMPT,), **asked)).notes
+    notes = prepare(SampleOptions(PROMPT, base="lab.base", **options)).notes
     assert len(notes) == len(sentences)
     assert all(wanted in note for wanted, note in zip(sentences, notes, strict=True))
+
+
+def strengths(*texts: str) -> list[tuple[str, float]]:
+    return [(str(lora.path), lora.strength) for lora in first(loras=list(texts)).loras]
 
 
 @pytest.mark.parametrize(
@@ -140,36 +148,89 @@ def test_what_is_asked_and_has_no_effect_is_told(options: dict[str, Any], senten
         ("C:/x.safetensors:-2", ("C:/x.safetensors", -2.0)),
         ("style:v2.safetensors", ("style:v2.safetensors", 1.0)),
         ("style:v2.safetensors:1e-1", ("style:v2.safetensors", 0.1)),
+        ('"my style.safetensors":0.5', ("my style.safetensors", 0.5)),
+        ("~/a.safetensors:0.5", (str(Path.home() / "a.safetensors"), 0.5)),
     ],
 )
 def test_a_colon_belongs_to_the_path_unless_a_number_follows(text: str, found: tuple[str, float]) -> None:
-    assert WeightedLora.parse(text) == WeightedLora(Path(found[0]), found[1])
+    assert strengths(text) == [found]
 
 
 def test_a_file_whose_name_ends_like_a_strength_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "style:2").touch()
-    assert WeightedLora.parse("style:2") == WeightedLora(Path("style:2"), 1.0)
+    assert strengths("style:2") == [("style:2", 1.0)]
     (tmp_path / "style").touch()
     with pytest.raises(UsageError, match='write "style:2:1"'):
-        WeightedLora.parse("style:2")
+        strengths("style:2")
+
+
+def test_a_strength_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(UsageError, match=r'no LoRA with a strength; write "a\.safetensors:0\.8"'):
+        strengths("a.safetensors:strong")
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
 def test_a_strength_that_is_not_finite_is_refused(strength: str) -> None:
     with pytest.raises(UsageError, match="finite"):
-        WeightedLora.parse(f"a.safetensors:{strength}")
+        strengths(f"a.safetensors:{strength}")
 
 
-@pytest.mark.parametrize(("text", "found"), [("3", (3,)), ("1-3,7", (1, 2, 3, 7)), (f"{2**64 - 1}", (2**64 - 1,))])
-def test_seeds_have_64_bits(text: str, found: tuple[int, ...]) -> None:
-    assert settings.seeds(text) == found
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("3", (3,)), ("1-3,7", (1, 2, 3, 7)), (f"{2**64 - 1}", (2**64 - 1,)), (5, (5,)), ([2, 1], (2, 1)), (None, (0,))],
+)
+def test_seeds_are_a_number_a_list_or_a_text(given: Any, found: tuple[int, ...]) -> None:
+    assert SampleOptions(seeds=given).seed_numbers == found
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.5", str(2**64), "5-3", "1-99999"])
-def test_what_is_no_seed_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="seed"):
-        settings.seeds(text)
+@pytest.mark.parametrize("given", ["", "-1", "1.5", str(2**64), "5-3", "1-99999", -1, 2**64, [], [True], [0.5]])
+def test_what_is_no_seed_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"`seeds` is .* but has to be a seed"):
+        SampleOptions(seeds=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("0.1, 0.15", (0.1, 0.15)), (0.123456789, (0.123456789,)), ([0.5, 1], (0.5, 1.0)), ("1", (1.0,))],
+)
+def test_strength_is_a_number_a_list_or_a_text(given: Any, found: tuple[float, ...]) -> None:
+    assert SampleOptions(strength=given).second.strength == found
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("0,5", "written with a point: 0.5"),
+        ("0,1, 0,25", "written with a point: 0.1,0.25"),
+        ("2", "above 0 and at most 1"),
+        (0, "above 0 and at most 1"),
+        ("weak", "a number above 0"),
+        ([], "one number or more"),
+    ],
+)
+def test_a_strength_that_cannot_be_meant_is_refused_with_the_right_line(given: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=f"`strength` is .*{words}"):
+        SampleOptions(strength=given)
+
+
+@pytest.mark.parametrize("given", [(64, 48), "64x48", " 64 X 48 ", "64*48", [64, 48]])
+def test_a_size_is_two_numbers_or_a_text(given: Any) -> None:
+    assert SampleOptions(size=given).pixels == (64, 48)
+
+
+@pytest.mark.parametrize("given", ["large", "64", (64,), (64, 48, 3), 64])
+def test_what_is_no_size_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"`size` is .* but has to be WIDTHxHEIGHT, as in 1024x768"):
+        SampleOptions(size=given)
+
+
+@pytest.mark.parametrize("option", ["prompts", "text_encoder", "tokenizer", "vae", "init_image"])
+def test_a_path_may_be_copied_with_its_quotes_or_begin_at_home(option: str) -> None:
+    for given, found in (('"a b/c"', Path("a b/c")), ("~/c", Path.home() / "c"), (Path("c"), Path("c"))):
+        assert getattr(SampleOptions(**{option: given}), option) == found
 
 
 @pytest.mark.parametrize(
@@ -177,7 +238,7 @@ def test_what_is_no_seed_is_refused(text: str) -> None:
 )
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(size: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"the nearest is {nearest}"):
-        prepare(SampleOptions((PROMPT,), first=StageOptions("lab.base"), size=size))
+        prepare(SampleOptions(PROMPT, base="lab.base", size=size))
 
 
 WRONG = """
@@ -215,7 +276,6 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         ([*base, "--size", "63x64"], 2),
         ([*base, "--size", "4096x4096"], 2),
         ([*base, "--dtype", "fp8"], 2),
-        ([*base, "--seed", "1", "--seeds", "2"], 2),
         ([*base, "--prompts", "prompts.txt"], 2),
         ([*base, "--lora", "nowhere.safetensors"], 66),
         ([*base, "--lora", "lora.safetensors"], 65),
@@ -246,12 +306,12 @@ def test_the_api_passes_numbers_as_they_are(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(settings, "prepare", note)
     with pytest.raises(MergetoolError, match="enough"):
         mergetool.sample(PROMPT, base="lab.base", loras={"a.safetensors": 0.123456789}, strength=0.123456789)
-    assert seen[0].first.loras[0].strength == 0.123456789
-    assert seen[0].second.strength == "0.123456789"
+    assert float(seen[0].first.loras[0][1]) == 0.123456789
+    assert seen[0].second.strength == (0.123456789,)
 
 
 def test_parts_that_are_all_named_leave_the_pipeline_without_effect() -> None:
     folder = settings.models.EMBEDDED / "base"
-    named = PartsOptions("lab.base", folder / "text_encoder", folder / "tokenizer", folder / "vae")
-    notes = prepare(SampleOptions((PROMPT,), first=StageOptions("lab.base"), parts=named)).notes
-    assert [note.split(":")[0] for note in notes] == ["--pipeline has no effect"]
+    named = {name: folder / name for name in ("text_encoder", "tokenizer", "vae")}
+    notes = prepare(SampleOptions(PROMPT, base="lab.base", pipeline="lab.base", **named)).notes
+    assert [note.split(":")[0] for note in notes] == ["`pipeline` has no effect"]

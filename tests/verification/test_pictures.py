@@ -92,7 +92,7 @@ def test_where_nothing_reads_the_prompts_that_is_not_judged() -> None:
     verdicts = judge([observe("out", "out", made, ["a knight"] * len(made))], "out")
     (prompts,) = [verdict for verdict in verdicts if verdict.passed is None]
     assert (prompts.name, prompts.word, prompts.value) == ("prompts", "not judged", None)
-    assert "--clip" in prompts.sentence
+    assert "`clip`" in prompts.sentence
 
 
 def test_pictures_unlike_every_parents_fail_where_neither_noise_nor_collapse_is_seen() -> None:

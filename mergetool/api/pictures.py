@@ -1,0 +1,93 @@
+"""Pictures, made by one model or by two in a row."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mergetool.api.calling import called
+from mergetool.api.events import Events, Request
+from mergetool.options.kinds import Output
+from mergetool.options.pictures import SampleOptions
+from mergetool.options.running import OverwriteOptions
+from mergetool.options.table import Option
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mergetool.sampler.session import Made
+
+
+@dataclass(frozen=True)
+class Sample(Request, SampleOptions, OverwriteOptions):
+    """Pictures of every prompt with every seed."""
+
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="FILE.png, or a folder for several.", kind=Output(), short="-o", default="sample.png or samples/"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and every parameter that made it."""
+
+    image: Image
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What `Events.done` is told: a row of pictures for each prompt and seed, the files they were written to, and how long that took."""
+
+    made: Sequence[Sequence[Made]]
+    target: Path | None
+    paths: Sequence[Path]
+    seconds: float
+
+
+def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) -> list[Picture]:
+    """Make pictures with one model, or refine them with a second one: of every prompt with every seed, in that order.
+
+    With a ``refiner`` each picture is the last stage's, one for each ``strength``. They are written where there is an ``output``, with ``always_writes`` to its
+    default without one. The same seed gives the same picture. What was asked for and has no effect is noted. Raises MergetoolError.
+    """
+    from mergetool.checkpoint.paths import typed
+    from mergetool.sampler import settings, written
+
+    started = time.monotonic()
+    prepared = settings.prepare(asked)
+    request = prepared.request
+    target = None
+    if asked.output is not None:
+        target = Path(typed(os.fspath(asked.output)))
+    elif always_writes:
+        target = Path("samples" if request.many else "sample.png")
+    if target is not None:
+        written.require_target(target, many=request.many, overwrite=asked.overwrite)
+
+    from PIL.Image import fromarray
+
+    from mergetool.sampler import session  # torch and the libraries of models: what could be wrong was told before
+    from mergetool.sampler.studio import Studio
+
+    studio = Studio.of(prepared)
+    prepared = replace(prepared, device=studio.device)
+    events.plan(prepared, 0)
+    for note in prepared.notes:
+        events.note(note)
+    with events.progress("sample", request.evaluations, "step") as advance:
+        made = session.make(studio, request, progress=advance)
+    paths = [] if target is None else written.write(made, target, many=request.many)
+    for note in studio.notes:
+        events.note(note)
+    events.done(prepared, Drawn(made, target, paths, time.monotonic() - started))
+    last = len(request.refinements) or 1
+    return [Picture(fromarray(one.picture), one.parameters) for row in made for one in row[-last:]]
+
+
+sample = called(Sample, run_sample, "sample")

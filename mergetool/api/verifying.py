@@ -1,0 +1,67 @@
+"""Is a result right? Its bytes against its recipe, and its pictures beside those of its parents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from mergetool.api.calling import called
+from mergetool.api.events import Events, Request
+from mergetool.options.kinds import Model
+from mergetool.options.table import Option, rows
+from mergetool.options.verifying import RebuildOptions, VerifyOptions
+
+if TYPE_CHECKING:
+    from mergetool.verification.checking import Verification
+    from mergetool.verification.replay import Replay
+
+
+@dataclass(frozen=True)
+class Verify(Request, VerifyOptions):
+    """A merge, or any model, to be verified."""
+
+    output: Annotated[
+        str,
+        Option(
+            help="A merge, or any model.",
+            kind=Model("OUT"),
+            argument=True,
+            missing={"recipe": "a recipe verifies what it makes"},
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Rebuild(Request, RebuildOptions):
+    """A merge to be done again."""
+
+    output: Annotated[str, Option(help="A merge that mergetool made.", kind=Model("OUT"), argument=True)]
+
+
+def run_verify(asked: Verify, events: Events) -> Verification:
+    """Derive every tensor of a merge again from its recipe, then look at its pictures beside its parents'.
+
+    To the ``depth`` of bytes the whole file is compared, header and metadata too, and ``write_to`` keeps what was made again. A file without a recipe
+    is measured against ``parents``, and judged by its pictures alone. ``images`` True makes pictures, False does not, None where that takes minutes.
+    What a check says no to is in the result; an exception is raised for what cannot be checked.
+    """
+    from mergetool.verification import checking
+
+    found = checking.verify(asked.output, asked, events.progress)
+    events.done(asked, found)
+    return found
+
+
+def run_replay(asked: Rebuild, events: Events) -> Replay:
+    """Make a merge again from the recipe in its metadata, and compare every byte of the file or folder.
+
+    It is `verify` to the depth of bytes, without pictures. What is not the same is in the result, with the reason.
+    """
+    how = {name: getattr(asked, name) for name in rows(RebuildOptions)}
+    found = run_verify(Verify(asked.output, depth="bytes", images=False, **how), events)
+    assert found.replay is not None
+    return found.replay
+
+
+verify = called(Verify, run_verify, "verify")
+replay = called(Rebuild, run_replay, "replay")

@@ -1,0 +1,413 @@
+"""What is asked of the sampler: its two stages, the parts beside them, prompts, seeds and sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from mergetool.errors import UsageError
+from mergetool.options.kinds import Choice, Device, File, Kind, Loras, Model, Number, Text, Whole
+from mergetool.options.running import RUN
+from mergetool.options.table import Option, Table
+
+SamplerName = Literal["euler", "res_multistep", "dpmpp_2m_sde"]
+Scheduler = Literal["simple", "normal", "sgm_uniform", "beta", "diffusers"]
+StrengthMeaning = Literal["comfyui", "diffusers"]
+Handoff = Literal["latent", "pixels"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+MEANINGS: tuple[StrengthMeaning, ...] = get_args(StrengthMeaning)
+HANDOFFS: tuple[Handoff, ...] = get_args(Handoff)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+MOST_STEPS = 10_000
+MOST_SEEDS = 10_000
+"""Of one range, ``1-8``."""
+SEEDS = 2**64
+"""Seeds are 0 to one less, as in ComfyUI."""
+MODEL_SHIFT = 3.0
+"""Of a model without a scheduler beside it: what ComfyUI takes for every Z-Image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings of a stage that belong together; ``cfg`` as ComfyUI counts it, ``shift`` None for the model's own."""
+
+    steps: int
+    cfg: float
+    shift: float | None = None
+    sampler: SamplerName = "euler"
+    scheduler: Scheduler = "simple"
+    strength: float = 0.15
+
+
+FIRST = Preset(steps=30, cfg=4.0)
+SECOND = Preset(steps=4, cfg=1.0)
+
+PRESETS: Mapping[str, Preset] = {
+    "comfyui-base": Preset(25, 4.0, 3.0, "res_multistep", "simple"),
+    "comfyui-turbo": Preset(8, 1.0, 3.0, "res_multistep", "simple"),
+    "comfyui-refine": Preset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
+}
+"""What ComfyUI's stock templates of Z-Image are set to: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guidance(Number):
+    """Guidance as diffusers counts it, from 0; what is below it is a matter of ``cfg``."""
+
+    least: float = 0
+    most: float = 1e4
+    cfg: str = "cfg"
+
+    def value(self, given: Any) -> float:
+        try:
+            return super().value(given)
+        except ValueError:
+            raise ValueError(
+                f"0 (none) or more; a mix with the negative, as ComfyUI has it, is a `{self.cfg}` below 1"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Several(Kind):
+    """One text or a list of them."""
+
+    metavar: str = "TEXT"
+
+    def value(self, given: Any) -> tuple[str, ...]:
+        texts = (given,) if isinstance(given, str) else tuple(given)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a text or a list of texts")
+        return texts
+
+
+@dataclass(frozen=True)
+class Seeds(Kind):
+    """One seed, a list of them, or as text ``1,2,3``, ``1-8`` or both."""
+
+    metavar: str = "LIST"
+
+    def value(self, given: Any) -> tuple[int, ...]:
+        if isinstance(given, str):
+            found = [seed for piece in given.split(",") for seed in self._range(piece)]
+        else:
+            found = [given] if isinstance(given, int) else list(given)
+        if not found or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in found):
+            raise ValueError("a seed or a list of seeds")
+        if not all(0 <= seed < SEEDS for seed in found):
+            raise ValueError(f"a seed, or several as in 1,2,3 or 1-8, from 0 to {SEEDS - 1}")
+        return tuple(found)
+
+    def _range(self, piece: str) -> range:
+        match = re.fullmatch(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", piece, re.ASCII)
+        if match is None or int(match[2] or match[1]) - int(match[1]) not in range(MOST_SEEDS):
+            raise ValueError(f"a seed, or several as in 1,2,3 or 1-8, at most {MOST_SEEDS} in a range")
+        return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+@dataclass(frozen=True)
+class Sides(Kind):
+    """Width and height of a picture, or as text ``1024x768``."""
+
+    metavar: str = "WIDTHxHEIGHT"
+
+    def value(self, given: Any) -> tuple[int, int]:
+        if isinstance(given, str):
+            match = re.fullmatch(r"\s*(\d{1,5})\s*[xX×*]\s*(\d{1,5})\s*", given, re.ASCII)
+            sides = () if match is None else (int(match[1]), int(match[2]))
+        else:
+            sides = tuple(given) if isinstance(given, Sequence) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and 0 <= side < 100_000 for side in sides):
+            raise ValueError("WIDTHxHEIGHT, as in 1024x768")
+        return sides
+
+
+@dataclass(frozen=True)
+class Strengths(Kind):
+    """One strength, a list of them, or as text ``0.1,0.15``: each above 0 and at most 1."""
+
+    metavar: str = "STRENGTH"
+
+    def value(self, given: Any) -> tuple[float, ...]:
+        several = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
+        if isinstance(given, str) and re.search(r"\b0,\d", given.replace(" ", "")):
+            written = re.sub(r"\b0,(\d+)", r"0.\1", given.replace(" ", ""))
+            raise ValueError(f"written with a point: {written}")
+        found = []
+        for one in several:
+            try:
+                found.append(Number(above=0, most=1).value(one))
+            except ValueError:
+                raise ValueError("a number above 0 and at most 1, or several as in 0.1,0.15,0.25") from None
+        if not found:
+            raise ValueError("one number or more")
+        return tuple(found)
+
+
+def _steps(of: str, default: int) -> Option:
+    return Option(help=f"Steps of {of}.", kind=Whole(1, MOST_STEPS), default=str(default))
+
+
+_CFG = Number(-1e4, 1e4)
+_SHIFT = Number(above=0, most=1e6)
+_PRESET = Choice(tuple(PRESETS), "NAME")
+_SAMPLER = Choice(SAMPLERS, "NAME")
+_SCHEDULER = Choice(SCHEDULERS, "NAME")
+
+
+# --- rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AskedStage:
+    """What is asked of one stage, None for the preset's, else for the default; ``prefix`` stands before the names of its options."""
+
+    prefix: str
+    model: str | None
+    preset: str | None
+    steps: int | None
+    guidance: float | None
+    cfg: float | None
+    shift: float | None
+    sampler: SamplerName | None
+    scheduler: Scheduler | None
+    strength: tuple[float, ...] | None = None
+    strength_as: StrengthMeaning | None = None
+    loras: tuple[tuple[str, Fraction], ...] = ()
+
+    def given(self) -> Iterator[str]:
+        """The names of the options that say something, the model aside."""
+        for name in ("preset", "steps", "guidance", "cfg", "shift", "sampler", "scheduler", "loras"):
+            if getattr(self, name) not in (None, ()):
+                yield f"{self.prefix}{name}"
+        yield from (name for name in ("strength", "strength_as") if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStageOptions(Table):
+    """How the first stage is sampled."""
+
+    preset: Annotated[str | None, Option(help="Settings of ComfyUI's template.", kind=_PRESET)] = None
+    steps: Annotated[int | None, _steps("the first stage", FIRST.steps)] = None
+    guidance: Annotated[
+        float | None, Option(help="Guidance as diffusers counts it: cfg - 1.", kind=Guidance(), default="3")
+    ] = None
+    cfg: Annotated[float | None, Option(help="Guidance as ComfyUI counts it.", kind=_CFG, default="4")] = None
+    shift: Annotated[
+        float | None,
+        Option(help="Schedule shift.", kind=_SHIFT, default="its scheduler's, else that of `pipeline`, else 3"),
+    ] = None
+    sampler: Annotated[
+        SamplerName | None, Option(help="Sampler of the first stage.", kind=_SAMPLER, default=FIRST.sampler)
+    ] = None
+    scheduler: Annotated[Scheduler | None, Option(help="Its scheduler.", kind=_SCHEDULER, default=FIRST.scheduler)] = (
+        None
+    )
+
+    def check(self) -> None:
+        """Raises UsageError for guidance that is given twice."""
+        super().check()
+        _refuse_both("guidance", self.guidance, "cfg", self.cfg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondStageOptions(Table):
+    """With which model the second stage refines, and how."""
+
+    refiner: Annotated[str | None, Option(help="The model of the second stage.", kind=Model())] = None
+    strength: Annotated[
+        float | Sequence[float] | str | None,
+        Option(
+            help="Denoising strength of the second stage; a list compares several.", kind=Strengths(), default="0.15"
+        ),
+    ] = None
+    strength_as: Annotated[
+        StrengthMeaning | None,
+        Option(help="Whose meaning of strength.", kind=Choice(MEANINGS), default="comfyui"),
+    ] = None
+    refine_preset: Annotated[str | None, Option(help="Settings of ComfyUI's template for it.", kind=_PRESET)] = None
+    refine_steps: Annotated[int | None, _steps("the second stage", SECOND.steps)] = None
+    refine_guidance: Annotated[
+        float | None,
+        Option(help="Its guidance, as diffusers counts.", kind=Guidance(cfg="refine_cfg"), default="0"),
+    ] = None
+    refine_cfg: Annotated[float | None, Option(help="Its guidance, as ComfyUI counts.", kind=_CFG, default="1")] = None
+    refine_shift: Annotated[float | None, Option(help="Its shift.", kind=_SHIFT, default="its scheduler's, else 3")] = (
+        None
+    )
+    refine_sampler: Annotated[
+        SamplerName | None, Option(help="Its sampler.", kind=_SAMPLER, default=SECOND.sampler)
+    ] = None
+    refine_scheduler: Annotated[
+        Scheduler | None,
+        Option(help="Its scheduler.", kind=_SCHEDULER, default="simple; diffusers with `strength_as=diffusers`"),
+    ] = None
+
+    def check(self) -> None:
+        """Raises UsageError for guidance that is given twice."""
+        super().check()
+        _refuse_both("refine_guidance", self.refine_guidance, "refine_cfg", self.refine_cfg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsOptions(Table):
+    """Where the parts beside the transformer are."""
+
+    pipeline: Annotated[str | None, Option(help="The model to take text encoder and VAE from.", kind=Model())] = None
+    text_encoder: Annotated[Path | str | None, Option(help="Folder or file of the text encoder.", kind=File())] = None
+    tokenizer: Annotated[
+        Path | str | None, Option(help="Its tokenizer.", kind=File(), default="in it or beside it")
+    ] = None
+    vae: Annotated[Path | str | None, Option(help="File or folder of the VAE.", kind=File())] = None
+
+    @property
+    def files(self) -> tuple[Path | None, Path | None, Path | None]:
+        """Text encoder, tokenizer and VAE in their one form."""
+        return cast("tuple[Path | None, Path | None, Path | None]", (self.text_encoder, self.tokenizer, self.vae))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
+    """What every look at a model's pictures takes: how they are made, and which."""
+
+    prompts: Annotated[Path | str | None, Option(help="A file with a prompt a line.", kind=File())] = None
+    seeds: Annotated[
+        int | Sequence[int] | str | None,
+        Option(help="Seeds for every prompt, as in 1,2,3 or 1-8.", kind=Seeds(), also="seed", default="0"),
+    ] = None
+    negative: Annotated[
+        str | None,
+        Option(help="What the picture must not show; read where cfg is not 1.", kind=Text(empty=True)),
+    ] = None
+    size: Annotated[
+        tuple[int, int] | str | None,
+        Option(help="Width and height of the pictures.", kind=Sides(), default="the model's"),
+    ] = None
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:NUMBER.", kind=Device(), missing=RUN)] = "auto"
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """``seeds`` in their one form, the default where none is given."""
+        return cast("tuple[int, ...]", self.seeds) or (0,)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """``size`` in its one form."""
+        return cast("tuple[int, int] | None", self.size)
+
+    @property
+    def prompts_file(self) -> Path | None:
+        """``prompts`` in their one form."""
+        return cast("Path | None", self.prompts)
+
+    @property
+    def first(self) -> AskedStage:
+        """What is asked of the first stage, without a model."""
+        return AskedStage(
+            "",
+            None,
+            self.preset,
+            self.steps,
+            self.guidance,
+            self.cfg,
+            self.shift,
+            self.sampler,
+            self.scheduler,
+        )
+
+    @property
+    def second(self) -> AskedStage:
+        """What is asked of the second stage."""
+        return AskedStage(
+            "refine_",
+            self.refiner,
+            self.refine_preset,
+            self.refine_steps,
+            self.refine_guidance,
+            self.refine_cfg,
+            self.refine_shift,
+            self.refine_sampler,
+            self.refine_scheduler,
+            cast("tuple[float, ...] | None", self.strength),
+            self.strength_as,
+        )
+
+
+@dataclass(frozen=True)
+class SampleOptions(PicturesOptions):
+    """Pictures of prompts, by one model or by two in a row."""
+
+    prompt: Annotated[
+        str | Sequence[str] | None, Option(help="What the picture shows.", kind=Several("PROMPT"), argument=True)
+    ] = None
+    _: KW_ONLY
+    base: Annotated[str | None, Option(help="The model of the first stage.", kind=Model())] = None
+    loras: Annotated[
+        Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
+        Option(help="A LoRA on the first stage's model, with its strength.", kind=Loras(), flag="lora"),
+    ] = ()
+    refine_loras: Annotated[
+        Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
+        Option(help="A LoRA on the second stage's model.", kind=Loras(), flag="refine-lora"),
+    ] = ()
+    refine_prompt: Annotated[
+        str | None, Option(help="Prompt of the second stage.", kind=Text(empty=True), default="the same")
+    ] = None
+    refine_seed: Annotated[
+        int | None, Option(help="Seed of the second stage.", kind=Whole(0, SEEDS - 1), default="the one after")
+    ] = None
+    init_image: Annotated[Path | str | None, Option(help="Start the second stage from this picture.", kind=File())] = (
+        None
+    )
+    handoff: Annotated[
+        Handoff | None,
+        Option(
+            help="How the first stage's picture reaches the second: pixels for models with different VAEs.",
+            kind=Choice(HANDOFFS),
+            default="latent",
+        ),
+    ] = None
+    dtype: Annotated[
+        Precision,
+        Option(help="Dtype to compute in; auto is fp32 for small models, bf16 for large.", kind=Choice(PRECISIONS)),
+    ] = "auto"
+
+    def check(self) -> None:
+        """Raises UsageError for prompts from two places."""
+        super().check()
+        _refuse_both("prompt", self.prompt, "prompts", self.prompts)
+
+    @property
+    def first(self) -> AskedStage:
+        """What is asked of the first stage."""
+        return replace(super().first, model=self.base, loras=cast("tuple[tuple[str, Fraction], ...]", self.loras))
+
+    @property
+    def second(self) -> AskedStage:
+        """What is asked of the second stage."""
+        return replace(super().second, loras=cast("tuple[tuple[str, Fraction], ...]", self.refine_loras))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """``prompt`` in its one form."""
+        return cast("tuple[str, ...]", self.prompt or ())
+
+    @property
+    def start(self) -> Path | None:
+        """``init_image`` in its one form."""
+        return cast("Path | None", self.init_image)
+
+
+def _refuse_both(one: str, first: object, other: str, second: object) -> None:
+    if first is not None and second is not None:
+        raise UsageError(f"`{one}` and `{other}` are two ways to say one thing: give one of them.")
