@@ -143,10 +143,10 @@ class Strengths(Kind):
         if isinstance(given, str) and re.search(r"\b0,\d", given.replace(" ", "")):
             written = re.sub(r"\b0,(\d+)", r"0.\1", given.replace(" ", ""))
             raise ValueError(f"written with a point: {written}")
-        found = []
+        found, one_strength = [], Number(above=0, most=1)
         for one in several:
             try:
-                found.append(Number(above=0, most=1).value(one))
+                found.append(one_strength.read(one) if isinstance(one, str) else one_strength.value(one))
             except ValueError:
                 raise ValueError("a number above 0 and at most 1, or several as in 0.1,0.15,0.25") from None
         if not found:

@@ -140,13 +140,6 @@ def _name(value: object) -> str:
     return name
 
 
-def _whole(value: object) -> int:
-    """A recorded seed; raises TypeError for anything else, text that reads as one too."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r:.40} where a seed is wanted")
-    return value
-
-
 def _text(value: object) -> str:
     """A recorded name or pattern; raises TypeError for anything else, which the planner would trip over."""
     if not isinstance(value, str):
@@ -217,7 +210,7 @@ def _options(recipe: Mapping[str, Any]) -> MergeOptions:
             prefix=_text(recipe["prefix"]) if "prefix" in recipe else None,
             bundled=_text(recipe.get("bundled", "keep")),
             rounding=recipe.get("rounding", "nearest"),
-            seed=_whole(recipe.get("seed", 0)),
+            seed=recipe.get("seed", 0),
         )
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, MergetoolError) as error:
         raise DataError(f"the recorded options are damaged ({error}); the file cannot be verified.") from None
