@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mergetool.cli import console
+from mergetool.cli.parameters import Typed, command
 from mergetool.errors import CheckFailed, OutputError
+from mergetool.options.kinds import File
+from mergetool.options.running import OverwriteOptions
+from mergetool.options.table import Option
 
 EXAMPLES = """\b
 Examples:
@@ -77,22 +80,27 @@ STEPS: tuple[tuple[str, str, int], ...] = (
 )
 
 
-@console.command
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for what is made.", metavar="DIR")] = Path(
+@dataclass(frozen=True, kw_only=True)
+class Demo(OverwriteOptions):
+    """Where the story is told."""
+
+    output: Annotated[Path | str, Option(help="The folder for what is made.", kind=File("DIR"), short="-o")] = (
         "mergetool-demo"
-    ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Use a folder that is not empty.")] = False,
-    no_progress: console.NoProgressOption = False,
-) -> None:
+    )
+
+
+@command(Demo, prints=("no_progress",))
+def demo(typed: Typed) -> None:
     """Merge, verify, sample and take a difference LoRA on the embedded models, and write a report.
 
     Exit code 1 when a step does not end as it should.
     """
+    asked = typed.request(Demo)
+    output = Path(asked.output)
     if output.exists() and not output.is_dir():
-        raise OutputError(f'"{output}" is not a folder; choose another place with -o.')
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f'"{output}" is not empty; choose another place with -o, or use it with --overwrite.')
+        raise OutputError(f'"{output}" is not a folder; choose another place with `output`.')
+    if output.is_dir() and any(output.iterdir()) and not asked.overwrite:
+        raise OutputError(f'"{output}" is not empty; choose another place with `output`, or use it with `overwrite`.')
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,11 +112,11 @@ def demo(
     os.chdir(output)
     try:
         Path("prompts.txt").write_text(PROMPTS)
-        for title, command, wanted in STEPS:
+        for title, words, wanted in STEPS:
             if title:
                 console.say()
                 console.say(f"# {title}")
-            _run(command, wanted, no_progress=no_progress)
+            _run(words, wanted, no_progress=typed.no_progress)
     finally:
         os.chdir(before)
     console.say()

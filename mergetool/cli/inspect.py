@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.catalogue import Inspect, run_inspect
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
     from mergetool.models import OpenedModel
@@ -22,27 +22,22 @@ Examples:
 """
 
 
-@console.command
-def inspect(
-    model: Annotated[str, typer.Argument(help="A registered name, a file, a folder, or hf://org/repo")],
-    with_hash: Annotated[bool, typer.Option("--hash", help="Read the whole file for its SHA-256.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
+@command(Inspect)
+def inspect(typed: Typed) -> None:
     """Show family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show."""
-    from mergetool import models
+    with _InspectReport.shown(typed) as report:
+        run_inspect(typed.request(Inspect), report)
 
-    with models.open_model(model, names_only=True) as opened:
-        hashes: dict[str, str] = {}
-        if with_hash:
-            total = sum(file.size for file in opened.checkpoint.files)
-            with console.progress("hash", total, shown=not (no_progress or as_json)) as bar:
-                hashes = dict(opened.checkpoint.sha256(progress=bar))
-        if as_json:
-            console.print_json(_as_json(model, opened, hashes, verbose=verbose))
+
+class _InspectReport(Report):
+    """What a model is."""
+
+    def done(self, plan: OpenedModel, result: dict[str, str]) -> None:
+        """All of it."""
+        if self.prints:
+            _print(plan.name, plan, result, verbose=self.typed.verbose)
         else:
-            _print(model, opened, hashes, verbose=verbose)
+            self.json |= _as_json(plan.name, plan, result, verbose=self.typed.verbose)
 
 
 def _quantised(opened: OpenedModel) -> dict[str, int]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.catalogue import FindMethods, find_methods
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption
+from mergetool.cli.parameters import Typed, command
 
 if TYPE_CHECKING:
     from mergetool.methods import Method
@@ -26,22 +25,16 @@ packages add methods by the entry point "mergetool.methods"; they are marked wit
 """
 
 
-@console.command
-def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="One method, with all there is to say of it", metavar="NAME")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
+@command(FindMethods, prints=("as_json",))
+def methods(typed: Typed) -> None:
     """List the merge methods, or show one: formula, source, parameters and an example."""
-    from mergetool.methods import find, listing
-
-    found, errors = ([find(name)], []) if name else listing()
+    asked = typed.request(FindMethods)
+    found, errors = find_methods(asked)
     for error in errors:
         print(f"mergetool: {console.printable(error)}", file=sys.stderr)
-    if as_json:
-        console.print_json({"methods": [_facts(method) for method in found], "errors": errors})
-    elif name:
+    if typed.as_json:
+        console.print_json({"methods": [_facts(method) for method in found], "errors": list(errors)})
+    elif asked.name:
         _show(found[0])
     else:
         for method in found:

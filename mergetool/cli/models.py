@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from mergetool.api.catalogue import AddModel, RemoveModel, add_model, list_models, remove_model
+from mergetool.api.events import Request
 from mergetool.cli import console
-from mergetool.cli.console import JsonOption
+from mergetool.cli.parameters import Typed, command
 
 models = typer.Typer(
     help="Names for checkpoints, kept in your config folder (or in ./mergetool.toml with --here), so that expressions "
@@ -18,38 +18,36 @@ models = typer.Typer(
 
 
 @models.command("add")
-@console.command
-def add(
-    name: Annotated[str, typer.Argument(help="Letters, digits, dots, - and _")],
-    path: Annotated[str, typer.Argument(help="A file, a folder, or hf://org/repo[/file][@revision]")],
-    here: Annotated[bool, typer.Option("--here", help="Write ./mergetool.toml instead of your config folder.")] = False,
-) -> None:
+@command(AddModel, prints=("as_json",))
+def add(typed: Typed) -> None:
     """Register a name: mergetool models add alkahest ~/models/alkahest.safetensors"""
-    from mergetool import models as registry
-
-    registry.add(name, path, "here" if here else "user")
-    console.heading("done", f"{name} = {path}")
+    asked = typed.request(AddModel)
+    add_model(asked)
+    _done(typed, f"{asked.name} = {asked.path}", name=asked.name, path=asked.path)
 
 
 @models.command("list")
-@console.command
-def list_(as_json: JsonOption = False) -> None:
+@command(Request, prints=("as_json",))
+def list_(typed: Typed) -> None:
     """List registered names, the built-in catalogue and the embedded models."""
-    from mergetool import models as registry
-
-    entries = [(entry.name, entry.path, str(entry.origin)) for entry in registry.listing()]
-    entries += [(name, str(registry.resolve(name).path), "embedded") for name in registry.embedded()]
-    if as_json:
-        console.print_json({"models": [dict(zip(("name", "path", "from"), entry, strict=True)) for entry in entries]})
-        return
-    console.table(["name", "path", "from"], entries, left=3)
+    entries, heads = list_models(), ("name", "path", "from")
+    if typed.as_json:
+        console.print_json({"models": [dict(zip(heads, entry, strict=True)) for entry in entries]})
+    else:
+        console.table(heads, entries, left=3)
 
 
 @models.command("remove")
-@console.command
-def remove(name: Annotated[str, typer.Argument(help="A registered name")]) -> None:
+@command(RemoveModel, prints=("as_json",))
+def remove(typed: Typed) -> None:
     """Forget a name; the files stay."""
-    from mergetool import models as registry
+    asked = typed.request(RemoveModel)
+    remove_model(asked)
+    _done(typed, f"{asked.name} removed", removed=asked.name)
 
-    registry.remove(name)
-    console.heading("done", f"{name} removed")
+
+def _done(typed: Typed, text: str, **record: str) -> None:
+    if typed.as_json:
+        console.print_json(record)
+    else:
+        console.heading("done", text)
