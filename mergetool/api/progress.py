@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
-from mergetool.api.events import Progress, counting, reporting
+from mergetool.api.events import counting
 from mergetool.errors import UsageError
 
-__all__ = ["bars", "counting", "patterns", "reporting"]
+__all__ = ["counting", "patterns"]
 
 
 def patterns(given: Sequence[str]) -> tuple[str, ...]:
@@ -16,8 +15,3 @@ def patterns(given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         raise UsageError(f'patterns are a list, as in ["{given}"], not one text.')
     return tuple(given)
-
-
-def bars(progress: Progress) -> Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]:
-    """`counting` for what asks for several bars one after the other."""
-    return lambda word, total, unit: counting(word, total, progress, unit)

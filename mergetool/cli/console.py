@@ -10,7 +10,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
@@ -19,7 +19,6 @@ import typer
 
 from mergetool import options
 from mergetool.checkpoint import outputs
-from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.sizes import parse_size as parse_size
 from mergetool.errors import MergetoolError, UsageError
 from mergetool.options import table as table_of_options
@@ -31,35 +30,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 NoProgressOption = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor instead of counts.")]
 
-PipelineOption = Annotated[
-    str | None, typer.Option("--pipeline", help="Folder to take text encoder and VAE from.", metavar="MODEL")
-]
-TextEncoderOption = Annotated[Path | None, typer.Option("--text-encoder", help="Folder or file of the text encoder.")]
-TokenizerOption = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Its tokenizer [default: in it or beside it]")
-]
-VaeOption = Annotated[Path | None, typer.Option("--vae", help="File or folder of the VAE.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
-QuantOption = Annotated[
-    str | None,
-    typer.Option(
-        "--quant",
-        help="fp8-scaled, int8, nvfp4 or mxfp8: container of the large matrices, as ComfyUI loads it.",
-        metavar="CONTAINER",
-    ),
-]
-ScaleSearchOption = Annotated[
-    bool, typer.Option("--scale-search", help="Search each tensor's scale for the least squared error.")
-]
-BundledOption = Annotated[
-    str,
-    typer.Option(
-        "--bundled",
-        help="keep, drop, drop-ema or merge: VAE, text encoders, EMA and the like.",
-        metavar="WHAT",
-    ),
-]
 SkipUnmatchedOption = Annotated[
     bool,
     typer.Option("--skip-unmatched", help="Skip (and list) LoRA keys that match nothing in the model."),
@@ -158,22 +130,12 @@ def _spelled_in(value: Any) -> Any:
     return spelled(value) if isinstance(value, str) else value
 
 
-def model_output(
-    name: str, *, shown: bool, layout: str | None = None, shard_size: int | str | None = None, overwrite: bool = False
-) -> Target:
-    """`outputs.model_target`, with what became of the name said where it is ``shown``."""
-    return _announced(outputs.model_target(name, layout=layout, shard_size=shard_size, overwrite=overwrite), shown)
-
-
 def lora_output(name: str | Path, *, shown: bool, folder: bool = False, what: str = "a LoRA") -> Path:
     """The path of `outputs.lora_target`, with what became of the name said where it is ``shown``."""
-    return _announced(outputs.lora_target(name, folder=folder, what=what), shown).path
-
-
-def _announced(target: Target, shown: bool) -> Target:
+    target = outputs.lora_target(name, folder=folder, what=what)
     if shown and target.note:
         heading("note", target.note)
-    return target
+    return target.path
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
@@ -242,11 +204,6 @@ def progress(
             done = publishes
     finally:
         _signals.deferred = done
-
-
-def bar(word: str, total: int, unit: str, *, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
-    """`progress` in the order in which the library asks for it."""
-    return progress(word, total, shown=shown, unit=unit)
 
 
 class _Ended(BaseException):
