@@ -31,7 +31,7 @@ from benchmarks import provenance
 from benchmarks.device_pair import counts, make_pair
 from benchmarks.generate import SIZES
 from benchmarks.provenance import Result, median_ratio, percentile
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from mergetool.lora import batched, dialects
 from mergetool.lora.extract import Extraction, extract, open_diff
 from mergetool.lora.factors import factors_of

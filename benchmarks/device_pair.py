@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.generate import SIZES
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16
 from mergetool.checkpoint.header import Header
 

@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from mergetool import quant
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.outputs import Target, is_file_name

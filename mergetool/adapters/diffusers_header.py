@@ -14,20 +14,22 @@ from functools import lru_cache
 from mergetool.adapters import in_diffusers
 from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.origin import LUMINA2_WIDTH, z_image_parts
+from mergetool.adapters.origin import family_of
+from mergetool.arch.families import FAMILIES
 
+_OTHERS = {(family.lookalike.width,) for family in FAMILIES if family.lookalike}
 OWN = "transformer."
 """What diffusers puts before the names of a pipeline's transformer, of whatever family."""
 
 
 def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The entry for a file of these tensors; empty for one that is no LoRA of modules whose names in diffusers are known. Those of Lumina 2
-    look like Z-Image's and have others there.
+    """The entry for a file of these tensors; empty for one that is no LoRA of modules whose names in diffusers are known. Those of a
+    lookalike have others there.
 
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
     downs = _downs(tuple(shapes))
-    if not downs or any(shapes[down][1:] == (LUMINA2_WIDTH,) for _, down in downs):
+    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs):
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -50,7 +52,8 @@ def _downs(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         return ()
     if all(one.prefix == OWN and one.role in ("up", "down") for one in spelled.values()):
         return tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
-    known = {part.removesuffix(".weight") for part in z_image_parts(spelled) or ()}
+    found = family_of(spelled)
+    known = {part.removesuffix(".weight") for part in found[1]} if found else set()
     try:
         modules = in_diffusers.modules(keys)
     except in_diffusers.Rejected:

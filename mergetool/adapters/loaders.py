@@ -1,4 +1,4 @@
-"""Who loads a LoRA file: what named releases of diffusers and ComfyUI make of each spelling of a Z-Image LoRA.
+"""Who loads a LoRA file: what named releases of diffusers and ComfyUI make of each spelling.
 
 The tests run all of them on every spelling (docs/lora-dialects.md). Of other families nothing is said, since their loaders have maps of their own.
 """
@@ -12,7 +12,6 @@ from mergetool.adapters import alphas, in_diffusers
 from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile
-from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
 
 Verdict = Literal["whole", "partly", "not at all"]
 
@@ -51,9 +50,9 @@ class Loading:
 def loading(file: LoraFile) -> list[Loading]:
     """What the releases of diffusers, newest first, and ComfyUI do with a LoRA; those that do the same are one entry.
 
-    Nothing is known of other families than Z-Image, so an empty list.
+    An empty list for a family of which that is not known.
     """
-    if file.family is not Z_IMAGE:
+    if not file.family.loads_are_known:
         return []
     found: list[Loading] = []
     for release in reversed(in_diffusers.RELEASES):
@@ -162,12 +161,12 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     adapter, part = change.adapter, change.part
     spelled = _spelled(adapter)
     own = part.removesuffix(".weight").removesuffix(".bias")
-    native = Z_IMAGE.stored_name(part, "comfyui").removesuffix(".weight").removesuffix(".bias")
+    native = file.family.stored_name(part, "comfyui").removesuffix(".weight").removesuffix(".bias")
     is_flat = spelled.prefix in ("lora_unet_", "lycoris_")
     own, native = (name.replace(".", "_") if is_flat else name for name in (own, native))
     if spelled.prefix not in IN_COMFYUI:
         return f'the prefix "{spelled.prefix}" is not mapped'
-    if part in PAD_TOKENS:
+    if part in file.family.vectors:
         return "pad tokens are taken without being applied"
     if spelled.prefix == "lora_unet_" and spelled.module != native:
         return "underscored names of diffusers' modules are not mapped"

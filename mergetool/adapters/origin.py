@@ -8,49 +8,48 @@ from math import prod
 from typing import Any
 
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.anatomy import Family, Lookalike
+from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.header import TensorInfo
 
-LUMINA2 = "Lumina-Image 2"
-LUMINA2_WIDTH, _Z_IMAGE_WIDTH = 2304, 3840
-_READ_FROM_STREAM = ("attention.qkv", "attention.to_q", "feed_forward.w1", "feed_forward.w3")
 _STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.architecture")
 
 
-def z_image_parts(spelled: Mapping[str, Spelled]) -> list[str] | None:
-    """The parts of a Z-Image as deep as the modules of ``spelled`` go; None where most modules are not of one."""
+def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None:
+    """The known family that most modules of ``spelled`` are of, and its parts as deep as they go; None where there is none."""
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
-    config = {"n_layers": depth + 1, "n_refiner_layers": depth + 1}
-    if any(one.module.startswith("siglip_") for one in of_model):  # Omni reads pictures too
-        config["siglip_feat_dim"] = 1152
-    parts = list(reference_shapes(config, "diffusers"))
-    modules = Modules(Z_IMAGE, parts)
-    matched = sum(bool(modules.find(one)) for one in of_model)
-    return parts if matched * 2 > len(of_model) else None
+    for family in FAMILIES:
+        parts = family.parts_to_depth(depth + 1, [one.module for one in of_model])
+        modules = Modules(family, parts)
+        if sum(bool(modules.find(one)) for one in of_model) * 2 > len(of_model):
+            return family, parts
+    return None
 
 
-def is_lumina2(spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bool:
-    """Whether a file whose names are also Z-Image's is for Lumina-Image 2: by its width of 2304, by a fused ``qkv`` whose three parts are
-    not equal (8 of 24 heads have keys), and where shapes leave it open by its header."""
+def is_lookalike(
+    other: Lookalike, spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> bool:
+    """Whether a file is for the family that has the same names: by its width, by a fused module whose three parts are not equal (fewer heads
+    have keys), and where shapes leave it open by its header."""
     widths = set()
-    for name, kind, factors in _reading_modules(spelled):
+    for name, kind, factors in _reading_modules(other, spelled):
         rows, columns = _matrix(kind, {role: tensors[key].shape for role, key in factors.items()})
-        if name == "attention.qkv" and rows and columns and rows != 3 * columns:
+        if name == other.fused and rows and columns and rows != 3 * columns:
             return True
         if columns:
             widths.add(columns)
-    if widths & {LUMINA2_WIDTH, _Z_IMAGE_WIDTH}:
-        return LUMINA2_WIDTH in widths
+    if widths & {other.width, other.own}:
+        return other.width in widths
     stated = " ".join(metadata.get(key, "") for key in _STATES_ORIGIN).lower()
-    return "lumina" in stated and not any(name in stated for name in ("z-image", "z_image", "zimage"))
+    return other.word in stated and not any(name in stated for name in other.own_words)
 
 
-def _reading_modules(spelled: Mapping[str, Spelled]) -> Iterator[tuple[str, str, dict[str, str]]]:
+def _reading_modules(other: Lookalike, spelled: Mapping[str, Spelled]) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Modules that read the main stream: the end of their names, the kind of adapter, and their keys by role."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     for key, one in spelled.items():
-        for name in _READ_FROM_STREAM:
+        for name in other.reading:
             if one.role and one.kind and one.module.endswith(name.replace(".", "_") if one.is_flat else name):
                 found.setdefault((one.module, name, one.kind), {})[one.role] = key
     for (_, name, kind), factors in found.items():

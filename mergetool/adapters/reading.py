@@ -14,10 +14,9 @@ from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
 from mergetool.adapters.alphas import Alphas
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
-from mergetool.adapters.origin import LUMINA2, is_lumina2, trainer, z_image_parts
+from mergetool.adapters.origin import family_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
 from mergetool.arch.generic import GENERIC
-from mergetool.arch.z_image import PAD_TOKENS, Z_IMAGE
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
@@ -65,7 +64,7 @@ class LoraFile:
 def open_lora(path: str | Path, *, name: str | None = None, anatomy: Anatomy | None = None) -> LoraFile:
     """The LoRA at ``path``: a safetensors file, or a folder as PEFT saves one.
 
-    With an ``anatomy`` modules are looked up among the model's own parts; without one Z-Image is known by the names, and any other
+    With an ``anatomy`` modules are looked up among the model's own parts; without one a known family is told by the names, and any other
     file's modules are parts of a generic model. Raises what `Checkpoint.open` raises, and DataError for a file that is no LoRA or
     contradicts itself: a single factor, factors that do not fit together, an unreadable config.
     """
@@ -117,18 +116,22 @@ class _Reading:
         if not self.spelled:
             raise DataError(f'"{name}" has none of the keys of a LoRA; is it a checkpoint?')
         self._require_scales_understood()
-        parts = list(anatomy.parts) if anatomy else self._parts_of_z_image()
-        self.family: Family = anatomy.family if anatomy else Z_IMAGE if parts else GENERIC
+        known = (anatomy.family, list(anatomy.parts)) if anatomy else self._known_family()
+        self.family: Family = known[0] if known else GENERIC
+        parts = known[1] if known else None
         names = parts if parts is not None else [_parameter(one) for one in self.spelled.values()]
         self.modules = Modules(self.family, names)
 
-    def _parts_of_z_image(self) -> list[str] | None:
-        """The parts of a Z-Image that the file is for; None where it is for another model."""
-        parts = z_image_parts(self.spelled)
-        if parts is not None and is_lumina2(self.spelled, self.checkpoint.tensors, self.checkpoint.metadata):
-            self.warnings.append(f"its names are also Z-Image's, but its shapes or its header are {LUMINA2}'s")
+    def _known_family(self) -> tuple[Family, list[str]] | None:
+        """The known family that the file is for, with its parts; None where it is for another model."""
+        found = family_of(self.spelled)
+        other = found and found[0].lookalike
+        if found and other and is_lookalike(other, self.spelled, self.checkpoint.tensors, self.checkpoint.metadata):
+            self.warnings.append(
+                f"its names are also {found[0].name}'s, but its shapes or its header are {other.name}'s"
+            )
             return None
-        return parts
+        return found
 
     def _require_scales_understood(self) -> None:
         """Codes of 8 bits beside a scale that is not understood would be read as other values."""
@@ -302,7 +305,7 @@ class _Reading:
         if not parts:
             self.unmatched += [(key, "no such bias") for key in adapter.tensors.values()]
             return []
-        if PAD_TOKENS.intersection(parts):
+        if self.family.vectors.intersection(parts):
             self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
         rows = self._rows(adapter, parts)
         if self.anatomy is not None and len(parts) == 1:

@@ -1,9 +1,8 @@
 """What a tensor name means: families, layouts, parts and groups. Reads headers only, never tensor data."""
 
-from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Slice, block_of, describe
+from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Preset, Slice, block_of, describe
 from mergetool.arch.patterns import select
 from mergetool.arch.prefixes import bundled
-from mergetool.arch.presets import Preset
 from mergetool.arch.recognition import recognise
 
 __all__ = [

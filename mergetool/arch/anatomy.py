@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
-from mergetool.arch.prefixes import spelled
-from mergetool.arch.presets import Preset
+from mergetool.arch.prefixes import Names, spelled
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
@@ -99,6 +98,30 @@ class Anatomy:
         return [(spelled(self.parts[parts[0]].stored.tensor, self.prefix), parts) for _, parts in found]
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """``preset:NAME``: the ``settings`` it stands for, each as ``multipliers`` takes it, in order."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lookalike:
+    """A family whose LoRAs have the names of another's: told by the ``width`` of its main stream, not ``own``, and by words in the header.
+
+    ``reading`` are the ends of modules that read the main stream; ``fused`` is one whose parts are not of equal size in the lookalike.
+    """
+
+    name: str
+    width: int
+    own: int
+    reading: tuple[str, ...]
+    fused: str
+    word: str
+    own_words: tuple[str, ...]
+
+
 class Family(ABC):
     """An architecture: its layouts, its groups, and the names of its parts in each layout.
 
@@ -109,9 +132,23 @@ class Family(ABC):
     layouts: tuple[str, ...]
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
+    vectors: frozenset[str] = (
+        frozenset()
+    )  # parts that are neither a weight nor a bias: no program applies a LoRA's change to them
+    kept: str = ""  # the group that merges keep of one model, and that totals of a comparison leave out
+    quantised: frozenset[str] = frozenset({"attention", "ffn"})  # groups whose matrices may be quantised
+    precise: frozenset[str] = frozenset(
+        {"refiner", "norm", "adaln", "embedder", "pad", "final"}
+    )  # those whose never are
+    quantised_layout: str | None = None  # the layout that a quantised file must have
     presets: tuple[Preset, ...] = ()
     overflows_fp16 = False  # whether activations are known to leave fp16's range
+    gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
+    loads_are_known = False  # whether it is known, and tested, which programs load its LoRAs
+    transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
+    lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
+    strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
 
     @abstractmethod
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
@@ -144,6 +181,35 @@ class Family(ABC):
         present = {group for part in anatomy.parts.values() for group in self.groups(part.name, part.shape)}
         known = [group for group in self.group_order if group in present]
         return (*known, *sorted(present.difference(known), key=natural_key))
+
+    def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether ``tensors``, under the model's own names, are one of this family's."""
+        return False
+
+    def read(
+        self,
+        names: Names,
+        tensors: Mapping[str, TensorInfo],
+        encodings: Mapping[str, Encoding],
+        outside: Mapping[str, Part],
+        *,
+        source: str,
+    ) -> Anatomy:
+        """The parts of a model that the family `shows`, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
+
+        Missing and extra tensors are no error here: what to do about them is a merge's policy. Raises FamilyError where a tensor cannot be split, or two
+        hold the same part.
+        """
+        raise NotImplementedError
+
+    def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
+        """The parts of a model of the family with ``depth`` blocks in every stack, as far as ``modules`` of a LoRA need them; none where
+        the family does not say."""
+        return []
+
+    def fp16_witness(self, anatomy: Anatomy) -> str | None:
+        """The part that ComfyUI looks at before it computes in fp16."""
+        return None
 
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
         """The config.json that goes with the shapes of ``anatomy``; None where they do not tell."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mergetool.arch import generic, prefixes, z_image
+from mergetool.arch import families, generic, prefixes
 from mergetool.arch.anatomy import Anatomy, Part
 from mergetool.arch.lora_keys import READ, adapter_kind
 from mergetool.checkpoint.dtypes import F32
@@ -13,8 +13,6 @@ from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 from mergetool.quant.encoding import Encoding
-
-_CONTROLNET = frozenset({"control_layers", "control_all_x_embedder", "control_noise_refiner"})
 
 
 def recognise(
@@ -24,11 +22,11 @@ def recognise(
     encodings: Mapping[str, Encoding] = MappingProxyType({}),
     names_only: bool = False,
 ) -> Anatomy:
-    """What the tensor names of a file mean: Z-Image in either layout, else the generic family, under whatever prefix.
+    """What the tensor names of a file mean: those of a known family in any of its layouts, else the generic one, under whatever prefix.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.encodings`); ``source`` names
     the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space
-    derivative, no tensors at all), and for a Z-Image file whose tensors contradict each other, which is shown as the generic family with
+    derivative, no tensors at all), and for a file of a known family whose tensors contradict each other, which is shown as the generic family with
     ``names_only``: its values are codes that nobody reads.
     """
     _refuse_other_files(tensors, source)
@@ -39,9 +37,9 @@ def recognise(
     coded = {name: encodings[stored] for stored, name in names.own.items() if stored in encodings}
     values = _values(own, coded)
     try:
-        if z_image.is_z_image(values):
-            coded = z_image.unpadded(values, coded, source=source)
-            return z_image.anatomy_of(names, _values(own, coded), coded, outside, source=source)
+        family = families.shown_by(values)
+        if family is not None:
+            return family.read(names, values, coded, outside, source=source)
     except FamilyError:
         if not names_only:
             raise
@@ -62,18 +60,12 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
     adapter = adapter_kind(tensors)
     if adapter is not None:
         raise FamilyError(_not_a_model(source, *adapter))
+    strangers = {name: what for family in families.FAMILIES for name, what in family.strangers.items()}
     for stored in tensors:
         name = prefixes.own(stored)
-        if name.split(".")[0] in _CONTROLNET:
-            raise FamilyError(
-                f'"{source}" is a ControlNet (tensor {quoted(stored)}) and not a diffusion transformer; give the '
-                "transformer's own checkpoint here."
-            )
-        if name == "dec_net.cond_embed.weight":
-            raise FamilyError(
-                f'"{source}" is a pixel-space derivative (tensor {quoted(stored)}), whose decoder is part of the model '
-                "and cannot be merged with latent-space Z-Image; give a latent-space checkpoint here."
-            )
+        what = strangers.get(name.split(".")[0]) or strangers.get(name)
+        if what is not None:
+            raise FamilyError(f'"{source}" is {what.format(tensor=quoted(stored))}.')
 
 
 def _not_a_model(source: str, kind: str, key: str) -> str:

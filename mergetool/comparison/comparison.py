@@ -32,9 +32,6 @@ from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.quoting import quote
 from mergetool.recipe.steps import MERGED, Input
 
-REFINER = "refiner"
-"""The group that is measured and left out of all totals, unless the user says what to leave out: merges protect it."""
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -299,9 +296,9 @@ def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> It
 def _planned(operands: Operands, options: MergeOptions) -> Comparison:
     """Without a word on what to include, the refiners are measured but excluded."""
     base = operands.inputs[operands.base].anatomy
-    by_default = not (options.include or options.exclude) and REFINER in base.family.group_names(base)
+    by_default = not (options.include or options.exclude) and base.family.kept in base.family.group_names(base)
     if by_default:
-        options = MergeOptions(exclude=(REFINER,), dtype=options.dtype)
+        options = MergeOptions(exclude=(base.family.kept,), dtype=options.dtype)
     known = tuple(entry.name for entry in models.listing())
     draft = Comparison(operands, options, (), frozenset(), (), known)
     reasons = {step.part: step.reason for tensor in draft.plan(Fraction(1)).tensors for step in tensor.steps}

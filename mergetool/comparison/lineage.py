@@ -18,7 +18,6 @@ from itertools import combinations
 import numpy as np
 
 from mergetool import models
-from mergetool.arch.z_image import Z_IMAGE
 from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import distances, sampling
@@ -61,7 +60,7 @@ class Relation:
     @cached_property
     def refiners(self) -> float:
         """How far apart the refiners are; 0 in a family that has none."""
-        return middle(self._found, "refiner")
+        return middle(self._found, self.x.model.anatomy.family.kept)
 
     @cached_property
     def layers(self) -> float:
@@ -90,7 +89,7 @@ class Relation:
     @cached_property
     def gains(self) -> tuple[int, int]:
         """Of how many RMSNorms y's gains are farther from 1 than x's, and of how many they differ at all."""
-        if self.x.model.anatomy.family is not Z_IMAGE:
+        if not self.x.model.anatomy.family.gains_grow:
             return 0, 0
         norms = [one.name for one in self._found if "norm" in one.groups]
         away = [tuple(_from_one(sample.values[name]) for sample in (self.x, self.y)) for name in norms]
@@ -153,7 +152,7 @@ class _Lineage:
 
     def of_averages(self, plan: Plan) -> Iterator[Finding]:
         """Whole models that are averaged, in the refiners and elsewhere."""
-        refiners = self._averaged(plan, "refiner")
+        refiners = self._averaged(plan, plan.inputs[0].anatomy.family.kept)
         for pair in refiners:
             relation = self.relation(*pair)
             both = f"{pair[0]} and {pair[1]}"
@@ -271,11 +270,7 @@ class _Lineage:
 def fp16_part(plan: Plan) -> str | None:
     """The norm that ComfyUI looks at before it computes in fp16: of the last layer but one."""
     anatomy = plan.inputs[0].anatomy
-    if anatomy.family is not Z_IMAGE:
-        return None
-    depth = len({name.split(".")[1] for name in anatomy.parts if name.startswith("layers.")})
-    name = f"layers.{depth - 2}.ffn_norm1.weight"
-    return name if name in anatomy.parts else None
+    return anatomy.family.fp16_witness(anatomy)
 
 
 def _fp16(plan: Plan) -> list[Finding]:

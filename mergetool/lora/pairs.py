@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mergetool import arch
-from mergetool.arch import Part, meeting
-from mergetool.arch.z_image import PAD_TOKENS
+from mergetool.arch import Family, Part, meeting
 from mergetool.errors import FamilyError, UsageError
 from mergetool.options.differences import DiffOptions
 from mergetool.recipe.steps import Input
@@ -179,6 +178,7 @@ class _Reasons:
     """Why a part is not decomposed, by what the user asked for and by its shape."""
 
     options: DiffOptions
+    family: Family
     included: frozenset[str] | None
     excluded: dict[str, str]
     whole: frozenset[str]
@@ -190,9 +190,8 @@ class _Reasons:
             for pattern, names in (arch.select(options.exclude, base.anatomy) if options.exclude else {}).items()
             for name in names
         }
-        return cls(
-            options, _selected(options.include, base), excluded, _selected(options.full_layer, base) or frozenset()
-        )
+        whole = _selected(options.full_layer, base) or frozenset()
+        return cls(options, base.anatomy.family, _selected(options.include, base), excluded, whole)
 
     def chosen(self, name: str) -> str:
         """Why the user's patterns leave a part out; empty where they do not."""
@@ -204,7 +203,7 @@ class _Reasons:
         """The reason of a part that patterns leave out for ``reason``, and whether it is stored whole."""
         if reason:
             return reason, False
-        reason = "`full_layer`" if part.name in self.whole else _unfit(part, self.options.min_dim)
+        reason = "`full_layer`" if part.name in self.whole else _unfit(part, self.options.min_dim, self.family)
         # Programs apply what is called .diff to a module's weight and .diff_b to its bias; nothing else.
         return reason, bool(reason) and self.options.full is not None and part.name.endswith((".weight", ".bias"))
 
@@ -216,10 +215,10 @@ def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
     return frozenset[str]().union(*arch.select(patterns, base.anatomy).values())
 
 
-def _unfit(part: Part, min_dim: int) -> str:
+def _unfit(part: Part, min_dim: int, family: Family) -> str:
     if len(part.shape) < 2:
         return "one-dimensional"
-    if part.name in PAD_TOKENS:
+    if part.name in family.vectors:
         return "pad token, which no program applies"
     if not part.name.endswith(".weight"):
         return "not a module's weight"

@@ -7,7 +7,7 @@ norms, biases, pad tokens, embedders, modulations, the final layer, and refiners
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 
 from mergetool.arch import Anatomy, Part
@@ -18,11 +18,7 @@ from mergetool.quant.spellings import COMFYUI, leaf_of
 from mergetool.recipe.steps import COPY, Input, OutputTensor, Step, Window
 
 SMALLEST_SIDE = 64
-QUANTISED_GROUPS = frozenset({"attention", "ffn"})
-PRECISE_GROUPS = frozenset({"refiner", "siglip", "norm", "adaln", "embedder", "pad", "final"})
 POLICY = f"matrices of attention and feed-forward with sides of at least {SMALLEST_SIDE}, refiners apart"
-ONE_TENSOR_LAYOUTS: Mapping[str, str] = {"Z-Image": "comfyui"}
-"""Family -> the layout that quantised files must have: ComfyUI does not join the scales of q, k and v."""
 
 
 def is_quantised(
@@ -41,9 +37,10 @@ def is_quantised(
             return False
         if follows:
             return any(part.encoding is not None for part in parts)
-        groups = frozenset[str]().union(*(anatomy.family.groups(part.name, part.shape) for part in parts))
+        family = anatomy.family
+        groups = frozenset[str]().union(*(family.groups(part.name, part.shape) for part in parts))
         sides = [size for part in parts for size in part.shape]
-        return bool(groups & QUANTISED_GROUPS) and not groups & PRECISE_GROUPS and min(sides) >= SMALLEST_SIDE
+        return bool(groups & family.quantised) and not groups & family.precise and min(sides) >= SMALLEST_SIDE
 
     if not any(chosen([part]) for part in anatomy.parts.values()):
         raise UsageError(
@@ -54,7 +51,7 @@ def is_quantised(
 
 def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
     """The layout of a quantised output, None for the anchor's own; raises UsageError for one it cannot have."""
-    needed = ONE_TENSOR_LAYOUTS.get(anatomy.family.name)
+    needed = anatomy.family.quantised_layout
     if needed is None:
         return wanted
     if wanted not in (None, needed):

@@ -15,7 +15,7 @@ from mergetool import models, quant
 from mergetool.adapters import matching
 from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.arch import Anatomy
-from mergetool.arch.z_image import Z_IMAGE
+from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
@@ -270,10 +270,12 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
 def transformer_config(opened: OpenedModel) -> Mapping[str, Any]:
     """The config of a Z-Image transformer: that beside it, else what its shapes show. Raises FamilyError."""
     stored, anatomy = opened.checkpoint.config, opened.anatomy
-    if stored is not None and stored.get("_class_name") == "ZImageTransformer2DModel":
+    drawn = {family.transformer: family.name for family in FAMILIES if family.transformer}
+    if stored is not None and stored.get("_class_name") in drawn:
         return dict(stored)
-    if anatomy.family is not Z_IMAGE:
-        raise FamilyError(f"{opened.name} is a {anatomy.family.name} model; only Z-Image models are sampled.")
+    if anatomy.family.transformer is None:
+        known = " and ".join(drawn.values())
+        raise FamilyError(f"{opened.name} is a {anatomy.family.name} model; only {known} models are sampled.")
     config = anatomy.family.config(anatomy)
     if config is None:
         raise FamilyError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergetool.arch import Anatomy, recognise
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from mergetool.checkpoint.dtypes import BF16, DType
 from mergetool.checkpoint.header import Header, TensorInfo
 

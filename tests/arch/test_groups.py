@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mergetool.arch import describe, recognise
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from tests.arch.tables import OMNI, TINY, anatomy, table
 
 

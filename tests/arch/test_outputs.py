@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.errors import FamilyError, UsageError
 from tests.arch.tables import TINY, anatomy, table
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise, select
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from mergetool.errors import PatternError
 from tests.arch.tables import TINY, anatomy, table
 

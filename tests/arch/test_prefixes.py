@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise
+from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.generic import GENERIC
 from mergetool.arch.prefixes import check, is_known, read
-from mergetool.arch.z_image import Z_IMAGE
 from mergetool.errors import FamilyError, UsageError
 from tests.arch.tables import table, z_image
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from mergetool.arch import recognise
+from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.arch.generic import GENERIC
-from mergetool.arch.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import FamilyError
 from tests.arch.tables import TINY, anatomy, table, z_image

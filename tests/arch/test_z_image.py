@@ -10,7 +10,7 @@ from diffusers import ZImageTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 
 from mergetool.arch import recognise
-from mergetool.arch.z_image import REFERENCE_CONFIG, Z_IMAGE, reference_shapes
+from mergetool.arch.families.z_image import REFERENCE_CONFIG, Z_IMAGE, reference_shapes
 from tests.arch.tables import OMNI, TINY, anatomy, table
 
 

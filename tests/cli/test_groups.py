@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergetool.arch.z_image import Z_IMAGE
+from mergetool.arch.families.z_image import Z_IMAGE
 from tests.cli.run import mergetool
 
 MERGE = "'alk.safetensors' + 20*('a.safetensors' - 'b.safetensors')"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file as save_torch
 
 from mergetool.adapters import open_lora
 from mergetool.adapters.in_diffusers import RELEASES
-from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
+from mergetool.arch.families.z_image import REFERENCE_CONFIG, reference_shapes
 from mergetool.lora.convert import convert
 from mergetool.lora.spelling import KEY_FORMATS, KeyFormat
 from tests.adapters.files import DORAS, FILES

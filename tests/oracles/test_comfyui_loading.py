@@ -11,7 +11,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from mergetool import models
-from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
+from mergetool.arch.families.z_image import REFERENCE_CONFIG, reference_shapes
 from mergetool.checkpoint.dtypes import F32
 from tests.families import checkpoint
 from tests.oracles import ComfyUI, RefusedError

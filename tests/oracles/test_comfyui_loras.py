@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from mergetool.checkpoint.dtypes import F32
 from tests.adapters.spellings import (
     BLOCK,

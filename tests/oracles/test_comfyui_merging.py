@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergetool.arch.z_image import PAD_TOKENS
+from mergetool.arch.families.z_image import PAD_TOKENS
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from tests.families import checkpoint
 from tests.oracles import ComfyUI

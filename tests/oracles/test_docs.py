@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from mergetool import models
-from mergetool.arch.z_image import REFERENCE_CONFIG, reference_shapes
+from mergetool.arch.families.z_image import REFERENCE_CONFIG, reference_shapes
 from tests.adapters.files import FILES
 from tests.families import TINY
 from tests.oracles import test_comfyui_faults as faults

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise
-from mergetool.arch.z_image import reference_shapes
+from mergetool.arch.families.z_image import reference_shapes
 from mergetool.errors import PatternError, UsageError
 from mergetool.options.multipliers import Gradient, parse_setting, setting_text
 from mergetool.recipe.groups import expand, resolve

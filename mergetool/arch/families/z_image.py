@@ -8,12 +8,11 @@ Names are compared component by component: ``x_embedder.`` is a substring of ``a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar
 
 from mergetool import quant
-from mergetool.arch import presets
-from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number, natural_key
+from mergetool.arch.anatomy import Anatomy, Family, Lookalike, Part, Preset, Slice, is_number, natural_key
 from mergetool.arch.fused_qkv import HeadRows
 from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
@@ -90,8 +89,40 @@ class ZImage(Family):
         *("embedder", "pad", "siglip", "final"),
     )
     unused = frozenset({"norm_final.weight"})
-    presets = presets.Z_IMAGE
+    vectors = PAD_TOKENS
+    kept = "refiner"
+    precise = frozenset({"refiner", "siglip", "norm", "adaln", "embedder", "pad", "final"})
+    quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
+    # ``*`` is every tensor, embedders, pad tokens and final layer included; a later setting wins.
+    presets = (
+        Preset("refiners-kept", ("refiner=0",)),
+        Preset("layers-only", ("*=0", "layers=1")),
+        Preset("attention-only", ("*=0", "layers.attention=1")),
+        Preset("ffn-only", ("*=0", "layers.ffn=1")),
+        Preset("early-layers", ("*=0", "layers=linear(1,0)")),
+        Preset("late-layers", ("*=0", "layers=linear(0,1)")),
+    )
     overflows_fp16 = True
+    gains_grow = True
+    loads_are_known = True
+    transformer = "ZImageTransformer2DModel"
+    lookalike = Lookalike(
+        name="Lumina-Image 2",
+        width=2304,
+        own=3840,
+        reading=("attention.qkv", "attention.to_q", "feed_forward.w1", "feed_forward.w3"),
+        fused="attention.qkv",
+        word="lumina",
+        own_words=("z-image", "z_image", "zimage"),
+    )
+    strangers: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("control_layers", "control_all_x_embedder", "control_noise_refiner"),
+            "a ControlNet (tensor {tensor}) and not a diffusion transformer; give the transformer's own checkpoint here",
+        ),
+        "dec_net.cond_embed.weight": "a pixel-space derivative (tensor {tensor}), whose decoder is part of the model and cannot be merged with "
+        "latent-space Z-Image; give a latent-space checkpoint here",
+    }
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The groups of a part, from its name alone."""
@@ -142,6 +173,61 @@ class ZImage(Family):
                 )
         return outputs
 
+    def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Told by ``cap_embedder.1.weight`` and the first noise refiner's k norm. Lumina2 has both: its caption embedder has 2304 rows and
+        its modulation is ``adaLN_modulation.1``.
+        """
+        caption = tensors.get("cap_embedder.1.weight")
+        attention = "noise_refiner.0.attention"
+        if caption is None or not {f"{attention}.k_norm.weight", f"{attention}.norm_k.weight"} & tensors.keys():
+            return False
+        return "noise_refiner.0.adaLN_modulation.1.weight" not in tensors and caption.shape[:1] != (2304,)
+
+    def read(
+        self,
+        names: Names,
+        tensors: Mapping[str, TensorInfo],
+        encodings: Mapping[str, Encoding],
+        outside: Mapping[str, Part],
+        *,
+        source: str,
+    ) -> Anatomy:
+        """Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell."""
+        encodings = _unpadded(tensors, encodings, source=source)
+        tensors = {
+            name: TensorInfo(info.dtype, encodings[name].shape, info.begin, info.end) if name in encodings else info
+            for name, info in tensors.items()
+        }
+        parts: dict[str, Part] = {}
+        sides: list[str] = []
+        codes = quant.side_tensors(names.own, encodings)
+        heads = HeadRows(tensors, "noise_refiner.0.attention", source)
+        for stored, name in names.own.items():
+            if stored in codes:
+                sides.append(stored)
+                continue
+            for part in _parts_of(stored, name, tensors[name], heads, encodings.get(name)):
+                if part.name in parts:
+                    raise FamilyError(
+                        f'"{source}": tensors {quoted(parts[part.name].stored.tensor)} and {quoted(stored)} both hold '
+                        f"{quoted(part.name)}, where one is wanted; the file mixes two layouts, so save it again in one."
+                    )
+                parts[part.name] = part
+        layout = "comfyui" if "noise_refiner.0.attention.k_norm.weight" in tensors else "diffusers"
+        return Anatomy(self, layout, names.prefix, parts, outside, tuple(sides))
+
+    def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
+        """As diffusers names them; Omni's, which reads pictures too, where a module is one of those."""
+        config = {"n_layers": depth, "n_refiner_layers": depth}
+        if any(module.startswith("siglip_") for module in modules):
+            config["siglip_feat_dim"] = 1152
+        return list(reference_shapes(config, "diffusers"))
+
+    def fp16_witness(self, anatomy: Anatomy) -> str | None:
+        """The norm of the last layer but one."""
+        name = f"layers.{_depth(anatomy.parts, 'layers') - 2}.ffn_norm1.weight"
+        return name if name in anatomy.parts else None
+
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
         """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
 
@@ -159,7 +245,7 @@ class ZImage(Family):
         if head_dim not in AXES:
             return None
         return {
-            "_class_name": "ZImageTransformer2DModel",
+            "_class_name": self.transformer,
             **REFERENCE_CONFIG,
             "axes_dims": list(AXES[head_dim]),
             "in_channels": patch // 4,
@@ -176,20 +262,7 @@ class ZImage(Family):
 Z_IMAGE = ZImage()
 
 
-def is_z_image(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether ``tensors``, under the model's own names, are a Z-Image transformer's.
-
-    Told by ``cap_embedder.1.weight`` and the first noise refiner's k norm. Lumina2 has both: its caption
-    embedder has 2304 rows and its modulation is ``adaLN_modulation.1``.
-    """
-    caption = tensors.get("cap_embedder.1.weight")
-    attention = "noise_refiner.0.attention"
-    if caption is None or not {f"{attention}.k_norm.weight", f"{attention}.norm_k.weight"} & tensors.keys():
-        return False
-    return "noise_refiner.0.adaLN_modulation.1.weight" not in tensors and caption.shape[:1] != (2304,)
-
-
-def unpadded(
+def _unpadded(
     tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], *, source: str
 ) -> dict[str, Encoding]:
     """``encodings`` with the true shapes of weights that their container pads to whole blocks; both under the model's own names.
@@ -237,38 +310,6 @@ def _shapes_by_vectors(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int
         "siglip_feat_dim": siglip,
     }
     return {name: shape for name, shape in reference_shapes(config, layout).items() if len(shape) == 2}
-
-
-def anatomy_of(
-    names: Names,
-    tensors: Mapping[str, TensorInfo],
-    encodings: Mapping[str, Encoding],
-    outside: Mapping[str, Part],
-    *,
-    source: str,
-) -> Anatomy:
-    """The parts of a Z-Image transformer, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
-
-    Missing and extra tensors are no error here: what to do about them is a merge's policy. Raises FamilyError
-    when a fused tensor cannot be split, or two tensors hold the same part.
-    """
-    parts: dict[str, Part] = {}
-    sides: list[str] = []
-    codes = quant.side_tensors(names.own, encodings)
-    heads = HeadRows(tensors, "noise_refiner.0.attention", source)
-    for stored, name in names.own.items():
-        if stored in codes:
-            sides.append(stored)
-            continue
-        for part in _parts_of(stored, name, tensors[name], heads, encodings.get(name)):
-            if part.name in parts:
-                raise FamilyError(
-                    f'"{source}": tensors {quoted(parts[part.name].stored.tensor)} and {quoted(stored)} both hold '
-                    f"{quoted(part.name)}, where one is wanted; the file mixes two layouts, so save it again in one."
-                )
-            parts[part.name] = part
-    layout = "comfyui" if "noise_refiner.0.attention.k_norm.weight" in tensors else "diffusers"
-    return Anatomy(Z_IMAGE, layout, names.prefix, parts, outside, tuple(sides))
 
 
 def _parts_of(stored: str, name: str, info: TensorInfo, heads: HeadRows, encoding: Encoding | None) -> list[Part]:
