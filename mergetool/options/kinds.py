@@ -19,7 +19,7 @@ from typing import Any
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.sizes import parse_size
 from mergetool.errors import UsageError
-from mergetool.options.multipliers import Setting, parse_setting
+from mergetool.options.multipliers import Setting, parse_setting, setting_text
 
 MOST = 2**31 - 1
 """The largest count that any option takes."""
@@ -34,6 +34,10 @@ class Kind:
     def value(self, given: Any) -> Any:
         """The form in which the library sees ``given``. Raises ValueError with what is wanted, or UsageError with a sentence."""
         raise NotImplementedError
+
+    def recorded(self, value: Any) -> Any:
+        """A value in its one form as JSON has it, and `value` takes it."""
+        return list(value) if isinstance(value, tuple) else value
 
     def read(self, text: str | Sequence[str]) -> Any:
         """`value` of what was typed: one text, or a list of them where there can be ``many``."""
@@ -247,6 +251,9 @@ class Settings(Kind):
         if isinstance(given, Mapping):
             return tuple(parse_setting(f"{pattern}={_exact(number)}") for pattern, number in given.items())
         return tuple(parse_setting(one) if isinstance(one, str) else one for one in given)
+
+    def recorded(self, value: tuple[Setting, ...]) -> list[str]:
+        return [setting_text(setting) for setting in value]
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,16 @@ def values(table: Table) -> dict[str, Any]:
     return {name: getattr(table, name) for name in rows(type(table))}
 
 
+def recorded(table: Table) -> dict[str, Any]:
+    """What an instance holds besides defaults, by the keys of a recipe and as JSON has it; what it makes of that is equal to it."""
+    held = values(table)
+    return {
+        row.key: row.option.kind.recorded(held[name])
+        for name, row in rows(type(table)).items()
+        if held[name] != row.initial
+    }
+
+
 def part(table: Any, of: Table) -> Any:
     """The rows of ``of`` that belong to the class ``table``, as an instance of that."""
     return table(**{name: getattr(of, name) for name in rows(table)})

@@ -11,31 +11,14 @@ from mergetool import __version__
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, MergetoolError
 from mergetool.options.merging import MergeOptions
-from mergetool.options.multipliers import parse_setting, setting_text
+from mergetool.options.table import recorded, rows
 from mergetool.recipe.expression import Expression
 
 DERIVED = frozenset({"lora_adapter_metadata"})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
 
-_KEYS = frozenset(
-    [
-        "expression",
-        "anchor",
-        "protect",
-        "include",
-        "exclude",
-        "set",
-        "from",
-        "dtype",
-        "layout",
-        "quant",
-        "scale_search",
-        "prefix",
-        "bundled",
-        "rounding",
-        "seed",
-    ]
-)
+_OPTIONS = rows(MergeOptions).values()
+_KEYS = frozenset({"expression", "anchor", *(row.key for row in _OPTIONS)})
 """What a recorded recipe may say. Nothing can be derived again from one that says more, be it damaged or of a later version."""
 
 # A fingerprint has this length, so that a dry run can plan the header without reading a tensor.
@@ -53,29 +36,11 @@ def metadata(
     recipe: dict[str, object] = {"expression": expression.render(names)}
     if expression.records_anchor:
         recipe["anchor"] = names[expression.anchor]
-    for key, patterns in (("protect", options.protect), ("include", options.include), ("exclude", options.exclude)):
-        if patterns:
-            recipe[key] = list(patterns)
-    if options.multipliers:
-        recipe["set"] = [setting_text(setting) for setting in options.settings]
+    recipe |= recorded(options)
     if options.keep_from:
         recipe["from"] = names[options.keep_from]
-    if options.dtype:
-        recipe["dtype"] = options.dtype
-    if options.layout:
-        recipe["layout"] = options.layout
-    if options.quant:
-        recipe["quant"] = options.quant
-    if options.scale_search:
-        recipe["scale_search"] = True
-    if options.prefix is not None:
-        recipe["prefix"] = options.prefix
-    if options.bundled != "keep":
-        recipe["bundled"] = options.bundled
-    if options.rounding != "nearest":
-        recipe["rounding"] = options.rounding
     if options.rounding == "stochastic":
-        recipe["seed"] = options.seed
+        recipe["seed"] = options.seed  # also where it is the default: it decides every byte
     return stamp("recipe", recipe, [(names[m], fingerprints.get(m, FINGERPRINT_PLACEHOLDER)) for m in models])
 
 
@@ -197,21 +162,7 @@ def _changed_recipe(old: Any, new: Any) -> str:
 
 def _options(recipe: Mapping[str, Any]) -> MergeOptions:
     try:
-        return MergeOptions(
-            protect=tuple(_text(pattern) for pattern in recipe.get("protect", ())),
-            include=tuple(_text(pattern) for pattern in recipe.get("include", ())),
-            exclude=tuple(_text(pattern) for pattern in recipe.get("exclude", ())),
-            multipliers=tuple(parse_setting(_text(text)) for text in recipe.get("set", ())),
-            keep_from=_text(recipe["from"]) if "from" in recipe else None,
-            dtype=recipe.get("dtype"),
-            layout=_text(recipe["layout"]) if "layout" in recipe else None,
-            quant=_text(recipe["quant"]) if "quant" in recipe else None,
-            scale_search=recipe.get("scale_search", False) is True,
-            prefix=_text(recipe["prefix"]) if "prefix" in recipe else None,
-            bundled=_text(recipe.get("bundled", "keep")),
-            rounding=recipe.get("rounding", "nearest"),
-            seed=recipe.get("seed", 0),
-        )
+        return MergeOptions(**{row.name: recipe[row.key] for row in _OPTIONS if row.key in recipe})
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, MergetoolError) as error:
         raise DataError(f"the recorded options are damaged ({error}); the file cannot be verified.") from None
 
