@@ -135,6 +135,10 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
         ),
     ] = ()
 
+    title: Annotated[
+        str | None, Option(help="Title in the output's metadata (modelspec.title).", kind=Text("TEXT"))
+    ] = None
+
     @property
     def settings(self) -> tuple[Setting, ...]:
         """``multipliers`` in their one form."""

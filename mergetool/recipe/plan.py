@@ -149,6 +149,7 @@ class _Planner:
         left_out += [(n, "scale or marker of codes") for n in self.first.anatomy.sides if n not in copied]
         changed = any(step.reason == MERGED for tensor in tensors for step in tensor.steps)
         carried, warnings = metadata.travelling(self.first, {tensor.name for tensor in tensors}, changed=changed)
+        carried |= {"modelspec.title": self.options.title} if self.options.title else {}
         record = provenance.metadata(self.expression, [model.name for model in self.inputs], self.options, fingerprints)
         tensors = self._in_file_order(tensors) if layout == self.first.anatomy.layout else tensors
         header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), {**carried, **record})

@@ -110,3 +110,9 @@ def test_a_replay_finds_the_same_bytes() -> None:
     model("b", {})
     written(MERGE)
     assert mergetool.replay("out.safetensors").same
+
+
+def test_a_title_takes_the_place_of_the_first_models_and_is_derived_again() -> None:
+    model("a", THEIRS)
+    assert written(title="Artshoot on Alkahest")["modelspec.title"] == "Artshoot on Alkahest"
+    assert mergetool.replay("out.safetensors").same
