@@ -15,12 +15,11 @@ import numpy as np
 
 from mergetool.comparison.energies import percent
 from mergetool.comparison.finding import Finding
-from mergetool.comparison.sampling import middle_rows, values_of
-from mergetool.engine.reading import PositionedFetcher, ValueReader
+from mergetool.comparison.sampling import Samples, middle_rows, most_of
 from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan
-from mergetool.recipe.steps import MERGED, Step, Window, window_of
+from mergetool.recipe.steps import MERGED, Step, window_of
 
 FAR = 0.25
 """A result farther than this from its anchor is warned of. Of the embedded family a merge that moved 23 % kept 76 % of the prompts, one of 26 % none
@@ -82,21 +81,20 @@ class Landing:
         }
 
 
-def measure(plan: Plan, differences: tuple[tuple[str, str, float], ...] = ()) -> Landing:
-    """Where ``plan`` lands, from the middle rows of every part. Raises what reading raises."""
-    reader = ValueReader(PositionedFetcher())
+def measure(plan: Plan, samples: Samples, differences: tuple[tuple[str, str, float], ...] = ()) -> Landing:
+    """Where ``plan`` lands, from the ``samples`` of its inputs. Raises what reading raises."""
     moved = norm = 0.0
     changed = elements = unmeasured = 0
-    parts = plan.inputs[0].anatomy.parts
+    parts, most = plan.inputs[0].anatomy.parts, most_of(plan.inputs[0])
     for step in (step for tensor in plan.tensors for step in tensor.steps if step.part in parts):
         if step.program is not None and step.program.calls:
             unmeasured += 1
             continue
-        start, count = middle_rows(step.elements, parts[step.part].shape[-1] if parts[step.part].shape else 1)
+        start, count = middle_rows(step.elements, parts[step.part].shape[-1] if parts[step.part].shape else 1, most)
         if not count or not parts[step.part].dtype.blendable:
             continue
         with np.errstate(over="ignore", invalid="ignore"):
-            base, result = _sampled(plan, step, reader, start, count)
+            base, result = _sampled(plan, step, samples, start, count)
             delta = result.astype(np.float64) - base
         scale = step.elements / count
         moved += scale * float(np.square(delta).sum())
@@ -108,18 +106,14 @@ def measure(plan: Plan, differences: tuple[tuple[str, str, float], ...] = ()) ->
     return Landing(plan.expression.anchor, distance, changed / max(1, elements), elements, differences, unmeasured)
 
 
-def _sampled(plan: Plan, step: Step, reader: ValueReader, start: int, count: int) -> tuple[Floats, Floats]:
+def _sampled(plan: Plan, step: Step, samples: Samples, start: int, count: int) -> tuple[Floats, Floats]:
     """The anchor's elements and the result's, before rounding; equal ones where a part of another shape is kept."""
     anchor, part = plan.inputs[0], plan.inputs[0].anatomy.parts[step.part]
-
-    def values(window: Window) -> Floats:
-        return values_of(reader, plan.inputs[window.input].checkpoint, window, start, count)
-
-    operands = [values(window) for window in step.windows]
+    operands = [samples.values(window, start, count) for window in step.windows]
     result = _run(step.program, operands) if step.program is not None else operands[0]
     if step.base is not None:
         return operands[step.base], result
-    return (values(window_of(0, anchor, part)) if step.windows[0].input else result), result
+    return (samples.values(window_of(0, anchor, part), start, count) if step.windows[0].input else result), result
 
 
 def _run(program: Program, operands: list[Floats]) -> Floats:

@@ -10,7 +10,7 @@ the right one to subtract cannot be told from two models; where a known model li
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -23,7 +23,7 @@ from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import distances, sampling
 from mergetool.comparison.energies import Distance, percent
 from mergetool.comparison.finding import Finding
-from mergetool.comparison.sampling import Sample, middle
+from mergetool.comparison.sampling import Sample, Samples, middle
 from mergetool.comparison.weights import differences, whole_models
 from mergetool.errors import MergetoolError
 from mergetool.recipe.plan import Plan
@@ -133,22 +133,23 @@ class Relations:
         return tuple((x, y, self.lineage.relation(x, y).whole) for x, y in pairs)
 
 
-def of(plan: Plan) -> Relations:
-    """The relations of the inputs of ``plan``, which must be open while they are asked for."""
-    return Relations(plan, _Lineage(plan.inputs))
+def of(plan: Plan, samples: Samples) -> Relations:
+    """The relations of the inputs of ``plan``, by their ``samples``; they must be open while they are asked for."""
+    return Relations(plan, _Lineage(samples))
 
 
 def between(x: Input, y: Input) -> list[Finding]:
     """The same about ``x - y`` alone."""
-    return list(_Lineage((x, y)).of_difference(x.name, y.name))
+    return list(_Lineage(Samples((x, y))).of_difference(x.name, y.name))
 
 
 class _Lineage:
     """One check: samples are read when they are first asked for."""
 
-    def __init__(self, inputs: Sequence[Input]) -> None:
-        self._inputs = {model.name: model for model in inputs if not model.is_lora}
-        self._samples: dict[str, Sample] = {}
+    def __init__(self, samples: Samples) -> None:
+        self._inputs = {model.name: column for column, model in enumerate(samples.inputs) if not model.is_lora}
+        self._samples = samples
+        self._found: dict[str, Sample] = {}
 
     def of_averages(self, plan: Plan) -> Iterator[Finding]:
         """Whole models that are averaged, in the refiners and elsewhere."""
@@ -252,9 +253,9 @@ class _Lineage:
 
     def _sample(self, name: str) -> Sample:
         """The sample of an input."""
-        if name not in self._samples:
-            self._samples[name] = sampling.read(self._inputs[name])
-        return self._samples[name]
+        if name not in self._found:
+            self._found[name] = self._samples.of(self._inputs[name])
+        return self._found[name]
 
     def _known_sample(self, name: str) -> Sample | None:
         """The sample of an input or of a known model, where that can be read."""
@@ -262,7 +263,7 @@ class _Lineage:
             return self._sample(name)
         try:
             with models.open_model(name) as opened:
-                return sampling.read(Input(name, opened.checkpoint, opened.anatomy))
+                return Samples([Input(name, opened.checkpoint, opened.anatomy)]).of(0)
         except MergetoolError:
             return None
 

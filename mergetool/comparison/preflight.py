@@ -8,6 +8,7 @@ from typing import Any
 from mergetool.comparison import landing, lineage
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.landing import Landing
+from mergetool.comparison.sampling import Samples
 from mergetool.errors import LineageError
 from mergetool.recipe.plan import Plan
 
@@ -38,6 +39,7 @@ def check(plan: Plan) -> Preflight:
 
     The inputs must be open. Raises what reading them raises; known models that cannot be read are passed over.
     """
-    relations = lineage.of(plan)
-    found = landing.measure(plan, relations.distances())
+    samples = Samples(plan.inputs)
+    relations = lineage.of(plan, samples)
+    found = landing.measure(plan, samples, relations.distances())
     return Preflight(found, (*found.findings(), *relations.findings()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergetool.adapters.values import widened
+from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison.distances import comparable
 from mergetool.comparison.energies import Distance, Energies
@@ -38,27 +39,50 @@ class Sample:
     sizes: Mapping[str, int]
 
 
-def read(model: Input) -> Sample:
-    """Read the sample of ``model``. Raises what reading raises."""
-    parts = {name: part for name, part in model.anatomy.parts.items() if part.dtype.blendable and part.numel}
-    each = min(MOST, max(LEAST, TOTAL // max(1, len(parts))))
-    reader = ValueReader(PositionedFetcher())
-    values: dict[str, Floats] = {}
-    for name, part in parts.items():
-        start, count = middle_rows(part.numel, part.shape[-1] if part.shape else 1, each)
-        values[name] = values_of(reader, model.checkpoint, window_of(0, model, part), start, count)
-    return Sample(model.name, model, values, {name: part.numel for name, part in parts.items()})
+class Samples:
+    """The samples of opened models; an element is read once, whoever asks for it, and kept."""
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self.inputs = tuple(inputs)
+        self._reader = ValueReader(PositionedFetcher())
+        self._values: dict[tuple[object, ...], Floats] = {}
+
+    def of(self, column: int) -> Sample:
+        """The sample of the model at ``column``. Raises what reading raises."""
+        model = self.inputs[column]
+        parts, most = _floats(model), most_of(model)
+        values: dict[str, Floats] = {}
+        for name, part in parts.items():
+            start, count = middle_rows(part.numel, part.shape[-1] if part.shape else 1, most)
+            values[name] = self.values(window_of(column, model, part), start, count)
+        return Sample(model.name, model, values, {name: part.numel for name, part in parts.items()})
+
+    def values(self, window: Window, start: int, count: int) -> Floats:
+        """Elements ``[start, start + count)`` of a window as float32 [count], not to be written to. Raises what reading raises."""
+        key = (window.input, window.tensor, window.start, window.row, id(window.encoding), start, count)
+        if key not in self._values:
+            self._values[key] = _read(self._reader, self.inputs[window.input].checkpoint, window, start, count)
+        return self._values[key]
 
 
-def middle_rows(elements: int, width: int, most: int = MOST) -> tuple[int, int]:
+def _floats(model: Input) -> dict[str, Part]:
+    return {name: part for name, part in model.anatomy.parts.items() if part.dtype.blendable and part.numel}
+
+
+def most_of(model: Input) -> int:
+    """How many elements of each part belong to the sample of ``model``."""
+    return min(MOST, max(LEAST, TOTAL // max(1, len(_floats(model)))))
+
+
+def middle_rows(elements: int, width: int, most: int) -> tuple[int, int]:
     """Where the sample of a part begins, and how many elements it has: ``most``, in whole rows of ``width``, at least one row."""
     rows = elements // width
     taken = min(rows, max(1, most // width))
     return (rows - taken) // 2 * width, taken * width
 
 
-def values_of(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Floats:
-    """Elements ``[start, start + count)`` of a window as float32 [count]; the pages around them are let go of."""
+def _read(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Floats:
+    """Elements ``[start, start + count)`` of a window; the pages around them are let go of."""
     found = reader.fetch(0, checkpoint, window, start, count)
     out = np.empty(count, np.float32)
     if found.is_plain:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.comparison import preflight
+from mergetool.comparison import preflight, sampling
 from mergetool.comparison.landing import Landing
 from mergetool.comparison.preflight import Preflight
 from mergetool.engine import job
 from mergetool.errors import LineageError
 from mergetool.models import EMBEDDED
 from mergetool.options.merging import MergeOptions
+from mergetool.recipe.steps import Window
 
 BRIDGE = "lab.alkahest + {}*(lab.striped - lab.base)"
 
@@ -114,3 +115,16 @@ def test_what_merge_methods_make_is_counted_as_not_measured() -> None:
 
 def test_a_distance_beyond_float32_is_no_number_in_json() -> None:
     assert landed(BRIDGE.format("1e38")).record()["distance"] in (None, pytest.approx(6.49e36, rel=0.2))
+
+
+def test_an_element_is_read_once_for_lineage_and_landing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str, int]] = []
+    read = sampling._read
+
+    def told(reader: object, checkpoint: object, window: Window, start: int, count: int) -> object:
+        seen.append((id(checkpoint), window.tensor, start))
+        return read(reader, checkpoint, window, start, count)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampling, "_read", told)
+    checked("lab.alkahest + 1.25*(lab.striped - lab.base)")
+    assert len(seen) == len(set(seen)) > 100

@@ -15,6 +15,7 @@ from mergetool.checkpoint.dtypes import BF16, F16
 from mergetool.comparison import lineage, sampling
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.result import part_of_result
+from mergetool.comparison.sampling import Samples
 from mergetool.engine import job
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.expression import parse
@@ -29,7 +30,7 @@ PARENTS = {("striped", "base"), ("deturbo", "turbo"), ("hollow", "turbo"), ("hol
 
 def checked(expression: str, **options: object) -> list[Finding]:
     with job.open_merge(expression, MergeOptions(**options), fingerprints=False) as plan:  # type: ignore[arg-type]
-        return lineage.of(plan).findings()
+        return lineage.of(plan, Samples(plan.inputs)).findings()
 
 
 def levels(expression: str, **options: object) -> list[str]:
@@ -183,6 +184,6 @@ def test_a_model_of_very_many_parts_is_sampled_in_the_same_memory(
     save_file({f"layers.{i}.weight": torch.ones(64, 64) for i in range(50)}, tmp_path / "many.safetensors")
     monkeypatch.setattr(sampling, "TOTAL", 50 * 128)
     with models.open_model(str(tmp_path / "many.safetensors")) as opened:
-        sample = sampling.read(Input("many", opened.checkpoint, opened.anatomy))
+        sample = Samples([Input("many", opened.checkpoint, opened.anatomy)]).of(0)
     assert sum(values.size for values in sample.values.values()) == 50 * 128
     assert set(sample.sizes.values()) == {64 * 64}
