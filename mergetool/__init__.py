@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergetool.api.comparing import compare
-    from mergetool.api.measuring import diff
+    from mergetool.api.differences import diff
     from mergetool.api.merging import bake, convert, merge
     from mergetool.api.pictures import sample
     from mergetool.api.recipes import Recipe
@@ -69,7 +69,7 @@ _HOME = {
     "bake": "api.merging",
     "compare": "api.comparing",
     "convert": "api.merging",
-    "diff": "api.measuring",
+    "diff": "api.differences",
     "extract": "lora.extract",
     "merge": "api.merging",
     "open_diff": "lora.extract",

@@ -6,12 +6,15 @@ The tests run all of them on every spelling (docs/lora-dialects.md). Of other fa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mergetool.adapters import alphas, in_diffusers
 from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.arch import Family
+from mergetool.arch.generic import GENERIC
 
 Verdict = Literal["whole", "partly", "not at all"]
 
@@ -63,6 +66,14 @@ def loading(file: LoraFile) -> list[Loading]:
         else:
             found.append(one)
     return [*found, _in_comfyui(file)]
+
+
+def loading_of(path: Path, family: Family) -> list[Loading]:
+    """`loading` of the file that was just written for a model of ``family``; nothing where its names are only looks."""
+    if family is GENERIC:
+        return []
+    with open_lora(path) as written:
+        return loading(written)
 
 
 def _in_diffusers(file: LoraFile, release: str) -> Loading:

@@ -2,20 +2,165 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mergetool.api import merging
+from mergetool.api.calling import called
+from mergetool.api.events import Bar, Events, Request
+from mergetool.api.merging import Planned
+from mergetool.options.differences import DiffOptions
+from mergetool.options.kinds import Model, Output
+from mergetool.options.running import DiffRunOptions, MergeRunOptions
+from mergetool.options.table import Option, part, values
 
 if TYPE_CHECKING:
+    from mergetool.adapters.loaders import Loading
+    from mergetool.checkpoint.outputs import Target
+    from mergetool.lora.diff_files import DiffFiles
     from mergetool.lora.extract import Extraction
-    from mergetool.options.differences import DiffOptions
+    from mergetool.lora.pairs import Pairing
+
+
+@dataclass(frozen=True)
+class Diff(Request, DiffOptions, DiffRunOptions):
+    """The difference of two models, ``variant - base``, as a LoRA."""
+
+    base: Annotated[str, Option(help="The model the LoRA will be loaded on.", kind=Model())]
+    variant: Annotated[
+        str, Option(help="The model that base + LoRA should become, or a LoRA on the base.", kind=Model())
+    ]
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="FILE.safetensors.", kind=Output(), short="-o", default="VARIANT-minus-BASE.safetensors, here"),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """``output``, or what it is by default."""
+        if self.output is not None:
+            return os.fspath(self.output)
+        from mergetool.recipe.provenance import display_names
+
+        names = display_names([self.base, self.variant])
+        return f"{names[self.variant]}-minus-{names[self.base]}.safetensors"
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """A difference LoRA that was written to ``output`` in ``seconds``."""
+    """A difference LoRA that was written to ``output`` in ``seconds``, or with ``dry_run`` would be; ``extraction`` is None then.
+
+    ``options`` have the whole names of the files beside it, ``loading`` says which releases load it whole.
+    """
 
     output: Path
-    extraction: Extraction
     options: DiffOptions
-    seconds: float
+    extraction: Extraction | None = None
+    loading: Sequence[Loading] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """A difference before it is taken: what is paired, how, and where it goes."""
+
+    pairing: Pairing
+    options: DiffOptions
+    target: Target
+    task: Any = None
+
+
+def run_diff(asked: Diff, events: Events) -> Extracted:
+    """Take the difference ``variant - base`` as a LoRA; both variants may be LoRAs themselves.
+
+    The result has rank, energy and residual of every matrix, and what was left out. Raises MergetoolError: UsageError and PatternError for what is
+    asked, InputMissing, DataError and FamilyError for inputs, OutputError, BusyError and StorageError for outputs, NonFiniteError for NaN and infinity.
+    """
+    from mergetool.checkpoint.outputs import lora_target
+    from mergetool.lora.extract import open_diff
+
+    target = lora_target(asked.name)
+    options = _named(part(DiffOptions, asked), events, target)
+    with open_diff(asked.base, asked.variant, options, skip_unmatched=asked.skip_unmatched) as pairing:
+        return make(Paired(pairing, options, target), part(DiffRunOptions, asked), events)
+
+
+def _named(options: DiffOptions, events: Events, target: Target) -> DiffOptions:
+    """The options with whole names of the files beside the LoRA; what became of a name is told."""
+    from mergetool.checkpoint.outputs import lora_target
+
+    beside = {name: lora_target(place, what=f"`{name}`") for name, place in options.beside.items()}
+    for one in (target, *beside.values()):
+        if one.note:
+            events.note(one.note)
+    whole: dict[str, Any] = {name: str(one.path) for name, one in beside.items()}
+    return replace(options, **whole)
+
+
+def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
+    """Take one difference, and bake it where that is asked for: the only place where that is done. Raises what `run_diff` says."""
+    from mergetool.adapters.loaders import loading_of
+    from mergetool.engine import device as devices
+    from mergetool.lora import memory, on_device
+    from mergetool.lora.diff_files import DiffFiles
+    from mergetool.lora.extract import extract, on_the_cpu
+
+    started = time.monotonic()
+    pairing, options, path = paired.pairing, paired.options, paired.target.path
+    moved = pairing.bytes_to_read(options)
+    device = devices.choose(how.device, work=moved, memory=how.gpu_bytes)
+    only = on_the_cpu(options, pairing) if device.is_gpu else ""
+    events.output(paired.task)
+    events.plan(paired, memory.of_difference(pairing, options, how.threads, device))
+    if only:
+        events.note(f"{only} works on the CPU; the device is not used.")
+    if how.dry_run:
+        return Extracted(path, options)
+    files = DiffFiles.checked(paired.target, options, pairing, overwrite=how.overwrite)
+    with events.progress("diff", moved, publishes=files.checkpoint is None) as advance:
+        found = extract(
+            pairing,
+            paired.target,
+            options,
+            overwrite=how.overwrite,
+            threads=how.threads,
+            method=how.reader,
+            device=on_device.of(device),
+            memory=how.gpu_bytes,
+            progress=advance,
+        )
+    _bake(pairing, files, has_full=bool(found.whole), how=how, events=events)
+    loading = loading_of(path, pairing.base.anatomy.family)
+    extracted = Extracted(path, options, found, loading, time.monotonic() - started)
+    events.done(paired, extracted)
+    return extracted
+
+
+def _bake(pairing: Pairing, files: DiffFiles, *, has_full: bool, how: DiffRunOptions, events: Events) -> None:
+    """Write the base with what was stored added, where that is asked for; nothing is to be guarded in it."""
+    if files.checkpoint is None:
+        return
+    from mergetool.engine import job
+
+    expression = files.baked(pairing.base.name, has_full=has_full)
+    run = MergeRunOptions(**values(how), force=True, measure="off")
+    with job.open_merge(expression) as plan:
+        merging.make([Planned(plan, files.checkpoint)], run, _Bar(events), word="bake")
+
+
+class _Bar(Events):
+    """Of another run's events its bar alone."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
+        """That of the whole run."""
+        return self._events.progress(word, total, unit, publishes=publishes)
+
+
+diff = called(Diff, run_diff, "diff")

@@ -33,7 +33,7 @@ def _nothing(count: int) -> None:
 class Events:
     """What a face may be told of a run, in this order; each method does nothing until a face says otherwise.
 
-    ``plan`` is told what an operation is going to do, while its inputs are open: a `Plan`, a `Pairing`, ... with the bytes of memory that it takes;
+    ``plan`` is told what an operation is going to do, while its inputs are open: a `Plan`, a `Paired`, ... with the bytes of memory that it takes;
     ``done`` what became of it.
     """
 

@@ -25,7 +25,7 @@ from mergetool.options.running import (
     WriteOptions,
 )
 from mergetool.options.table import Option, part, values
-from mergetool.recipe.quoting import in_quotes, quote
+from mergetool.recipe.quoting import quote, with_loras
 
 if TYPE_CHECKING:
     from mergetool.checkpoint.outputs import Target
@@ -90,15 +90,7 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
     @property
     def expression(self) -> str:
         """The merge that adds them."""
-        return baked(self.model, cast("Sequence[tuple[str, Fraction]]", self.loras))
-
-
-def baked(model: str, loras: Sequence[tuple[str, Fraction]]) -> str:
-    """The expression that adds ``loras``, paths with their strengths, to ``model``."""
-    terms = [quote(model)]
-    for path, strength in loras:
-        terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({in_quotes(path)})")
-    return " ".join(terms)
+        return with_loras(self.model, cast("Sequence[tuple[str, Fraction]]", self.loras))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from mergetool.api import merging
+from mergetool.api import differences, merging
 from mergetool.api.calling import method
-from mergetool.api.differences import Extracted
+from mergetool.api.differences import Paired
 from mergetool.api.events import Events, Request
 from mergetool.api.merging import Merged, Planned
 from mergetool.options.kinds import Output
-from mergetool.options.running import MergeRunOptions
+from mergetool.options.running import DiffRunOptions, MergeRunOptions
 from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import VerifyOptions
 
@@ -73,6 +72,7 @@ def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
             survey.refuse_outdated(surveyed.tasks)
         if not how.dry_run:
             _require_pages(surveyed, overwrite=how.overwrite)
+            surveyed.check_files(overwrite=how.overwrite)
         for tasks in surveyed.passes:
             to_make = [task for task in tasks if task.is_to_be_made]
             if how.dry_run:
@@ -104,30 +104,9 @@ def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events
 
 
 def _difference(surveyed: Survey, task: Task, how: MergeRunOptions, events: Events) -> Made:
-    from mergetool.lora import on_device
-    from mergetool.lora.extract import extract
-
-    started = time.monotonic()
     pairing, options = surveyed.paired(task)
-    events.output(task)
-    events.plan(pairing, 0)
-    made = Made(task.output.label, task.path, task.state.kind)
-    if how.dry_run:
-        return made
-    with events.progress("diff", pairing.bytes_to_read(options)) as advance:
-        found = extract(
-            pairing,
-            task.path,
-            options,
-            overwrite=how.overwrite,
-            threads=how.threads,
-            method=how.reader,
-            device=on_device.choose(how.device),
-            memory=how.gpu_bytes,
-            progress=advance,
-        )
-    events.done(pairing, Extracted(task.path, found, options, time.monotonic() - started))
-    return replace(made, extraction=found)
+    extracted = differences.make(Paired(pairing, options, task.target, task), part(DiffRunOptions, how), events)
+    return Made(task.output.label, task.path, task.state.kind, extraction=extracted.extraction)
 
 
 def _verified(surveyed: Survey, made: Mapping[Path, Made], how: MergeRunOptions, events: Events) -> dict[Path, Made]:

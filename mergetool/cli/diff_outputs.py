@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.merging import baked
 from mergetool.cli import console
-from mergetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.lora.layer import Layer
     from mergetool.lora.pairs import Pairing
     from mergetool.options.differences import DiffOptions
-
-
-def weights(text: str) -> tuple[float, float]:
-    """The two numbers of ``--weights``; raises UsageError."""
-    try:
-        first, second = (float(number) for number in text.split(","))
-    except ValueError:
-        raise UsageError(f'--weights are two numbers, as in 1,0.5, not "{text}".') from None
-    return first, second
-
-
-def check_checkpoint(checkpoint: Path, others: Sequence[Path | None], pairing: Pairing, *, overwrite: bool) -> None:
-    """Refuse a checkpoint that could not be written, before the work. Raises OutputError, UsageError or BusyError."""
-    from mergetool.checkpoint.targets import TargetClaim, require_folder
-
-    require_folder(checkpoint.parent)
-    if checkpoint.absolute() in [other.absolute() for other in others if other]:
-        raise UsageError("--checkpoint names the same file as another output; give one of them another name.")
-    files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    TargetClaim.claim(checkpoint, 0, "file", overwrite=overwrite, inputs=files).release()
-
-
-def bake(
-    base: str, loras: Sequence[Path], checkpoint: Path, *, overwrite: bool, threads: int | None, shown: bool
-) -> None:
-    """Write ``base`` with the stored ``loras`` added, as `mergetool lora bake` does."""
-    from mergetool.engine import job
-
-    terms = [(str(path.absolute()), Fraction(1)) for path in loras]
-    with (
-        job.open_merge(baked(base, terms)) as plan,
-        console.progress("bake", plan.bytes_read + plan.header.data_size, shown=shown, publishes=True) as advance,
-    ):
-        job.run_merge(plan, checkpoint, overwrite=overwrite, threads=threads, progress=advance)
 
 
 def print_operands(pairing: Pairing, options: DiffOptions) -> None:
@@ -84,9 +47,10 @@ def print_shared(layers: Sequence[Layer], pairing: Pairing) -> None:
         )
 
 
-def print_whole(found: Extraction, full: Path | None, *, verbose: bool) -> None:
+def print_whole(found: Extraction, options: DiffOptions, *, verbose: bool) -> None:
     """The second file, and what would better be in it."""
-    if full is not None:
+    if options.full is not None:
+        full = Path(options.full)
         if found.whole:
             energy = sum(one.energy for one in found.whole)
             names = [one.name for one in sorted(found.whole, key=lambda one: -one.energy)]
@@ -103,8 +67,15 @@ def print_whole(found: Extraction, full: Path | None, *, verbose: bool) -> None:
         console.heading(
             "",
             f"{console.plural(len(wide), 'matrix')} would be smaller stored whole than at the rank that is needed: "
-            f"{console.listed(wide, most=len(wide) if verbose else 2)}: --full FILE --full-layer PATTERN",
+            f"{console.listed(wide, most=len(wide) if verbose else 2)}: `full=FILE` `full_layer=PATTERN`",
         )
+
+
+def print_checkpoint(options: DiffOptions, base: str) -> None:
+    """The checkpoint with the stored difference."""
+    if options.checkpoint is not None:
+        path = Path(options.checkpoint)
+        console.heading("", f"{path}  {console.size(path.stat().st_size)}  {base} with it added")
 
 
 def wider_than_whole(layer: Layer) -> bool:
@@ -113,16 +84,16 @@ def wider_than_whole(layer: Layer) -> bool:
     return max(layer.rank, layer.wanted or 0) * (rows + columns) > rows * columns
 
 
-def whole_json(found: Extraction, full: Path | None, checkpoint: Path | None, pairing: Pairing) -> dict[str, Any]:
+def whole_json(found: Extraction, options: DiffOptions, pairing: Pairing) -> dict[str, Any]:
     """The second file, the checkpoint and what is common, for ``--json``."""
     return {
         "variant2": None if pairing.second is None else pairing.second.name,
-        "full": str(full) if full is not None and found.whole else None,
+        "full": str(options.full) if options.full is not None and found.whole else None,
         "whole": [
             {"name": one.name, "share": one.energy / found.total, "residual": one.residual} for one in found.whole
         ],
         "smaller_whole": [layer.name for layer in found.layers if wider_than_whole(layer)],
-        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
     }
 
 

@@ -73,9 +73,11 @@ def _print_unmet(layers: Sequence[Layer], options: DiffOptions, *, verbose: bool
         )
 
 
-def print_spectra(found: Extraction, spectra: Path) -> None:
+def print_spectra(found: Extraction, options: DiffOptions) -> None:
     """The side file, and how much of it was known already."""
-    known = len(found.layers) - len(found.searched)
+    if options.spectra is None:
+        return
+    spectra, known = Path(options.spectra), len(found.layers) - len(found.searched)
     searched = f"{console.plural(len(found.searched), 'matrix')} searched and added"
     console.heading("spectra", f"{spectra}  {console.size(spectra.stat().st_size)}  {known} known · {searched}")
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
 
 if TYPE_CHECKING:
     from mergetool.adapters.loaders import Loading
-    from mergetool.arch import Family
 
 
-def of_written(path: Path, family: Family) -> list[Loading]:
-    """Who loads the LoRA that was just written for a model of ``family``."""
-    from mergetool.adapters import open_lora
-    from mergetool.adapters.loaders import loading
-    from mergetool.arch.generic import GENERIC
-
-    if family is GENERIC:  # whatever its names look like
-        return []
-    with open_lora(path) as written:
-        return loading(written)
-
-
-def print_all(found: list[Loading], *, verbose: bool) -> None:
+def print_all(found: Sequence[Loading], *, verbose: bool) -> None:
     """A line for every group of releases that do the same, with what is lost; one line where nothing is known."""
     for one in found:
         _print(one, verbose=verbose)
@@ -47,7 +34,7 @@ def _print(one: Loading, *, verbose: bool) -> None:
         console.heading("", f"{len(parts_of)} {reason}: {console.listed(parts_of, most=1000 if verbose else 2)}")
 
 
-def as_json(found: list[Loading]) -> dict[str, dict[str, Any]]:
+def as_json(found: Sequence[Loading]) -> dict[str, dict[str, Any]]:
     """Program -> release -> what it makes of the file; empty where nothing is known."""
     programs: dict[str, dict[str, Any]] = {}
     for one in found:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergetool.adapters.loaders import loading_of
 from mergetool.cli import console, loads
 from mergetool.cli.diff_ranks import GROUPS
 from mergetool.errors import UsageError
@@ -199,7 +200,7 @@ def perform(
             console.print_json(
                 _plan_json(gathering, settings.command)
                 | _done_json(done, target, seconds)
-                | {"loading": loads.as_json(loads.of_written(target, gathering.family))}
+                | {"loading": loads.as_json(loading_of(target, gathering.family))}
             )
         else:
             _print_done(gathering, done, settings, target, seconds)
@@ -281,7 +282,7 @@ def _print_done(gathering: Gathering, done: Combined, settings: Settings, target
         "done",
         f"{target}  {console.size(target.stat().st_size)}  {seconds:.1f} s   residual {done.residual:.2%}",
     )
-    loads.print_all(loads.of_written(target, gathering.family), verbose=settings.verbose)
+    loads.print_all(loading_of(target, gathering.family), verbose=settings.verbose)
 
 
 def _row(group: str, chosen: Sequence[Outcome]) -> list[str]:

@@ -51,6 +51,7 @@ def convert(
     verbose: VerboseOption = False,
 ) -> None:
     """Write a LoRA under the names of another program, losslessly where that is possible."""
+    from mergetool.adapters.loaders import loading_of
     from mergetool.cli.lora_inspect import opened
     from mergetool.lora.convert import convert as write
     from mergetool.lora.spelling import KEY_FORMATS
@@ -65,7 +66,7 @@ def convert(
             advance(1)
             done = write(file, target, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
         dialect = file.dialect
-        found = loads.of_written(target, file.family)
+        found = loading_of(target, file.family)
     size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
     if as_json:
         console.print_json(_json(done, target, size, dialect, found))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.api.recipes import Made, Make, run_recipe
-from mergetool.cli import console, diff, verify_report
+from mergetool.cli import console, verify_report
+from mergetool.cli.diff import DiffReport
 from mergetool.cli.merge_report import MergeReport
 from mergetool.cli.parameters import Typed
 from mergetool.errors import CheckFailed, UsageError
@@ -81,10 +82,8 @@ class _RecipeReport(MergeReport):
             console.heading("output", self._label)
         if isinstance(plan, Plan):
             super().plan(plan, memory)
-            return
-        self.json |= diff.pairing_json(plan)
-        if self.prints:
-            diff.print_pairing(plan, verbose=self.typed.verbose)
+        else:
+            self._of_difference().plan(plan, memory)
 
     def together(self, count: int, passes: int, moved: int, memory: int, written: int) -> None:
         """How several merges are made, and what that takes."""
@@ -99,13 +98,14 @@ class _RecipeReport(MergeReport):
         """What became of an output."""
         if isinstance(plan, Plan):
             super().done(plan, result)
-            return
-        found, options, path, seconds = result.extraction, result.options, result.output, result.seconds
-        self.json |= diff.extraction_json(found, options, None, path, seconds)
-        if self.prints:
-            diff.print_extraction(
-                found, options, plan, path, seconds, full=None, checkpoint=None, verbose=self.typed.verbose
-            )
+        else:
+            self._of_difference().done(plan, result)
+
+    def _of_difference(self) -> DiffReport:
+        """What shows a difference, into the JSON of this output."""
+        report = DiffReport(self.typed)
+        report.json = self.json
+        return report
 
     def verifying(self, task: Task) -> None:
         """Which output is looked at."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -43,13 +43,20 @@ class Typed:
 
 
 def command(
-    table: type[Table], *, own: Sequence[inspect.Parameter] = (), prints: Sequence[str] = tuple(PRINTING)
+    table: type[Table],
+    *,
+    own: Sequence[inspect.Parameter] = (),
+    filled: Sequence[str] = (),
+    prints: Sequence[str] = tuple(PRINTING),
 ) -> Callable[[Callable[[Typed], None]], Callable[..., None]]:
     """Make a command of a function of what was `Typed`, with an option for every row of ``table``.
 
-    ``own`` are parameters for typer that belong to the command alone, ``prints`` those of `PRINTING` that it has.
+    ``own`` are parameters for typer that belong to the command alone, ``prints`` those of `PRINTING` that it has; ``filled`` names rows that it finds
+    by itself where they are not typed.
     """
-    known = rows_in(table, "command")
+    known = {
+        name: replace(row, initial=None) if name in filled else row for name, row in rows_in(table, "command").items()
+    }
     console.speak_of(table)
 
     def decorate(function: Callable[[Typed], None]) -> Callable[..., None]:
@@ -78,17 +85,21 @@ def parameter(row: Row) -> inspect.Parameter:
         both = row.initial is None
         spelling = f"{row.flag}/--no-{row.flag.removeprefix('--')}" if both else row.flag
         said = typer.Option(
-            *filter(None, (spelling, option.short)), help=f"{option.help}{_default(row)}", show_default=False
+            *filter(None, (spelling, option.short)),
+            help=f"{console.spelled(option.help)}{_default(row)}",
+            show_default=False,
         )
         return _keyword(row.name, bool | None, said, None)
     many: Any = list[str] if kind.many else str
     completion = _completion(kind)
     if option.argument:
-        said = typer.Argument(help=option.help, metavar=_metavar(row), show_default=False, autocompletion=completion)
+        said = typer.Argument(
+            help=console.spelled(option.help), metavar=_metavar(row), show_default=False, autocompletion=completion
+        )
         return _keyword(row.name, many if row.is_needed else many | None, said, _EMPTY if row.is_needed else None)
     said = typer.Option(
         *filter(None, (row.flag, option.also and f"--{option.also}", option.short)),
-        help=f"{option.help}{_choices(kind)}{_repeatable(kind)}{_default(row)}",
+        help=f"{console.spelled(option.help)}{_choices(kind)}{_repeatable(kind)}{_default(row)}",
         metavar=kind.metavar,
         show_default=False,
         autocompletion=completion,

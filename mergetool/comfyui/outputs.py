@@ -167,6 +167,7 @@ class ExtractLora:
         overwrite: bool,
     ) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
+        from mergetool.checkpoint.outputs import Target
         from mergetool.lora.extract import open_diff
         from mergetool.making import state
         from mergetool.options.differences import DiffOptions
@@ -175,7 +176,7 @@ class ExtractLora:
         path = host.target(folder, name)
         models = links.one_model(base, "a LoRA's base"), links.one_model(variant, "the model that a LoRA is taken of")
         with open_diff(*models, options) as pairing:
-            if state.of_diff(pairing, options, path) == state.CURRENT:
+            if state.of_diff(pairing, options, Target(path, "file")) == state.CURRENT:
                 report = f"{path} was already made of this"
             else:
                 report = _extract(pairing, options, path, overwrite)
@@ -225,13 +226,14 @@ def _write(plan: Plan, path: Path, overwrite: bool) -> str:
 
 def _extract(pairing: Pairing, options: DiffOptions, path: Path, overwrite: bool) -> str:
     from mergetool.api.progress import counting
+    from mergetool.engine import device as devices
     from mergetool.lora import on_device
     from mergetool.lora.extract import extract
 
     host.make_folder(path)
     started = time.monotonic()
     with counting("diff", pairing.bytes_to_read(options), host.progress()) as advance:
-        device = on_device.choose("auto")
+        device = on_device.of(devices.choose("auto", work=pairing.bytes_to_read(options)))
         found = extract(pairing, path, options, overwrite=overwrite, device=device, progress=advance)
     return f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
 

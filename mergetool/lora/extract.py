@@ -1,7 +1,7 @@
 """A difference LoRA: variant - base, or what two variants share, as low-rank factors, one matrix at a time.
 
 While matrices are decomposed, one a core, the next one is read; so memory is a few matrices and the factors themselves
-(400 MB for all of Z-Image at rank 64 in bf16).
+(`lora.memory`; the factors are 400 MB for all of Z-Image at rank 64 in bf16).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from mergetool import models
 from mergetool.adapters import is_lora
 from mergetool.checkpoint import system
-from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.outputs import Target
 from mergetool.engine.job import Inputs
 from mergetool.engine.reading import Method
@@ -27,6 +26,7 @@ from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora import output as lora_file
 from mergetool.lora.choosing import WithinBudget, stored_result, with_spectra
+from mergetool.lora.diff_files import DiffFiles
 from mergetool.lora.layer import Layer, Result
 from mergetool.lora.on_device import Solved, free_memory, solve_all
 from mergetool.lora.operands import Operand, decomposed
@@ -107,11 +107,11 @@ def extract(
     models, OutputError, BusyError, StorageError or DataError.
     """
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    to, whole_to, spectra = _places(output, options, pairing, files, overwrite=overwrite)
+    to = DiffFiles.checked(output, options, pairing, overwrite=overwrite)
     if on_the_cpu(options, pairing):
         device = None
     system.keep_freed_memory()
-    side = SideFile() if spectra is None else SideFile.open(spectra, pairing, options.seed)
+    side = SideFile() if to.spectra is None else SideFile.open(to.spectra.path, pairing, options.seed)
     run = partial(stream, pairing, options, files=files, method=method, threads=asked(threads))
     with ThreadPoolExecutor(1, "metadata") as background:
         early = background.submit(metadata_of, pairing, options)
@@ -121,7 +121,7 @@ def extract(
             found_in = _on_device(pairing, options, run, device, memory or free_memory(device))
         elif options.budget:
             found_in = WithinBudget(pairing, options, early.result(), side, run, progress).solve()
-        elif spectra is not None:
+        elif to.spectra is not None:
             found_in = with_spectra(pairing, options, side, run)
         else:
             found_in = run(pairing.pairs, partial(_decompose, pairing, options))
@@ -135,31 +135,13 @@ def extract(
         raise UsageError(f"no singular value is above {options.threshold:g}; lower `rank_thresh`.")
     if not factors:
         raise _nothing(pairing, options)
-    if whole_to is not None and found.whole:
+    if to.full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
-        lora_file.write(whole_to, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
-    lora_file.write(to, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
+        lora_file.write(to.full, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
+    lora_file.write(to.lora, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
     side.save(files, asked(threads))
     found.searched = sorted(side.added)
     return found
-
-
-def _places(
-    output: Path | Target, options: DiffOptions, pairing: Pairing, inputs: Sequence[InputFile], *, overwrite: bool
-) -> tuple[Target, Target | None, Path | None]:
-    """Where the LoRA, what is stored whole and the directions go. The header is known only when all ranks are, so what may not be written is refused here."""
-    to = lora_file.check(output, inputs, overwrite=overwrite)
-    taken, beside = [to.path.absolute()], []
-    for name, place in (("spectra", options.spectra), ("full", options.full)):
-        target = None if place is None else lora_file.check(place, inputs, overwrite=overwrite or name == "spectra")
-        if target is not None and target.path.absolute() in taken:
-            raise UsageError(f"`{name}` names the same file as another output; give one of them another name.")
-        taken += [] if target is None else [target.path.absolute()]
-        beside.append(target)
-    spectra, whole = beside
-    if spectra is not None and pairing.second is not None:
-        raise UsageError("`spectra` keeps those of one difference, not of what two share; leave it out, or `variant2`.")
-    return to, whole, None if spectra is None else spectra.path
 
 
 def on_the_cpu(options: DiffOptions, pairing: Pairing | None = None) -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mergetool.engine import device as devices
-from mergetool.errors import UsageError
 from mergetool.lora.batched import decompose_batch, squared_norms
 from mergetool.lora.factors import Factors, factors_of
 from mergetool.lora.layer import Result
@@ -46,20 +45,9 @@ MOST_ELEMENTS = 320 << 20
 _ALIGNED = 512
 
 
-def choose(device: str) -> torch.device | None:
-    """Where ``--device`` auto, cpu, cuda or cuda:NUMBER decomposes: None for the CPU's own path.
-
-    Raises UsageError for another word, and where a GPU is asked for that is not there.
-    """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices.named(device) == "cpu" or (device == "auto" and not found):
-        return None
-    if not found:
-        raise UsageError(f"--device is {device}, but torch finds no CUDA device here; use --device auto or cpu.")
-    number = int(device[5:]) if ":" in device else torch.cuda.current_device()
-    if number >= found:
-        raise UsageError(f"--device is {device}, but there are {found} CUDA devices, counted from 0.")
-    return torch.device("cuda", number)
+def of(chosen: devices.Device) -> torch.device | None:
+    """Where a chosen device decomposes: the first of its GPUs, None for the CPU's own path."""
+    return torch.device(chosen.names[0]) if chosen.is_gpu else None
 
 
 def free_memory(device: torch.device) -> int:

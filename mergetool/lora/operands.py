@@ -74,13 +74,18 @@ class OperandReader:
 
 def room_for(pairs: Sequence[Pair], models: Sequence[Input]) -> list[Buffers]:
     """Buffers for the largest delta of each of ``models`` that is read densely; most of a LoRA's are not."""
+    return [Buffers(elements) for elements in largest_dense(pairs, models)]
+
+
+def largest_dense(pairs: Sequence[Pair], models: Sequence[Input]) -> list[int]:
+    """The elements of those deltas."""
     most = [0] * len(models)
     for pair in pairs:
         if pair.whole or not pair.reason:
             for i, (model, side) in enumerate(zip(models, _sides(pair), strict=True)):
                 if not _is_structured(model, side):
                     most[i] = max(most[i], pair.base.numel)
-    return [Buffers(elements) for elements in most]
+    return most
 
 
 def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Subject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,9 @@ from typing import Literal
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.planned import first_difference, planned_files
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine.job import config_files, stem_of
+from mergetool.engine.job import config_files, open_merge, stem_of
 from mergetool.errors import MergetoolError
+from mergetool.lora.diff_files import DiffFiles
 from mergetool.lora.extract import metadata_of
 from mergetool.lora.pairs import Pairing
 from mergetool.options.differences import DiffOptions
@@ -54,13 +56,36 @@ def of_merge(plan: Plan, target: Target, shard_size: int | None) -> State:
     return CURRENT
 
 
-def of_diff(pairing: Pairing, options: DiffOptions, path: Path) -> State:
-    """The state of a LoRA: its ranks, and so its header, are known only when it is made, but its recipe and inputs are."""
-    if not os.path.lexists(path):
+def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
+    """The state of a LoRA: its ranks, and so its header, are known only when it is made, but its recipe and inputs are.
+
+    The file of whole differences has to say the same, and the checkpoint to be what both make of the base; directions decide nothing.
+    """
+    files, expected = DiffFiles.named(target, options), metadata_of(pairing, options)
+    if not os.path.lexists(files.lora.path):
         return ABSENT
+    for path in (
+        files.lora.path,
+        *([files.full.path] if files.full and any(pair.whole for pair in pairing.pairs) else []),
+    ):
+        found = _of_metadata(path, expected)
+        if found != CURRENT:
+            return found
+    if files.checkpoint is None:
+        return CURRENT
+    if not os.path.lexists(files.checkpoint.path):
+        return State("outdated", f'"{files.checkpoint.path}" is missing')
+    has_full = files.full is not None and os.path.lexists(files.full.path)
+    with open_merge(files.baked(pairing.base.name, has_full=has_full)) as plan:
+        return of_merge(plan, files.checkpoint, None)
+
+
+def _of_metadata(path: Path, expected: Mapping[str, str]) -> State:
+    if not os.path.lexists(path):
+        return State("outdated", f'"{path}" is missing')
     try:
         with Checkpoint.open(path) as stored:
-            reasons = provenance.changes(stored.metadata, metadata_of(pairing, options))
+            reasons = provenance.changes(stored.metadata, expected)
     except MergetoolError as error:
         return State("outdated", f"what is there cannot be read ({error})")
     return State("outdated", " and ".join(reasons)) if reasons else CURRENT

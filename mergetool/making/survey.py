@@ -6,17 +6,21 @@ All outputs are surveyed before the first is begun, so that what can be known to
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from mergetool.checkpoint.names import quoted, why_not_plain
 from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, model_target
 from mergetool.checkpoint.paths import typed
 from mergetool.checkpoint.shards import is_model_folder
 from mergetool.checkpoint.targets import require_folder
 from mergetool.engine import job
 from mergetool.errors import OutputError, UsageError
+from mergetool.lora.diff_files import DiffFiles
 from mergetool.lora.extract import open_diff
 from mergetool.lora.pairs import Pairing
 from mergetool.making import state
@@ -112,6 +116,14 @@ class Survey:
         """A difference with its options; what waited for other outputs is opened now."""
         return task.opened if isinstance(task.opened, tuple) else self._pairing(task.output)
 
+    def check_files(self, *, overwrite: bool) -> None:
+        """Refuse what the differences that are to be made could not write, before the first output is begun. Raises OutputError, UsageError or BusyError."""
+        for task in self.tasks:
+            if task.is_to_be_made and isinstance(task.opened, tuple):
+                pairing, options = task.opened
+                with self.places.located(task.output):
+                    DiffFiles.checked(task.target, options, pairing, overwrite=overwrite)
+
     def look(self) -> None:
         """Find the passes. Raises what planning an output raises, at its place in the recipe."""
         waiting: set[int] = set()
@@ -130,7 +142,7 @@ class Survey:
             with self.places.located(output):
                 there = state.of_merge(opened, target, shard_size(output))
         else:
-            there = state.of_diff(*opened, target.path)
+            there = state.of_diff(*opened, target)
         return Task(output, target, there, opened)
 
     def _opened(self, outputs: Sequence[Output]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
@@ -153,7 +165,7 @@ class Survey:
         assert isinstance(output.spec, LoraOutput)
         asked, names = output.spec.diff, self.places.names(output)
         with self.places.located(output):
-            options = options_of(DiffOptions, output, names)
+            options = _beside(options_of(DiffOptions, output, names), self.places.path(output))
             opened = open_diff(
                 names[asked.base],
                 names[asked.variant],
@@ -171,7 +183,35 @@ def opened(places: Places, *, fingerprints: bool = True, skip_unmatched: bool = 
         inputs = job.Inputs(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
         surveyed = Survey(places, inputs, stack)
         surveyed.look()
+        _refuse_shared(surveyed.tasks)
         yield surveyed
+
+
+def _beside(options: DiffOptions, lora: Path) -> DiffOptions:
+    """The options with the files that are asked for beside a LoRA in its folder. Raises UsageError for what is no plain name."""
+    whole: dict[str, Any] = {}
+    for name, place in options.beside.items():
+        reason = why_not_plain(place, "")
+        if reason:
+            raise UsageError(
+                f"`{name}` cannot be called {quoted(place)}, because {reason}; it goes into the folder of the output."
+            )
+        whole[name] = str(lora.parent / lora_target(place, what=f"`{name}`").path)
+    return replace(options, **whole)
+
+
+def _refuse_shared(tasks: Sequence[Task]) -> None:
+    """Raises UsageError where two outputs would be written to one file; differences may share their directions."""
+    owners: dict[str, Task] = {}
+    for task in tasks:
+        options = task.opened[1] if isinstance(task.opened, tuple) else DiffOptions()
+        beside = [place for name, place in options.beside.items() if name != "spectra"]
+        for place in (str(task.path), *beside):
+            same = unicodedata.normalize("NFC", place).casefold()
+            if owners.setdefault(same, task) is not task:
+                raise task.output.place_of("diff").error(
+                    f'{task.output.label} and {owners[same].output.label} would both be written to "{place}"; give one another name.'
+                )
 
 
 def refuse_outdated(tasks: Sequence[Task]) -> None:

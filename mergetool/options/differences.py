@@ -61,9 +61,9 @@ class SecondOptions(Table):
         tuple[float, float],
         Option(help="With `union`: how much of what each has alone.", kind=Pair(), default="1,1"),
     ] = (1.0, 1.0)
-    orthogonal: Annotated[bool, Option(help="With `variant2`: what of `variant` is orthogonal to it.", kind=Flag())] = (
-        False
-    )
+    orthogonal: Annotated[
+        bool, Option(help="With `variant2`: what of the first is orthogonal to the second.", kind=Flag())
+    ] = False
 
     @property
     def takes_common(self) -> bool:
@@ -113,6 +113,12 @@ class FileOptions(Table):
             missing=ONE_FILE,
         ),
     ] = None
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """The files that are asked for beside the LoRA, by the options' names."""
+        places = {name: getattr(self, name) for name in ("spectra", "full", "checkpoint")}
+        return {name: os.fspath(place) for name, place in places.items() if place is not None}
 
     def check(self) -> None:
         """Raises UsageError for matrices that are to be stored whole in no file."""

@@ -175,7 +175,8 @@ class Number(Kind):
         if number is None or not inside:
             bounds = (("above", self.above), ("from", self.least), ("up to", self.most))
             words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
-            raise ValueError(" ".join(["a number", *words]))
+            meant = f"; write {_decimal(given)}" if isinstance(given, str) and re.fullmatch(_AMOUNT, given) else ""
+            raise ValueError(" ".join(["a number", *words]) + meant)
         return number
 
     def read(self, text: str | Sequence[str]) -> float:

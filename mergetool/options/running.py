@@ -121,6 +121,11 @@ class NonFiniteOptions(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiffRunOptions(ReaderOptions, GpuOptions, UnmatchedOptions, WriteOptions):
+    """How a difference is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeRunOptions(ReaderOptions, GpuOptions, NonFiniteOptions, UnmatchedOptions, ForceOptions, WriteOptions):
     """How a merge is run."""
 

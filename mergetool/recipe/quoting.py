@@ -13,7 +13,9 @@ import ast
 import keyword
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.paths import QUOTES
@@ -106,3 +108,11 @@ def _quoted(text: str) -> list[_Quoted]:
             at += 1
         found.append(_Quoted(start, at, name))
     return found
+
+
+def with_loras(model: str, loras: Sequence[tuple[str, Fraction]]) -> str:
+    """The expression that adds ``loras``, paths with their strengths, to ``model``."""
+    terms = [quote(model)]
+    for path, strength in loras:
+        terms.append(f"{'-' if strength < 0 else '+'} {abs(strength)} * lora({in_quotes(path)})")
+    return " ".join(terms)
