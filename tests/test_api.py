@@ -52,12 +52,13 @@ def test_a_difference_is_the_commands_bytes(tmp_path: Path) -> None:
     found = mergetool.diff(
         "lab.base", "lab.striped", tmp_path / "api.safetensors", rank_thresh=0.9, exclude=["refiner"]
     )
+    assert found.extraction is not None
     options = ["--base", "lab.base", "--variant", "lab.striped", "--rank-thresh", "0.9", "--exclude", "refiner"]
     assert command("diff", *options, "-o", "cli.safetensors", cwd=tmp_path).code == 0
     assert (tmp_path / "api.safetensors").read_bytes() == (tmp_path / "cli.safetensors").read_bytes()
     with safe_open(tmp_path / "api.safetensors", "np") as stored:
         ranks = [stored.get_slice(key).get_shape()[0] for key in stored.keys() if "lora_A" in key]  # noqa: SIM118
-    assert sorted(layer.rank for layer in found.layers if layer.rank) == sorted(ranks)
+    assert sorted(layer.rank for layer in found.extraction.layers if layer.rank) == sorted(ranks)
 
 
 def test_pictures_of_every_seed_and_strength_repeat(tmp_path: Path) -> None:

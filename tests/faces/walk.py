@@ -23,7 +23,7 @@ RECIPES = {"merge": schema.MergeOutput, "diff": schema.Difference, "verify": sch
 NODES = {"merge": "MergetoolSave", "diff": "MergetoolExtractLora", "compare": "MergetoolCompare"}
 
 # What a face has for itself: how it prints, and what ComfyUI's folders are.
-OWN = {"as_json", "no_progress", "verbose", "schema", "variables", "progress", "folder", "verify", "self"}
+OWN = {"models", "as_json", "no_progress", "verbose", "schema", "variables", "progress", "folder", "verify", "self"}
 
 # Another name for the same thing, until there is one table of options.
 CALLED = {

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.errors import NonFiniteError, StorageError, UsageError
+from mergetool.engine.device import Device
+from mergetool.errors import NonFiniteError, StorageError
 from mergetool.lora import on_device
 from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.on_device import MOST_ELEMENTS, choose, in_batches, subtract
+from mergetool.lora.on_device import MOST_ELEMENTS, in_batches, subtract
 from mergetool.ops import oracle
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
@@ -165,12 +166,9 @@ def test_the_difference_is_one_float32_subtraction(base: dtypes.DType, variant: 
     np.testing.assert_array_equal(out.numpy(), exact[1] - exact[0])
 
 
-def test_cuda_without_a_cuda_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose("auto") is None
-    assert choose("cpu") is None
-    with pytest.raises(UsageError, match="--device auto"):
-        choose("cuda")
+def test_a_chosen_gpu_is_the_one_that_decomposes() -> None:
+    assert on_device.of(Device(("cuda:1",))) == torch.device("cuda", 1)
+    assert on_device.of(Device()) is None
 
 
 @pytest.mark.gpu
