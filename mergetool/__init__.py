@@ -20,6 +20,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergetool.api.comparing import compare
     from mergetool.api.differences import diff
+    from mergetool.api.loras import (
+        lora_common,
+        lora_convert,
+        lora_inspect,
+        lora_interference,
+        lora_merge,
+        lora_orthogonal,
+        lora_resize,
+        lora_verify,
+    )
     from mergetool.api.merging import bake, convert, merge
     from mergetool.api.pictures import sample
     from mergetool.api.recipes import Recipe
@@ -48,6 +58,14 @@ __all__ = [
     "convert",
     "diff",
     "extract",
+    "lora_common",
+    "lora_convert",
+    "lora_inspect",
+    "lora_interference",
+    "lora_merge",
+    "lora_orthogonal",
+    "lora_resize",
+    "lora_verify",
     "merge",
     "open_diff",
     "open_merge",
@@ -71,6 +89,14 @@ _HOME = {
     "convert": "api.merging",
     "diff": "api.differences",
     "extract": "lora.extract",
+    "lora_common": "api.loras",
+    "lora_convert": "api.loras",
+    "lora_inspect": "api.loras",
+    "lora_interference": "api.loras",
+    "lora_merge": "api.loras",
+    "lora_orthogonal": "api.loras",
+    "lora_resize": "api.loras",
+    "lora_verify": "api.loras",
     "merge": "api.merging",
     "open_diff": "lora.extract",
     "open_merge": "engine.job",

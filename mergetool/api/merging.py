@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
-from mergetool.errors import UsageError
 from mergetool.options.kinds import Loras, Model, Output, Text
 from mergetool.options.merging import ContainerOptions, MergeOptions
 from mergetool.options.running import (
@@ -23,6 +22,7 @@ from mergetool.options.running import (
     ShardOptions,
     ThreadOptions,
     WriteOptions,
+    require_output,
 )
 from mergetool.options.table import Option, part, values
 from mergetool.recipe.quoting import quote, with_loras
@@ -174,8 +174,7 @@ def _one(
     from mergetool.checkpoint.outputs import model_target
     from mergetool.engine import job
 
-    if asked.output is None and not asked.dry_run:
-        raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
+    require_output(asked.output, dry_run=asked.dry_run)
     target = None
     if asked.output is not None:
         target = model_target(

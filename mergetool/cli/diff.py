@@ -62,7 +62,9 @@ _OWN = [
 
 @command(Diff, own=_OWN, filled=("base", "variant"))
 def diff(typed: Typed) -> None:
-    """Take the difference variant - base as a LoRA for ComfyUI and diffusers.
+    """Take the difference of two models as a LoRA.
+
+    It is variant - base, for ComfyUI and diffusers.
 
     A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
     energy of its whole spectrum, unless --rank-max stops it first. With --budget the ranks are those that

@@ -36,7 +36,7 @@ class _Commands(Mapping[str, Any]):
 def group_of(places: Mapping[str, str]) -> type[TyperGroup]:
     """A class of group, for ``typer.Typer(cls=...)``, with a command for each name.
 
-    A place is "module:name" in this folder: of a function, a command with the module's EXAMPLES as its epilog, its CONTEXT as click's settings and hidden where that says HIDDEN, or of a `typer.Typer`, a
+    A place is "module:name" in this folder: of a function, a command with the module's EXAMPLES, or those under its name there, as its epilog, its CONTEXT as click's settings and hidden where that says HIDDEN, or of a `typer.Typer`, a
     group in this one.
     """
 
@@ -56,9 +56,10 @@ def _built(name: str, place: str) -> Any:
         command.name = name
         return command
     one = typer.Typer(rich_markup_mode=None, add_completion=False)
+    examples = getattr(module, "EXAMPLES", None)
     one.command(
         name,
-        epilog=getattr(module, "EXAMPLES", None),
+        epilog=examples[name] if isinstance(examples, Mapping) else examples,
         context_settings=getattr(module, "CONTEXT", None),
         hidden=getattr(module, "HIDDEN", False),
     )(found)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.loras import LoraConvert, run_lora_convert
 from mergetool.cli import console, loads
-from mergetool.cli.console import JsonOption, NoProgressOption, SkipUnmatchedOption, VerboseOption
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
-    from mergetool.adapters.loaders import Loading
-    from mergetool.lora.convert import Converted
+    from mergetool.adapters import LoraFile
+    from mergetool.api.loras import LoraConverted
 
 EXAMPLES = """\b
 Examples:
@@ -33,51 +32,35 @@ whole or not, is said at the end. Of a model that is not Z-Image a LoRA keeps it
 """
 
 
-@console.command
-def convert(
-    lora: Annotated[str, typer.Argument(help="A LoRA in any spelling: a file or a PEFT folder", metavar="LORA")],
-    output: Annotated[str, typer.Option("--output", "-o", help="FILE.safetensors; a folder for peft.")],
-    key_format: Annotated[
-        str, typer.Option("--key-format", help="default, diffusers, comfyui, kohya or peft.")
-    ] = "default",
-    model: Annotated[
-        str | None,
-        typer.Option(help="The model it is for, to look its names up in [default: Z-Image is known]", metavar="MODEL"),
-    ] = None,
-    skip_unmatched: SkipUnmatchedOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Write a LoRA under the names of another program, losslessly where that is possible."""
-    from mergetool.adapters.loaders import loading_of
-    from mergetool.cli.lora_inspect import opened
-    from mergetool.lora.convert import convert as write
-    from mergetool.lora.spelling import KEY_FORMATS
+@command(LoraConvert)
+def convert(typed: Typed) -> None:
+    """Write a LoRA under another program's names.
 
-    wanted = console.choice("--key-format", key_format, KEY_FORMATS)
-    target = console.lora_output(output, shown=not as_json, folder=wanted == "peft")
-    started = time.monotonic()
-    with opened(lora, model) as file:
-        shown = not (no_progress or as_json)
-        with console.progress("convert", 1, shown=shown, unit="file", publishes=True) as advance:
-            known = model is not None
-            advance(1)
-            done = write(file, target, wanted, overwrite=overwrite, skip_unmatched=skip_unmatched, names_known=known)
-        dialect = file.dialect
-        found = loading_of(target, file.family)
-    size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
-    if as_json:
-        console.print_json(_json(done, target, size, dialect, found))
-    else:
-        _print(done, target, size, dialect, found, time.monotonic() - started, verbose=verbose)
+    Values are kept bit for bit where the format can hold them.
+    """
+    with _ConvertReport.shown(typed) as report:
+        run_lora_convert(typed.request(LoraConvert), report)
 
 
-def _print(
-    done: Converted, output: Path, size: int, dialect: str, found: list[Loading], seconds: float, *, verbose: bool
-) -> None:
-    console.heading("from", dialect)
+class _ConvertReport(Report):
+    """What is written, and what had to be rounded or left out."""
+
+    def plan(self, plan: LoraFile, memory: int) -> None:
+        """What it takes."""
+        self.json["memory"] = memory
+        if self.prints and self.typed.given.get("dry_run"):
+            console.heading("", f"memory at most {console.size(memory)}")
+
+    def done(self, plan: LoraFile, result: LoraConverted) -> None:
+        """What became of every module."""
+        self.json |= _json(result)
+        if self.prints:
+            _print(result, verbose=self.typed.verbose)
+
+
+def _print(result: LoraConverted, *, verbose: bool) -> None:
+    done = result.converted
+    console.heading("from", result.dialect)
     most = 1000 if verbose else 4
     if done.rounded:
         worst = max(done.rounded.values())
@@ -95,23 +78,33 @@ def _print(
         names = [f"{key} ({reason})" for key, reason in done.unmatched]
         console.heading("skipped", f"{len(names)} keys: {console.listed(names, most=most)}")
     lossless = "every value as it was" if done.is_lossless else "not every value as it was"
-    console.heading(
-        "done",
-        f"{output}  {console.plural(done.modules, 'module')}, {lossless}  {console.size(size)}  {seconds:.1f} s",
+    what = f"{console.plural(done.modules, 'module')}, {lossless}"
+    if not result.dry_run:
+        size = console.size(_size(result.output))
+        console.heading("done", f"{result.output}  {what}  {size}  {result.seconds:.1f} s")
+        loads.print_all(result.loading, verbose=verbose)
+    else:
+        console.heading("plan", what)
+
+
+def _size(output: Path | None) -> int:
+    """Bytes of the file, or of the folder's files."""
+    assert output is not None
+    return sum(path.stat().st_size for path in (output.iterdir() if output.is_dir() else [output]))
+
+
+def _json(result: LoraConverted) -> dict[str, Any]:
+    done = result.converted
+    written = (
+        {} if result.dry_run else {"bytes_written": _size(result.output), "loading": loads.as_json(result.loading)}
     )
-    loads.print_all(found, verbose=verbose)
-
-
-def _json(done: Converted, output: Path, size: int, dialect: str, found: list[Loading]) -> dict[str, Any]:
     return {
-        "output": str(output),
-        "bytes_written": size,
-        "from": dialect,
+        "output": None if result.output is None else str(result.output),
+        "from": result.dialect,
         "modules": done.modules,
         "tensors": done.tensors,
         "lossless": done.is_lossless,
         "rounded": done.rounded,
         "empty": done.empty,
         "skipped": [{"key": key, "reason": reason} for key, reason in done.unmatched],
-        "loading": loads.as_json(found),
-    }
+    } | written

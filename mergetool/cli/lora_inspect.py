@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.loras import LoraInspect, run_lora_inspect
 from mergetool.cli import console, loads
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
     from mergetool.adapters import LoraFile
     from mergetool.adapters.describe import Contents, Target
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
+    from mergetool.api.loras import LoraContents
 
 EXAMPLES = """\b
 Examples:
@@ -32,75 +33,37 @@ GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pa
 """A part is counted in the first of these that it is in."""
 
 
-@console.command
-def inspect(
-    lora: Annotated[str, typer.Argument(help="A LoRA in any spelling: a file or a PEFT folder", metavar="LORA")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="The model it is for, to look its names up in [default: Z-Image is known]", metavar="MODEL"),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the norms of all blocks as a heat map.", metavar="FILE.png")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Show what a LoRA holds: dialect, trainer, ranks, alphas, targets, norms, and who loads it whole."""
-    from mergetool.adapters.describe import describe
-    from mergetool.adapters.loaders import loading
+@command(LoraInspect)
+def inspect(typed: Typed) -> None:
+    """Show what a LoRA holds, and who loads it.
 
-    if plot is not None:
-        from mergetool.lora import plots
+    Dialect, trainer, ranks, alphas, targets, norms, and which releases load it whole.
+    """
+    with _Contents.shown(typed) as report:
+        run_lora_inspect(typed.request(LoraInspect), report)
 
-        plots.require_target(plot, overwrite=overwrite)
-    with opened(lora, model) as file:
-        shown = not (no_progress or as_json)
-        with console.progress("norms", len(file.changes), shown=shown, unit="module") as advance:
-            found = describe(file, progress=advance)
-        loaded = loading(file)
-        in_comfyui = None if found.non_finite else _dora_difference(file, model)
-        if plot is not None:
-            plots.write(plot, found.targets, title=Path(lora).name, overwrite=overwrite)
-        if as_json:
-            console.print_json(_json(file, found, loaded, in_comfyui))
+
+class _Contents(Report):
+    """What the file holds."""
+
+    def done(self, plan: LoraFile, result: LoraContents) -> None:
+        """All of it."""
+        self.json |= _json(plan, result.contents, result.loading, result.in_comfyui)
+        if not self.prints:
             return
-        _print(file, found, loaded, verbose=verbose)
+        _print(plan, result.contents, result.loading, verbose=self.typed.verbose)
+        in_comfyui = result.in_comfyui
         if in_comfyui is not None:
             console.heading(
                 "dora",
                 f"ComfyUI's weights are {100 * in_comfyui.share:.3g} % of the change away from training's in "
                 f"{console.plural(in_comfyui.parts, 'part')}; most in {in_comfyui.part}, {100 * in_comfyui.largest:.3g} %",
             )
-        if plot is not None:
-            console.heading("plot", str(plot))
+        if self.typed.given.get("plot") is not None:
+            console.heading("plot", str(self.typed.given["plot"]))
 
 
-def opened(lora: str, model: str | None) -> LoraFile:
-    """The LoRA, with its names looked up in ``model`` where that is given."""
-    from mergetool import models
-    from mergetool.adapters import open_lora
-
-    anatomy = None
-    if model is not None:
-        with models.open_model(model, names_only=True) as base:
-            anatomy = base.anatomy
-    return open_lora(models.resolve(lora).path, name=lora, anatomy=anatomy)
-
-
-def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:
-    """How far ComfyUI's formula leads from training's, where a model is given to measure it on."""
-    if model is None or not any("dora_scale" in adapter.tensors for adapter in file.adapters):
-        return None
-    from mergetool import models
-    from mergetool.adapters.dora_in_comfyui import difference
-
-    with models.open_model(model) as base:
-        return difference(file, base.anatomy, base.checkpoint)
-
-
-def _print(file: LoraFile, found: Contents, loaded: list[Loading], *, verbose: bool) -> None:
+def _print(file: LoraFile, found: Contents, loaded: Sequence[Loading], *, verbose: bool) -> None:
     from mergetool.adapters import matching
 
     size = sum(one.size for one in file.checkpoint.files)
@@ -177,7 +140,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _json(file: LoraFile, found: Contents, loaded: list[Loading], in_comfyui: Difference | None) -> dict[str, Any]:
+def _json(file: LoraFile, found: Contents, loaded: Sequence[Loading], in_comfyui: Difference | None) -> dict[str, Any]:
     from mergetool.adapters.describe import by_block, total
 
     ranks = found.ranks

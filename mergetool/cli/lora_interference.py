@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.loras import LoraInterference, run_lora_interference
 from mergetool.cli import console
-from mergetool.cli import lora_combining as combining
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
 from mergetool.cli.diff_ranks import GROUPS
-from mergetool.errors import UsageError
+from mergetool.cli.lora_sums import in_group
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
+    from mergetool.api.loras import PairScores
     from mergetool.lora.operations import Score
 
 EXAMPLES = """\b
@@ -32,93 +30,46 @@ for which every element is looked at.
 """
 
 
-@console.command
-def interference(
-    loras: Annotated[list[str], typer.Argument(help="Two or more, every pair of which is scored", metavar="A B...")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="The model that A and B are differences to; they may be checkpoints then.", metavar="MODEL"),
-    ] = None,
-    signs: Annotated[bool, typer.Option("--signs", help="Also how many elements pull in opposite directions.")] = False,
-    threads: combining.ThreadsOption = None,
-    skip_unmatched: combining.SkipOption = False,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Score how much LoRAs, or models' differences to a base, act on the same thing, by group and overall."""
-    if len(loras) < 2:
-        raise UsageError("give at least two LoRAs to compare.")
-    shows = not (no_progress or as_json)
-    pairs: list[dict[str, Any]] = []
-    for first, second in combinations(loras, 2):
-        if base is None:
-            found, left_out, warnings = _of_loras(first, second, signs, threads, skip_unmatched, shows)
-        else:
-            found, left_out, warnings = _of_deltas(base, first, second, signs, threads, skip_unmatched, shows)
-        groups, overall = _summary(found)
-        if as_json:
-            pairs.append(
-                {
-                    "first": first,
-                    "second": second,
-                    "overall": _json(overall),
-                    "groups": [_json(one) for one in groups],
-                    "modules": [_json(one) for one in found],
-                    "left_out": [{"name": name, "reason": reason} for name, reason in left_out],
-                }
-            )
-            continue
-        shared = sum(all(one.energies) for one in found)
-        console.heading("pair", f"A = {first}, B = {second}: {len(found)} modules, {shared} of them in both")
-        for warning in warnings:
+@command(LoraInterference)
+def interference(typed: Typed) -> None:
+    """Score how much LoRAs act on the same thing.
+
+    So are models' differences to a base, by group and overall.
+    """
+    with _Scores.shown(typed) as report:
+        run_lora_interference(typed.request(LoraInterference), report)
+
+
+class _Scores(Report):
+    """One pair after the other."""
+
+    def done(self, plan: LoraInterference, result: PairScores) -> None:
+        """The scores of a pair."""
+        groups, overall = _summary(result.scores)
+        self.json.setdefault("pairs", []).append(_pair_json(result, groups, overall))
+        if not self.prints:
+            return
+        shared = sum(all(one.energies) for one in result.scores)
+        console.heading(
+            "pair",
+            f"A = {result.first}, B = {result.second}: {len(result.scores)} modules, {shared} of them in both",
+        )
+        for warning in result.warnings:
             console.heading("note", warning)
-        names = [name for name, _ in left_out]
+        names = [name for name, _ in result.left_out]
         if names:
             console.heading("", f"{len(names)} left out, no matrices of a module: {console.listed(names, most=2)}")
-        _table([*(found if verbose else []), *groups, overall], signs=signs)
-    if as_json:
-        console.print_json({"pairs": pairs})
+        _table([*(result.scores if self.typed.verbose else []), *groups, overall], signs=plan.signs)
 
 
-Found = tuple[list["Score"], list[tuple[str, str]], list[str]]
-"""Scores, what is left out with the reason, and warnings."""
-
-
-def _of_loras(first: str, second: str, signs: bool, threads: int | None, skip: bool, shows: bool) -> Found:
-    from mergetool.lora.gathering import gather, opened
-    from mergetool.lora.operations import scores
-
-    with opened([(first, Fraction(1)), (second, Fraction(1))]) as terms:
-        gathering = gather(terms, skip_unmatched=skip)
-        with console.progress("score", len(gathering.modules), shown=shows, unit=" modules") as bar:
-            found = list(scores(gathering, signs=signs, threads=threads, progress=bar))
-        left_out = [(name, reason) for name, reason, _ in gathering.left_out]
-        return found, left_out, list(combining.warnings(gathering))
-
-
-def _of_deltas(base: str, first: str, second: str, signs: bool, threads: int | None, skip: bool, shows: bool) -> Found:
-    from mergetool.lora.extract import open_diff
-    from mergetool.lora.operations import delta_scores
-    from mergetool.options.differences import DiffOptions
-
-    options = DiffOptions(variant2=second, orthogonal=True, min_dim=1)  # what only one of them changes is scored too
-    with open_diff(base, first, options, skip_unmatched=skip) as pairing:
-        size = sum(map(pairing.nbytes, pairing.decomposed))
-        with console.progress("score", size, shown=shows) as bar:
-            found = list(delta_scores(pairing, signs=signs, threads=threads, progress=bar))
-        skipped = [(pair.name, pair.reason) for pair in pairing.pairs if pair.reason]
-        return found, [*skipped, *pairing.left_out], []
-
-
-def _summary(found: list[Score]) -> tuple[list[Score], Score]:
+def _summary(found: Sequence[Score]) -> tuple[list[Score], Score]:
     """The scores of every group that has matrices, and of all."""
     from mergetool.lora.operations import summed
 
     groups = [
         summed(chosen, group)
         for group in (*GROUPS, "other")
-        if (chosen := [one for one in found if combining.in_group(one.groups) == group])
+        if (chosen := [one for one in found if in_group(one.groups) == group])
     ]
     return groups, summed(found, "overall")
 
@@ -136,6 +87,17 @@ def _table(found: Sequence[Score], *, signs: bool) -> None:
         for one in found
     ]
     console.table(header, rows)
+
+
+def _pair_json(result: PairScores, groups: Sequence[Score], overall: Score) -> dict[str, Any]:
+    return {
+        "first": result.first,
+        "second": result.second,
+        "overall": _json(overall),
+        "groups": [_json(one) for one in groups],
+        "modules": [_json(one) for one in result.scores],
+        "left_out": [{"name": name, "reason": reason} for name, reason in result.left_out],
+    }
 
 
 def _json(one: Score) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mergetool.api.loras import LoraVerify, run_lora_verify
 from mergetool.cli import console, loads
-from mergetool.cli.console import JsonOption, NoProgressOption, VerboseOption
-from mergetool.errors import CheckFailed, UsageError
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
+from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from mergetool.lora.verify import LoraReport, Residual
+    from mergetool.api.loras import LoraVerified
+    from mergetool.lora.verify import Comparison, LoraReport, Residual
 
 EXAMPLES = """\b
 Examples:
@@ -29,44 +29,30 @@ GROUPS = ("attention", "ffn", "adaln", "norm", "embedder", "final", "pad")
 """A parameter is in the row of the first of these that it is in."""
 
 
-@console.command
-def verify(
-    base: Annotated[str, typer.Argument(help="The model that the LoRA is for", metavar="BASE")],
-    lora: Annotated[str, typer.Argument(help="A LoRA in any spelling: a file or a PEFT folder", metavar="LORA")],
-    variant: Annotated[str, typer.Argument(help="The model that base + LoRA should be", metavar="VARIANT")],
-    max_residual: Annotated[
-        float | None, typer.Option(help="Largest overall residual after rounding, as in 0.1.", min=0.0)
-    ] = None,
-    strength: Annotated[str, typer.Option(help="Strength of the LoRA; any finite number.")] = "1",
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores]", min=1, max=256)] = None,
-    as_json: JsonOption = False,
-    no_progress: NoProgressOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Compare base + LoRA with the tuned model, layer by layer, before and after rounding; and say who loads the LoRA."""
-    from mergetool.lora.verify import open_comparison, verify_lora
-    from mergetool.options.kinds import with_strength
+@command(LoraVerify)
+def verify(typed: Typed) -> None:
+    """Check that base + LoRA makes the tuned model.
 
-    path, factor = with_strength(f"x:{strength}")
-    if path != "x":
-        raise UsageError(f'--strength is a number such as 0.8, not "{strength}".')
-    if max_residual is not None and not math.isfinite(max_residual):
-        raise UsageError("--max-residual is a finite number such as 0.1.")
-    started = time.monotonic()
-    with open_comparison(base, lora, variant, strength=factor) as comparison:
-        with console.progress("verify", comparison.bytes_read, shown=not (no_progress or as_json)) as bar:
-            report = verify_lora(comparison, threads=threads, progress=bar)
-        read = comparison.bytes_read
-    residual = report.total(after=True)
-    passed = max_residual is None or residual <= max_residual
-    if as_json:
-        console.print_json(_json(report) | {"max_residual": max_residual, "passed": passed})
-    else:
-        _print(report, read, time.monotonic() - started, verbose=verbose)
-    if not passed:
+    The two are compared layer by layer, before and after rounding; which releases load the LoRA is listed.
+    """
+    asked = typed.request(LoraVerify)
+    with _VerifyReport.shown(typed) as report:
+        found = run_lora_verify(asked, report)
+    if not found.passed:
         raise CheckFailed(
-            f"{base} + {lora} is {residual:.4g} of the difference away from {variant}, where at most {max_residual:g} is allowed."
+            f"{asked.base} + {asked.lora} is {found.residual:.4g} of the difference away from {asked.variant}, "
+            f"where at most {asked.max_residual:g} is allowed."
         )
+
+
+class _VerifyReport(Report):
+    """What the LoRA leaves."""
+
+    def done(self, plan: Comparison, result: LoraVerified) -> None:
+        """The residuals."""
+        self.json |= _json(result.report) | {"max_residual": result.max_residual, "passed": result.passed}
+        if self.prints:
+            _print(result.report, result.bytes_read, result.seconds, verbose=self.typed.verbose)
 
 
 def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> None:

@@ -23,7 +23,8 @@ from mergetool.lora import fusing, module, naming, peft_folder
 from mergetool.lora import output as lora_file
 from mergetool.lora.dialects import without_prefix
 from mergetool.lora.module import Module
-from mergetool.lora.spelling import SPELLINGS, KeyFormat, Spelling, with_alphas_everywhere
+from mergetool.lora.spelling import SPELLINGS, Spelling, with_alphas_everywhere
+from mergetool.options.combining import KeyFormat
 from mergetool.recipe.provenance import display_names, stamp
 
 NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
@@ -49,20 +50,23 @@ class Converted:
 
 def convert(
     file: LoraFile,
-    output: Path | Target,
+    output: Path | Target | None,
     key_format: KeyFormat,
     *,
     overwrite: bool = False,
     skip_unmatched: bool = False,
     names_known: bool = False,
 ) -> Converted:
-    """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none.
+    """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none; without an ``output`` see what would be written.
 
     ``names_known`` says that it was opened with the anatomy of its model, so that underscored names of any family are understood.
     Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
     not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
     """
-    target = lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=key_format == "peft")
+    folder = key_format == "peft"
+    target = (
+        None if output is None else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=folder)
+    )
     spelling = SPELLINGS[key_format]
     _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
     done = Converted(unmatched=matching.left_aside(file))
@@ -75,8 +79,10 @@ def convert(
     if not tensors:
         raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
     done.modules, done.tensors = len(modules), len(tensors)
+    if target is None:
+        return done
     extra = {}
-    if key_format == "peft":
+    if folder:
         extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
     lora_file.write(
         target, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra

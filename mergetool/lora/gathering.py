@@ -91,6 +91,15 @@ class Gathering:
         """Every file that is read."""
         return [file for term in self.terms for file in term.file.checkpoint.files]
 
+    @property
+    def warnings(self) -> list[str]:
+        """Everything that a user of the files should know."""
+        found = []
+        for term in self.terms:
+            found += [f"{term.file.name}: {warning}" for warning in term.file.warnings]
+            found += matching.remarks(term.file)
+        return found
+
 
 @contextmanager
 def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = None) -> Iterator[list[Term]]:

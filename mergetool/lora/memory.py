@@ -7,7 +7,9 @@ arrays that live at the same time; a test holds that runs stay below them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
+from mergetool.adapters import LoraFile
 from mergetool.checkpoint.dtypes import DType
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.job import BASE_MEMORY
@@ -64,6 +66,14 @@ def of_sum(gathering: Gathering, selection: Selection, dtype: DType | None = Non
     return BASE_MEMORY + _READING + _largest(works, asked(threads)) + kept
 
 
+def of_conversion(file: LoraFile) -> int:
+    """Bytes of anonymous memory that `convert` may come to take, the interpreter's among them: all of the file, and one module in float64."""
+    stored = [[file.checkpoint.tensors[key] for key in adapter.tensors.values()] for adapter in file.adapters]
+    one = max((sum(prod(info.shape) for info in infos) for infos in stored), default=0)
+    whole = sum(info.nbytes for infos in stored for info in infos)
+    return BASE_MEMORY + _READING + 3 * whole + 48 * one
+
+
 def _most(pair: Pair, options: DiffOptions, pairs: Sequence[Pair]) -> int:
     """The largest rank that ``options`` allow a pair."""
     short = min(pair.shape)
@@ -89,7 +99,7 @@ def _of_dense(m: int, n: int, rank: int, *, searched: bool, has_delta: bool = Fa
     basis = min(limit, _GROWTH * rank + _LEAST_BASIS) if searched else 0
     bytes_taken = exact * basis * (2 * short + long) + 8 * basis * short + 32 * basis**2
     if not searched or BASIS_PER_RANK * rank > limit:
-        bytes_taken += 48 * short**2 + 8192 * short
+        bytes_taken += 80 * short**2 + 8192 * short
     return bytes_taken + 48 * rank * (m + n) + (0 if has_delta else 8 * m * n)
 
 

@@ -15,7 +15,7 @@ from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
 from mergetool.lora.dialects import without_prefix
-from mergetool.lora.spelling import KEY_FORMATS, KeyFormat
+from mergetool.options.combining import KEY_FORMATS, KeyFormat
 
 _COMFYUIS = re.compile(
     r"(?:double|single|joint|input|output)_blocks\.|middle_block\."  # Flux, Chroma, SD3; SD1, SDXL

@@ -13,6 +13,7 @@ from mergetool.errors import UsageError
 from mergetool.lora.budget import Spectrum, ranks_for
 from mergetool.lora.gathering import Module
 from mergetool.lora.rules import Rule
+from mergetool.options.combining import SelectionOptions
 
 _KERNEL, _ALPHA = 2 * 24, 80  # bytes of header, and of the header's padding
 
@@ -96,6 +97,17 @@ def _stated(most: int | None) -> dict[str, Any]:
 
 
 Selection = Exact | Fixed | ByRule | Budget
+
+
+def selected(options: SelectionOptions) -> Selection:
+    """What the options keep."""
+    if options.rank is not None:
+        return Fixed(options.rank)
+    if options.budget is not None:
+        return Budget(options.budget_bytes, options.rank_max)
+    if options.by_rule:
+        return ByRule(Rule(options.rule or "energy", options.threshold), options.rank_max)
+    return Exact() if options.rank_max is None else Fixed(options.rank_max)
 
 
 def ranks_within(

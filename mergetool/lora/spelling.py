@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters.adapter import Kind
-
-KeyFormat = Literal["default", "diffusers", "comfyui", "kohya", "peft"]
-KEY_FORMATS: tuple[KeyFormat, ...] = ("default", "diffusers", "comfyui", "kohya", "peft")
+from mergetool.options.combining import KeyFormat
 
 
 @dataclass(frozen=True, slots=True)

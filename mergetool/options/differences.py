@@ -26,7 +26,6 @@ SHARE = 0.95
 """The threshold of the rules that take a share, where nothing else is said."""
 
 ONE_FILE: dict[Face, str] = {
-    "recipe": "an output of a recipe is one file, which it names",
     "node": "a node writes one file, which it names",
 }
 

@@ -298,6 +298,20 @@ class Loras(Kind):
         return tuple(entries)
 
 
+@dataclass(frozen=True)
+class Strength(Kind):
+    """The exact strength of one LoRA."""
+
+    metavar: str = "S"
+
+    def value(self, given: Any) -> Fraction:
+        text = str(_exact(given))
+        if _number(given) is None:
+            meant = f"; write {_decimal(text)}" if re.fullmatch(_AMOUNT, text) else ""
+            raise ValueError(f"a finite number such as 0.8{meant}")
+        return given if isinstance(given, Fraction) else _strength(text, text)
+
+
 _AMOUNT = r"[+-]?\d+(?:[.,]\d+)?\s*%?"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
+from mergetool.errors import UsageError
 from mergetool.options.kinds import Choice, Device, Flag, Size, Whole
 from mergetool.options.table import Face, Option, Table
 
@@ -31,6 +32,12 @@ class WriteOptions(OverwriteOptions):
     dry_run: Annotated[
         bool, Option(help="Print what would be done, with the memory it takes, and stop.", kind=Flag(), missing=PLANNED)
     ] = False
+
+
+def require_output(output: object, *, dry_run: bool) -> None:
+    """Raises UsageError where no output is named and something is to be written."""
+    if output is None and not dry_run:
+        raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -322,7 +322,7 @@ def test_a_threshold_that_bf16_cannot_hold_is_said(family: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--rule", "mean"], "--rule is one of energy, fro, sum, ratio, abs, knee"),
+        (["--rule", "mean"], '--rule is "mean", but has to be one of energy, fro, sum, ratio, abs, knee'),
         (["--rule", "ratio"], "--rule ratio needs --rank-thresh"),
         (["--rule", "abs", "--rank-thresh", 100], "no singular value is above 100"),
         (["--rule", "ratio", "--rank-thresh", 2], "0 < t < 1"),

@@ -168,3 +168,27 @@ def test_a_checkpoint_that_exists_is_refused_before_the_work(family: Path, tmp_p
     ran = mergetool(*ONE, *outputs, cwd=family)
     assert ran.code == 73
     assert not (tmp_path / "l.safetensors").exists()
+
+
+def test_two_models_may_be_named_without_options(family: Path, tmp_path: Path) -> None:
+    names = ("base.safetensors", "one.safetensors", "--rank", 2)
+    assert mergetool("diff", *names, "-o", tmp_path / "a.safetensors", cwd=family).code == 0
+    assert mergetool(*ONE[:-2], "--rank", 2, "-o", tmp_path / "b.safetensors", cwd=family).code == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("names", [("base.safetensors",), ("a", "b", "c"), ("--base", "a", "b", "c")])
+def test_one_model_or_three_are_answered_with_the_line_that_works(family: Path, names: tuple[str, ...]) -> None:
+    ran = mergetool("diff", *names, cwd=family)
+    assert (ran.code, "mergetool diff --base MODEL --variant MODEL" in ran.err) == (2, True), ran.err
+
+
+def test_a_threshold_with_a_comma_is_refused_with_the_number(family: Path) -> None:
+    ran = mergetool(*ONE, "--rank-thresh", "0,995", "--dry-run", cwd=family)
+    assert (ran.code, '--rank-thresh is "0,995", but has to be a number above 0; write 0.995' in ran.err) == (2, True)
+
+
+def test_a_checkpoint_at_the_place_of_another_output_is_refused_before_the_work(family: Path, tmp_path: Path) -> None:
+    ran = mergetool(*ONE, "-o", tmp_path / "a.safetensors", "--checkpoint", tmp_path / "a.safetensors", cwd=family)
+    assert (ran.code, "--checkpoint names the same file" in ran.err) == (2, True), ran.err
+    assert not list(tmp_path.iterdir())

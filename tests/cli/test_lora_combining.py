@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mergetool as mergetool_api
 from mergetool.options.kinds import with_strength
 from tests.adapters.spellings import SPELLINGS, Written
 from tests.cli.run import mergetool
@@ -131,13 +132,13 @@ def test_a_dry_run_lists_every_module_and_writes_nothing(tmp_path: Path) -> None
     ("options", "words"),
     [
         ((), "say how much to keep"),
-        (("--rank", "0"), "--rank is 0"),
+        (("--rank", "0"), '--rank is "0", but has to be a whole number from 1'),
         (("--rank-thresh", "0"), "above 0"),
         (("--rank", "4", "--budget", "1MB"), "--rank and --budget contradict each other"),
         (("--rule", "ratio"), "--rule ratio needs a --rank-thresh"),
         (("--rule", "knee", "--rank-thresh", "0.5"), "--rule knee has no threshold"),
-        (("--rule", "best", "--rank-thresh", "0.5"), "--rule is one of energy"),
-        (("--rank", "2", "--dtype", "fp8_e4m3"), "--dtype is one of bf16, fp16, fp32"),
+        (("--rule", "best", "--rank-thresh", "0.5"), '--rule is "best", but has to be one of energy'),
+        (("--rank", "2", "--dtype", "fp8_e4m3"), '--dtype is "fp8_e4m3", but has to be one of bf16, fp16, fp32'),
     ],
 )
 def test_requests_that_cannot_be_meant_are_usage_errors(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_requests_that_cannot_be_meant_are_usage_errors(options: tuple[str, ...]
 
 def test_without_an_output_nothing_is_read(tmp_path: Path) -> None:
     ran = mergetool("lora", "merge", "missing.safetensors", cwd=tmp_path)
-    assert (ran.code, "-o FILE.safetensors" in ran.err) == (2, True)
+    assert (ran.code, "no output is named; add -o, or --dry-run" in ran.err) == (2, True)
 
 
 def test_a_warning_of_a_file_is_shown(tmp_path: Path) -> None:
@@ -231,3 +232,43 @@ def test_keys_of_a_text_encoder_are_named_when_they_do_not_come_along(tmp_path: 
     ran = mergetool("lora", "merge", "a.safetensors:2", "-o", "b.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert "2 keys of a.safetensors are for a text encoder and are left aside" in " ".join(ran.out.split())
+
+
+def test_subtract_is_merge_with_a_strength_of_minus_one(tmp_path: Path) -> None:
+    make(tmp_path, a="bare", b="LoHa")
+    ran = mergetool("lora", "subtract", "a.safetensors", "b.safetensors", "-o", "one.safetensors", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    mergetool("lora", "merge", "a.safetensors", "b.safetensors:-1", "-o", "two.safetensors", cwd=tmp_path)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    assert "subtract" not in mergetool("lora", "--help", cwd=tmp_path).out
+
+
+def test_a_threshold_with_a_comma_is_refused_with_the_number(tmp_path: Path) -> None:
+    make(tmp_path, a="bare")
+    ran = mergetool("lora", "resize", "a.safetensors", "-o", "b.safetensors", "--rank-thresh", "0,5", cwd=tmp_path)
+    assert (ran.code, "write 0.5" in ran.err) == (2, True), ran.err
+
+
+def test_a_conversion_that_is_only_planned_writes_nothing(tmp_path: Path) -> None:
+    make(tmp_path, a="bare")
+    ran = mergetool("lora", "convert", "a.safetensors", "--key-format", "peft", "--dry-run", "--json", cwd=tmp_path)
+    assert (ran.json["modules"], ran.json["lossless"], ran.json["output"]) == (7, True, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_functions_write_the_bytes_of_the_commands(tmp_path: Path) -> None:
+    make(tmp_path, a="bare", b="LoHa")
+    for word, call, files, options in (
+        ("resize", mergetool_api.lora_resize, ["a"], {"rank": 1}),
+        ("merge", mergetool_api.lora_merge, [["a", "b"]], {}),
+        ("orthogonal", mergetool_api.lora_orthogonal, ["a", "b"], {}),
+        ("common", mergetool_api.lora_common, ["a", "b"], {}),
+    ):
+        names = [tmp_path / f"{name}.safetensors" for name in (files[0] if word == "merge" else files)]
+        said = [f"--{name}={value}" for name, value in options.items()]
+        ran = mergetool("lora", word, *names, "-o", f"{word}.safetensors", *said, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+        given = [[str(name) for name in names]] if word == "merge" else names
+        done = call(*given, tmp_path / "api.safetensors", overwrite=True, **options)  # type: ignore[operator]
+        assert done.output.read_bytes() == (tmp_path / f"{word}.safetensors").read_bytes()
+        assert done.combined.modules

@@ -24,7 +24,7 @@ from mergetool.adapters import open_lora
 from mergetool.adapters.in_diffusers import RELEASES
 from mergetool.arch.families.z_image import REFERENCE_CONFIG, reference_shapes
 from mergetool.lora.convert import convert
-from mergetool.lora.spelling import KEY_FORMATS, KeyFormat
+from mergetool.options.combining import KEY_FORMATS, KeyFormat
 from tests.adapters.files import DORAS, FILES
 from tests.adapters.spellings import SPELLINGS, Written
 from tests.families import TINY

@@ -20,7 +20,7 @@ from mergetool.adapters import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
 from mergetool.lora.convert import Converted, convert
-from mergetool.lora.spelling import KEY_FORMATS, KeyFormat
+from mergetool.options.combining import KEY_FORMATS, KeyFormat
 from tests.adapters.files import with_magnitudes
 from tests.adapters.spellings import BLOCK, DIM, MATRICES, SPELLINGS, f64, fused, loha, lokr, random, split
 

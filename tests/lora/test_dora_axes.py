@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mergetool.adapters import open_lora
 from mergetool.errors import DataError
 from mergetool.lora.convert import convert
-from mergetool.lora.spelling import KeyFormat
+from mergetool.options.combining import KeyFormat
 from tests.adapters.spellings import BLOCK, DIM, FFN, f64, random
 from tests.adapters.test_traps import moved
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergetool.lora.spelling import KEY_FORMATS, KeyFormat
+from mergetool.options.combining import KEY_FORMATS, KeyFormat
 from tests.lora.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, SOURCES, Case, Changes, Matrix, agrees
 
 DIALECTS = Path("docs/lora-dialects.md")

@@ -1,0 +1,260 @@
+"""``mergetool lora resize``, ``merge``, ``orthogonal`` and ``common``: one LoRA made of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergetool.api.loras import (
+    LoraCommon,
+    LoraMerge,
+    LoraOrthogonal,
+    LoraResize,
+    run_lora_common,
+    run_lora_merge,
+    run_lora_orthogonal,
+    run_lora_resize,
+)
+from mergetool.cli import console, loads
+from mergetool.cli.diff_ranks import GROUPS
+from mergetool.cli.parameters import Typed, command
+from mergetool.cli.report import Report
+
+if TYPE_CHECKING:
+    from mergetool.api.loras import Summed, SumPlan
+    from mergetool.lora.combine import Outcome
+    from mergetool.lora.gathering import Gathering
+
+EXAMPLES = {
+    "resize": """\b
+Examples:
+  mergetool lora resize style.safetensors -o style-16.safetensors --rank 16
+  mergetool lora resize style.safetensors -o style-small.safetensors --rank-thresh 0.99
+  mergetool lora resize style.safetensors -o style-cut.safetensors --rule ratio --rank-thresh 0.1
+  mergetool lora resize lokr.safetensors -o as-lora.safetensors --budget 150MB
+
+LORA is a file or a PEFT folder of any spelling; LoHa, LoKr and whole differences become LoRAs. --rank-thresh keeps the fewest
+singular values that hold that share of a module's energy (--rule energy); --budget shares a file's size out over all modules, so
+that the total error is least. What is cut is the weakest part of every module, exactly; a module that needs no cut keeps its factors
+bit for bit.
+""",
+    "merge": """\b
+Examples:
+  mergetool lora merge style.safetensors:0.8 detail.safetensors:-0.3 -o both.safetensors
+  mergetool lora merge style.safetensors detail.safetensors:0.5 -o both-32.safetensors --rank 32
+  mergetool lora merge a.safetensors b.safetensors c.safetensors -o all.safetensors --budget 300MB
+  mergetool lora merge style.safetensors:0.8 detail.safetensors --set refiner=0 --set ffn=0.5 -o partly.safetensors
+
+Each LORA is a file or a PEFT folder of any spelling, then a colon and its strength (1 without; negative takes it away). Without a rank,
+threshold or budget the sum is exact: the factors side by side, ranks added up, strengths multiplied into the up factors or into the
+alpha, whichever rounds least; what had to be rounded is the residual. With one it is recompressed from the exact sum. PATTERNs of --set
+are groups, globs or re:REGEX as everywhere.
+""",
+    "orthogonal": """\b
+Examples:
+  mergetool lora orthogonal style.safetensors detail.safetensors -o style-only.safetensors
+  mergetool lora orthogonal style.safetensors detail.safetensors -o style-only-16.safetensors --rank 16
+
+In every module A - c * B, with c = <A, B> / <B, B>, the sums of products of all elements: nothing of the result points along B. Modules
+that only A changes stay as they are; without a rank the factors are put side by side as `lora merge` does.
+""",
+    "common": """\b
+Examples:
+  mergetool lora common style.safetensors other.safetensors -o both-have.safetensors
+  mergetool lora common a.safetensors b.safetensors -o shared.safetensors --rank-thresh 0.99
+
+Modules that only one of them changes have nothing in common and are named. The rank is at most the smaller of the two ranks. Common
+parts of checkpoints' differences are what `mergetool diff` takes.
+""",
+}
+
+
+@command(LoraResize)
+def resize(typed: Typed) -> None:
+    """Make a LoRA smaller: to a rank, a share, or a size."""
+    with SumReport.shown(typed) as report:
+        run_lora_resize(typed.request(LoraResize), report)
+
+
+@command(LoraMerge)
+def merge(typed: Typed) -> None:
+    """Add LoRAs up to one, exactly or at a smaller rank."""
+    with SumReport.shown(typed) as report:
+        run_lora_merge(typed.request(LoraMerge), report)
+
+
+@command(LoraOrthogonal)
+def orthogonal(typed: Typed) -> None:
+    """Take the part of A that is orthogonal to B.
+
+    That is A without its component along B, in every module by itself.
+    """
+    with SumReport.shown(typed) as report:
+        run_lora_orthogonal(typed.request(LoraOrthogonal), report)
+
+
+@command(LoraCommon)
+def common(typed: Typed) -> None:
+    """Take what two LoRAs have in common.
+
+    Those are the directions that both write to and both read, at the strength that both have.
+    """
+    with SumReport.shown(typed) as report:
+        run_lora_common(typed.request(LoraCommon), report)
+
+
+class SumReport(Report):
+    """What is read, and what became of it."""
+
+    def plan(self, plan: SumPlan, memory: int) -> None:
+        """The LoRAs, of a dry run with every module."""
+        self.json |= _plan_json(plan) | {"memory": memory}
+        if self.prints:
+            _print_plan(plan.gathering, verbose=self.typed.verbose or self.typed.given.get("dry_run", False))
+            console.heading("", f"memory at most {console.size(memory)}")
+
+    def done(self, plan: SumPlan, result: Summed) -> None:
+        """The ranks, and the file."""
+        self.json |= _done_json(result)
+        if self.prints:
+            _print_done(plan.gathering, result, verbose=self.typed.verbose)
+
+
+def in_group(groups: frozenset[str]) -> str:
+    """The row of the tables that a module is in: the first of `diff_ranks.GROUPS`, or other."""
+    return next((group for group in GROUPS if group in groups), "other")
+
+
+def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
+    for i, term in enumerate(gathering.terms):
+        count = console.plural(len(term.file.changes), "change")
+        ranks = sorted({one.rank for one in term.file.adapters if one.rank is not None})
+        width = f", rank {_range(ranks)}" if ranks else ""
+        kinds = sorted({one.kind for one in term.file.adapters} - {"lora"})
+        other = f", {' and '.join(kinds)}" if kinds else ""
+        console.heading(
+            "" if i else "read",
+            f"{float(term.strength):g} x {term.file.name}: {count}{width}{other}  {term.file.dialect}",
+        )
+    for warning in gathering.warnings:
+        console.heading("note", warning)
+    reasons: dict[str, list[str]] = {}
+    for name, reason, _ in gathering.left_out:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        shown = console.listed(names, most=len(names) if verbose else 2)
+        console.heading("", f"{len(names)} left out ({reason}): {shown}")
+    if verbose:
+        for module in gathering.modules:
+            pieces = " + ".join(
+                f"{float(piece.strength):g} x {piece.change.adapter.kind} {piece.change.adapter.rank or ''}".rstrip()
+                for piece in module.pieces
+            )
+            console.heading("", f"{module.part}  {list(module.shape)}  {pieces}")
+
+
+def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
+    done, target = result.combined, result.output
+    assert done is not None
+    assert target is not None
+    rows = []
+    for group in (*GROUPS, "other"):
+        chosen = [one for one in done.modules if in_group(one.groups) == group]
+        if chosen:
+            rows.append(_row(group, chosen))
+    console.heading("ranks", "")
+    console.table(["group", "modules", "rank read", "rank min/med/max", "energy", "residual"], rows)
+    if done.capped:
+        wanted = max(one.wanted or 0 for one in done.capped)
+        capped = [f"{one.name} wants {one.wanted}" for one in done.capped]
+        console.heading(
+            "",
+            f"{len(capped)} stopped by `rank_max`, which would have to be {wanted}: "
+            f"{console.listed(capped, most=len(capped) if verbose else 2)}",
+        )
+    if done.empty:
+        names = console.listed(done.empty, most=len(done.empty) if verbose else 2)
+        console.heading("", f"{len(done.empty)} not written, nothing of them is left: {names}")
+    if verbose:
+        for one in done.modules:
+            console.heading(
+                "",
+                f"{one.name}  rank {one.rank}  energy {one.energy:.5f}  residual {one.residual:.2%}  {one.dtype.name}",
+            )
+    lost = sum(energy for _, _, energy in gathering.left_out if energy is not None)
+    kept = sum(one.total for one in done.modules)
+    if lost:
+        console.heading("", f"{100 * lost / (lost + kept):.2g} % of the energy is left out, which no LoRA can carry")
+    console.heading(
+        "done",
+        f"{target}  {console.size(target.stat().st_size)}  {result.seconds:.1f} s   residual {done.residual:.2%}",
+    )
+    loads.print_all(result.loading, verbose=verbose)
+
+
+def _row(group: str, chosen: Sequence[Outcome]) -> list[str]:
+    ranks = sorted(one.rank for one in chosen)
+    widths = sorted(one.width for one in chosen if one.width is not None)
+    total = sum(one.total for one in chosen)
+    energy = sum(one.energy * one.total for one in chosen) / total if total else 1.0
+    residual = (sum(one.residual**2 * one.total for one in chosen) / total) ** 0.5 if total else 0.0
+    return [
+        group,
+        str(len(chosen)),
+        _range(widths) if widths else "",
+        f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}",
+        f"{energy:.5f}",
+        f"{100 * residual:.2f} %",
+    ]
+
+
+def _range(values: Sequence[int]) -> str:
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def _plan_json(plan: SumPlan) -> dict[str, Any]:
+    gathering = plan.gathering
+    return {
+        "command": plan.command,
+        "family": gathering.family.name,
+        "loras": [
+            {
+                "name": term.file.name,
+                "strength": float(term.strength),
+                "dialect": term.file.dialect,
+                "changes": len(term.file.changes),
+                "warnings": list(term.file.warnings),
+            }
+            for term in gathering.terms
+        ],
+        "modules": [module.part for module in gathering.modules],
+        "left_out": [{"name": name, "reason": reason, "energy": energy} for name, reason, energy in gathering.left_out],
+    }
+
+
+def _done_json(result: Summed) -> dict[str, Any]:
+    done, target = result.combined, result.output
+    assert done is not None
+    assert target is not None
+    return {
+        "output": str(target),
+        "bytes_written": target.stat().st_size,
+        "seconds": round(result.seconds, 3),
+        "residual": done.residual,
+        "modules": [
+            {
+                "name": one.name,
+                "shape": list(one.shape),
+                "rank_read": one.width,
+                "rank": one.rank,
+                "energy": one.energy,
+                "residual": one.residual,
+                "norm": one.total**0.5,
+                "dtype": one.dtype.name,
+                "rank_wanted": one.wanted,
+            }
+            for one in done.modules
+        ],
+        "empty": done.empty,
+        "loading": loads.as_json(result.loading),
+    }

@@ -1,0 +1,124 @@
+"""What decides the bytes of a LoRA that is made of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal, cast
+
+from mergetool.checkpoint.dtypes import DType
+from mergetool.errors import UsageError
+from mergetool.options.differences import FACTORS, RULES, SHARE, BudgetOptions, RuleName, require_threshold
+from mergetool.options.kinds import Choice, Model, Number, Settings, Whole
+from mergetool.options.multipliers import Setting
+from mergetool.options.running import ThreadOptions, UnmatchedOptions, WriteOptions
+from mergetool.options.table import Option, Table, refuse_together
+
+KeyFormat = Literal["default", "diffusers", "comfyui", "kohya", "peft"]
+KEY_FORMATS: tuple[KeyFormat, ...] = ("default", "diffusers", "comfyui", "kohya", "peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(BudgetOptions):
+    """How much of every module is kept: all of it, where nothing is said."""
+
+    rank: Annotated[
+        int | None,
+        Option(help="The same rank for every module, fewer where it has no more.", kind=Whole(1)),
+    ] = None
+    rank_thresh: Annotated[
+        float | None,
+        Option(help="Keep this much of every module, as `rule` measures it.", kind=Number(above=0)),
+    ] = None
+    rank_max: Annotated[int | None, Option(help="Cap of the rank, beside a threshold or a budget.", kind=Whole(1))] = (
+        None
+    )
+    rule: Annotated[
+        RuleName | None,
+        Option(help="What `rank_thresh` means; knee needs none.", kind=Choice(RULES, "RULE"), default="energy"),
+    ] = None
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether each module's own singular values choose its rank."""
+        return self.rank_thresh is not None or self.rule is not None
+
+    @property
+    def threshold(self) -> float:
+        """``rank_thresh``, which ``knee`` has no use for."""
+        return SHARE if self.rank_thresh is None else self.rank_thresh
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is cut."""
+        return not (self.by_rule or self.rank or self.rank_max or self.budget)
+
+    def check(self) -> None:
+        """Raises UsageError for options that contradict each other, or need another."""
+        super().check()
+        by_rule = "rule" if self.rank_thresh is None else "rank_thresh"
+        given = {"rank": self.rank is not None, by_rule: self.by_rule, "budget": self.budget is not None}
+        refuse_together(given, "give one of them; `rank_max` caps a threshold or a budget")
+        refuse_together(
+            {"rank": self.rank is not None, "rank_max": self.rank_max is not None},
+            "`rank_max` goes with a threshold or a budget",
+        )
+        if self.by_rule and self.rank_thresh is None and self.rule != "knee":
+            raise UsageError(f"`rule={self.rule}` needs a `rank_thresh`.")
+        if self.by_rule:
+            require_threshold(self.rule or "energy", self.rank_thresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookUpOptions(Table):
+    """Where names are looked up."""
+
+    model: Annotated[
+        str | None,
+        Option(help="The model to look the LoRA's names up in.", kind=Model(), default="Z-Image is known"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumOptions(SelectionOptions, LookUpOptions):
+    """What decides the bytes of a sum of LoRAs besides those."""
+
+    dtype: Annotated[
+        str | None,
+        Option(
+            help="What the factors are stored in.",
+            kind=Choice(tuple(FACTORS), "DTYPE"),
+            default="that of the factors that are read",
+        ),
+    ] = None
+
+    @property
+    def stored(self) -> DType | None:
+        """What the factors are stored in; None for what each came in."""
+        return None if self.dtype is None else FACTORS[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(Table):
+    """Multipliers of strengths by group."""
+
+    multipliers: Annotated[
+        Mapping[str, float | str | Fraction] | Sequence[str | Setting],
+        Option(
+            help="Scale all strengths in a group; 0 leaves it out; later wins.",
+            kind=Settings(),
+            flag="set",
+            key="set",
+        ),
+    ] = ()
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """``multipliers`` in their one form."""
+        return cast(tuple[Setting, ...], self.multipliers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumRunOptions(ThreadOptions, UnmatchedOptions, WriteOptions):
+    """How a LoRA is made of others."""
