@@ -75,7 +75,7 @@ def test_convert_says_what_it_did_and_who_loads_the_result(musubi: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["-o", "x.safetensors", "--key-format", "a1111"], 2, "--key-format is one of"),
+        (["-o", "x.safetensors", "--key-format", "a1111"], 2, '--key-format is "a1111", but has to be one of'),
         (["-o", "there.safetensors"], 73, "--overwrite"),
         (["-o", "x/"], 2, "one file"),
         (["-o", "x.safetensors", "--key-format", "peft"], 2, "a folder"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import mergetool
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, OutputError, PatternError
 from mergetool.making import survey
@@ -132,6 +133,54 @@ def test_a_lora_is_up_to_date_by_its_recipe_and_inputs(family: Path) -> None:
         extract(pairing, task.path, options, threads=1)
     assert kinds(text) == ["current"]
     assert states(text.replace("rank: 4", "rank: 5"))[0][1:] == ("outdated", "its recipe is another (rank)")
+
+
+BESIDE = MODELS + "diff: {base: a, variant: b, rank: 4, full: whole, spectra: found, checkpoint: baked}\n"
+
+
+def test_files_beside_a_lora_lie_in_its_folder_and_count_in_its_state(family: Path) -> None:
+    path = family / "r.yaml"
+    path.write_text(BESIDE)
+    mergetool.Recipe(path).make()
+    names = ("r", "whole", "found", "baked")
+    assert all((family / f"{name}.safetensors").is_file() for name in names)
+    assert kinds(BESIDE) == ["current"]
+    (family / "found.safetensors").unlink()
+    assert kinds(BESIDE) == ["current"]
+    for name in ("whole", "baked"):
+        (family / f"{name}.safetensors").rename(family / "away")
+        assert states(BESIDE)[0][1:] == ("outdated", f'"{name}.safetensors" is missing')
+        (family / "away").rename(family / f"{name}.safetensors")
+
+
+def test_a_baked_checkpoint_of_another_lora_is_out_of_date(family: Path) -> None:
+    path = family / "r.yaml"
+    path.write_text(BESIDE)
+    mergetool.Recipe(path).make()
+    mergetool.diff("a.safetensors", "b.safetensors", "other", rank=2, checkpoint="baked", overwrite=True)
+    assert kinds(BESIDE) == ["outdated"]
+
+
+def test_a_file_beside_a_lora_that_may_not_be_replaced_is_refused_before_any_work(family: Path) -> None:
+    (family / "baked.safetensors").write_bytes(b"mine")
+    path = family / "r.yaml"
+    path.write_text(BESIDE)
+    with pytest.raises(OutputError, match=r"r\.yaml:2:7: .*baked"):
+        mergetool.Recipe(path).make()
+    assert not (family / "r.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["../whole", "sub/whole", "/tmp/whole"])
+def test_a_file_beside_a_lora_has_a_plain_name(family: Path, name: str) -> None:
+    with pytest.raises(MergetoolError, match=r"r\.yaml:2:.*it goes into the folder of the output"):
+        states(MODELS + f"diff: {{base: a, variant: b, full: {name}}}\n")
+
+
+def test_two_outputs_of_one_name_are_refused_also_beside_a_lora(family: Path) -> None:
+    two = "  x: {diff: {base: a, variant: b, full: w}}\n  y: {diff: {base: b, variant: a, full: w}}\n"
+    with pytest.raises(MergetoolError, match=r"(x and y|y and x) would both be written"):
+        states(MODELS + "outputs:\n" + two)
+    states(MODELS + "outputs:\n" + two.replace("full: w", "spectra: w"))
 
 
 @pytest.mark.parametrize(
