@@ -112,7 +112,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     started = time.monotonic()
     pairing, options, path = paired.pairing, paired.options, paired.target.path
     moved = pairing.bytes_to_read(options)
-    device = devices.choose(how.device, work=moved, memory=how.gpu_bytes)
+    device = devices.choose(how.device, work=moved, memory=how.gpu_bytes, kernels=False)
     only = on_the_cpu(options, pairing) if device.is_gpu else ""
     events.output(paired.task)
     events.plan(paired, memory.of_difference(pairing, options, how.threads, device))

@@ -233,7 +233,7 @@ def _extract(pairing: Pairing, options: DiffOptions, path: Path, overwrite: bool
     host.make_folder(path)
     started = time.monotonic()
     with counting("diff", pairing.bytes_to_read(options), host.progress()) as advance:
-        device = on_device.of(devices.choose("auto", work=pairing.bytes_to_read(options)))
+        device = on_device.of(devices.choose("auto", work=pairing.bytes_to_read(options), kernels=False))
         found = extract(pairing, path, options, overwrite=overwrite, device=device, progress=advance)
     return f"{path}: {len(found.layers)} matrices, energy {_kept(found):.4f}, {time.monotonic() - started:.1f} s"
 
