@@ -173,7 +173,7 @@ def test_auto_asks_torch_unless_its_version_file_says_it_is_for_cpus(
     place = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: place)
     asked: list[str] = []
-    monkeypatch.setattr(devices, "_obstacle", lambda name: asked.append(name) or "a GPU")
+    monkeypatch.setattr(devices, "_obstacle", lambda name, kernels: asked.append(name) or "a GPU")
     assert devices.choose("auto", work=10**12) == CPU
     assert (not asked) == expected
 

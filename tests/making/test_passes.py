@@ -157,7 +157,9 @@ def test_a_baked_checkpoint_of_another_lora_is_out_of_date(family: Path) -> None
     path = family / "r.yaml"
     path.write_text(BESIDE)
     mergetool.Recipe(path).make()
-    mergetool.diff("a.safetensors", "b.safetensors", "other", rank=2, checkpoint="baked", overwrite=True)
+    mergetool.diff(
+        "a.safetensors", "b.safetensors", "o.safetensors", rank=2, checkpoint="baked.safetensors", overwrite=True
+    )
     assert kinds(BESIDE) == ["outdated"]
 
 
