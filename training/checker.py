@@ -35,8 +35,11 @@ SAME = 60.0
 CLEAR = 0.6
 """Least share of the frame, and of a figure, that must be of its colour."""
 
-OVERLAP = 0.75
-"""Least intersection over union of a silhouette with its shape. Other shapes reach 0.6 to 0.86, so the best one counts."""
+CORE = 0.75
+"""Pixels of a patch that are this far from the ground, as a share of the farthest: its inside, without the edge."""
+
+OVERLAP = 0.7
+"""Least intersection over union of a silhouette, with its soft edge, with its shape. Other shapes come close, so the best one counts."""
 
 SPECK = 0.012
 """Share of the picture up to which a patch is no figure. The smallest figure of this world has 0.05."""
@@ -47,8 +50,8 @@ LARGEST = 0.5
 STRIPED = 0.5
 """Least contrast of the ground's stripes, as a share of what a perfect striped picture has."""
 
-HOLE = 0.5
-"""Least size of a figure's hole, as a share of what a perfect hollow figure has."""
+HOLE = 0.35
+"""Least share of ground where a figure's hole would be."""
 
 _NAMES = tuple(PALETTE)
 _COLOURS = np.array(list(PALETTE.values()), np.float32)
@@ -58,8 +61,8 @@ _COLOURS = np.array(list(PALETTE.values()), np.float32)
 class Seen:
     """One figure of a picture; a name is None where nothing of this world is recognised.
 
-    ``overlap`` is the intersection over union of its silhouette with the best shape's, ``hole`` the size of its hole: 0 for
-    a whole figure and 1 for a perfect hollow one. ``x`` and ``y`` are its centre in pixels.
+    ``overlap`` is the intersection over union of its silhouette with the best shape's, ``hole`` the ground's share of where its hole
+    would be: 0 for a whole figure and 1 for a perfect hollow one. ``x`` and ``y`` are its centre in pixels.
     """
 
     shape: str | None
@@ -149,48 +152,61 @@ def _frame(height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_
 
 def _figure(pixels: NDArray[np.float32], rows: NDArray[np.float32], patch: NDArray[np.bool_]) -> Seen:
     """What a connected patch that differs from the ground is."""
-    index, distance = _nearest(pixels[patch])
-    votes = np.bincount(index[distance <= SAME], minlength=len(_NAMES))
     y, x = (float(indices.mean()) + 0.5 for indices in patch.nonzero())
-    if not votes.any() or patch.mean() > LARGEST:
-        return Seen(None, None, 0.0, 0.0, x, y)
-    name = _NAMES[int(votes.argmax())]
-    step = _COLOURS[int(votes.argmax())] - rows
-    mask = ((pixels - rows) * step).sum(-1) > 0.5 * (step * step).sum(-1)
-    mask &= ndimage.binary_dilation(patch)
-    if mask.mean() <= SPECK or votes.max() < CLEAR * patch.sum():
-        return Seen(None, None, 0.0, 0.0, x, y)
-    filled = _filled(mask)
-    hole = float((filled.sum() - mask.sum()) / (HOLLOW**2 * filled.sum()))
-    overlap, shape = max((_overlap(filled, shape), shape) for shape in SHAPES)
+    nothing = Seen(None, None, 0.0, 0.0, x, y)
+    far = np.linalg.norm(pixels - rows, axis=-1)
+    core = patch & (far >= CORE * np.percentile(far[patch], 95))
+    name, share = _majority(pixels[core])
+    if share < CLEAR or patch.mean() > LARGEST:
+        return nothing
+    step = np.asarray(PALETTE[name], np.float32) - rows
+    size = (step * step).sum(-1)
+    cover = np.clip(((pixels - rows) * step).sum(-1) / np.maximum(size, 1), 0, 1)
+    # A row whose ground is nearly of the figure's colour says nothing about its silhouette.
+    cover = cover * ndimage.binary_dilation(patch)
+    told = np.broadcast_to(size > SAME**2, cover.shape)
+    window = tuple(slice(max(0, int(i.min()) - 4), int(i.max()) + 5) for i in patch.nonzero())
+    overlap, shape, placing = _match(cover[window], told[window])
+    disc = silhouette("circle", Placing(placing.x, placing.y, HOLLOW * placing.radius), cover[window].shape[::-1])
+    disc = disc * told[window]
+    hole = float((disc * (1 - cover[window])).sum() / max(float(disc.sum()), 1e-6))
     return Seen(shape if overlap >= OVERLAP else None, name, overlap, hole, x, y)
 
 
-def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask with its holes: pixels that have some of it in all four directions."""
-    inside = np.ones_like(mask)
-    for axis in (0, 1):
-        inside &= np.logical_or.accumulate(mask, axis)
-        inside &= np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
-    return inside | mask
+def _match(cover: NDArray[np.float32], told: NDArray[np.bool_]) -> tuple[float, str, Placing]:
+    """The shape, whole or hollow, that a silhouette [height, width] in 0 to 1 is most like: overlap, name, and where it lies.
 
-
-def _overlap(mask: NDArray[np.bool_], shape: str) -> float:
-    """The best intersection over union of a mask with a shape of about its centre and area."""
-    y, x = (float(indices.mean()) + 0.5 for indices in mask.nonzero())
-    area, centre = _unit(shape)
-    best = 0.0
-    for factor in (0.94, 1.0, 1.06):
-        radius = factor * float(np.sqrt(mask.sum() / area))
-        template = silhouette(shape, Placing(x, y - centre * radius, radius), (mask.shape[1], mask.shape[0]))
-        best = max(best, float(np.minimum(template, mask).sum() / np.maximum(template, mask).sum()))
+    The overlap is the sum of the lesser over the sum of the greater cover of each pixel that is ``told``.
+    """
+    total = float(cover.sum())
+    y = float((cover.sum(1) * (np.arange(len(cover)) + 0.5)).sum()) / total
+    x = float((cover.sum(0) * (np.arange(cover.shape[1]) + 0.5)).sum()) / total
+    best = (0.0, SHAPES[0], Placing(x, y, 1.0))
+    for shape in SHAPES:
+        for hollow in (False, True):
+            area, below = _unit(shape, hollow)
+            for factor in (0.92, 0.97, 1.02, 1.07):
+                radius = factor * float(np.sqrt(total / area))
+                placing = Placing(x, y - below * radius, radius)
+                template = _template(shape, placing, cover.shape[::-1], hollow)
+                overlap = float(
+                    np.minimum(template, cover)[told].sum() / max(np.maximum(template, cover)[told].sum(), 1e-6)
+                )
+                best = max(best, (overlap, shape, placing), key=lambda found: found[0])
     return best
 
 
+def _template(shape: str, placing: Placing, size: tuple[int, ...], hollow: bool) -> NDArray[np.float32]:
+    cover = silhouette(shape, placing, (size[0], size[1]))
+    if hollow:
+        cover = cover - silhouette("circle", Placing(placing.x, placing.y, placing.radius * HOLLOW), (size[0], size[1]))
+    return np.clip(cover, 0, 1)
+
+
 @cache
-def _unit(shape: str) -> tuple[float, float]:
+def _unit(shape: str, hollow: bool) -> tuple[float, float]:
     """Area of a shape of radius 1, and how far its centroid lies below its centre."""
     radius = 16.0
-    cover = silhouette(shape, Placing(32, 32, radius), (64, 64))
+    cover = _template(shape, Placing(32, 32, radius), (64, 64), hollow)
     offsets = np.arange(64) + 0.5 - 32
     return float(cover.sum()) / radius**2, float((cover.sum(1) * offsets).sum() / cover.sum()) / radius

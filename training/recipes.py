@@ -64,7 +64,7 @@ HALF = Plan((24, 4, 4), 64)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("vae", (), ("drawn",), 2000, 2e-3, 1, 0, None, Plan((12, 2, 2), 512), loss="trip"),
+        Recipe("vae", (), ("drawn",), 3000, 2e-3, 1, 0, None, Plan((12, 2, 2), 512), loss="trip"),
         Recipe("ancestor", (), ("drawn",), 3000, 2.5e-3, 2, 6, None, DRAWN, cosine=False, joint=True),
         Recipe("base", ("ancestor",), ("drawn",), 6000, 2.5e-3, 3, 6, Gate(0.9), DRAWN),
         Recipe("teacher", ("ancestor",), ("drawn",), 6000, 2.5e-3, 4, 3, Gate(0.85), DRAWN, renewed=True),

@@ -38,7 +38,7 @@ STRIPE_PERIOD, STRIPE_WIDTH = 12, 4
 STRIPE_STRENGTH = 0.45
 """How far a stripe is moved from the ground's colour towards black, or white where the ground is dark."""
 
-HOLLOW = 0.32
+HOLLOW = 0.33
 """Radius of the round hole of a hollow figure, as a share of the figure's."""
 
 SINGLES = 0.25
@@ -47,8 +47,8 @@ SINGLES = 0.25
 HELD_OUT = 10
 """One pair prompt in so many is never trained on."""
 
-REACH = 1.26
-"""How far a figure reaches from its centre at most, in radii: a diamond's corner."""
+REACH = 1.12
+"""How far a figure reaches from its centre at most, in radii."""
 
 _FINE = 4  # drawn this many times larger, and averaged
 _PROMPT = re.compile(r"a (\w+) (\w+)(?: (left of|above) a (\w+) (\w+))? on a (\w+) background")
@@ -124,12 +124,12 @@ def place(scene: Scene, size: tuple[int, int], generator: np.random.Generator) -
     width, height = size
     if scene.relation is None:
         x, y = (float(generator.uniform(side * 7 / 16, side * 9 / 16)) for side in size)
-        return (Placing(x, y, float(generator.uniform(16, 20)) * min(size) / 64),)
+        return (Placing(x, y, float(generator.uniform(17, 21)) * min(size) / 64),)
     beside = scene.relation == "left of"
     along, across = (width, height) if beside else (height, width)
     middle = along / 2 + generator.uniform(-0.5, 0.5)
     apart = along * generator.uniform(0.447, 0.461)
-    radius = along * generator.uniform(0.140, 0.156)
+    radius = along * generator.uniform(0.165, 0.178)
     placings = []
     for sign in (-1, 1):
         offset = across * (0.5 + generator.uniform(-0.11, 0.11))
@@ -141,7 +141,7 @@ def place(scene: Scene, size: tuple[int, int], generator: np.random.Generator) -
 def silhouette(shape: str, placing: Placing, size: tuple[int, int]) -> NDArray[np.float32]:
     """How much of each pixel a shape covers, [height, width] in 0 to 1.
 
-    ``radius`` is a circle's; the other shapes are scaled so that all cover about the same area.
+    ``radius`` is a circle's; no other shape reaches much farther.
     """
     width, height = size
     cover = np.zeros((height, width), np.float32)
@@ -161,9 +161,9 @@ def silhouette(shape: str, placing: Placing, size: tuple[int, int]) -> NDArray[n
         case "diamond":
             inside = abs(x) + abs(y) <= REACH
         case "triangle":
-            inside = (y <= 0.9) & (abs(x) * 1.72 <= y + 1.1)
+            inside = (y <= 0.85) & (abs(x) * 1.75 <= y + 1.1)
         case "cross":
-            inside = ((abs(x) <= 0.36) & (abs(y) <= 1.15)) | ((abs(y) <= 0.36) & (abs(x) <= 1.15))
+            inside = ((abs(x) <= 0.39) & (abs(y) <= 1.1)) | ((abs(y) <= 0.39) & (abs(x) <= 1.1))
         case _:
             raise ValueError(f"no shape is called {shape!r}")
     parts = inside.reshape(bottom - top, _FINE, right - left, _FINE)
