@@ -32,6 +32,9 @@ MARGIN = 4
 SAME = 60.0
 """Euclidean RGB distance up to which a pixel counts as of a palette colour; the closest two colours are 104 apart."""
 
+OTHER = 40.0
+"""Distance from which a pixel is not the ground's: two fifths of that of the closest colours, so a thin wall of a soft picture is seen."""
+
 CLEAR = 0.6
 """Least share of the frame, and of a figure, that must be of its colour."""
 
@@ -120,9 +123,14 @@ def read(picture: Picture) -> Reading:
     contrast = float((pixels[inside].mean(0) - pixels[between].mean(0)) @ step / (step @ step))
     # Against its own row's ends, so that stripes are ground; the median, so that a corner in the frame is none.
     rows = np.median(np.concatenate([pixels[:, :MARGIN], pixels[:, -MARGIN:]], axis=1), axis=1, keepdims=True)
-    patches, count = ndimage.label(np.linalg.norm(pixels - rows, axis=-1) > SAME)
+    patches, count = ndimage.label(np.linalg.norm(pixels - rows, axis=-1) > OTHER)
     areas = np.bincount(patches.ravel(), minlength=count + 1)
-    found = [_figure(pixels, rows, patches == n) for n in range(1, count + 1) if areas[n] > SPECK * height * width]
+    large = [patches == n for n in range(1, count + 1) if areas[n] > SPECK * height * width]
+    found = []
+    for patch in large:
+        others = np.any([other for other in large if other is not patch], axis=0) if len(large) > 1 else ~patch & False
+        region = ndimage.binary_dilation(patch, iterations=2) & ~ndimage.binary_dilation(others)
+        found.append(_figure(pixels, rows, patch, region))
     return Reading(ground, tuple(found), contrast)
 
 
@@ -150,8 +158,10 @@ def _frame(height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_
     return frame & between, frame & inside
 
 
-def _figure(pixels: NDArray[np.float32], rows: NDArray[np.float32], patch: NDArray[np.bool_]) -> Seen:
-    """What a connected patch that differs from the ground is."""
+def _figure(
+    pixels: NDArray[np.float32], rows: NDArray[np.float32], patch: NDArray[np.bool_], region: NDArray[np.bool_]
+) -> Seen:
+    """What a connected patch that differs from the ground is; its soft edge ends within ``region``."""
     y, x = (float(indices.mean()) + 0.5 for indices in patch.nonzero())
     nothing = Seen(None, None, 0.0, 0.0, x, y)
     far = np.linalg.norm(pixels - rows, axis=-1)
@@ -163,7 +173,7 @@ def _figure(pixels: NDArray[np.float32], rows: NDArray[np.float32], patch: NDArr
     size = (step * step).sum(-1)
     cover = np.clip(((pixels - rows) * step).sum(-1) / np.maximum(size, 1), 0, 1)
     # A row whose ground is nearly of the figure's colour says nothing about its silhouette.
-    cover = cover * ndimage.binary_dilation(patch)
+    cover = cover * region
     told = np.broadcast_to(size > SAME**2, cover.shape)
     window = tuple(slice(max(0, int(i.min()) - 4), int(i.max()) + 5) for i in patch.nonzero())
     overlap, shape, placing = _match(cover[window], told[window])
