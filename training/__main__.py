@@ -14,7 +14,7 @@ import torch
 
 from training import batched
 from training.recipes import RECIPES
-from training.run import Attempt, Clock
+from training.run import Attempt, Clock, Round
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--member", choices=RECIPES, help="train this one")
+    what.add_argument(
+        "--shelve", choices=RECIPES, help="keep an unfinished one's weights beside the members, to be committed"
+    )
     what.add_argument("--all", action="store_true", help="train all that are not finished, in order")
     parser.add_argument("--attempt", type=int, default=1, choices=(1, 2, 3))
     parser.add_argument(
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     members = Path(__file__).parent / "members" / str(options.attempt)
     state = options.state / str(options.attempt)
     attempt = Attempt(options.attempt, members, state, torch.device(options.device), clock)
+    if options.shelve:
+        Round(attempt, RECIPES[options.shelve]).shelve()
+        return 0
     for name in RECIPES if options.all else (options.member,):
         if not attempt.train(name):
             return 0

@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 from training import batched, models, sampling
 from training.data import Plan
 from training.recipes import RECIPES
-from training.run import Attempt, Clock
+from training.run import Attempt, Clock, Round
 
 
 class Steps(Clock):
@@ -60,6 +60,14 @@ def test_a_member_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     state = torch.load(tmp_path / "parts" / "states" / "ancestor.pt", weights_only=True)
     assert state["step"] == 5
     assert [piece["steps"] for piece in state["pieces"]] == [[0, 2], [2, 4], [4, 5]]
+
+    shelved = attempt(tmp_path / "parts", Steps(0))
+    Round(shelved, shelved.recipes["ancestor"]).shelve()
+    (tmp_path / "parts" / "states" / "ancestor.pt").unlink()
+    again = Round(shelved, shelved.recipes["ancestor"])
+    assert again.step == 5
+    for name, tensor in again.modules["transformer"].state_dict().items():
+        assert torch.equal(tensor, parts[name].half().float()), name
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 12), (6, 30)])
