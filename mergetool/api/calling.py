@@ -26,6 +26,7 @@ def called(request: Callable[P, Asked], run: Callable[[Asked, Events], R], name:
     call.__module__ = "mergetool"
     call.__doc__ = f"{inspect.cleandoc(run.__doc__ or '')}\n\n{explained(request)}"
     call.__signature__ = _signature(request, run)  # type: ignore[attr-defined]
+    call.request = request  # type: ignore[attr-defined]
     return call
 
 

@@ -74,7 +74,7 @@ class Paired:
     task: Any = None
 
 
-def run_diff(asked: Diff, events: Events) -> Extracted:
+def run_diff(asked: Diff, events: Events, *, keeps_current: bool = False) -> Extracted:
     """Take the difference ``variant - base`` as a LoRA; both variants may be LoRAs themselves.
 
     The result has rank, energy and residual of every matrix, and what was left out. Raises MergetoolError: UsageError and PatternError for what is
@@ -82,10 +82,14 @@ def run_diff(asked: Diff, events: Events) -> Extracted:
     """
     from mergetool.checkpoint.outputs import lora_target
     from mergetool.lora.extract import open_diff
+    from mergetool.making import state
 
     target = lora_target(asked.name)
     options = _named(part(DiffOptions, asked), events, target)
     with open_diff(asked.base, asked.variant, options, skip_unmatched=asked.skip_unmatched) as pairing:
+        if keeps_current and state.of_diff(pairing, options, target) == state.CURRENT:
+            events.current(target.path)
+            return Extracted(target.path, options)
         return make(Paired(pairing, options, target), part(DiffRunOptions, asked), events)
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.options.table import Table
@@ -45,6 +46,9 @@ class Events:
 
     def output(self, task: Any) -> None:
         """The output of a recipe that the next events are about."""
+
+    def current(self, path: Path) -> None:
+        """An output is there as it would be written now, and stays."""
 
     def waiting(self, task: Any) -> None:
         """An output of a recipe that is planned when others are there; of a dry run."""

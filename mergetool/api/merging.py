@@ -136,13 +136,13 @@ class Done:
     seconds: float
 
 
-def run_merge(asked: Merge, events: Events) -> Merged:
+def run_merge(asked: Merge, events: Events, *, keeps_current: bool = False) -> Merged:
     """Merge checkpoints by an expression: complete, or not at all.
 
     Raises MergetoolError: ExpressionError, PatternError or UsageError for what is asked, InputMissing and DataError for inputs, LineageError for models that
     do not look as if they belong together, OutputError, BusyError and StorageError for the output, NonFiniteError for NaN and infinity.
     """
-    return _one(asked.expression, asked, part(MergeOptions, asked), events)
+    return _one(asked.expression, asked, part(MergeOptions, asked), events, keeps_current=keeps_current)
 
 
 def run_bake(asked: Bake, events: Events) -> Merged:
@@ -170,9 +170,12 @@ def _one(
     *,
     word: str = "merge",
     how: MergeRunOptions | None = None,
+    keeps_current: bool = False,
 ) -> Merged:
+    """With ``keeps_current`` an output that is there as it would be written now stays, as those of a recipe do."""
     from mergetool.checkpoint.outputs import model_target
     from mergetool.engine import job
+    from mergetool.making import state
 
     require_output(asked.output, dry_run=asked.dry_run)
     target = None
@@ -184,6 +187,9 @@ def _one(
             events.note(target.note)
     ran = how or part(MergeRunOptions, asked)
     with job.open_merge(expression, options, fingerprints=not asked.dry_run, skip_unmatched=ran.skip_unmatched) as plan:
+        if keeps_current and target is not None and state.of_merge(plan, target, asked.shard_bytes) == state.CURRENT:
+            events.current(target.path)
+            return _merged(Planned(plan, target), None, None)
         (merged,) = make([Planned(plan, target)], ran, events, word=word, shard_size=asked.shard_bytes)
     return merged
 

@@ -38,7 +38,10 @@ totals, since merges keep them: --include "*" counts them.
 
 @command(Compare)
 def compare(typed: Typed) -> None:
-    """Measure how far B lies from A, block by block, in one pass; and advise a multiplier for B - A."""
+    """Measure how far B lies from A, block by block.
+
+    In one pass; and advise a multiplier for B - A.
+    """
     with _CompareReport.shown(typed) as report:
         found = run_compare(typed.request(Compare), report)
     found.require_passed()

@@ -34,7 +34,10 @@ Without --dtype and --quant, quantised weights become BF16 and everything else k
 
 @command(Convert)
 def convert(typed: Typed) -> None:
-    """Convert between dtypes, quantised containers, layouts and shards, streaming; says what it cost each layer."""
+    """Write a model in another dtype, form or layout.
+
+    Dtypes, quantised containers, layouts and shards, streaming; what that cost each layer is printed.
+    """
     with _ConvertReport.shown(typed) as report:
         run_convert(typed.request(Convert), report)
 

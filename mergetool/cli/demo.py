@@ -91,7 +91,9 @@ class Demo(OverwriteOptions):
 
 @command(Demo, prints=("no_progress",))
 def demo(typed: Typed) -> None:
-    """Merge, verify, sample and take a difference LoRA on the embedded models, and write a report.
+    """Try all of it on the embedded models.
+
+    They are merged, verified, sampled and a difference LoRA is taken of them; a report says what became of it.
 
     Exit code 1 when a step does not end as it should.
     """

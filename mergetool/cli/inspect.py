@@ -24,7 +24,10 @@ Examples:
 
 @command(Inspect)
 def inspect(typed: Typed) -> None:
-    """Show family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show."""
+    """Show what a model file holds.
+
+    Family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show.
+    """
     with _InspectReport.shown(typed) as report:
         run_inspect(typed.request(Inspect), report)
 

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
+from mergetool.cli.fitting import fitted
+
 
 class _Commands(Mapping[str, Any]):
     """The commands of one group, in their order: each built when it is first looked up."""
@@ -59,7 +61,7 @@ def _built(name: str, place: str) -> Any:
     examples = getattr(module, "EXAMPLES", None)
     one.command(
         name,
-        epilog=examples[name] if isinstance(examples, Mapping) else examples,
+        epilog=fitted((examples[name] if isinstance(examples, Mapping) else examples) or ""),
         context_settings=getattr(module, "CONTEXT", None),
         hidden=getattr(module, "HIDDEN", False),
     )(found)

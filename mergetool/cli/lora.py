@@ -21,7 +21,7 @@ lora = typer.Typer(
             "verify": "lora_verify:verify",
         }
     ),
-    help="Look at LoRAs, add them to checkpoints and to each other, make them smaller, convert and verify them.",
+    help="Look at LoRAs, add, shrink and convert them.\n\nAdd them to checkpoints and to each other, make them smaller, convert and verify them.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

@@ -21,6 +21,9 @@ negative takes it away). All are added in float32 in one pass, and rounded once.
 
 @command(Bake)
 def bake(typed: Typed) -> None:
-    """Add LoRAs to a checkpoint of any layout or container, streaming, in one pass."""
+    """Add LoRAs to a checkpoint, streaming.
+
+    Of any layout or container, in one pass.
+    """
     with MergeReport.shown(typed) as report:
         run_bake(typed.request(Bake), report)

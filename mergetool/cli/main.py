@@ -29,6 +29,8 @@ app = typer.Typer(
             "demo": "demo:demo",
             "models": "models:models",
             "lora": "lora:lora",
+            "help": "words:show_help",
+            "version": "words:version",
         }
     ),
     help="Merge diffusion-transformer checkpoints and take difference LoRAs, streaming: 12 GB models in half a GB of "

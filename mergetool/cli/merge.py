@@ -26,7 +26,7 @@ Examples:
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
-  mergetool merge "turbo + 0.7 * lora('style.safetensors') - 0.2 * lora('other.safetensors')" -o baked.safetensors
+  mergetool merge "turbo + 0.7*lora('a.safetensors') - lora('b.safetensors')" -o baked.safetensors
   mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --resume -o out.safetensors
 
@@ -76,7 +76,9 @@ _OWN = [
 
 @command(Merge, own=_OWN)
 def merge(typed: Typed) -> None:
-    """Merge checkpoints by an expression, streaming; memory stays small whatever their size.
+    """Merge checkpoints by an expression, streaming.
+
+    Memory stays small whatever their size.
 
     A recipe file (docs/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
     """

@@ -27,7 +27,10 @@ packages add methods by the entry point "mergetool.methods"; they are marked wit
 
 @command(FindMethods, prints=("as_json",))
 def methods(typed: Typed) -> None:
-    """List the merge methods, or show one: formula, source, parameters and an example."""
+    """List the merge methods, or show one.
+
+    Of one: formula, source, parameters and an example.
+    """
     asked = typed.request(FindMethods)
     found, errors = find_methods(asked)
     for error in errors:

@@ -10,8 +10,8 @@ from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
 
 models = typer.Typer(
-    help="Names for checkpoints, kept in your config folder (or in ./mergetool.toml with --here), so that expressions "
-    "can say alkahest instead of a path.",
+    help="Name models, list names, forget them.\n\nThey are kept in your config folder (or in ./mergetool.toml with --here), so that "
+    "expressions can say alkahest instead of a path.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -20,7 +20,10 @@ models = typer.Typer(
 @models.command("add")
 @command(AddModel, prints=("as_json",))
 def add(typed: Typed) -> None:
-    """Register a name: mergetool models add alkahest ~/models/alkahest.safetensors"""
+    """Give a model a name.
+
+    As in: mergetool models add alkahest ~/models/alkahest.safetensors
+    """
     asked = typed.request(AddModel)
     add_model(asked)
     _done(typed, f"{asked.name} = {asked.path}", name=asked.name, path=asked.path)
@@ -29,7 +32,10 @@ def add(typed: Typed) -> None:
 @models.command("list")
 @command(Request, prints=("as_json",))
 def list_(typed: Typed) -> None:
-    """List registered names, the built-in catalogue and the embedded models."""
+    """List the names that there are.
+
+    Registered names, the built-in catalogue and the embedded models.
+    """
     entries, heads = list_models(), ("name", "path", "from")
     if typed.as_json:
         console.print_json({"models": [dict(zip(heads, entry, strict=True)) for entry in entries]})

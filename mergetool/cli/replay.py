@@ -21,7 +21,7 @@ header, metadata and tensors, of a folder every file. `mergetool verify` asks le
 
 @command(Rebuild, prints=("as_json", "no_progress"))
 def replay(typed: Typed) -> None:
-    """Rebuild a merge from the recipe in its metadata, and compare every byte.
+    """Make a merge again, and compare every byte.
 
     Exit code 1 when the bytes are not the same; a changed input, recipe or version is named.
     """

@@ -37,7 +37,9 @@ EXAMPLES += presets()
 
 @command(Sample, prints=("as_json", "no_progress"))
 def sample(typed: Typed) -> None:
-    """Make pictures with one model, or refine them with a second one: the check that a merge is right.
+    """Make pictures with one model, or with two.
+
+    The second refines what the first made: the check that a merge is right.
 
     The default is the guide's: 30 steps of a base model, then a few-step model at strength 0.15.
     """

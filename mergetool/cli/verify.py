@@ -25,7 +25,9 @@ EXAMPLES += presets()
 
 @command(Verify, prints=("as_json", "no_progress"))
 def verify(typed: Typed) -> None:
-    """Derive every tensor of a merge again from its recipe, then look at its pictures beside its parents'.
+    """Check the tensors and the pictures of a merge.
+
+    Every tensor is derived again from its recipe; its pictures are looked at beside its parents'.
 
     Weights first: byte by byte, NaN, protected tensors, distances from the parents; with --depth bytes the whole file. Then the same prompts and
     seeds for the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetool.comfyui import host, links
+from mergetool.api.comparing import Compare as Asked
+from mergetool.api.comparing import run_compare
+from mergetool.comfyui import host, links, widgets
+from mergetool.comfyui.report import Report as Shown
 from mergetool.comfyui.sources import CATEGORY
 
 if TYPE_CHECKING:
     from mergetool.comparison.comparison import Report
+
+FILES = {"plot": ".png", "report": ".html"}
 
 
 class Compare:
@@ -24,60 +29,43 @@ class Compare:
     RETURN_NAMES = ("multiplier", "report")
     FUNCTION = "compare"
     OUTPUT_NODE = True
+    LINKED = ("base", "variant", "reference", "reference_base", "onto")
+    DAILY = ("target", "plot", "overwrite")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The models, the wanted change, and where to draw it."""
-        change = "Wanted size of the change, as a share of the norm of what is changed."
-        picture = "Name of a heat map in the output folder; empty for none."
-        return {
-            "required": {
-                "base": (links.MODEL, {}),
-                "variant": (links.MODEL, {}),
-                "wanted_change": (
-                    "FLOAT",
-                    {"default": 0.01, "min": 1e-6, "max": 100.0, "step": 0.001, "round": False, "tooltip": change},
-                ),
-                "picture": ("STRING", {"default": "", "tooltip": picture}),
-            },
-            "optional": {
-                "reference": (links.MODEL, {"tooltip": "A fine-tune of the base whose difference has the right size."}),
-                "onto": (links.MODEL, {"tooltip": "What the difference will be added to; the base without it."}),
-            },
-        }
+        return widgets.inputs(Asked, linked=cls.LINKED[2:], daily=cls.DAILY, own={})  # type: ignore[no-any-return]
 
     @classmethod
-    def VALIDATE_INPUTS(cls, picture: str | None) -> Literal[True] | str:
-        """True, or what is wrong with the picture's name, before anything runs; None is a linked one, not known yet."""
-        return host.first_error(lambda: host.target(host.OUTPUT, picture, ".png") if picture else None)
+    def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
+        """True, or what is wrong with a value or a name, before anything runs."""
+        return host.first_error(lambda: cls._files(held), lambda: widgets.check(Asked, held))
 
     @host.computing
-    def compare(
-        self,
-        base: str,
-        variant: str,
-        wanted_change: float,
-        picture: str,
-        reference: str | None = None,
-        onto: str | None = None,
-    ) -> dict[str, Any]:
+    def compare(self, **held: Any) -> dict[str, Any]:
         """The advised multiplier, 0 where nothing differs, and the report. Raises MergetoolError."""
-        import mergetool
-
-        asked = "a comparison"
-        found = mergetool.compare(
-            links.one_model(base, asked),
-            links.one_model(variant, asked),
-            reference=links.one_model(reference, asked) if reference else None,
-            onto=links.one_model(onto, asked) if onto else None,
-            target=wanted_change,
-            progress=host.progress(),
-        )
+        named = {name: links.one_model(held[name], "a comparison") for name in self.LINKED if held.get(name)}
+        files = self._files(held)
+        for path in files.values():
+            host.make_folder(path)
+        found = run_compare(widgets.request(Asked, held | named | files), Shown())
         report = _report(found)
         ui: dict[str, Any] = {"text": [report]}
-        if picture:
-            ui["images"] = [_draw(found, picture)]
+        if "plot" in files:
+            ui["images"] = [_shown(files["plot"])]
         return {"ui": ui, "result": (float(found.recommended or 0), report)}
+
+    @classmethod
+    def _files(cls, held: dict[str, Any]) -> dict[str, Any]:
+        """Where files are written that are asked for. Raises UsageError."""
+        found = {
+            name: (host.inside(host.OUTPUT, held[name]), ending) for name, ending in FILES.items() if held.get(name)
+        }
+        return {
+            name: path if path.suffix == ending else path.with_name(path.name + ending)
+            for name, (path, ending) in found.items()
+        }
 
 
 def _report(found: Report) -> str:
@@ -98,15 +86,9 @@ def _report(found: Report) -> str:
     return "\n".join(lines)
 
 
-def _draw(found: Report, picture: str) -> dict[str, str]:
-    """Write the heat map, over an older one of that name, and say where in the words of ComfyUI's page."""
-    from mergetool.comparison import heatmap, plots
-
-    path = host.target(host.OUTPUT, picture, ".png")
-    host.make_folder(path)
-    heat = heatmap.of_distances(found.distances)
-    plots.write_png(path, heat, label="relative distance", title=f"{found.variant} - {found.base}", overwrite=True)
-    place = path.relative_to(host.target(host.OUTPUT, path.name, ".png").parent)
+def _shown(path: Path) -> dict[str, str]:
+    """Where a picture is, in the words of ComfyUI's page."""
+    place = path.relative_to(host.inside(host.OUTPUT, path.name).parent)
     return {
         "filename": path.name,
         "subfolder": "" if place.parent == Path() else place.parent.as_posix(),

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from mergetool.checkpoint.names import quoted
-from mergetool.checkpoint.outputs import lora_target
-from mergetool.checkpoint.shards import SUFFIX
+from mergetool.checkpoint.outputs import Target, named
 from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
 from mergetool.options import table
 
@@ -49,21 +48,24 @@ def file(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def target(kind: str, name: str, suffix: str = SUFFIX) -> Path:
-    """Where a file called ``name`` is written: in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
+def inside(kind: str, name: str) -> Path:
+    """The path of ``name`` in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
 
     Raises UsageError for a name that leads out of that folder: workflows come from strangers.
     """
-    parts = name.replace("\\", "/").split("/")
+    parts = name.replace("\\", "/").removesuffix("/").split("/")
     leads_out = posixpath.isabs(name) or ntpath.isabs(name) or bool(ntpath.splitdrive(name)[0])
     if leads_out or ".." in parts or not name.isprintable() or not parts[-1].strip(". "):
         raise UsageError(
             f"{quoted(name)} is not a name inside one of ComfyUI's folders; give one such as merged.safetensors or styles/merged.safetensors."
         )
-    path = _folder(kind) / "/".join(parts)
-    if suffix == SUFFIX:
-        return lora_target(path, what="an output").path
-    return path if path.suffix == suffix else path.with_name(path.name + suffix)
+    return _folder(kind) / "/".join(parts)
+
+
+def target(kind: str, name: str, *, folder: bool = False) -> Target:
+    """What is written under ``name`` in that folder: a file, or with a slash at its end, or where a ``folder`` is asked for, a folder. Raises UsageError."""
+    slash = "/" if name.endswith(("/", "\\")) else ""
+    return named(f"{inside(kind, name)}{slash}", folder=folder)
 
 
 def first_error(*checks: Callable[[], object]) -> Literal[True] | str:

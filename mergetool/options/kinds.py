@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -175,7 +176,7 @@ class Number(Kind):
         if number is None or not inside:
             bounds = (("above", self.above), ("from", self.least), ("up to", self.most))
             words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
-            meant = f"; write {_decimal(given)}" if isinstance(given, str) and re.fullmatch(_AMOUNT, given) else ""
+            meant = f"; write {_decimal(given)}" if isinstance(given, str) and _is_slip(given) else ""
             raise ValueError(" ".join(["a number", *words]) + meant)
         return number
 
@@ -207,7 +208,8 @@ class Size(Kind):
 
     def value(self, given: Any) -> int:
         if isinstance(given, str):
-            return parse_size(given)
+            with suppress(UsageError):
+                return parse_size(given)
         if isinstance(given, bool) or not isinstance(given, int) or not 0 < given < 2**63:
             raise ValueError("a size above 0, in bytes or as in 300MB, 2GB or 4GiB")
         return given
@@ -307,12 +309,17 @@ class Strength(Kind):
     def value(self, given: Any) -> Fraction:
         text = str(_exact(given))
         if _number(given) is None:
-            meant = f"; write {_decimal(text)}" if re.fullmatch(_AMOUNT, text) else ""
+            meant = f"; write {_decimal(text)}" if _is_slip(text) else ""
             raise ValueError(f"a finite number such as 0.8{meant}")
         return given if isinstance(given, Fraction) else _strength(text, text)
 
 
 _AMOUNT = r"[+-]?\d+(?:[.,]\d+)?\s*%?"
+
+
+def _is_slip(text: str) -> bool:
+    """Whether a text is a number that is written with a comma or in per cent."""
+    return bool(re.fullmatch(_AMOUNT, text)) and _decimal(text) != text
 
 
 def with_strengths(texts: Sequence[str]) -> list[tuple[str, Fraction]]:

@@ -48,7 +48,7 @@ def bridge(name: str, **changes: Any) -> Prompt:
     """bridge-files.json with outputs called ``name``, and inputs of Save changed."""
     prompt = workflow("bridge-files.json")
     for node in "67":
-        prompt[node]["inputs"]["name"] = f"{name}/{node}.safetensors"
+        prompt[node]["inputs"]["output"] = f"{name}/{node}.safetensors"
     prompt["6"]["inputs"] |= changes
     return prompt
 
@@ -109,7 +109,7 @@ def test_the_bridge_is_what_the_command_line_writes(server: Server, tmp_path: Pa
 
 def test_an_expression_with_groups_and_a_container_is_too(server: Server, tmp_path: Path) -> None:
     prompt = workflow("expression.json")
-    prompt["5"]["inputs"]["name"] = "groups.safetensors"
+    prompt["5"]["inputs"]["output"] = "groups.safetensors"
     ran = server.run(prompt)
     assert "rounding kept" in ran.text("5")
     options = ("--protect", "refiner", "--quant", "fp8-scaled", "--set", "layers=linear(0.5,1)", "--set", "layers.q=2")
@@ -137,7 +137,7 @@ def test_a_baked_lora_is_what_the_command_line_bakes(server: Server, tmp_path: P
 
 def test_a_comparison_chooses_the_multiplier(server: Server, tmp_path: Path) -> None:
     prompt = workflow("advised.json")
-    prompt["6"]["inputs"]["name"] = "chosen.safetensors"
+    prompt["6"]["inputs"]["output"] = "chosen.safetensors"
     ran = server.run(prompt)
     options = ("--onto", "lab.alkahest", "--target", "0.05", "--json")
     multiplier = command("compare", "lab.base", "lab.striped", *options, cwd=tmp_path).json["recommended"]
@@ -165,7 +165,7 @@ def test_an_interrupted_node_leaves_nothing_and_works_again(server: Server, node
 
 def test_an_interrupted_comparison_draws_nothing(server: Server) -> None:
     prompt = workflow("advised.json")
-    prompt["7"]["inputs"] |= {"picture": "interrupted.png", "wanted_change": 0.06}
+    prompt["7"]["inputs"] |= {"plot": "interrupted.png", "target": 0.06}
     with server.holding():
         queued = server.queue(prompt)
         server.wait_held()
@@ -199,7 +199,7 @@ def test_nodes_run_again_when_a_file_changes(server: Server) -> None:
     server.run(prompt)
     assert server.run(prompt).cached == set(prompt)
     shutil.copy(changed.with_name("alkahest.safetensors"), changed)
-    prompt["6"]["inputs"] |= {"name": "changed.safetensors", "force": True}
+    prompt["6"]["inputs"] |= {"output": "changed.safetensors", "force": True}
     again = server.run(prompt)
     assert set(prompt) - again.cached == {"2", "4", "5", "6"}
 
@@ -235,7 +235,7 @@ def test_a_deleted_output_is_made_again(server: Server) -> None:
 def test_models_that_do_not_belong_together_need_force(server: Server) -> None:
     prompt = workflow("expression.json")
     prompt["4"]["inputs"]["expression"] = "c + 0.5*(a - c)"
-    prompt["5"]["inputs"] |= {"protect_refiner": False, "quant": "none", "name": "forced.safetensors"}
+    prompt["5"]["inputs"] |= {"protect": "", "quant": "none", "output": "forced.safetensors"}
     prompt["1"]["inputs"]["model"] = "lab.turbo"
     refused = server.run(prompt).error
     assert refused["exception_type"] == "mergetool.errors.LineageError"
@@ -255,10 +255,10 @@ def broken(what: str) -> tuple[Prompt, str]:
         prompt["7"]["inputs"]["variant"] = ["5", 0]
         del prompt["6"]
     elif what == "a protected group of a model that has none":
-        prompt["6"]["inputs"]["groups"] = "refinery=2"
-    elif what == "a threshold of zero":
-        prompt["7"]["inputs"] |= {"rank_thresh": 0.0, "name": "zero.safetensors"}
-    return prompt, {"a l": "7", "a p": "6", "a t": "7"}.get(what[:3].lower(), "2")
+        prompt["6"]["inputs"]["multipliers"] = "refinery=2"
+    elif what == "a group to leave out of a LoRA that there is not":
+        prompt["7"]["inputs"] |= {"exclude": "refinery", "output": "without.safetensors"}
+    return prompt, {"a l": "7", "a p": "6", "a g": "7"}.get(what[:3].lower(), "2")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def broken(what: str) -> tuple[Prompt, str]:
         ("a file that is not there", "InputMissing", "nowhere.safetensors"),
         ("a LoRA of a merge that is no file", "UsageError", "link it through Save first"),
         ("a protected group of a model that has none", "PatternError", "refinery"),
-        ("a threshold of zero", "UsageError", "rank_thresh is 0"),
+        ("a group to leave out of a LoRA that there is not", "PatternError", "refinery"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence_at_the_node(server: Server, what: str, kind: str, said: str) -> None:
@@ -293,7 +293,7 @@ def test_what_goes_wrong_is_one_sentence_at_the_node(server: Server, what: str, 
 @pytest.mark.parametrize("node", ["6", "7"])
 def test_a_name_that_leads_out_of_the_folder_is_not_queued(server: Server, node: str, name: str) -> None:
     prompt = workflow("bridge.json")
-    prompt[node]["inputs"]["name"] = name
+    prompt[node]["inputs"]["output"] = name
     ((where, kind, detail), *_) = server.refused(prompt)
     assert (where, kind) == (node, "custom_validation_failed")
     assert "is not a name inside" in detail
@@ -307,9 +307,12 @@ def test_a_name_that_leads_out_of_the_folder_is_not_queued(server: Server, node:
         ("5", {"multiplier": "much"}, "invalid_input_type"),
         ("5", {"delta": ["1", 0]}, "return_type_mismatch"),
         ("5", {"model": ["4", 0]}, "return_type_mismatch"),
-        ("6", {"dtype": "fp7"}, "value_not_in_list"),
-        ("6", {"groups": "layers=cubic(0,1)"}, "custom_validation_failed"),
-        ("7", {"rank_max": 0}, "value_smaller_than_min"),
+        ("6", {"dtype": "fp7"}, "custom_validation_failed"),
+        ("6", {"multipliers": "layers=cubic(0,1)"}, "custom_validation_failed"),
+        ("7", {"rank_thresh": "0"}, "custom_validation_failed"),
+        ("7", {"rank": -1}, "custom_validation_failed"),
+        ("6", {"rounding": "nearest", "seed": "3"}, "custom_validation_failed"),
+        ("6", {"quant": "fp8-scaled", "threads": "0"}, "custom_validation_failed"),
     ],
 )
 def test_wrong_inputs_are_not_queued(server: Server, node: str, changes: Any, kind: str) -> None:
@@ -383,7 +386,7 @@ def test_ksampler_draws_with_our_merge_what_it_draws_with_comfyuis(
 ) -> None:
     name = "-".join(form.values())
     # ComfyUI patches only what lies in modules without modules: its merges keep the first model's pad tokens.
-    prompt = merge_of(f"drawn-{name}", protect_refiner=False, groups="pad=0", **form)
+    prompt = merge_of(f"drawn-{name}", protect="", multipliers="pad=0", **form)
     prompt["5"]["inputs"]["multiplier"] = 2.0
     assert server.run(prompt).status == "success"
     own, plain = own_merge(server), drawn_by(server, "alkahest.safetensors")
@@ -394,7 +397,7 @@ def test_ksampler_draws_with_our_merge_what_it_draws_with_comfyuis(
 def test_ksampler_draws_with_the_lora_what_it_draws_with_the_baked_model(server: Server) -> None:
     assert server.run(workflow("bridge-files.json")).status == "success"
     prompt = workflow("bake-files.json")
-    prompt["4"]["inputs"] |= {"name": "drawn-baked.safetensors", "dtype": "fp32"}
+    prompt["4"]["inputs"] |= {"output": "drawn-baked.safetensors", "dtype": "fp32"}
     assert server.run(prompt).status == "success"
     added = {"model": ["u", 0], "lora_name": "mergetool/artshoot-for-alkahest.safetensors", "strength_model": 1.0}
     patched = {"u": loaded("alkahest.safetensors"), "m": {"class_type": "LoraLoaderModelOnly", "inputs": added}}

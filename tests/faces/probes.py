@@ -1,199 +1,178 @@
-"""Requests that some face might take and another refuse, made in every face that has their options."""
+"""Values that no option takes, and options that contradict each other, asked of every face."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
-import mergetool
+from mergetool.cli import console
 from mergetool.cli.main import app
-from mergetool.comfyui import NODE_CLASS_MAPPINGS
-from mergetool.errors import MergetoolError
-from tests.faces.walk import CALLED, NODES, faces
+from mergetool.comfyui import NODE_CLASS_MAPPINGS, host
+from mergetool.errors import MergetoolError, UsageError
+from mergetool.options import kinds
+from mergetool.options.comparing import Conditions, Multiplied
+from mergetool.options.table import Face, Row, rows, rows_in
+from mergetool.recipe import file
+from mergetool.recipe.validation import as_keys
+from tests.faces.walk import NODES, RECIPES, Operation
 
-NAN = float("nan")
+Asked = Mapping[str, Any]
 
-Request = Mapping[str, Any]
-REQUESTS: dict[str, list[Request]] = {
+TOGETHER: Mapping[str, list[Asked]] = {
     "merge": [
-        *({"dtype": word} for word in ("fp7", "BF16", "")),
-        {"quant": "int3"},
-        {"layout": "flat"},
-        {"rounding": "up"},
-        *({"seed": number} for number in (-1, 2**70)),
-        *({"shard_size": size} for size in (-1, 0)),
-        *({"threads": number} for number in (-1, 0, 1000)),
-        *({"device": word} for word in ("tpu", "cuda:x", "cuda:")),
-        {"non_finite": "maybe"},
-        {"protect": ["nosuchgroup"]},
-        {"exclude": ["re:("]},
-        *(
-            {"multipliers": {group: value}}
-            for group, value in (("nosuch", 1), ("layers", NAN), ("layers", "cubic(0,1)"))
-        ),
-        {"dtype": "bf16", "quant": "int8"},
-        {"scale_search": True},
         {"seed": 3},
-        {"keep_from": "nowhere.safetensors"},
+        {"rounding": "error-feedback", "seed": 3},
+        {"multipliers": {"layers": "cubic(0,1)"}},
+        {"multipliers": {"layers": "much"}},
     ],
     "diff": [
-        {"rank": -1},
-        *({"rank_thresh": share} for share in (0.0, 1.5, -1.0, NAN)),
-        {"rank_max": -1},
-        {"rule": "most"},
-        {"budget": -1},
-        {"min_dim": -1},
-        *({"dtype": word} for word in ("fp8_e4m3", "fp7")),
-        {"seed": -1},
-        *({"threads": number} for number in (-1, 0, 1000)),
-        *({"device": word} for word in ("tpu", "cuda:x")),
         {"rule": "ratio"},
         {"rule": "abs"},
         {"rule": "knee", "rank_thresh": 0.5},
+        {"rank_thresh": 1.5},
         {"budget": 100_000, "rank_thresh": 0.5},
         {"budget": 100_000, "rank": 4},
         {"rank": 4, "rank_thresh": 0.5},
         {"rank": 4, "rule": "fro"},
-        {"exclude": ["nosuchgroup"]},
         {"union": True},
         {"orthogonal": True},
-    ],
-    "compare": [
-        *({"target": size} for size in (0.0, -1.0, NAN)),
-        *({"multiplier": text} for text in ("much", "nan")),
-        {"dtype": "fp7"},
-        *({"threads": number} for number in (-1, 0, 1000)),
-        {"exclude": ["nosuchgroup"]},
+        {"union": True, "orthogonal": True, "variant2": "lab.base"},
+        {"full_layer": ["ffn"]},
     ],
 }
+"""What is wrong only together, or in a way of its own."""
 
-GIVEN: dict[str, Request] = {
-    "merge": {"expression": "alk + 0.5*(a - b)"},
-    "diff": {"base": "alk.safetensors", "variant": "a.safetensors"},
-    "compare": {"base": "alk.safetensors", "variant": "a.safetensors"},
-}
-FILES = {name: f"{name}.safetensors" for name in ("alk", "a", "b")}
+ENOUGH: Mapping[str, Asked] = {"lora resize": {"rank": 4}}
+"""What an operation asks for beside what has no default."""
 
 
-def answers(operation: str, request: Request, folder: Path) -> dict[str, str]:
-    """What each face that has these options does: ``takes it``, ``refuses it``, or ends in the name of an exception."""
-    found = faces(operation)
-    able = [face for face in found if set(request) <= set(found[face])]
-    return {face: _answer(face, operation, request, folder) for face in able}
+def wrong(row: Row) -> list[Any]:
+    """Values that a row refuses, as a program would give them."""
+    match row.option.kind:
+        case kinds.Choice():
+            return ["nosuch", "", row.option.kind.words[0].upper()]
+        case kinds.Whole(least=least, most=most):
+            return [least - 1, most + 1, "many"]
+        case kinds.Device():
+            return ["gpu", "cuda:x", "cuda:"]
+        case kinds.Number(least=least, above=above):
+            return ["much", max(least, above) - 1] if max(least, above) > -1e9 else ["much"]
+        case kinds.Share():
+            return [0, "-1%", "much"]
+        case kinds.Size():
+            return [0, "5 apples"]
+        case Multiplied():
+            return [0, "much"]
+        case Conditions():
+            return [["distance"], ["much>1"]]
+    return []
 
 
-def _answer(face: str, operation: str, request: Request, folder: Path) -> str:
+def probes(operation: Operation) -> Iterator[Asked]:
+    """Every request that all faces of an operation refuse."""
+    enough = ENOUGH.get(operation.name, {})
+    for name, row in rows(operation.table).items():
+        yield from ({**enough, name: value} for value in wrong(row))
+    yield from TOGETHER.get(operation.name, [])
+
+
+def answers(operation: Operation, asked: Asked) -> dict[Face, str]:
+    """What each face that has the options says, spelled as the API spells it; "takes it" where nothing is refused."""
+    found: dict[Face, str] = {}
+    asking: dict[Face, Any] = {"command": _command, "api": _api}
+    asking |= {"recipe": _recipe} if operation.table in RECIPES else {}
+    asking |= {"node": _node} if operation.table in NODES else {}
+    for face, ask in asking.items():
+        if asked.keys() <= rows_in(operation.table, face).keys():
+            found[face] = ask(operation, asked)
+    return found
+
+
+def _api(operation: Operation, asked: Asked) -> str:
+    needed = {
+        name: ["lab.base"] if rows(operation.table)[name].option.kind.many else "lab.base" for name in operation.needed
+    }
     try:
-        return {"command": _command, "API": _api, "recipe": _recipe, "node": _node}[face](operation, request, folder)
-    except MergetoolError:
-        return "refuses it"
-    except Exception as error:
-        return f"ends in {type(error).__name__}"
-
-
-def _command(operation: str, request: Request, folder: Path) -> str:
-    words = [operation]
-    for name, value in (GIVEN[operation] | request).items():
-        flag = {"non_finite": "--nonfinite", "multipliers": "--set", "keep_from": "--from"}.get(
-            name, f"--{name}"
-        ).replace("_", "-")
-        if name == "expression":
-            words.append(_expression(value))
-        elif operation == "compare" and name in ("base", "variant"):
-            words.append(value)
-        elif isinstance(value, bool):
-            words.append(flag)
-        elif isinstance(value, Mapping):
-            words += [f"{flag}={group}={number}" for group, number in value.items()]
-        else:
-            words += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
-    words += [] if operation == "compare" else ["--overwrite", "-o", str(folder / "command.safetensors")]
-    words += ["--force"] if operation == "merge" else []
-    ended = CliRunner().invoke(app, words)
-    if isinstance(ended.exception, SystemExit | None):
-        return "refuses it" if ended.exit_code else "takes it"
-    raise ended.exception
-
-
-def _api(operation: str, request: Request, folder: Path) -> str:
-    given = dict(GIVEN[operation] | request)
-    if operation == "merge":
-        given["expression"] = _expression(given["expression"])
-        given |= {"force": True}
-    if operation != "compare":
-        given |= {"output": folder / "api.safetensors", "overwrite": True}
-    getattr(mergetool, operation)(**given)
+        operation.table(**needed | dict(asked))
+    except UsageError as error:
+        return str(error)
     return "takes it"
 
 
-def _recipe(operation: str, request: Request, folder: Path) -> str:
-    names = {name: spelled for spelled, name in CALLED["recipe"].items()}
-    given = {names.get(name, name): value for name, value in (GIVEN[operation] | request).items()}
-    if operation == "diff":
-        given = {
-            "diff": {
-                name: FILES.get(str(value).split(".")[0], value) if name in ("base", "variant") else value
-                for name, value in given.items()
-            }
-        }
-    path = folder / "recipe.yaml"
-    path.write_text(_yaml({"models": FILES, "output": "recipe.safetensors", **given}))
-    mergetool.Recipe(path).make(folder, force=True, overwrite=True)
+def wanted(face: Face, sentence: str) -> str:
+    """A sentence of the API as a face says it, without quotes, which stand around what was text."""
+    spell = {"command": console.spelled, "api": str, "recipe": as_keys, "node": host.spelled}[face]
+    return plain(spell(sentence))
+
+
+def plain(sentence: str) -> str:
+    """``sentence`` without quotes."""
+    return sentence.replace('"', "").replace("'", "")
+
+
+def _command(operation: Operation, asked: Asked) -> str:
+    typed = operation.name.split()
+    known = rows(operation.table)
+    typed += [text for name in operation.needed for text in _typed(known[name], "lab.base")]
+    typed += [text for name, value in asked.items() for text in _typed(known[name], value)]
+    if "dry_run" in known:
+        typed.append("--dry-run")
+    ran = CliRunner().invoke(app, typed)
+    return ran.output.strip().removeprefix("mergetool: ") if ran.exit_code == 2 else f"ends in {ran.exit_code}"
+
+
+def _typed(row: Row, value: Any) -> list[str]:
+    if value is True:
+        return [row.flag]
+    values = [f"{key}={inner}" for key, inner in value.items()] if isinstance(value, Mapping) else value
+    texts = values if isinstance(values, list) else [str(values)]
+    return texts if row.option.argument else [f"{row.flag}={text}" for text in texts]
+
+
+def _recipe(operation: Operation, asked: Asked) -> str:
+    known = rows(operation.table)
+    keys = "".join(f", {known[name].key}: {_yaml(value)}" for name, value in asked.items())
+    if operation.name == "diff":
+        text = f"diff: {{base: lab.base, variant: lab.turbo{keys}}}"
+    elif operation.name == "verify":
+        text = f"merge: lab.base\nverify: {{{keys[2:]}}}"
+    else:
+        text = f"outputs: {{out: {{merge: lab.base{keys}}}}}"
+    try:
+        file.read(text.encode(), Path("r.yaml"))
+    except MergetoolError as error:
+        place, colon, sentence = str(error).partition(": ")
+        assert colon
+        assert place.startswith("r.yaml:")
+        return sentence
     return "takes it"
 
 
-def _node(operation: str, request: Request, folder: Path) -> str:
-    cls: Any = NODE_CLASS_MAPPINGS[NODES[operation]]
-    names = {name: spelled for spelled, name in CALLED["node"].items()}
-    inputs = {name: how for group in cls.INPUT_TYPES().values() for name, how in group.items()}
-    given = {name: _default(*how) for name, how in inputs.items()}
-    for name, value in (GIVEN[operation] | request).items():
-        given[names.get(name, name)] = _widget(names.get(name, name), value)
-    for name, value in given.items():
-        kind, how = inputs[name]
-        inside = how.get("min", value) <= value <= how.get("max", value) if kind in ("INT", "FLOAT") else True
-        if not inside or (isinstance(kind, list) and value not in kind):
-            return "refuses it"  # ComfyUI does, before it asks the node
-    given |= {"force": True} if operation == "merge" else {}
-    given |= {"overwrite": True, "name": "node.safetensors"} if operation != "compare" else {}
-    getattr(cls(), cls.FUNCTION)(**{name: value for name, value in given.items() if value is not None})
-    return "takes it"
+def _node(operation: Operation, asked: Asked) -> str:
+    node: Any = NODE_CLASS_MAPPINGS[NODES[operation.table]]
+    inputs = {name: how for group in node.INPUT_TYPES().values() for name, how in group.items()}
+    held = {name: how.get("default") for name, (_, how) in inputs.items() if "default" in how}
+    held |= {"output": "out.safetensors"} if "output" in inputs else {}
+    said = node.VALIDATE_INPUTS(**held | {name: _widget(value) for name, value in asked.items()})
+    return "takes it" if said is True else str(said)
 
 
-def _default(kind: Any, how: Mapping[str, Any]) -> Any:
-    return how.get("default", kind[0] if isinstance(kind, list) else None)
-
-
-def _widget(name: str, value: Any) -> Any:
+def _widget(value: Any) -> Any:
     """A value as it stands in the node's input."""
-    if name == "model":
-        return _expression(value)
-    if name in ("base", "variant"):
-        return f"'{value}'"
     if isinstance(value, Mapping):
         return "\n".join(f"{group}={number}" for group, number in value.items())
-    return " ".join(value) if isinstance(value, list) else value
-
-
-def _expression(text: str) -> str:
-    for name, file in FILES.items():
-        text = (
-            text.replace(name, f"'{file}'")
-            if name == "alk"
-            else text.replace(f"({name} ", f"('{file}' ").replace(f" {name})", f" '{file}')")
-        )
-    return text
+    return "\n".join(value) if isinstance(value, list) else value
 
 
 def _yaml(value: Any) -> str:
-    """JSON, which YAML is, with YAML's word for what is no number."""
+    """JSON, which YAML is."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_yaml(key)}: {_yaml(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    return ".nan" if value != value else str(value) if isinstance(value, int | float) else f'"{value}"'
+    return str(value) if isinstance(value, int | float) else f'"{value}"'

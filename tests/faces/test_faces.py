@@ -1,49 +1,42 @@
-"""What the faces differ in, against the list of what they are known to differ in: neither more nor less."""
+"""Every face has the options of the table, with its defaults, and refuses what it refuses in its words."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import pytest
 
-from tests.faces.probes import REQUESTS, answers
-from tests.faces.walk import COMMANDS, differences
+from tests.faces.page import PAGE, lines
+from tests.faces.probes import answers, plain, probes, wanted
+from tests.faces.walk import CLI, NODES, RECIPES, WITHOUT, Operation, commands, operations
 
-LISTED = Path(__file__).with_name("differences.txt")
-
-
-def listed() -> set[str]:
-    return {line for line in LISTED.read_text("utf-8").splitlines() if line and not line.startswith("#")}
+OPERATIONS = operations()
 
 
-def compare(found: set[str], known: set[str]) -> None:
-    """Fails with the lines to take out of the list, and with those that may not come in."""
-    new, gone = sorted(found - known), sorted(known - found)
-    assert not new, "the faces differ in more than they did; give all of them the same:\n" + "\n".join(new)
-    assert not gone, f"the faces agree now; take these lines out of {LISTED.name}:\n" + "\n".join(gone)
+def test_every_command_is_walked() -> None:
+    walked = {operation.name for operation in OPERATIONS}
+    assert {name for name, _ in commands(CLI)} == walked | WITHOUT
 
 
-@pytest.mark.parametrize("operation", ["merge", "diff", "compare", "sample", "verify", "replay"])
-def test_the_faces_have_the_options_of_each_other_but_for_those_listed(operation: str) -> None:
-    known = {line for line in listed() if line.startswith(f"{operation}: ")}
-    compare(differences(operation), known)
+def test_every_recipe_and_node_is_of_an_operation_that_is_walked() -> None:
+    assert {*RECIPES, *NODES} <= {operation.table for operation in OPERATIONS}
 
 
-def test_every_listed_line_is_of_an_operation() -> None:
-    starts = {line.split(":")[0] for line in listed()}
-    assert starts <= {*COMMANDS, *(f"{operation} with" for operation in REQUESTS)}
+def test_the_page_of_options_is_current() -> None:
+    assert PAGE.read_text("utf-8").splitlines() == list(lines()), "run: python -m tests.faces.page > docs/options.md"
 
 
-@pytest.mark.parametrize("operation", REQUESTS)
-def test_the_faces_refuse_what_each_other_refuse_but_for_what_is_listed(operation: str, family: Path) -> None:
-    found = set()
-    for request in REQUESTS[operation]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            said = answers(operation, request, family)
-        asked = ", ".join(f"{name} {value!r}" for name, value in request.items())
-        if len(set(said.values())) > 1 or any(one.startswith("ends in") for one in said.values()):
-            shown = ", ".join(f"the {face} {one}" for face, one in said.items())
-            found.add(f"{operation} with: {asked}: {shown}")
-    compare(found, {line for line in listed() if line.startswith(f"{operation} with: ")})
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_face_has_the_options_and_defaults_of_the_table(operation: Operation) -> None:
+    assert operation.differences() == []
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_face_refuses_what_the_table_refuses_in_its_words(operation: Operation) -> None:
+    differing = []
+    for asked in probes(operation):
+        said = answers(operation, asked)
+        differing += [
+            f"{asked}: the {face} says {sentence}"
+            for face, sentence in said.items()
+            if said["api"] == "takes it" or plain(sentence) != wanted(face, said["api"])
+        ]
+    assert differing == []

@@ -1,111 +1,150 @@
-"""The options of every face, by introspection: name and default, under the names that the Python API uses."""
+"""The options of every face, by looking at the faces themselves: commands, functions, keys of recipes, inputs of nodes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import suppress
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 import mergetool
+from mergetool.api.comparing import Compare
+from mergetool.api.differences import Diff
+from mergetool.api.merging import Merge
+from mergetool.api.verifying import Verify
 from mergetool.cli.main import app
+from mergetool.cli.parameters import PRINTING
 from mergetool.comfyui import NODE_CLASS_MAPPINGS
-from mergetool.options.table import Row, rows
+from mergetool.comfyui.widgets import values_of
+from mergetool.options.table import Face, Row, Table, rows, rows_in
 from mergetool.recipe import schema
 
 CLI = typer.main.get_command(app)
-COMMANDS: Mapping[str, Any] = CLI.commands  # type: ignore[attr-defined]
 
-RECIPES = {"merge": schema.MergeOutput, "diff": schema.Difference, "verify": schema.Pictures}
-NODES = {"merge": "MergetoolSave", "diff": "MergetoolExtractLora", "compare": "MergetoolCompare"}
-
-# What a face has for itself: how it prints, and what ComfyUI's folders are.
-OWN = {"models", "as_json", "no_progress", "verbose", "schema", "variables", "progress", "folder", "verify", "self"}
-
-# Another name for the same thing, until there is one table of options.
-CALLED = {
-    "command": {"nonfinite": "non_finite"},
-    "recipe": {"set": "multipliers", "from": "keep_from", "merge": "expression", "pictures": "images"},
-    "node": {
-        "groups": "multipliers",
-        "rounding_seed": "seed",
-        "name": "output",
-        "wanted_change": "target",
-        "picture": "plot",
-        "model": "expression",
-    },
+# Operations by the words of their commands; a face that does not have one says why.
+RECIPES: Mapping[type[Table], tuple[type, ...]] = {
+    Merge: (schema.MergeOutput,),
+    Diff: (schema.Difference, schema.LoraOutput),
+    Verify: (schema.Pictures,),
+}
+NODES: Mapping[type[Table], str] = {
+    Merge: "MergetoolSave",
+    Diff: "MergetoolExtractLora",
+    Compare: "MergetoolCompare",
 }
 
-Options = dict[str, tuple[str, str]]
-"""By the API's name: what the face calls it, and its default as text."""
+# What belongs to a face alone.
+OWN: Mapping[str, set[str]] = {
+    "command": {*PRINTING, "schema", "variables", "context", "help", "models"},
+    "api": {"progress"},
+    "recipe": {"verify", "diff"},
+    "node": {"folder"},
+}
+
+# Commands without options.
+WITHOUT = {"help", "version"}
 
 
-def faces(operation: str) -> dict[str, Options]:
-    """The options of one operation in every face that has it."""
-    request = getattr(COMMANDS[operation].callback, "request", None)
-    initial = {} if request is None else {row.name: row.initial for row in rows(request).values() if not row.is_needed}
-    found: dict[str, dict[str, Any]] = {
-        "command": {p.name: initial.get(p.name, p.default) for p in COMMANDS[operation].params}
-    }
-    if hasattr(mergetool, operation):
-        parameters = inspect.signature(getattr(mergetool, operation)).parameters
-        found["API"] = {name: parameter.default for name, parameter in parameters.items()}
-    if operation in RECIPES:
-        fields = RECIPES[operation].model_fields
-        found["recipe"] = {field.alias or name: field.default for name, field in fields.items()}
-    if operation in NODES:
-        inputs: Any = NODE_CLASS_MAPPINGS[NODES[operation]].INPUT_TYPES()  # type: ignore[attr-defined]
-        found["node"] = {name: _node_default(*how) for group in inputs.values() for name, how in group.items()}
-    return {face: _named(face, options) for face, options in found.items()}
+@dataclass(frozen=True)
+class Operation:
+    """One operation: the words of its command, the command, and the table of its options."""
 
+    name: str
+    command: Any
+    table: type[Table]
 
-def differences(operation: str) -> set[str]:
-    """A line for every option that a face lacks, has under another name, or with another default."""
-    found = faces(operation)
-    request = getattr(COMMANDS[operation].callback, "request", None)
-    table = {} if request is None else rows(request)
-    lines = set()
-    for option in set().union(*found.values()):
-        there = {face: options[option] for face, options in found.items() if option in options}
-        missing = [face for face in found if face not in there and not _is_declared(table.get(option), face)]
-        lines |= {f"{operation}: {option} is not in the {face}" for face in missing}
-        known = {option, *([table[option].key] if option in table else [])}
-        lines |= {
-            f"{operation}: {option} is {name} in the {face}" for face, (name, _) in there.items() if name not in known
+    @property
+    def function(self) -> Any:
+        """The function of the API."""
+        functions = (getattr(mergetool, name) for name in mergetool.__all__)
+        return next((one for one in functions if getattr(one, "request", None) is self.table), None)
+
+    def faces(self) -> dict[Face, dict[str, Any]]:
+        """What each face that has the operation calls its options, with their defaults as the table has them."""
+        found: dict[Face, dict[str, Any]] = {"command": self._of_command()}
+        if self.function is not None:
+            parameters = inspect.signature(self.function).parameters.values()
+            found["api"] = {one.name: NEEDED if one.default is one.empty else one.default for one in parameters}
+        if self.table in RECIPES:
+            found["recipe"] = self._of_recipe()
+        if self.table in NODES:
+            found["node"] = self._of_node()
+        return {
+            face: {name: options[name] for name in options if name not in OWN[face]} for face, options in found.items()
         }
-        defaults = {face: default for face, (_, default) in there.items() if default != "required"}
-        if len(set(defaults.values())) > 1:
-            listed = ", ".join(f"{default} in the {face}" for face, default in defaults.items())
-            lines.add(f"{operation}: {option} is by default {listed}")
-    return lines
+
+    def _of_command(self) -> dict[str, Any]:
+        """A command gives nothing for what was not typed: the defaults are the request's."""
+        assert all(param.default in (None, False, []) or param.required for param in self.command.params)
+        known = rows(self.table)
+        return {
+            param.name: _initial(known[param.name]) if param.name in known else None for param in self.command.params
+        }
+
+    def _of_recipe(self) -> dict[str, Any]:
+        by_key = {row.key: row for row in rows(self.table).values()}
+        fields = {
+            field.alias or name: NEEDED if field.is_required() else field.default
+            for kind in RECIPES[self.table]
+            for name, field in kind.model_fields.items()  # type: ignore[attr-defined]
+        }
+        return {by_key[key].name if key in by_key else key: default for key, default in fields.items()}
+
+    def _of_node(self) -> dict[str, Any]:
+        inputs = NODE_CLASS_MAPPINGS[NODES[self.table]].INPUT_TYPES()  # type: ignore[attr-defined]
+        declared = {name: how for group in inputs.values() for name, (_, how) in group.items()}
+        held = {name: how.get("default") for name, how in declared.items()}
+        given = values_of(self.table, {name: value for name, value in held.items() if name not in self.needed})
+        known = rows(self.table)
+        return {name: given.get(name, _initial(known[name]) if name in known else None) for name in declared}
+
+    @property
+    def needed(self) -> list[str]:
+        """The options without a default."""
+        return [name for name, row in rows(self.table).items() if row.is_needed]
+
+    def differences(self) -> list[str]:
+        """A line for every option that a face has and the table not, lacks and the table says not why, or has with another default."""
+        lines = []
+        for face, options in self.faces().items():
+            known = rows_in(self.table, face)
+            lines += [
+                f"{self.name}: {name} of the {face} is not in the table" for name in options.keys() - known.keys()
+            ]
+            lines += [f"{self.name}: the {face} has not {name}" for name in known.keys() - options.keys()]
+            for name in known.keys() & options.keys():
+                wanted, default = (_whole(known[name], one) for one in (_initial(known[name]), options[name]))
+                if default != wanted:
+                    lines.append(f"{self.name}: {name} is by default {default!r} in the {face}, not {wanted!r}")
+        return sorted(lines)
 
 
-def _is_declared(row: Row | None, face: str) -> bool:
-    """Whether the table says why a face has no such option."""
-    return row is not None and face.lower() in row.option.missing
+NEEDED = "needed"
 
 
-def _named(face: str, options: Mapping[str, Any]) -> Options:
-    called = CALLED.get(face, {})
-    return {called.get(name, name): (name, _text(default)) for name, default in options.items() if name not in OWN}
+def operations() -> list[Operation]:
+    """Every command that has a table of options."""
+    found = [(words, command, getattr(command.callback, "request", None)) for words, command in commands(CLI)]
+    return [Operation(words, command, table) for words, command, table in found if table is not None]
 
 
-def _node_default(kind: Any, how: Mapping[str, Any]) -> Any:
-    first = kind[0] if isinstance(kind, list) else None
-    return how.get("default", None if first in ("as the anchor", "none") else first)
+def commands(group: Any, *words: str) -> Iterator[tuple[str, Any]]:
+    """Every command with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *words, name)
+        else:
+            yield " ".join([*words, name]), command
 
 
-def _text(default: Any) -> str:
-    """A default so that the same thing is the same text: nothing is "none", 1% and 0.01 are one number."""
-    if default is inspect.Parameter.empty or type(default).__name__ == "PydanticUndefinedType":
-        return "required"
-    if default is None or default == () or default == "":
-        return "none"
-    if isinstance(default, str | int | float) and not isinstance(default, bool):
-        text = str(default)
-        with suppress(ValueError):
-            return str(float(Fraction(text.rstrip("%")) / (100 if text.endswith("%") else 1)))
-    return str(default)
+def _initial(row: Row) -> Any:
+    return NEEDED if row.is_needed else row.initial
+
+
+def _whole(row: Row, default: Any) -> Any:
+    """A default in the one form of the table; no list is an empty one."""
+    if default == NEEDED:
+        return NEEDED
+    return row.value(() if default is None and row.initial == () else default)
