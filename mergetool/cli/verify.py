@@ -10,6 +10,7 @@ from mergetool.cli.verify_report import VerifyReport
 EXAMPLES = """\b
 Examples:
   mergetool verify out.safetensors
+  mergetool verify out.safetensors --depth bytes --no-images
   mergetool verify out.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --report out.html
   mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --no-images --json
   mergetool verify someone.safetensors --parents base.safetensors --pipeline ./Z-Image --report page.html

@@ -33,7 +33,7 @@ ABSENT, CURRENT = State("absent"), State("current")
 
 
 def of_merge(plan: Plan, target: Target, shard_size: int | None) -> State:
-    """The state of a merge's output. No tensor is read: whether its bytes are right is what `mergetool replay` says."""
+    """The state of a merge's output. No tensor is read: whether its bytes are right is what `verification.replay` says."""
     path = target.path
     if not os.path.lexists(path):
         return ABSENT

@@ -145,3 +145,10 @@ def test_a_condition_on_a_group_that_is_not_there_is_refused_before_the_pass(mon
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: pytest.fail("the models were read"))
     with pytest.raises(UsageError, match='no group "refinery" here; choose one of'):
         compare("lab.base", "lab.striped", fail_on=["refinery:distance>1"])
+
+
+def test_an_option_is_spelled_as_the_command_has_it_that_speaks() -> None:
+    CliRunner().invoke(app, ["sample", "--help"])
+    assert "[default: A]" in CliRunner().invoke(app, ["compare", "--help"]).stdout
+    ran = CliRunner().invoke(app, ["sample", "a circle"])
+    assert "name one with --base" in ran.stderr
