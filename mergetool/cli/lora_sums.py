@@ -71,7 +71,7 @@ parts of checkpoints' differences are what `mergetool diff` takes.
 
 @command(LoraResize)
 def resize(typed: Typed) -> None:
-    """Make a LoRA smaller: to a rank, a share, or a size."""
+    """Make a LoRA smaller: to a rank, share or size."""
     with SumReport.shown(typed) as report:
         run_lora_resize(typed.request(LoraResize), report)
 
