@@ -35,6 +35,7 @@ from mergetool.lora.spectra import SideFile
 from mergetool.lora.streaming import stream
 from mergetool.lora.whole import Whole, tensors
 from mergetool.options.differences import DiffOptions
+from mergetool.options.table import recorded
 from mergetool.recipe.provenance import display_names, stamp
 
 
@@ -218,28 +219,21 @@ def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
     )
 
 
+_CHOOSE_RANKS = ("rank", "budget", "rule", "rank_thresh", "rank_max")
+
+
 def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
     models_ = pairing.inputs
     names = display_names([model.name for model in models_])
-    recipe: dict[str, object] = {
-        "base": names[pairing.base.name],
-        "variant": names[pairing.variant.name],
-        "dtype": options.dtype,
-        "min_dim": options.min_dim,
-        "seed": options.seed,
-    }
+    always = {"dtype": options.dtype, "min_dim": options.min_dim, "seed": options.seed}
+    beside = {name: True for name in options.beside if name != "checkpoint"}  # directions of a file come through bf16
+    said = {key: value for key, value in recorded(options).items() if key not in (*_CHOOSE_RANKS, *options.beside)}
+    recipe = {"base": names[pairing.base.name], "variant": names[pairing.variant.name]} | always | said | beside
     recipe |= _ranks_recipe(options)
-    if options.spectra is not None:
-        recipe["spectra"] = True  # directions came through bf16, so the last bits are others
-    patterns = (("include", options.include), ("exclude", options.exclude), ("full_layer", options.full_layer))
-    recipe |= {key: list(v) for key, v in patterns if v}
-    if options.full is not None:
-        recipe["full"] = True
     if pairing.second is not None:
         recipe["variant2"] = names[pairing.second.name]
-        recipe |= {"union": True, "weights": list(options.weights)} if options.union else {}
-        recipe |= {"orthogonal": True} if options.orthogonal else {}
+        recipe |= {"weights": list(options.weights)} if options.union else {}
     return stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
 
 
