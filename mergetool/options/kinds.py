@@ -377,7 +377,8 @@ class Pair(Kind):
     metavar: str = "W1,W2"
 
     def value(self, given: Any) -> tuple[float, float]:
-        numbers = [_number(one) for one in (given.split(",") if isinstance(given, str) else given)]
+        pair = given.split(",") if isinstance(given, str) else given
+        numbers = [_number(one) for one in pair] if isinstance(pair, Sequence) else []
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
             raise ValueError("two numbers, as in 1,0.5")
         return numbers[0], numbers[1]
