@@ -111,7 +111,7 @@ def test_every_command_has_help(command: str, family: Path) -> None:
     assert all(option in ran.out for option in (["--json"] if command != "models" else ["add", "list", "remove"]))
 
 
-@pytest.mark.parametrize("command", ["bake", "resize", "merge", "subtract", "orthogonal", "common", "interference"])
+@pytest.mark.parametrize("command", ["bake", "resize", "merge", "orthogonal", "common", "interference"])
 def test_every_lora_command_is_listed_and_has_help_with_examples(command: str, family: Path) -> None:
     assert command in mergetool("lora", "--help", cwd=family).out.split()
     ran = mergetool("lora", command, "--help", cwd=family)

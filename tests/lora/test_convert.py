@@ -333,7 +333,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     source = split("diffusion_model.", ".lora_A.weight", ".lora_B.weight").save(tmp_path)
     target, _ = converted(source, tmp_path, "peft")
     before = (target / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="`overwrite`"):
         converted(source, tmp_path, "peft")
     converted(source, tmp_path, "peft", overwrite=True)
     assert (target / "adapter_model.safetensors").read_bytes() == before

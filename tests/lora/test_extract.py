@@ -186,7 +186,7 @@ def test_a_target_that_exists_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "lora.safetensors").write_bytes(b"precious")
     monkeypatch.setattr(DeltaReader, "read", lambda *_: pytest.fail("a tensor was read"))
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="`overwrite`"):
         diff(family, tmp_path / "lora.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
