@@ -11,31 +11,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from mergetool import options
-from mergetool.checkpoint import outputs
-from mergetool.checkpoint.sizes import parse_size as parse_size
-from mergetool.errors import MergetoolError, UsageError
+from mergetool.errors import MergetoolError
 from mergetool.options import table as table_of_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-NoProgressOption = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor instead of counts.")]
-
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
-
-SkipUnmatchedOption = Annotated[
-    bool,
-    typer.Option("--skip-unmatched", help="Skip (and list) LoRA keys that match nothing in the model."),
-]
 
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, 0x2028, 0x2029}
 
@@ -128,14 +115,6 @@ def _spelled_in(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spelled_in(inner) for inner in value]
     return spelled(value) if isinstance(value, str) else value
-
-
-def lora_output(name: str | Path, *, shown: bool, folder: bool = False, what: str = "a LoRA") -> Path:
-    """The path of `outputs.lora_target`, with what became of the name said where it is ``shown``."""
-    target = outputs.lora_target(name, folder=folder, what=what)
-    if shown and target.note:
-        heading("note", target.note)
-    return target.path
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
@@ -288,10 +267,3 @@ def fail(sentence: str, code: int) -> NoReturn:
     """Say why on stderr and end the command."""
     print(f"mergetool: {printable(spelled(sentence))}", file=sys.stderr)
     raise typer.Exit(code)
-
-
-def choice(option: str, value: str, known: tuple[str, ...]) -> Any:
-    """``value`` when it is one of ``known``; raises UsageError, listing them, when it is not."""
-    if value not in known:
-        raise UsageError(f'{option} is one of {", ".join(known)}, not "{value}".')
-    return value

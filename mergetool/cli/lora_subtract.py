@@ -13,7 +13,7 @@ HIDDEN = True
 
 @command(LoraOrthogonal)
 def subtract(typed: Typed) -> None:
-    """Take one LoRA away from another: mergetool lora merge A B:-1."""
+    """Take B away from A: mergetool lora merge A B:-1."""
     given = {name: value for name, value in typed.given.items() if name not in ("first", "second")}
     loras = [(typed.given["first"], Fraction(1)), (typed.given["second"], Fraction(-1))]
     with SumReport.shown(typed) as report:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoint.dtypes import DType
-from mergetool.checkpoint.sizes import parse_size
 from mergetool.errors import UsageError
 from mergetool.options.multipliers import Setting, parse_setting, setting_text
 
@@ -208,11 +207,21 @@ class Size(Kind):
 
     def value(self, given: Any) -> int:
         if isinstance(given, str):
-            with suppress(UsageError):
-                return parse_size(given)
+            given = _bytes(given)
         if isinstance(given, bool) or not isinstance(given, int) or not 0 < given < 2**63:
             raise ValueError("a size above 0, in bytes or as in 300MB, 2GB or 4GiB")
         return given
+
+
+def _bytes(text: str) -> object:
+    """Bytes of ``300MB`` or ``2GB`` (decimal) or ``4GiB`` (binary), or ``text`` where it is no size."""
+    units = {"": 1, "B": 1}
+    for i, letter in enumerate("KMGT", 1):
+        units |= {f"{letter}B": 1000**i, f"{letter}IB": 1024**i, letter: 1000**i}
+    digits = text.strip().rstrip("BKMGTIbkmgti ")
+    with suppress(KeyError, ValueError, OverflowError):
+        return int(float(digits) * units[text.strip()[len(digits) :].strip().upper()])
+    return text
 
 
 @dataclass(frozen=True)
