@@ -158,3 +158,10 @@ def test_compare_recommends_the_multiplier_of_the_reference(tmp_path: Path) -> N
     found = mergetool.compare("lab.base", str(tmp_path / "weak.safetensors"), reference="lab.striped")
     assert found.recommended is not None
     assert float(found.recommended) == pytest.approx(4, rel=0.01)
+
+
+def test_trigger_words_stand_in_the_metadata_of_a_difference(tmp_path: Path) -> None:
+    out = tmp_path / "striped.safetensors"
+    mergetool.diff("lab.base", "lab.striped", out, rank=1, include=["layers.0"], trigger="striped ground")
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "striped ground"

@@ -234,7 +234,8 @@ def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     if pairing.second is not None:
         recipe["variant2"] = names[pairing.second.name]
         recipe |= {"weights": list(options.weights)} if options.union else {}
-    return stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
+    spec = {"modelspec.trigger_phrase": options.trigger} if options.trigger else {}
+    return spec | stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
 
 
 def _ranks_recipe(options: DiffOptions) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast, get_args
 
 from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, Flag, Model, Number, Output, Pair, Patterns, Size, Whole
+from mergetool.options.kinds import Choice, Flag, Model, Number, Output, Pair, Patterns, Size, Text, Whole
 from mergetool.options.merging import LARGEST_SEED, PatternOptions
 from mergetool.options.table import Face, Option, Table
 
@@ -152,6 +152,11 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     min_dim: Annotated[int, Option(help="Leave out matrices with fewer rows or columns.", kind=Whole())] = 32
     dtype: Annotated[str, Option(help="What the factors are stored in.", kind=Choice(tuple(FACTORS), "DTYPE"))] = "bf16"
     seed: Annotated[int, Option(help="Seed of the random starting directions.", kind=Whole(0, LARGEST_SEED))] = 0
+
+    trigger: Annotated[
+        str | None,
+        Option(help="Words that call what it learned, in its metadata (modelspec.trigger_phrase).", kind=Text("TEXT")),
+    ] = None
 
     @property
     def cap(self) -> int:
