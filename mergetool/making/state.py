@@ -6,19 +6,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.planned import first_difference, planned_files
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine.job import config_files, open_merge, stem_of
 from mergetool.errors import MergetoolError
-from mergetool.lora.diff_files import DiffFiles
-from mergetool.lora.extract import metadata_of
-from mergetool.lora.pairs import Pairing
 from mergetool.options.differences import DiffOptions
 from mergetool.recipe import provenance
 from mergetool.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from mergetool.lora.pairs import Pairing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,9 @@ def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
 
     The file of whole differences has to say the same, and the checkpoint to be what both make of the base; directions decide nothing.
     """
+    from mergetool.lora.diff_files import DiffFiles  # with it comes torch, which no merge needs here
+    from mergetool.lora.extract import metadata_of
+
     files, expected = DiffFiles.named(target, options), metadata_of(pairing, options)
     if not os.path.lexists(files.lora.path):
         return ABSENT
