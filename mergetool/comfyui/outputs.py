@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergetool.api.differences import Diff, run_diff
@@ -9,6 +10,7 @@ from mergetool.api.merging import Merge, run_merge
 from mergetool.comfyui import host, links, widgets
 from mergetool.comfyui.report import Extracted, Saved
 from mergetool.comfyui.sources import CATEGORY
+from mergetool.options.kinds import sentence
 from mergetool.recipe.quoting import quote
 
 if TYPE_CHECKING:
@@ -26,23 +28,24 @@ class Save:
     RETURN_NAMES = ("model", "path", "report")
     FUNCTION = "save"
     OUTPUT_NODE = True
+    FOLDERS = (host.MODELS, host.OUTPUT)
     DAILY = ("protect", "multipliers", "dtype", "quant", "layout", "rounding", "seed", "overwrite", "force")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What to merge, where to and in which form."""
-        own = {"output": NAME, "folder": ([host.MODELS, host.OUTPUT], {})}
+        own = {"output": NAME, "folder": (list(cls.FOLDERS), {})}
         return widgets.inputs(Merge, linked=["keep_from"], daily=cls.DAILY, own=own)  # type: ignore[no-any-return]
 
     @classmethod
     def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
         """True, or what is wrong with a value or a name, before anything runs."""
-        return host.first_error(lambda: _target(held), lambda: widgets.check(Merge, held))
+        return host.first_error(lambda: _target(cls.FOLDERS, held), lambda: widgets.check(Merge, held))
 
     @classmethod
     def IS_CHANGED(cls, **held: Any) -> float | str:
         """Never the same while the file is not there, so that one that was deleted is made again."""
-        return "there" if _target(held).path.exists() else float("nan")
+        return "there" if _target(cls.FOLDERS, held).path.exists() else float("nan")
 
     @host.computing
     def save(self, **held: Any) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class Save:
         keep_from = held.get("keep_from")
         if keep_from:
             held["keep_from"] = links.one_model(keep_from, "what is kept")
-        target = _target(held)
+        target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
         shown = Saved()
         run_merge(widgets.request(Merge, held | {"output": _typed(target)}), shown, keeps_current=True)
@@ -70,38 +73,45 @@ class ExtractLora:
     RETURN_NAMES = ("path", "report")
     FUNCTION = "extract"
     OUTPUT_NODE = True
+    FOLDERS = (host.LORAS, host.OUTPUT)
     LINKED = ("base", "variant", "variant2")
     DAILY = ("rank", "rank_thresh", "rank_max", "rule", "exclude", "dtype", "overwrite")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Two models, and how much of their difference to keep."""
-        own = {"output": NAME, "folder": ([host.LORAS, host.OUTPUT], {})}
+        own = {"output": NAME, "folder": (list(cls.FOLDERS), {})}
         return widgets.inputs(Diff, linked=["variant2"], daily=cls.DAILY, own=own)  # type: ignore[no-any-return]
 
     @classmethod
     def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
         """As of Save."""
-        return host.first_error(lambda: _target(held), lambda: widgets.check(Diff, held))
+        return host.first_error(lambda: _target(cls.FOLDERS, held), lambda: widgets.check(Diff, held))
 
-    IS_CHANGED = Save.IS_CHANGED
+    @classmethod
+    def IS_CHANGED(cls, **held: Any) -> float | str:
+        """As of Save."""
+        return "there" if _target(cls.FOLDERS, held).path.exists() else float("nan")
 
     @host.computing
     def extract(self, **held: Any) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
         named = {name: links.one_model(held[name], f"`{name}`") for name in self.LINKED if held.get(name)}
-        target = _target(held)
+        target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
         shown = Extracted()
         run_diff(widgets.request(Diff, held | named | {"output": _typed(target)}), shown, keeps_current=True)
         return {"ui": {"text": [shown.text]}, "result": (str(target.path), shown.text)}
 
 
-def _target(held: dict[str, Any]) -> Target:
+def _target(folders: Sequence[str], held: dict[str, Any]) -> Target:
     """Where the file or folder of a node goes; what is linked is None, and has any name. Raises UsageError."""
+    folder = held.get("folder") or host.OUTPUT
+    if folder not in folders:
+        raise sentence("folder", folder, f"one of {', '.join(folders)}")
     is_folder = held.get("layout") == "diffusers" or bool(held.get("shard_size"))
     name = held.get("output")
-    return host.target(held.get("folder") or host.OUTPUT, widgets.LINKED if name is None else name, folder=is_folder)
+    return host.target(folder, widgets.LINKED if name is None else name, folder=is_folder)
 
 
 def _typed(target: Target) -> str:

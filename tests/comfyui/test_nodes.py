@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
 import mergetool.comfyui
-from mergetool.comfyui import host, links
+from mergetool.api.merging import Merge
+from mergetool.comfyui import host, links, widgets
 from mergetool.errors import UsageError
 
 
@@ -88,3 +90,50 @@ def test_multipliers_are_written_exactly(multiplier: float, text: str) -> None:
 def test_a_multiplier_that_is_no_number_is_refused(multiplier: float) -> None:
     with pytest.raises(UsageError, match="not a finite number"):
         links.difference("a", "b", multiplier)
+
+
+def save() -> dict[str, Any]:
+    return declared_inputs(mergetool.comfyui.NODE_CLASS_MAPPINGS["MergetoolSave"])
+
+
+def test_what_is_not_in_daily_use_is_advanced() -> None:
+    advanced = {name for name, (_, how) in save().items() if how.get("advanced")}
+    assert {"threads", "reader", "gpu_memory", "prefix", "shard_size"} <= advanced
+    assert advanced.isdisjoint({"protect", "multipliers", "dtype", "seed", "overwrite", "output"})
+
+
+def test_a_seed_is_a_text_since_a_browser_has_no_numbers_so_large() -> None:
+    assert save()["seed"][:1] == ("STRING",)
+    assert (
+        widgets.request(Merge, {"expression": "a", "rounding": "stochastic", "seed": str(2**64 - 1)}).seed == 2**64 - 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [
+        ({"protect": "refiner\n pad \n\n"}, {"protect": ("refiner", "pad")}),
+        ({"protect": ""}, {"protect": ()}),
+        ({"multipliers": "layers=0.5"}, {"settings": (("layers", Fraction(1, 2)),)}),
+        ({"dtype": "the anchor's"}, {"dtype": None}),
+        ({"quant": "none"}, {"quant": None}),
+        ({"quant": "int8"}, {"quant": "int8"}),
+        ({"prefix": ""}, {"prefix": ""}),
+        ({"prefix": "the anchor's"}, {"prefix": None}),
+        ({"threads": ""}, {"threads": None}),
+        ({"threads": "2"}, {"threads": 2}),
+        ({"shard_size": "5GB"}, {"shard_bytes": 5 * 10**9}),
+        ({"folder": "output"}, {}),
+    ],
+)
+def test_what_widgets_hold_is_what_is_asked(held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    asked = widgets.request(Merge, {"expression": "a", **held})
+    assert {name: getattr(asked, name) for name in wanted} == wanted
+
+
+def test_what_is_linked_is_not_judged_before_it_is_known() -> None:
+    node: Any = mergetool.comfyui.NODE_CLASS_MAPPINGS["MergetoolSave"]
+    held = {"expression": None, "output": "x.safetensors", "folder": "output"}
+    assert node.VALIDATE_INPUTS(**held, seed="3", rounding=None) is True
+    assert "draws no random numbers" in node.VALIDATE_INPUTS(**held, seed="3", rounding="nearest")
+    assert "a whole number" in node.VALIDATE_INPUTS(**held, seed="many", rounding=None)

@@ -78,6 +78,37 @@ def test_the_server_offers_every_node(server: Server) -> None:
     assert set(mergetool.comfyui.NODE_CLASS_MAPPINGS) == set(mergetool.comfyui.NODE_DISPLAY_NAME_MAPPINGS)
 
 
+def test_the_page_is_told_which_inputs_are_advanced(server: Server) -> None:
+    inputs = server.get("/object_info")["MergetoolSave"]["input"]["optional"]
+    assert inputs["threads"][1]["advanced"] is True
+    assert "advanced" not in inputs["protect"][1]
+
+
+def test_advanced_inputs_reach_the_merge(server: Server, tmp_path: Path) -> None:
+    prompt = merge_of("advanced", include="refiner\nlayers", prefix="net.", threads="1", device="cpu", protect="pad")
+    prompt["5"]["inputs"]["multiplier"] = 2.0
+    ran = server.run(prompt)
+    assert ran.status == "success", ran.error["exception_message"]
+    told = command(
+        "merge", "lab.alkahest + 2.0*(lab.striped - lab.base)", "--include", "refiner", "--include", "layers", "--protect", "pad",
+        "--prefix", "net.", "-o", "advanced.safetensors", cwd=tmp_path,
+    )  # fmt: skip
+    assert told.code == 0, told.err
+    made = load_file(server.base / "models" / "diffusion_models" / "advanced" / "6.safetensors")
+    wanted = load_file(tmp_path / "advanced.safetensors")
+    assert made.keys() == wanted.keys()
+    assert all(name.startswith("net.") and torch.equal(made[name], wanted[name]) for name in made)
+
+
+def test_shards_are_a_folder_that_the_next_node_reads(server: Server) -> None:
+    prompt = bridge("sharded", shard_size="1MB")
+    prompt["6"]["inputs"]["output"] = "sharded/model/"
+    ran = server.run(prompt)
+    assert ran.status == "success", ran.error["exception_message"]
+    assert list((server.base / "models" / "diffusion_models" / "sharded" / "model").glob("*.safetensors"))
+    assert "matrices" in ran.text("7")
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_queued_twice_succeeds_twice_and_leaves_the_same_files(server: Server, name: str) -> None:
     first = server.run(workflow(name))
@@ -308,6 +339,8 @@ def test_a_name_that_leads_out_of_the_folder_is_not_queued(server: Server, node:
         ("5", {"delta": ["1", 0]}, "return_type_mismatch"),
         ("5", {"model": ["4", 0]}, "return_type_mismatch"),
         ("6", {"dtype": "fp7"}, "custom_validation_failed"),
+        ("6", {"folder": "custom_nodes"}, "custom_validation_failed"),
+        ("7", {"folder": "diffusion_models"}, "custom_validation_failed"),
         ("6", {"multipliers": "layers=cubic(0,1)"}, "custom_validation_failed"),
         ("7", {"rank_thresh": "0"}, "custom_validation_failed"),
         ("7", {"rank": -1}, "custom_validation_failed"),
