@@ -28,6 +28,7 @@ def lines() -> Iterator[str]:
     yield from HEAD.splitlines()
     whys: dict[str, set[str]] = {}
     for operation in operations():
+        console.speak_of(operation.table)
         yield from ["", f"## {operation.name}", ""]
         yield from _table(operation)
         for row in rows(operation.table).values():
@@ -61,7 +62,8 @@ def _table(operation: Operation) -> Iterator[str]:
 def _flag(row: Row) -> str:
     if row.option.argument:
         return f"`{row.option.kind.metavar}`".replace("|", "\\|")
-    return f"`{row.option.short + ', ' if row.option.short else ''}{row.flag}`"
+    names = (row.option.short, row.flag, row.option.also and f"--{row.option.also}")
+    return f"`{', '.join(filter(None, names))}`"
 
 
 def _default(row: Row) -> str:
