@@ -28,7 +28,7 @@ from mergetool.lab import checker, world
 from mergetool.lora.extract import extract, open_diff
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
-from mergetool.options.pictures import StrengthMeaning
+from mergetool.options.sampling import StrengthMeaning
 from mergetool.sampler import sheet
 from mergetool.sampler.parts import Components, WeightedLora
 from mergetool.sampler.request import Pictures, Refinement, Shot, Stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergetool.options.pictures import FIRST, PRESETS
+from mergetool.options.sampling import FIRST, PRESETS
 
 
 def presets() -> str:

@@ -30,20 +30,15 @@ class Device:
 CPU = Device()
 
 
-def named(name: str) -> str:
-    """``name``, when it is ``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``. Raises UsageError for another word."""
-    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,3}", name, re.ASCII):
-        raise UsageError(f'`device` is "{name}", but has to be auto, cpu, cuda or cuda:NUMBER.')
-    return name
-
-
 def choose(name: str, *, work: int, memory: int = 0, kernels: bool = True) -> Device:
     """The device that ``device`` names: ``cpu``, ``cuda`` (every GPU), ``cuda:1``, or ``auto``.
 
     ``auto`` takes GPUs when there are some, Triton can be imported (without ``kernels`` it need not) and ``work`` bytes are worth it, else the CPU; the
     output of a merge is the same. Raises UsageError for another word, and where a GPU is asked for that is not there.
     """
-    if named(name) == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        raise UsageError(f'`device` is "{name}", but has to be auto, cpu, cuda or cuda:NUMBER.')
+    if name == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
         return CPU
     missing = _obstacle(name, kernels)
     if missing is None:

@@ -7,56 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, cast
 
 from mergetool.errors import UsageError
 from mergetool.options.kinds import Choice, Device, File, Kind, Loras, Model, Number, Text, Whole
 from mergetool.options.running import RUN
+from mergetool.options.sampling import (
+    FIRST,
+    HANDOFFS,
+    MEANINGS,
+    MOST_STEPS,
+    PRECISIONS,
+    PRESETS,
+    SAMPLERS,
+    SCHEDULERS,
+    SECOND,
+    SEEDS,
+    Handoff,
+    Precision,
+    SamplerName,
+    Scheduler,
+    StrengthMeaning,
+)
 from mergetool.options.table import Option, Table
 
-SamplerName = Literal["euler", "res_multistep", "dpmpp_2m_sde"]
-Scheduler = Literal["simple", "normal", "sgm_uniform", "beta", "diffusers"]
-StrengthMeaning = Literal["comfyui", "diffusers"]
-Handoff = Literal["latent", "pixels"]
-Precision = Literal["auto", "fp32", "bf16"]
-
-SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
-SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
-MEANINGS: tuple[StrengthMeaning, ...] = get_args(StrengthMeaning)
-HANDOFFS: tuple[Handoff, ...] = get_args(Handoff)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-MOST_STEPS = 10_000
 MOST_SEEDS = 10_000
 """Of one range, ``1-8``."""
-SEEDS = 2**64
-"""Seeds are 0 to one less, as in ComfyUI."""
-MODEL_SHIFT = 3.0
-"""Of a model without a scheduler beside it: what ComfyUI takes for every Z-Image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """Settings of a stage that belong together; ``cfg`` as ComfyUI counts it, ``shift`` None for the model's own."""
-
-    steps: int
-    cfg: float
-    shift: float | None = None
-    sampler: SamplerName = "euler"
-    scheduler: Scheduler = "simple"
-    strength: float = 0.15
-
-
-FIRST = Preset(steps=30, cfg=4.0)
-SECOND = Preset(steps=4, cfg=1.0)
-
-PRESETS: Mapping[str, Preset] = {
-    "comfyui-base": Preset(25, 4.0, 3.0, "res_multistep", "simple"),
-    "comfyui-turbo": Preset(8, 1.0, 3.0, "res_multistep", "simple"),
-    "comfyui-refine": Preset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
-}
-"""What ComfyUI's stock templates of Z-Image are set to: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""
-
 
 # --- kinds -----------------------------------------------------------------------------------------------------
 

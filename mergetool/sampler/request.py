@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.errors import UsageError
-from mergetool.options.pictures import SEEDS, Handoff, SamplerName, Scheduler, StrengthMeaning
+from mergetool.options.sampling import SEEDS, Handoff, SamplerName, Scheduler, StrengthMeaning
 from mergetool.sampler.parts import Components, WeightedLora
 from mergetool.sampler.schedule import levels, refinement_levels
 

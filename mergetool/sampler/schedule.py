@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.errors import UsageError
-from mergetool.options.pictures import MEANINGS, MOST_STEPS, SCHEDULERS, Scheduler, StrengthMeaning
+from mergetool.options.sampling import MEANINGS, MOST_STEPS, SCHEDULERS, Scheduler, StrengthMeaning
 
 TABLE = 1000
 """Levels in ComfyUI's table."""

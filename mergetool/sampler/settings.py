@@ -14,19 +14,8 @@ from pathlib import Path
 from mergetool import models
 from mergetool.checkpoint.paths import typed
 from mergetool.errors import UsageError
-from mergetool.options.pictures import (
-    FIRST,
-    MODEL_SHIFT,
-    PRESETS,
-    SECOND,
-    AskedStage,
-    PartsOptions,
-    PicturesOptions,
-    Preset,
-    SampleOptions,
-    SamplerName,
-    Scheduler,
-)
+from mergetool.options.pictures import AskedStage, PartsOptions, PicturesOptions, SampleOptions
+from mergetool.options.sampling import FIRST, MODEL_SHIFT, PRESETS, SECOND, Preset, SamplerName, Scheduler
 from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
 from mergetool.sampler.parts import Components, WeightedLora, pipeline_folder

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from mergetool.checkpoint.dtypes import F32
 from mergetool.engine import job
 from mergetool.options.merging import MergeOptions
-from mergetool.options.pictures import SAMPLERS, SCHEDULERS, SampleOptions
+from mergetool.options.pictures import SampleOptions
+from mergetool.options.sampling import SAMPLERS, SCHEDULERS
 from mergetool.sampler import settings
 from mergetool.sampler.denoise import starting_noise
 from mergetool.sampler.parts import Components

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, UsageError
 from mergetool.options.merging import MergeOptions
-from mergetool.options.pictures import PRESETS, PicturesOptions, SampleOptions
+from mergetool.options.pictures import PicturesOptions, SampleOptions
+from mergetool.options.sampling import PRESETS
 from mergetool.sampler import settings
 from mergetool.sampler.settings import prepare
 from mergetool.verification.looking import plan

@@ -1,0 +1,48 @@
+"""What the sampler knows by name: samplers, schedulers, meanings of strength, presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+SamplerName = Literal["euler", "res_multistep", "dpmpp_2m_sde"]
+Scheduler = Literal["simple", "normal", "sgm_uniform", "beta", "diffusers"]
+StrengthMeaning = Literal["comfyui", "diffusers"]
+Handoff = Literal["latent", "pixels"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+MEANINGS: tuple[StrengthMeaning, ...] = get_args(StrengthMeaning)
+HANDOFFS: tuple[Handoff, ...] = get_args(Handoff)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+MOST_STEPS = 10_000
+SEEDS = 2**64
+"""Seeds are 0 to one less, as in ComfyUI."""
+MODEL_SHIFT = 3.0
+"""Of a model without a scheduler beside it: what ComfyUI takes for every Z-Image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings of a stage that belong together; ``cfg`` as ComfyUI counts it, ``shift`` None for the model's own."""
+
+    steps: int
+    cfg: float
+    shift: float | None = None
+    sampler: SamplerName = "euler"
+    scheduler: Scheduler = "simple"
+    strength: float = 0.15
+
+
+FIRST = Preset(steps=30, cfg=4.0)
+SECOND = Preset(steps=4, cfg=1.0)
+
+PRESETS: Mapping[str, Preset] = {
+    "comfyui-base": Preset(25, 4.0, 3.0, "res_multistep", "simple"),
+    "comfyui-turbo": Preset(8, 1.0, 3.0, "res_multistep", "simple"),
+    "comfyui-refine": Preset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
+}
+"""What ComfyUI's stock templates of Z-Image are set to: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""
