@@ -6,7 +6,7 @@ import pytest
 
 from tests.faces.page import PAGE, lines
 from tests.faces.probes import answers, plain, probes, wanted
-from tests.faces.walk import CLI, NODES, RECIPES, WITHOUT, Operation, commands, operations
+from tests.faces.walk import CLI, NODES, ONLY_COMMANDS, RECIPES, WITHOUT, Operation, commands, operations
 
 OPERATIONS = operations()
 
@@ -14,6 +14,10 @@ OPERATIONS = operations()
 def test_every_command_is_walked() -> None:
     walked = {operation.name for operation in OPERATIONS}
     assert {name for name, _ in commands(CLI)} == walked | WITHOUT
+
+
+def test_every_operation_has_a_function_in_python() -> None:
+    assert {operation.name for operation in OPERATIONS if operation.function is None} == ONLY_COMMANDS
 
 
 def test_every_recipe_and_node_is_of_an_operation_that_is_walked() -> None:

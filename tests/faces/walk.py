@@ -46,6 +46,9 @@ OWN: Mapping[str, set[str]] = {
 # Commands without options.
 WITHOUT = {"help", "version"}
 
+# Commands that only show, list or register: Python has other ways to do that.
+ONLY_COMMANDS = {"inspect", "methods", "demo", "models add", "models list", "models remove"}
+
 
 @dataclass(frozen=True)
 class Operation:
