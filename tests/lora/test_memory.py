@@ -73,3 +73,13 @@ def stays_below(folder: Path, words: tuple[str, ...]) -> None:
     usage = measure([Path(sys.executable).with_name("mergetool"), *words], cwd=folder)
     assert usage.exit_code == 0
     assert 0 < usage.peak_anon < told
+
+
+@pytest.mark.parametrize("key_format", ["default", "comfyui", "peft"])
+def test_a_conversion_stays_below_what_its_dry_run_tells(tmp_path: Path, key_format: str) -> None:
+    tensors = {}
+    for part in (f"diffusion_model.layers.{i}.attention.{name}" for i in range(4) for name in ("to_q", "to_k", "to_v")):
+        tensors |= {f"{part}.lora_A.weight": torch.ones(64, 3840), f"{part}.lora_B.weight": torch.ones(3840, 64)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    output = "out/" if key_format == "peft" else "out.safetensors"
+    stays_below(tmp_path, ("lora", "convert", "lora.safetensors", "-o", output, "--key-format", key_format))
