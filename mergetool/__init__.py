@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergetool.api.comparing import compare
     from mergetool.api.differences import diff
+    from mergetool.api.lora_checks import lora_inspect, lora_interference, lora_verify
     from mergetool.api.loras import (
         lora_common,
         lora_convert,
-        lora_inspect,
-        lora_interference,
         lora_merge,
         lora_orthogonal,
         lora_resize,
-        lora_verify,
     )
     from mergetool.api.merging import bake, convert, merge
     from mergetool.api.pictures import sample
@@ -91,12 +89,12 @@ _HOME = {
     "extract": "lora.extract",
     "lora_common": "api.loras",
     "lora_convert": "api.loras",
-    "lora_inspect": "api.loras",
-    "lora_interference": "api.loras",
+    "lora_inspect": "api.lora_checks",
+    "lora_interference": "api.lora_checks",
     "lora_merge": "api.loras",
     "lora_orthogonal": "api.loras",
     "lora_resize": "api.loras",
-    "lora_verify": "api.loras",
+    "lora_verify": "api.lora_checks",
     "merge": "api.merging",
     "open_diff": "lora.extract",
     "open_merge": "engine.job",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.loras import LoraInspect, run_lora_inspect
+from mergetool.api.lora_checks import LoraInspect, run_lora_inspect
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import Report
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergetool.adapters.describe import Contents, Target
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
-    from mergetool.api.loras import LoraContents
+    from mergetool.api.lora_checks import LoraContents
 
 EXAMPLES = """\b
 Examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.loras import LoraInterference, run_lora_interference
+from mergetool.api.lora_checks import LoraInterference, run_lora_interference
 from mergetool.cli import console
 from mergetool.cli.diff_ranks import GROUPS
 from mergetool.cli.lora_sums import in_group
@@ -13,7 +13,7 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import Report
 
 if TYPE_CHECKING:
-    from mergetool.api.loras import PairScores
+    from mergetool.api.lora_checks import PairScores
     from mergetool.lora.operations import Score
 
 EXAMPLES = """\b

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.loras import LoraVerify, run_lora_verify
+from mergetool.api.lora_checks import LoraVerify, run_lora_verify
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import Report
 from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from mergetool.api.loras import LoraVerified
+    from mergetool.api.lora_checks import LoraVerified
     from mergetool.lora.verify import Comparison, LoraReport, Residual
 
 EXAMPLES = """\b

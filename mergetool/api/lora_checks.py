@@ -1,0 +1,202 @@
+"""What is in a LoRA, and what it does: `lora_inspect`, `lora_verify` and `lora_interference`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+from mergetool.api.calling import called
+from mergetool.api.events import Events, Request
+from mergetool.api.loras import ALora, opened_lora
+from mergetool.errors import UsageError
+from mergetool.options.combining import LookUpOptions
+from mergetool.options.kinds import File, Flag, Model, Models, Number, Strength
+from mergetool.options.running import ThreadOptions, UnmatchedOptions
+from mergetool.options.table import Option
+
+if TYPE_CHECKING:
+    from mergetool.adapters import LoraFile
+    from mergetool.adapters.describe import Contents
+    from mergetool.adapters.dora_in_comfyui import Difference
+    from mergetool.adapters.loaders import Loading
+    from mergetool.lora.operations import Score
+    from mergetool.lora.verify import LoraReport
+
+
+@dataclass(frozen=True)
+class LoraInterference(Request, ThreadOptions, UnmatchedOptions):
+    """How much LoRAs, or models' differences to a base, act on the same thing."""
+
+    loras: Annotated[
+        Sequence[str], Option(help="Two or more, every pair of which is scored.", kind=Models("LORA"), argument=True)
+    ]
+    base: Annotated[
+        str | None,
+        Option(help="The model that they are differences to; they may be checkpoints then.", kind=Model()),
+    ] = None
+    signs: Annotated[bool, Option(help="Also how many elements pull in opposite directions.", kind=Flag())] = False
+
+    def check(self) -> None:
+        """Raises UsageError for fewer than two."""
+        super().check()
+        if len(self.loras) < 2:
+            raise UsageError("give at least two LoRAs to compare.")
+
+
+@dataclass(frozen=True)
+class LoraVerify(Request, ThreadOptions):
+    """Whether base + LoRA makes the tuned model."""
+
+    base: Annotated[str, Option(help="The model that the LoRA is for.", kind=Model("BASE"), argument=True)]
+    lora: ALora
+    variant: Annotated[str, Option(help="The model that base + LoRA should be.", kind=Model("VARIANT"), argument=True)]
+    max_residual: Annotated[
+        float | None, Option(help="Largest overall residual after rounding, as in 0.1.", kind=Number(0))
+    ] = None
+    strength: Annotated[
+        float | str | Fraction, Option(help="Strength of the LoRA; any finite number.", kind=Strength())
+    ] = 1
+
+
+@dataclass(frozen=True)
+class LoraInspect(Request, LookUpOptions):
+    """What a LoRA holds, and who loads it."""
+
+    lora: ALora
+    plot: Annotated[
+        str | os.PathLike[str] | None,
+        Option(help="Draw the norms of all blocks as a heat map.", kind=File("FILE.png")),
+    ] = None
+    overwrite: Annotated[bool, Option(help="Replace an existing picture.", kind=Flag())] = False
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """How much two LoRAs, or differences, act on the same thing, matrix by matrix; ``left_out`` are names with the reason."""
+
+    first: str
+    second: str
+    scores: Sequence[Score]
+    left_out: Sequence[tuple[str, str]]
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class LoraVerified:
+    """What a LoRA leaves of the difference between two models, and how much was read in ``seconds``."""
+
+    report: LoraReport
+    bytes_read: int
+    seconds: float
+    max_residual: float | None
+
+    @property
+    def residual(self) -> float:
+        """The overall residual after rounding."""
+        return self.report.total(after=True)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the residual is as small as it has to be."""
+        return self.max_residual is None or self.residual <= self.max_residual
+
+
+@dataclass(frozen=True)
+class LoraContents:
+    """What a LoRA holds, who loads it, and how far ComfyUI's formula of a DoRA leads from training's, where a model is given for that."""
+
+    contents: Contents
+    loading: Sequence[Loading]
+    in_comfyui: Difference | None
+
+
+def run_lora_interference(asked: LoraInterference, events: Events) -> list[PairScores]:
+    """Score how much LoRAs, or models' differences to a base, act on the same thing, pair by pair. Raises MergetoolError."""
+    found = []
+    for first, second in combinations(asked.loras, 2):
+        of = _of_loras if asked.base is None else _of_differences
+        found.append(of(first, second, asked, events))
+        events.done(asked, found[-1])
+    return found
+
+
+def _of_loras(first: str, second: str, asked: LoraInterference, events: Events) -> PairScores:
+    from mergetool.lora.gathering import gather, opened
+    from mergetool.lora.operations import scores
+
+    with opened([(first, Fraction(1)), (second, Fraction(1))]) as terms:
+        gathering = gather(terms, skip_unmatched=asked.skip_unmatched)
+        with events.progress("score", len(gathering.modules), " modules") as advance:
+            found = list(scores(gathering, signs=asked.signs, threads=asked.threads, progress=advance))
+        left_out = [(name, reason) for name, reason, _ in gathering.left_out]
+        return PairScores(first, second, found, left_out, gathering.warnings)
+
+
+def _of_differences(first: str, second: str, asked: LoraInterference, events: Events) -> PairScores:
+    from mergetool.lora.extract import open_diff
+    from mergetool.lora.operations import delta_scores
+    from mergetool.options.differences import DiffOptions
+
+    options = DiffOptions(variant2=second, orthogonal=True, min_dim=1)  # what only one of them changes is scored too
+    with open_diff(str(asked.base), first, options, skip_unmatched=asked.skip_unmatched) as pairing:
+        with events.progress("score", sum(map(pairing.nbytes, pairing.decomposed))) as advance:
+            found = list(delta_scores(pairing, signs=asked.signs, threads=asked.threads, progress=advance))
+        skipped = [(pair.name, pair.reason) for pair in pairing.pairs if pair.reason]
+        return PairScores(first, second, found, [*skipped, *pairing.left_out], [])
+
+
+def run_lora_verify(asked: LoraVerify, events: Events) -> LoraVerified:
+    """Compare base + LoRA with the tuned model, layer by layer, before and after rounding. Raises MergetoolError."""
+    from mergetool.lora.verify import open_comparison, verify_lora
+
+    started = time.monotonic()
+    strength = cast(Fraction, asked.strength)
+    with open_comparison(asked.base, str(asked.lora), asked.variant, strength=strength) as comparison:
+        with events.progress("verify", comparison.bytes_read) as advance:
+            report = verify_lora(comparison, threads=asked.threads, progress=advance)
+        verified = LoraVerified(report, comparison.bytes_read, time.monotonic() - started, asked.max_residual)
+        events.done(comparison, verified)
+        return verified
+
+
+def run_lora_inspect(asked: LoraInspect, events: Events) -> LoraContents:
+    """Show what a LoRA holds: ranks, alphas, targets, norms, and who loads it whole. Raises MergetoolError."""
+    from mergetool.adapters.describe import describe
+    from mergetool.adapters.loaders import loading
+
+    plot = cast("Path | None", asked.plot)
+    if plot is not None:
+        from mergetool.lora import plots
+
+        plots.require_target(plot, overwrite=asked.overwrite)
+    with opened_lora(asked.lora, asked.model) as file:
+        with events.progress("norms", len(file.changes), "module") as advance:
+            contents = describe(file, progress=advance)
+        in_comfyui = None if contents.non_finite else _dora_difference(file, asked.model)
+        if plot is not None:
+            plots.write(plot, contents.targets, title=Path(asked.lora).name, overwrite=asked.overwrite)
+        found = LoraContents(contents, loading(file), in_comfyui)
+        events.done(file, found)
+        return found
+
+
+def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:
+    """How far ComfyUI's formula leads from training's, where a model is given to measure it on."""
+    if model is None or not any("dora_scale" in adapter.tensors for adapter in file.adapters):
+        return None
+    from mergetool import models
+    from mergetool.adapters.dora_in_comfyui import difference
+
+    with models.open_model(model) as base:
+        return difference(file, base.anatomy, base.checkpoint)
+
+
+lora_interference = called(LoraInterference, run_lora_interference, "lora_interference")
+lora_verify = called(LoraVerify, run_lora_verify, "lora_verify")
+lora_inspect = called(LoraInspect, run_lora_inspect, "lora_inspect")
