@@ -12,17 +12,20 @@ from typer.main import get_command, get_group
 
 from mergetool.cli.fitting import fitted
 
+Places = Mapping[str, tuple[str, str]]
+"""By a command's name: where it is, and its line in the list of commands; one without is not listed."""
+
 
 class _Commands(Mapping[str, Any]):
     """The commands of one group, in their order: each built when it is first looked up."""
 
-    def __init__(self, places: Mapping[str, str]) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
         self._built: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._built:
-            self._built[name] = _built(name, self._places[name])
+            self._built[name] = _built(name, *self._places[name])
         return self._built[name]
 
     def __contains__(self, name: object) -> bool:
@@ -35,21 +38,25 @@ class _Commands(Mapping[str, Any]):
         return len(self._places)
 
 
-def group_of(places: Mapping[str, str]) -> type[TyperGroup]:
+def group_of(places: Places) -> type[TyperGroup]:
     """A class of group, for ``typer.Typer(cls=...)``, with a command for each name.
 
-    A place is "module:name" in this folder: of a function, a command with the module's EXAMPLES, or those under its name there, as its epilog, its CONTEXT as click's settings and hidden where that says HIDDEN, or of a `typer.Typer`, a
-    group in this one.
+    A place is "module:name" in this folder: of a function, a command with the module's EXAMPLES, or those under its name there, as its epilog and its CONTEXT as
+    click's settings; or of a `typer.Typer`, a group in this one. The list of commands is its summaries: no command is imported for it.
     """
 
     class Group(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**(attributes | {"commands": _Commands(places)}))
 
+        def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, summary) for name, (_, summary) in places.items() if summary])
+
     return Group
 
 
-def _built(name: str, place: str) -> Any:
+def _built(name: str, place: str, summary: str) -> Any:
     module_name, _, attribute = place.partition(":")
     module = importlib.import_module(f"mergetool.cli.{module_name}")
     found = getattr(module, attribute)
@@ -63,6 +70,7 @@ def _built(name: str, place: str) -> Any:
         name,
         epilog=fitted((examples[name] if isinstance(examples, Mapping) else examples) or ""),
         context_settings=getattr(module, "CONTEXT", None),
-        hidden=getattr(module, "HIDDEN", False),
+        short_help=summary,
+        hidden=not summary,
     )(found)
     return get_command(one)

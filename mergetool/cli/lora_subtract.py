@@ -8,8 +8,6 @@ from mergetool.api.loras import LoraMerge, LoraOrthogonal, run_lora_merge
 from mergetool.cli.lora_sums import SumReport
 from mergetool.cli.parameters import Typed, command
 
-HIDDEN = True
-
 
 @command(LoraOrthogonal)
 def subtract(typed: Typed) -> None:

@@ -6,8 +6,6 @@ from mergetool.api.verifying import Rebuild, run_replay
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.verify_report import ReplayReport
 
-HIDDEN = True
-
 EXAMPLES = """\b
 Examples:
   mergetool replay out.safetensors

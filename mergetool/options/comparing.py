@@ -57,7 +57,7 @@ class Condition:
         return value > self.limit if self.sign == ">" else value < self.limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Conditions(Kind):
     """Several conditions, as text."""
 
@@ -70,7 +70,7 @@ class Conditions(Kind):
         return tuple(one if isinstance(one, Condition) else Condition.parse(one) for one in given)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Multiplied(Kind):
     """An exact number other than 0, or the word "recommended"."""
 

@@ -44,7 +44,7 @@ class Kind:
         return self.value(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flag(Kind):
     """True or false."""
 
@@ -56,7 +56,7 @@ class Flag(Kind):
         return given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Text(Kind):
     """Any text but an empty one, of which ``metavar`` says what it is; ``empty`` allows that too."""
 
@@ -69,7 +69,7 @@ class Text(Kind):
         return given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model(Text):
     """A model: a registered name, a path, an address or ``lab.NAME``."""
 
@@ -79,7 +79,7 @@ class Model(Text):
         return super().value(os.fspath(given) if isinstance(given, os.PathLike) else given)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class File(Kind):
     """A path of a file or folder; ``ending`` is that of a file to be written."""
 
@@ -93,7 +93,7 @@ class File(Kind):
         return Path(typed(os.fspath(given)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Output(Kind):
     """The name of what is written, as it was typed: a slash at its end says folder."""
 
@@ -105,7 +105,7 @@ class Output(Kind):
         return os.fspath(given)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Choice(Kind):
     """One of some words; ``known`` is a function where a register knows them."""
 
@@ -125,7 +125,7 @@ class Choice(Kind):
         return given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Device(Kind):
     """``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``."""
 
@@ -140,7 +140,7 @@ class Device(Kind):
         raise ValueError("auto, cpu, cuda or cuda:NUMBER")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Whole(Kind):
     """A whole number of at least ``least`` and at most ``most``."""
 
@@ -160,7 +160,7 @@ class Whole(Kind):
         return self.value(int(str(text)) if digits else text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Number(Kind):
     """A finite number: above ``above``, at least ``least``, at most ``most`` where they are given."""
 
@@ -185,7 +185,7 @@ class Number(Kind):
         return self.value(text if number is None else number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Share(Kind):
     """A share above 0: 0.01, or as text ``1%``."""
 
@@ -199,7 +199,7 @@ class Share(Kind):
         return number / 100 if percent else number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Size(Kind):
     """Bytes: a whole number above 0, or as text ``300MB``."""
 
@@ -224,7 +224,7 @@ def _bytes(text: str) -> object:
     return text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Patterns(Kind):
     """Groups, globs over tensor names, and ``re:`` expressions."""
 
@@ -243,14 +243,14 @@ class Patterns(Kind):
         return patterns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Models(Patterns):
     """Several models."""
 
     metavar: str = "MODEL"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Settings(Kind):
     """Multipliers by group: a mapping, or texts such as ``layers=linear(0.2,1)``; a later one wins."""
 
@@ -268,7 +268,7 @@ class Settings(Kind):
         return [setting_text(setting) for setting in value]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Places(Kind):
     """A mapping of names to models, or texts such as ``tuned=/models/tuned.safetensors``."""
 
@@ -289,7 +289,7 @@ class Places(Kind):
         return name, where
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loras(Kind):
     """LoRAs with their strengths: a mapping of paths to numbers, or texts such as ``style.safetensors:0.8``."""
 
@@ -309,7 +309,7 @@ class Loras(Kind):
         return tuple(entries)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Strength(Kind):
     """The exact strength of one LoRA."""
 
@@ -379,7 +379,7 @@ def _decimal(amount: str) -> str:
     return str(Decimal(digits) / 100) if "%" in amount else digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pair(Kind):
     """Two finite numbers, or as text ``1,0.5``."""
 

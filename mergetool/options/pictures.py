@@ -37,7 +37,7 @@ MOST_SEEDS = 10_000
 # --- kinds -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Guidance(Number):
     """Guidance as diffusers counts it, from 0; what is below it is a matter of ``cfg``."""
 
@@ -54,7 +54,7 @@ class Guidance(Number):
             ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Several(Kind):
     """One text or a list of them."""
 
@@ -67,7 +67,7 @@ class Several(Kind):
         return texts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Seeds(Kind):
     """One seed, a list of them, or as text ``1,2,3``, ``1-8`` or both."""
 
@@ -91,7 +91,7 @@ class Seeds(Kind):
         return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sides(Kind):
     """Width and height of a picture, or as text ``1024x768``."""
 
@@ -108,7 +108,7 @@ class Sides(Kind):
         return sides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Strengths(Kind):
     """One strength, a list of them, or as text ``0.1,0.15``: each above 0 and at most 1."""
 

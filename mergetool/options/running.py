@@ -18,7 +18,7 @@ PLANNED: dict[Face, str] = RUN | {"node": "ComfyUI queues what is to be run"}
 DRY = "none, with `dry_run`"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OverwriteOptions(Table):
     """What may become of an output that is there."""
 
@@ -40,7 +40,7 @@ def require_output(output: object, *, dry_run: bool) -> None:
         raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ShardOptions(Table):
     """Into how many files a model is written."""
 
@@ -54,7 +54,7 @@ class ShardOptions(Table):
         return cast("int | None", self.shard_size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ThreadOptions(Table):
     """How many threads work."""
 
@@ -73,7 +73,7 @@ class ReaderOptions(ThreadOptions):
     ] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DeviceOptions(Table):
     """What computes."""
 
@@ -97,7 +97,7 @@ class GpuOptions(DeviceOptions):
         return cast(int, self.gpu_memory or 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class UnmatchedOptions(Table):
     """What becomes of LoRA keys that match nothing."""
 
@@ -107,7 +107,7 @@ class UnmatchedOptions(Table):
     ] = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ForceOptions(Table):
     """Whether the preflight may be overruled."""
 
@@ -117,7 +117,7 @@ class ForceOptions(Table):
     ] = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class NonFiniteOptions(Table):
     """What becomes of NaN and infinity."""
 
