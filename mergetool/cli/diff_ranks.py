@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 GROUPS = ("attention", "ffn", "adaln", "embedder", "final")
 
 
+def in_group(groups: frozenset[str]) -> str:
+    """The row of the tables that a module is in: the first of `GROUPS`, or other."""
+    return next((group for group in GROUPS if group in groups), "other")
+
+
 def print_ranks(found: Extraction, options: DiffOptions, target: Path, *, verbose: bool) -> None:
     """A row for each group of matrices, and what is not as it was asked for."""
     rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]

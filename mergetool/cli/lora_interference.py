@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergetool.api.lora_checks import LoraInterference, run_lora_interference
 from mergetool.cli import console
-from mergetool.cli.diff_ranks import GROUPS
-from mergetool.cli.lora_sums import in_group
+from mergetool.cli.diff_ranks import GROUPS, in_group
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import Report
 

@@ -16,7 +16,7 @@ from mergetool.api.loras import (
     run_lora_resize,
 )
 from mergetool.cli import console, loads
-from mergetool.cli.diff_ranks import GROUPS
+from mergetool.cli.diff_ranks import GROUPS, in_group
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import Report
 
@@ -118,11 +118,6 @@ class SumReport(Report):
         self.json |= _done_json(result)
         if self.prints:
             _print_done(plan.gathering, result, verbose=self.typed.verbose)
-
-
-def in_group(groups: frozenset[str]) -> str:
-    """The row of the tables that a module is in: the first of `diff_ranks.GROUPS`, or other."""
-    return next((group for group in GROUPS if group in groups), "other")
 
 
 def _print_plan(gathering: Gathering, *, verbose: bool) -> None:

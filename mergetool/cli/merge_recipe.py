@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergetool.api.recipes import Made, Make, run_recipe
 from mergetool.cli import console, verify_report
-from mergetool.cli.diff import DiffReport
+from mergetool.cli.diff_report import DiffReport
 from mergetool.cli.merge_report import MergeReport
 from mergetool.cli.parameters import Typed
 from mergetool.errors import CheckFailed, UsageError
