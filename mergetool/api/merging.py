@@ -128,10 +128,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a merge: in ``seconds``, at ``target``; what the preflight said is in ``checked``, where there was one."""
+    """What became of a merge: in ``seconds``, at ``target``."""
 
     target: Target
-    checked: Preflight | None
     outcome: Outcome
     seconds: float
 
@@ -243,9 +242,9 @@ def make(
             progress=advance,
         )
     seconds = time.monotonic() - started
-    for one, target, checked, outcome in zip(planned, targets, checks, outcomes, strict=True):
+    for one, target, outcome in zip(planned, targets, outcomes, strict=True):
         events.output(one.task)
-        events.done(one.plan, Done(target, checked, outcome, seconds))
+        events.done(one.plan, Done(target, outcome, seconds))
     return [_merged(one, checked, outcome) for one, checked, outcome in zip(planned, checks, outcomes, strict=True)]
 
 

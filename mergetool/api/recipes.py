@@ -66,7 +66,7 @@ def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
     places = survey.places_for(recipe, asked.target)
     how = part(MergeRunOptions, asked)
     made: dict[Path, Made] = {}
-    with survey.opened(places, fingerprints=True, skip_unmatched=how.skip_unmatched) as surveyed:
+    with survey.opened(places, skip_unmatched=how.skip_unmatched) as surveyed:
         events.survey(surveyed.tasks)
         if not (how.dry_run or how.overwrite):
             survey.refuse_outdated(surveyed.tasks)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
 from mergetool.options.kinds import Model
-from mergetool.options.table import Option, rows
+from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import RebuildOptions, VerifyOptions
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run_replay(asked: Rebuild, events: Events) -> Replay:
 
     It is `verify` to the depth of bytes, without pictures. What is not the same is in the result, with the reason.
     """
-    how = {name: getattr(asked, name) for name in rows(RebuildOptions)}
+    how = values(part(RebuildOptions, asked))
     found = run_verify(Verify(asked.output, depth="bytes", images=False, **how), events)
     assert found.replay is not None
     return found.replay

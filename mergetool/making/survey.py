@@ -177,10 +177,10 @@ class Survey:
 
 
 @contextmanager
-def opened(places: Places, *, fingerprints: bool = True, skip_unmatched: bool = False) -> Iterator[Survey]:
+def opened(places: Places, *, skip_unmatched: bool = False) -> Iterator[Survey]:
     """The survey of a recipe; its models are closed at the end of the ``with`` block."""
     with ExitStack() as stack:
-        inputs = job.Inputs(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
+        inputs = job.Inputs(stack, skip_unmatched=skip_unmatched)
         surveyed = Survey(places, inputs, stack)
         surveyed.look()
         _refuse_shared(surveyed.tasks)
