@@ -13,7 +13,6 @@ A relative path counts from the folder of the file it is in.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -300,18 +299,17 @@ def _require_name(name: str) -> None:
 
 def _write_names(scope: Scope, names: Mapping[str, str], *, changed: str) -> None:
     """Write ``names``, of which ``changed`` is new, other or gone, and keep the rest of the file as it was."""
+    import tomlkit  # for writing alone: reading is the standard library's
+
     path = _names_file(scope)
-    old = path.read_text("utf-8") if os.path.lexists(path) else _HEADING
-    lines = [
-        line for line in old.rstrip("\n").split("\n") if not re.match(rf"\s*[\"']?{re.escape(changed)}[\"']?\s*=", line)
-    ]
+    document = tomlkit.parse(path.read_text("utf-8") if os.path.lexists(path) else _HEADING)
+    section = document.setdefault("models", tomlkit.table())
     if changed in names:
-        lines.append(_assignment(changed, names[changed]))
-    text = "\n".join(lines) + "\n"
-    if not _spells(text, names):  # a layout of someone's own: several lines a name, inline tables, other order
-        text = _HEADING + "".join(f"{_assignment(name, meaning)}\n" for name, meaning in sorted(names.items()))
+        section[changed] = names[changed]
+    else:
+        del section[changed]
     try:
-        data = text.encode("utf-8")
+        data = document.as_string().encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(f"{quoted(names[changed])} is not a path that text can spell; rename the file.") from None
     try:
@@ -319,16 +317,3 @@ def _write_names(scope: Scope, names: Mapping[str, str], *, changed: str) -> Non
     except OSError as error:
         raise OutputError(f'"{path.parent}" cannot be made ({error.strerror}); set MERGETOOL_CONFIG_DIR.') from None
     write_file(path, data, overwrite=True)
-
-
-def _assignment(name: str, meaning: str) -> str:
-    """A line of TOML. JSON's escapes are all TOML's too, but JSON leaves DEL as it is and TOML must not."""
-    key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-    return f"{key} = {json.dumps(meaning, ensure_ascii=False)}".replace("\x7f", "\\u007f")
-
-
-def _spells(text: str, names: Mapping[str, str]) -> bool:
-    try:
-        return _parse_names(text.encode("utf-8", "surrogatepass"), "") == names
-    except DataError:
-        return False
