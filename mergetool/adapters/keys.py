@@ -99,11 +99,8 @@ class Modules:
         for part in names:
             self._dotted[_module(part)] = (part,)
         for layout in family.layouts:
-            fused: dict[str, list[str]] = {}
-            for part in sorted(names, key=family.order):
-                fused.setdefault(family.stored_name(part, layout), []).append(part)
-            for stored, together in fused.items():
-                self._dotted.setdefault(_module(stored), tuple(together))
+            for stored, together in family.held(names, layout).items():
+                self._dotted.setdefault(_module(stored), together)
         for module, held in list(self._dotted.items()):  # raw names of a model may have the prefixes that keys have
             self._dotted.setdefault(_without_prefixes(module)[1], held)
         self._flat: dict[str, tuple[str, ...] | None] = {}

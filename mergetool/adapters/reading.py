@@ -319,9 +319,10 @@ class _Reading:
     def _rows(self, adapter: Adapter, parts: Sequence[str]) -> list[int]:
         total = adapter.shape[0] if adapter.shape else 1
         if self.anatomy is None:
-            if total % len(parts):
-                self._refuse(adapter.module, f"has {total} rows", "equal numbers of q, k and v")
-            return [total // len(parts)] * len(parts)
+            try:
+                return self.family.divided(parts, total, prod(adapter.shape[1:]))
+            except ValueError as error:
+                self._refuse(adapter.module, f"has {total} rows", str(error))
         shapes = [self.anatomy.parts[part].shape for part in parts]
         rows = [shape[0] if shape else 1 for shape in shapes]
         columns = prod(shapes[0][1:])

@@ -171,10 +171,27 @@ class Family(ABC):
         Every part appears exactly once, and the result does not depend on the order of ``parts``. Raises
         UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
         """
+        return list(self.held(parts, layout).items())
+
+    def held(self, parts: Iterable[str], layout: str) -> dict[str, tuple[str, ...]]:
+        """Stored tensors of ``layout`` that hold any of ``parts``, in canonical order, each with those that it holds in row order.
+
+        Raises UsageError for a layout the family does not have.
+        """
         stored: dict[str, list[str]] = {}
         for part in sorted(set(parts), key=self.order):
             stored.setdefault(self.stored_name(part, layout), []).append(part)
-        return [(tensor, tuple(names)) for tensor, names in stored.items()]
+        return {tensor: tuple(names) for tensor, names in stored.items()}
+
+    def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
+        """How many of the ``rows`` that a LoRA changes of a fused tensor are of each of its ``parts``, in row order, as far as no model is needed.
+
+        Raises ValueError, saying what was wanted, where they do not come out.
+        """
+        share, odd = divmod(rows, len(parts))
+        if odd:
+            raise ValueError(f"equal numbers of {len(parts)} parts")
+        return [share] * len(parts)
 
     def group_names(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The groups that hold at least one part of ``anatomy``, in the family's order, others by name."""

@@ -1,4 +1,9 @@
-"""The register of families: one file each, and this list. No other room names one."""
+"""The register of families: one file each, and its line in `FAMILIES`. No other room names one.
+
+A family is a subclass of `KnownFamily` that is mostly data: ``names``, a table of `Named` rows in canonical order (which is diffusers' naming); ``signatures``,
+the tensors that show such a model in each layout; ``measures``, where its sizes stand; groups, presets, and what may be quantised. Its test holds the
+table against diffusers' class and converter and ComfyUI's own maps, as tests/arch/test_z_image.py does.
+"""
 
 from __future__ import annotations
 

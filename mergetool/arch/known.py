@@ -1,0 +1,301 @@
+"""A family whose names are data: a table that this engine reads, and what shows such a model in a header."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+from mergetool import quant
+from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
+from mergetool.arch.prefixes import Names
+from mergetool.arch.rows import IndivisibleError, divide, label, listed, sizes
+from mergetool.arch.table import BLOCK, Match, Named, NameTable, size_of
+from mergetool.checkpoint.header import TensorInfo
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import FamilyError
+from mergetool.quant.encoding import Encoding
+
+Shapes = Mapping[str, tuple[int, ...]]
+Like = tuple[int | None, ...] | None
+"""A shape with None for any number of rows or columns, or None for any shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What shows a model of a family in ``layout``: tensors that it ``has``, of such shapes, and none of those that it ``lacks``."""
+
+    layout: str
+    has: Mapping[str, Like]
+    lacks: Mapping[str, Like] = field(default_factory=dict)
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Whether ``shapes``, under the model's own names, are such a model's."""
+        return all(_is_there(*row, shapes) for row in self.has.items()) and not any(
+            _is_there(*row, shapes) for row in self.lacks.items()
+        )
+
+
+class KnownFamily(Family):
+    """A family that a table describes; a subclass is its data, and what no table can say.
+
+    ``names`` are its modules in canonical order, ``signatures`` what shows it. ``measures`` are the model's sizes by the tensor and dimension that
+    shows each, and `derived` are those that follow from them; with these the shapes of the table are a model's.
+    """
+
+    layouts = ("comfyui", "diffusers")
+    names: tuple[Named, ...]
+    signatures: tuple[Signature, ...]
+    measures: ClassVar[Mapping[str, tuple[str, int]]] = {}
+
+    @cached_property
+    def table(self) -> NameTable:
+        """The table, ready to be asked."""
+        return NameTable(self.names, self.layouts)
+
+    # -- names ---------------------------------------------------------------------------------------------------------------
+
+    def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
+        """The groups of a part, from its name alone."""
+        match = self.table.find(part)
+        return match.spots[0].groups if match else frozenset()
+
+    def stored_name(self, part: str, layout: str) -> str:
+        """The tensor that holds ``part``, alone or with others. Raises UsageError for a layout the family does not have."""
+        self.check_layout(layout)
+        return self.table.stored(part, layout)[0]
+
+    def order(self, part: str) -> tuple[object, ...]:
+        """The order of the table; inside a block as it reads there."""
+        return self.table.order(part)
+
+    def held(self, parts: Iterable[str], layout: str) -> dict[str, tuple[str, ...]]:
+        """See `Family.held`: fused tensors have their pieces in the order of the layout."""
+        self.check_layout(layout)
+        stored: dict[str, list[tuple[int, str]]] = {}
+        for part in sorted(set(parts), key=self.order):
+            tensor, piece = self.table.stored(part, layout)
+            stored.setdefault(tensor, []).append((piece, part))
+        return {
+            tensor: tuple(part for _, part in sorted(held, key=lambda one: one[0])) for tensor, held in stored.items()
+        }
+
+    def outputs(self, parts: Iterable[str], layout: str) -> list[tuple[str, tuple[str, ...]]]:
+        """Stored tensors in canonical order with their parts. Raises FamilyError for a fused one of which some are not among ``parts``."""
+        outputs = list(self.held(parts, layout).items())
+        for tensor, held in outputs:
+            wanted = self.table.pieces(held[0], layout)
+            if held != wanted and len(wanted) > 1:
+                missing = ", ".join(quoted(name) for name in wanted if name not in held)
+                pieces = listed(
+                    [label(spot) for name in wanted if (match := self.table.find(name)) for spot in match.spots]
+                )
+                raise FamilyError(
+                    f"The {layout} layout stores {pieces} of a block as one tensor, but {missing} is missing "
+                    f"for {quoted(tensor)}; take the missing tensors from another model, or use another layout."
+                )
+        return outputs
+
+    # -- reading a file ------------------------------------------------------------------------------------------------------
+
+    def layout_of(self, shapes: Shapes) -> str | None:
+        """The layout of a file of the family; None for another file."""
+        return next((signature.layout for signature in self.signatures if signature.fits(shapes)), None)
+
+    def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Told by the `Signature` of one of its layouts."""
+        return self.layout_of({name: info.shape for name, info in tensors.items()}) is not None
+
+    def read(
+        self,
+        names: Names,
+        tensors: Mapping[str, TensorInfo],
+        encodings: Mapping[str, Encoding],
+        outside: Mapping[str, Part],
+        *,
+        source: str,
+    ) -> Anatomy:
+        """See `Family.read`. Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell."""
+        layout = self.layout_of({name: info.shape for name, info in tensors.items()}) or self.layouts[0]
+        encodings = self._unpadded(tensors, encodings, layout, source=source)
+        tensors = {
+            name: TensorInfo(info.dtype, encodings[name].shape, info.begin, info.end) if name in encodings else info
+            for name, info in tensors.items()
+        }
+        codes = quant.side_tensors(names.own, encodings)
+        own = {stored: name for stored, name in names.own.items() if stored not in codes}
+        matches = {name: self.table.read(name, layout) for name in own.values()}
+        shapes = {
+            _canonical(name, match): tensors[name].shape
+            for name, match in matches.items()
+            if not (match and match.shared)
+        }
+        parts: dict[str, Part] = {}
+        for stored, name in own.items():
+            for part in self._parts(stored, name, matches[name], tensors, shapes, encodings.get(name), source):
+                if part.name in parts:
+                    raise FamilyError(
+                        f'"{source}": tensors {quoted(parts[part.name].stored.tensor)} and {quoted(stored)} both hold '
+                        f"{quoted(part.name)}, where one is wanted; the file mixes two layouts, so save it again in one."
+                    )
+                parts[part.name] = part
+        return Anatomy(
+            self, layout, names.prefix, parts, outside, tuple(stored for stored in names.own if stored in codes)
+        )
+
+    def _parts(
+        self,
+        stored: str,
+        name: str,
+        match: Match | None,
+        tensors: Mapping[str, TensorInfo],
+        shapes: Shapes,
+        encoding: Encoding | None,
+        source: str,
+    ) -> list[Part]:
+        info = tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        if match is None or not match.shared:
+            part = _canonical(name, match)
+            shape = (1, *info.shape) if part in self.vectors and len(info.shape) == 1 else info.shape
+            return [Part(part, shape, info.dtype, Slice(stored, 0, rows), encoding)]
+        weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
+        columns = weight.shape[1] if weight is not None and len(weight.shape) > 1 else None
+        try:
+            counts = divide(match, info.shape[0] if info.shape else 0, columns, sizes(shapes))
+        except IndivisibleError as wanted:
+            raise FamilyError(
+                f'"{source}": tensor {quoted(name)} has shape {list(info.shape)}, which cannot be split into '
+                f"{listed(list(map(label, match.spots)))}: wanted {wanted}; the file is damaged or another architecture."
+            ) from None
+        parts, row = [], 0
+        for spot, count in zip(match.spots, counts, strict=True):
+            shape = (count, *info.shape[1:])
+            parts.append(Part(match.name(spot.path), shape, info.dtype, Slice(stored, row, count), encoding))
+            row += count
+        return parts
+
+    # -- shapes --------------------------------------------------------------------------------------------------------------
+
+    def derived(self, sizes: dict[str, int]) -> dict[str, int]:
+        """``sizes`` of a model with those that follow from them."""
+        return sizes
+
+    def shapes(self, sizes: Mapping[str, int], layout: str) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a model of ``sizes`` with its shape, in canonical order, without prefix.
+
+        A stack of blocks has as many as ``sizes`` says under its name (``layers``). Raises UsageError for a layout the family does not have.
+        """
+        parts = self._part_shapes(sizes)
+        return {
+            tensor: (sum(parts[name][0] for name in held), *parts[held[0]][1:])
+            for tensor, held in self.outputs(parts, layout)
+        }
+
+    def _part_shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The parts of a model of ``sizes``; a row of which one is missing is no part of it."""
+        parts: dict[str, tuple[int, ...]] = {}
+        for spot in self.table.spots:
+            counted = [size_of(size, sizes) for size in spot.named.shape or ()]
+            shape = tuple(size for size in counted if size is not None)
+            if not shape or len(shape) < len(counted):
+                continue
+            for path in _numbered(spot.path, sizes):
+                is_tensor = path in self.vectors or path.endswith(".weight")
+                parts[path if is_tensor else f"{path}.weight"] = shape
+                if spot.named.bias:
+                    parts[f"{path}.bias"] = shape[:1]
+        return parts
+
+    def measured(self, shapes: Shapes) -> dict[str, int] | None:
+        """The sizes of a model whose parts have ``shapes``; None where a tensor that shows one is missing. What `optional` names may be."""
+        found: dict[str, int] = {}
+        for size, (name, axis) in self.measures.items():
+            shape = shapes.get(name, ())
+            if axis < len(shape):
+                found[size] = shape[axis]
+            elif size not in self.optional:
+                return None
+        stacks = {spot.path[: spot.path.index(BLOCK)] for spot in self.table.spots if BLOCK in spot.path}
+        for stack in stacks:
+            found[".".join(stack)] = _depth(shapes, stack)
+        return self.derived(found)
+
+    optional: frozenset[str] = frozenset()  # sizes that some models have not
+
+    def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
+        """The parts of a model with ``depth`` blocks in every stack and all that a model of the family may have."""
+        depths = {
+            ".".join(spot.path[:i]): depth for spot in self.table.spots for i, c in enumerate(spot.path) if c == BLOCK
+        }
+        every = {str(size).rpartition("*")[2]: 1 for spot in self.table.spots for size in spot.named.shape or ()}
+        return list(self._part_shapes({**every, **depths}))
+
+    def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
+        """See `Family.divided`: as the table says, as far as that needs no other tensor."""
+        layout = next(
+            (layout for layout in self.layouts if tuple(parts) == self.table.pieces(next(iter(parts)), layout)), None
+        )
+        match = layout and self.table.read(self.stored_name(next(iter(parts)), layout), layout)
+        if not match:
+            return super().divided(parts, rows, columns)
+        return divide(match, rows, columns, lambda module, axis: None, equally=True)
+
+    def _unpadded(
+        self, tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], layout: str, *, source: str
+    ) -> dict[str, Encoding]:
+        """``encodings`` with the true shapes of weights that their container pads to whole blocks; both under the model's own names.
+
+        The model's vectors, which are never quantised, show its sizes. Raises FamilyError for a padded weight that no matrix
+        of such a model becomes.
+        """
+        found = dict(encodings)
+        if not found:
+            return found
+        shapes = {_canonical(name, self.table.read(name, layout)): info.shape for name, info in tensors.items()}
+        measured = self.measured(shapes)
+        for name, shape in (self.shapes(measured, layout) if measured else {}).items():
+            encoding = encodings.get(name)
+            if encoding is None or encoding.shape == shape or len(shape) != 2:
+                continue
+            if encoding.fits(shape):
+                found[name] = encoding.cropped(shape)
+            elif encoding.pads:
+                raise FamilyError(
+                    f'"{source}": tensor {quoted(name)} holds {list(encoding.padded)} values as {encoding.label}, where a matrix '
+                    f"of {list(shape)} is wanted by the model's other tensors; use the unquantised original."
+                )
+        return found
+
+
+def _is_there(name: str, like: Like, shapes: Shapes) -> bool:
+    shape = shapes.get(name)
+    if shape is None and name.endswith(".scale"):
+        shape = shapes.get(f"{name.removesuffix('scale')}weight")
+    if shape is None:
+        return False
+    return like is None or (
+        len(like) == len(shape) and all(wanted in (None, size) for wanted, size in zip(like, shape, strict=True))
+    )
+
+
+def _canonical(name: str, match: Match | None) -> str:
+    return name if match is None else match.name(match.spots[0].path)
+
+
+def _numbered(path: tuple[str, ...], sizes: Mapping[str, int]) -> list[str]:
+    """A row's names, one for every block; none where the depth is not known."""
+    names: list[tuple[str, ...]] = [()]
+    for i, component in enumerate(path):
+        count = sizes.get(".".join(path[:i]), 0)
+        numbers = tuple(map(str, range(count))) if component == BLOCK else (component,)
+        names = [(*start, number) for start in names for number in numbers]
+    return [".".join(name) for name in names]
+
+
+def _depth(names: Iterable[str], stack: tuple[str, ...]) -> int:
+    """How many numbered blocks the stack has."""
+    paths = (name.split(".") for name in names)
+    at = len(stack)
+    return len({path[at] for path in paths if len(path) > at + 1 and tuple(path[:at]) == stack and is_number(path[at])})
