@@ -71,7 +71,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class LaunchResult:
     """What a launch leaves on the device, besides the output.
 
     ``counts`` [blocks, 5] int32 and ``sums`` [blocks, 2] float64 hold a row for every block of elements; sum over
@@ -242,7 +242,7 @@ def blend(
     block: int | None = None,
     warps: int | None = None,
     tiles: int | None = None,
-) -> Result:
+) -> LaunchResult:
     """Run ``program`` over the ``operands`` and store its register 0 in ``out``, all of n elements on one device.
 
     ``program`` is a sequence of (operation, register, argument): LOAD an operand, SCALE by ``factors[argument]``
@@ -269,7 +269,7 @@ def blend(
     counts = torch.empty(blocks, _COUNTS, dtype=torch.int32, device=out.device) if count else None
     sums = torch.empty(blocks, _SUMS, dtype=torch.float64, device=out.device) if count and base is not None else None
     if n == 0:
-        return Result(counts, sums, branch)
+        return LaunchResult(counts, sums, branch)
     key = stochastic_key or 0
     key0, key1 = (word - (word >> 31 << 32) for word in (key & 0xFFFFFFFF, key >> 32))  # as signed 32-bit
     blend_kernel[(blocks,)](
@@ -302,7 +302,7 @@ def blend(
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    return Result(counts, sums, branch)
+    return LaunchResult(counts, sums, branch)
 
 
 def _scaling(operand: Operand) -> int:

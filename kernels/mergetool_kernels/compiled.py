@@ -28,7 +28,7 @@ Step = tuple[int, int, int]
 """What to do, to which register, with what: an operand (`LOAD`), a factor (`SCALE`) or a register."""
 
 
-class Movement(NamedTuple):
+class MovementSums(NamedTuple):
     """What a merge did to its first model, in the order of `mergetool.ops.movement.Movement`."""
 
     moved: int
@@ -38,18 +38,18 @@ class Movement(NamedTuple):
     kept_energy: float
 
 
-class Blended(NamedTuple):
+class BlendResult(NamedTuple):
     """What `blend` found: whether all is ordinary, the largest magnitude before rounding, and what became of a first model."""
 
     is_ordinary: bool
     largest: float
-    movement: Movement | None
+    movement: MovementSums | None
 
 
 class _Movement(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in Movement._fields[:3]),
-        *((name, ctypes.c_double) for name in Movement._fields[3:]),
+        *((name, ctypes.c_int64) for name in MovementSums._fields[:3]),
+        *((name, ctypes.c_double) for name in MovementSums._fields[3:]),
     )
 
 
@@ -82,7 +82,7 @@ def blend(
     *,
     saturating: bool = False,
     stochastic: tuple[int, int] | None = None,
-) -> Blended:
+) -> BlendResult:
     """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
 
     ``stochastic`` is a 64-bit key and the number of the first element, by whose random bits it is rounded instead, see
@@ -111,12 +111,12 @@ def blend(
         count, -1 if first is None else first, room.ctypes.data, kind, saturating, stochastic is not None,
         *(stochastic or (0, 0)), ctypes.byref(largest), ctypes.byref(found),
     )  # fmt: skip
-    return Blended(bool(is_ordinary), largest.value, None if first is None else _movement(found))
+    return BlendResult(bool(is_ordinary), largest.value, None if first is None else _movement(found))
 
 
 def moves(
     result: memoryview, first: memoryview, came: memoryview, alone: memoryview, kind: int, scale: float
-) -> Movement | None:
+) -> MovementSums | None:
     """What storing did to a weight that is quantised with one scale: its ``result`` and the ``first`` model's elements, both float32, and the
     codes of ``kind`` that each is stored as. Half a unit is of the first model's code.
 
@@ -135,8 +135,8 @@ def moves(
     return _movement(found)
 
 
-def _movement(found: _Movement) -> Movement:
-    return Movement(*(getattr(found, name) for name in Movement._fields))
+def _movement(found: _Movement) -> MovementSums:
+    return MovementSums(*(getattr(found, name) for name in MovementSums._fields))
 
 
 def _operands(

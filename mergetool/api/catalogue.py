@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from mergetool.api.events import Events, Request
-from mergetool.options.kinds import Flag, Model, Text
+from mergetool.options.kinds import Flag, ModelName, String
 from mergetool.options.table import Option
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Inspect(Request):
     """A file or folder to be described."""
 
     model: Annotated[
-        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=Model(), argument=True)
+        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(), argument=True)
     ]
     with_hash: Annotated[bool, Option(help="Read the whole file for its SHA-256.", kind=Flag(), flag="hash")] = False
 
@@ -29,7 +29,7 @@ class FindMethods(Request):
     """One merge method, or all."""
 
     name: Annotated[
-        str | None, Option(help="One method, with all there is to say of it.", kind=Text("NAME"), argument=True)
+        str | None, Option(help="One method, with all there is to say of it.", kind=String("NAME"), argument=True)
     ] = None
 
 
@@ -37,9 +37,9 @@ class FindMethods(Request):
 class AddModel(Request):
     """A name for a model."""
 
-    name: Annotated[str, Option(help="Letters, digits, dots, - and _.", kind=Text("NAME"), argument=True)]
+    name: Annotated[str, Option(help="Letters, digits, dots, - and _.", kind=String("NAME"), argument=True)]
     path: Annotated[
-        str, Option(help="A file, a folder, or hf://org/repo[/file][@revision].", kind=Model("PATH"), argument=True)
+        str, Option(help="A file, a folder, or hf://org/repo[/file][@revision].", kind=ModelName("PATH"), argument=True)
     ]
     here: Annotated[bool, Option(help="Write ./mergetool.toml instead of your config folder.", kind=Flag())] = False
 
@@ -48,7 +48,7 @@ class AddModel(Request):
 class RemoveModel(Request):
     """A name to be forgotten."""
 
-    name: Annotated[str, Option(help="A registered name.", kind=Text("NAME"), argument=True)]
+    name: Annotated[str, Option(help="A registered name.", kind=String("NAME"), argument=True)]
 
 
 def run_inspect(asked: Inspect, events: Events) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
 from mergetool.options.comparing import CompareOptions
-from mergetool.options.kinds import Model
+from mergetool.options.kinds import ModelName
 from mergetool.options.table import Option
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Compare(Request, CompareOptions):
     """Two models side by side: the delta is ``variant - base``."""
 
-    base: Annotated[str, Option(help="The model that is subtracted.", kind=Model("A"), argument=True)]
-    variant: Annotated[str, Option(help="The model it is subtracted from.", kind=Model("B"), argument=True)]
+    base: Annotated[str, Option(help="The model that is subtracted.", kind=ModelName("A"), argument=True)]
+    variant: Annotated[str, Option(help="The model it is subtracted from.", kind=ModelName("B"), argument=True)]
 
     @property
     def models(self) -> list[str]:

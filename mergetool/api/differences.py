@@ -14,7 +14,7 @@ from mergetool.api.calling import called
 from mergetool.api.events import Bar, Events, Request
 from mergetool.api.merging import Planned
 from mergetool.options.differences import DiffOptions
-from mergetool.options.kinds import Model, Output
+from mergetool.options.kinds import ModelName, OutputPath
 from mergetool.options.running import DiffRunOptions, MergeRunOptions
 from mergetool.options.table import Option, part, values
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class Diff(Request, DiffOptions, DiffRunOptions):
     """The difference of two models, ``variant - base``, as a LoRA."""
 
-    base: Annotated[str, Option(help="The model the LoRA will be loaded on.", kind=Model())]
+    base: Annotated[str, Option(help="The model the LoRA will be loaded on.", kind=ModelName())]
     variant: Annotated[
-        str, Option(help="The model that base + LoRA should become, or a LoRA on the base.", kind=Model())
+        str, Option(help="The model that base + LoRA should become, or a LoRA on the base.", kind=ModelName())
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors.", kind=Output(), short="-o", default="VARIANT-minus-BASE.safetensors, here"),
+        Option(help="FILE.safetensors.", kind=OutputPath(), short="-o", default="VARIANT-minus-BASE.safetensors, here"),
     ] = None
 
     @property

@@ -16,7 +16,7 @@ from mergetool.api.events import Events, Request
 from mergetool.api.loras import ALora, opened_lora
 from mergetool.errors import UsageError
 from mergetool.options.combining import LookUpOptions
-from mergetool.options.kinds import File, Flag, Model, Models, Number, Strength
+from mergetool.options.kinds import File, Flag, ModelName, Models, Number, Strength
 from mergetool.options.running import ThreadOptions, UnmatchedOptions
 from mergetool.options.table import Option
 
@@ -38,7 +38,7 @@ class LoraInterference(Request, ThreadOptions, UnmatchedOptions):
     ]
     base: Annotated[
         str | None,
-        Option(help="The model that they are differences to; they may be checkpoints then.", kind=Model()),
+        Option(help="The model that they are differences to; they may be checkpoints then.", kind=ModelName()),
     ] = None
     signs: Annotated[bool, Option(help="Also how many elements pull in opposite directions.", kind=Flag())] = False
 
@@ -53,9 +53,11 @@ class LoraInterference(Request, ThreadOptions, UnmatchedOptions):
 class LoraVerify(Request, ThreadOptions):
     """Whether base + LoRA makes the tuned model."""
 
-    base: Annotated[str, Option(help="The model that the LoRA is for.", kind=Model("BASE"), argument=True)]
+    base: Annotated[str, Option(help="The model that the LoRA is for.", kind=ModelName("BASE"), argument=True)]
     lora: ALora
-    variant: Annotated[str, Option(help="The model that base + LoRA should be.", kind=Model("VARIANT"), argument=True)]
+    variant: Annotated[
+        str, Option(help="The model that base + LoRA should be.", kind=ModelName("VARIANT"), argument=True)
+    ]
     max_residual: Annotated[
         float | None, Option(help="Largest overall residual after rounding, as in 0.1.", kind=Number(0))
     ] = None

@@ -21,7 +21,7 @@ from mergetool.options.combining import (
     SumOptions,
     SumRunOptions,
 )
-from mergetool.options.kinds import Choice, Loras, Model, Output
+from mergetool.options.kinds import Choice, Loras, ModelName, OutputPath
 from mergetool.options.running import DRY, UnmatchedOptions, WriteOptions, require_output
 from mergetool.options.table import Option
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 ALora = Annotated[
     str | os.PathLike[str],
-    Option(help="A LoRA in any spelling: a file or a PEFT folder.", kind=Model("LORA"), argument=True),
+    Option(help="A LoRA in any spelling: a file or a PEFT folder.", kind=ModelName("LORA"), argument=True),
 ]
 Written = Annotated[
-    str | os.PathLike[str] | None, Option(help="FILE.safetensors.", kind=Output(), short="-o", default=DRY)
+    str | os.PathLike[str] | None, Option(help="FILE.safetensors.", kind=OutputPath(), short="-o", default=DRY)
 ]
 
 
@@ -73,10 +73,10 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
     """The part of one LoRA that is orthogonal to another."""
 
     first: Annotated[
-        str | os.PathLike[str], Option(help="The LoRA to take the part of.", kind=Model("A"), argument=True)
+        str | os.PathLike[str], Option(help="The LoRA to take the part of.", kind=ModelName("A"), argument=True)
     ]
     second: Annotated[
-        str | os.PathLike[str], Option(help="The LoRA to be orthogonal to.", kind=Model("B"), argument=True)
+        str | os.PathLike[str], Option(help="The LoRA to be orthogonal to.", kind=ModelName("B"), argument=True)
     ]
     output: Written = None
 
@@ -85,8 +85,8 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
 class LoraCommon(Request, SumOptions, SumRunOptions):
     """What two LoRAs have in common."""
 
-    first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=Model("A"), argument=True)]
-    second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=Model("B"), argument=True)]
+    first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A"), argument=True)]
+    second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B"), argument=True)]
     output: Written = None
 
 
@@ -97,7 +97,7 @@ class LoraConvert(Request, LookUpOptions, UnmatchedOptions, WriteOptions):
     lora: ALora
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors; a folder for peft.", kind=Output(), short="-o", default=DRY),
+        Option(help="FILE.safetensors; a folder for peft.", kind=OutputPath(), short="-o", default=DRY),
     ] = None
     key_format: Annotated[KeyFormat, Option(help="Whose names.", kind=Choice(KEY_FORMATS, "FORMAT"))] = "default"
 

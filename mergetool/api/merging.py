@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
-from mergetool.options.kinds import Loras, Model, Output, Text
+from mergetool.options.kinds import Loras, ModelName, OutputPath, String
 from mergetool.options.merging import ContainerOptions, MergeOptions
 from mergetool.options.running import (
     DRY,
@@ -42,7 +42,7 @@ class Merge(Request, MergeOptions, ShardOptions, MergeRunOptions):
         str,
         Option(
             help="What to compute, as in: alkahest + 20 * (tuned - base); or a recipe file.",
-            kind=Text("EXPRESSION|RECIPE.yaml"),
+            kind=String("EXPRESSION|RECIPE.yaml"),
             argument=True,
             key="merge",
         ),
@@ -51,7 +51,7 @@ class Merge(Request, MergeOptions, ShardOptions, MergeRunOptions):
         str | os.PathLike[str] | None,
         Option(
             help="FILE.safetensors, or FOLDER/ for a folder. Of a recipe: the folder for its outputs.",
-            kind=Output(),
+            kind=OutputPath(),
             short="-o",
             default=DRY,
         ),
@@ -63,11 +63,11 @@ class Convert(Request, ContainerOptions, ShardOptions, ThreadOptions, NonFiniteO
     """The same model in another dtype, container, layout or number of files."""
 
     model: Annotated[
-        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=Model(), argument=True)
+        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(), argument=True)
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=Output(), short="-o", default=DRY),
+        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=OutputPath(), short="-o", default=DRY),
     ] = None
 
 
@@ -76,7 +76,7 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
     """LoRAs added to a model."""
 
     model: Annotated[
-        str, Option(help="What to add to: a MODEL of any layout or container.", kind=Model(), argument=True)
+        str, Option(help="What to add to: a MODEL of any layout or container.", kind=ModelName(), argument=True)
     ]
     loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
@@ -84,7 +84,7 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=Output(), short="-o", default=DRY),
+        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=OutputPath(), short="-o", default=DRY),
     ] = None
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
-from mergetool.options.kinds import Output
+from mergetool.options.kinds import OutputPath
 from mergetool.options.pictures import SampleOptions
 from mergetool.options.running import OverwriteOptions
 from mergetool.options.table import Option
@@ -19,7 +19,7 @@ from mergetool.options.table import Option
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mergetool.sampler.session import Made
+    from mergetool.sampler.session import MadePicture
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Sample(Request, SampleOptions, OverwriteOptions):
 
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.png, or a folder for several.", kind=Output(), short="-o", default="sample.png or samples/"),
+        Option(
+            help="FILE.png, or a folder for several.", kind=OutputPath(), short="-o", default="sample.png or samples/"
+        ),
     ] = None
 
 
@@ -44,7 +46,7 @@ class Picture:
 class Drawn:
     """What `Events.done` is told: a row of pictures for each prompt and seed, the files they were written to, and how long that took."""
 
-    made: Sequence[Sequence[Made]]
+    made: Sequence[Sequence[MadePicture]]
     target: Path | None
     paths: Sequence[Path]
     seconds: float

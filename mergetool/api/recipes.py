@@ -15,7 +15,7 @@ from mergetool.api.calling import method
 from mergetool.api.differences import Paired
 from mergetool.api.events import Events, Request
 from mergetool.api.merging import Merged, Planned
-from mergetool.options.kinds import Output
+from mergetool.options.kinds import OutputPath
 from mergetool.options.running import DiffRunOptions, MergeRunOptions
 from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import VerifyOptions
@@ -23,7 +23,7 @@ from mergetool.options.verifying import VerifyOptions
 if TYPE_CHECKING:
     from mergetool.lora.extract import Extraction
     from mergetool.making.survey import Survey, Task
-    from mergetool.recipe.file import Recipe as Read
+    from mergetool.recipe.file import RecipeFile as Read
     from mergetool.verification.checking import Verification
 
 
@@ -33,12 +33,14 @@ class Make(Request, MergeRunOptions):
 
     target: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="The folder for its outputs, or the name of its only one.", kind=Output(), default="this folder"),
+        Option(
+            help="The folder for its outputs, or the name of its only one.", kind=OutputPath(), default="this folder"
+        ),
     ] = None
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeOutput:
     """One output of a recipe: ``state`` is what was there before ("absent", "current" or "outdated").
 
     ``merged`` is set where a merge was made, ``extraction`` where a LoRA was, neither where it was current and stayed; ``verification``
@@ -53,7 +55,7 @@ class Made:
     verification: Verification | None = None
 
 
-def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
+def run_recipe(recipe: Read, asked: Make, events: Events) -> list[MadeOutput]:
     """Make the outputs that are not there as they would be written now, in the folder ``target`` (the only one: in that file).
 
     Merges of common models are one pass over them; every input is opened once. Raises OutputError for what is out of date, without ``overwrite``, before
@@ -65,7 +67,7 @@ def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
     devices.choose(asked.device, work=0)  # one that is not there is refused before any output is made
     places = survey.places_for(recipe, asked.target)
     how = part(MergeRunOptions, asked)
-    made: dict[Path, Made] = {}
+    made: dict[Path, MadeOutput] = {}
     with survey.opened(places, skip_unmatched=how.skip_unmatched) as surveyed:
         events.survey(surveyed.tasks)
         if not (how.dry_run or how.overwrite):
@@ -84,10 +86,12 @@ def run_recipe(recipe: Read, asked: Make, events: Events) -> list[Made]:
                 made[task.path] = _difference(surveyed, task, how, events)
         if not how.dry_run:
             made |= _verified(surveyed, made, how, events)
-        return [made.get(task.path) or Made(task.output.label, task.path, task.state.kind) for task in surveyed.tasks]
+        return [
+            made.get(task.path) or MadeOutput(task.output.label, task.path, task.state.kind) for task in surveyed.tasks
+        ]
 
 
-def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events: Events) -> dict[Path, Made]:
+def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events: Events) -> dict[Path, MadeOutput]:
     from mergetool.making import survey
 
     planned = [
@@ -98,18 +102,20 @@ def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events
         return {}
     merged = merging.make(planned, how, events, shard_size=survey.shard_size(planned[0].task.output))
     return {
-        one.task.path: Made(one.task.output.label, one.task.path, one.task.state.kind, each)
+        one.task.path: MadeOutput(one.task.output.label, one.task.path, one.task.state.kind, each)
         for one, each in zip(planned, merged, strict=True)
     }
 
 
-def _difference(surveyed: Survey, task: Task, how: MergeRunOptions, events: Events) -> Made:
+def _difference(surveyed: Survey, task: Task, how: MergeRunOptions, events: Events) -> MadeOutput:
     pairing, options = surveyed.paired(task)
     extracted = differences.make(Paired(pairing, options, task.target, task), part(DiffRunOptions, how), events)
-    return Made(task.output.label, task.path, task.state.kind, extraction=extracted.extraction)
+    return MadeOutput(task.output.label, task.path, task.state.kind, extraction=extracted.extraction)
 
 
-def _verified(surveyed: Survey, made: Mapping[Path, Made], how: MergeRunOptions, events: Events) -> dict[Path, Made]:
+def _verified(
+    surveyed: Survey, made: Mapping[Path, MadeOutput], how: MergeRunOptions, events: Events
+) -> dict[Path, MadeOutput]:
     """Check what was made now and asks for it."""
     from mergetool.making import looks
     from mergetool.verification import checking

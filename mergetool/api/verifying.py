@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
-from mergetool.options.kinds import Model
+from mergetool.options.kinds import ModelName
 from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import RebuildOptions, VerifyOptions
 
@@ -24,7 +24,7 @@ class Verify(Request, VerifyOptions):
         str,
         Option(
             help="A merge, or any model.",
-            kind=Model("OUT"),
+            kind=ModelName("OUT"),
             argument=True,
             missing={"recipe": "a recipe verifies what it makes"},
         ),
@@ -35,7 +35,7 @@ class Verify(Request, VerifyOptions):
 class Rebuild(Request, RebuildOptions):
     """A merge to be done again."""
 
-    output: Annotated[str, Option(help="A merge that mergetool made.", kind=Model("OUT"), argument=True)]
+    output: Annotated[str, Option(help="A merge that mergetool made.", kind=ModelName("OUT"), argument=True)]
 
 
 def run_verify(asked: Verify, events: Events) -> Verification:

@@ -24,7 +24,7 @@ WORTH_SAYING = 0.01
 """A block of a model of thirty is 3 % of it."""
 
 
-class Model(Protocol):
+class Recognised(Protocol):
     """A name and what the file's tensor names mean."""
 
     @property
@@ -36,7 +36,7 @@ class Model(Protocol):
         """Its parts."""
 
 
-def check_families(first: Model, other: Model) -> None:
+def check_families(first: Recognised, other: Recognised) -> None:
     """Raise FamilyError for models of two families, naming a tensor of each."""
     if first.anatomy.family is other.anatomy.family:
         return
@@ -47,7 +47,7 @@ def check_families(first: Model, other: Model) -> None:
     )
 
 
-def check(first: Model, other: Model, chosen: Collection[str] | None = None) -> list[str]:
+def check(first: Recognised, other: Recognised, chosen: Collection[str] | None = None) -> list[str]:
     """What of two models does not meet, in words, where it is much; ``chosen`` are the parts of ``first`` that are wanted, None for all.
 
     A part meets where both models have it as floats. Raises FamilyError for models that do not meet.
@@ -80,7 +80,9 @@ def check(first: Model, other: Model, chosen: Collection[str] | None = None) -> 
     return said
 
 
-def check_change(first: Model, lora: Model, chosen: Collection[str], unmatched: Collection[tuple[str, str]]) -> None:
+def check_change(
+    first: Recognised, lora: Recognised, chosen: Collection[str], unmatched: Collection[tuple[str, str]]
+) -> None:
     """Raise FamilyError for a LoRA that changes none of the ``chosen`` parts of ``first``; ``unmatched`` are keys that change nothing, with the reason."""
     if not chosen or not lora.anatomy.parts.keys().isdisjoint(chosen):
         return
@@ -102,7 +104,9 @@ _WAY_OUT = (
 )
 
 
-def _nothing_met(first: Model, other: Model, wanted: Mapping[str, Part], strange: Mapping[str, Part]) -> FamilyError:
+def _nothing_met(
+    first: Recognised, other: Recognised, wanted: Mapping[str, Part], strange: Mapping[str, Part]
+) -> FamilyError:
     mine, theirs = first.anatomy.parts, other.anatomy.parts
     common = [name for name in wanted if name in theirs]
     if common:
@@ -136,11 +140,11 @@ def _are_equal(alone: Mapping[str, Part], strange: Mapping[str, Part]) -> bool:
     return min(len(alone), len(strange)) > 1 and abs(one - other) <= EQUAL * max(one, other)
 
 
-def _name(parts: Mapping[str, Part], model: Model) -> str:
+def _name(parts: Mapping[str, Part], model: Recognised) -> str:
     """The name, as it is stored, of the first of the largest tensors of ``parts``; of all parts of the model where there are none."""
     largest = max((parts or model.anatomy.parts).values(), key=lambda part: part.numel)
     return quoted(largest.stored.tensor)
 
 
-def _example(model: Model) -> str:
+def _example(model: Recognised) -> str:
     return f"tensor {_name({}, model)}" if model.anatomy.parts else "no tensor"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mergetool.api.comparing import Compare, run_compare
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report as Shown
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.comparison.comparison import Comparison, Report
@@ -47,7 +47,7 @@ def compare(typed: Typed) -> None:
     found.require_passed()
 
 
-class _CompareReport(Shown):
+class _CompareReport(CommandEvents):
     """What was measured."""
 
     def __init__(self, typed: Typed) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.api.merging import Convert, run_convert
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,7 @@ def convert(typed: Typed) -> None:
         run_convert(typed.request(Convert), report)
 
 
-class _ConvertReport(Report):
+class _ConvertReport(CommandEvents):
     """What will be stored, and what that cost."""
 
     def plan(self, plan: Plan, memory: int) -> None:

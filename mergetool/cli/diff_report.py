@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console, diff_outputs, diff_ranks, loads
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.differences import Extracted, Paired
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergetool.options.differences import DiffOptions
 
 
-class DiffReport(Report):
+class DiffReport(CommandEvents):
     """What is paired, and what became of it."""
 
     def plan(self, plan: Paired, memory: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.api.catalogue import Inspect, run_inspect
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.models import OpenedModel
@@ -32,7 +32,7 @@ def inspect(typed: Typed) -> None:
         run_inspect(typed.request(Inspect), report)
 
 
-class _InspectReport(Report):
+class _InspectReport(CommandEvents):
     """What a model is."""
 
     def done(self, plan: OpenedModel, result: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.api.loras import LoraConvert, run_lora_convert
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.adapters import LoraFile
@@ -42,7 +42,7 @@ def convert(typed: Typed) -> None:
         run_lora_convert(typed.request(LoraConvert), report)
 
 
-class _ConvertReport(Report):
+class _ConvertReport(CommandEvents):
     """What is written, and what had to be rounded or left out."""
 
     def plan(self, plan: LoraFile, memory: int) -> None:

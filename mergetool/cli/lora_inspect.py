@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.api.lora_checks import LoraInspect, run_lora_inspect
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.adapters import LoraFile
@@ -43,7 +43,7 @@ def inspect(typed: Typed) -> None:
         run_lora_inspect(typed.request(LoraInspect), report)
 
 
-class _Contents(Report):
+class _Contents(CommandEvents):
     """What the file holds."""
 
     def done(self, plan: LoraFile, result: LoraContents) -> None:

@@ -9,7 +9,7 @@ from mergetool.api.lora_checks import LoraInterference, run_lora_interference
 from mergetool.cli import console
 from mergetool.cli.diff_ranks import GROUPS, in_group
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.lora_checks import PairScores
@@ -39,7 +39,7 @@ def interference(typed: Typed) -> None:
         run_lora_interference(typed.request(LoraInterference), report)
 
 
-class _Scores(Report):
+class _Scores(CommandEvents):
     """One pair after the other."""
 
     def done(self, plan: LoraInterference, result: PairScores) -> None:

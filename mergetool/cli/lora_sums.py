@@ -18,7 +18,7 @@ from mergetool.api.loras import (
 from mergetool.cli import console, loads
 from mergetool.cli.diff_ranks import GROUPS, in_group
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.loras import Summed, SumPlan
@@ -103,7 +103,7 @@ def common(typed: Typed) -> None:
         run_lora_common(typed.request(LoraCommon), report)
 
 
-class SumReport(Report):
+class SumReport(CommandEvents):
     """What is read, and what became of it."""
 
     def plan(self, plan: SumPlan, memory: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.api.lora_checks import LoraVerify, run_lora_verify
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def verify(typed: Typed) -> None:
         )
 
 
-class _VerifyReport(Report):
+class _VerifyReport(CommandEvents):
     """What the LoRA leaves."""
 
     def done(self, plan: Comparison, result: LoraVerified) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.recipes import Made, Make, run_recipe
+from mergetool.api.recipes import MadeOutput, Make, run_recipe
 from mergetool.cli import console, verify_report
 from mergetool.cli.diff_report import DiffReport
 from mergetool.cli.merge_report import MergeReport
@@ -17,7 +17,7 @@ from mergetool.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from mergetool.making.survey import Task
-    from mergetool.recipe.file import Recipe
+    from mergetool.recipe.file import RecipeFile
     from mergetool.verification.checking import Verification
 
 
@@ -46,7 +46,7 @@ def perform(path: Path, variables: Sequence[str], typed: Typed) -> None:
 class _RecipeReport(MergeReport):
     """One output after the other; ``outputs`` has the JSON of each."""
 
-    def __init__(self, typed: Typed, recipe: Recipe) -> None:
+    def __init__(self, typed: Typed, recipe: RecipeFile) -> None:
         super().__init__(typed)
         self._recipe, self._label = recipe, ""
         self.outputs: dict[Path, dict[str, Any]] = {}
@@ -121,7 +121,7 @@ class _RecipeReport(MergeReport):
             verify_report.print_found(checked)
 
 
-def _failed(made: Sequence[Made]) -> list[str]:
+def _failed(made: Sequence[MadeOutput]) -> list[str]:
     """What checks said no to."""
     failed = []
     for one in made:

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.merging import Done
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
 
 
-class MergeReport(Report):
+class MergeReport(CommandEvents):
     """What a merge is going to do, and what became of it."""
 
     def plan(self, plan: Plan, memory: int) -> None:

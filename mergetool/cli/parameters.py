@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mergetool.cli import console
-from mergetool.options.kinds import Choice, Flag, Kind, Model, Models, Patterns, Settings
+from mergetool.options.kinds import Choice, Flag, Kind, ModelName, Models, Patterns, Settings
 from mergetool.options.table import Row, Table, rows_in
 
 T = TypeVar("T", bound=Table)
@@ -143,7 +143,7 @@ def _completion(kind: Kind) -> Callable[[str], list[str]] | None:
     """What completes a value: words, registered models, groups."""
     if isinstance(kind, Choice):
         return lambda incomplete: [word for word in kind.words if word.startswith(incomplete)]
-    if isinstance(kind, Model | Models):
+    if isinstance(kind, ModelName | Models):
         return _models
     if isinstance(kind, Patterns | Settings):
         return _groups

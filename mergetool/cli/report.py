@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergetool.comparison.finding import Finding
 
 
-class Report(Events):
+class CommandEvents(Events):
     """The events of a command; ``json`` is what ``--json`` prints."""
 
     def __init__(self, typed: Typed) -> None:

@@ -8,11 +8,11 @@ from mergetool.api.pictures import Sample, run_sample
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.presets import presets
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.pictures import Drawn
-    from mergetool.sampler.request import Request, Stage
+    from mergetool.sampler.request import PictureRequest, Stage
     from mergetool.sampler.settings import Prepared
 
 
@@ -47,7 +47,7 @@ def sample(typed: Typed) -> None:
         run_sample(typed.request(Sample), report, always_writes=True)
 
 
-class _SampleReport(Report):
+class _SampleReport(CommandEvents):
     """What will be drawn, and where it is."""
 
     def plan(self, plan: Prepared, memory: int) -> None:
@@ -68,7 +68,7 @@ class _SampleReport(Report):
             )
 
 
-def _print_plan(request: Request, device: str) -> None:
+def _print_plan(request: PictureRequest, device: str) -> None:
     width, height = request.size
     pictures = console.plural(len(request.shots), "picture")
     console.heading(

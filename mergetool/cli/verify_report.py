@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergetool.cli import console
-from mergetool.cli.report import Report
+from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.options.verifying import VerifyOptions
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mergetool.verification.weights import WeightsReport
 
 
-class VerifyReport(Report):
+class VerifyReport(CommandEvents):
     """What was found."""
 
     def done(self, plan: VerifyOptions, result: Verification) -> None:
@@ -27,7 +27,7 @@ class VerifyReport(Report):
                 console.heading("report", str(plan.page))
 
 
-class ReplayReport(Report):
+class ReplayReport(CommandEvents):
     """What was found of the bytes alone."""
 
     def done(self, plan: VerifyOptions, result: Verification) -> None:

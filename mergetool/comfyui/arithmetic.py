@@ -23,7 +23,7 @@ MULTIPLIER = (
 SLOTS = ("a", "b", "c", "d")
 
 
-class Subtract:
+class SubtractNode:
     """``multiplier * (a - b)``, in float32, before anything is added."""
 
     CATEGORY = CATEGORY
@@ -43,7 +43,7 @@ class Subtract:
         return (links.difference(a, b, multiplier),)
 
 
-class Add:
+class AddNode:
     """``model + multiplier * delta``."""
 
     CATEGORY = CATEGORY
@@ -63,7 +63,7 @@ class Add:
         return (links.total(model, delta, multiplier),)
 
 
-class MergeExpression:
+class MergeExpressionNode:
     """Any expression of the command line, in which a, b, c and d are the linked models."""
 
     CATEGORY = CATEGORY

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.api.comparing import Compare as Asked
 from mergetool.api.comparing import run_compare
 from mergetool.comfyui import host, links, widgets
-from mergetool.comfyui.report import Report as Shown
+from mergetool.comfyui.report import NodeEvents
 from mergetool.comfyui.sources import CATEGORY
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FILES = {"plot": ".png", "report": ".html"}
 
 
-class Compare:
+class CompareNode:
     """``mergetool compare`` in one pass over the files."""
 
     CATEGORY = CATEGORY
@@ -49,7 +49,7 @@ class Compare:
         files = self._files(held)
         for path in files.values():
             host.make_folder(path)
-        found = run_compare(widgets.request(Asked, held | named | files), Shown())
+        found = run_compare(widgets.request(Asked, held | named | files), NodeEvents())
         report = _report(found)
         ui: dict[str, Any] = {"text": [report]}
         if "plot" in files:

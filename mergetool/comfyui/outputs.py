@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergetool.api.differences import Diff, run_diff
 from mergetool.api.merging import Merge, run_merge
 from mergetool.comfyui import host, links, widgets
-from mergetool.comfyui.report import Extracted, Saved
+from mergetool.comfyui.report import ExtractEvents, SaveEvents
 from mergetool.comfyui.sources import CATEGORY
 from mergetool.options.kinds import sentence
 from mergetool.recipe.quoting import quote
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAME = ("STRING", {"default": "", "placeholder": "NAME.safetensors", "tooltip": "Its name in that folder."})
 
 
-class Save:
+class SaveNode:
     """A merge, streamed into a checkpoint."""
 
     CATEGORY = CATEGORY
@@ -55,13 +55,13 @@ class Save:
             held["keep_from"] = links.one_model(keep_from, "what is kept")
         target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
-        shown = Saved()
+        shown = SaveEvents()
         run_merge(widgets.request(Merge, held | {"output": _typed(target)}), shown, keeps_current=True)
         path = str(target.path)
         return {"ui": {"text": [shown.text]}, "result": (quote(str(target.path.absolute())), path, shown.text)}
 
 
-class ExtractLora:
+class ExtractLoraNode:
     """The difference of two checkpoints as a LoRA."""
 
     CATEGORY = CATEGORY
@@ -99,7 +99,7 @@ class ExtractLora:
         named = {name: links.one_model(held[name], f"`{name}`") for name in self.LINKED if held.get(name)}
         target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
-        shown = Extracted()
+        shown = ExtractEvents()
         run_diff(widgets.request(Diff, held | named | {"output": _typed(target)}), shown, keeps_current=True)
         return {"ui": {"text": [shown.text]}, "result": (str(target.path), shown.text)}
 

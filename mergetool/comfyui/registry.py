@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from mergetool.comfyui.arithmetic import Add, MergeExpression, Subtract
-from mergetool.comfyui.comparing import Compare
-from mergetool.comfyui.outputs import ExtractLora, Save
-from mergetool.comfyui.sources import LoraFile, ModelFile, NamedModel
+from mergetool.comfyui.arithmetic import AddNode, MergeExpressionNode, SubtractNode
+from mergetool.comfyui.comparing import CompareNode
+from mergetool.comfyui.outputs import ExtractLoraNode, SaveNode
+from mergetool.comfyui.sources import LoraFileNode, ModelFileNode, NamedModelNode
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
-    "MergetoolModelFile": ModelFile,
-    "MergetoolNamedModel": NamedModel,
-    "MergetoolLoraFile": LoraFile,
-    "MergetoolSubtract": Subtract,
-    "MergetoolAdd": Add,
-    "MergetoolExpression": MergeExpression,
-    "MergetoolCompare": Compare,
-    "MergetoolSave": Save,
-    "MergetoolExtractLora": ExtractLora,
+    "MergetoolModelFile": ModelFileNode,
+    "MergetoolNamedModel": NamedModelNode,
+    "MergetoolLoraFile": LoraFileNode,
+    "MergetoolSubtract": SubtractNode,
+    "MergetoolAdd": AddNode,
+    "MergetoolExpression": MergeExpressionNode,
+    "MergetoolCompare": CompareNode,
+    "MergetoolSave": SaveNode,
+    "MergetoolExtractLora": ExtractLoraNode,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "MergetoolModelFile": "Model File (mergetool)",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mergetool.comparison.finding import Finding
 
 
-class Report(Events):
+class NodeEvents(Events):
     """The events of a node."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Report(Events):
         self.lines.append(f"{path} was already made of this")
 
 
-class Saved(Report):
+class SaveEvents(NodeEvents):
     """Those of a merge: what was written stands in front of what was found."""
 
     def done(self, plan: Any, result: Any) -> None:
@@ -56,7 +56,7 @@ class Saved(Report):
         self.lines = [*lines, *(f"note: {warning}" for warning in plan.warnings), *self.lines]
 
 
-class Extracted(Report):
+class ExtractEvents(NodeEvents):
     """Those of a difference LoRA."""
 
     def done(self, plan: Any, result: Any) -> None:

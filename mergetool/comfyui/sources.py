@@ -13,7 +13,7 @@ from mergetool.recipe.quoting import quote
 CATEGORY = "mergetool"
 
 
-class ModelFile:
+class ModelFileNode:
     """A checkpoint in ComfyUI's folder of diffusion models."""
 
     CATEGORY = CATEGORY
@@ -40,7 +40,7 @@ class ModelFile:
         return (quote(str(host.file(host.MODELS, file).absolute())),)
 
 
-class NamedModel:
+class NamedModelNode:
     """A model as on the command line: a registered name, a path, hf:// or lab.NAME."""
 
     CATEGORY = CATEGORY
@@ -65,7 +65,7 @@ class NamedModel:
         return (quote(models.resolve(model.strip()).name),)
 
 
-class LoraFile:
+class LoraFileNode:
     """A LoRA in ComfyUI's folder of LoRAs, as what it changes."""
 
     CATEGORY = CATEGORY

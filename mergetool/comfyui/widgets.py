@@ -39,7 +39,7 @@ def widget(row: Row) -> tuple[Any, dict[str, Any]]:
     if isinstance(kind, kinds.Choice):
         nothing = [] if row.initial is not None else [_unset_text(row)]
         return [*nothing, *kind.words], {"default": (nothing or [row.initial])[0], **said}
-    if isinstance(kind, kinds.Whole) and row.initial is not None and kind.most <= EXACT:
+    if isinstance(kind, kinds.Integer) and row.initial is not None and kind.most <= EXACT:
         return "INT", {"default": row.initial, "min": kind.least, "max": kind.most, **said}
     if isinstance(kind, kinds.Number | kinds.Share) and isinstance(row.initial, float):
         # Without "round" ComfyUI's page rounds what is typed to the step.
@@ -59,7 +59,7 @@ def _bounds(kind: kinds.Kind) -> dict[str, float]:
 def _unset_text(row: Row) -> str:
     """What stands for no value in a widget: a word where there are words, or where an empty text is a value."""
     kind = row.option.kind
-    is_word = isinstance(kind, kinds.Choice) or (isinstance(kind, kinds.Text) and kind.empty)
+    is_word = isinstance(kind, kinds.Choice) or (isinstance(kind, kinds.String) and kind.empty)
     return (row.option.default or "none") if is_word else ""
 
 

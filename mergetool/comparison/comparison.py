@@ -17,7 +17,7 @@ from mergetool.comparison.distances import by_part, comparable, cut
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.heatmap import block
-from mergetool.comparison.streaming import Chunk, Operands, stream
+from mergetool.comparison.streaming import Chunk, ComparedModels, stream
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
 from mergetool.engine.reading import Method
@@ -38,7 +38,7 @@ class Comparison:
     """The models, open, and what will be measured: ``parts`` in the order of reading, of which ``excluded`` count in no total; ``left_out``
     are not measured, with the reason, and ``unmet`` says what of the models has no counterpart, where that is much. ``options`` are those of the merge whose rounding is looked at."""
 
-    operands: Operands
+    operands: ComparedModels
     options: MergeOptions
     parts: tuple[str, ...]
     excluded: frozenset[str]
@@ -221,7 +221,7 @@ def open_comparison(
         for other in inputs[1:]:
             meeting.check_families(inputs[0], other)
         reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))
-        operands = Operands(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
+        operands = ComparedModels(tuple(inputs), names.index(base), names.index(variant), 0, reference_columns)
         yield _planned(operands, options or MergeOptions())
 
 
@@ -293,7 +293,7 @@ def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> It
     return (finding for finding in findings if not (differ and finding.text.endswith(lineage.NO_DIFFERENCE)))
 
 
-def _planned(operands: Operands, options: MergeOptions) -> Comparison:
+def _planned(operands: ComparedModels, options: MergeOptions) -> Comparison:
     """Without a word on what to include, the refiners are measured but excluded."""
     base = operands.inputs[operands.base].anatomy
     by_default = not (options.include or options.exclude) and base.family.kept in base.family.group_names(base)
@@ -319,7 +319,7 @@ def _planned(operands: Operands, options: MergeOptions) -> Comparison:
     )
 
 
-def _unmet(operands: Operands) -> Iterator[str]:
+def _unmet(operands: ComparedModels) -> Iterator[str]:
     """What of the others is not in the base under the same names, where it is much; refiners count too, since they are measured."""
     base = operands.inputs[operands.base]
     for column in operands.columns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mergetool.comparison.energies import Distance, Energies
-from mergetool.comparison.streaming import Chunk, Found, Operands, stream
+from mergetool.comparison.streaming import Chunk, ComparedModels, Found, stream
 from mergetool.engine.jobs import CHUNK
 from mergetool.recipe.steps import Input
 
@@ -21,7 +21,7 @@ def measure(model: Input, other: Input, *, progress: Callable[[int], None] = lam
 
     ``progress`` gets bytes read. Memory is some megabytes a thread whatever the models' size.
     """
-    operands = Operands((other, model), 0, 1, 0)
+    operands = ComparedModels((other, model), 0, 1, 0)
     parts = comparable([model, other])
     chunks = [chunk for part in parts for chunk in cut(operands, part)]
     return by_part(operands, chunks, stream(operands, chunks, progress=progress))
@@ -39,7 +39,7 @@ def comparable(models: Sequence[Input]) -> list[str]:
     ]
 
 
-def cut(operands: Operands, part: str) -> Iterator[Chunk]:
+def cut(operands: ComparedModels, part: str) -> Iterator[Chunk]:
     """A part in chunks; of quantised weights in whole rows, so that none is decoded twice."""
     windows = [operands.window(column, part) for column in operands.columns]
     width = max((window.encoding.tile_rows * window.encoding.width for window in windows if window.encoding), default=1)
@@ -49,7 +49,7 @@ def cut(operands: Operands, part: str) -> Iterator[Chunk]:
         yield Chunk(part, start, min(chunk, elements - start))
 
 
-def by_part(operands: Operands, chunks: Sequence[Chunk], found: Iterable[Found]) -> list[Distance]:
+def by_part(operands: ComparedModels, chunks: Sequence[Chunk], found: Iterable[Found]) -> list[Distance]:
     """The sums of every part, in the order of the chunks."""
     base = operands.inputs[operands.base].anatomy
     sums: dict[str, list[Energies]] = {}

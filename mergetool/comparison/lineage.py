@@ -23,7 +23,7 @@ from mergetool.checkpoint.hub import SCHEME
 from mergetool.comparison import distances, sampling
 from mergetool.comparison.energies import Distance, percent
 from mergetool.comparison.finding import Finding
-from mergetool.comparison.sampling import Sample, Samples, middle
+from mergetool.comparison.sampling import ModelSample, Samples, middle
 from mergetool.comparison.weights import differences, whole_models
 from mergetool.errors import MergetoolError
 from mergetool.recipe.plan import Plan
@@ -50,8 +50,8 @@ NEAR_LIMIT = 0.95
 class Relation:
     """Two samples, of what is subtracted from and of what is subtracted."""
 
-    x: Sample
-    y: Sample
+    x: ModelSample
+    y: ModelSample
 
     @cached_property
     def _found(self) -> list[Distance]:
@@ -149,7 +149,7 @@ class _Lineage:
     def __init__(self, samples: Samples) -> None:
         self._inputs = {model.name: column for column, model in enumerate(samples.inputs) if not model.is_lora}
         self._samples = samples
-        self._found: dict[str, Sample] = {}
+        self._found: dict[str, ModelSample] = {}
 
     def of_averages(self, plan: Plan) -> Iterator[Finding]:
         """Whole models that are averaged, in the refiners and elsewhere."""
@@ -251,13 +251,13 @@ class _Lineage:
         """Two inputs by name."""
         return Relation(self._sample(x), self._sample(y))
 
-    def _sample(self, name: str) -> Sample:
+    def _sample(self, name: str) -> ModelSample:
         """The sample of an input."""
         if name not in self._found:
             self._found[name] = self._samples.of(self._inputs[name])
         return self._found[name]
 
-    def _known_sample(self, name: str) -> Sample | None:
+    def _known_sample(self, name: str) -> ModelSample | None:
         """The sample of an input or of a known model, where that can be read."""
         if name in self._inputs:
             return self._sample(name)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PageTable:
     """A heading over each column, then rows of text; the first column is a name, the others are numbers."""
 
     head: Sequence[str]

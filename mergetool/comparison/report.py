@@ -10,7 +10,7 @@ from mergetool import __version__
 from mergetool.comparison import heatmap, page
 from mergetool.comparison.comparison import Report
 from mergetool.comparison.energies import Energies, percent
-from mergetool.comparison.page import Table
+from mergetool.comparison.page import PageTable
 
 
 def render(report: Report) -> str:
@@ -68,10 +68,10 @@ def record(report: Report) -> dict[str, Any]:
     }
 
 
-def _table(first: str, rows: dict[str, Energies], report: Report) -> Table:
+def _table(first: str, rows: dict[str, Energies], report: Report) -> PageTable:
     referenced = report.reference is not None
     heads = ["cosine", "m by reference"] if referenced else []
-    return Table(
+    return PageTable(
         [first, "distance", *heads, f"m for {percent(report.target)}"],
         [
             [
@@ -85,9 +85,9 @@ def _table(first: str, rows: dict[str, Energies], report: Report) -> Table:
     )
 
 
-def _rounding(report: Report) -> Table:
+def _rounding(report: Report) -> PageTable:
     rows = [(name, each) for name, each in (*report.rounding.items(), ("all", report.lost)) if each.moved]
-    return Table(
+    return PageTable(
         ["group", "left no trace", "below half a unit", "kept"],
         [
             [

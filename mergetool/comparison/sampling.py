@@ -30,7 +30,7 @@ read into it later. Comparing two files of 12.3 GB took 8.9 s after their sample
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ModelSample:
     """One model's elements, of every float part: the middle rows, or all where those are no more. ``sizes`` are the whole parts'."""
 
     name: str
@@ -47,7 +47,7 @@ class Samples:
         self._reader = ValueReader(PositionedFetcher())
         self._values: dict[tuple[object, ...], Floats] = {}
 
-    def of(self, column: int) -> Sample:
+    def of(self, column: int) -> ModelSample:
         """The sample of the model at ``column``. Raises what reading raises."""
         model = self.inputs[column]
         parts, most = _floats(model), most_of(model)
@@ -55,7 +55,7 @@ class Samples:
         for name, part in parts.items():
             start, count = middle_rows(part.numel, part.shape[-1] if part.shape else 1, most)
             values[name] = self.values(window_of(column, model, part), start, count)
-        return Sample(model.name, model, values, {name: part.numel for name, part in parts.items()})
+        return ModelSample(model.name, model, values, {name: part.numel for name, part in parts.items()})
 
     def values(self, window: Window, start: int, count: int) -> Floats:
         """Elements ``[start, start + count)`` of a window as float32 [count], not to be written to. Raises what reading raises."""
@@ -95,7 +95,7 @@ def _read(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: in
     return out
 
 
-def distances(variant: Sample, base: Sample) -> list[Distance]:
+def distances(variant: ModelSample, base: ModelSample) -> list[Distance]:
     """How far ``variant`` lies from ``base`` by their samples, each part counted as the whole of it; without parts that hold NaN or infinity there."""
     family = base.model.anatomy.family
     found = []

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Operands:
+class ComparedModels:
     """The opened models, each once, and the places among them of those that are compared: delta = variant - base, to be added to ``onto``, and
     the reference delta as (its variant, its base)."""
 
@@ -71,7 +71,7 @@ TASK = 4
 
 
 def stream(
-    operands: Operands,
+    operands: ComparedModels,
     chunks: Sequence[Chunk],
     *,
     registers: int = 0,
@@ -112,7 +112,7 @@ class _Meter:
     whose elements cannot be summed as they are stored."""
 
     def __init__(
-        self, operands: Operands, capacity: int, registers: int, method: Method, torch_threads: TorchThreads
+        self, operands: ComparedModels, capacity: int, registers: int, method: Method, torch_threads: TorchThreads
     ) -> None:
         self._operands = operands
         self._torch_threads = torch_threads

@@ -92,7 +92,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoding:
+class EncodeJob:
     """A piece of a quantised weight to be encoded, or searched a scale for, for one plan of the pass."""
 
     run: int
@@ -114,7 +114,7 @@ class Encoding:
         return self.job.capacity
 
 
-Work = Bundle | Encoding
+Work = Bundle | EncodeJob
 
 
 def passes(plans: Sequence[Plan], device: Device = CPU) -> list[list[int]]:
@@ -163,7 +163,7 @@ def bundles(plans: Sequence[Plan], size: int | None = None) -> list[Work]:
         for job in sequences[number]:
             if isinstance(job, Quantise):
                 if number == leader:
-                    work += [Encoding(other, found[encoded]) for other, found in enumerate(encodings) if found]
+                    work += [EncodeJob(other, found[encoded]) for other, found in enumerate(encodings) if found]
                     encoded += 1
                 continue
             key = places[number][job.tensor.name, job.step.first], job.start
@@ -178,7 +178,7 @@ def bundles(plans: Sequence[Plan], size: int | None = None) -> list[Work]:
 
 def pieces(work: Work) -> Iterator[Work]:
     """Work in chunks for the CPU, where it is one job that is larger and can be cut."""
-    if isinstance(work, Encoding) or len(work.jobs) > 1:
+    if isinstance(work, EncodeJob) or len(work.jobs) > 1:
         yield work
         return
     ((number, job),) = work.jobs

@@ -17,7 +17,7 @@ from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
-from mergetool.engine.running import Measure, NonFinite, Outcome, Output, Run
+from mergetool.engine.running import Measure, NonFinite, Outcome, Run, Sink
 from mergetool.engine.threads import TorchThreads
 from mergetool.engine.worker import Done, Worker
 from mergetool.ops.movement import Movement
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def run(
     plan: Plan,
-    writer: Output,
+    writer: Sink,
     *,
     threads: int | None = None,
     method: Method = "auto",
@@ -64,7 +64,7 @@ def run(
 
 
 def run_together(
-    items: Sequence[tuple[Plan, Output, str]],
+    items: Sequence[tuple[Plan, Sink, str]],
     *,
     threads: int | None = None,
     method: Method = "auto",

@@ -24,7 +24,7 @@ Measure = Literal["sample", "all", "off"]
 """On how much of a merge to measure what became of the anchor's elements."""
 
 
-class Output(Protocol):
+class Sink(Protocol):
     """Where a run's bytes go: a CheckpointWriter, or something that compares them with a file's."""
 
     def write(self, name: str, start: int, data: memoryview) -> None:
@@ -59,7 +59,7 @@ class Run:
     """What the workers share of one plan of a pass; ``name`` is what errors call its output, where there are several."""
 
     plan: Plan
-    writer: Output
+    writer: Sink
     method: Method
     non_finite: NonFinite
     measure: Measure

@@ -12,7 +12,7 @@ import numpy as np
 
 from mergetool.checkpoint.dtypes import F16, F32, DType
 from mergetool.engine import quantising
-from mergetool.engine.bundles import Bundle, Encoding, Work
+from mergetool.engine.bundles import Bundle, EncodeJob, Work
 from mergetool.engine.calling import shape_of
 from mergetool.engine.fidelity import read_back
 from mergetool.engine.jobs import Job, Quantise
@@ -77,7 +77,7 @@ class Worker:
 
     def do(self, work: Work) -> list[Done]:
         """Do a bundle's jobs, in their order."""
-        if isinstance(work, Encoding):
+        if isinstance(work, EncodeJob):
             return [self._quantise(self._runs[work.run], work.job)]
         operands, (_, first) = work.operands, work.jobs[0]
         fetched = [

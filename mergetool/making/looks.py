@@ -9,7 +9,7 @@ from typing import Any
 from mergetool.making.places import Places
 from mergetool.options.table import rows
 from mergetool.options.verifying import LookOptions
-from mergetool.recipe.file import Output, look_of
+from mergetool.recipe.file import RecipeOutput, look_of
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.provenance import display_names
 
@@ -19,7 +19,7 @@ def places_of(plan: Plan) -> dict[str, str]:
     return {name: place for place, name in display_names([model.name for model in plan.inputs]).items()}
 
 
-def asked_of(places: Places, output: Output) -> LookOptions | None:
+def asked_of(places: Places, output: RecipeOutput) -> LookOptions | None:
     """How an output wants to be looked at, if it does: a page lies beside it, other files beside the recipe."""
     look = look_of(output, places.names(output))
     if look is None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mergetool.recipe.file import Output
+from mergetool.recipe.file import RecipeOutput
 from mergetool.recipe.schema import MergeOutput
 
 
-def passes(outputs: Sequence[Output], place: Callable[[Output], frozenset[str]]) -> list[list[Output]]:
+def passes(
+    outputs: Sequence[RecipeOutput], place: Callable[[RecipeOutput], frozenset[str]]
+) -> list[list[RecipeOutput]]:
     """The outputs in passes, in an order in which each pass finds the outputs it uses.
 
     Merges that can be made at the same time, have a model in common and are sharded alike are one pass; ``place`` gives the models of an
@@ -17,7 +19,7 @@ def passes(outputs: Sequence[Output], place: Callable[[Output], frozenset[str]])
     depth: dict[int, int] = {}
     for output in outputs:  # a recipe has every output after those that it uses
         depth[id(output)] = 1 + max((depth.get(id(used), -1) for used in output.earlier), default=-1)
-    found: list[list[Output]] = []
+    found: list[list[RecipeOutput]] = []
     for level in range(max(depth.values(), default=-1) + 1):
         at_level = [output for output in outputs if depth[id(output)] == level]
         found += _joined([output for output in at_level if isinstance(output.spec, MergeOutput)], place)
@@ -25,9 +27,11 @@ def passes(outputs: Sequence[Output], place: Callable[[Output], frozenset[str]])
     return found
 
 
-def _joined(merges: Sequence[Output], place: Callable[[Output], frozenset[str]]) -> list[list[Output]]:
+def _joined(
+    merges: Sequence[RecipeOutput], place: Callable[[RecipeOutput], frozenset[str]]
+) -> list[list[RecipeOutput]]:
     """Merges in groups that have models in common, directly or through others of the group."""
-    groups: list[tuple[set[str], object, list[Output]]] = []
+    groups: list[tuple[set[str], object, list[RecipeOutput]]] = []
     for output in merges:
         assert isinstance(output.spec, MergeOutput)
         models, shards, members = set(place(output)), output.spec.shard_size, [output]

@@ -14,7 +14,7 @@ from mergetool.checkpoint.paths import typed
 from mergetool.errors import MergetoolError
 from mergetool.recipe import naming
 from mergetool.recipe.document import Node, Place
-from mergetool.recipe.file import Model, Output, Recipe
+from mergetool.recipe.file import RecipeFile, RecipeModel, RecipeOutput
 from mergetool.recipe.quoting import one_line, quote
 from mergetool.recipe.validation import as_keys
 
@@ -23,23 +23,23 @@ from mergetool.recipe.validation import as_keys
 class Places:
     """A recipe whose outputs go to ``folder``, or its only one to ``file``, which may be a folder too."""
 
-    recipe: Recipe
+    recipe: RecipeFile
     folder: Path
     file: Target | None = None
 
-    def path(self, output: Output) -> Path:
+    def path(self, output: RecipeOutput) -> Path:
         """Where an output goes."""
         return self.target(output).path
 
-    def target(self, output: Output) -> Target:
+    def target(self, output: RecipeOutput) -> Target:
         """Where an output goes and what it will be."""
         if self.file is not None:
             return self.file
         return Target(self.folder / output.file, "folder" if output.is_folder else "file")
 
-    def model(self, used: Output | Model) -> str:
+    def model(self, used: RecipeOutput | RecipeModel) -> str:
         """The MODEL argument for a name: a relative path counts from the recipe's folder, unless it is a registered name."""
-        if isinstance(used, Output):
+        if isinstance(used, RecipeOutput):
             return str(self.path(used))
         meaning = used.meaning
         if meaning.startswith("lab.") or "://" in meaning or meaning in {entry.name for entry in models.listing()}:
@@ -50,11 +50,11 @@ class Places:
         # A word that is no file either: the error about registered names says more than the one about a path.
         return meaning if not (place.exists() or "/" in meaning or "." in meaning) else str(place)
 
-    def names(self, output: Output) -> dict[str, str]:
+    def names(self, output: RecipeOutput) -> dict[str, str]:
         """The MODEL arguments of all names that an output uses."""
         return {name: self.model(used) for name, used in output.uses.items()}
 
-    def expression(self, output: Output) -> str:
+    def expression(self, output: RecipeOutput) -> str:
         """A merge's expression as `mergetool merge` takes it, every name written as its MODEL argument."""
         assert output.written is not None
         names = self.names(output)
@@ -63,7 +63,7 @@ class Places:
         return one_line(naming.replaced(text, by).text).strip()
 
     @contextmanager
-    def located(self, *outputs: Output) -> Iterator[None]:
+    def located(self, *outputs: RecipeOutput) -> Iterator[None]:
         """Put the place in the recipe in front of an error's sentence: of the model or pattern that it names, else of the output."""
         try:
             yield
@@ -77,10 +77,10 @@ class Places:
             whole = outputs[0].place_of("diff" if outputs[0].expression is None else "merge")
             raise type(error)(f"{place or whole}: {as_keys(sentence)}") from None
 
-    def _named(self, output: Output) -> Iterator[tuple[str, Place]]:
+    def _named(self, output: RecipeOutput) -> Iterator[tuple[str, Place]]:
         """What an error may have in quotes, and where it stands in the recipe."""
         for used in output.uses.values():
-            if isinstance(used, Model):
+            if isinstance(used, RecipeModel):
                 yield quoted(self.model(used)), used.at
         yield from _texts(output.node)
 

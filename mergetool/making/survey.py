@@ -30,7 +30,7 @@ from mergetool.making.state import ABSENT, State
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.options.running import ShardOptions
-from mergetool.recipe.file import Output, Recipe, options_of
+from mergetool.recipe.file import RecipeFile, RecipeOutput, options_of
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.schema import LoraOutput, MergeOutput
 
@@ -39,7 +39,7 @@ from mergetool.recipe.schema import LoraOutput, MergeOutput
 class Task:
     """One output: where it goes, what is there, and what makes it: None where an output that it uses has to be made first."""
 
-    output: Output
+    output: RecipeOutput
     target: Target
     state: State
     opened: Plan | tuple[Pairing, DiffOptions] | None
@@ -65,7 +65,7 @@ class Task:
         return self.state.kind != "current"
 
 
-def places_for(recipe: Recipe, name: str | os.PathLike[str] | None) -> Places:
+def places_for(recipe: RecipeFile, name: str | os.PathLike[str] | None) -> Places:
     """Where the outputs go: into the folder ``name``, by default this one; a recipe's only output may be given a name of its own.
 
     Raises UsageError for one file for several outputs and what `outputs.model_target` raises, OutputError for a folder that is not there.
@@ -134,7 +134,7 @@ class Survey:
             waiting |= {id(task.output) for task in tasks if task.is_to_be_made}
             self.passes.append(tasks)
 
-    def _task(self, output: Output, opened: Plan | tuple[Pairing, DiffOptions] | None) -> Task:
+    def _task(self, output: RecipeOutput, opened: Plan | tuple[Pairing, DiffOptions] | None) -> Task:
         target = self.places.target(output)
         if opened is None:
             there = State("outdated", "an output that it uses is made first") if target.path.exists() else ABSENT
@@ -145,13 +145,13 @@ class Survey:
             there = state.of_diff(*opened, target)
         return Task(output, target, there, opened)
 
-    def _opened(self, outputs: Sequence[Output]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
+    def _opened(self, outputs: Sequence[RecipeOutput]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
         merges = [output for output in outputs if isinstance(output.spec, MergeOutput)]
         found: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
         found |= zip(map(id, merges), self._plans(merges), strict=True)
         return found | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
 
-    def _plans(self, outputs: Sequence[Output]) -> list[Plan]:
+    def _plans(self, outputs: Sequence[RecipeOutput]) -> list[Plan]:
         """The plans of merges; errors have their place in the recipe."""
         plans = []
         for output in outputs:
@@ -160,7 +160,7 @@ class Survey:
                 plans.append(self.inputs.plan(self.places.expression(output), options))
         return plans
 
-    def _pairing(self, output: Output) -> tuple[Pairing, DiffOptions]:
+    def _pairing(self, output: RecipeOutput) -> tuple[Pairing, DiffOptions]:
         """The pairing of a difference LoRA, and its options."""
         assert isinstance(output.spec, LoraOutput)
         asked, names = output.spec.diff, self.places.names(output)
@@ -224,6 +224,6 @@ def refuse_outdated(tasks: Sequence[Task]) -> None:
             )
 
 
-def shard_size(output: Output) -> int | None:
+def shard_size(output: RecipeOutput) -> int | None:
     """The shard size of a merge in bytes, None for one file."""
     return options_of(ShardOptions, output, {}).shard_bytes if isinstance(output.spec, MergeOutput) else None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
 from mergetool.options.differences import FACTORS, RULES, SHARE, BudgetOptions, RuleName, require_threshold
-from mergetool.options.kinds import Choice, Model, Number, Settings, Whole
+from mergetool.options.kinds import Choice, Integer, ModelName, Number, Settings
 from mergetool.options.multipliers import Setting
 from mergetool.options.running import ThreadOptions, UnmatchedOptions, WriteOptions
 from mergetool.options.table import Option, Table, refuse_together
@@ -25,15 +25,15 @@ class SelectionOptions(BudgetOptions):
 
     rank: Annotated[
         int | None,
-        Option(help="The same rank for every module, fewer where it has no more.", kind=Whole(1)),
+        Option(help="The same rank for every module, fewer where it has no more.", kind=Integer(1)),
     ] = None
     rank_thresh: Annotated[
         float | None,
         Option(help="Keep this much of every module, as `rule` measures it.", kind=Number(above=0)),
     ] = None
-    rank_max: Annotated[int | None, Option(help="Cap of the rank, beside a threshold or a budget.", kind=Whole(1))] = (
-        None
-    )
+    rank_max: Annotated[
+        int | None, Option(help="Cap of the rank, beside a threshold or a budget.", kind=Integer(1))
+    ] = None
     rule: Annotated[
         RuleName | None,
         Option(help="What `rank_thresh` means; knee needs none.", kind=Choice(RULES, "RULE"), default="energy"),
@@ -76,7 +76,7 @@ class LookUpOptions(Table):
 
     model: Annotated[
         str | None,
-        Option(help="The model to look the LoRA's names up in.", kind=Model(), default="Z-Image is known"),
+        Option(help="The model to look the LoRA's names up in.", kind=ModelName(), default="Z-Image is known"),
     ] = None
 
 

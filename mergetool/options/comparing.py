@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 from mergetool.checkpoint import dtypes
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, File, Kind, Model, Patterns, Share
+from mergetool.options.kinds import Choice, File, Kind, ModelName, Patterns, Share
 from mergetool.options.running import OverwriteOptions, ReaderOptions
 from mergetool.options.table import Option
 
@@ -92,14 +92,14 @@ class Multiplied(Kind):
 class CompareOptions(ReaderOptions, OverwriteOptions):
     """How two models are compared."""
 
-    reference: Annotated[str | None, Option(help="A fine-tune whose difference has the right size.", kind=Model())] = (
-        None
-    )
+    reference: Annotated[
+        str | None, Option(help="A fine-tune whose difference has the right size.", kind=ModelName())
+    ] = None
     reference_base: Annotated[
-        str | None, Option(help="What to subtract from the reference.", kind=Model(), default="`base`")
+        str | None, Option(help="What to subtract from the reference.", kind=ModelName(), default="`base`")
     ] = None
     onto: Annotated[
-        str | None, Option(help="The model that the difference will be added to.", kind=Model(), default="`base`")
+        str | None, Option(help="The model that the difference will be added to.", kind=ModelName(), default="`base`")
     ] = None
     multiplier: Annotated[
         float | str | Fraction,

@@ -10,7 +10,18 @@ from typing import Annotated, Literal, cast, get_args
 
 from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, Flag, Model, Number, Output, Pair, Patterns, Size, Text, Whole
+from mergetool.options.kinds import (
+    Choice,
+    Flag,
+    Integer,
+    ModelName,
+    Number,
+    OutputPath,
+    Patterns,
+    Size,
+    String,
+    TwoNumbers,
+)
 from mergetool.options.merging import LARGEST_SEED, PatternOptions
 from mergetool.options.table import Face, Option, Table
 
@@ -53,12 +64,12 @@ class SecondOptions(Table):
 
     variant2: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="Keep what the differences to both variants have in common.", kind=Model()),
+        Option(help="Keep what the differences to both variants have in common.", kind=ModelName()),
     ] = None
     union: Annotated[bool, Option(help="With `variant2`: both, and what they share only once.", kind=Flag())] = False
     weights: Annotated[
         tuple[float, float],
-        Option(help="With `union`: how much of what each has alone.", kind=Pair(), default="1,1"),
+        Option(help="With `union`: how much of what each has alone.", kind=TwoNumbers(), default="1,1"),
     ] = (1.0, 1.0)
     orthogonal: Annotated[
         bool, Option(help="With `variant2`: what of the first is orthogonal to the second.", kind=Flag())
@@ -89,7 +100,7 @@ class FileOptions(Table):
         str | os.PathLike[str] | None,
         Option(
             help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA.",
-            kind=Output("FILE"),
+            kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
     ] = None
@@ -100,7 +111,7 @@ class FileOptions(Table):
         str | os.PathLike[str] | None,
         Option(
             help="FILE.safetensors for the directions that are found; runs with another threshold, rank or budget reuse it.",
-            kind=Output("FILE"),
+            kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
     ] = None
@@ -108,7 +119,7 @@ class FileOptions(Table):
         str | os.PathLike[str] | None,
         Option(
             help="FILE.safetensors to write the base with what was stored added to.",
-            kind=Output("FILE"),
+            kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
     ] = None
@@ -135,7 +146,7 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     ``orthogonal`` the part of the first that is orthogonal to the second (`lora.sets`).
     """
 
-    rank: Annotated[int, Option(help="The same rank for every matrix; 0 chooses by `rank_thresh`.", kind=Whole())] = 0
+    rank: Annotated[int, Option(help="The same rank for every matrix; 0 chooses by `rank_thresh`.", kind=Integer())] = 0
     rank_thresh: Annotated[
         float | None,
         Option(
@@ -146,16 +157,18 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     ] = None
     rank_max: Annotated[
         int | None,
-        Option(help="Largest rank of a matrix; 0 for no cap.", kind=Whole(), default=f"{RANK_MAX}; 0 with `budget`"),
+        Option(help="Largest rank of a matrix; 0 for no cap.", kind=Integer(), default=f"{RANK_MAX}; 0 with `budget`"),
     ] = None
     rule: Annotated[RuleName, Option(help="What `rank_thresh` means.", kind=Choice(RULES, "RULE"))] = "energy"
-    min_dim: Annotated[int, Option(help="Leave out matrices with fewer rows or columns.", kind=Whole())] = 32
+    min_dim: Annotated[int, Option(help="Leave out matrices with fewer rows or columns.", kind=Integer())] = 32
     dtype: Annotated[str, Option(help="What the factors are stored in.", kind=Choice(tuple(FACTORS), "DTYPE"))] = "bf16"
-    seed: Annotated[int, Option(help="Seed of the random starting directions.", kind=Whole(0, LARGEST_SEED))] = 0
+    seed: Annotated[int, Option(help="Seed of the random starting directions.", kind=Integer(0, LARGEST_SEED))] = 0
 
     trigger: Annotated[
         str | None,
-        Option(help="Words that call what it learned, in its metadata (modelspec.trigger_phrase).", kind=Text("TEXT")),
+        Option(
+            help="Words that call what it learned, in its metadata (modelspec.trigger_phrase).", kind=String("TEXT")
+        ),
     ] = None
 
     @property

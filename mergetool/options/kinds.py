@@ -57,7 +57,7 @@ class Flag(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Text(Kind):
+class String(Kind):
     """Any text but an empty one, of which ``metavar`` says what it is; ``empty`` allows that too."""
 
     metavar: str = "TEXT"
@@ -70,7 +70,7 @@ class Text(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Model(Text):
+class ModelName(String):
     """A model: a registered name, a path, an address or ``lab.NAME``."""
 
     metavar: str = "MODEL"
@@ -94,7 +94,7 @@ class File(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Output(Kind):
+class OutputPath(Kind):
     """The name of what is written, as it was typed: a slash at its end says folder."""
 
     metavar: str = "OUT"
@@ -126,7 +126,7 @@ class Choice(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Device(Kind):
+class DeviceName(Kind):
     """``auto``, ``cpu``, ``cuda`` or ``cuda:NUMBER``."""
 
     metavar = "DEVICE"
@@ -141,7 +141,7 @@ class Device(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Whole(Kind):
+class Integer(Kind):
     """A whole number of at least ``least`` and at most ``most``."""
 
     least: int = 0
@@ -269,7 +269,7 @@ class Settings(Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Places(Kind):
+class NamedModels(Kind):
     """A mapping of names to models, or texts such as ``tuned=/models/tuned.safetensors``."""
 
     metavar: str = "NAME=MODEL"
@@ -380,7 +380,7 @@ def _decimal(amount: str) -> str:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pair(Kind):
+class TwoNumbers(Kind):
     """Two finite numbers, or as text ``1,0.5``."""
 
     metavar: str = "W1,W2"

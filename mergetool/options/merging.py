@@ -11,7 +11,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
 from mergetool.ops.rounding import MODES, Mode
-from mergetool.options.kinds import Choice, Flag, Model, Patterns, Settings, Text, Whole
+from mergetool.options.kinds import Choice, Flag, Integer, ModelName, Patterns, Settings, String
 from mergetool.options.multipliers import Setting
 from mergetool.options.table import Option, Table
 
@@ -59,7 +59,7 @@ class ContainerOptions(Table):
         str | None,
         Option(
             help='Before every tensor name; "" for none.',
-            kind=Text("PREFIX", empty=True),
+            kind=String("PREFIX", empty=True),
             default="the anchor's",
         ),
     ] = None
@@ -90,7 +90,7 @@ class RoundingOptions(Table):
         ),
     ] = "nearest"
     seed: Annotated[
-        int, Option(help="Seed of stochastic rounding: the same seed, the same bytes.", kind=Whole(0, LARGEST_SEED))
+        int, Option(help="Seed of stochastic rounding: the same seed, the same bytes.", kind=Integer(0, LARGEST_SEED))
     ] = 0
 
     def check(self) -> None:
@@ -118,7 +118,7 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
         str | None,
         Option(
             help="Take protected and excluded tensors from this model.",
-            kind=Model(),
+            kind=ModelName(),
             flag="from",
             key="from",
             default="the anchor",
@@ -136,7 +136,7 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
     ] = ()
 
     title: Annotated[
-        str | None, Option(help="Title in the output's metadata (modelspec.title).", kind=Text("TEXT"))
+        str | None, Option(help="Title in the output's metadata (modelspec.title).", kind=String("TEXT"))
     ] = None
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, Device, File, Kind, Loras, Model, Number, Text, Whole
+from mergetool.options.kinds import Choice, DeviceName, File, Integer, Kind, Loras, ModelName, Number, String
 from mergetool.options.running import RUN
 from mergetool.options.sampling import (
     FIRST,
@@ -55,7 +55,7 @@ class Guidance(Number):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Several(Kind):
+class Texts(Kind):
     """One text or a list of them."""
 
     metavar: str = "TEXT"
@@ -131,7 +131,7 @@ class Strengths(Kind):
 
 
 def _steps(of: str, default: int) -> Option:
-    return Option(help=f"Steps of {of}.", kind=Whole(1, MOST_STEPS), default=str(default))
+    return Option(help=f"Steps of {of}.", kind=Integer(1, MOST_STEPS), default=str(default))
 
 
 _CFG = Number(-1e4, 1e4)
@@ -200,7 +200,7 @@ class FirstStageOptions(Table):
 class SecondStageOptions(Table):
     """With which model the second stage refines, and how."""
 
-    refiner: Annotated[str | None, Option(help="The model of the second stage.", kind=Model())] = None
+    refiner: Annotated[str | None, Option(help="The model of the second stage.", kind=ModelName())] = None
     strength: Annotated[
         float | Sequence[float] | str | None,
         Option(
@@ -239,7 +239,9 @@ class SecondStageOptions(Table):
 class PartsOptions(Table):
     """Where the parts beside the transformer are."""
 
-    pipeline: Annotated[str | None, Option(help="The model to take text encoder and VAE from.", kind=Model())] = None
+    pipeline: Annotated[str | None, Option(help="The model to take text encoder and VAE from.", kind=ModelName())] = (
+        None
+    )
     text_encoder: Annotated[Path | str | None, Option(help="Folder or file of the text encoder.", kind=File())] = None
     tokenizer: Annotated[
         Path | str | None, Option(help="Its tokenizer.", kind=File(), default="in it or beside it")
@@ -263,13 +265,13 @@ class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
     ] = None
     negative: Annotated[
         str | None,
-        Option(help="What the picture must not show; read where cfg is not 1.", kind=Text(empty=True)),
+        Option(help="What the picture must not show; read where cfg is not 1.", kind=String(empty=True)),
     ] = None
     size: Annotated[
         tuple[int, int] | str | None,
         Option(help="Width and height of the pictures.", kind=Sides(), default="the model's"),
     ] = None
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:NUMBER.", kind=Device(), missing=RUN)] = "auto"
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:NUMBER.", kind=DeviceName(), missing=RUN)] = "auto"
 
     @property
     def seed_numbers(self) -> tuple[int, ...]:
@@ -324,10 +326,10 @@ class SampleOptions(PicturesOptions):
     """Pictures of prompts, by one model or by two in a row."""
 
     prompt: Annotated[
-        str | Sequence[str] | None, Option(help="What the picture shows.", kind=Several("PROMPT"), argument=True)
+        str | Sequence[str] | None, Option(help="What the picture shows.", kind=Texts("PROMPT"), argument=True)
     ] = None
     _: KW_ONLY
-    base: Annotated[str | None, Option(help="The model of the first stage.", kind=Model())] = None
+    base: Annotated[str | None, Option(help="The model of the first stage.", kind=ModelName())] = None
     loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
         Option(help="A LoRA on the first stage's model, with its strength.", kind=Loras(), flag="lora"),
@@ -337,10 +339,10 @@ class SampleOptions(PicturesOptions):
         Option(help="A LoRA on the second stage's model.", kind=Loras(), flag="refine-lora"),
     ] = ()
     refine_prompt: Annotated[
-        str | None, Option(help="Prompt of the second stage.", kind=Text(empty=True), default="the same")
+        str | None, Option(help="Prompt of the second stage.", kind=String(empty=True), default="the same")
     ] = None
     refine_seed: Annotated[
-        int | None, Option(help="Seed of the second stage.", kind=Whole(0, SEEDS - 1), default="the one after")
+        int | None, Option(help="Seed of the second stage.", kind=Integer(0, SEEDS - 1), default="the one after")
     ] = None
     init_image: Annotated[Path | str | None, Option(help="Start the second stage from this picture.", kind=File())] = (
         None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, Device, Flag, Size, Whole
+from mergetool.options.kinds import Choice, DeviceName, Flag, Integer, Size
 from mergetool.options.table import Face, Option, Table
 
 READERS = ("auto", "mmap", "pread")
@@ -59,7 +59,7 @@ class ThreadOptions(Table):
     """How many threads work."""
 
     threads: Annotated[
-        int | None, Option(help="Worker threads.", kind=Whole(1, 256), default="all cores", missing=RUN)
+        int | None, Option(help="Worker threads.", kind=Integer(1, 256), default="all cores", missing=RUN)
     ] = None
 
 
@@ -77,9 +77,9 @@ class ReaderOptions(ThreadOptions):
 class DeviceOptions(Table):
     """What computes."""
 
-    device: Annotated[str, Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER.", kind=Device(), missing=RUN)] = (
-        "auto"
-    )
+    device: Annotated[
+        str, Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER.", kind=DeviceName(), missing=RUN)
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

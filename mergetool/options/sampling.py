@@ -26,7 +26,7 @@ MODEL_SHIFT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
+class StagePreset:
     """Settings of a stage that belong together; ``cfg`` as ComfyUI counts it, ``shift`` None for the model's own."""
 
     steps: int
@@ -37,12 +37,12 @@ class Preset:
     strength: float = 0.15
 
 
-FIRST = Preset(steps=30, cfg=4.0)
-SECOND = Preset(steps=4, cfg=1.0)
+FIRST = StagePreset(steps=30, cfg=4.0)
+SECOND = StagePreset(steps=4, cfg=1.0)
 
-PRESETS: Mapping[str, Preset] = {
-    "comfyui-base": Preset(25, 4.0, 3.0, "res_multistep", "simple"),
-    "comfyui-turbo": Preset(8, 1.0, 3.0, "res_multistep", "simple"),
-    "comfyui-refine": Preset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
+PRESETS: Mapping[str, StagePreset] = {
+    "comfyui-base": StagePreset(25, 4.0, 3.0, "res_multistep", "simple"),
+    "comfyui-turbo": StagePreset(8, 1.0, 3.0, "res_multistep", "simple"),
+    "comfyui-refine": StagePreset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
 }
 """What ComfyUI's stock templates of Z-Image are set to: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
 from mergetool.errors import UsageError
-from mergetool.options.kinds import Choice, File, Flag, Models, Output, Places
+from mergetool.options.kinds import Choice, File, Flag, Models, NamedModels, OutputPath
 from mergetool.options.pictures import PicturesOptions
 from mergetool.options.running import OverwriteOptions, ThreadOptions
 from mergetool.options.table import Face, Option, Table
@@ -59,7 +59,7 @@ class InputsOptions(Table):
 
     inputs: Annotated[
         Mapping[str, str] | Sequence[str],
-        Option(help="Where an input is now.", kind=Places(), flag="input", missing=KNOWN),
+        Option(help="Where an input is now.", kind=NamedModels(), flag="input", missing=KNOWN),
     ] = ()
 
     @property
@@ -76,7 +76,7 @@ class RebuildOptions(InputsOptions, ThreadOptions, OverwriteOptions):
         str | os.PathLike[str] | None,
         Option(
             help="Keep what comes out, in this file or folder.",
-            kind=Output(),
+            kind=OutputPath(),
             flag="output",
             short="-o",
             missing={"recipe": "what it makes is its output"},

@@ -34,7 +34,7 @@ from mergetool.recipe import document, naming, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.naming import Replaced, Variable
-from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, Pictures
+from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, PicturesSpec
 from mergetool.recipe.validation import as_keys, keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
 
@@ -47,7 +47,7 @@ _FILE = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class RecipeOutput:
     """One file to make, with its variables put in.
 
     ``name`` is its key, ``values`` are those of the swept variables it depends on, ``file`` its name in the output folder, where it is one
@@ -60,7 +60,7 @@ class Output:
     values: Mapping[str, Variable]
     file: str
     spec: MergeOutput | LoraOutput
-    uses: Mapping[str, Output | Model]
+    uses: Mapping[str, RecipeOutput | RecipeModel]
     node: Node
     expression: Expression | None = None
     written: Replaced | None = None
@@ -73,9 +73,9 @@ class Output:
         return f"{self.name} ({values})" if values else self.name
 
     @property
-    def earlier(self) -> tuple[Output, ...]:
+    def earlier(self) -> tuple[RecipeOutput, ...]:
         """The outputs that have to be there first."""
-        return tuple(used for used in self.uses.values() if isinstance(used, Output))
+        return tuple(used for used in self.uses.values() if isinstance(used, RecipeOutput))
 
     def place_of(self, *path: str) -> Place:
         """Where the value under these keys stands; the nearest one around it if it is not in the file."""
@@ -89,7 +89,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class RecipeModel:
     """What a name under ``models`` stands for, or an embedded model, and where the recipe says so."""
 
     name: str
@@ -98,12 +98,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RecipeFile:
     """A recipe file that was read: its models, and what it asks for, every output after those that it uses."""
 
     path: Path
-    models: Mapping[str, Model]
-    outputs: tuple[Output, ...]
+    models: Mapping[str, RecipeModel]
+    outputs: tuple[RecipeOutput, ...]
 
     @property
     def folder(self) -> Path:
@@ -111,7 +111,7 @@ class Recipe:
         return self.path.parent
 
 
-def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
+def load(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     """The recipe at ``path``, with variables set as ``NAME=VALUE`` texts say.
 
     Raises InputMissing where there is no file, RecipeError with line and column for all that is wrong in it, UsageError for a setting
@@ -122,13 +122,13 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return read(raw, path, settings)
 
 
-def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> Recipe:
+def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     """`load` for the bytes of a file; opens none. Raises what `load` raises but InputMissing."""
     root = document.parse(raw, str(path))
     return _Reader(root, path, dict(map(variables.from_option, settings))).recipe()
 
 
-def options_of(table: type[T], output: Output, names: Mapping[str, str]) -> T:
+def options_of(table: type[T], output: RecipeOutput, names: Mapping[str, str]) -> T:
     """The options of an output that belong to ``table``; ``names`` are the MODEL arguments that its names stand for.
 
     Raises RecipeError, at the key that is wrong.
@@ -138,15 +138,15 @@ def options_of(table: type[T], output: Output, names: Mapping[str, str]) -> T:
     return _options_of(table, output.spec.diff, output, names, "diff")
 
 
-def look_of(output: Output, names: Mapping[str, str]) -> LookOptions | None:
+def look_of(output: RecipeOutput, names: Mapping[str, str]) -> LookOptions | None:
     """How a merge is looked at when it is made, paths as they are written; None where it is not. Raises RecipeError, as `options_of`."""
     asked = output.spec.verify if isinstance(output.spec, MergeOutput) else False
-    if isinstance(asked, Pictures):
+    if isinstance(asked, PicturesSpec):
         return _options_of(LookOptions, asked, output, names, "verify")
     return LookOptions(images=asked == "pictures") if asked else None
 
 
-def _options_of(table: type[T], spec: BaseModel, output: Output, names: Mapping[str, str], *path: str) -> T:
+def _options_of(table: type[T], spec: BaseModel, output: RecipeOutput, names: Mapping[str, str], *path: str) -> T:
     given = {}
     for name, row in rows_in(table, "recipe").items():
         value = getattr(spec, name)
@@ -156,7 +156,7 @@ def _options_of(table: type[T], spec: BaseModel, output: Output, names: Mapping[
             value = tuple(_multiplier(output, row.key, group, number) for group, number in value.items())
         elif isinstance(row.option.kind, kinds.Patterns) and isinstance(value, str):
             value = (value,)
-        given[name] = names[value] if isinstance(row.option.kind, kinds.Model) else value
+        given[name] = names[value] if isinstance(row.option.kind, kinds.ModelName) else value
     try:
         return table(**given)
     except UsageError as error:
@@ -165,7 +165,7 @@ def _options_of(table: type[T], spec: BaseModel, output: Output, names: Mapping[
         raise place.error(as_keys(str(error))) from None
 
 
-def _multiplier(output: Output, key: str, group: str, value: int | Decimal | str) -> Setting:
+def _multiplier(output: RecipeOutput, key: str, group: str, value: int | Decimal | str) -> Setting:
     try:
         return parse_setting(f"{group}={value}")
     except UsageError as error:
@@ -177,14 +177,14 @@ class _Reader:
     root: Node
     path: Path
     set_: Mapping[str, Variable]
-    models: dict[str, Model] = field(default_factory=dict)
-    made: dict[str, list[Output]] = field(default_factory=dict)
+    models: dict[str, RecipeModel] = field(default_factory=dict)
+    made: dict[str, list[RecipeOutput]] = field(default_factory=dict)
     depends: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RecipeFile:
         several = "outputs" in self._keys
         validated(Heading, self._part(self.root, inside=True))
-        self.models = {name: Model(name, str(n.value), n.at) for name, n in self._heading("models").items()}
+        self.models = {name: RecipeModel(name, str(n.value), n.at) for name, n in self._heading("models").items()}
         self.variables = self._variables()
         nodes = self._several() if several else self._single()
         self._check_names(nodes)
@@ -193,7 +193,7 @@ class _Reader:
             self.made[name] = list(self._instances(name, node, later=list(nodes)[len(self.made) :]))
         outputs = tuple(output for made in self.made.values() for output in made)
         self._check_files(outputs)
-        return Recipe(self.path, self.models, outputs)
+        return RecipeFile(self.path, self.models, outputs)
 
     @property
     def _keys(self) -> dict[str, Node]:
@@ -297,7 +297,7 @@ class _Reader:
         if isinstance(node.value, dict):
             yield from node.value.items()
 
-    def _instances(self, name: str, node: Node, *, later: Sequence[str]) -> Iterator[Output]:
+    def _instances(self, name: str, node: Node, *, later: Sequence[str]) -> Iterator[RecipeOutput]:
         if not isinstance(node.value, dict):
             raise node.at.error(f"{quoted(name)} has to be a mapping with merge or diff in it.")
         kinds = [key for key in ("merge", "diff") if key in node.value]
@@ -316,7 +316,7 @@ class _Reader:
 
     def _instance(
         self, name: str, node: Node, values: Mapping[str, Variable], kind: str, later: Sequence[str]
-    ) -> Output:
+    ) -> RecipeOutput:
         known = {**self.variables.single, **values}
         assert isinstance(node.value, dict)
         expression = node.value.get("merge")
@@ -335,7 +335,7 @@ class _Reader:
             if all(values.get(swept) == value for swept, value in output.values.items())
         }
         file, is_folder = self._file(name, whole, values, spec)
-        output = Output(name, values, file, spec, {}, whole, is_folder=is_folder)
+        output = RecipeOutput(name, values, file, spec, {}, whole, is_folder=is_folder)
         if isinstance(spec, LoraOutput):
             done = replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
             return _checked(done)
@@ -343,27 +343,27 @@ class _Reader:
         written = naming.with_variables(expression, known)
         parsed = naming.read(expression, written, {*self.models, *earlier}, later, known)
         uses = {
-            model: self._meaning(model, earlier) or Model(model, model, expression.at)
+            model: self._meaning(model, earlier) or RecipeModel(model, model, expression.at)
             for model in (*parsed.models, *parsed.loras)
         }
         uses |= self._named(output, earlier, _models_of_merge(spec))
         done = replace(output, uses=uses, expression=parsed, written=written)
         return _checked(done)
 
-    def _meaning(self, name: str, earlier: Mapping[str, Output]) -> Output | Model | None:
+    def _meaning(self, name: str, earlier: Mapping[str, RecipeOutput]) -> RecipeOutput | RecipeModel | None:
         return earlier.get(name) or self.models.get(name)
 
     def _named(
-        self, output: Output, earlier: Mapping[str, Output], names: Sequence[tuple[tuple[str, ...], str]]
-    ) -> dict[str, Output | Model]:
-        found: dict[str, Output | Model] = {}
+        self, output: RecipeOutput, earlier: Mapping[str, RecipeOutput], names: Sequence[tuple[tuple[str, ...], str]]
+    ) -> dict[str, RecipeOutput | RecipeModel]:
+        found: dict[str, RecipeOutput | RecipeModel] = {}
         for path, name in names:
             meaning = self._meaning(name, earlier)
             if meaning is None and not name.startswith("lab."):
                 raise output.place_of(*path).error(
                     f"{quoted(name)} is no model or earlier output of this recipe{nearest(name, {*self.models, *earlier})}"
                 )
-            found[name] = meaning or Model(name, name, output.place_of(*path))
+            found[name] = meaning or RecipeModel(name, name, output.place_of(*path))
         return found
 
     def _file(
@@ -394,8 +394,8 @@ class _Reader:
             raise at.error(f"{quoted(file)} is one file, but shards need a folder; leave out its ending or shard_size.")
         return target.path.name, target.is_folder
 
-    def _check_files(self, outputs: Sequence[Output]) -> None:
-        seen: dict[str, Output] = {}
+    def _check_files(self, outputs: Sequence[RecipeOutput]) -> None:
+        seen: dict[str, RecipeOutput] = {}
         for output in outputs:
             same = unicodedata.normalize("NFC", output.file).casefold()
             if same in seen:
@@ -407,7 +407,7 @@ class _Reader:
             seen[same] = output
 
 
-def _checked(output: Output) -> Output:
+def _checked(output: RecipeOutput) -> RecipeOutput:
     """``output``; raises RecipeError for options that contradict each other, before any file is looked for."""
     for table in (MergeOptions, ShardOptions) if isinstance(output.spec, MergeOutput) else (DiffOptions,):
         options_of(table, output, {name: name for name in output.uses})
@@ -417,7 +417,7 @@ def _checked(output: Output) -> Output:
 
 def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:
     found: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
-    if isinstance(spec.verify, Pictures):
+    if isinstance(spec.verify, PicturesSpec):
         found += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
     return [(path, name) for path, name in found if name]
 

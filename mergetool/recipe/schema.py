@@ -52,7 +52,7 @@ def _typed(kind: kinds.Kind) -> Any:
             return bool
         case kinds.Choice():
             return Literal[kind.words]
-        case kinds.Whole():
+        case kinds.Integer():
             by_value = {"type": "integer", "minimum": kind.least}
             return Annotated[int, Field(ge=kind.least, le=kind.most), WithJsonSchema({"anyOf": [by_value, _BY_NAME]})]
         case kinds.Number() | kinds.Share():
@@ -69,9 +69,9 @@ def _typed(kind: kinds.Kind) -> Any:
             return Patterns
         case kinds.Settings():
             return Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)]
-        case kinds.Pair():
+        case kinds.TwoNumbers():
             return Annotated[list[Number], Field(min_length=2, max_length=2)]
-        case kinds.Text(empty=True):
+        case kinds.String(empty=True):
             return Annotated[str, StringConstraints(max_length=MAX_TEXT)]
     return Text
 
@@ -109,16 +109,16 @@ def _of(*tables: type[Table]) -> Any:
         kind = kind | None if default in (None, ()) else kind
         said = Field(default, alias=row.key if row.key != row.name else None, description=_described(row))
         # Of several values the one that is wrong has a place of its own, which the type knows.
-        has_places = row.option.kind.many or isinstance(row.option.kind, kinds.Pair)
+        has_places = row.option.kind.many or isinstance(row.option.kind, kinds.TwoNumbers)
         fields[row.name] = (kind if has_places else Annotated[kind, _refusing(row)], said)
     return create_model("Rows", __base__=_Strict, **fields)
 
 
-class Pictures(_of(LookOptions)):  # type: ignore[misc]
+class PicturesSpec(_of(LookOptions)):  # type: ignore[misc]
     """How `mergetool verify` looks at an output; what is left out is its own default."""
 
 
-class Difference(_of(DiffOptions)):  # type: ignore[misc]
+class DiffSpec(_of(DiffOptions)):  # type: ignore[misc]
     """A difference LoRA, as `mergetool diff` takes it."""
 
     base: Text = Field(description="The model the LoRA will be loaded on: a name under models, an output, or lab.NAME.")
@@ -130,7 +130,7 @@ class MergeOutput(_of(MergeOptions, ShardOptions)):  # type: ignore[misc]
 
     merge: Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
     output: Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
-    verify: bool | Literal["weights", "pictures"] | Pictures = Field(
+    verify: bool | Literal["weights", "pictures"] | PicturesSpec = Field(
         False, description="Check it as `mergetool verify` does: weights alone, or with pictures."
     )
 
@@ -138,7 +138,7 @@ class MergeOutput(_of(MergeOptions, ShardOptions)):  # type: ignore[misc]
 class LoraOutput(_Strict):
     """A difference LoRA."""
 
-    diff: Difference
+    diff: DiffSpec
     output: Text | None = Field(None, description="The file, NAME.safetensors.")
 
 
@@ -161,7 +161,7 @@ class Heading(_Strict):
     )
 
 
-class Several(Heading):
+class SeveralOutputs(Heading):
     """A recipe of several outputs. A later output may use an earlier one by its name, as a model."""
 
     outputs: Annotated[dict[_Name, MergeOutput | LoraOutput], Field(min_length=1, max_length=256)]
@@ -179,7 +179,7 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors: what it accepts has the right keys and types, no more."""
     from pydantic.json_schema import models_json_schema
 
-    kinds = (OneMerge, Several, OneLora)
+    kinds = (OneMerge, SeveralOutputs, OneLora)
     named, schema = models_json_schema(
         [(kind, "validation") for kind in kinds], title="mergetool recipe", ref_template="#/$defs/{model}"
     )

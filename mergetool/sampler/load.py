@@ -23,8 +23,8 @@ from mergetool.ops.cpu import as_tensor
 from mergetool.quant import Encoding
 from mergetool.sampler.parts import (
     Components,
+    ComponentWeights,
     WeightedLora,
-    Weights,
     config_folder,
     lacking,
     opened_text_encoder,
@@ -102,7 +102,7 @@ def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: OpenedModel) 
             state[name] = (weight.float() + lora.strength * change).to(weight.dtype)
 
 
-def _state(weights: Weights, wanted: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(weights: ComponentWeights, wanted: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a module, each in the shape that the module has."""
     return {
         name: _whole(weights.file, weights.names[name], weights.encodings.get(weights.names[name]))

@@ -145,7 +145,7 @@ def config_folder(place: Path, part: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class ComponentWeights:
     """An open component: its tensors by the names of the library that runs it, ``names`` to those that are stored."""
 
     file: Checkpoint
@@ -154,16 +154,16 @@ class Weights:
 
 
 @contextmanager
-def opened_text_encoder(components: Components) -> Iterator[Weights]:
+def opened_text_encoder(components: Components) -> Iterator[ComponentWeights]:
     """The text encoder's tensors by transformers' names. Raises DataError unless they are those of its config."""
     path = components.text_encoder
     with _open(path, "model", "text encoder") as (file, encodings):
         names = {architectures.qwen3_name(name): name for name in file.tensors if not is_side_tensor(name)}
-        yield _checked(Weights(file, names, encodings), components.text_config.shapes(), path, "text_encoder")
+        yield _checked(ComponentWeights(file, names, encodings), components.text_config.shapes(), path, "text_encoder")
 
 
 @contextmanager
-def opened_vae(components: Components) -> Iterator[Weights]:
+def opened_vae(components: Components) -> Iterator[ComponentWeights]:
     """The VAE's tensors by diffusers' names. Raises DataError unless they are those of its config."""
     path, config = components.vae, components.vae_config
     with _open(path, "diffusion_pytorch_model", "VAE") as (file, encodings):
@@ -172,7 +172,7 @@ def opened_vae(components: Components) -> Iterator[Weights]:
                 f'"{path}" is a tiny autoencoder, which makes previews only: name the model\'s own VAE with `vae`.'
             )
         names = {config.name(name): name for name in file.tensors if not is_side_tensor(name)}
-        yield _checked(Weights(file, names, encodings), config.shapes(), path, "vae")
+        yield _checked(ComponentWeights(file, names, encodings), config.shapes(), path, "vae")
 
 
 @contextmanager
@@ -197,7 +197,9 @@ def _open(path: Path, stem: str, what: str) -> Iterator[tuple[Checkpoint, Mappin
         file.close()
 
 
-def _checked(weights: Weights, wanted: Mapping[str, tuple[int, ...]], path: Path, part: str) -> Weights:
+def _checked(
+    weights: ComponentWeights, wanted: Mapping[str, tuple[int, ...]], path: Path, part: str
+) -> ComponentWeights:
     names, what = weights.names, "VAE" if part == "vae" else "text encoder"
     bundled = config_folder(path, part).parent == CONFIGS
     way_out = (

@@ -75,7 +75,7 @@ class Refinement(Stage):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PictureRequest:
     """What to make: each shot by ``first`` (or from ``start``, one picture for all), then by each of ``refinements``.
 
     ``start`` is uint8 [height, width, 3]. ``handoff`` says how latents reach a second stage: as they are, or decoded by

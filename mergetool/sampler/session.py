@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from mergetool.sampler.request import Pictures, Refinement, Request, Shot, Stage
+from mergetool.sampler.request import PictureRequest, Pictures, Refinement, Shot, Stage
 from mergetool.sampler.studio import Progress, Studio
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class MadePicture:
     """A picture uint8 [height, width, 3] and everything that made it."""
 
     picture: Pictures
     parameters: dict[str, Any]
 
 
-def make(studio: Studio, request: Request, *, progress: Progress = lambda _: None) -> list[list[Made]]:
+def make(studio: Studio, request: PictureRequest, *, progress: Progress = lambda _: None) -> list[list[MadePicture]]:
     """For every shot, the first stage's picture (if there is one) and that of each refinement.
 
     Raises what `Studio.first_stage` and `Studio.second_stage` raise.
@@ -40,21 +40,21 @@ def make(studio: Studio, request: Request, *, progress: Progress = lambda _: Non
     pictures = [(second if stage2 else studio).decode(latents) for _, stage2, latents in columns]
     return [
         [
-            Made(shown[row], _parameters(request, shots[row], stage1, stage2))
+            MadePicture(shown[row], _parameters(request, shots[row], stage1, stage2))
             for (stage1, stage2, _), shown in zip(columns, pictures, strict=True)
         ]
         for row in range(len(shots))
     ]
 
 
-def _handed_over(studio: Studio, second: Studio, request: Request, latents: Tensor | None) -> Tensor:
+def _handed_over(studio: Studio, second: Studio, request: PictureRequest, latents: Tensor | None) -> Tensor:
     if latents is None:
         assert request.start is not None
         return second.encode(request.start[None]).repeat(len(request.shots), 1, 1, 1)
     return latents if request.handoff == "latent" else second.encode(studio.decode(latents))
 
 
-def _parameters(request: Request, shot: Shot, first: Stage | None, second: Refinement | None) -> dict[str, Any]:
+def _parameters(request: PictureRequest, shot: Shot, first: Stage | None, second: Refinement | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "prompt": shot.prompt,
         "negative": shot.negative,

@@ -15,11 +15,11 @@ from mergetool import models
 from mergetool.checkpoint.paths import typed
 from mergetool.errors import UsageError
 from mergetool.options.pictures import AskedStage, PartsOptions, PicturesOptions, SampleOptions
-from mergetool.options.sampling import FIRST, MODEL_SHIFT, PRESETS, SECOND, Preset, SamplerName, Scheduler
+from mergetool.options.sampling import FIRST, MODEL_SHIFT, PRESETS, SECOND, SamplerName, Scheduler, StagePreset
 from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
 from mergetool.sampler.parts import Components, WeightedLora, pipeline_folder
-from mergetool.sampler.request import Refinement, Request, Shot, Stage
+from mergetool.sampler.request import PictureRequest, Refinement, Shot, Stage
 
 LARGE = 1e9
 """Bytes of weights from which a model is run in BF16 by default."""
@@ -29,7 +29,7 @@ LARGE = 1e9
 class Prepared:
     """A request with everything that it needs; ``notes`` are sentences on what was said and has no effect here."""
 
-    request: Request
+    request: PictureRequest
     components: Components
     device: str
     dtype: str
@@ -58,7 +58,7 @@ def prepare(asked: SampleOptions) -> Prepared:
     size = picture_size(asked.pixels, None if start is None else (start.shape[1], start.shape[0]), components)
     other = asked.refiner if handoff == "pixels" and first else None
     second_parts = None if other is None else Components.find(other)
-    request = Request(shots, size, first, second, start, handoff, second_parts)
+    request = PictureRequest(shots, size, first, second, start, handoff, second_parts)
     check(request, components)
     dtype = ("bf16" if is_large(model) else "fp32") if asked.dtype == "auto" else asked.dtype
     return Prepared(request, components, asked.device, dtype, (*notes, *without_effect(asked, request, asked.base)))
@@ -70,7 +70,7 @@ def components_of(model: str, asked: PartsOptions) -> Components:
     return Components.find(model, pipeline=asked.pipeline, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
 
 
-def check(request: Request, components: Components) -> None:
+def check(request: PictureRequest, components: Components) -> None:
     """Look at the headers of every model, LoRA, text encoder and VAE. Raises what `parts` raises for those that do not fit."""
     components.check()
     second = request.refiner_parts or components
@@ -92,7 +92,7 @@ def stage(asked: AskedStage, *, pipeline: str | None = None) -> Stage:
 def refinements(asked: AskedStage, *, pipeline: str | None = None) -> tuple[Refinement, ...]:
     """One second stage for each strength. Raises UsageError for one that makes too long a schedule."""
     meaning = asked.strength_as or "comfyui"
-    default = SECOND if meaning == "comfyui" else Preset(SECOND.steps, SECOND.cfg, scheduler="diffusers")
+    default = SECOND if meaning == "comfyui" else StagePreset(SECOND.steps, SECOND.cfg, scheduler="diffusers")
     settings = _settings(asked, default, pipeline)
     strengths = asked.strength or (_preset(asked, default).strength,)
     made = tuple(Refinement(*settings, strength, meaning) for strength in strengths)
@@ -102,7 +102,7 @@ def refinements(asked: AskedStage, *, pipeline: str | None = None) -> tuple[Refi
 
 
 def _settings(
-    asked: AskedStage, default: Preset, pipeline: str | None
+    asked: AskedStage, default: StagePreset, pipeline: str | None
 ) -> tuple[str, int, float, float, tuple[WeightedLora, ...], SamplerName, Scheduler]:
     assert asked.model is not None
     preset = _preset(asked, default)
@@ -120,7 +120,7 @@ def _settings(
     )
 
 
-def _preset(asked: AskedStage, default: Preset) -> Preset:
+def _preset(asked: AskedStage, default: StagePreset) -> StagePreset:
     return default if asked.preset is None else PRESETS[asked.preset]
 
 
@@ -166,7 +166,7 @@ def picture_size(
     return size
 
 
-def without_effect(asked: PicturesOptions, request: Request, base: str | None) -> Iterator[str]:
+def without_effect(asked: PicturesOptions, request: PictureRequest, base: str | None) -> Iterator[str]:
     """A sentence on every option that was given and changes nothing in this request, whose first model is ``base``."""
     refine = {name: getattr(asked, name, None) for name in ("refine_prompt", "refine_seed", "handoff")}
     if request.first is None:

@@ -14,7 +14,7 @@ from mergetool.errors import OutputError, UsageError
 from mergetool.sampler import sheet
 
 if TYPE_CHECKING:
-    from mergetool.sampler.session import Made
+    from mergetool.sampler.session import MadePicture
 
 
 def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
@@ -32,7 +32,7 @@ def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
         raise OutputError(f'"{target}" exists; choose another place with `output`, or replace it with `overwrite`.')
 
 
-def write(made: Sequence[Sequence[Made]], target: Path, *, many: bool) -> list[Path]:
+def write(made: Sequence[Sequence[MadePicture]], target: Path, *, many: bool) -> list[Path]:
     """Write the pictures: one file, or a folder with all of them, the sheet and ``pictures.json``; returns the paths."""
     if not many:
         last = made[0][-1]
@@ -56,7 +56,7 @@ def write(made: Sequence[Sequence[Made]], target: Path, *, many: bool) -> list[P
     return paths
 
 
-def _label(one: Made) -> str:
+def _label(one: MadePicture) -> str:
     first, second = one.parameters["first"], one.parameters["second"]
     if second is None:
         return f"{first['model']}, {first['steps']} steps"

@@ -14,7 +14,7 @@ from mergetool.options.pictures import PartsOptions, PicturesOptions
 from mergetool.options.table import part
 from mergetool.sampler import settings
 from mergetool.sampler.inputs import read_prompts
-from mergetool.sampler.request import Refinement, Request, Shot, Stage
+from mergetool.sampler.request import PictureRequest, Refinement, Shot, Stage
 from mergetool.sampler.studio import Studio, dtype_of
 
 PROMPTS = (
@@ -45,9 +45,9 @@ class Look:
     refinements: tuple[Refinement, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def request(self, model: str) -> Request:
+    def request(self, model: str) -> PictureRequest:
         """The look at ``model``."""
-        return Request(self.shots, self.size, replace(self.first, model=model), self.refinements)
+        return PictureRequest(self.shots, self.size, replace(self.first, model=model), self.refinements)
 
 
 def plan(output: str, parent: str, asked: PicturesOptions, *, patient: bool) -> tuple[Studio, Look]:

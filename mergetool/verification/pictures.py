@@ -18,7 +18,7 @@ from mergetool.lab import checker, world
 from mergetool.lab.world import Scene
 from mergetool.sampler import session
 from mergetool.sampler.request import Pictures
-from mergetool.sampler.session import Made
+from mergetool.sampler.session import MadePicture
 from mergetool.sampler.studio import Progress, Studio
 from mergetool.verification import images
 from mergetool.verification.images import Measures
@@ -46,7 +46,7 @@ class Column:
 
     model: str
     label: str
-    made: tuple[Made, ...]
+    made: tuple[MadePicture, ...]
     measures: tuple[Measures, ...]
     adherent: tuple[bool, ...] | None
     scores: tuple[float, ...] | None = None
@@ -120,7 +120,7 @@ def evaluations(look: Look, parents: int) -> int:
 
 
 def observe(
-    model: str, label: str, made: Sequence[Made], prompts: Sequence[str], *, scorer: Scorer | None = None
+    model: str, label: str, made: Sequence[MadePicture], prompts: Sequence[str], *, scorer: Scorer | None = None
 ) -> Column:
     """Measure pictures of one model after one stage."""
     shown = [one.picture for one in made]

@@ -11,7 +11,7 @@ from typing import Any
 from mergetool import __version__
 from mergetool.comparison import heatmap, page
 from mergetool.comparison.energies import Distance, relative
-from mergetool.comparison.page import Table
+from mergetool.comparison.page import PageTable
 from mergetool.sampler import sheet
 from mergetool.verification import pictures
 from mergetool.verification.pictures import PicturesReport
@@ -56,7 +56,7 @@ def badge(weights: WeightsReport, looked: PicturesReport | None) -> str:
     return "passed" if weights.derived or looked is not None else "not judged"
 
 
-def _distances(weights: WeightsReport) -> Table:
+def _distances(weights: WeightsReport) -> PageTable:
     """The relative distance from each parent, by group."""
     every = [distance for found in weights.distances.values() for distance in found]
     groups = [g for g in ("refiner", "layers", "embedder", "final") if any(g in d.groups for d in every)]
@@ -68,7 +68,7 @@ def _distances(weights: WeightsReport) -> Table:
         ]
         for parent, found in weights.distances.items()
     ]
-    return Table(["distance from", "all", *groups], rows)
+    return PageTable(["distance from", "all", *groups], rows)
 
 
 def _in_group(group: str, distance: Distance) -> bool:
@@ -79,7 +79,7 @@ def _percent(value: float) -> str:
     return "0" if value == 0 else f"{100 * value:.3g} %"
 
 
-def _columns(looked: PicturesReport) -> Table:
+def _columns(looked: PicturesReport) -> PageTable:
     rows = []
     for column in looked.columns:
         count = len(column.measures)
@@ -95,7 +95,7 @@ def _columns(looked: PicturesReport) -> Table:
             ]
         )
     scored = ["score"] if any(column.scores is not None for column in looked.columns) else []
-    return Table(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
+    return PageTable(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
 
 
 def _sheet(looked: PicturesReport) -> str:

@@ -54,9 +54,9 @@ def wrong(row: Row) -> list[Any]:
     match row.option.kind:
         case kinds.Choice():
             return ["nosuch", "", row.option.kind.words[0].upper()]
-        case kinds.Whole(least=least, most=most):
+        case kinds.Integer(least=least, most=most):
             return [least - 1, most + 1, "many"]
-        case kinds.Device():
+        case kinds.DeviceName():
             return ["gpu", "cuda:x", "cuda:"]
         case kinds.Number(least=least, above=above):
             return ["much", max(least, above) - 1] if max(least, above) > -1e9 else ["much"]

@@ -26,8 +26,8 @@ CLI = typer.main.get_command(app)
 # Operations by the words of their commands; a face that does not have one says why.
 RECIPES: Mapping[type[Table], tuple[type, ...]] = {
     Merge: (schema.MergeOutput,),
-    Diff: (schema.Difference, schema.LoraOutput),
-    Verify: (schema.Pictures,),
+    Diff: (schema.DiffSpec, schema.LoraOutput),
+    Verify: (schema.PicturesSpec,),
 }
 NODES: Mapping[type[Table], str] = {
     Merge: "MergetoolSave",

@@ -13,13 +13,13 @@ from mergetool.errors import MergetoolError, OutputError, PatternError
 from mergetool.making import survey
 from mergetool.making.passes import passes
 from mergetool.recipe import file
-from mergetool.recipe.file import Recipe
+from mergetool.recipe.file import RecipeFile
 from tests.families import checkpoint
 
 MODELS = "models: {alk: alk.safetensors, a: a.safetensors, b: b.safetensors}\n"
 
 
-def read(text: str) -> Recipe:
+def read(text: str) -> RecipeFile:
     return file.read(text.encode(), Path("r.yaml"))
 
 

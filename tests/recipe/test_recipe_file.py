@@ -12,20 +12,20 @@ from mergetool.errors import RecipeError, UsageError
 from mergetool.options.merging import CONTAINERS, MergeOptions
 from mergetool.quant.output import QUANTISERS
 from mergetool.recipe import file, schema
-from mergetool.recipe.file import Output, Recipe, options_of
+from mergetool.recipe.file import RecipeFile, RecipeOutput, options_of
 
 ROOT = Path(__file__).parents[2]
 
 
-def read(text: str, *settings: str) -> Recipe:
+def read(text: str, *settings: str) -> RecipeFile:
     return file.read(text.encode(), Path("r.yaml"), settings)
 
 
-def graphs(recipe: Recipe) -> list[str]:
+def graphs(recipe: RecipeFile) -> list[str]:
     return [str(output.expression.graph) for output in recipe.outputs if output.expression]
 
 
-def options(output: Output) -> object:
+def options(output: RecipeOutput) -> object:
     return options_of(MergeOptions, output, {name: name for name in output.uses})
 
 
@@ -129,7 +129,7 @@ def test_the_published_schema_is_current() -> None:
 
 def test_every_key_is_documented() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
-    for kind in (schema.OneMerge, schema.LoraOutput, schema.Difference, schema.Pictures, schema.Several):
+    for kind in (schema.OneMerge, schema.LoraOutput, schema.DiffSpec, schema.PicturesSpec, schema.SeveralOutputs):
         for key in (field.alias or name for name, field in kind.model_fields.items()):
             assert f"`{key}`" in page or f"`{key}:" in page, key
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mergetool.lab.world import SCENES, Placing, Scene, render
-from mergetool.sampler.session import Made
+from mergetool.sampler.session import MadePicture
 from mergetool.verification.pictures import Column, Verdict, judge, observe
 
 CHOSEN = SCENES[::35]
@@ -21,7 +21,7 @@ def drawn(scenes: Sequence[Scene] = CHOSEN, radius: float = 18) -> list[NDArray[
 
 
 def column(model: str, pictures: Sequence[NDArray[np.uint8]], scores: float | None = None) -> Column:
-    made = [Made(picture, {}) for picture in pictures]
+    made = [MadePicture(picture, {}) for picture in pictures]
     scorer = None if scores is None else lambda shown, _: [scores] * len(shown)
     return observe(model, model, made, PROMPTS, scorer=scorer)
 
@@ -88,7 +88,7 @@ def test_a_score_far_below_the_best_parents_fails() -> None:
 
 
 def test_where_nothing_reads_the_prompts_that_is_not_judged() -> None:
-    made = [Made(picture, {}) for picture in drawn()]
+    made = [MadePicture(picture, {}) for picture in drawn()]
     verdicts = judge([observe("out", "out", made, ["a knight"] * len(made))], "out")
     (prompts,) = [verdict for verdict in verdicts if verdict.passed is None]
     assert (prompts.name, prompts.word, prompts.value) == ("prompts", "not judged", None)
@@ -104,5 +104,5 @@ def test_pictures_unlike_every_parents_fail_where_neither_noise_nor_collapse_is_
 
 
 def test_prompts_outside_the_world_have_no_adherence() -> None:
-    made = [Made(picture, {}) for picture in drawn()]
+    made = [MadePicture(picture, {}) for picture in drawn()]
     assert observe("out", "out", made, ["a knight"] * len(made)).adherent is None

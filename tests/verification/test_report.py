@@ -17,7 +17,7 @@ from mergetool.comparison.energies import Distance, Energies
 from mergetool.errors import OutputError
 from mergetool.lab.world import SCENES, Placing, render
 from mergetool.sampler.request import Refinement, Shot, Stage
-from mergetool.sampler.session import Made
+from mergetool.sampler.session import MadePicture
 from mergetool.verification import report
 from mergetool.verification.looking import Look
 from mergetool.verification.pictures import PicturesReport, judge, observe
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 def looked() -> PicturesReport:
     shots = tuple(Shot(prompt, seed) for seed, prompt in enumerate(PROMPTS))
     look = Look(shots, (64, 64), Stage("out", 30, 3.0, 3.0), (Refinement("turbo"),))
-    made = [Made(render(scene, Placing(32, 32, 18)), {"seed": 1}) for scene in SCENES[:3]]
+    made = [MadePicture(render(scene, Placing(32, 32, 18)), {"seed": 1}) for scene in SCENES[:3]]
     columns = tuple(
         observe(model, label, made, PROMPTS) for model in ("alkahest", "out") for label in (model, f"{model} + 0.15")
     )
