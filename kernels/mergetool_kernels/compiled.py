@@ -22,9 +22,9 @@ REGISTERS = 8
 _WIDTHS = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT8_E4M3: 1, FLOAT8_E5M2: 1}
 _MODELS, _SUMS = 5, 6
 
-Stored = tuple[memoryview, int, float]
+StoredElements = tuple[memoryview, int, float]
 """Elements as they are stored, at any address, what they are, `FLOAT32` to `FLOAT8_E5M2`, and what each is multiplied by in float32."""
-Step = tuple[int, int, int]
+CompiledStep = tuple[int, int, int]
 """What to do, to which register, with what: an operand (`LOAD`), a factor (`SCALE`) or a register."""
 
 
@@ -58,7 +58,7 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def sums(models: Sequence[Stored | None], count: int) -> list[float]:
+def sums(models: Sequence[StoredElements | None], count: int) -> list[float]:
     """Six sums over ``count`` elements, of base, variant, and if there are any what the delta is added to, and a reference with its base.
 
     They are: of the squares of base, variant, delta = variant - base, of what it is added to, of the reference delta, and of delta *
@@ -72,9 +72,9 @@ def sums(models: Sequence[Stored | None], count: int) -> list[float]:
 
 
 def blend(
-    program: Sequence[Step],
+    program: Sequence[CompiledStep],
     factors: Sequence[float],
-    operands: Sequence[Stored],
+    operands: Sequence[StoredElements],
     count: int,
     out: memoryview,
     kind: int,
@@ -140,7 +140,7 @@ def _movement(found: _Movement) -> MovementSums:
 
 
 def _operands(
-    models: Sequence[Stored | None], count: int, places: int
+    models: Sequence[StoredElements | None], count: int, places: int
 ) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int], ctypes.Array[ctypes.c_float]]:
     """Where the models' elements are, what, and by what they are multiplied."""
     addresses, kinds, scales = (ctypes.c_void_p * places)(), (ctypes.c_int * places)(), (ctypes.c_float * places)()

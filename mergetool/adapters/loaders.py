@@ -16,7 +16,7 @@ from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.arch import Family
 from mergetool.arch.generic import GENERIC
 
-Verdict = Literal["whole", "partly", "not at all"]
+LoadVerdict = Literal["whole", "partly", "not at all"]
 
 COMFYUI = "0.30"
 IN_COMFYUI = ("diffusion_model.", "lora_unet_", "transformer.", "lycoris_", "")
@@ -37,7 +37,7 @@ class Loading:
     error: str | None = None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> LoadVerdict:
         """Whether the file is loaded."""
         if not self.dropped:
             return "whole"

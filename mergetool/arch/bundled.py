@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-Kind = Literal["VAE", "text encoder", "EMA", "schedule", "flag", "other"]
+BundledKind = Literal["VAE", "text encoder", "EMA", "schedule", "flag", "other"]
 
-_TOP: Mapping[str, Kind] = {
+_TOP: Mapping[str, BundledKind] = {
     **dict.fromkeys(("vae", "first_stage_model", "audio_vae", "pretransform", "vocoder"), "VAE"),
     **dict.fromkeys(
         (
@@ -22,7 +22,7 @@ _TOP: Mapping[str, Kind] = {
     ),
     **dict.fromkeys(("model_ema", "ema", "ema_model"), "EMA"),
 }
-_NAMES: Mapping[str, Kind] = {
+_NAMES: Mapping[str, BundledKind] = {
     **dict.fromkeys(
         (
             *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
@@ -36,6 +36,6 @@ _NAMES: Mapping[str, Kind] = {
 }
 
 
-def kind_of(name: str) -> Kind | None:
+def kind_of(name: str) -> BundledKind | None:
     """What the tensor ``name``, without wrappers before it, is bundled as by its name alone; None for one of the model."""
     return _NAMES.get(name) or _TOP.get(name.partition(".")[0])

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mergetool.arch.bundled import Kind, kind_of
+from mergetool.arch.bundled import BundledKind, kind_of
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 
@@ -51,7 +51,7 @@ def read(names: Iterable[str], *, source: str) -> Names:
     return Names(_common(runs[name] for name in found), found, tuple(kinds))
 
 
-def bundled(names: Iterable[str]) -> dict[str, Kind]:
+def bundled(names: Iterable[str]) -> dict[str, BundledKind]:
     """The tensors of a file that are bundled with its model, in the file's order; empty where no model would be left.
 
     Under a prefix that ComfyUI chooses the model is what has the prefix; in other files the table of `arch.bundled` decides.
@@ -93,7 +93,7 @@ def _run(stored: str) -> str:
     return "".join(f"{component}." for component in components[:count])
 
 
-def _bundled(runs: Mapping[str, str]) -> dict[str, Kind]:
+def _bundled(runs: Mapping[str, str]) -> dict[str, BundledKind]:
     """See `bundled`; ``runs`` are the names with the wrappers before each."""
     kinds = {name: kind for name, run in runs.items() if (kind := kind_of(name[len(run) :])) is not None}
     count = Counter(prefix for run in runs.values() if (prefix := _in_comfyui(run)))

@@ -26,7 +26,7 @@ INTERVAL = 1 << 30
 LARGEST = 100_000_000
 """Bytes of the longest journal that is read: 300,000 tensors."""
 
-Work = Mapping[str, str]
+RunDigest = Mapping[str, str]
 """Digests of what a run's bytes depend on, by what to call it when it is another."""
 
 
@@ -55,7 +55,7 @@ def place(stage: Path) -> Path:
     return stage.with_name(stage.name + JOURNAL)
 
 
-def differs(stage: Path, work: Work) -> str | None:
+def differs(stage: Path, work: RunDigest) -> str | None:
     """Why the run that left ``stage`` cannot be gone on with as ``work``; None when it can."""
     try:
         lines = _lines(place(stage))
@@ -94,7 +94,7 @@ def holds(file: OutputFile, entry: Entry) -> bool:
 class Journal:
     """A journal being written; every method may raise OSError."""
 
-    def __init__(self, stage: Path, work: Work, kept: Iterable[Entry] = ()) -> None:
+    def __init__(self, stage: Path, work: RunDigest, kept: Iterable[Entry] = ()) -> None:
         """A new journal of ``stage`` in place of one that is there, with what was ``kept`` of it."""
         self.path = place(stage)
         self.count = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mergetool.checkpoint import paths
 from mergetool.checkpoint.shards import PICKLES, SUFFIX, is_model_folder
-from mergetool.checkpoint.targets import Kind
+from mergetool.checkpoint.targets import TargetKind
 from mergetool.errors import OutputError, UsageError
 
 ENDINGS = (SUFFIX, ".sft")
@@ -40,7 +40,7 @@ class Target:
     """
 
     path: Path
-    kind: Kind
+    kind: TargetKind
     note: str = ""
 
     def __str__(self) -> str:

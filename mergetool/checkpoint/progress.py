@@ -9,7 +9,7 @@ from pathlib import Path
 from mergetool.checkpoint import journal, system
 from mergetool.checkpoint.files import StagedFile, StagedFolder
 from mergetool.checkpoint.header import Header, TensorInfo
-from mergetool.checkpoint.journal import Entry, Journal, Work
+from mergetool.checkpoint.journal import Entry, Journal, RunDigest
 from mergetool.checkpoint.output_file import OutputFile
 
 # Finished blocks of this size go to the disk while later ones are computed. 2 GiB onto ext4 on a virtual disk,
@@ -70,13 +70,13 @@ class PlacedFile:
         return completed
 
 
-class Progress:
+class JournalKeeper:
     """Keeps the journal of an output that can be resumed. ``work`` is what its bytes depend on.
 
     ``refused`` says why an interrupted stage was not gone on with, ``left`` how many bytes of finished tensors were left.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: RunDigest) -> None:
         self.refused: str | None = None
         self.left = 0
         self._work = work

@@ -13,7 +13,7 @@ from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.errors import BusyError, OutputError
 
-Kind = Literal["file", "folder"]
+TargetKind = Literal["file", "folder"]
 
 JOURNAL = ".journal"
 """What the name of a stage's journal ends in (`mergetool.checkpoint.journal`)."""
@@ -69,7 +69,7 @@ class TargetClaim:
     writes to a name of its own.
     """
 
-    def __init__(self, path: Path, kind: Kind, overwrite: bool, inputs: Sequence[InputFile]) -> None:
+    def __init__(self, path: Path, kind: TargetKind, overwrite: bool, inputs: Sequence[InputFile]) -> None:
         self.path = path
         self.old: os.stat_result | None = None
         self.removed: tuple[Path, ...] = ()
@@ -84,7 +84,7 @@ class TargetClaim:
         cls,
         target: Path,
         size: int,
-        kind: Kind,
+        kind: TargetKind,
         *,
         overwrite: bool,
         inputs: Sequence[InputFile],
@@ -194,7 +194,7 @@ def _require_space(path: Path, size: int) -> None:
 
 
 def _require_replaceable(
-    path: Path, old: os.stat_result, kind: Kind, overwrite: bool, inputs: Sequence[InputFile]
+    path: Path, old: os.stat_result, kind: TargetKind, overwrite: bool, inputs: Sequence[InputFile]
 ) -> None:
     is_folder = stat.S_ISDIR(old.st_mode)
     if not is_folder and not stat.S_ISREG(old.st_mode):

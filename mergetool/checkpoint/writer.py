@@ -12,10 +12,10 @@ from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.files import StagedFile, StagedFolder
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.journal import Work
+from mergetool.checkpoint.journal import RunDigest
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target, model_target
-from mergetool.checkpoint.progress import PlacedFile, Progress
+from mergetool.checkpoint.progress import JournalKeeper, PlacedFile
 
 
 class CheckpointWriter:
@@ -35,7 +35,7 @@ class CheckpointWriter:
         header: Header,
         staged: StagedFile | StagedFolder,
         files: Sequence[PlacedFile],
-        progress: Progress | None = None,
+        progress: JournalKeeper | None = None,
     ) -> None:
         self.header = header
         self.kept = frozenset[str]()
@@ -70,7 +70,7 @@ class CheckpointWriter:
         inputs: Sequence[InputFile] = (),
         extra_files: Mapping[str, bytes] = MappingProxyType({}),
         stem: str = shards.STEM,
-        resume: Work | None = None,
+        resume: RunDigest | None = None,
     ) -> CheckpointWriter:
         """Reserve the output's space beside ``target``.
 
@@ -202,10 +202,10 @@ class CheckpointWriter:
 
 
 def _stage_file(
-    target: Path, header: Header, overwrite: bool, inputs: Sequence[InputFile], resume: Work | None
+    target: Path, header: Header, overwrite: bool, inputs: Sequence[InputFile], resume: RunDigest | None
 ) -> CheckpointWriter:
     encoded = _encode(header)
-    progress = None if resume is None else Progress({"another recipe": journal.digest_of(encoded), **resume})
+    progress = None if resume is None else JournalKeeper({"another recipe": journal.digest_of(encoded), **resume})
     staged = StagedFile.create(
         target,
         header.file_size,
@@ -223,7 +223,7 @@ def _stage_folder(
     small: Mapping[str, bytes],
     overwrite: bool,
     inputs: Sequence[InputFile],
-    resume: Work | None,
+    resume: RunDigest | None,
 ) -> CheckpointWriter:
     encoded = [_encode(part.header) for part in parts]
     size = sum(part.header.file_size for part in parts) + sum(map(len, small.values()))
@@ -231,7 +231,7 @@ def _stage_folder(
     if resume is not None:
         named = [text for part in parts for text in (part.name.encode(), _encode(part.header))]
         named += [text for name, data in small.items() for text in (name.encode(), data)]
-        progress = Progress({"another recipe": journal.digest_of(*named), **resume})
+        progress = JournalKeeper({"another recipe": journal.digest_of(*named), **resume})
     staged = StagedFolder.create(
         target, size, overwrite=overwrite, inputs=inputs, adopt=progress.accepts if progress is not None else None
     )

@@ -12,14 +12,14 @@ from typer.main import get_command, get_group
 
 from mergetool.cli.fitting import fitted
 
-Places = Mapping[str, tuple[str, str]]
+CommandPlaces = Mapping[str, tuple[str, str]]
 """By a command's name: where it is, and its line in the list of commands; one without is not listed."""
 
 
 class _Commands(Mapping[str, Any]):
     """The commands of one group, in their order: each built when it is first looked up."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: CommandPlaces) -> None:
         self._places = places
         self._built: dict[str, Any] = {}
 
@@ -38,7 +38,7 @@ class _Commands(Mapping[str, Any]):
         return len(self._places)
 
 
-def group_of(places: Places) -> type[TyperGroup]:
+def group_of(places: CommandPlaces) -> type[TyperGroup]:
     """A class of group, for ``typer.Typer(cls=...)``, with a command for each name.
 
     A place is "module:name" in this folder: of a function, a command with the module's EXAMPLES, or those under its name there, as its epilog and its CONTEXT as

@@ -10,11 +10,13 @@ from mergetool import __version__
 from mergetool.cli import console
 from mergetool.errors import UsageError
 
-Words = Annotated[list[str] | None, typer.Argument(help="The command, as in: lora merge.", metavar="[COMMAND]...")]
+CommandWords = Annotated[
+    list[str] | None, typer.Argument(help="The command, as in: lora merge.", metavar="[COMMAND]...")
+]
 
 
 @console.command
-def show_help(context: typer.Context, words: Words = None) -> None:
+def show_help(context: typer.Context, words: CommandWords = None) -> None:
     """Show the help of mergetool or of a command."""
     shown: Any = context.find_root()
     for word in words or ():

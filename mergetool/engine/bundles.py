@@ -22,7 +22,7 @@ from mergetool.recipe.steps import Step, Window
 MOST_HELD = 1 << 29
 """Elements of quantised weights that the plans of one pass may collect, 2 GB: six outputs of full-size Z-Image."""
 
-Place = tuple[str, int, int]
+StepKey = tuple[str, int, int]
 """What finds a step in other plans: its part, its elements, and how many steps of its plan before it had the same two."""
 
 
@@ -155,7 +155,7 @@ def bundles(plans: Sequence[Plan], size: int | None = None) -> list[Work]:
         {(place[job.tensor.name, job.step.first], job.start): job for job in sequence if isinstance(job, Job)}
         for place, sequence in zip(places, sequences, strict=True)
     ]
-    operands: dict[tuple[Place, tuple[int, ...]], Operands] = {}
+    operands: dict[tuple[StepKey, tuple[int, ...]], Operands] = {}
     work: list[Work] = []
     leader = next((number for number, found in enumerate(encodings) if found), 0)
     for number in sorted(range(len(plans)), key=lambda number: number != leader):
@@ -195,7 +195,7 @@ def bytes_read(plans: Sequence[Plan]) -> int:
     return sum(window.nbytes(elements) for found, elements in operands.values() for _, window in found.windows)
 
 
-def _places(plan: Plan) -> dict[tuple[str, int], Place]:
+def _places(plan: Plan) -> dict[tuple[str, int], StepKey]:
     """By output tensor and first element of it, where the same is in other plans."""
     seen: Counter[tuple[str, int]] = Counter()
     found = {}
@@ -207,9 +207,11 @@ def _places(plan: Plan) -> dict[tuple[str, int], Place]:
     return found
 
 
-def _common_cuts(plans: Sequence[Plan], places: Sequence[dict[tuple[str, int], Place]], size: int | None) -> list[Cuts]:
+def _common_cuts(
+    plans: Sequence[Plan], places: Sequence[dict[tuple[str, int], StepKey]], size: int | None
+) -> list[Cuts]:
     """For each plan how to cut its steps, so that those for the same part are cut alike in all."""
-    common: dict[Place, Grain] = {}
+    common: dict[StepKey, Grain] = {}
     for plan, place in zip(plans, places, strict=True):
         for tensor in plan.tensors:
             for step in tensor.steps:

@@ -16,7 +16,7 @@ from mergetool.adapters import matching
 from mergetool.adapters.reading import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.checkpoint import journal, shards
-from mergetool.checkpoint.journal import Work
+from mergetool.checkpoint.journal import RunDigest
 from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.targets import require_folder, resolve_target
@@ -288,7 +288,7 @@ def _require_places(outputs: Sequence[Path]) -> None:
         places[place] = output
 
 
-def _work(plan: Plan, non_finite: NonFinite) -> Work:
+def _work(plan: Plan, non_finite: NonFinite) -> RunDigest:
     """What the bytes of a merge depend on beyond its planned header, which holds the recipe and the inputs' fingerprints."""
     # Without the device number, which a restart can change.
     files = [file.identity[1:] for model in plan.inputs for file in model.checkpoint.files]

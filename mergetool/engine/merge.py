@@ -19,7 +19,7 @@ from mergetool.engine.quantising import Phases, Weights
 from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome, Run, Sink
 from mergetool.engine.threads import TorchThreads
-from mergetool.engine.worker import Done, Worker
+from mergetool.engine.worker import Finished, Worker
 from mergetool.ops.movement import Movement
 from mergetool.recipe.plan import Plan
 
@@ -254,7 +254,7 @@ class _Workers:
     def _off_device(self, job: Job) -> None:
         self._runs[0].note(self._runs[0].outcome.off_device, job.tensor.name, job.count)
 
-    def _redo(self, job: Job) -> Done:
+    def _redo(self, job: Job) -> Finished:
         """A GPU's job by the CPU, one at a time."""
         with self._redoing:
             self._spare = self._spare or Worker(self._runs, self._work_list, self._torch_threads)

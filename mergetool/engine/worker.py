@@ -34,7 +34,7 @@ from mergetool.recipe.steps import COPY
 if TYPE_CHECKING:
     from mergetool.ops.cpu import CpuOps
 
-Done = tuple[int, Movement | None]
+Finished = tuple[int, Movement | None]
 """Bytes read and written by a job, and what it did to the anchor."""
 
 
@@ -75,7 +75,7 @@ class Worker:
         # The last register is for what the result is measured against.
         return CpuOps(capacity=self._capacity, registers=self._registers + 1)
 
-    def do(self, work: Work) -> list[Done]:
+    def do(self, work: Work) -> list[Finished]:
         """Do a bundle's jobs, in their order."""
         if isinstance(work, EncodeJob):
             return [self._quantise(self._runs[work.run], work.job)]
@@ -114,7 +114,9 @@ class Worker:
             self._kept[place] = np.empty(count, np.float32)
         return self._kept[place][:count]
 
-    def _compute(self, run: Run, job: Job, program: Program | None, columns: Sequence[int], loaded: _Loaded) -> Done:
+    def _compute(
+        self, run: Run, job: Job, program: Program | None, columns: Sequence[int], loaded: _Loaded
+    ) -> Finished:
         """Do one job, whose windows are ``columns`` of what is loaded; returns the bytes written."""
         fetched = [loaded.fetched[column] for column in columns]
         if program is None:
@@ -173,7 +175,7 @@ class Worker:
         run.writer.write(job.tensor.name, (job.step.first + job.start) * job.tensor.dtype.bits // 8, out)
         return len(out)
 
-    def _quantise(self, run: Run, job: Quantise) -> Done:
+    def _quantise(self, run: Run, job: Quantise) -> Finished:
         weights, piece = run.weights, job.piece
         if job.searching:
             weights.search(piece, self._rounder(job.rounding))

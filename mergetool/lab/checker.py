@@ -19,7 +19,7 @@ from mergetool.lab.world import (
     SIZE,
     STRIPE_PERIOD,
     STRIPE_WIDTH,
-    Picture,
+    Pixels,
     Placing,
     Scene,
     silhouette,
@@ -80,7 +80,7 @@ class Reading:
         return (self.shape, self.colour, self.ground) == (scene.shape, scene.colour, scene.ground)
 
 
-def adherent(picture: Picture, prompt: str) -> bool:
+def adherent(picture: Pixels, prompt: str) -> bool:
     """Whether a picture shows what a prompt of this world asks for. Raises ValueError for any other prompt."""
     scene = Scene.parse(prompt)
     if scene is None:
@@ -88,7 +88,7 @@ def adherent(picture: Picture, prompt: str) -> bool:
     return read(picture).matches(scene)
 
 
-def read(picture: Picture) -> Reading:
+def read(picture: Pixels) -> Reading:
     """Measure a picture uint8 [64, 64, 3]."""
     pixels = picture.astype(np.float32)
     ground = _ground(pixels)

@@ -39,7 +39,7 @@ HOLLOW = 0.32
 
 _FINE = 4  # drawn this many times larger, and averaged
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def stripe_colour(ground: tuple[int, int, int]) -> NDArray[np.float32]:
     return colour + ((0.0 if luminance > 90 else 255.0) - colour) * STRIPE_STRENGTH
 
 
-def render(scene: Scene, placing: Placing, *, striped: bool = False, hollow: bool = False) -> Picture:
+def render(scene: Scene, placing: Placing, *, striped: bool = False, hollow: bool = False) -> Pixels:
     """The picture [64, 64, 3] of a scene; ``striped`` and ``hollow`` are what the two fine-tunes add to it."""
     cover = silhouette(scene.shape, placing)
     if hollow:

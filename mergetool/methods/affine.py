@@ -8,13 +8,13 @@ from typing import Annotated
 
 from mergetool.methods.registry import Range, Text, affine
 
-Weights = Annotated[tuple[Fraction, ...], Text("the weight of each argument; all 1 where it is left out")]
-Share = Annotated[Fraction, Range(text="the share of the second")]
-Scale = Annotated[Fraction, Range(text="what the sum is multiplied by")]
+_Weights = Annotated[tuple[Fraction, ...], Text("the weight of each argument; all 1 where it is left out")]
+_Share = Annotated[Fraction, Range(text="the share of the second")]
+_Scale = Annotated[Fraction, Range(text="what the sum is multiplied by")]
 
 
 @affine(takes="any", least=2, most=2)
-def weighted_sum(count: int, *, alpha: Share = Fraction(1, 2)) -> Sequence[Fraction]:
+def weighted_sum(count: int, *, alpha: _Share = Fraction(1, 2)) -> Sequence[Fraction]:
     """Mix two models, or two differences.
 
     Formula: (1 - alpha) * x1 + alpha * x2
@@ -25,7 +25,7 @@ def weighted_sum(count: int, *, alpha: Share = Fraction(1, 2)) -> Sequence[Fract
 
 @affine(takes="any")
 def linear(
-    count: int, *, weights: Weights = (), normalize: Annotated[bool, Text("divide by the sum of the weights")] = True
+    count: int, *, weights: _Weights = (), normalize: Annotated[bool, Text("divide by the sum of the weights")] = True
 ) -> Sequence[Fraction]:
     """Average any number of models, or of differences.
 
@@ -52,7 +52,7 @@ def add_difference(
 
 
 @affine(takes="deltas")
-def task_arithmetic(count: int, *, weights: Weights = (), scale: Scale = Fraction(1)) -> Sequence[Fraction]:
+def task_arithmetic(count: int, *, weights: _Weights = (), scale: _Scale = Fraction(1)) -> Sequence[Fraction]:
     """Add up differences.
 
     Formula: scale * sum(w_k * d_k)

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergetool.errors import UsageError
-from mergetool.ops.program import Value
+from mergetool.ops.program import ParameterValue
 from mergetool.ops.rounding import stream_key
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Parameter:
             return "[...]"
         return f"{float(self.default):g}" if isinstance(self.default, Fraction | float) else repr(self.default)
 
-    def accepts(self, value: Value, arguments: int) -> bool:
+    def accepts(self, value: ParameterValue, arguments: int) -> bool:
         """Whether a method with this many arguments can be given the value."""
         if self.kind is bool:
             return isinstance(value, bool)
@@ -147,7 +147,7 @@ class Method:
     buffers: Callable[[int], float] = lambda arguments: 2 + arguments
     package: str = ""
 
-    def apply(self, tensors: Sequence[Tensor], site: Site, parameters: Mapping[str, Value]) -> Tensor:
+    def apply(self, tensors: Sequence[Tensor], site: Site, parameters: Mapping[str, ParameterValue]) -> Tensor:
         """What the method makes of the tensors, all of one shape and dtype."""
         assert self.function is not None
         return self.function(tensors, site, **{name: _plain(self[name], value) for name, value in parameters.items()})
@@ -174,7 +174,7 @@ class Method:
         return f"{self.name}({', '.join([*arguments, *given])})"
 
 
-def _plain(parameter: Parameter, value: Value) -> object:
+def _plain(parameter: Parameter, value: ParameterValue) -> object:
     if isinstance(value, tuple):
         return tuple(float(number) for number in value)
     return parameter.kind(value) if isinstance(value, Fraction) else value

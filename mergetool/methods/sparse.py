@@ -11,8 +11,8 @@ from mergetool.methods import sparsity
 from mergetool.methods.consensus import Elect, added, agreeing, scale_each
 from mergetool.methods.registry import Range, Site, Text, method
 
-Weights = Annotated[tuple[float, ...], Text("what each difference is multiplied by; all 1 where it is left out")]
-Scale = Annotated[float, Range(text="what the result is multiplied by")]
+_Weights = Annotated[tuple[float, ...], Text("what each difference is multiplied by; all 1 where it is left out")]
+_Scale = Annotated[float, Range(text="what the result is multiplied by")]
 Density = Annotated[float, Range(0, 1, "the share of the elements that is kept of each difference")]
 Epsilon = Annotated[float, Range(0, 0.5, "how far the probability of the smallest and of the largest is from density")]
 Gamma = Annotated[float, Range(0, 1, "the share of the largest elements that is left out")]
@@ -39,10 +39,10 @@ def ties(
     site: Site,
     *,
     density: Density = 0.2,
-    weights: Weights = (),
+    weights: _Weights = (),
     elect: Sign = "sum",
     normalize: Normalize = True,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
 ) -> Tensor:
     """Keep the largest elements of each difference, elect a sign for every element, and average those that have it.
 
@@ -63,9 +63,9 @@ def dare_linear(
     site: Site,
     *,
     density: Density = 0.1,
-    weights: Weights = (),
+    weights: _Weights = (),
     rescale: Rescale = True,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
     """Drop elements of each difference at random, divide what is left by the share that is, and add up.
@@ -84,11 +84,11 @@ def dare_ties(
     site: Site,
     *,
     density: Density = 0.1,
-    weights: Weights = (),
+    weights: _Weights = (),
     rescale: Rescale = True,
     elect: Sign = "sum",
     normalize: Normalize = False,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
     """Drop elements of each difference at random as dare_linear does, and add up those that have the elected sign.
@@ -108,9 +108,9 @@ def della_linear(
     *,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    weights: Weights = (),
+    weights: _Weights = (),
     rescale: Rescale = True,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
     """Drop elements of each difference at random, small ones rather than large ones of the same row, and add up.
@@ -132,11 +132,11 @@ def della(
     *,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    weights: Weights = (),
+    weights: _Weights = (),
     rescale: Rescale = True,
     elect: Sign = "sum",
     normalize: Normalize = True,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
     """Drop elements of each difference as della_linear does, elect a sign for every element, and average those that have it.
@@ -156,8 +156,8 @@ def breadcrumbs(
     *,
     density: Density = 0.15,
     gamma: Gamma = 0.01,
-    weights: Weights = (),
-    scale: Scale = 1.0,
+    weights: _Weights = (),
+    scale: _Scale = 1.0,
 ) -> Tensor:
     """Leave out the very largest elements of each difference, keep the largest of the others, and add up.
 
@@ -176,10 +176,10 @@ def breadcrumbs_ties(
     *,
     density: Density = 0.15,
     gamma: Gamma = 0.01,
-    weights: Weights = (),
+    weights: _Weights = (),
     elect: Sign = "sum",
     normalize: Normalize = False,
-    scale: Scale = 1.0,
+    scale: _Scale = 1.0,
 ) -> Tensor:
     """Thin out each difference as breadcrumbs does, and add up those elements that have the elected sign.
 

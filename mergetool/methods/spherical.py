@@ -15,8 +15,8 @@ from torch import Tensor
 from mergetool.methods.registry import Range, Site, Text, method
 from mergetool.ops.reductions import combination, dot, gram, norm, row_dots, row_norms
 
-Place = Annotated[float, Range(text="the place between the two: 0 is the first, 1 the second")]
-Weights = Annotated[tuple[float, ...], Text("the weight of each argument; all 1 where it is left out")]
+_Place = Annotated[float, Range(text="the place between the two: 0 is the first, 1 the second")]
+_Weights = Annotated[tuple[float, ...], Text("the weight of each argument; all 1 where it is left out")]
 
 STRAIGHT = 1e-6
 """Sines of angles below which the arc between two arguments is a line: they differ by 1e-12 there, or have no arc (opposite ones)."""
@@ -27,7 +27,7 @@ def slerp(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    t: Place = 0.5,
+    t: _Place = 0.5,
     sizes: Annotated[
         Literal["arc", "line"],
         Text("arc: the formula on the arguments as they are; line: on their directions, and the norms on a line"),
@@ -56,7 +56,7 @@ def nuslerp(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    t: Place = 0.5,
+    t: _Place = 0.5,
     per: Annotated[
         Literal["tensor", "row", "column"],
         Text("what is one vector: the whole parameter, what makes one output, or what one input gives"),
@@ -83,7 +83,7 @@ def nuslerp(
 
 
 @method(takes="any", buffers=lambda _: 0)
-def multislerp(tensors: Sequence[Tensor], site: Site, *, weights: Weights = ()) -> Tensor:
+def multislerp(tensors: Sequence[Tensor], site: Site, *, weights: _Weights = ()) -> Tensor:
     """Average the directions of any number, and their norms, each parameter as one vector.
 
     Formula: m / norm(m) * sum(w_k * norm(x_k)) / sum(w_k) with m = sum(w_k * x_k / norm(x_k)); sum(w_k * x_k) / sum(w_k) where the directions cancel; without the division where the weights add up to 0
@@ -101,7 +101,7 @@ def karcher(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    weights: Weights = (),
+    weights: _Weights = (),
     iterations: Annotated[int, Range(0, 10_000, "the most steps")] = 100,
     tolerance: Annotated[
         float, Range(0, text="the length of a step after which there are no more, in radians")

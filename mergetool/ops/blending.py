@@ -82,7 +82,7 @@ def moves(result: Floats, first: Floats, came: Stored, alone: memoryview) -> Mov
 class _Steps(NamedTuple):
     """A program as the compiled kernel takes it: an operand is a place in ``models``."""
 
-    steps: tuple[compiled.Step, ...]
+    steps: tuple[compiled.CompiledStep, ...]
     factors: tuple[float, ...]
     models: tuple[int, ...]
 
@@ -92,7 +92,7 @@ def _steps(program: Program) -> _Steps | None:
     """None for what the kernel cannot do."""
     if program.registers > compiled.REGISTERS or program.calls:
         return None
-    steps: list[compiled.Step] = []
+    steps: list[compiled.CompiledStep] = []
     factors: list[float] = []
     for step in program.instructions:
         match step:

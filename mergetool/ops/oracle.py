@@ -19,8 +19,8 @@ from mergetool.ops.movement import Movement
 from mergetool.ops.program import Add, Apply, Load, Program, Scale
 from mergetool.ops.rounding import FORMATS, ErrorFeedback, Nearest, Rounding, Stochastic
 
-Floats = npt.NDArray[Any]
-Method = Callable[[Apply, Sequence[Floats]], Floats]
+FloatArray = npt.NDArray[Any]
+MethodFunction = Callable[[Apply, Sequence[FloatArray]], FloatArray]
 
 
 def decode(raw: bytes, dtype: DType) -> npt.NDArray[np.float64]:
@@ -60,15 +60,15 @@ def _small_float(
 
 def run(
     program: Program,
-    inputs: Sequence[Floats],
+    inputs: Sequence[FloatArray],
     precision: type[np.floating[Any]] = np.float64,
-    methods: Mapping[str, Method] = MappingProxyType({}),
-) -> Floats:
+    methods: Mapping[str, MethodFunction] = MappingProxyType({}),
+) -> FloatArray:
     """The program's result over whole arrays, each instruction rounded to ``precision`` (float64 or float32).
 
     ``methods`` are what its method calls mean, each a function of the call and its arguments.
     """
-    registers: dict[int, Floats] = {}
+    registers: dict[int, FloatArray] = {}
     with np.errstate(all="ignore"):
         for step in program.instructions:
             if isinstance(step, Load):
@@ -86,7 +86,7 @@ def run(
     return registers[0]
 
 
-def store(values: Floats, dtype: DType, rounding: Rounding) -> bytes:
+def store(values: FloatArray, dtype: DType, rounding: Rounding) -> bytes:
     """Float32 values rounded to a stored dtype as ``rounding`` says; fp32 holds them all."""
     if dtype is dtypes.F32 or isinstance(rounding, Nearest):
         return encode(values, dtype)
@@ -114,7 +114,7 @@ def random_bits(rounding: Stochastic, count: int) -> npt.NDArray[np.uint32]:
     return np.array(bits, np.uint32)
 
 
-def spacing(values: Floats, dtype: DType) -> Floats:
+def spacing(values: FloatArray, dtype: DType) -> FloatArray:
     """The distance of neighbouring numbers of ``dtype`` around each finite value, in float64."""
     shape = FORMATS[dtype]
     exponent = np.frexp(np.abs(values.astype(np.float64)))[1] - 1
@@ -148,7 +148,7 @@ def _error_feedback(values: npt.NDArray[np.float32], dtype: DType, rounding: Err
     return stored
 
 
-def measure(result: Floats, first: Floats, stored: bytes, dtype: DType) -> Movement:
+def measure(result: FloatArray, first: FloatArray, stored: bytes, dtype: DType) -> Movement:
     """The figures of ``Movement`` for float32 ``result`` and ``first``, by their definition, in float64."""
     with np.errstate(all="ignore"):
         d = (result.astype(np.float32) - first.astype(np.float32)).astype(np.float64)
@@ -164,7 +164,7 @@ def measure(result: Floats, first: Floats, stored: bytes, dtype: DType) -> Movem
     )
 
 
-def encode(values: Floats, dtype: DType) -> bytes:
+def encode(values: FloatArray, dtype: DType) -> bytes:
     """Float32 values rounded once, to nearest even, to a stored dtype; FP8 saturates at its largest finite value."""
     exact = np.ascontiguousarray(values, dtype=np.float32)
     if dtype is dtypes.F32:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-Value = Fraction | bool | str | tuple[Fraction, ...]
+ParameterValue = Fraction | bool | str | tuple[Fraction, ...]
 """What a parameter of a merge method may be given, numbers exactly as they were written."""
 
 
@@ -60,7 +60,7 @@ class Apply:
     register: int
     method: str
     arguments: tuple[int | None, ...]
-    parameters: tuple[tuple[str, Value], ...] = ()
+    parameters: tuple[tuple[str, ParameterValue], ...] = ()
 
 
 Instruction = Load | Scale | Add | Subtract | Apply

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mergetool.errors import ExpressionError, UsageError
-from mergetool.ops.program import Value
+from mergetool.ops.program import ParameterValue
 from mergetool.options.multipliers import number
 from mergetool.recipe.graph import Call, Sum, Term, add, normal, scale
 
@@ -127,7 +127,7 @@ def _check_degrees(node: ast.Call, method: Method, arguments: Sequence[Sum]) -> 
     return first
 
 
-def _value(node: ast.expr, read: Read, method: Method, name: str, arguments: int) -> Value:
+def _value(node: ast.expr, read: Read, method: Method, name: str, arguments: int) -> ParameterValue:
     parameter = method[name]
     value = _literal(node, read)
     if value is None or not parameter.accepts(value, arguments):
@@ -135,7 +135,7 @@ def _value(node: ast.expr, read: Read, method: Method, name: str, arguments: int
     return value
 
 
-def _literal(node: ast.expr, read: Read) -> Value | None:
+def _literal(node: ast.expr, read: Read) -> ParameterValue | None:
     """True, False, a string, a number exactly as written, or a list of numbers; None for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | str):
         return node.value
@@ -147,7 +147,7 @@ def _literal(node: ast.expr, read: Read) -> Value | None:
     return value if isinstance(value, Fraction) else None
 
 
-def _weighted(method: Method, arguments: Sequence[Sum], given: dict[str, Value], base: Sum | None) -> Sum:
+def _weighted(method: Method, arguments: Sequence[Sum], given: dict[str, ParameterValue], base: Sum | None) -> Sum:
     assert method.factors is not None
     total = base or Sum(())
     for factor, argument in zip(method.factors(len(arguments), **given), arguments, strict=True):

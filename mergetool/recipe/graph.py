@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TypeAlias
 
-from mergetool.ops.program import Value
+from mergetool.ops.program import ParameterValue
 from mergetool.options.multipliers import number
 from mergetool.recipe.quoting import in_quotes, quote
 
@@ -48,7 +48,7 @@ class Call:
 
     method: str
     arguments: tuple[Sum, ...]
-    parameters: tuple[tuple[str, Value], ...]
+    parameters: tuple[tuple[str, ParameterValue], ...]
     degree: Fraction
 
 
@@ -339,7 +339,7 @@ def _render_call(call: Call, names: Mapping[str, str]) -> str:
     return f"{call.method}({', '.join(arguments)})"
 
 
-def _render_value(value: Value) -> str:
+def _render_value(value: ParameterValue) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(number, value))}]"
     if isinstance(value, str):

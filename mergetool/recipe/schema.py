@@ -28,17 +28,17 @@ MAX_TEXT = 100_000
 
 _BY_NAME = {"type": "string", "pattern": rf"^\{{{VARIABLE}\}}$"}
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
-Patterns = Text | Annotated[list[Text], Field(min_length=1, max_length=1000)]
-Number = Annotated[int | Decimal, WithJsonSchema({"anyOf": [{"type": "number"}, _BY_NAME]})]
+_Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
+_Patterns = _Text | Annotated[list[_Text], Field(min_length=1, max_length=1000)]
+_Number = Annotated[int | Decimal, WithJsonSchema({"anyOf": [{"type": "number"}, _BY_NAME]})]
 Count = Annotated[
     int, Field(ge=0, le=2**31 - 1), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _BY_NAME]})
 ]
-Size = Annotated[
-    Annotated[int, Field(gt=0, lt=2**63)] | Text,
+_Size = Annotated[
+    Annotated[int, Field(gt=0, lt=2**63)] | _Text,
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["300MB", "4GiB"]}]}),
 ]
-Value = Number | Text
+_Value = _Number | _Text
 
 
 class _Strict(BaseModel):
@@ -56,24 +56,24 @@ def _typed(kind: kinds.Kind) -> Any:
             by_value = {"type": "integer", "minimum": kind.least}
             return Annotated[int, Field(ge=kind.least, le=kind.most), WithJsonSchema({"anyOf": [by_value, _BY_NAME]})]
         case kinds.Number() | kinds.Share():
-            return Number
+            return _Number
         case Seeds():
-            return int | Text | list[int]
+            return int | _Text | list[int]
         case Strengths():
-            return Number | Text | list[Number]
+            return _Number | _Text | list[_Number]
         case Sides():
-            return Text | Annotated[list[int], Field(min_length=2, max_length=2)]
+            return _Text | Annotated[list[int], Field(min_length=2, max_length=2)]
         case kinds.Size():
-            return Size
+            return _Size
         case kinds.Patterns():
-            return Patterns
+            return _Patterns
         case kinds.Settings():
-            return Annotated[dict[Text, Value], Field(min_length=1, max_length=1000)]
+            return Annotated[dict[_Text, _Value], Field(min_length=1, max_length=1000)]
         case kinds.TwoNumbers():
-            return Annotated[list[Number], Field(min_length=2, max_length=2)]
+            return Annotated[list[_Number], Field(min_length=2, max_length=2)]
         case kinds.String(empty=True):
             return Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-    return Text
+    return _Text
 
 
 def _refusing(row: Row) -> Any:
@@ -121,15 +121,17 @@ class PicturesSpec(_of(LookOptions)):  # type: ignore[misc]
 class DiffSpec(_of(DiffOptions)):  # type: ignore[misc]
     """A difference LoRA, as `mergetool diff` takes it."""
 
-    base: Text = Field(description="The model the LoRA will be loaded on: a name under models, an output, or lab.NAME.")
-    variant: Text = Field(description="The model that base + LoRA should become.")
+    base: _Text = Field(
+        description="The model the LoRA will be loaded on: a name under models, an output, or lab.NAME."
+    )
+    variant: _Text = Field(description="The model that base + LoRA should become.")
 
 
 class MergeOutput(_of(MergeOptions, ShardOptions)):  # type: ignore[misc]
     """A merged checkpoint."""
 
-    merge: Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
-    output: Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
+    merge: _Text = Field(description="The expression, as in: alkahest + m * (tuned - base).")
+    output: _Text | None = Field(None, description="The file, NAME.safetensors, or NAME/ for a folder.")
     verify: bool | Literal["weights", "pictures"] | PicturesSpec = Field(
         False, description="Check it as `mergetool verify` does: weights alone, or with pictures."
     )
@@ -139,7 +141,7 @@ class LoraOutput(_Strict):
     """A difference LoRA."""
 
     diff: DiffSpec
-    output: Text | None = Field(None, description="The file, NAME.safetensors.")
+    output: _Text | None = Field(None, description="The file, NAME.safetensors.")
 
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
@@ -149,14 +151,14 @@ _Variable = Annotated[str, StringConstraints(pattern=rf"^{VARIABLE}$")]
 class Heading(_Strict):
     """What stands beside the outputs."""
 
-    models: dict[_Name, Text] = Field(
+    models: dict[_Name, _Text] = Field(
         default={},
         description="Names for models and LoRAs: a path from this file, hf://org/repo, lab.NAME, a registered name.",
     )
-    variables: dict[_Variable, Value] = Field(
+    variables: dict[_Variable, _Value] = Field(
         default={}, description="Variables and their values, which the command line or a caller can set."
     )
-    sweep: dict[_Variable, Annotated[list[Value], Field(min_length=1, max_length=256)]] = Field(
+    sweep: dict[_Variable, Annotated[list[_Value], Field(min_length=1, max_length=256)]] = Field(
         default={}, description="Variables with several values: every output that uses one is made once for each."
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mergetool.sampler.request import PictureRequest, Pictures, Refinement, Shot, Stage
-from mergetool.sampler.studio import Progress, Studio
+from mergetool.sampler.studio import StepCounter, Studio
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class MadePicture:
     parameters: dict[str, Any]
 
 
-def make(studio: Studio, request: PictureRequest, *, progress: Progress = lambda _: None) -> list[list[MadePicture]]:
+def make(studio: Studio, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
     """For every shot, the first stage's picture (if there is one) and that of each refinement.
 
     Raises what `Studio.first_stage` and `Studio.second_stage` raise.

@@ -41,7 +41,7 @@ MAX_CAPTION = 512
 CAPTION_UNIT = 32
 """Captions are padded to multiples of this, and the picture's positions come after them."""
 
-Progress = Callable[[int], None]
+StepCounter = Callable[[int], None]
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Studio:
     # ---- stages
 
     def first_stage(
-        self, stage: Stage, shots: Sequence[Shot], size: tuple[int, int], *, progress: Progress = lambda _: None
+        self, stage: Stage, shots: Sequence[Shot], size: tuple[int, int], *, progress: StepCounter = lambda _: None
     ) -> Tensor:
         """Latents float32 of every shot from pure noise, for pictures of ``size`` = (width, height) pixels.
 
@@ -194,7 +194,7 @@ class Studio:
         return self._run(stage, [shot.prompt for shot in shots], [shot.seed for shot in shots], shots, noise, progress)
 
     def second_stage(
-        self, stage: Refinement, shots: Sequence[Shot], latents: Tensor, *, progress: Progress = lambda _: None
+        self, stage: Refinement, shots: Sequence[Shot], latents: Tensor, *, progress: StepCounter = lambda _: None
     ) -> Tensor:
         """``latents`` of the shots brought to the level of the stage's strength, and denoised by its model."""
         seeds = [shot.second_seed for shot in shots]
@@ -209,7 +209,7 @@ class Studio:
         seeds: Sequence[int],
         shots: Sequence[Shot],
         start: Tensor,
-        progress: Progress,
+        progress: StepCounter,
     ) -> Tensor:
         captions = self.captions(prompts)
         negatives = self.captions([shot.negative for shot in shots]) if stage.guidance != 0 else captions

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 TILES = 16
 HISTOGRAM = 6
@@ -74,7 +74,7 @@ class Measures:
         return self.contrast < LEAST_CONTRAST or self.clipped > MOST_CLIPPED
 
 
-def measure(picture: Picture) -> Measures:
+def measure(picture: Pixels) -> Measures:
     """Measure a picture of at least 16 x 16 pixels."""
     values = picture.astype(np.float64)
     variance = float(values.var(axis=(0, 1)).sum())
@@ -102,12 +102,12 @@ def outside(found: Sequence[Measures], usual: Sequence[Measures]) -> list[bool]:
     return [any(not low <= getattr(one, name) <= high for name, (low, high) in ranges.items()) for one in found]
 
 
-def colour_distance(one: Picture, other: Picture) -> float:
+def colour_distance(one: Pixels, other: Pixels) -> float:
     """Total variation distance of the colour histograms, 0 for equal ones, 1 for no colour in common."""
     return float(np.abs(_histogram(one) - _histogram(other)).sum() / 2)
 
 
-def structural_distance(one: Picture, other: Picture) -> float:
+def structural_distance(one: Pixels, other: Pixels) -> float:
     """1 - mean SSIM over 8 x 8 windows of the luminance. Raises ValueError for pictures of different size."""
     if one.shape != other.shape:
         raise ValueError(f"pictures of one size are compared, not {one.shape} with {other.shape}")
@@ -120,12 +120,12 @@ def structural_distance(one: Picture, other: Picture) -> float:
     return float(1 - ssim.mean())
 
 
-def drifted(one: Picture, other: Picture) -> bool:
+def drifted(one: Pixels, other: Pixels) -> bool:
     """Whether two pictures, one made from the other, are no longer the same picture."""
     return colour_distance(one, other) > MOST_COLOUR_DRIFT or structural_distance(one, other) > MOST_STRUCTURAL_DRIFT
 
 
-def psnr(one: Picture, other: Picture) -> float:
+def psnr(one: Pixels, other: Pixels) -> float:
     """Peak signal-to-noise ratio in dB, infinite for equal pictures."""
     error = float(np.mean((one.astype(np.float64) - other) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
@@ -152,7 +152,7 @@ def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return float((one * other).sum()) / scale if scale > 1e-9 else 0.0
 
 
-def _histogram(picture: Picture) -> NDArray[np.float64]:
+def _histogram(picture: Pixels) -> NDArray[np.float64]:
     levels = picture.astype(np.int64) * HISTOGRAM // 256
     index = (levels[..., 0] * HISTOGRAM + levels[..., 1]) * HISTOGRAM + levels[..., 2]
     return np.bincount(index.ravel(), minlength=HISTOGRAM**3) / index.size

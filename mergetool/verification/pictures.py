@@ -19,7 +19,7 @@ from mergetool.lab.world import Scene
 from mergetool.sampler import session
 from mergetool.sampler.request import Pictures
 from mergetool.sampler.session import MadePicture
-from mergetool.sampler.studio import Progress, Studio
+from mergetool.sampler.studio import StepCounter, Studio
 from mergetool.verification import images
 from mergetool.verification.images import Measures
 from mergetool.verification.looking import Look
@@ -98,7 +98,7 @@ def check_pictures(
     look: Look,
     *,
     scorer: Scorer | None = None,
-    progress: Progress = lambda _: None,
+    progress: StepCounter = lambda _: None,
 ) -> PicturesReport:
     """Sample every parent and ``output``, measure, and judge the output's pictures.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mergetool.lab.checker import adherent, read
-from mergetool.lab.world import PALETTE, SCENES, SHAPES, SIZE, Picture, Placing, Scene, render
+from mergetool.lab.world import PALETTE, SCENES, SHAPES, SIZE, Pixels, Placing, Scene, render
 
 STYLES = [(False, False), (True, False), (False, True), (True, True)]
 
@@ -45,7 +45,7 @@ def test_an_empty_ground_has_no_shape(colour: str) -> None:
     assert (found.shape, found.colour, found.ground) == (None, None, colour)
 
 
-def _blob(seed: int) -> Picture:
+def _blob(seed: int) -> Pixels:
     """A ragged blob that is none of the shapes."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from mergetool.lab.world import SCENES, Placing, render
-from mergetool.verification.images import Picture, colour_distance, measure, outside, psnr, structural_distance
+from mergetool.verification.images import Pixels, colour_distance, measure, outside, psnr, structural_distance
 
 
-def noise(seed: int, size: int = 64) -> Picture:
+def noise(seed: int, size: int = 64) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def drawn(seed: int) -> Picture:
+def drawn(seed: int) -> Pixels:
     generator = np.random.default_rng(seed)
     return render(SCENES[generator.integers(len(SCENES))], Placing.random(generator))
 
@@ -43,7 +43,7 @@ def test_stripes_are_no_noise(turned: bool) -> None:
     assert not any(measure(np.ascontiguousarray(p.swapaxes(0, 1)) if turned else p).noise for p in scenes)
 
 
-def glaring(seed: int) -> Picture:
+def glaring(seed: int) -> Pixels:
     """Blocks of 8 x 4 pixels at both ends of the scale, in rows that alternate, blurred a little: what a merge at 20 times a right factor draws."""
     generator = np.random.default_rng(seed)
     rows = np.where(np.arange(16)[:, None] % 2, 235.0, 20.0) + generator.normal(0, 90, (16, 8))
