@@ -25,14 +25,15 @@ from pathlib import Path
 from benchmarks import provenance
 from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
+from mergetool.adapters import dialects
 from mergetool.checkpoint.dtypes import BF16
-from mergetool.lora import dialects
-from mergetool.lora.budget import Spectrum, file_size, ranks_for
-from mergetool.lora.directions import Directions
-from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.rules import Rule
-from mergetool.lora.spectra import SideFile
-from mergetool.options.differences import DiffOptions, RuleName
+from mergetool.difference.budget import Spectrum, file_size, ranks_for
+from mergetool.difference.directions import Directions
+from mergetool.difference.extract import Extraction, extract, open_diff
+from mergetool.difference.spectra import SideFile
+from mergetool.lowrank.rules import Rule
+from mergetool.lowrank.thresholds import RuleName
+from mergetool.options.differences import DiffOptions
 
 LAB = (("lab.alkahest", "lab.turbo"), ("lab.base", "lab.turbo"), ("lab.alkahest", "lab.deturbo"))
 LAB_RANKS = (4, 8, 16, 24, 40)

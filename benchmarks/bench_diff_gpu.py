@@ -31,14 +31,15 @@ from benchmarks import provenance
 from benchmarks.device_pair import counts, make_pair
 from benchmarks.generate import SIZES
 from benchmarks.provenance import Result, median_ratio, percentile
+from mergetool.adapters import dialects
 from mergetool.arch.families.z_image import reference_shapes
-from mergetool.lora import batched, dialects
-from mergetool.lora.extract import Extraction, extract, open_diff
-from mergetool.lora.factors import factors_of
-from mergetool.lora.layer import Layer
-from mergetool.lora.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
-from mergetool.lora.pairs import Pairing
-from mergetool.lora.svd import SMALL
+from mergetool.difference.extract import Extraction, extract, open_diff
+from mergetool.difference.layer import Layer
+from mergetool.difference.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
+from mergetool.difference.pairs import Pairing
+from mergetool.lowrank import batched
+from mergetool.lowrank.factors import factors_of
+from mergetool.lowrank.svd import SMALL
 from mergetool.options.differences import DiffOptions
 
 OPTIONS = DiffOptions(rank_thresh=0.995, rank_max=64)

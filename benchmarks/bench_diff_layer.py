@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool.linalg.krylov import fast_bfloat16
-from mergetool.lora.svd import decompose
+from mergetool.lowrank.krylov import fast_bfloat16
+from mergetool.lowrank.svd import decompose
 
 CAP, CAPPED_THRESHOLD = 64, 0.995
 Factors = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V^T [r, n]

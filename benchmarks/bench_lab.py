@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.provenance import commit, machine
 from mergetool import models
+from mergetool.difference.extract import extract, open_diff
 from mergetool.engine import job
 from mergetool.lab import checker, world
-from mergetool.lora.extract import extract, open_diff
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.options.sampling import StrengthMeaning

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_resize --dir DIR [--shape 10240x3840] [--rank 128] [--to 64] [--runs 3]
 
 Two LoRAs of ``--rank`` on one matrix of ``--shape``, BF16 factors with falling spectra. Timed, in turn in every round: the sum of both
-cut to ``--to`` by the factors (`lora.sources`, from the files' factors in memory to the float32 pair), one of them cut alike:
+cut to ``--to`` by the factors (`adapters.sources`, from the files' factors in memory to the float32 pair), one of them cut alike:
 the dense way: the float32 product and `torch.linalg.svd` of it. Both are compared with the float64 SVD: the
 largest relative error of a singular value, and of the product of the pair.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance
-from mergetool.lora.factored import Factored
-from mergetool.lora.svd import balanced_factors
+from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.svd import balanced_factors
 
 WEIGHTS = (0.8, -0.3)
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test = ["pytest", "-q", "-p", "no:cacheprovider", "-m"]
     parts = {
         "arithmetic": [*test, "not long", "tests/ops/test_cuda.py", "tests/engine/test_gpu.py"],
-        "decomposition": [*test, "gpu", "tests/lora/test_batched.py", "tests/lora/test_on_device.py"],
+        "decomposition": [*test, "gpu", "tests/lowrank/test_batched.py", "tests/difference/test_on_device.py"],
         "methods": [*test, "gpu", "tests/methods/test_every_method.py"],
         "kernels": ["benchmarks.bench_kernels", *results],
         "merge": ["benchmarks.bench_merge_gpu", *models, "--keep", *results],

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from mergetool.api.verifying import replay, verify
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
+    from mergetool.difference.extract import extract, open_diff
     from mergetool.engine.job import open_merge, run_merge
     from mergetool.errors import MergetoolError
-    from mergetool.lora.extract import extract, open_diff
     from mergetool.models import open_model
     from mergetool.options.differences import DiffOptions
     from mergetool.options.merging import MergeOptions
@@ -86,7 +86,7 @@ _HOME = {
     "compare": "api.comparing",
     "convert": "api.merging",
     "diff": "api.differences",
-    "extract": "lora.extract",
+    "extract": "difference.extract",
     "lora_common": "api.loras",
     "lora_convert": "api.loras",
     "lora_inspect": "api.lora_checks",
@@ -96,7 +96,7 @@ _HOME = {
     "lora_resize": "api.loras",
     "lora_verify": "api.lora_checks",
     "merge": "api.merging",
-    "open_diff": "lora.extract",
+    "open_diff": "difference.extract",
     "open_merge": "engine.job",
     "open_model": "models",
     "parse": "recipe.expression",

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from tests.families import checkpoint
 
 if TYPE_CHECKING:
-    from tests.lora.matrix import Matrix
+    from tests.adapters.matrix import Matrix
     from tests.oracles import ComfyUI
 
 # Examples are counted, never timed: a machine under load is not a fault of what is tested.
@@ -68,8 +68,8 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def matrix(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Matrix:
-    """What every release of diffusers and ComfyUI made of the LoRAs of `tests/lora/matrix.py`, found once for all workers."""
-    from tests.lora.matrix import Matrix
+    """What every release of diffusers and ComfyUI made of the LoRAs of `tests/adapters/matrix.py`, found once for all workers."""
+    from tests.adapters.matrix import Matrix
 
     base = tmp_path_factory.getbasetemp()
     return Matrix((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "matrix", comfyui)

@@ -21,9 +21,9 @@ from mergetool.options.table import Option, part, values
 if TYPE_CHECKING:
     from mergetool.adapters.loaders import Loading
     from mergetool.checkpoint.outputs import Target
-    from mergetool.lora.diff_files import DiffFiles
-    from mergetool.lora.extract import Extraction
-    from mergetool.lora.pairs import Pairing
+    from mergetool.difference.diff_files import DiffFiles
+    from mergetool.difference.extract import Extraction
+    from mergetool.difference.pairs import Pairing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Diff(Request, DiffOptions, DiffRunOptions):
         """``output``, or what it is by default."""
         if self.output is not None:
             return os.fspath(self.output)
-        from mergetool.recipe.provenance import display_names
+        from mergetool.checkpoint.stamp import display_names
 
         names = display_names([self.base, self.variant])
         return f"{names[self.variant]}-minus-{names[self.base]}.safetensors"
@@ -81,7 +81,7 @@ def run_diff(asked: Diff, events: Events, *, keeps_current: bool = False) -> Ext
     asked, InputMissing, DataError and FamilyError for inputs, OutputError, BusyError and StorageError for outputs, NonFiniteError for NaN and infinity.
     """
     from mergetool.checkpoint.outputs import lora_target
-    from mergetool.lora.extract import open_diff
+    from mergetool.difference.extract import open_diff
     from mergetool.making import state
 
     target = lora_target(asked.name)
@@ -108,10 +108,10 @@ def _named(options: DiffOptions, events: Events, target: Target) -> DiffOptions:
 def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     """Take one difference, and bake it where that is asked for: the only place where that is done. Raises what `run_diff` says."""
     from mergetool.adapters.loaders import loading_of
+    from mergetool.difference import memory, on_device
+    from mergetool.difference.diff_files import DiffFiles
+    from mergetool.difference.extract import extract, on_the_cpu
     from mergetool.engine import device as devices
-    from mergetool.lora import memory, on_device
-    from mergetool.lora.diff_files import DiffFiles
-    from mergetool.lora.extract import extract, on_the_cpu
 
     started = time.monotonic()
     pairing, options, path = paired.pairing, paired.options, paired.target.path

@@ -21,10 +21,10 @@ from mergetool.options.running import ThreadOptions, UnmatchedOptions
 from mergetool.options.table import Option
 
 if TYPE_CHECKING:
-    from mergetool.adapters import LoraFile
     from mergetool.adapters.describe import Contents
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
+    from mergetool.adapters.reading import LoraFile
     from mergetool.lora.operations import Score
     from mergetool.lora.verify import LoraReport
 
@@ -141,7 +141,7 @@ def _of_loras(first: str, second: str, asked: LoraInterference, events: Events) 
 
 
 def _of_differences(first: str, second: str, asked: LoraInterference, events: Events) -> PairScores:
-    from mergetool.lora.extract import open_diff
+    from mergetool.difference.extract import open_diff
     from mergetool.lora.operations import delta_scores
     from mergetool.options.differences import DiffOptions
 

@@ -10,13 +10,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat
 from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
 from mergetool.errors import UsageError
 from mergetool.options.combining import (
-    KEY_FORMATS,
     GroupOptions,
-    KeyFormat,
     LookUpOptions,
     SumOptions,
     SumRunOptions,
@@ -26,12 +25,12 @@ from mergetool.options.running import DRY, UnmatchedOptions, WriteOptions, requi
 from mergetool.options.table import Option
 
 if TYPE_CHECKING:
-    from mergetool.adapters import LoraFile
+    from mergetool.adapters.convert import Converted
     from mergetool.adapters.loaders import Loading
+    from mergetool.adapters.reading import LoraFile
     from mergetool.arch import Anatomy
     from mergetool.checkpoint.outputs import Target
     from mergetool.lora.combine import Combined, Derive
-    from mergetool.lora.convert import Converted
     from mergetool.lora.gathering import Gathering
 
 ALora = Annotated[
@@ -213,9 +212,9 @@ def _sum(
 
 def run_lora_convert(asked: LoraConvert, events: Events) -> LoraConverted:
     """Write a LoRA under the names of another program, losslessly where that is possible. Raises MergetoolError."""
+    from mergetool.adapters.convert import convert
     from mergetool.adapters.loaders import loading_of
     from mergetool.lora import memory
-    from mergetool.lora.convert import convert
 
     target = _target(asked.output, events, dry_run=asked.dry_run, folder=asked.key_format == "peft")
     started = time.monotonic()
@@ -265,7 +264,7 @@ def _anatomy(model: str | None) -> Anatomy | None:
 def opened_lora(lora: str | os.PathLike[str], model: str | None) -> LoraFile:
     """The LoRA, with its names looked up."""
     from mergetool import models
-    from mergetool.adapters import open_lora
+    from mergetool.adapters.reading import open_lora
 
     return open_lora(models.resolve(str(lora)).path, name=str(lora), anatomy=_anatomy(model))
 

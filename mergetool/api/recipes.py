@@ -21,7 +21,7 @@ from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import VerifyOptions
 
 if TYPE_CHECKING:
-    from mergetool.lora.extract import Extraction
+    from mergetool.difference.extract import Extraction
     from mergetool.making.survey import Survey, Task
     from mergetool.recipe.file import RecipeFile as Read
     from mergetool.verification.checking import Verification

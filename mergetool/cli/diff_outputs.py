@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mergetool.cli import console
 
 if TYPE_CHECKING:
-    from mergetool.lora.extract import Extraction
-    from mergetool.lora.layer import Layer
-    from mergetool.lora.pairs import Pairing
+    from mergetool.difference.extract import Extraction
+    from mergetool.difference.layer import Layer
+    from mergetool.difference.pairs import Pairing
     from mergetool.options.differences import DiffOptions
 
 

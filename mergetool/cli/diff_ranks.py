@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mergetool.cli import console
 
 if TYPE_CHECKING:
-    from mergetool.lora.extract import Extraction
-    from mergetool.lora.layer import Layer
+    from mergetool.difference.extract import Extraction
+    from mergetool.difference.layer import Layer
     from mergetool.options.differences import DiffOptions
 
 # The first of these that a matrix is in is its row of the table.

@@ -9,8 +9,8 @@ from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.differences import Extracted, Paired
-    from mergetool.lora.layer import Layer
-    from mergetool.lora.pairs import Pair, Pairing
+    from mergetool.difference.layer import Layer
+    from mergetool.difference.pairs import Pair, Pairing
     from mergetool.options.differences import DiffOptions
 
 
@@ -34,7 +34,7 @@ class DiffReport(CommandEvents):
 
 
 def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
-    from mergetool.lora.pairs import UNCHANGED
+    from mergetool.difference.pairs import UNCHANGED
 
     reasons: dict[str, list[str]] = {}
     for pair in pairing.pairs:

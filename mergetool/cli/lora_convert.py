@@ -11,7 +11,7 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.adapters import LoraFile
+    from mergetool.adapters.reading import LoraFile
     from mergetool.api.loras import LoraConverted
 
 EXAMPLES = """\b

@@ -13,10 +13,10 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.adapters import LoraFile
     from mergetool.adapters.describe import Contents, Target
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
+    from mergetool.adapters.reading import LoraFile
     from mergetool.api.lora_checks import LoraContents
 
 EXAMPLES = """\b

@@ -18,22 +18,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mergetool.adapters import output as lora_file
+from mergetool.adapters.sources import Source
+from mergetool.adapters.spelling import with_alphas_everywhere
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.outputs import Target
+from mergetool.checkpoint.stamp import display_names, stamp
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lora import output as lora_file
 from mergetool.lora.concatenation import Stored, concatenated
-from mergetool.lora.factored import RankOf
 from mergetool.lora.gathering import Gathering, Module, holding, total_of
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ranks_within
-from mergetool.lora.sources import Source
-from mergetool.lora.spelling import with_alphas_everywhere
-from mergetool.lora.svd import balanced_factors, stored_residual
+from mergetool.lowrank.factored import RankOf
+from mergetool.lowrank.svd import balanced_factors, stored_residual
 from mergetool.ops.cpu import TORCH
 from mergetool.options.multipliers import number, setting_text
-from mergetool.recipe.provenance import display_names, stamp
 
 
 @dataclass(frozen=True, slots=True)

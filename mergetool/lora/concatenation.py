@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergetool.adapters.sources import source_of
 from mergetool.adapters.values import low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.lora.factored import Factored
 from mergetool.lora.gathering import Module, Piece
-from mergetool.lora.sources import source_of
-from mergetool.lora.svd import balanced_factors
+from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.svd import balanced_factors
 
 _CANCELLED = 1e-6  # below this share of the terms' norms the root of a difference of squares is no longer right to 1e-4
 _NOTHING = 2.0**-45  # of the parts' norms: what float64 leaves of a sum in which they cancel

@@ -10,8 +10,11 @@ from fractions import Fraction
 from math import prod
 
 from mergetool import models
-from mergetool.adapters import Change, LoraFile, matching, open_lora
+from mergetool.adapters import dialects, matching
+from mergetool.adapters.adapter import Change
 from mergetool.adapters.keys import Spelled, take_apart
+from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters.sources import Source, source_of, total
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import Anatomy, Family, Part, Slice
 from mergetool.arch.generic import GENERIC
@@ -20,8 +23,6 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
-from mergetool.lora import dialects
-from mergetool.lora.sources import Source, source_of, total
 from mergetool.options.multipliers import Setting
 from mergetool.recipe import groups
 

@@ -1,55 +1,20 @@
-"""How much memory a difference or a sum of LoRAs may come to take: upper bounds, from shapes alone.
+"""How much memory a sum of LoRAs, or the conversion of one, may come to take: upper bounds, from shapes alone.
 
-Ranks are known only when matrices are decomposed, so that every matrix is counted at the largest rank that its options allow. Numbers of bytes are of
+As in `difference.memory` every matrix is counted at the largest rank that its options allow. Numbers of bytes are of
 arrays that live at the same time; a test holds that runs stay below them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from math import prod
 
-from mergetool.adapters import LoraFile
+from mergetool.adapters.reading import LoraFile
 from mergetool.checkpoint.dtypes import DType
-from mergetool.engine.device import CPU, Device
+from mergetool.difference.memory import READING, largest, of_dense
 from mergetool.engine.job import BASE_MEMORY
 from mergetool.engine.threads import asked
-from mergetool.linalg.krylov import fast_bfloat16
-from mergetool.linalg.range_finder import BASIS_PER_RANK, LARGEST_BASIS
-from mergetool.lora.budget import FIRST_GUESS, uniform_rank
 from mergetool.lora.gathering import Gathering, Module
-from mergetool.lora.operands import largest_dense
-from mergetool.lora.pairs import Pair, Pairing
-from mergetool.lora.rules import Rule
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection
-from mergetool.options.differences import DiffOptions
-
-_READING = 32 << 20  # windows of the files, and what is decoded of them
-_PINNED = 16 << 20  # a page-locked buffer of `upload`
-_LEAST_BASIS = 256  # rows that a search may need for a few directions
-_GROWTH = 8  # rows of a basis for each direction, at most
-
-
-def of_difference(pairing: Pairing, options: DiffOptions, threads: int | None = None, device: Device = CPU) -> int:
-    """Bytes of anonymous memory that `extract` may come to take, the interpreter's among them."""
-    workers = asked(threads)
-    pairs = pairing.decomposed
-    ranks = {pair.name: _most(pair, options, pairs) for pair in pairs}
-    kept = sum(ranks[pair.name] * sum(pair.shape) for pair in pairs) * options.stored.itemsize
-    directions = 0
-    if options.budget:
-        kept, directions = min(kept, options.budget_bytes), 2 * options.budget_bytes
-    elif options.spectra is not None:
-        directions = sum(2 * (ranks[pair.name] + 2) * min(pair.shape) for pair in pairs)
-    whole = 2 * sum(pair.base.numel for pair in pairing.pairs if pair.whole) * options.stored.itemsize
-    room = sum(largest_dense(pairing.pairs, pairing.variants)) * (4 + 2 * fast_bfloat16())
-    work = _largest((_of_pair(pair, ranks[pair.name], options) for pair in pairs), workers)
-    if device.is_gpu:
-        from mergetool.lora.on_device import READERS
-
-        work, workers = _largest((_of_pair(pair, ranks[pair.name], options) for pair in pairs), 1), 1
-        room += 2 * READERS * _PINNED
-    return BASE_MEMORY + _READING + (workers + 1) * room + work + kept + directions + whole
 
 
 def of_sum(gathering: Gathering, selection: Selection, dtype: DType | None = None, threads: int | None = None) -> int:
@@ -60,10 +25,10 @@ def of_sum(gathering: Gathering, selection: Selection, dtype: DType | None = Non
         width = _width(module)
         rank = min(_allowed(selection, width or min(m, n)), width or min(m, n), min(m, n) if width is None else width)
         kept += rank * (m + n) * (dtype or module.dtype).itemsize
-        works.append(_of_factors(m, n, width) if width is not None else _of_dense(m, n, rank, searched=False))
+        works.append(_of_factors(m, n, width) if width is not None else of_dense(m, n, rank, searched=False))
     if isinstance(selection, Budget):
         kept = min(kept, selection.size)
-    return BASE_MEMORY + _READING + _largest(works, asked(threads)) + kept
+    return BASE_MEMORY + READING + largest(works, asked(threads)) + kept
 
 
 def of_conversion(file: LoraFile) -> int:
@@ -71,36 +36,7 @@ def of_conversion(file: LoraFile) -> int:
     stored = [[file.checkpoint.tensors[key] for key in adapter.tensors.values()] for adapter in file.adapters]
     one = max((sum(prod(info.shape) for info in infos) for infos in stored), default=0)
     whole = sum(info.nbytes for infos in stored for info in infos)
-    return BASE_MEMORY + _READING + 3 * whole + 48 * one
-
-
-def _most(pair: Pair, options: DiffOptions, pairs: Sequence[Pair]) -> int:
-    """The largest rank that ``options`` allow a pair."""
-    short = min(pair.shape)
-    most = options.rank or options.cap or short
-    if options.budget:
-        guess = FIRST_GUESS * uniform_rank([one.shape for one in pairs], options.budget_bytes, options.stored)
-        most = min(most, 4 * int(guess) + _LEAST_BASIS)
-    return min(most, short)
-
-
-def _of_pair(pair: Pair, rank: int, options: DiffOptions) -> int:
-    """Bytes that one thread works in, besides the difference itself."""
-    m, n = pair.shape
-    searched = bool(options.rank or options.budget or not Rule.of(options).needs_all)
-    found = _of_dense(m, n, rank, searched=searched, has_delta=True)
-    return found + (24 * m * n if pair.second is not None else 0)
-
-
-def _of_dense(m: int, n: int, rank: int, *, searched: bool, has_delta: bool = False) -> int:
-    """A truncated decomposition of a matrix [m, n]: the basis of its search, or its whole spectrum; then the directions, in float64."""
-    short, long, exact = min(m, n), max(m, n), 4 if fast_bfloat16() else 8
-    limit = int(LARGEST_BASIS * short)
-    basis = min(limit, _GROWTH * rank + _LEAST_BASIS) if searched else 0
-    bytes_taken = exact * basis * (2 * short + long) + 8 * basis * short + 32 * basis**2
-    if not searched or BASIS_PER_RANK * rank > limit:
-        bytes_taken += 80 * short**2 + 8192 * short
-    return bytes_taken + 48 * rank * (m + n) + (0 if has_delta else 8 * m * n)
+    return BASE_MEMORY + READING + 3 * whole + 48 * one
 
 
 def _of_factors(m: int, n: int, width: int) -> int:
@@ -123,8 +59,3 @@ def _allowed(selection: Selection, width: int) -> int:
             return rank
         case ByRule(_, most) | Budget(_, most):
             return width if most is None else most
-
-
-def _largest(sizes: Iterable[int], count: int) -> int:
-    """The sum of the ``count`` largest."""
-    return sum(sorted(sizes, reverse=True)[:count])

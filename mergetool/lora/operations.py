@@ -1,6 +1,6 @@
 """Two LoRAs against each other, matrix by matrix: the part of one that is orthogonal to the other, what both have, how much they collide.
 
-What these words mean is written in `lora.sets`. A change without factors (a whole difference, a LoKr or LoHa of high rank) is looked at by
+What these words mean is written in `lowrank.sets`. A change without factors (a whole difference, a LoKr or LoHa of high rank) is looked at by
 the directions that hold `DENSE_SHARE` of its energy.
 """
 
@@ -15,19 +15,19 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mergetool.adapters.sources import Dense, Kronecker, Product, Source
 from mergetool.checkpoint.names import quoted
+from mergetool.difference.delta import Delta
+from mergetool.difference.operands import Operand
+from mergetool.difference.pairs import Pair, Pairing
+from mergetool.difference.streaming import each
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lora import sets
-from mergetool.lora.delta import Delta
-from mergetool.lora.factored import Factored
 from mergetool.lora.gathering import Gathering, Module, Piece, total_of
-from mergetool.lora.operands import Operand
-from mergetool.lora.pairs import Pair, Pairing
-from mergetool.lora.sets import NEGLIGIBLE, LowRank
-from mergetool.lora.sources import Dense, Kronecker, Product, Source
-from mergetool.lora.streaming import each
-from mergetool.lora.svd import decompose
+from mergetool.lowrank import sets
+from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.sets import NEGLIGIBLE, LowRank
+from mergetool.lowrank.svd import decompose
 
 DENSE_SHARE = 0.95
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.difference.budget import Spectrum, ranks_for
 from mergetool.errors import UsageError
-from mergetool.lora.budget import Spectrum, ranks_for
 from mergetool.lora.gathering import Module
-from mergetool.lora.rules import Rule
+from mergetool.lowrank.rules import Rule
 from mergetool.options.combining import SelectionOptions
 
 _KERNEL, _ALPHA = 2 * 24, 80  # bytes of header, and of the header's padding

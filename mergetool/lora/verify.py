@@ -22,15 +22,16 @@ from fractions import Fraction
 import torch
 
 from mergetool import models
-from mergetool.adapters import LoraFile, matching, open_lora
+from mergetool.adapters import matching
 from mergetool.adapters.loaders import Loading, loading
+from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.reading import Fetcher, ValueReader, fetcher
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
-from mergetool.lora.svd import squared_norm
+from mergetool.lowrank.svd import squared_norm
 from mergetool.models import OpenedModel
 from mergetool.ops.cpu import CpuOps, as_tensor
 from mergetool.quant import Encoding

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergetool.checkpoint.stamp import display_names
 from mergetool.making.places import Places
 from mergetool.options.table import rows
 from mergetool.options.verifying import LookOptions
 from mergetool.recipe.file import RecipeOutput, look_of
 from mergetool.recipe.plan import Plan
-from mergetool.recipe.provenance import display_names
 
 
 def places_of(plan: Plan) -> dict[str, str]:

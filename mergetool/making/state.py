@@ -18,7 +18,7 @@ from mergetool.recipe import provenance
 from mergetool.recipe.plan import Plan
 
 if TYPE_CHECKING:
-    from mergetool.lora.pairs import Pairing
+    from mergetool.difference.pairs import Pairing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
 
     The file of whole differences has to say the same, and the checkpoint to be what both make of the base; directions decide nothing.
     """
-    from mergetool.lora.diff_files import DiffFiles  # with it comes torch, which no merge needs here
-    from mergetool.lora.extract import metadata_of
+    from mergetool.difference.diff_files import DiffFiles  # with it comes torch, which no merge needs here
+    from mergetool.difference.extract import metadata_of
 
     files, expected = DiffFiles.named(target, options), metadata_of(pairing, options)
     if not os.path.lexists(files.lora.path):

@@ -18,11 +18,11 @@ from mergetool.checkpoint.outputs import Target, is_file_name, lora_target, mode
 from mergetool.checkpoint.paths import typed
 from mergetool.checkpoint.shards import is_model_folder
 from mergetool.checkpoint.targets import require_folder
+from mergetool.difference.diff_files import DiffFiles
+from mergetool.difference.extract import open_diff
+from mergetool.difference.pairs import Pairing
 from mergetool.engine import job
 from mergetool.errors import OutputError, UsageError
-from mergetool.lora.diff_files import DiffFiles
-from mergetool.lora.extract import open_diff
-from mergetool.lora.pairs import Pairing
 from mergetool.making import state
 from mergetool.making.passes import passes
 from mergetool.making.places import Places

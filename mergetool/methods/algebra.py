@@ -8,7 +8,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from mergetool.linalg.exact import strongest_rows
+from mergetool.lowrank.exact import strongest_rows
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import dot
 

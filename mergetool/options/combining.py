@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.errors import UsageError
-from mergetool.options.differences import FACTORS, RULES, SHARE, BudgetOptions, RuleName, require_threshold
+from mergetool.lowrank.thresholds import RULES, RuleName, require_threshold
+from mergetool.options.differences import FACTORS, SHARE, BudgetOptions
 from mergetool.options.kinds import Choice, Integer, ModelName, Number, Settings
 from mergetool.options.multipliers import Setting
 from mergetool.options.running import ThreadOptions, UnmatchedOptions, WriteOptions
 from mergetool.options.table import Option, Table, refuse_together
-
-KeyFormat = Literal["default", "diffusers", "comfyui", "kohya", "peft"]
-KEY_FORMATS: tuple[KeyFormat, ...] = ("default", "diffusers", "comfyui", "kohya", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, cast
 
 from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.errors import UsageError
+from mergetool.lowrank.thresholds import RULES, RuleName, require_threshold, share_of
 from mergetool.options.kinds import (
     Choice,
     Flag,
@@ -25,8 +25,6 @@ from mergetool.options.kinds import (
 from mergetool.options.merging import LARGEST_SEED, PatternOptions
 from mergetool.options.table import Face, Option, Table
 
-RuleName = Literal["energy", "fro", "sum", "ratio", "abs", "knee"]
-RULES: tuple[RuleName, ...] = get_args(RuleName)
 FACTORS = {dtype.name: dtype for dtype in (BF16, F16, F32)}
 """What factors are stored in."""
 
@@ -39,8 +37,6 @@ SHARE = 0.95
 ONE_FILE: dict[Face, str] = {
     "node": "a node writes one file, which it names",
 }
-
-_SHARES = {"energy": "energy", "fro": "Frobenius norm", "sum": "sum of singular values"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +137,9 @@ class FileOptions(Table):
 class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     """What decides the bytes of a difference LoRA besides its models.
 
-    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh``, as `lora.rules` defines them; with ``budget`` the ranks are those with the
+    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh``, as `lowrank.rules` defines them; with ``budget`` the ranks are those with the
     least error in a file of that size. With a second variant the common part is taken, or with ``union`` the union with ``weights``, or with
-    ``orthogonal`` the part of the first that is orthogonal to the second (`lora.sets`).
+    ``orthogonal`` the part of the first that is orthogonal to the second (`lowrank.sets`).
     """
 
     rank: Annotated[int, Option(help="The same rank for every matrix; 0 chooses by `rank_thresh`.", kind=Integer())] = 0
@@ -201,29 +197,3 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
         if (self.rank or self.budget) and self.rank_thresh is not None:
             raise UsageError(f"`{'budget' if self.budget else 'rank'}` has no threshold; leave out `rank_thresh`.")
         require_threshold(self.rule, self.rank_thresh)
-
-
-def share_of(rule: RuleName, threshold: float) -> float | None:
-    """The share of the energy that a rule keeps; None where it is not about energy."""
-    return {"energy": threshold, "fro": threshold**2}.get(rule)
-
-
-def require_threshold(rule: RuleName, threshold: float | None) -> None:
-    """Raises UsageError for a ``threshold`` that the ``rule`` cannot mean, one too many or one too few; None is no threshold."""
-    if rule == "knee" and threshold is not None:
-        raise UsageError("`rule=knee` has no threshold; leave out `rank_thresh`.")
-    if rule in ("ratio", "abs") and threshold is None:
-        what = "share of the largest singular value" if rule == "ratio" else "singular value"
-        raise UsageError(f"`rule={rule}` needs `rank_thresh`, the {what} above which all are kept.")
-    if threshold is None:
-        return
-    if rule in _SHARES and not 0 < threshold <= 1:
-        raise UsageError(f"`rank_thresh` is {threshold}, but a share of the {_SHARES[rule]} is above 0 and at most 1.")
-    if rule == "ratio" and not 0 < threshold < 1:
-        raise UsageError(
-            f"`rank_thresh` is {threshold}, but `rule=ratio` needs a ratio to the largest value: 0 < t < 1."
-        )
-    if rule == "abs" and not 0 < threshold < math.inf:
-        raise UsageError(
-            f"`rank_thresh` is {threshold}, but `rule=abs` needs the smallest singular value to keep, above 0."
-        )

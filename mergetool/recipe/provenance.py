@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergetool import __version__
 from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.stamp import display_names, stamp
 from mergetool.errors import DataError, MergetoolError
 from mergetool.options.merging import MergeOptions
 from mergetool.options.table import recorded, rows
@@ -42,19 +42,6 @@ def metadata(
     if options.rounding == "stochastic":
         recipe["seed"] = options.seed  # also where it is the default: it decides every byte
     return stamp("recipe", recipe, [(names[m], fingerprints.get(m, FINGERPRINT_PLACEHOLDER)) for m in models])
-
-
-def stamp(command: str, recipe: Mapping[str, object], inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The ``__metadata__`` of everything that is written: what made it as ``mergetool.COMMAND``, of which inputs, and the version.
-
-    ``inputs`` are display names with content fingerprints. ``format`` is what transformers and diffusers look for.
-    """
-    return {
-        "format": "pt",
-        "mergetool.version": __version__,
-        f"mergetool.{command}": json.dumps(recipe, sort_keys=True),
-        "mergetool.inputs": json.dumps([{"name": name, "fingerprint": made} for name, made in inputs], sort_keys=True),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,18 +152,3 @@ def _options(recipe: Mapping[str, Any]) -> MergeOptions:
         return MergeOptions(**{row.name: recipe[row.key] for row in _OPTIONS if row.key in recipe})
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, MergetoolError) as error:
         raise DataError(f"the recorded options are damaged ({error}); the file cannot be verified.") from None
-
-
-def display_names(names: Sequence[str]) -> dict[str, str]:
-    """Names fit for publication: a path or address becomes its last component without suffix, made unique.
-
-    Example: ``["base", "/home/me/x.safetensors"]`` gives ``{"base": "base", "/home/me/x.safetensors": "x"}``.
-    """
-    shown: dict[str, str] = {}
-    for name in names:
-        short = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors") or name
-        unique, count = short, 2
-        while unique in shown.values():
-            unique, count = f"{short}-{count}", count + 1
-        shown[name] = unique
-    return shown

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters import open_lora
 from mergetool.adapters.dora_in_comfyui import difference
+from mergetool.adapters.reading import open_lora
 from mergetool.arch import recognise
 from mergetool.checkpoint.reader import Checkpoint
 from tests.adapters.spellings import DOWN, UP, f64, random

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters import open_lora
+from mergetool.adapters.reading import open_lora
 from mergetool.arch import recognise
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from mergetool.adapters import open_lora
 from mergetool.adapters.loaders import Loading, loading
+from mergetool.adapters.reading import open_lora
 from tests.adapters.files import DORAS
+from tests.adapters.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, Case, Matrix, agrees
 from tests.adapters.spellings import DIM, Written, random
-from tests.lora.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, Case, Matrix, agrees
 from tests.oracles import ComfyUI
 
 

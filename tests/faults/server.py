@@ -128,8 +128,6 @@ def main() -> None:
     import typer.main
 
     typer.main.get_command = functools.cache(typer.main.get_command)
-    import mergetool.engine.job
-    import mergetool.lora.extract  # noqa: F401
     from mergetool.cli.main import main as program
     from tests.faults import broken  # noqa: F401
 

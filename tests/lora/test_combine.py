@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters import open_lora
+from mergetool.adapters.reading import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.checkpoint import dtypes
 from mergetool.errors import DataError, FamilyError, OutputError, PatternError, UsageError
 from mergetool.lora.combine import Combined, combine
 from mergetool.lora.gathering import gather, holding, opened
-from mergetool.lora.rules import Rule
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection
-from mergetool.options.differences import RULES
+from mergetool.lowrank.rules import Rule
+from mergetool.lowrank.thresholds import RULES
 from tests.adapters.spellings import SPELLINGS, Written, f64, random
 
 Q = "layers.1.attention.to_q"

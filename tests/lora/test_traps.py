@@ -14,8 +14,8 @@ from mergetool.checkpoint import dtypes
 from mergetool.engine import job
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.lora.gathering import gather, opened
-from mergetool.lora.rules import Rule
 from mergetool.lora.selection import ByRule, Exact, Fixed, Selection
+from mergetool.lowrank.rules import Rule
 from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import SPELLINGS, f64, random
 from tests.lora.test_combine import changes, close, run, saved

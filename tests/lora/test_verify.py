@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint.dtypes import F32
+from mergetool.difference.extract import extract, open_diff
 from mergetool.engine import job
 from mergetool.errors import DataError, FamilyError, NonFiniteError
 from mergetool.lora import verify
-from mergetool.lora.extract import extract, open_diff
 from mergetool.lora.verify import LoraReport, open_comparison, verify_lora, worst
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions

@@ -123,7 +123,7 @@ def test_something_else_at_the_place_is_not_replaced(family: Path) -> None:
 
 
 def test_a_lora_is_up_to_date_by_its_recipe_and_inputs(family: Path) -> None:
-    from mergetool.lora.extract import extract
+    from mergetool.difference.extract import extract
 
     text = MODELS + "diff: {base: a, variant: b, rank: 4}\n"
     places = survey.places_for(read(text), None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergetool.linalg import exact
+from mergetool.lowrank import exact
 from mergetool.methods import Site, find
 
 SITE = Site("w")

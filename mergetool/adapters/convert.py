@@ -1,0 +1,235 @@
+"""A LoRA under other names: the same tensors, spelled for another program.
+
+Bits are kept wherever they can be. A scale goes into an ``.alpha`` or a config where the format has one; where it has none it is
+multiplied into ``up``, which is exact for powers of two, and said where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergetool.adapters import fusing, matching, module, naming, peft_folder
+from mergetool.adapters import output as lora_file
+from mergetool.adapters.dialects import KeyFormat, without_prefix
+from mergetool.adapters.keys import FLAT
+from mergetool.adapters.module import Module
+from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.spelling import SPELLINGS, Spelling, with_alphas_everywhere
+from mergetool.arch.generic import GENERIC
+from mergetool.checkpoint.names import quoted
+from mergetool.checkpoint.outputs import Target
+from mergetool.checkpoint.stamp import display_names, stamp
+from mergetool.errors import DataError
+
+NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
+"""Metadata of a file that is not its copy's: the second has alphas, which are elsewhere then."""
+
+
+@dataclass
+class Converted:
+    """What was done: modules and tensors written, modules whose ``up`` was rounded again with its relative error, those left out since
+    they change nothing, and keys that were left out: those of text encoders and, with ``skip_unmatched``, those that mean nothing."""
+
+    modules: int = 0
+    tensors: int = 0
+    rounded: dict[str, float] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    unmatched: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every value of every change is what it was."""
+        return not self.rounded and not self.unmatched
+
+
+def convert(
+    file: LoraFile,
+    output: Path | Target | None,
+    key_format: KeyFormat,
+    *,
+    overwrite: bool = False,
+    skip_unmatched: bool = False,
+    names_known: bool = False,
+) -> Converted:
+    """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none; without an ``output`` see what would be written.
+
+    ``names_known`` says that it was opened with the anatomy of its model, so that underscored names of any family are understood.
+    Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
+    not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
+    """
+    folder = key_format == "peft"
+    target = (
+        None if output is None else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=folder)
+    )
+    spelling = SPELLINGS[key_format]
+    _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
+    done = Converted(unmatched=matching.left_aside(file))
+    modules = _modules(file, spelling, key_format, done)
+    tensors: dict[str, Tensor] = {}
+    for part, one in modules.items():
+        tensors |= _spelled(part, one, spelling, done)
+    if key_format == "default":
+        tensors = with_alphas_everywhere(tensors)
+    if not tensors:
+        raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
+    done.modules, done.tensors = len(modules), len(tensors)
+    if target is None:
+        return done
+    extra = {}
+    if folder:
+        extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
+    lora_file.write(
+        target, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
+    )
+    return done
+
+
+def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatched: bool, names_known: bool) -> None:
+    if file.unmatched and not skip_unmatched:
+        key, reason = file.unmatched[0]
+        raise DataError(
+            f'"{file.name}": {quoted(key)} cannot be converted ({reason}; {len(file.unmatched)} such keys in all); '
+            "`skip_unmatched` leaves them out."
+        )
+    twice = next((part for part, changes in file.changes.items() if len(changes) > 1), None)
+    if twice is not None:
+        modules = " and ".join(quoted(change.adapter.module) for change in file.changes[twice])
+        raise DataError(
+            f'"{file.name}" changes {quoted(twice)} by {modules}, where one of them is wanted; '
+            "programs differ in which they take: get the LoRA with either."
+        )
+    flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
+    if file.family is GENERIC and flat and key_format == "comfyui" and not names_known:
+        raise DataError(
+            f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
+            "name the model with `model`."
+        )
+    naming.require_known(file, key_format)
+
+
+def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Converted) -> dict[str, Module]:
+    """The modules to be written, by the parameter of the model that each changes, in file order."""
+    found: dict[str, Module] = {}
+    for adapter in file.adapters:
+        changes = [change for held in file.changes.values() for change in held if change.adapter is adapter]
+        whole = module.read(file, adapter)
+        _require_carried(file, whole, adapter.module, spelling, key_format)
+        if len(changes) == 1:
+            found[changes[0].part] = whole
+            continue
+        slices = [module.rows(whole, change) for change in changes]
+        kept = [part for part in slices if part is not None]
+        if len(kept) < len(slices):  # under the fused module's own name, where a format has that
+            if not spelling.fused:
+                raise DataError(
+                    f'"{file.name}": {quoted(adapter.module)} is {whole.what} of q, k and v together, which cannot be taken '
+                    "apart; `key_format=comfyui` keeps it, and `mergetool lora bake` adds it to a checkpoint."
+                )
+            found[file.family.stored_name(changes[0].part, _layout(file))] = whole
+            continue
+        for change, part in zip(changes, fusing.apart(whole, kept), strict=True):
+            if part is None:
+                done.empty.append(change.part)
+            else:
+                found[change.part] = part
+    return _native(file, found, done) if spelling.fused else found
+
+
+def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spelling, key_format: KeyFormat) -> None:
+    is_carried = found.is_plain or found.kind in spelling.kinds
+    if found.kind == "lora" and "mid" not in found.tensors:
+        is_carried = "dora_scale" not in found.tensors or spelling.dora is not None
+    if spelling.alpha == "config" and found.is_by_columns:
+        raise DataError(
+            f'"{file.name}": {quoted(name)} is a DoRA with magnitudes of its inputs, where PEFT has those of outputs only; '
+            "`key_format=comfyui` or `key_format=default` keeps them."
+        )
+    if not is_carried:
+        way_out = "comfyui" if found.kind == "full" else "default"
+        raise DataError(
+            f'"{file.name}": {quoted(name)} is {found.what}, which `key_format={key_format}` cannot carry; '
+            f"`key_format={way_out}` can, and `mergetool lora bake` adds it to a checkpoint."
+        )
+
+
+def _native(file: LoraFile, modules: Mapping[str, Module], done: Converted) -> dict[str, Module]:
+    """ComfyUI's modules: q, k and v of a block as one where they are plain LoRAs, all others under the names that it stores them by."""
+    found: dict[str, Module] = {}
+    fused: dict[str, dict[str, Module]] = {}
+    for part, one in modules.items():
+        stored = file.family.stored_name(part, _layout(file)) if part in file.changes else part
+        if not stored.endswith(".qkv.weight") or stored == part:
+            found[stored] = one
+        elif one.is_plain:
+            fused.setdefault(stored, {})[part] = one
+            found[stored] = one  # its place
+        else:
+            found[part] = one
+    for stored, parts in fused.items():
+        block = stored.removesuffix(".qkv.weight")
+        held = [parts.get(f"{block}.to_{letter}.weight") for letter in "qkv"]
+        found[stored], error = fusing.together(held, len(next(iter(parts.values())).up))
+        if error:
+            done.rounded[stored] = error
+    return found
+
+
+def _layout(file: LoraFile) -> str:
+    return "comfyui" if "comfyui" in file.family.layouts else file.family.layouts[0]
+
+
+def module_name(parameter: str) -> str:
+    """The module that a parameter is of, as LoRA files call it."""
+    return without_prefix(parameter).removesuffix(".weight").removesuffix(".bias")
+
+
+def _spelled(part: str, found: Module, spelling: Spelling, done: Converted) -> dict[str, Tensor]:
+    """The tensors of a module under the names of a format."""
+    scale = found.scale
+    if spelling.alpha in ("none", "where needed") and found.kind == "lora" and scale != 1:
+        exact = found.up.double() * scale
+        folded = exact.to(found.up.dtype)
+        error = _relative(folded.double(), exact)
+        if error == 0 or spelling.alpha == "none":
+            found, scale = found.with_(up=folded, scale=1.0), 1.0
+            if error:
+                done.rounded[part] = error
+    start = spelling.module(module_name(part))
+    tensors = {start + spelling.ending(found.kind, role): tensor for role, tensor in _ordered(found, spelling)}
+    if (spelling.alpha == "always" and found.rank is not None) or (
+        spelling.alpha == "where needed" and found.rank is not None and scale != 1
+    ):
+        tensors[f"{start}.alpha"] = _alpha(scale, found.rank)
+    return tensors
+
+
+def _ordered(found: Module, spelling: Spelling) -> list[tuple[str, Tensor]]:
+    order = ("down", "up", "mid")
+    tensors = sorted(found.tensors.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    if spelling.alpha == "config":  # PEFT's magnitudes are a vector
+        return [(role, tensor.reshape(-1) if role == "dora_scale" else tensor) for role, tensor in tensors]
+    return tensors
+
+
+def _alpha(scale: float, rank: int) -> Tensor:
+    """scale * rank, in float32 where that gives the scale back exactly."""
+    alpha = torch.tensor(scale * rank, dtype=torch.float32)
+    return alpha if float(alpha) / rank == scale else torch.tensor(scale * rank, dtype=torch.float64)
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(exact))
+    return float(torch.linalg.vector_norm(found - exact)) / norm if norm else 0.0
+
+
+def _metadata(file: LoraFile, key_format: str) -> dict[str, str]:
+    """The file's own, which says how it was trained, and what was done to it."""
+    kept = {key: value for key, value in file.checkpoint.metadata.items() if key not in NOT_KEPT}
+    name = display_names([file.name])[file.name]
+    recipe = {"lora": name, "key_format": key_format}
+    return kept | stamp("lora.convert", recipe, [(name, file.checkpoint.fingerprint())])

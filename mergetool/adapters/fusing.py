@@ -1,0 +1,83 @@
+"""q, k and v of a block as one pair of factors, and apart again.
+
+Apart, ``up`` [3d, r] is cut into three and all keep ``down``; block-diagonal factors, which only fusing makes, lose the columns that
+are zero for them. Together, three of one ``down`` are put under each other again, and others become block-diagonal:
+
+    up = diag(up_q, up_k, up_v),  down = [down_q; down_k; down_v],  rank = r_q + r_k + r_v
+
+All of it moves bits and rounds none, unless the three have different scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergetool.adapters.module import Module
+
+
+def together(parts: Sequence[Module | None], rows: int) -> tuple[Module, float]:
+    """The parts in row order (None for one that is not changed) as one, and the relative error of what was rounded.
+
+    ``rows`` is how many each has. Scales that differ are folded into ``up``: all but the first one's.
+    """
+    there = [part for part in parts if part is not None]
+    first = there[0]
+    same = len(there) == len(parts) and all(
+        part.scale == first.scale and part.down.dtype == first.down.dtype and _same(part.down, first.down)
+        for part in there
+    )
+    if same and len({part.up.dtype for part in there}) == 1:
+        return first.with_(up=torch.cat([part.up for part in there])), 0.0
+    up_dtype, down_dtype = (_widest([part.tensors[role].dtype for part in there]) for role in ("up", "down"))
+    rank = sum(len(part.down) for part in there)
+    up = torch.zeros(len(parts) * rows, rank, dtype=up_dtype)
+    column, exact, lost = 0, 0.0, 0.0
+    for i, part in enumerate(parts):
+        if part is None:
+            continue
+        wanted = part.up.double() * (part.scale / first.scale) if part.scale != first.scale else part.up.double()
+        stored = wanted.to(up_dtype)
+        up[i * rows : (i + 1) * rows, column : column + len(part.down)] = stored
+        exact += float(wanted.square().sum())
+        lost += float((stored.double() - wanted).square().sum())
+        column += len(part.down)
+    down = torch.cat([part.down.to(down_dtype) for part in there])
+    return first.with_(up=up, down=down, rank=rank), (lost / exact) ** 0.5 if exact else 0.0
+
+
+def apart(module: Module, slices: Sequence[Module]) -> list[Module | None]:
+    """``slices`` of a fused LoRA's rows, each without the columns that are another's; None for one that nothing is left of."""
+    if not module.is_plain or len(slices) < 2:
+        return list(slices)
+    used = torch.stack([part.up.float().ne(0).any(dim=0) for part in slices])
+    if not _is_block_diagonal(used):
+        return list(slices)
+    found: list[Module | None] = []
+    for part, mine in zip(slices, used, strict=True):
+        kept = int(mine.sum())
+        reduced = part.with_(up=part.up[:, mine].contiguous(), down=part.down[mine].contiguous(), rank=kept)
+        found.append(reduced if kept else None)
+    return found
+
+
+def _is_block_diagonal(used: Tensor) -> bool:
+    """Whether every column is one part's alone, and they do not all belong to one that could be a plain LoRA's."""
+    return bool(used.sum(dim=0).max() == 1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether all bits are equal, which torch does not compare of 8-bit floats."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _widest(found: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all the values of those found: of fp16 and bf16 only float32 does."""
+    if len(set(found)) == 1:
+        return found[0]
+    widest = found[0]
+    for dtype in found[1:]:
+        widest = torch.promote_types(widest, dtype) if dtype.itemsize > 1 < widest.itemsize else torch.float32
+    return widest

@@ -1,0 +1,109 @@
+"""One module of a LoRA as it is stored: its tensors by role, in their own dtypes, and the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
+from mergetool.adapters.reading import LoraFile
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError, NonFiniteError
+from mergetool.ops.cpu import TORCH, as_tensor
+
+ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
+"""Roles whose tensors have the rows of the change, by kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """``tensors`` are those of an adapter by role: ``up`` [out, rank] and ``down`` [rank, in] of a LoRA. ``scale`` multiplies the product."""
+
+    kind: Kind
+    tensors: Mapping[str, Tensor]
+    rank: int | None
+    scale: float
+
+    @property
+    def up(self) -> Tensor:
+        """[out, rank]."""
+        return self.tensors["up"]
+
+    @property
+    def down(self) -> Tensor:
+        """[rank, in]."""
+        return self.tensors["down"]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is two factors and nothing else."""
+        return self.kind == "lora" and self.tensors.keys() == {"up", "down"}
+
+    @property
+    def is_by_columns(self) -> bool:
+        """Whether it is a DoRA whose magnitudes are those of input channels."""
+        scale = self.tensors.get("dora_scale")
+        return scale is not None and self.kind in ROWS and len(scale) == 1 != len(self.tensors[ROWS[self.kind][0]])
+
+    @property
+    def what(self) -> str:
+        """In words, for messages."""
+        if self.kind == "lora":
+            return "a DoRA" if "dora_scale" in self.tensors else "a LoCon" if "mid" in self.tensors else "a LoRA"
+        return {"full": "a whole difference", "loha": "a LoHa", "lokr": "a LoKr"}[self.kind]
+
+    def with_(self, *, scale: float | None = None, rank: int | None = None, **tensors: Tensor) -> Module:
+        """The same with other tensors."""
+        return replace(
+            self,
+            tensors={**self.tensors, **tensors},
+            scale=self.scale if scale is None else scale,
+            rank=self.rank if rank is None else rank,
+        )
+
+
+def read(file: LoraFile, adapter: Adapter) -> Module:
+    """All of an adapter, bit for bit. Raises NonFiniteError for NaN or infinity, DataError for a dtype that is no float."""
+    tensors = {}
+    for role, key in adapter.tensors.items():
+        info = file.checkpoint.tensors[key]
+        if info.dtype not in TORCH:
+            raise DataError(f'"{file.name}": {quoted(key)} is stored as {info.dtype.code}, where a float is wanted.')
+        raw = file.checkpoint.read(key)
+        tensor = as_tensor(memoryview(raw), info.dtype).clone().view(info.shape)
+        if not torch.isfinite(tensor.float()).all():
+            raise NonFiniteError(f'"{file.name}": {quoted(key)} holds NaN or infinity; mend the file, or leave it out.')
+        tensors[role] = _magnitudes(file, adapter, tensor) if role == "dora_scale" else tensor
+    return Module(adapter.kind, tensors, adapter.rank, adapter.scale)
+
+
+def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
+    """A DoRA's magnitudes as ComfyUI and LyCORIS have them: [out, 1] of rows, as they are of input channels. Raises DataError for neither."""
+    key, (rows, *others) = adapter.tensors["dora_scale"], adapter.shape
+    columns = is_by_columns(key, tuple(stored.shape), rows)
+    wanted = others[0] if columns else rows
+    if stored.numel() != wanted:
+        raise DataError(
+            f'"{file.name}": {quoted(key)} has {stored.numel()} magnitudes, where {wanted} are wanted; the file is damaged.'
+        )
+    return stored if columns else stored.reshape(rows, *(1 for _ in others))
+
+
+def rows(module: Module, change: Change) -> Module | None:
+    """The module of one part of a fused one, bit for bit; None where its factors have no rows to take: a LoKr, a DoRA by columns."""
+    if module.kind not in ROWS or any(role.startswith(("t1", "t2", "mid")) for role in module.tensors):
+        return None
+    taken = slice(change.row, change.row + change.rows)
+    tensors = dict(module.tensors)
+    for role in ROWS[module.kind]:
+        if role in tensors:
+            tensors[role] = tensors[role][taken].contiguous()
+    if "dora_scale" in tensors:
+        magnitudes = tensors["dora_scale"]
+        if module.is_by_columns:
+            return None
+        tensors["dora_scale"] = magnitudes[taken].contiguous()
+    return replace(module, tensors=tensors)

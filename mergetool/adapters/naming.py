@@ -1,0 +1,68 @@
+"""Which formats a LoRA of a model that is not Z-Image can be written in: those whose program is known to look up its modules' names.
+
+Programs give one model's modules different names, and of other families no map between them is known here. So names are kept: those
+under ``transformer.`` are diffusers' own, and ComfyUI looks its own up under ``diffusion_model.`` and, with underscores, ``lora_unet_``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat, without_prefix
+from mergetool.adapters.keys import Spelled, take_apart
+from mergetool.adapters.reading import LoraFile
+from mergetool.arch.generic import GENERIC
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError
+
+_COMFYUIS = re.compile(
+    r"(?:double|single|joint|input|output)_blocks\.|middle_block\."  # Flux, Chroma, SD3; SD1, SDXL
+    r"|blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.\d)$"  # Wan
+    r"|(?:layers|noise_refiner|context_refiner)\.\d+\.attention\.(?:qkv|out)$"  # Lumina 2
+)
+"""Modules that ComfyUI's own code calls so, and diffusers' does not."""
+
+_DOTTED = frozenset({"diffusion_model.", "model.diffusion_model."})
+_DIFFUSERS = frozenset({"transformer."})
+_KOHYA = frozenset({"lora_unet_"})
+_PEFT = frozenset({"base_model.model."})
+
+
+def require_known(file: LoraFile, key_format: KeyFormat) -> None:
+    """Raises DataError where the names of ``file`` are not known to be among those that the format's program loads."""
+    if file.family is not GENERIC or _is_known(file, key_format):
+        return
+    others = " or ".join(f"`key_format={other}`" for other in KEY_FORMATS if _is_known(file, other))
+    raise DataError(
+        f'"{file.name}" is not for Z-Image (its first module is {quoted(next(iter(file.adapters)).module)}), and the names that another '
+        f"model's modules have in `key_format={key_format}` are not known here; "
+        + (
+            f"{others} keeps the names that it has."
+            if others
+            else "use the file as it is, or add it to its model with `mergetool lora bake`."
+        )
+    )
+
+
+def _is_known(file: LoraFile, key_format: KeyFormat) -> bool:
+    prefixes = {_prefix(next(iter(adapter.tensors.values()))) for adapter in file.adapters}
+    if key_format == "kohya" and prefixes == _KOHYA:
+        return True
+    names = [without_prefix(part) for part in file.changes]
+    if key_format in ("comfyui", "kohya"):
+        return _are_comfyuis(names) and (prefixes <= _DOTTED or prefixes == _KOHYA)
+    if key_format == "peft" and prefixes == _PEFT:
+        return True
+    return key_format in ("diffusers", "peft") and prefixes == _DIFFUSERS and not _are_comfyuis(names)
+
+
+def _are_comfyuis(parts: Sequence[str]) -> bool:
+    """Whether some of these names are ComfyUI's: a file has names of one kind."""
+    return any(_COMFYUIS.match(part.removesuffix(".weight").removesuffix(".bias")) for part in parts)
+
+
+def _prefix(key: str) -> str:
+    found = take_apart(key)
+    assert isinstance(found, Spelled)
+    return found.prefix

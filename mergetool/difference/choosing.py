@@ -1,0 +1,169 @@
+"""Extraction from directions that are found first and chosen from afterwards: for a budget, and with a side file of spectra.
+
+With a side file the directions of a matrix are found, or taken from it, and used at once: one pass over the models. A budget
+has to see every spectrum before it can choose: one pass finds directions, another projects onto those that were chosen. Between the
+two, memory holds the directions, at most about as many bytes as the budget has, and the factors take as many more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from mergetool.adapters import dialects
+from mergetool.arch import Family
+from mergetool.difference import budget
+from mergetool.difference.directions import EXTRA, Directions, find, from_directions, suffice
+from mergetool.difference.layer import Result
+from mergetool.difference.on_device import Solved
+from mergetool.difference.operands import Operand, dense
+from mergetool.difference.pairs import Pair, Pairing
+from mergetool.difference.spectra import SideFile
+from mergetool.difference.whole import Whole
+from mergetool.lowrank.stored import ATTEMPTS, next_share
+from mergetool.lowrank.svd import Decomposition, balanced_factors, stored_residual
+from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
+
+T = TypeVar("T")
+
+
+class Run(Protocol):
+    """Reads the difference of every pair once, in order; ``work`` gets those that are finite, not zero and not stored whole."""
+
+    def __call__(
+        self, pairs: Sequence[Pair], work: Callable[[Pair, Operand], T]
+    ) -> Iterator[tuple[Pair, float, T | Whole | None]]: ...
+
+
+def stored_result(
+    pair: Pair, options: DiffOptions, family: Family, at: Callable[[float | None], Decomposition]
+) -> Result:
+    """The factors of ``pair`` as they are stored, which meet the threshold themselves where the dtype lets them.
+
+    ``at`` decomposes, for a share of the energy where one is given.
+    """
+    wanted: float | None = None
+    for _ in range(ATTEMPTS):
+        found = at(wanted)
+        down, up = balanced_factors(found, TORCH[options.stored])
+        residual = stored_residual(found, down, up)
+        if options.share is None or found.capped:
+            break
+        wanted = next_share(options.share, found.captured_energy / found.total_energy, residual)
+        if wanted is None:
+            break
+    return Result.of(pair, found, down, up, residual, family, options.share)
+
+
+def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Run) -> Iterator[Solved]:
+    """Every pair, ranks chosen by rule or fixed, from directions in ``side``, where those that were missing are added."""
+    family = pairing.base.anatomy.family
+
+    def work(pair: Pair, operand: Operand) -> Result:
+        known, delta = side.known.get(pair.name), dense(operand)
+        if known is None or not suffice(known, options, pair.shape):
+            known = side.add(pair.name, find(pair.name, delta, options, options.rank or options.cap))
+        return stored_result(
+            pair, options, family, lambda share: from_directions(pair.name, delta, known, options, share=share)
+        )
+
+    yield from run(pairing.pairs, work)
+
+
+@dataclass
+class WithinBudget:
+    """Every pair with the ranks that give the least total error in a file of ``options.budget_bytes``.
+
+    ``metadata`` is the file's. Directions are looked for until of no matrix all that are known are kept: only those matrices are
+    read again, for twice as many, so that the last pass chooses as if every spectrum were known to its end.
+    """
+
+    pairing: Pairing
+    options: DiffOptions
+    metadata: Mapping[str, str]
+    side: SideFile
+    run: Run
+    progress: Callable[[int], None] = lambda _: None
+
+    def solve(self) -> Iterator[Solved]:
+        """Raises UsageError when nothing fits."""
+        yield from self.run([pair for pair in self.pairing.pairs if pair.reason], _unreachable)
+        most = self._first_guess()
+        known = self.side.known
+        searched = [pair for pair in self.pairing.decomposed if pair.name not in known]
+        advance = self.progress
+        while True:
+            for pair, energy, found in self.run(searched, partial(self._find, most)):
+                advance(self.pairing.nbytes(pair))
+                if found is None:
+                    yield pair, energy, None  # unchanged, or not finite
+            pairs = [pair for pair in self.pairing.decomposed if pair.name in known]
+            if not pairs:
+                return
+            ranks = self._ranks(pairs)
+            searched = [pair for pair in pairs if self._is_open(pair, ranks[pair.name])]
+            if not searched:
+                break
+            most |= {pair.name: min(2 * known[pair.name].count, self._cap(pair)) for pair in searched}
+            advance = self._only_alive
+        yield from self._chosen(pairs, ranks)
+
+    def _find(self, most: Mapping[str, int], pair: Pair, delta: Operand) -> Directions:
+        return self.side.add(pair.name, find(pair.name, dense(delta), self.options, most[pair.name]))
+
+    def _only_alive(self, _: int) -> None:
+        self.progress(0)
+
+    def _cap(self, pair: Pair) -> int:
+        return min(self.options.cap or min(pair.shape), *pair.shape)
+
+    def _first_guess(self) -> dict[str, int]:
+        """How many directions of every matrix to look for at first."""
+        pairs = self.pairing.decomposed
+        uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget_bytes, self.options.stored)
+        guess = max(math.ceil(budget.FIRST_GUESS * uniform), budget.LEAST)
+        return {pair.name: min(guess, self._cap(pair)) for pair in pairs}
+
+    def _ranks(self, pairs: Sequence[Pair]) -> dict[str, int]:
+        family = self.pairing.base.anatomy.family
+        spectra = []
+        for pair in pairs:
+            known, (down, up) = self.side.known[pair.name], dialects.keys(family.lora_module(pair.name))
+            usable = known.energies[: min(known.count, self._cap(pair))]
+            kernel = pair.base.shape[2:]
+            spectra.append(budget.Spectrum(down, up, pair.shape, usable, kernel))
+        ranks = budget.ranks_for(spectra, self.options.budget_bytes, self.options.stored, self.metadata)
+        return {pair.name: rank for pair, rank in zip(pairs, ranks, strict=True)}
+
+    def _is_open(self, pair: Pair, rank: int) -> bool:
+        """True when all known directions of ``pair`` are kept though it has more."""
+        known = self.side.known[pair.name]
+        return rank == known.count < self._cap(pair) and not known.complete
+
+    def _chosen(self, pairs: Sequence[Pair], ranks: Mapping[str, int]) -> Iterator[Solved]:
+        family = self.pairing.base.anatomy.family
+        if not self.side.kept:
+            for pair in pairs:  # what is not used makes room for the factors
+                self.side.known[pair.name] = self.side.known[pair.name].first(ranks[pair.name] + EXTRA)
+
+        def work(pair: Pair, operand: Operand) -> Result:
+            known, rank, delta = self.side.known[pair.name], ranks[pair.name], dense(operand)
+            result = stored_result(
+                pair, self.options, family, lambda _: from_directions(pair.name, delta, known, self.options, rank=rank)
+            )
+            capped = rank == self.options.cap and not known.complete
+            return replace(result, layer=replace(result.layer, capped=capped))
+
+        for pair in pairs:
+            if ranks[pair.name] == 0:
+                total = self.side.known[pair.name].total
+                yield pair, total, Result.nothing(pair, total)
+        yield from self.run([pair for pair in pairs if ranks[pair.name]], work)
+
+
+def _unreachable(pair: Pair, delta: Operand) -> None:
+    raise AssertionError(f"{pair.name} is not to be decomposed")

@@ -1,0 +1,248 @@
+"""A difference LoRA: variant - base, or what two variants share, as low-rank factors, one matrix at a time.
+
+While matrices are decomposed, one a core, the next one is read; so memory is a few matrices and the factors themselves
+(`difference.memory`; the factors are 400 MB for all of Z-Image at rank 64 in bf16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mergetool import models
+from mergetool.adapters import output as lora_file
+from mergetool.adapters.reading import is_lora
+from mergetool.checkpoint import system
+from mergetool.checkpoint.outputs import Target
+from mergetool.checkpoint.stamp import display_names, stamp
+from mergetool.difference.choosing import WithinBudget, stored_result, with_spectra
+from mergetool.difference.diff_files import DiffFiles
+from mergetool.difference.layer import Layer, Result
+from mergetool.difference.on_device import Solved, free_memory, solve_all
+from mergetool.difference.operands import Operand, decomposed
+from mergetool.difference.pairs import Pair, Pairing, pair_up
+from mergetool.difference.spectra import SideFile
+from mergetool.difference.streaming import stream
+from mergetool.difference.whole import Whole, tensors
+from mergetool.engine.job import Inputs
+from mergetool.engine.reading import Method
+from mergetool.engine.threads import asked
+from mergetool.errors import DataError, NonFiniteError, UsageError
+from mergetool.options.differences import DiffOptions
+from mergetool.options.table import recorded
+
+
+@dataclass
+class Extraction:
+    """What a run found: ``layers`` in file order, what was stored ``whole``, and the energy of what was not decomposed, by reason.
+
+    With a second variant that energy is of the first one's delta. ``searched`` are the names of the matrices whose directions had to be searched for, where a side file of spectra was used.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    whole: list[Whole] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
+    skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
+
+    @property
+    def total(self) -> float:
+        """The squared Frobenius norm of the whole difference."""
+        stored = sum(layer.total for layer in self.layers) + sum(one.energy for one in self.whole)
+        return stored + sum(sum(names.values()) for names in self.skipped.values())
+
+
+@contextmanager
+def open_diff(
+    base: str,
+    variant: str,
+    options: DiffOptions,
+    *,
+    skip_unmatched: bool = False,
+    inputs: Inputs | None = None,
+) -> Iterator[Pairing]:
+    """The pairing of two models by name or path; they are closed at the end of the ``with`` block, but for those of ``inputs``.
+
+    Both variants may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
+    error, or with ``skip_unmatched`` listed. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
+    is read.
+    """
+    with ExitStack() as stack:
+        opened = inputs or Inputs(stack, skip_unmatched=skip_unmatched)
+        model = opened.model(base)
+        variants = [
+            opened.lora(name, model) if is_lora(models.resolve(name).path) else opened.model(name)
+            for name in (variant, *([] if options.variant2 is None else [str(options.variant2)]))
+        ]
+        yield pair_up(model, variants[0], options, *variants[1:])
+
+
+def extract(
+    pairing: Pairing,
+    output: Path | Target,
+    options: DiffOptions,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    method: Method = "auto",
+    device: torch.device | None = None,
+    memory: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Extraction:
+    """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
+
+    Factors are named by ``dialects.keys``. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
+    values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
+
+    ``options.spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
+    as many of each matrix as may be kept. The output is the same as when they are found in the run.
+
+    Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or the side file belongs to other
+    models, OutputError, BusyError, StorageError or DataError.
+    """
+    files = [file for model in pairing.inputs for file in model.checkpoint.files]
+    to = DiffFiles.checked(output, options, pairing, overwrite=overwrite)
+    if on_the_cpu(options, pairing):
+        device = None
+    system.keep_freed_memory()
+    side = SideFile() if to.spectra is None else SideFile.open(to.spectra.path, pairing, options.seed)
+    run = partial(stream, pairing, options, files=files, method=method, threads=asked(threads))
+    with ThreadPoolExecutor(1, "metadata") as background:
+        early = background.submit(metadata_of, pairing, options)
+        solved: list[Solved] = []
+        found_in: Iterator[Solved]
+        if device is not None:
+            found_in = _on_device(pairing, options, run, device, memory or free_memory(device))
+        elif options.budget:
+            found_in = WithinBudget(pairing, options, early.result(), side, run, progress).solve()
+        elif to.spectra is not None:
+            found_in = with_spectra(pairing, options, side, run)
+        else:
+            found_in = run(pairing.pairs, partial(_decompose, pairing, options))
+        for pair, energy, result in found_in:
+            if not math.isfinite(energy):
+                raise _not_finite(pairing, pair)
+            solved.append((pair, energy, result))
+            progress(pairing.nbytes(pair))
+    found, factors = _in_order(pairing, solved, options)
+    if found.layers and not factors:
+        raise UsageError(f"no singular value is above {options.threshold:g}; lower `rank_thresh`.")
+    if not factors:
+        raise _nothing(pairing, options)
+    if to.full is not None and found.whole:
+        values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
+        lora_file.write(to.full, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
+    lora_file.write(to.lora, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
+    side.save(files, asked(threads))
+    found.searched = sorted(side.added)
+    return found
+
+
+def on_the_cpu(options: DiffOptions, pairing: Pairing | None = None) -> str:
+    """What of these options, and of a pairing, only the CPU's path can do; empty when a device can do some of it."""
+    if pairing is not None and not any(pair.is_plain for pair in pairing.decomposed):
+        return "`variant2`" if pairing.second else "what is not two plain float tensors"
+    if options.budget:
+        return "`budget`"
+    if options.spectra is not None:
+        return "`spectra`"
+    return "" if options.rank or options.share is not None else f"`rule={options.rule}`"
+
+
+def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
+    names = [model.name for model in pairing.variants]
+    if len(names) > 1 and options.orthogonal:
+        return DataError(
+            f"nothing of the difference to {names[0]} is orthogonal to that to {names[1]}; there is nothing to write."
+        )
+    if len(names) > 1 and options.takes_common:
+        return DataError(f"{names[0]} and {names[1]} have nothing in common in any matrix; there is nothing to write.")
+    return DataError(
+        f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was looked at; "
+        "there is nothing to write."
+    )
+
+
+def _in_order(
+    pairing: Pairing, solved: Sequence[Solved], options: DiffOptions
+) -> tuple[Extraction, dict[str, torch.Tensor]]:
+    """What was found, and the tensors to store, in the order of the pairs."""
+    found = Extraction()
+    factors: dict[str, torch.Tensor] = {}
+    place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
+    for pair, energy, result in sorted(solved, key=lambda one: place[one[0].name]):
+        if isinstance(result, Whole):
+            found.whole.append(result)
+        elif result is not None:
+            found.layers.append(result.layer)
+            factors |= result.factors
+        else:
+            reason = pair.reason or ("nothing in common" if pairing.second and options.takes_common else "unchanged")
+            found.skipped.setdefault(reason, {})[pair.name] = energy
+    return found, factors
+
+
+def _on_device(
+    pairing: Pairing, options: DiffOptions, run: partial[Iterator[Solved]], device: torch.device, memory: int
+) -> Iterator[Solved]:
+    """Every pair, plain matrices by way of ``device`` and the rest here: quantised ones, LoRAs', and those that are not decomposed."""
+    others = [pair for pair in pairing.pairs if pair.reason or not pair.is_plain]
+
+    def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
+        work = partial(_decompose, pairing, options)
+        return list(run(pairs, work, method="pread", threads=1)) if pairs else []
+
+    with ThreadPoolExecutor(1, "others") as background:
+        skipped = background.submit(on_cpu, others)
+        yield from solve_all(pairing, options, device, memory, alone=lambda pair: on_cpu([pair])[0])
+        yield from skipped.result()
+
+
+def _decompose(pairing: Pairing, options: DiffOptions, pair: Pair, delta: Operand) -> Result:
+    return stored_result(
+        pair, options, pairing.base.anatomy.family, lambda share: decomposed(pair, delta, options, share)
+    )
+
+
+def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:
+    names = [model.name for model in pairing.inputs]
+    return NonFiniteError(
+        f'tensor "{pair.name}" holds NaN or infinity in {", ".join(names[:-1])} or {names[-1]}; '
+        "mend the file, or leave the tensor out with `exclude`."
+    )
+
+
+_CHOOSE_RANKS = ("rank", "budget", "rule", "rank_thresh", "rank_max")
+
+
+def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
+    """Provenance: what was subtracted from what, and how; no path, host or time."""
+    models_ = pairing.inputs
+    names = display_names([model.name for model in models_])
+    always = {"dtype": options.dtype, "min_dim": options.min_dim, "seed": options.seed}
+    beside = {name: True for name in options.beside if name != "checkpoint"}  # directions of a file come through bf16
+    said = {key: value for key, value in recorded(options).items() if key not in (*_CHOOSE_RANKS, *options.beside)}
+    recipe = {"base": names[pairing.base.name], "variant": names[pairing.variant.name]} | always | said | beside
+    recipe |= _ranks_recipe(options)
+    if pairing.second is not None:
+        recipe["variant2"] = names[pairing.second.name]
+        recipe |= {"weights": list(options.weights)} if options.union else {}
+    spec = {"modelspec.trigger_phrase": options.trigger} if options.trigger else {}
+    return spec | stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
+
+
+def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
+    """How the ranks were chosen."""
+    if options.rank:
+        return {"rank": options.rank}
+    if options.budget:
+        return {"budget": options.budget_bytes, "rank_max": options.cap}
+    chosen: dict[str, object] = {"rule": options.rule, "rank_max": options.cap}
+    return chosen if options.rule == "knee" else chosen | {"rank_thresh": options.threshold}

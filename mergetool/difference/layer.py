@@ -1,0 +1,84 @@
+"""What becomes of one matrix of a difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mergetool.adapters import dialects
+from mergetool.arch import Family
+from mergetool.difference.pairs import Pair
+from mergetool.lowrank.stored import energy_of
+from mergetool.lowrank.svd import Decomposition
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of one matrix.
+
+    ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
+    rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
+    ``wanted`` is the rank that the threshold would need where the cap stopped it first. ``missed`` says that the stored pair
+    holds less than the threshold because its dtype rounds away more than the threshold leaves. ``shape`` is [out, in], of a
+    convolution [out, in * kh * kw]. ``shared`` is, with a second variant, the energy of the common part over that of each delta.
+    """
+
+    name: str
+    groups: frozenset[str]
+    shape: tuple[int, int]
+    rank: int
+    total: float
+    energy: float
+    residual: float
+    capped: bool
+    wanted: int | None
+    method: str
+    missed: bool = False
+    shared: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A layer and its two tensors by the names they are stored under."""
+
+    layer: Layer
+    factors: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        found: Decomposition,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        residual: float,
+        family: Family,
+        share: float | None = None,
+    ) -> Result:
+        """The result of ``pair`` whose stored factors are ``down`` [r, n] and ``up`` [m, r], and were to hold ``share`` of its energy.
+
+        A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
+        """
+        down_key, up_key = dialects.keys(family.lora_module(pair.name))
+        layer = Layer(
+            name=pair.name,
+            groups=pair.groups,
+            shape=pair.shape,
+            rank=found.rank,
+            total=found.total_energy,
+            energy=found.captured_energy / found.total_energy,
+            residual=residual,
+            capped=found.capped,
+            wanted=found.rank_wanted,
+            method=found.method,
+            missed=share is not None and not found.capped and energy_of(residual) < share,
+        )
+        if len(pair.base.shape) == 4:
+            down, up = down.reshape(len(down), *pair.base.shape[1:]), up.reshape(*up.shape, 1, 1)
+        return cls(layer, {down_key: down, up_key: up} if found.rank else {})
+
+    @classmethod
+    def nothing(cls, pair: Pair, total: float) -> Result:
+        """The result of ``pair``, whose difference has the energy ``total``, where no direction of it is kept."""
+        return cls(Layer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})

@@ -1,0 +1,283 @@
+"""A difference on a device: pairs of one shape are uploaded together, subtracted there and decomposed there.
+
+While one batch is read, others are decomposed, each on a stream of its own; only factors come back. A matrix too large for
+the device's memory is decomposed on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergetool.difference.layer import Result
+from mergetool.difference.pairs import Pair, Pairing
+from mergetool.difference.upload import Uploader
+from mergetool.difference.whole import Whole
+from mergetool.engine import device as devices
+from mergetool.lowrank.batched import decompose_batch, squared_norms
+from mergetool.lowrank.factors import Factors, factors_of
+from mergetool.lowrank.stored import ATTEMPTS, next_share
+from mergetool.lowrank.svd import Decomposition
+from mergetool.ops.cpu import TORCH
+from mergetool.options.differences import DiffOptions
+
+Solved = tuple[Pair, float, Result | Whole | None]
+"""A pair, the energy of its difference, and what is stored of it: None where that energy is zero or not finite."""
+
+WORKERS = 2
+"""Batches decomposed at once: while one waits for its eigenvectors from the CPU, the device works on the other."""
+
+READERS = 8
+"""Threads that read files; each holds two page-locked buffers of 16 MB."""
+
+MOST_ELEMENTS = 320 << 20
+"""Elements of a batch: 8 matrices of 10240 x 3840. Larger ones gain nothing and leave more to do after the last byte."""
+
+_ALIGNED = 512
+
+
+def of(chosen: devices.Device) -> torch.device | None:
+    """Where a chosen device decomposes: the first of its GPUs, None for the CPU's own path."""
+    return torch.device(chosen.names[0]) if chosen.is_gpu else None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of device memory that a run may use where nobody says: four fifths of what is free."""
+    if device.type != "cuda":
+        return 4 << 30
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, from an earlier run
+    return (torch.cuda.mem_get_info(device)[0] + kept) * 4 // 5
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pairs of one shape and their place in a buffer of raw bytes: ``places[i]`` are where base and variant start."""
+
+    pairs: tuple[Pair, ...]
+    places: tuple[tuple[int, int], ...]
+    size: int
+
+
+def in_batches(pairs: Sequence[Pair], memory: int) -> list[Batch]:
+    """``pairs`` by shape, in the order in which their batches fill, each within a share of ``memory`` bytes, or one pair."""
+    waiting: dict[tuple[int, ...], list[Pair]] = {}
+    batches = []
+    for pair in pairs:
+        same = waiting.setdefault(pair.shape, [])
+        raw = (WORKERS + 1) * (pair.base.dtype.bits + pair.variant.dtype.bits) // 8
+        # The difference, its BF16 copy, and as much again for what the arithmetic needs in passing.
+        each = pair.base.numel * (raw + WORKERS * (4 + 2) * 5 // 4)
+        same.append(pair)
+        most = min(memory // each, MOST_ELEMENTS // pair.base.numel)
+        if len(same) >= most:
+            batches.append(_batch(waiting.pop(pair.shape)))
+    return batches + [_batch(same) for same in waiting.values()]
+
+
+def _batch(pairs: Sequence[Pair]) -> Batch:
+    end, places = 0, []
+    for pair in pairs:
+        variant = _aligned(end + pair.base.nbytes)
+        places.append((end, variant))
+        end = _aligned(variant + pair.variant.nbytes)
+    return Batch(tuple(pairs), tuple(places), end)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNED) * _ALIGNED
+
+
+@dataclass
+class Uploads:
+    """Batches on their way to a device, through ``WORKERS`` + 1 buffers there, each of the largest batch's size."""
+
+    pairing: Pairing
+    batches: Sequence[Batch]
+    device: torch.device
+    threads: int = READERS
+    _free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=queue.SimpleQueue)
+
+    def run(self) -> Generator[Upload, None, None]:
+        """Every batch as soon as a buffer is free for it; whoever takes one has to `Upload.release` it."""
+        size = max(batch.size for batch in self.batches)
+        with Uploader(self.device, self.threads) as uploader:
+            for _ in range(min(WORKERS + 1, len(self.batches))):
+                self._free.put((torch.empty(size, dtype=torch.uint8, device=self.device), None))
+            for batch in self.batches:
+                buffer, used = self._free.get()
+                uploader.start_after(used)
+                futures = []
+                for pair, places in zip(batch.pairs, batch.places, strict=True):
+                    sides = ((self.pairing.base, pair.base), (self.pairing.variant, pair.variant))
+                    for (model, part), place in zip(sides, places, strict=True):
+                        file, offset = model.checkpoint.locate(part.stored.tensor)
+                        offset += part.stored.row * model.checkpoint.tensors[part.stored.tensor].row_nbytes
+                        futures += uploader.upload(file, offset, buffer[place : place + part.nbytes])
+                yield Upload(batch, buffer, futures, uploader, self._free)
+
+
+@dataclass
+class Upload:
+    """One batch under way into ``buffer``."""
+
+    batch: Batch
+    buffer: Tensor
+    futures: list[Future[None]]
+    uploader: Uploader
+    free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]]
+
+    def wait(self, stream: torch.cuda.Stream | None) -> None:
+        """Return when everything is read; ``stream`` then sees it on the device. Raises what the reading raised."""
+        for future in self.futures:
+            future.result()
+        self.uploader.finish_before(stream)
+
+    def values(self, index: int) -> tuple[Tensor, Tensor]:
+        """Base and variant of pair ``index`` as stored, [m, n] on the device."""
+        pair, (base, variant) = self.batch.pairs[index], self.batch.places[index]
+        sides = ((pair.base, base), (pair.variant, variant))
+        first, second = (
+            self.buffer[start : start + part.nbytes].view(TORCH[part.dtype]).view(pair.shape) for part, start in sides
+        )
+        return first, second
+
+    def release(self, stream: torch.cuda.Stream | None) -> None:
+        """Give the buffer back; it is written to only after what ``stream`` has been given so far."""
+        event = None
+        if stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        self.free.put((self.buffer, event))
+
+
+class Solver:
+    """Turns uploads into results; ``alone`` is what to do with a pair that the device has no memory for."""
+
+    def __init__(self, pairing: Pairing, options: DiffOptions, alone: Callable[[Pair], Solved]) -> None:
+        self._options = options
+        self._family = pairing.base.anatomy.family
+        self._alone = alone
+        self._stream = threading.local()
+
+    def solve(self, upload: Upload) -> list[Solved]:
+        """Every pair of ``upload``, in order; the buffer is released in any case."""
+        stream = self._own_stream(upload.buffer.device)
+        context: AbstractContextManager[object] = nullcontext() if stream is None else torch.cuda.stream(stream)
+        with context:
+            try:
+                upload.wait(stream)
+                return self._shrinking(upload, 0, len(upload.batch.pairs))
+            finally:
+                upload.release(stream)
+
+    def _own_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
+        if not hasattr(self._stream, "stream"):
+            self._stream.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream = self._stream.stream
+        return stream
+
+    def _shrinking(self, upload: Upload, start: int, end: int) -> list[Solved]:
+        """Pairs ``start`` to ``end`` at once, or where memory runs out half of them at a time, or on the CPU."""
+        try:
+            return self._at_once(upload, start, end)
+        except torch.OutOfMemoryError:
+            pass  # and go on outside, where nothing holds the tensors of the attempt
+        torch.cuda.empty_cache()
+        if end - start == 1:
+            return [self._alone(upload.batch.pairs[start])]
+        middle = (start + end) // 2
+        return self._shrinking(upload, start, middle) + self._shrinking(upload, middle, end)
+
+    def _at_once(self, upload: Upload, start: int, end: int) -> list[Solved]:
+        pairs, options = upload.batch.pairs[start:end], self._options
+        deltas = torch.empty(len(pairs), *pairs[0].shape, device=upload.buffer.device)
+        for i, delta in enumerate(deltas):
+            subtract(*upload.values(start + i), out=delta)
+        energies = squared_norms(deltas)
+        usable = [i for i, energy in enumerate(energies) if math.isfinite(energy) and energy > 0]
+        found = decompose_batch(
+            deltas if len(usable) == len(pairs) else deltas[usable],
+            [pairs[i].name for i in usable],
+            rank=options.rank,
+            rank_thresh=options.share or 1.0,
+            rank_max=options.cap,
+            seed=options.seed,
+            energies=[energies[i] for i in usable],
+        )
+        results: dict[int, Result] = {}
+        for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.stored]), strict=True):
+            one, factors = self._meeting_the_share(one, factors, deltas[i], energies[i])
+            results[i] = Result.of(
+                pairs[i], one, factors.down, factors.up, factors.residual, self._family, options.share
+            )
+        return [(pair, energy, results.get(i)) for i, (pair, energy) in enumerate(zip(pairs, energies, strict=True))]
+
+    def _meeting_the_share(
+        self, found: Decomposition, factors: Factors, delta: Tensor, energy: float
+    ) -> tuple[Decomposition, Factors]:
+        """The same, or with a larger rank where rounding took the stored pair below the threshold."""
+        options = self._options
+        for _ in range(ATTEMPTS - 1):
+            if options.share is None or found.capped:
+                break
+            share = next_share(options.share, found.captured_energy / found.total_energy, factors.residual)
+            if share is None:
+                break
+            (found,) = decompose_batch(
+                delta[None],
+                [found.name],
+                rank_thresh=share,
+                rank_max=options.cap,
+                seed=options.seed,
+                energies=[energy],
+            )
+            (factors,) = factors_of([found], TORCH[options.stored])
+        return found, factors
+
+
+def subtract(base: Tensor, variant: Tensor, *, out: Tensor) -> None:
+    """``out`` = variant - base, float32: one subtraction of exactly widened values (float64 ones are rounded first)."""
+    out.copy_(variant)
+    # Promotion widens these by itself, without a copy; FP8 it refuses, and float64 it would not round.
+    direct = base.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    out.sub_(base if direct else base.float())
+
+
+def solve_all(
+    pairing: Pairing,
+    options: DiffOptions,
+    device: torch.device,
+    memory: int,
+    alone: Callable[[Pair], Solved],
+) -> Iterator[Solved]:
+    """Every plain matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
+
+    Raises what reading and decomposing raise.
+    """
+    # torch loads its linear algebra at the first call, and fails if two threads make that call.
+    torch.linalg.cholesky_ex(torch.eye(2, device=device))
+    solver = Solver(pairing, options, alone)
+    uploads = Uploads(pairing, in_batches([pair for pair in pairing.decomposed if pair.is_plain], memory), device)
+    working: deque[Future[list[Solved]]] = deque()
+    workers = ThreadPoolExecutor(WORKERS, "solve")
+    try:
+        with closing(uploads.run()) as running:
+            for upload in running:
+                working.append(workers.submit(solver.solve, upload))
+                while working and working[0].done():
+                    yield from working.popleft().result()
+        while working:
+            yield from working.popleft().result()
+    finally:
+        workers.shutdown(cancel_futures=True)
