@@ -28,7 +28,7 @@ from mergetool import models
 from mergetool.checkpoint.dtypes import BF16
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.ops.oracle import encode
+from tests.ops.oracle import encode
 
 STRENGTHS = (0.8, -0.3, 0.5, 1.0)
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,10 +31,10 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
 from mergetool.engine.running import Measure
-from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, Mode
 from mergetool.options.merging import MergeOptions
+from tests.ops import oracle
 
 PAGE = Path(__file__).parents[1] / "docs" / "rounding.md"
 OUTPUTS = (dtypes.BF16, dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2)

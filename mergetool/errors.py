@@ -16,8 +16,9 @@
     ├── OutputError       73    the output cannot be made at the place asked for
     ├── DeviceError       70    a GPU failed while it worked
     ├── StorageError      74    reading or writing failed
-    ├── BusyError         75    another run holds the output
-    └── Interrupted      130    the user asked to stop
+    └── BusyError         75    another run holds the output
+
+A run that the user stops ends with 130 and no error of these.
 
 A message is one sentence: what, where, found, wanted, what to do next.
 """
@@ -117,9 +118,3 @@ class BusyError(MergetoolError):
     """Another run holds the output."""
 
     exit_code = 75
-
-
-class Interrupted(MergetoolError):
-    """The user asked to stop; nothing was published."""
-
-    exit_code = 130

@@ -179,7 +179,7 @@ class Checkpoint:
     def sha256(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
         """The SHA-256 of every file, in hex, by file name; ``progress`` is told the bytes of each step.
 
-        The same as ``sha256sum`` prints, and what model sites show; see `short_hash`.
+        The same as ``sha256sum`` prints, and what model sites show, whole or ("AutoV2") its first 10 digits.
         """
         buffer = bytearray(_HASHED_AT_ONCE)
         digests = {}
@@ -194,11 +194,6 @@ class Checkpoint:
                     progress(len(view))
             digests[file.path.name] = digest.hexdigest()
         return digests
-
-
-def short_hash(sha256: str) -> str:
-    """The first 10 hex digits of a file's SHA-256, which model sites list as "AutoV2"."""
-    return sha256[:10]
 
 
 def _samples(size: int) -> Iterator[tuple[int, int]]:

@@ -1,1 +1,1 @@
-"""The arithmetic contract (contract.py) and its implementations: cpu.py (torch) and oracle.py (numpy)."""
+"""The arithmetic contract and its implementations: cpu.py (torch, or compiled) and cuda.py (Triton)."""

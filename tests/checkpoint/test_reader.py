@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergetool.checkpoint import reader
-from mergetool.checkpoint.reader import SAMPLE, Checkpoint, short_hash
+from mergetool.checkpoint.reader import SAMPLE, Checkpoint
 from mergetool.errors import DataError, HeaderError, InputMissing, ShardIndexError, UsageError
 
 Arrays = dict[str, numpy.ndarray[Any, Any]]
@@ -511,10 +511,6 @@ def test_sha256_of_shards_is_one_for_each(sharded: Path) -> None:
             name: hashlib.sha256((sharded / name).read_bytes()).hexdigest()
             for name in ("m-1.safetensors", "m-2.safetensors")
         }
-
-
-def test_the_short_hash_is_the_first_ten_digits() -> None:
-    assert short_hash("0123456789abcdef") == "0123456789"
 
 
 @pytest.mark.parametrize("named", ["folder", "m-1.safetensors"])

@@ -16,9 +16,9 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.difference.delta import DeltaReader
 from mergetool.difference.extract import Extraction, extract, open_diff
 from mergetool.errors import DataError, FamilyError, NonFiniteError, OutputError, PatternError, UsageError
-from mergetool.ops import oracle
 from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
+from tests.ops import oracle
 
 RENAMES = {
     "to_out.0": "out",

@@ -13,11 +13,11 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, memory
 from mergetool.engine.calling import Caller
 from mergetool.engine.device import Device
-from mergetool.ops import oracle
 from mergetool.ops.program import Apply
 from mergetool.options.merging import MergeOptions
 from mergetool.verification.weights import check_weights
 from tests.families import checkpoint
+from tests.ops import oracle
 
 F32 = MergeOptions(dtype=dtypes.F32)
 QKV = "layers.0.attention.qkv.weight"

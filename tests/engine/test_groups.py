@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
-from mergetool.ops import oracle
 from mergetool.options.merging import MergeOptions
 from mergetool.options.multipliers import parse_setting
 from mergetool.verification.weights import check_weights
 from tests.families import TINY, checkpoint
+from tests.ops import oracle
 
 LAYERS = 5
 MERGE = "'alk.safetensors' + 20 * ('a.safetensors' - 'b.safetensors')"

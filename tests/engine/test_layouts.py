@@ -12,9 +12,9 @@ from diffusers import ZImageTransformer2DModel
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
-from mergetool.ops import oracle
 from mergetool.options.merging import MergeOptions
 from tests.families import TINY, checkpoint
+from tests.ops import oracle
 
 MERGE = "'comfy.safetensors' + 20*('official' - 'prefixed.safetensors')"
 

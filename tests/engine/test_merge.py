@@ -14,9 +14,9 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
 from mergetool.errors import NonFiniteError
-from mergetool.ops import oracle
 from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
+from tests.ops import oracle
 
 BRIDGE = "alk + 171.1*(a - b)"
 

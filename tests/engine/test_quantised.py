@@ -25,10 +25,10 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import DataError, UsageError
-from mergetool.ops import oracle
 from mergetool.options.merging import MergeOptions
 from mergetool.quant.output import QUANTISERS
 from tests.families import checkpoint
+from tests.ops import oracle
 from tests.quant.ggml import Q
 from tests.quant.models import CONTAINERS, as_gguf, is_large, quantised
 

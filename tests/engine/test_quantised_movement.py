@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
-from mergetool.ops import oracle
 from mergetool.ops.movement import Movement
 from mergetool.options.merging import MergeOptions
 from tests.families import TINY, checkpoint
+from tests.ops import oracle
 
 NAME = "layers.0.feed_forward.w2.weight"
 WIDE = {"dim": 256, "n_heads": 8, "axes_dims": [8, 12, 12]}

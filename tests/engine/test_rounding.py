@@ -14,12 +14,12 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
 from mergetool.engine.running import Measure, Outcome
 from mergetool.errors import NonFiniteError
-from mergetool.ops import oracle
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, ErrorFeedback, Nearest, Rounding, Stochastic, stream_key
 from mergetool.options.merging import MergeOptions
 from tests.families import checkpoint
+from tests.ops import oracle
 
 MERGE = "'alk.safetensors' + 2*('a.safetensors' - 'b.safetensors')"
 FUSED = "layers.1.attention.qkv.weight"

@@ -12,13 +12,13 @@ import pytest
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
-from mergetool.ops import oracle
 from mergetool.ops.contract import Ops
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Add, Load, Program, Scale, Subtract
 from mergetool.ops.rounding import FORMATS, ErrorFeedback, Nearest, Rounding, Stochastic, stream_key
 from mergetool.recipe.compiler import compile_merge
 from mergetool.recipe.expression import parse
+from tests.ops import oracle
 
 NARROW = [dtypes.F16, dtypes.BF16, dtypes.F8_E4M3, dtypes.F8_E5M2]
 BLENDED = [dtypes.F32, dtypes.F16, dtypes.BF16, dtypes.F8_E4M3, dtypes.F8_E5M2]

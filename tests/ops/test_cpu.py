@@ -9,11 +9,11 @@ import pytest
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
-from mergetool.ops import oracle
 from mergetool.ops.contract import Ops
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.cpu_rounding import BLOCK
 from mergetool.ops.rounding import Stochastic
+from tests.ops import oracle
 from tests.ops.contract import NARROW, OpsContract, between, rounded
 
 

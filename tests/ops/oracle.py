@@ -1,4 +1,4 @@
-"""The merge arithmetic once more, in numpy, written to be read: what tests and ``verify`` hold the engine against.
+"""The merge arithmetic once more, in numpy, written to be read: what the engine is held against.
 
 Nothing is shared with the torch path but the dtype table: stored bytes are decoded from their bit patterns, the
 program runs on whole arrays, in float32 (``run(..., np.float32)``: the engine's bytes) or in float64 (the truth).
