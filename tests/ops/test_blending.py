@@ -7,13 +7,14 @@ import pytest
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
-from mergetool.ops import blending, oracle
+from mergetool.ops import blending
 from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic
 from mergetool.ops.stored import Stored
 from mergetool.recipe.compiler import compile_merge
 from mergetool.recipe.expression import parse
 from mergetool_kernels import compiled
+from tests.ops import oracle
 
 pytestmark = pytest.mark.usefixtures("built")
 
