@@ -25,7 +25,6 @@ from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
 from mergetool import models
 from mergetool.engine.jobs import CHUNK
-from mergetool.engine.reading import PositionedFetcher, too_large
 from mergetool.engine.threads import default_threads
 
 MEMBERS = ("turbo", "deturbo")
@@ -122,16 +121,16 @@ def positioned(paths: Sequence[Path]) -> float:
         lock = threading.Lock()
 
         def work() -> None:
-            fetch = PositionedFetcher(forgetful=too_large(sum(file.size for file in files)))
+            buffer = memoryview(bytearray(2 * CHUNK))
             while True:
                 with lock:
                     start = next(starts, None)
                 if start is None:
                     return
-                for slot, file in enumerate(files):
+                for file in files:
                     size = min(2 * CHUNK, file.size - start)
-                    fetch.fetch(slot, file, start, size)
-                    fetch.release(file, start, size)
+                    file.read_into(buffer[:size], start)
+                    file.release(start, size)
 
         begin = time.perf_counter()
         pool = [threading.Thread(target=work) for _ in range(default_threads())]

@@ -31,6 +31,7 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine import gpu, job, merge
 from mergetool.engine.device import Device
+from mergetool.engine.feeding.uploader import PIECE, Uploader
 from mergetool.ops.cuda import CudaOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import Nearest, Stochastic
@@ -85,14 +86,13 @@ class WaitingOps(CudaOps):
         super().__init__(capacity=capacity, registers=registers, device=device)
         self._out = torch.empty(capacity * 2, dtype=torch.uint8)
         self._ready = 0.0
-        self.copied = 0.0
 
     def launch(self, register: int, dtype: DType, rounding: Nearest | Stochastic, first: int | None = None) -> None:
         busy(LAUNCH)
         size = self._operands[0].numel() * dtype.itemsize
         moved = size + sum(operand.nbytes for operand in self._operands)
         self._result = self._out[:size]
-        self._ready = COPYING_OUT.after(COMPUTING.after(self.copied, moved / DEVICE_MEMORY), size / LINK)
+        self._ready = COPYING_OUT.after(COMPUTING.after(WaitingUploader.latest, moved / DEVICE_MEMORY), size / LINK)
 
     def collect(self) -> tuple[memoryview, int]:
         sleep_until(self._ready)
@@ -101,22 +101,20 @@ class WaitingOps(CudaOps):
         return self._result.numpy().data, 0
 
 
-class WaitingSeat(gpu.Seat):
-    """A seat whose copies only take their time."""
+class WaitingUploader(Uploader):
+    """An uploader whose reads and copies only take their time."""
 
-    ops: WaitingOps
+    latest = 0.0
+    """When the copies that were waited for last are done."""
 
-    def copy_in(self, stored: Tensor) -> None:
+    def _copy(self, file: InputFile, offset: int, target: Tensor) -> None:
+        buffers = getattr(self._own, "copied", (0.0, 0.0))
+        sleep_until(buffers[0])
+        time.sleep(target.numel() / READ)
         busy(COPY)
-        self.ops.copied = COPYING_IN.after(0.0, stored.numel() / LINK)
-
-    def wait_until_copied(self) -> None:
-        sleep_until(self.ops.copied)
-
-
-def waiting_read(_: InputFile, buffer: memoryview, offset: int) -> None:
-    """As long as reading takes."""
-    time.sleep(buffer.nbytes / READ)
+        copied = COPYING_IN.after(0.0, target.numel() / LINK)
+        self._own.copied = buffers[1], copied
+        WaitingUploader.latest = max(WaitingUploader.latest, copied)
 
 
 def sparse_models(folder: Path) -> list[Path]:
@@ -143,7 +141,7 @@ def limit(sizes: Sequence[int]) -> float:
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
-        pieces = [min(gpu.PIECE, size - at) for size in sizes for at in range(0, size, gpu.PIECE)]
+        pieces = [min(PIECE, size - at) for size in sizes for at in range(0, size, PIECE)]
         list(pool.map(move, pieces))
     return time.perf_counter() - begin
 
@@ -151,7 +149,9 @@ def limit(sizes: Sequence[int]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Time the limit and the driver, round by round; print, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ring", type=int, nargs="+", default=[gpu.RING >> 20], help="MiB of page-locked memory")
+    parser.add_argument(
+        "--ring", type=int, nargs="+", default=[gpu.RING >> 20], help="MiB of device memory for operands"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="the table to append to")
     options = parser.parse_args(arguments)
@@ -163,8 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = [path.stat().st_size for path in paths]
         with (
             job.open_merge(f"'{a}' + 20 * ('{b}' - '{c}')") as plan,
-            patch.object(InputFile, "read_into", waiting_read),
-            patch.object(gpu, "Seat", WaitingSeat),
+            patch.object(gpu, "Uploader", WaitingUploader),
             patch("mergetool.ops.cuda.CudaOps", WaitingOps),
             patch.object(gpu, "readers", lambda: READERS),
         ):
@@ -180,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "feeding a gpu", "full, three inputs, simulated", provider, "seconds", values, "s",
                 ratio_to="read, copy in", ratio=provenance.median_ratio(values, seconds["read, copy in"]),
                 cache="simulated", bytes_read=sum(sizes), device="simulated H100",
-                config={"chunk": gpu.CHUNK, "seats": gpu.SEATS, "piece": gpu.PIECE, "readers": READERS},
+                config={"chunk": gpu.CHUNK, "seats": gpu.SEATS, "piece": PIECE, "readers": READERS},
             )
             for provider, values in seconds.items()
         ]  # fmt: skip

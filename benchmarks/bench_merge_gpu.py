@@ -26,9 +26,9 @@ from benchmarks.device_pair import make_pair
 from benchmarks.generate import SIZES
 from benchmarks.provenance import Result
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.difference.upload import Uploader
 from mergetool.engine import gpu, job, merge
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.feeding.uploader import Uploader
 from mergetool.recipe.plan import Plan
 
 MULTIPLIER = 20

@@ -4,10 +4,11 @@
 
 Reads all inputs and writes an output of the first one's size, with no arithmetic, as fast as the machine
 allows: positioned reads into buffers that are reused, several threads so that reads and writes overlap, the
-output's blocks reserved first, one fsync at the end. What does not fit in memory is let go of once read or on its way to the disk:
-the kernel's search for pages to reclaim otherwise doubles the time (30.6 s instead of 14.4, three files of 12.3 GB
-in and one out, 24 GB of memory). `best_strategy` tries the page cache and direct I/O at several
-thread counts and keeps the fastest, so that a merge is compared with a copy that is not handicapped.
+output's blocks reserved first, one fsync at the end. Every copy through the page cache is tried in two ways: keeping what it moved there, and letting go
+of it once it is read or on its way to the disk. Which is faster depends on the machine: three files of 12.3 GB in and one out took 30.6 s and 14.4 with
+24 GB of memory, since the kernel had to search for pages to reclaim; three of 3.3 GB, which fit, took 8.7 s and 3.4 in a virtual machine whose host
+must give every fresh page, and may take the same elsewhere. `best_strategy` tries both, the page cache and direct I/O at several
+thread counts, and keeps the fastest, so that a merge is compared with a copy that is not handicapped.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergetool.checkpoint import system
-from mergetool.engine.reading import too_large
 
 Range = tuple[int, int]  # bytes [start, end) of a file
 Job = tuple[
@@ -40,23 +40,32 @@ _PAGE = 4096  # direct I/O wants offsets, lengths and addresses in whole logical
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One way to copy. Direct I/O goes past the page cache, and so spares the CPU one copy of every byte."""
+    """One way to copy. Direct I/O goes past the page cache, and so spares the CPU one copy of every byte; ``lets_go`` keeps nothing there of the rest."""
 
     threads: int
     chunk: int
     direct_read: bool
     direct_write: bool
+    lets_go: bool = True
+
+    @property
+    def ways(self) -> list[Strategy]:
+        """The same, letting go of what it moved and keeping it, where anything is cached at all."""
+        kept = [] if self.direct_read and self.direct_write else [False]
+        return [replace(self, lets_go=lets_go) for lets_go in (True, *kept)]
 
     def __str__(self) -> str:
-        """E.g. "4 threads x 8 MiB, direct reads, cached writes"."""
-        reads, writes = ("direct" if direct else "cached" for direct in (self.direct_read, self.direct_write))
+        """E.g. "4 threads x 8 MiB, direct reads, cached writes (kept)"."""
+        cached = "cached" if self.lets_go else "cached (kept)"
+        reads, writes = ("direct" if direct else cached for direct in (self.direct_read, self.direct_write))
         return f"{self.threads} threads x {self.chunk >> 20} MiB, {reads} reads, {writes} writes"
 
 
 STRATEGIES = tuple(
-    Strategy(threads, chunk << 20, direct_read, direct_write)
+    way
     for direct_read, direct_write in itertools.product((False, True), repeat=2)
     for threads, chunk in ((2, 1), (2, 8), (4, 8))
+    for way in Strategy(threads, chunk << 20, direct_read, direct_write).ways
 )
 
 
@@ -116,7 +125,7 @@ def copy(
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
         writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
         system.allocate(writer, sizes[0])
-        _run(jobs, readers, writer, strategy, let_go=too_large(_size(inputs) + _size(inputs[:1])))
+        _run(jobs, readers, writer, strategy)
         os.ftruncate(writer, sizes[0])
         os.fsync(writer)
     return time.perf_counter() - begin
@@ -143,7 +152,7 @@ def copy_to_many(inputs: Sequence[Path], output: Path, sizes: Sequence[int], str
                 readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
                 writer = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, strategy.direct_write)
                 system.allocate(writer, size)
-                _run(jobs, readers, writer, strategy, let_go=too_large(_size(inputs) + sum(sizes)))
+                _run(jobs, readers, writer, strategy)
                 os.ftruncate(writer, size)
                 os.fsync(writer)
             seconds += time.perf_counter() - begin
@@ -153,17 +162,14 @@ def copy_to_many(inputs: Sequence[Path], output: Path, sizes: Sequence[int], str
 
 
 def read(inputs: Sequence[Path], strategy: Strategy, *, limit: int | None = None) -> float:
-    """Seconds to read the inputs, or the first `limit` bytes of each, once, side by side, into reused buffers.
-
-    Cached reads always let go of what they have read: 24.6 GB took 25 s on a machine of 24 GB when they did not.
-    """
+    """Seconds to read the inputs, or the first `limit` bytes of each, once, side by side, into reused buffers."""
     sizes = [min(path.stat().st_size, limit or 1 << 62) for path in inputs]
     chunks = itertools.zip_longest(*(_chunks([(0, size)], strategy.chunk) for size in sizes))
     jobs: Iterator[Job] = ((job, ()) for job in chunks)
     begin = time.perf_counter()
     with ExitStack() as stack:
         readers = [_open(stack, path, os.O_RDONLY, strategy.direct_read) for path in inputs]
-        _run(jobs, readers, None, strategy, let_go=True)
+        _run(jobs, readers, None, strategy)
     return time.perf_counter() - begin
 
 
@@ -172,10 +178,8 @@ def _run(
     readers: list[int],
     writer: int | None,
     strategy: Strategy,
-    *,
-    let_go: bool,
 ) -> None:
-    """Do every job: read its chunk of each input, then write its chunks of the output. ``let_go`` keeps nothing in the page cache."""
+    """Do every job: read its chunk of each input, then write its chunks of the output."""
     lock = threading.Lock()
 
     def work() -> None:
@@ -191,12 +195,12 @@ def _run(
                 ):  # the first input last: it is written
                     if chunk is not None:
                         _read(fd, buffer, *chunk)
-                        if let_go and not strategy.direct_read:
+                        if strategy.lets_go and not strategy.direct_read:
                             _forget_behind(fd, *chunk)
                 for chunk in writes:
                     if writer is not None and chunk is not None:
                         _write(writer, buffer, *chunk, strategy)
-                        if let_go and not strategy.direct_write:
+                        if strategy.lets_go and not strategy.direct_write:
                             _forget_behind(writer, *chunk)
 
     with ThreadPoolExecutor(strategy.threads) as pool:
@@ -219,9 +223,10 @@ def _chunks(ranges: Sequence[Range], chunk: int) -> Iterator[Range]:
 
 
 def best_strategy(inputs: Sequence[Path], output: Path, *, warm: bool = False, limit: int = PROBE_BYTES) -> Strategy:
-    """The fastest way to copy the first `limit` bytes of each input, with a cold or a warm page cache.
+    """The fastest way to copy the inputs, with a cold or a warm page cache.
 
-    Tries all STRATEGIES (when warm, only those that read through the cache), then the best three again.
+    Tries all STRATEGIES on the first `limit` bytes of each (when warm, only those that read through the cache), then the best three again. The best of them
+    then copies all, letting go and keeping: which of the two is faster may turn where the memory is full.
     """
     seconds: dict[Strategy, list[float]] = {}
     for strategy in STRATEGIES:
@@ -229,10 +234,11 @@ def best_strategy(inputs: Sequence[Path], output: Path, *, warm: bool = False, l
             seconds[strategy] = [_probe(inputs, output, strategy, warm, limit)]
     for strategy in sorted(seconds, key=seconds.__getitem__)[:3]:
         seconds[strategy].append(_probe(inputs, output, strategy, warm, limit))
-    return min(seconds, key=lambda strategy: min(seconds[strategy]))
+    best = min(seconds, key=lambda strategy: min(seconds[strategy]))
+    return min(best.ways, key=lambda way: _probe(inputs, output, way, warm, None)) if len(best.ways) > 1 else best
 
 
-def _probe(inputs: Sequence[Path], output: Path, strategy: Strategy, warm: bool, limit: int) -> float:
+def _probe(inputs: Sequence[Path], output: Path, strategy: Strategy, warm: bool, limit: int | None) -> float:
     if warm:
         warm_caches(inputs, limit=limit)
     else:
@@ -279,10 +285,6 @@ def _forget_behind(fd: int, start: int, end: int) -> None:
     block = start // _FORGOTTEN_AT_ONCE
     if end // _FORGOTTEN_AT_ONCE > block > 0:
         system.forget(fd, (block - 1) * _FORGOTTEN_AT_ONCE, _FORGOTTEN_AT_ONCE)
-
-
-def _size(files: Sequence[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
 
 
 def _whole_pages(size: int) -> int:

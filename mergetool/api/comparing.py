@@ -69,7 +69,7 @@ def run_compare(asked: Compare, events: Events) -> Report:
                     multiplier=asked.size,
                     target=asked.share,
                     threads=asked.threads,
-                    method=asked.reader,
+                    reader=asked.reader,
                     progress=moved,
                 )
             found = replace(found, failed=found.failing(asked.conditions))
@@ -82,8 +82,8 @@ def run_compare(asked: Compare, events: Events) -> Report:
 def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
     """Within the block the models' files are read into memory; gives the function to tell of bytes used."""
     from mergetool import models
-    from mergetool.checkpoint.read_ahead import ReadAhead
     from mergetool.checkpoint.reader import Checkpoint
+    from mergetool.engine.feeding.read_ahead import ReadAhead
 
     with ExitStack() as stack:
         found = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]

@@ -132,7 +132,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
             options,
             overwrite=how.overwrite,
             threads=how.threads,
-            method=how.reader,
+            reader=how.reader,
             device=on_device.of(device),
             memory=how.gpu_bytes,
             progress=advance,

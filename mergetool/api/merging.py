@@ -233,7 +233,7 @@ def make(
             overwrite=how.overwrite,
             shard_size=shard_size,
             threads=how.threads,
-            method=how.reader,
+            reader=how.reader,
             non_finite=how.non_finite,
             device=on,
             measure=how.measure,

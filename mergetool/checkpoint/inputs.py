@@ -7,13 +7,14 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergetool.checkpoint import system
+from mergetool.checkpoint import page_cache, system
 from mergetool.checkpoint.descriptors import Pool, Pooled
 from mergetool.errors import DataError, InputMissing, MergetoolError, StorageError
 
@@ -85,6 +86,8 @@ class InputFile(Pooled):
         self._tried_to_map = False
         self._mapping: _Mapping | None = None
         self._closed = False
+        self._cached_before: page_cache.CachedBefore | None = page_cache.cached_before(fd, self.size, self.identity)
+        self._streamed = False
         _pool.add(self)
 
     @classmethod
@@ -120,13 +123,16 @@ class InputFile(Pooled):
         self.close()
 
     def close(self) -> None:
-        """Close the file; views that `window` returned stay readable until they are released. Idempotent."""
+        """Close the file; views that `window` returned stay readable until they are released. Idempotent.
+
+        What is left in the page cache of a file that was streamed, and was not there before, is let go of.
+        """
         fd = _pool.remove(self)
         with self._lock:
             self._closed = self._tried_to_map = True
             self._mapping = None
-        if fd >= 0:
-            system.close(fd)
+        self._close(fd)
+        self._cached_before = None  # a file that is closed is not asked what it knew
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes at ``offset``.
@@ -164,7 +170,7 @@ class InputFile(Pooled):
         """A read-only view of ``size`` bytes at ``offset``, in memory when the call returns.
 
         The view is of one shared mapping of the file, so it costs no copy; where `can_map` is False it is a
-        view of a copy. Give it back with `drop`. Raises as `read_into` does. A file that another program
+        view of a copy. Give it back with `release`. Raises as `read_into` does. A file that another program
         cuts short while a view is in use ends the process (SIGBUS), as with every mapping.
         """
         mapping = self._map()
@@ -174,23 +180,25 @@ class InputFile(Pooled):
         self._populate(mapping, offset, size)
         return memoryview(mapping.bytes)[offset : offset + size]
 
-    def drop(self, offset: int, size: int) -> None:
-        """Give the pages of a window back, so that the process does not grow with the file.
+    def release(self, offset: int, size: int) -> None:
+        """These bytes, a window or read into a buffer, are no longer needed: the file is streamed, and its pages need not stay.
 
-        Rounds outwards to whole pages: a page shared with a neighbouring window is faulted in again from
-        the page cache, whereas rounding inwards would keep one page per window for ever. Only this process
-        forgets the pages, the page cache keeps them.
+        The pages of a window are given back, so that the process does not grow with the file. That rounds outwards to whole pages: a page shared
+        with a neighbouring window is faulted in again from the page cache, whereas rounding inwards would keep one page per window for ever.
+        The page cache lets go of what lies some way behind, but for what was there before this process: see `page_cache`.
         """
-        mapping = self._mapping  # held until madvise returns: an address used after unmapping hits other memory
-        if mapping is None or size == 0:
-            return
         self._require_inside(offset, size)
-        start = offset - offset % mmap.PAGESIZE
-        try:
-            system.advise(mapping.address + start, offset + size - start, system.MADV_DONTNEED)
-        except OSError as error:
-            if error.errno not in system.UNSUPPORTED:
-                raise _cannot_read(error, self.path) from error
+        self._streamed = True
+        mapping = self._mapping  # held until madvise returns: an address used after unmapping hits other memory
+        if mapping is not None and size:
+            start = offset - offset % mmap.PAGESIZE
+            try:
+                system.advise(mapping.address + start, offset + size - start, system.MADV_DONTNEED)
+            except OSError as error:
+                if error.errno not in system.UNSUPPORTED:
+                    raise _cannot_read(error, self.path) from error
+        if page_cache.ends_block(offset, size):
+            self._hint(page_cache.CachedBefore.let_go_behind, offset, size)
 
     def will_need(self, offset: int, size: int) -> None:
         """Start reading these bytes into the page cache and return at once; a hint that never fails."""
@@ -203,9 +211,8 @@ class InputFile(Pooled):
             return system.bring(fd, offset, size)
 
     def forget(self, offset: int, size: int) -> None:
-        """Let these bytes go from the page cache, for files too large to stay there; a hint that never fails."""
-        with suppress(*UNREADABLE), _pool.using(self) as fd:
-            system.forget(fd, offset, size)
+        """Let these bytes go from the page cache at once, but for what was there before this process; a hint that never fails."""
+        self._hint(page_cache.CachedBefore.let_go, offset, size)
 
     def check_unchanged(self) -> None:
         """Raises DataError unless the name still leads to the file opened, and its size and times are as then."""
@@ -234,8 +241,20 @@ class InputFile(Pooled):
     def _park(self) -> None:
         fd, self._fd = self._fd, -1
         self._mapping, self._tried_to_map = None, False  # a mapping holds a descriptor of its own
-        if fd >= 0:
-            system.close(fd)
+        self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        if fd < 0:
+            return
+        if self._streamed and self._cached_before:
+            self._cached_before.let_go(fd, 0, self.size)
+        system.close(fd)
+
+    def _hint(self, let_go: Callable[[page_cache.CachedBefore, int, int, int], None], offset: int, size: int) -> None:
+        before = self._cached_before
+        if before is not None:
+            with suppress(*UNREADABLE), _pool.using(self) as fd:
+                let_go(before, fd, offset, size)
 
     def _changed(self) -> DataError:
         return DataError(

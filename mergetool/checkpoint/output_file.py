@@ -23,25 +23,6 @@ KEPT_BEHIND = 8
 READ_BACK = 8 << 20
 
 
-class _Open:
-    """Bytes of the outputs that this process has open: a sweep's, or the shards of one, are too many together."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._bytes = 0
-        self._memory = system.main_memory()
-
-    def count(self, size: int) -> None:
-        with self._lock:
-            self._bytes += size
-
-    @property
-    def are_large(self) -> bool:
-        """Whether they are more than a quarter of the memory."""
-        return self._memory is not None and self._bytes > self._memory // 4
-
-
-_open = _Open()
 _pool = Pool(part=8)
 
 
@@ -71,7 +52,6 @@ class OutputFile(Pooled):
         self._damaged = False
         with system.explained(shown, "creating it"):
             self._fd = system.open_stage(path) if left else system.open_new(path)
-            _open.count(size)
             try:
                 locked = system.try_lock(self._fd)  # tells a later run that this one is alive
                 if left:
@@ -125,16 +105,14 @@ class OutputFile(Pooled):
     def flush_behind(self, offset: int, size: int) -> None:
         """Start writing these bytes to the disk, so that little is left for the sync at the end.
 
-        When the open files are more than a quarter of the memory, it lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by
-        now: the search for pages to reclaim took two thirds of the system's time of a run that wrote 12.3 GB (18 s of 25 on 24 GB).
+        It lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now, so that the next bytes find those pages.
         """
         self._require_inside(offset, size)
         with self._writing("writing") as fd:
             system.start_write_back(fd, offset, size)
-            if _open.are_large:
-                self._behind.append((offset, size))
-                if len(self._behind) > KEPT_BEHIND:
-                    system.forget(fd, *self._behind.popleft())
+            self._behind.append((offset, size))
+            if len(self._behind) > KEPT_BEHIND:
+                system.forget(fd, *self._behind.popleft())
 
     def sync(self) -> None:
         """Return with every byte written so far on stable storage; raises StorageError as `finish` does."""
@@ -218,7 +196,6 @@ class OutputFile(Pooled):
             if self._closing:
                 return
             self._closing = True
-            _open.count(-self.size)
             idle = self._writers == 0
         if idle:
             self._release()

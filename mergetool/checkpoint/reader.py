@@ -169,6 +169,10 @@ class Checkpoint:
         for name, info in self.tensors.items():
             for start, size in _samples(info.nbytes):
                 samples[name].update(self.read(name, start, size))
+        for file in self.files:
+            file.forget(
+                0, file.size
+            )  # small pages that are strewn over a file in the cache divide what is read into it later
         table = [
             [name, self.tensors[name].dtype.code, self.tensors[name].shape, samples[name].hexdigest()]
             for name in sorted(self.tensors)
@@ -190,6 +194,7 @@ class Checkpoint:
                 file.will_need(offset + len(view), min(_HASHED_AT_ONCE, file.size - offset - len(view)))
                 file.read_into(view, offset)
                 digest.update(view)
+                file.release(offset, len(view))
                 if progress is not None:
                     progress(len(view))
             digests[file.path.name] = digest.hexdigest()

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import importlib
 import io
+import mmap
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ SYNC_FILE_RANGE_WRITE = 2
 AT_FDCWD = -100
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+CACHESTAT = 451  # Linux 6.5; the number is the same on every processor but alpha
 
 # A mapped page of a network file whose server loses it is a SIGBUS: such files are read with preadv instead.
 NETWORK_FILE_SYSTEMS = {
@@ -56,6 +58,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sync_file_range": (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint),
     "renameat2": (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint),
     "fstatfs": (ctypes.c_int, ctypes.c_void_p),
+    "syscall": (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long),  # as of cachestat
+    "mincore": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p),
     "mallopt": (ctypes.c_int, ctypes.c_int),
 }
 
@@ -184,6 +188,40 @@ def bring(fd: int, offset: int, size: int) -> bool:
         return True
     finally:
         os.close(nowhere)
+
+
+def cached(fd: int, offset: int, size: int) -> float | None:
+    """The share of these bytes' pages that is in the page cache; None where the system does not say.
+
+    By cachestat, of which a GB takes 0.15 ms; before Linux 6.5, and where a sandbox forbids it, by mincore, which takes every page of another user's
+    file for cached.
+    """
+    pages = -(-(offset + size) // mmap.PAGESIZE) - offset // mmap.PAGESIZE
+    for count in (_cachestat, _mincore):
+        with suppress(OSError, ValueError):  # ValueError: nothing to map
+            return count(fd, offset, size) / pages
+    return None
+
+
+def _cachestat(fd: int, offset: int, size: int) -> int:
+    where = (ctypes.c_uint64 * 2)(offset, size)
+    pages = (ctypes.c_uint64 * 5)()  # cached, dirty, being written back, evicted, evicted lately
+    _native("syscall", CACHESTAT, fd, ctypes.addressof(where), ctypes.addressof(pages), 0)
+    return pages[0]
+
+
+def _mincore(fd: int, offset: int, size: int) -> int:
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    size += offset - start
+    # Nothing is written to it: ctypes tells the address of writable memory alone.
+    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY, offset=start) as mapping:
+        told = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapping)
+        try:
+            _native("mincore", ctypes.addressof(first), size, ctypes.addressof(told))
+        finally:
+            del first  # a mapping that is pointed to cannot be closed
+    return bytes(told).count(1)
 
 
 def forget(fd: int, offset: int, size: int) -> None:

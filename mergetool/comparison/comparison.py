@@ -11,16 +11,16 @@ from fractions import Fraction
 
 from mergetool import models
 from mergetool.arch import meeting
-from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison import lineage
 from mergetool.comparison.distances import by_part, comparable, cut
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.heatmap import block
 from mergetool.comparison.streaming import Chunk, ComparedModels, stream
+from mergetool.engine.feeding.read_ahead import give_way
+from mergetool.engine.feeding.values import Reader
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
-from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
 from mergetool.errors import CheckFailed, UsageError
 from mergetool.ops.movement import Movement
@@ -231,7 +231,7 @@ def compare(
     multiplier: Fraction | str = Fraction(1),
     target: float = TARGET,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     progress: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Read the models once and report; with the multiplier that turns out to be "recommended", an eighth of three of them once more.
@@ -251,14 +251,14 @@ def compare(
     chunks = list(_chunks(comparison, plan, merges=multiplier != RECOMMENDED))
     with ThreadPoolExecutor(1, "lineage", give_way) as beside:
         advice = beside.submit(lineage.between, operands.inputs[operands.variant], comparison.base)
-        found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method, progress=progress)
+        found = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader, progress=progress)
     distances = by_part(operands, chunks, found)
     if multiplier == RECOMMENDED:
         counted = (one.energies for one in distances if one.name not in comparison.excluded)
         first = advised(Energies.total(counted), target, referenced=operands.reference is not None) or first
         plan = comparison.plan(first)
         chunks = [chunk for chunk in _chunks(comparison, plan, sums=False) if chunk.merge]
-        found = stream(operands, chunks, registers=plan.registers, threads=threads, method=method)
+        found = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader)
     moved = (
         ((chunk.merge.tensor.name, chunk.merge.step.part), movement)
         for chunk, (_, movement) in zip(chunks, found, strict=True)

@@ -22,7 +22,7 @@ def part_of_result(plan: Plan, part: str) -> Floats:
             if step.part == part and tensor.quantiser is None:
                 kept = _Kept(sum(each.elements for each in tensor.steps) * tensor.dtype.bits // 8)
                 merge.run(
-                    replace(plan, tensors=(tensor,)), kept, threads=1, method="pread", non_finite="keep", measure="off"
+                    replace(plan, tensors=(tensor,)), kept, threads=1, reader="pread", non_finite="keep", measure="off"
                 )
                 values = widened(memoryview(kept.octets), tensor.dtype)
                 return np.array(values[step.first : step.first + step.elements])

@@ -13,7 +13,7 @@ from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison.distances import comparable
 from mergetool.comparison.energies import Distance, Energies
-from mergetool.engine.reading import PositionedFetcher, ValueReader
+from mergetool.engine.feeding.values import ValueReader
 from mergetool.ops.sums import square
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
@@ -44,7 +44,7 @@ class Samples:
 
     def __init__(self, inputs: Sequence[Input]) -> None:
         self.inputs = tuple(inputs)
-        self._reader = ValueReader(PositionedFetcher())
+        self._reader = ValueReader((), "pread")
         self._values: dict[tuple[object, ...], Floats] = {}
 
     def of(self, column: int) -> ModelSample:

@@ -14,10 +14,10 @@ import numpy as np
 
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
-from mergetool.checkpoint.read_ahead import give_way
 from mergetool.comparison.energies import Energies
+from mergetool.engine.feeding.read_ahead import give_way
+from mergetool.engine.feeding.values import Fetched, Reader, ValueReader
 from mergetool.engine.jobs import Job
-from mergetool.engine.reading import Fetched, Method, ValueReader, fetcher
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blending import blend
@@ -76,7 +76,7 @@ def stream(
     *,
     registers: int = 0,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Found]:
     """What was found in every chunk, in their order, which is also the order of reading.
@@ -89,7 +89,7 @@ def stream(
 
     def measure(some: Sequence[Chunk]) -> list[tuple[Found, int]]:
         if not hasattr(local, "meter"):
-            local.meter = _Meter(operands, capacity, registers, method, torch_threads)
+            local.meter = _Meter(operands, capacity, registers, reader, torch_threads)
         meter: _Meter = local.meter
         return [meter.measure(chunk) for chunk in some]
 
@@ -112,7 +112,7 @@ class _Meter:
     whose elements cannot be summed as they are stored."""
 
     def __init__(
-        self, operands: ComparedModels, capacity: int, registers: int, method: Method, torch_threads: TorchThreads
+        self, operands: ComparedModels, capacity: int, registers: int, reader: Reader, torch_threads: TorchThreads
     ) -> None:
         self._operands = operands
         self._torch_threads = torch_threads
@@ -123,7 +123,7 @@ class _Meter:
         inputs = [operands.inputs[column] for column in operands.columns]
         files = [file for model in inputs for file in model.checkpoint.files]
         # Into buffers: a mapping's fresh pages took 6 ns a pair of elements, which is more than all that is done with them.
-        self._reader = ValueReader(fetcher(method, files, buffered=True))
+        self._reader = ValueReader(files, reader, buffered=True)
 
     @cached_property
     def _ops(self) -> CpuOps:

@@ -14,7 +14,7 @@ import torch
 
 from mergetool.arch import Part
 from mergetool.difference.pairs import Pair, Pairing
-from mergetool.engine.reading import Fetcher, ValueReader
+from mergetool.engine.feeding.values import ValueReader
 from mergetool.lowrank.krylov import fast_bfloat16
 from mergetool.lowrank.svd import squared_norm
 from mergetool.ops.cpu import as_tensor
@@ -53,9 +53,9 @@ class Buffers:
 class DeltaReader:
     """Reads the differences of a pairing, each into the buffers it is given; for one thread."""
 
-    def __init__(self, pairing: Pairing, fetch: Fetcher) -> None:
+    def __init__(self, pairing: Pairing, values: ValueReader) -> None:
         self._pairing = pairing
-        self._values = ValueReader(fetch)
+        self._values = values
         self._other = torch.empty(CHUNK, dtype=torch.float32)
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 

@@ -31,8 +31,8 @@ from mergetool.difference.pairs import Pair, Pairing, pair_up
 from mergetool.difference.spectra import SideFile
 from mergetool.difference.streaming import stream
 from mergetool.difference.whole import Whole, tensors
+from mergetool.engine.feeding.values import Reader
 from mergetool.engine.job import Inputs
-from mergetool.engine.reading import Method
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.options.differences import DiffOptions
@@ -90,7 +90,7 @@ def extract(
     *,
     overwrite: bool = False,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     device: torch.device | None = None,
     memory: int = 0,
     progress: Callable[[int], None] = lambda _: None,
@@ -113,7 +113,7 @@ def extract(
         device = None
     system.keep_freed_memory()
     side = SideFile() if to.spectra is None else SideFile.open(to.spectra.path, pairing, options.seed)
-    run = partial(stream, pairing, options, files=files, method=method, threads=asked(threads))
+    run = partial(stream, pairing, options, files=files, reader=reader, threads=asked(threads))
     with ThreadPoolExecutor(1, "metadata") as background:
         early = background.submit(metadata_of, pairing, options)
         solved: list[Solved] = []
@@ -197,7 +197,7 @@ def _on_device(
 
     def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
         work = partial(_decompose, pairing, options)
-        return list(run(pairs, work, method="pread", threads=1)) if pairs else []
+        return list(run(pairs, work, reader="pread", threads=1)) if pairs else []
 
     with ThreadPoolExecutor(1, "others") as background:
         skipped = background.submit(on_cpu, others)

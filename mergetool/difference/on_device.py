@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mergetool.difference.layer import Result
 from mergetool.difference.pairs import Pair, Pairing
-from mergetool.difference.upload import Uploader
 from mergetool.difference.whole import Whole
 from mergetool.engine import device as devices
+from mergetool.engine.feeding.uploader import Arrival, Uploader
 from mergetool.lowrank.batched import decompose_batch, squared_norms
 from mergetool.lowrank.factors import Factors, factors_of
 from mergetool.lowrank.stored import ATTEMPTS, next_share
@@ -115,14 +115,14 @@ class Uploads:
             for batch in self.batches:
                 buffer, used = self._free.get()
                 uploader.start_after(used)
-                futures = []
+                arrivals = list[Arrival]()
                 for pair, places in zip(batch.pairs, batch.places, strict=True):
                     sides = ((self.pairing.base, pair.base), (self.pairing.variant, pair.variant))
                     for (model, part), place in zip(sides, places, strict=True):
                         file, offset = model.checkpoint.locate(part.stored.tensor)
                         offset += part.stored.row * model.checkpoint.tensors[part.stored.tensor].row_nbytes
-                        futures += uploader.upload(file, offset, buffer[place : place + part.nbytes])
-                yield Upload(batch, buffer, futures, uploader, self._free)
+                        arrivals += uploader.upload(file, offset, buffer[place : place + part.nbytes])
+                yield Upload(batch, buffer, arrivals, self._free)
 
 
 @dataclass
@@ -131,15 +131,12 @@ class Upload:
 
     batch: Batch
     buffer: Tensor
-    futures: list[Future[None]]
-    uploader: Uploader
+    arrivals: list[Arrival]
     free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]]
 
     def wait(self, stream: torch.cuda.Stream | None) -> None:
         """Return when everything is read; ``stream`` then sees it on the device. Raises what the reading raised."""
-        for future in self.futures:
-            future.result()
-        self.uploader.finish_before(stream)
+        Uploader.finish(self.arrivals, stream)
 
     def values(self, index: int) -> tuple[Tensor, Tensor]:
         """Base and variant of pair ``index`` as stored, [m, n] on the device."""

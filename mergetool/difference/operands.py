@@ -17,7 +17,7 @@ from mergetool.adapters.rows import ChangeRows
 from mergetool.difference.delta import Buffers, Delta, DeltaReader
 from mergetool.difference.directions import rule_of
 from mergetool.difference.pairs import Pair, Pairing
-from mergetool.engine.reading import Fetcher
+from mergetool.engine.feeding.values import ValueReader
 from mergetool.lowrank import sets
 from mergetool.lowrank.factored import Factored
 from mergetool.lowrank.rules import Rule
@@ -46,9 +46,9 @@ class Subject:
 class OperandReader:
     """Reads the deltas of a pairing's variants; for one thread."""
 
-    def __init__(self, pairing: Pairing, fetch: Fetcher) -> None:
+    def __init__(self, pairing: Pairing, values: ValueReader) -> None:
         self._models = pairing.variants
-        self._readers = [DeltaReader(replace(pairing, variant=model), fetch) for model in self._models]
+        self._readers = [DeltaReader(replace(pairing, variant=model), values) for model in self._models]
 
     def read(self, pair: Pair, buffers: Sequence[Buffers]) -> tuple[Operand, ...]:
         """The delta of every variant, dense ones in ``buffers``, one each.

@@ -17,7 +17,7 @@ from mergetool.difference.layer import Result
 from mergetool.difference.operands import Operand, OperandReader, Subject, room_for, subject
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.whole import Whole, whole
-from mergetool.engine.reading import Method, fetcher
+from mergetool.engine.feeding.values import Reader, ValueReader
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
@@ -32,7 +32,7 @@ def stream(
     work: Callable[[Pair, Operand], T],
     *,
     files: Sequence[InputFile],
-    method: Method,
+    reader: Reader,
     threads: int,
 ) -> Iterator[tuple[Pair, float, T | Whole | None]]:
     """Every one of ``pairs`` in order with its energy, and what ``work`` makes of its difference, unless that is zero or not finite.
@@ -46,7 +46,7 @@ def stream(
         pairs,
         lambda pair, operands: _worked(pair, operands, options, work),
         files=files,
-        method=method,
+        reader=reader,
         threads=threads,
     ):
         energy, result = (found, None) if isinstance(found, float) else found
@@ -59,7 +59,7 @@ def each(
     work: Callable[[Pair, Sequence[Operand]], U],
     *,
     files: Sequence[InputFile],
-    method: Method,
+    reader: Reader,
     threads: int,
 ) -> Iterator[tuple[Pair, float | U]]:
     """Every one of ``pairs`` in order with what ``work`` makes of its variants' deltas; of a pair that is only measured its energy.
@@ -67,7 +67,7 @@ def each(
     Threads are as `stream` says.
     """
     # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
-    reader = OperandReader(pairing, fetcher(method, files, buffered=True))
+    deltas = OperandReader(pairing, ValueReader(files, reader, buffered=True))
     free: queue.SimpleQueue[list[Buffers]] = queue.SimpleQueue()
     for _ in range(threads + 1):
         free.put(room_for(pairs, pairing.variants))
@@ -82,10 +82,10 @@ def each(
 
     def read(pair: Pair) -> float | Future[U]:
         if pair.reason and not pair.whole:
-            return reader.energy(pair)  # waits for no buffer and no worker
+            return deltas.energy(pair)  # waits for no buffer and no worker
         buffers = free.get()
         try:
-            operands = reader.read(pair, buffers)
+            operands = deltas.read(pair, buffers)
         except BaseException:
             free.put(buffers)
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from mergetool.checkpoint.dtypes import DType
 from mergetool.engine.device import Device, failure, free_memory
-from mergetool.engine.ring import ALIGNMENT, Region, Ring, aligned
+from mergetool.engine.feeding import uploader
+from mergetool.engine.feeding.ring import ALIGNMENT, Region, Ring, aligned
+from mergetool.engine.feeding.uploader import Arrival, Uploader
 from mergetool.engine.threads import default_threads
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
@@ -27,39 +29,37 @@ from mergetool.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from mergetool.engine.jobs import Job, Quantise
+    from mergetool.ops.cuda import CudaOps
 
 CHUNK = 1 << 24
 """Elements of a job: 32 MB of bf16 an operand. Of 2 Mi to 16 Mi each larger one was faster: less Python for each byte."""
 
 SEATS = 4
-"""Jobs on the device at once, being copied in, computed, copied out and written; each has a thread that writes."""
+"""Jobs on the device at once, being computed, copied out and written; each has a thread that writes."""
 
-RING = 1 << 29
-"""Bytes of page-locked memory for what is being read and copied in. Simulated (benchmarks.bench_feeding), half of it takes 1.6 times
-as long, and twice as much saves 3 %."""
-
-PIECE = 16 << 20
-"""Bytes that one thread reads at once."""
+RING = 1 << 30
+"""Bytes of the device's memory for operands that are being read, copied in and computed with. Simulated (benchmarks.bench_feeding), half of it takes
+1.25 times as long, and twice as much is no faster."""
 
 READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much a merge holds on a GPU and for it: ``seats`` jobs of at most ``chunk`` elements on the device.
+    """How much a merge holds on a GPU and for it: ``seats`` jobs of at most ``chunk`` elements being computed, and ``ring`` bytes for operands.
 
-    ``operands`` and ``results`` are the bytes that a job reads and writes, at most.
+    ``results`` are the bytes that a job writes, at most.
     """
 
     seats: int
     chunk: int
-    operands: int
+    ring: int
     results: int
 
     @property
     def pinned(self) -> int:
         """Bytes of page-locked host memory, at most."""
-        return RING + self.seats * self.results
+        return uploader.page_locked(readers()) + self.seats * self.results
 
 
 def readers() -> int:
@@ -77,12 +77,9 @@ def room(plan: Plan, device: Device) -> Room:
     chunk = CHUNK
     while chunk > 1 << 16 and (3 * chunk * (read + written) > allowed or 4 * chunk * read > RING):
         chunk //= 2
-    return Room(
-        min(SEATS, allowed // (chunk * (read + written))),
-        chunk,
-        chunk * read + windows * ALIGNMENT,
-        chunk * written,
-    )
+    seats = min(SEATS, allowed // (chunk * (read + written)))
+    ring = max(chunk * read + windows * ALIGNMENT, min(RING, allowed - seats * chunk * written))
+    return Room(seats, chunk, ring, chunk * written)
 
 
 def _bytes(dtype: DType) -> int:
@@ -116,38 +113,13 @@ class Tasks:
 
 @dataclass(frozen=True, slots=True)
 class _Loading:
-    """A job whose operands are being read, one after the other in page-locked memory, each at a multiple of 16 bytes."""
+    """A job whose operands are on their way to a region of the device's ring, one after the other, each at a multiple of 16 bytes."""
 
     index: int
     job: Job
     region: Region
-    operands: Tensor  # the region's bytes, uint8
-    places: Sequence[int]  # where in the operands each window's bytes begin
-    reads: Sequence[Future[None]]
-
-
-class Seat:
-    """A job's memory on the device, and what computes there."""
-
-    def __init__(self, room: Room, registers: int, device: str) -> None:
-        from mergetool.ops.cuda import CudaOps
-
-        self.operands = torch.empty(room.operands, dtype=torch.uint8, device=device)
-        self.ops = CudaOps(capacity=room.chunk, registers=registers, device=device)
-        # As in CudaOps: a thread that waits must sleep.
-        self._copied = torch.cuda.Event(blocking=True) if self.ops.stream is not None else None  # type: ignore[no-untyped-call]
-
-    def copy_in(self, stored: Tensor) -> None:
-        """Start copying a job's operands to the device."""
-        with torch.cuda.stream(self.ops.stream):
-            self.operands[: stored.numel()].copy_(stored, non_blocking=True)
-            if self._copied is not None:
-                self._copied.record(self.ops.stream)
-
-    def wait_until_copied(self) -> None:
-        """Until then the operands' page-locked memory is in use."""
-        if self._copied is not None:
-            self._copied.synchronize()
+    operands: Sequence[Tensor]  # as stored, uint8
+    arrivals: Sequence[Arrival]
 
 
 class Driver:
@@ -162,86 +134,80 @@ class Driver:
         self._room = room
         self._measured = measured
         self._registers = plan.registers
-        self._free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        self._ring = Ring(RING)
+        self._free: queue.SimpleQueue[CudaOps] = queue.SimpleQueue()
+        self._ring = Ring(room.ring)
 
     def work(self) -> None:
         """Do jobs until there are none left, or the run stops; raises DeviceError when the GPU fails."""
         try:
-            if self._allocate():
-                self._work()
-            else:
+            memory = self._allocate()
+            if memory is None:
                 self._without_device()
+            else:
+                self._work(memory)
         except torch.AcceleratorError as error:
             raise failure(self._name, error) from None
 
-    def _work(self) -> None:
-        pinned = torch.empty(RING, dtype=torch.uint8, pin_memory=torch.device(self._name).type == "cuda")
+    def _work(self, memory: Tensor) -> None:
         loading: deque[_Loading] = deque()
-        with ThreadPoolExecutor(readers(), "read") as pool, ThreadPoolExecutor(SEATS, "write") as writers:
+        with Uploader(memory.device, readers()) as up, ThreadPoolExecutor(SEATS, "write") as writers:
             taken = self._tasks.take()
             while taken or loading:
                 # As much as there is room for is being read before the oldest is waited for.
                 if taken and (region := self._ring.take(_job_bytes(taken[1]), wait=not loading)):
-                    loading.append(self._load(*taken, region, pinned, pool))
+                    loading.append(self._load(*taken, region, memory, up))
                     taken = self._tasks.take()
                 else:
                     self._compute(loading.popleft(), writers)
 
-    def _allocate(self) -> int:
-        """As many seats as there is memory for; returns their number."""
-        made = 0
+    def _allocate(self) -> Tensor | None:
+        """The ring's memory, and as many seats as there is memory for; None where there is none for a single one."""
+        from mergetool.ops.cuda import CudaOps
+
+        memory = None
         try:
+            if self._room.seats:
+                memory = torch.empty(self._room.ring, dtype=torch.uint8, device=self._name)
             for _ in range(self._room.seats):
-                self._free.put(Seat(self._room, self._registers + 1, self._name))
-                made += 1
+                self._free.put(CudaOps(capacity=self._room.chunk, registers=self._registers + 1, device=self._name))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-        return made
+        return None if self._free.empty() else memory
 
     def _without_device(self) -> None:
         while (taken := self._tasks.take()) is not None:
             self._tasks.off_device(taken[1])
             self._tasks.done(*taken, *self._tasks.redo(taken[1]), 0)
 
-    def _load(self, index: int, job: Job, region: Region, pinned: Tensor, pool: ThreadPoolExecutor) -> _Loading:
-        """Start reading the job's operands."""
-        buffer = pinned.numpy().data
-        places, reads, place = [], [], 0
+    def _load(self, index: int, job: Job, region: Region, memory: Tensor, up: Uploader) -> _Loading:
+        """Have the job's operands read and copied in."""
+        operands, arrivals, place = [], list[Arrival](), region.start
         for window in job.step.windows:
             file, base = self._plan.inputs[window.input].checkpoint.locate(window.tensor)
             offset, size = base + window.start + job.start * window.dtype.itemsize, job.count * window.dtype.itemsize
-            start = region.start + place
-            for at in range(0, size, PIECE):
-                piece = buffer[start + at : start + min(at + PIECE, size)]
-                reads.append(pool.submit(file.read_into, piece, offset + at))
-            places.append(place)
+            operands.append(memory[place : place + size])
+            arrivals += up.upload(file, offset, operands[-1])
             place += aligned(size)
-        return _Loading(index, job, region, pinned[region.start : region.start + region.size], places, reads)
+        return _Loading(index, job, region, operands, arrivals)
 
     def _compute(self, loading: _Loading, writers: ThreadPoolExecutor) -> None:
-        """Copy a job's operands in when they are read, and start its arithmetic and the copy of its result."""
-        for read in loading.reads:
-            read.result()
-        seat = self._free.get()
+        """Start a job's arithmetic, and the copy of its result, when its operands are read."""
+        ops = self._free.get()
         try:
-            self._launch(seat, loading)
+            Uploader.finish(loading.arrivals, ops.stream)
+            self._launch(ops, loading)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             self._tasks.off_device(loading.job)
             self._tasks.done(loading.index, loading.job, *self._tasks.redo(loading.job), 0)
             self._ring.give_back(loading.region)
-            self._free.put(seat)
+            self._free.put(ops)
         else:
-            writers.submit(self._finish, seat, loading)
+            writers.submit(self._finish, ops, loading)
 
-    def _launch(self, seat: Seat, loading: _Loading) -> None:
-        ops, job, first = seat.ops, loading.job, None
-        seat.copy_in(loading.operands)
-        operands = [
-            (seat.operands[at : at + job.count * window.dtype.itemsize], window.dtype)
-            for at, window in zip(loading.places, job.step.windows, strict=True)
-        ]
+    def _launch(self, ops: CudaOps, loading: _Loading) -> None:
+        job, first = loading.job, None
+        operands = [(stored, window.dtype) for stored, window in zip(loading.operands, job.step.windows, strict=True)]
         assert job.step.program is not None
         assert not isinstance(job.rounding, ErrorFeedback)
         execute(job.step.program, ops, lambda register, model: ops.take(register, *operands[model]))
@@ -250,31 +216,31 @@ class Driver:
             ops.take(first, *operands[job.step.base])
         ops.launch(0, job.tensor.dtype, job.rounding, first)
 
-    def _finish(self, seat: Seat, loading: _Loading) -> None:
-        index, job, ops = loading.index, loading.job, seat.ops
+    def _finish(self, ops: CudaOps, loading: _Loading) -> None:
+        index, job = loading.index, loading.job
         try:
+            movement = None
             try:
-                seat.wait_until_copied()
+                out, beyond = ops.collect()
+                is_whole = ops.is_finite(0) and (job.tensor.dtype.bits == 8 or not beyond)
+                if is_whole and self._measured and job.step.base is not None:
+                    movement = ops.measure(0, self._registers, job.tensor.dtype)
             finally:
                 self._ring.give_back(loading.region)
-            out, beyond = ops.collect()
-            narrow = job.tensor.dtype.bits == 8
-            if not ops.is_finite(0) or (beyond and not narrow):
-                # The CPU says which model, which element, and whether to keep it.
-                moved, movement, beyond = *self._tasks.redo(job), 0
-            else:
+            if is_whole:
                 at = (job.step.first + job.start) * job.tensor.dtype.itemsize
                 self._write(job.tensor.name, at, out)
                 moved = len(out) + sum(job.count * window.dtype.itemsize for window in job.step.windows)
-                measured = self._measured and job.step.base is not None
-                movement = ops.measure(0, self._registers, job.tensor.dtype) if measured else None
+            else:
+                # The CPU says which model, which element, and whether to keep it.
+                moved, movement, beyond = *self._tasks.redo(job), 0
             self._tasks.done(index, job, moved, movement, beyond)
         except torch.AcceleratorError as error:
             self._tasks.fail(failure(self._name, error))
         except BaseException as error:
             self._tasks.fail(error)
         finally:
-            self._free.put(seat)
+            self._free.put(ops)
 
 
 def _job_bytes(job: Job) -> int:

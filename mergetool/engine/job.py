@@ -24,7 +24,7 @@ from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import anchor, merge, noise
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
-from mergetool.engine.reading import Method
+from mergetool.engine.feeding.values import Reader
 from mergetool.engine.running import Measure, NonFinite, Outcome
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
@@ -155,7 +155,7 @@ def run_merge(
     overwrite: bool = False,
     shard_size: int | None = None,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measure: Measure = "sample",
@@ -179,7 +179,7 @@ def run_merge(
         overwrite=overwrite,
         shard_size=shard_size,
         threads=threads,
-        method=method,
+        reader=reader,
         non_finite=non_finite,
         device=device,
         measure=measure,
@@ -197,7 +197,7 @@ def run_merges(
     overwrite: bool = False,
     shard_size: int | None = None,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measure: Measure = "sample",
@@ -212,7 +212,7 @@ def run_merges(
     """
     asked(threads)
     for option, word, known in (
-        ("reader", method, Method),
+        ("reader", reader, Reader),
         ("non_finite", non_finite, NonFinite),
         ("measure", measure, Measure),
     ):
@@ -254,7 +254,7 @@ def run_merges(
             found = merge.run_together(
                 items,
                 threads=threads,
-                method=method,
+                reader=reader,
                 non_finite=non_finite,
                 device=device,
                 measure=measure,

@@ -11,12 +11,12 @@ from mergetool.checkpoint import system
 from mergetool.engine.bundles import Bundle, Operands, bundles, pieces
 from mergetool.engine.calling import Caller
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.feeding.values import Reader
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.memory import workers
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Phases, Weights
-from mergetool.engine.reading import Method
 from mergetool.engine.running import Measure, NonFinite, Outcome, Run, Sink
 from mergetool.engine.threads import TorchThreads
 from mergetool.engine.worker import Finished, Worker
@@ -35,7 +35,7 @@ def run(
     writer: Sink,
     *,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measure: Measure = "sample",
@@ -45,7 +45,7 @@ def run(
     """Compute every tensor of ``plan`` into ``writer``, which the caller commits.
 
     ``measure`` says on how much of the CPU's work movements are measured (a GPU measures all it does), ``compared`` whether
-    what storing changed is. ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written depend on ``threads``, ``method`` and ``device`` in nothing; of the movements,
+    what storing changed is. ``progress`` is called from this thread with the bytes read and written since the last call. The bytes written depend on ``threads``, ``reader`` and ``device`` in nothing; of the movements,
     the energies' last digits depend on the device. Raises NonFiniteError for NaN or infinity in an input or from overflow
     unless they are to be kept, DeviceError for a GPU that fails, and whatever reading and writing raise; after an
     exception nothing more is written.
@@ -53,7 +53,7 @@ def run(
     (outcome,) = run_together(
         [(plan, writer, "")],
         threads=threads,
-        method=method,
+        reader=reader,
         non_finite=non_finite,
         device=device,
         measure=measure,
@@ -67,7 +67,7 @@ def run_together(
     items: Sequence[tuple[Plan, Sink, str]],
     *,
     threads: int | None = None,
-    method: Method = "auto",
+    reader: Reader = "auto",
     non_finite: NonFinite = "refuse",
     device: Device = CPU,
     measure: Measure = "sample",
@@ -85,7 +85,7 @@ def run_together(
         Run(
             plan,
             writer,
-            method,
+            reader,
             non_finite,
             measure,
             Weights([tensor for tensor in plan.tensors if tensor.quantiser]),

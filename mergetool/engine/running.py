@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 from mergetool.adapters.rows import StackedRows
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.engine.calling import Caller
+from mergetool.engine.feeding.values import Reader
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.movements import Movements
 from mergetool.engine.quantising import Weights
-from mergetool.engine.reading import Method
 from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan
@@ -60,7 +60,7 @@ class Run:
 
     plan: Plan
     writer: Sink
-    method: Method
+    reader: Reader
     non_finite: NonFinite
     measure: Measure
     weights: Weights

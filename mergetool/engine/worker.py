@@ -14,10 +14,10 @@ from mergetool.checkpoint.dtypes import F16, F32, DType
 from mergetool.engine import quantising
 from mergetool.engine.bundles import Bundle, EncodeJob, Work
 from mergetool.engine.calling import shape_of
+from mergetool.engine.feeding.values import Fetched, ValueReader
 from mergetool.engine.fidelity import read_back
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.quantising import Piece
-from mergetool.engine.reading import Fetched, ValueReader, fetcher
 from mergetool.engine.running import Run
 from mergetool.engine.threads import TorchThreads
 from mergetool.errors import NonFiniteError
@@ -61,9 +61,7 @@ class Worker:
         # Memory that only fp64 touches the second half of; what is ordinary is stored to it.
         self._out = np.empty(self._capacity * 8, np.uint8).data
         files = list(dict.fromkeys(file for run in runs for file in run.files))
-        self._reader = ValueReader(
-            fetcher(runs[0].method, files, buffered=any(run.decodes or run.collects for run in runs))
-        )
+        self._reader = ValueReader(files, runs[0].reader, buffered=any(run.decodes or run.collects for run in runs))
         self._kept: list[Floats] = []
 
     @cached_property

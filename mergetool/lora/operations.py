@@ -128,7 +128,7 @@ def delta_scores(
         return _scored(pair.name, pair.groups, first, second, signs)
 
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    for pair, found in each(pairing, pairing.decomposed, score, files=files, method="auto", threads=asked(threads)):
+    for pair, found in each(pairing, pairing.decomposed, score, files=files, reader="auto", threads=asked(threads)):
         assert isinstance(found, Score)
         if not all(map(math.isfinite, found.energies)):
             raise NonFiniteError(f"{quoted(pair.name)} holds NaN or infinity in one of the models; mend the file.")

@@ -28,7 +28,7 @@ from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
-from mergetool.engine.reading import Fetcher, ValueReader, fetcher
+from mergetool.engine.feeding.values import ValueReader
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lowrank.svd import squared_norm
@@ -139,7 +139,7 @@ def verify_lora(
 
     def measure(part: str) -> Residual:
         if not hasattr(local, "comparer"):
-            local.comparer = _Comparer(comparison, fetcher("auto", files))
+            local.comparer = _Comparer(comparison, ValueReader(files))
         found: Residual = local.comparer.measure(part)
         return found
 
@@ -168,9 +168,9 @@ def verify_lora(
 class _Comparer:
     """One thread's buffers and way of reading."""
 
-    def __init__(self, comparison: Comparison, fetch: Fetcher) -> None:
+    def __init__(self, comparison: Comparison, values: ValueReader) -> None:
         self._comparison = comparison
-        self._values = ValueReader(fetch)
+        self._values = values
         width = max((comparison.base.anatomy.parts[part].shape[-1:] or (1,))[0] for part in comparison.parts)
         room = max(TILE, 64 * width)
         self._base, self._variant, self._change = (torch.empty(room) for _ in range(3))

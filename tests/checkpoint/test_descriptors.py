@@ -19,8 +19,8 @@ from mergetool.checkpoint.descriptors import LEAST
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.read_ahead import ReadAhead
 from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.engine.feeding.read_ahead import ReadAhead
 from mergetool.errors import DataError, StorageError
 
 
@@ -77,7 +77,7 @@ def test_a_window_stays_readable_while_its_file_is_closed_for_others(tmp_path: P
     for file in others:
         file.window(0, 10)
     assert bytes(window) == bytes(10_000)
-    first.drop(0, 10_000)
+    first.release(0, 10_000)
     for file in (first, *others):
         file.close()
 

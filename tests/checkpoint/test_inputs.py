@@ -241,7 +241,7 @@ def test_every_way_of_reading_gives_the_bytes(
         assert file.read(offset, size) == expected
         assert window == expected
         assert window.readonly or make_system is not _plain
-        file.drop(offset, size)
+        file.release(offset, size)
         assert window == expected
 
 
@@ -267,7 +267,7 @@ def test_threads_reading_at_once_do_not_disturb_each_other(
                 window = file.window(offset, 50)
                 if file.read(offset, 50) != content[offset : offset + 50] or window != content[offset : offset + 50]:
                     wrong.append(offset)
-                file.drop(offset, 50)
+                file.release(offset, 50)
 
         threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
         for thread in threads:
@@ -280,8 +280,8 @@ def test_threads_reading_at_once_do_not_disturb_each_other(
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, -1), (0, 10**6), (5 * PAGE + 123, 1)])
 def test_range_outside_the_file_is_a_programming_error(path: Path, offset: int, size: int) -> None:
     with InputFile.open(path) as file:
-        for read in (file.read, file.window, file.drop):
-            if read == file.drop:
+        for read in (file.read, file.window, file.release):
+            if read == file.release:
                 assert file.can_map
             with pytest.raises(ValueError, match="are not in it"):
                 read(offset, size)
@@ -310,7 +310,7 @@ def test_window_is_populated_in_one_call_on_whole_pages(path: Path, monkeypatch:
     monkeypatch.setattr(system, "advise", lambda *arguments: (calls.append(arguments), advise(*arguments))[1])
     with InputFile.open(path) as file:
         file.window(PAGE + 1, 2 * PAGE)
-        file.drop(PAGE + 1, 2 * PAGE)
+        file.release(PAGE + 1, 2 * PAGE)
     assert [(size, advice) for _, size, advice in calls] == [(2 * PAGE + 1, 22), (2 * PAGE + 1, 4)]
     assert all(address % PAGE == 0 for address, _, _ in calls)
 
@@ -332,10 +332,10 @@ def test_dropped_windows_do_not_grow_the_process(tmp_path: Path) -> None:
         kept = file.window(0, size)
         grown = _resident_file_pages() - before
         del kept
-        file.drop(0, size)
+        file.release(0, size)
         for offset in range(0, size - step, step):
             file.window(offset, step)
-            file.drop(offset, step)
+            file.release(offset, step)
         left = _resident_file_pages() - before
     assert grown > size // 2  # the measure works
     assert left < 1 << 20

@@ -758,6 +758,7 @@ def test_every_call_that_changes_the_disk_can_be_made_to_fail() -> None:
         "network_file_system",
         "try_lock",
         "forget",
+        "cached",
         "main_memory",
         "most_open_files",
         "keep_freed_memory",

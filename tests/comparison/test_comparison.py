@@ -197,8 +197,8 @@ def test_layout_shards_threads_and_reader_change_no_figure(tmp_path: Path) -> No
     plain = checkpoint(tmp_path / "plain.safetensors")
     comfyui = checkpoint(tmp_path / "a.safetensors", variant=1)
     diffusers = checkpoint(tmp_path / "b", variant=1, layout="diffusers", shard_size=2_000_000)
-    one = compared(plain, comfyui, threads=1, method="mmap")
-    other = compared(plain, diffusers, threads=3, method="pread")
+    one = compared(plain, comfyui, threads=1, reader="mmap")
+    other = compared(plain, diffusers, threads=3, reader="pread")
     assert one.distances == other.distances
     assert one.lost == other.lost
 

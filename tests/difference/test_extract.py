@@ -134,7 +134,7 @@ def test_bytes_do_not_depend_on_threads_or_reading(
     torch.set_num_threads(3 - min(threads, 2))
     try:
         with open_diff(str(family / "base.safetensors"), str(family / "variant"), options) as pairing:
-            extract(pairing, tmp_path / "lora.safetensors", options, threads=threads, method=method)
+            extract(pairing, tmp_path / "lora.safetensors", options, threads=threads, reader=method)
     finally:
         torch.set_num_threads(2)
     assert (tmp_path / "lora.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()

@@ -15,6 +15,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import device as devices
 from mergetool.engine import gpu, job
 from mergetool.engine.device import CPU, Device
+from mergetool.engine.feeding import uploader
 from mergetool.engine.running import Outcome
 from mergetool.errors import DeviceError, NonFiniteError, UsageError
 from mergetool.options.merging import MergeOptions
@@ -38,7 +39,7 @@ def _overflow_is_meant() -> Iterator[None]:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """The first GPU, or the CPU under Triton's interpreter, with jobs so small that every tensor takes several."""
     monkeypatch.setattr(gpu, "CHUNK", 1 << 12)
-    monkeypatch.setattr(gpu, "PIECE", 1 << 12)
+    monkeypatch.setattr(uploader, "PIECE", 1 << 12)
     monkeypatch.setattr(gpu, "RING", 1 << 17)
     return Device(("cuda:0",) if torch.cuda.is_available() else ("cpu",), ROOM)
 

@@ -85,10 +85,10 @@ def test_protected_tensors_can_come_from_another_model(family: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize("method", ["mmap", "pread"])
-def test_bytes_do_not_depend_on_threads_or_reading(family: Path, threads: int, method: str) -> None:
-    reference = run(BRIDGE, family / "reference.safetensors", threads=1, method="pread")
-    out = run(BRIDGE, family / "out.safetensors", threads=threads, method=method)
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+def test_bytes_do_not_depend_on_threads_or_reading(family: Path, threads: int, reader: str) -> None:
+    reference = run(BRIDGE, family / "reference.safetensors", threads=1, reader="pread")
+    out = run(BRIDGE, family / "out.safetensors", threads=threads, reader=reader)
     assert digest(out) == digest(reference)
 
 

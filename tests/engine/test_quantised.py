@@ -201,7 +201,7 @@ def test_bytes_do_not_depend_on_threads_or_reading(family: Path, quant: str) -> 
     for threads, method in ((1, "pread"), (2, "mmap"), (4, "mmap")):
         search = QUANTISERS[quant].has_tensor_scale
         with job.open_merge(MERGE, MergeOptions(quant=quant, scale_search=search)) as plan:
-            job.run_merge(plan, family / "out.safetensors", threads=threads, method=method, overwrite=True)  # type: ignore[arg-type]
+            job.run_merge(plan, family / "out.safetensors", threads=threads, reader=method, overwrite=True)  # type: ignore[arg-type]
         digests.add(hashlib.sha256((family / "out.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
 

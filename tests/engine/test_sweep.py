@@ -115,7 +115,7 @@ def test_quantised_inputs_give_the_bytes_of_single_runs(family: Path, container:
         quantised(family / f"q-{name}.safetensors", family / f"{name}.safetensors", container)
     first = "'q-alk.safetensors' + {} * ('q-a.safetensors' - 'b.safetensors')"
     items = [(first.format(m), MergeOptions(dtype=dtype)) for m in (5, 20) for dtype in (dtypes.BF16, dtypes.F8_E4M3)]
-    assert together(items, method="pread") == alone(items)
+    assert together(items, reader="pread") == alone(items)
 
 
 @pytest.mark.usefixtures("family", "small_chunks")
@@ -124,7 +124,7 @@ def test_every_input_byte_is_read_once(items: Items, monkeypatch: pytest.MonkeyP
     outputs = [Path(f"out-{i}.safetensors") for i in range(len(items))]
     with job.open_merges(items) as plans, monkeypatch.context() as patched:
         counting = Counting(patched)
-        job.run_merges(plans, outputs, method="pread")
+        job.run_merges(plans, outputs, reader="pread")
     assert {name: counting.bytes_of(name) for name in INPUTS} == {name: data_size(name) for name in INPUTS}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import sys
 import threading
@@ -14,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.checkpoint.read_ahead import PIECE, ReadAhead, give_way
+from mergetool.engine.feeding.read_ahead import PIECE, ReadAhead, give_way
+from tests.pages import cached, uncache
 from tests.patience import HANG
 
 pytestmark = pytest.mark.loaded
@@ -29,23 +28,8 @@ def file(tmp_path: Path) -> InputFile:
     """A file of five pieces that is not in the page cache."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(os.urandom(1 << 20) * (SIZE >> 20))
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-    if cached(path):
-        pytest.skip("the temporary folder is in memory, or its pages cannot be let go")
+    uncache(path)
     return InputFile.open(path)
-
-
-def cached(path: Path, start: int = 0, size: int = SIZE) -> float:
-    """The share of these bytes that is in the page cache."""
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE
-        found = (ctypes.c_ubyte * pages)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + start
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found) == 0
-        return sum(each & 1 for each in found) / pages
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergetool.engine.ring import ALIGNMENT, Region, Ring
+from mergetool.engine.feeding.ring import ALIGNMENT, Region, Ring
 
 CAPACITY = 40 * ALIGNMENT
 
