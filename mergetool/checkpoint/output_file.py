@@ -20,6 +20,9 @@ from mergetool.errors import StorageError
 KEPT_BEHIND = 8
 """Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when they are let go of."""
 
+SMALL = 64 << 20
+"""Bytes of an output that stays in the page cache, such as a LoRA: it costs next to nothing, and is what will be read next."""
+
 READ_BACK = 8 << 20
 
 
@@ -105,13 +108,14 @@ class OutputFile(Pooled):
     def flush_behind(self, offset: int, size: int) -> None:
         """Start writing these bytes to the disk, so that little is left for the sync at the end.
 
-        It lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now, so that the next bytes find those pages.
+        Of an output that is not `SMALL` it lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now, so that the next bytes find
+        those pages.
         """
         self._require_inside(offset, size)
         with self._writing("writing") as fd:
             system.start_write_back(fd, offset, size)
             self._behind.append((offset, size))
-            if len(self._behind) > KEPT_BEHIND:
+            if self.size > SMALL and len(self._behind) > KEPT_BEHIND:
                 system.forget(fd, *self._behind.popleft())
 
     def sync(self) -> None:
@@ -149,6 +153,8 @@ class OutputFile(Pooled):
             raise StorageError(f'"{self._shown}": an earlier write failed; nothing was published, run again.')
         with self._writing("syncing") as fd:
             system.fsync(fd)
+            if self.size > SMALL:
+                system.forget(fd, 0, self.size)
         with system.explained(self._shown, "closing"):
             self._close()
 

@@ -1,45 +1,61 @@
-"""What an output that is being written keeps in the page cache."""
+"""What an output leaves in the page cache: nothing, unless it is small. The kernel counts the pages."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
 from pathlib import Path
 
 import pytest
 
-from mergetool.checkpoint import output_file, system
+from mergetool.checkpoint import output_file
 from mergetool.checkpoint.output_file import KEPT_BEHIND, OutputFile
+from tests.pages import cached, uncache
 
-BLOCK = 1 << 16
-SIZE = (KEPT_BEHIND + 4) * BLOCK
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no call of this system lets pages go")
+
+BLOCK = 1 << 18
+SIZE = (KEPT_BEHIND + 24) * BLOCK
 
 
-@pytest.mark.parametrize(("files", "let_go"), [(1, 0), (2, 4), (3, 4)])
-def test_outputs_that_are_too_much_together_let_go_of_what_was_written(
-    files: int, let_go: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def written(path: Path) -> OutputFile:
+    out = OutputFile(path, path, SIZE)
+    for at in range(0, SIZE, BLOCK):
+        out.write(at, memoryview(bytes(BLOCK)))
+        out.flush_behind(at, BLOCK)
+    return out
+
+
+def require_a_disk(folder: Path) -> None:
+    probe = folder / "probe"
+    probe.write_bytes(bytes(BLOCK))
+    uncache(probe)
+
+
+def test_an_output_is_not_in_the_page_cache_when_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep's four outputs of 6.2 GB took 46 s where each by itself was small enough to stay, and 22 s without them."""
-    gone: list[int] = []
-    monkeypatch.setattr(system, "main_memory", lambda: 6 * SIZE)
-    monkeypatch.setattr(output_file, "_open", output_file._Open())
-    monkeypatch.setattr(system, "forget", lambda fd, offset, size: gone.append(fd))
-    with ExitStack() as stack:
-        opened = [OutputFile(tmp_path / str(i), tmp_path / str(i), SIZE) for i in range(files)]
-        for out in opened:
-            stack.callback(out.abandon)
-        for at in range(0, SIZE, BLOCK):
-            for out in opened:
-                out.write(at, memoryview(bytes(BLOCK)))
-                out.flush_behind(at, BLOCK)
-    assert len(gone) == files * let_go
+    require_a_disk(tmp_path)
+    monkeypatch.setattr(output_file, "SMALL", SIZE - 1)
+    written(tmp_path / "out").finish()
+    assert cached(tmp_path / "out") == 0
 
 
-def test_an_output_that_is_closed_counts_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "main_memory", lambda: 6 * SIZE)
-    monkeypatch.setattr(output_file, "_open", output_file._Open())
-    first, second = (OutputFile(tmp_path / name, tmp_path / name, SIZE) for name in "ab")
-    assert output_file._open.are_large
-    first.abandon()
-    first.abandon()
-    assert not output_file._open.are_large
-    second.finish()
+def test_a_small_output_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_file, "SMALL", SIZE)
+    written(tmp_path / "out").finish()
+    assert cached(tmp_path / "out") == 1
+
+
+def test_what_is_on_the_disk_is_let_go_of_while_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Synced after every block, so that the test does not depend on how fast the disk is."""
+    require_a_disk(tmp_path)
+    monkeypatch.setattr(output_file, "SMALL", SIZE - 1)
+    out = OutputFile(tmp_path / "out", tmp_path / "out", SIZE)
+    for at in range(0, SIZE, BLOCK):
+        out.write(at, memoryview(bytes(BLOCK)))
+        out.sync()
+        out.flush_behind(at, BLOCK)
+    assert cached(tmp_path / "out") == KEPT_BEHIND * BLOCK / SIZE
+    out.abandon()
