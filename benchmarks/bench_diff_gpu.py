@@ -38,7 +38,9 @@ from mergetool.difference.layer import Layer
 from mergetool.difference.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
 from mergetool.difference.pairs import Pairing
 from mergetool.lowrank import batched
-from mergetool.lowrank.factors import factors_of
+from mergetool.lowrank.balanced import balanced_batch
+from mergetool.lowrank.norms import energies_of
+from mergetool.lowrank.rules import Rule
 from mergetool.lowrank.svd import SMALL
 from mergetool.options.differences import DiffOptions
 
@@ -146,7 +148,7 @@ def _stages_of(base: torch.Tensor, variant: torch.Tensor, names: list[str], cloc
         for one, other, out in zip(base, variant, deltas, strict=True):
             subtract(one, other, out=out)
     with clock("energy"):
-        energies = batched.squared_norms(deltas)
+        energies = energies_of(deltas)
     with clock("bf16 copy"):
         sketch = deltas.bfloat16()
     if min(base.shape[1:]) > SMALL:
@@ -164,11 +166,11 @@ def _stages_of(base: torch.Tensor, variant: torch.Tensor, names: list[str], cloc
             batched._eigen(gram)
         with clock("(eigen by torch)"):
             torch.linalg.eigh(gram)
-    options = {"rank_thresh": OPTIONS.rank_thresh, "rank_max": OPTIONS.rank_max}
+    options = {"rule": Rule(threshold=OPTIONS.threshold), "rank_max": OPTIONS.rank_max}
     with clock("decompose, all"):
         found = batched.decompose_batch(deltas, names, energies=energies, sketch=sketch, **options)  # type: ignore[arg-type]
     with clock("factors"):
-        factors_of(found, torch.bfloat16)
+        balanced_batch(found, torch.bfloat16)
 
 
 def rivals(shapes: dict[tuple[int, int], int], clock: Clock, budget: float) -> dict[str, tuple[float, str]]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mergetool.lowrank.krylov import fast_bfloat16
+from mergetool.lowrank.rules import Rule
 from mergetool.lowrank.svd import decompose
 
 CAP, CAPPED_THRESHOLD = 64, 0.995
@@ -77,7 +78,7 @@ def mergetool_fp32(delta: Tensor, rank: int | None, threshold: float) -> Factors
 
 
 def _mergetool(delta: Tensor, rank: int | None, threshold: float, sketch: Tensor) -> Factors:
-    found = decompose(delta, name="layer", rank_thresh=threshold, rank_max=rank or 0, sketch=sketch)
+    found = decompose(delta, name="layer", rule=Rule(threshold=threshold), rank_max=rank or 0, sketch=sketch)
     return found.left, found.singular_values, found.right
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance
-from mergetool.lowrank.factored import Factored
-from mergetool.lowrank.svd import balanced_factors
+from mergetool.lowrank.balanced import balanced
+from mergetool.lowrank.low_rank import LowRank
 
 WEIGHTS = (0.8, -0.3)
 
@@ -36,10 +36,10 @@ def lora(rows: int, columns: int, rank: int, seed: int) -> tuple[Tensor, Tensor]
 
 def by_factors(terms: Sequence[tuple[float, tuple[Tensor, Tensor]]], rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The singular values kept, and the pair in float32."""
-    whole = Factored.sum([(weight, Factored.of(*pair)) for weight, pair in terms])
+    whole = LowRank.sum([(weight, LowRank(*pair)) for weight, pair in terms])
     found = whole.truncated(rank, name="bench")
-    down, up = balanced_factors(found, torch.float32)
-    return found.singular_values, up, down
+    stored = balanced(found, torch.float32)
+    return found.singular_values, stored.up, stored.down
 
 
 def dense(
@@ -55,8 +55,8 @@ def dense(
 def errors(found: tuple[Tensor, Tensor, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
     """The largest relative error of a singular value, and that of the product, in the Frobenius norm."""
     values = float(((found[0].double() - exact[0]) / exact[0]).abs().max())
-    missed = Factored.sum([(1, Factored.of(*found[1:])), (-1, Factored.of(*exact[1:]))])
-    return values, missed.norm() / Factored.of(*exact[1:]).norm()
+    missed = LowRank.sum([(1, LowRank(*found[1:])), (-1, LowRank(*exact[1:]))])
+    return values, missed.norm() / LowRank(*exact[1:]).norm()
 
 
 def timed(work: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:

@@ -16,15 +16,17 @@ from typing import Protocol, TypeVar
 from mergetool.adapters import dialects
 from mergetool.arch import Family
 from mergetool.difference import budget
-from mergetool.difference.directions import EXTRA, Directions, find, from_directions, suffice
+from mergetool.difference.directions import EXTRA, Directions, find, from_directions, rule_of, suffice
 from mergetool.difference.layer import Result
 from mergetool.difference.on_device import Solved
 from mergetool.difference.operands import Operand, dense
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.spectra import SideFile
 from mergetool.difference.whole import Whole
-from mergetool.lowrank.stored import ATTEMPTS, next_share
-from mergetool.lowrank.svd import Decomposition, balanced_factors, stored_residual
+from mergetool.lowrank.balanced import balanced, stored_residual
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.promise import ATTEMPTS, stricter
+from mergetool.lowrank.rules import Rule
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
@@ -40,23 +42,18 @@ class Run(Protocol):
 
 
 def stored_result(
-    pair: Pair, options: DiffOptions, family: Family, at: Callable[[float | None], Decomposition]
+    pair: Pair, options: DiffOptions, family: Family, decompose: Callable[[Rule], Decomposition]
 ) -> Result:
-    """The factors of ``pair`` as they are stored, which meet the threshold themselves where the dtype lets them.
-
-    ``at`` decomposes, for a share of the energy where one is given.
-    """
-    wanted: float | None = None
+    """The factors of ``pair`` as they are stored, which meet the threshold themselves where the dtype lets them."""
+    rule: Rule | None = rule_of(options)
     for _ in range(ATTEMPTS):
-        found = at(wanted)
-        down, up = balanced_factors(found, TORCH[options.stored])
-        residual = stored_residual(found, down, up)
-        if options.share is None or found.capped:
+        if rule is None:
             break
-        wanted = next_share(options.share, found.captured_energy / found.total_energy, residual)
-        if wanted is None:
-            break
-    return Result.of(pair, found, down, up, residual, family, options.share)
+        found = decompose(rule)
+        stored = balanced(found, TORCH[options.stored])
+        residual = stored_residual(found, stored)
+        rule = stricter(options.share, found, residual)
+    return Result.of(pair, found, stored, residual, family, options.share)
 
 
 def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Run) -> Iterator[Solved]:
@@ -68,7 +65,7 @@ def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Ru
         if known is None or not suffice(known, options, pair.shape):
             known = side.add(pair.name, find(pair.name, delta, options, options.rank or options.cap))
         return stored_result(
-            pair, options, family, lambda share: from_directions(pair.name, delta, known, options, share=share)
+            pair, options, family, lambda rule: from_directions(pair.name, delta, known, options, rule)
         )
 
     yield from run(pairing.pairs, work)
@@ -153,7 +150,10 @@ class WithinBudget:
         def work(pair: Pair, operand: Operand) -> Result:
             known, rank, delta = self.side.known[pair.name], ranks[pair.name], dense(operand)
             result = stored_result(
-                pair, self.options, family, lambda _: from_directions(pair.name, delta, known, self.options, rank=rank)
+                pair,
+                self.options,
+                family,
+                lambda rule: from_directions(pair.name, delta, known, self.options, rule, rank),
             )
             capped = rank == self.options.cap and not known.complete
             return replace(result, layer=replace(result.layer, capped=capped))

@@ -8,7 +8,6 @@ here, with a fifth of the kernel time of announcing whole matrices (POSIX_FADV_W
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -16,27 +15,14 @@ from mergetool.arch import Part
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.engine.feeding.values import ValueReader
 from mergetool.lowrank.krylov import fast_bfloat16
-from mergetool.lowrank.svd import squared_norm
+from mergetool.lowrank.matrices import Dense
+from mergetool.lowrank.norms import energy as energy_of
 from mergetool.ops.cpu import as_tensor
 from mergetool.recipe.steps import Input, window_of
 
 # 256 Ki elements: the two inputs, the difference and its squares stay in the cache. Twice as many took 2 % longer,
 # half as many 8 %.
 CHUNK = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """``variant - base`` of one matrix.
-
-    ``matrix`` is float32, of `Pair.shape`, and ``sketch`` the same rounded to bfloat16 where this CPU is fast in that, else
-    None; both live in the buffers that were given. ``energy`` is the squared Frobenius norm; it is not finite when
-    an input is not.
-    """
-
-    matrix: torch.Tensor
-    sketch: torch.Tensor | None
-    energy: float
 
 
 class Buffers:
@@ -59,7 +45,7 @@ class DeltaReader:
         self._other = torch.empty(CHUNK, dtype=torch.float32)
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
-    def read(self, pair: Pair, buffers: Buffers) -> Delta:
+    def read(self, pair: Pair, buffers: Buffers) -> Dense:
         """The difference of ``pair``, each element one float32 subtraction of exactly widened values; of a LoRA its change."""
         count, shape = pair.base.numel, pair.shape
         energy = 0.0
@@ -67,15 +53,15 @@ class DeltaReader:
             end = min(start + CHUNK, count)
             difference = buffers.matrix[start:end]
             self._subtract(pair, start, difference)
-            energy += _energy(difference)
+            energy += energy_of(difference)
             if len(buffers.sketch):
                 buffers.sketch[start:end].copy_(difference)
         sketch = buffers.sketch[:count].view(shape) if len(buffers.sketch) else None
-        return Delta(buffers.matrix[:count].view(shape), sketch, energy)
+        return Dense(buffers.matrix[:count].view(shape), energy, sketch)
 
     def energy(self, pair: Pair) -> float:
         """The energy of the difference of ``pair`` alone."""
-        return sum(map(_energy, self._differences(pair)), 0.0)
+        return sum(map(energy_of, self._differences(pair)), 0.0)
 
     def _differences(self, pair: Pair) -> Iterator[torch.Tensor]:
         """The difference of ``pair`` chunk by chunk, in one buffer; the base's values are in ``_other`` meanwhile."""
@@ -99,9 +85,3 @@ class DeltaReader:
         else:
             found.decode(out.numpy())
         self._values.release(found)
-
-
-def _energy(values: torch.Tensor) -> float:
-    energy = squared_norm(values)
-    # Squares of values below 1e-19 vanish in float32 and above 1e19 overflow: rare enough to be done again.
-    return energy if 1e-30 < energy < 1e30 else float(values.double().square().sum())

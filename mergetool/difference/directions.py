@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from mergetool.difference.delta import Delta
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.matrices import Dense
 from mergetool.lowrank.rules import Float64, Rule
-from mergetool.lowrank.svd import Decomposition, decompose
 from mergetool.options.differences import DiffOptions
 
 EXTRA = 8
@@ -71,37 +71,17 @@ class Directions:
         return cls(rows.bfloat16().contiguous(), values.float(), found.total_energy, complete)
 
 
-def find(name: str, delta: Delta, options: DiffOptions, most: int) -> Directions:
+def find(name: str, delta: Dense, options: DiffOptions, most: int) -> Directions:
     """Search for the ``most`` strongest directions of ``delta``, or with 0 for those that the rule keeps."""
-    rule = rule_of(options)
-    short = min(delta.matrix.shape)
-    spectrum = None
+    rule, short, spectrum = rule_of(options), delta.width, None
+    strongest = partial(delta.strongest, name=name, rule=rule, seed=options.seed)
     if rule.needs_all and not options.rank and not options.budget:
-        found = _decompose(name, delta, options, rank_max=most or short)
+        found = strongest(rank_max=most or short)
         spectrum = found.spectrum
         if found.rank >= min(most, short) or not most:
             return Directions.of(found, 0)
-    found = (
-        _decompose(name, delta, options, rank=min(most, short))
-        if most
-        else _decompose(name, delta, options, rank_max=0)
-    )
+    found = strongest(rank=min(most, short))
     return Directions.of(found if spectrum is None else replace(found, spectrum=spectrum), min(most, short))
-
-
-def _decompose(name: str, delta: Delta, options: DiffOptions, rank: int = 0, rank_max: int = 0) -> Decomposition:
-    rule = rule_of(options)
-    return decompose(
-        delta.matrix,
-        name=name,
-        rank=rank,
-        rank_thresh=rule.threshold,
-        rank_max=rank_max,
-        seed=options.seed,
-        sketch=delta.sketch,
-        energy=delta.energy,
-        rule=rule.name,
-    )
 
 
 def suffice(known: Directions, options: DiffOptions, shape: tuple[int, ...]) -> bool:
@@ -122,39 +102,26 @@ def suffice(known: Directions, options: DiffOptions, shape: tuple[int, ...]) -> 
 
 def from_directions(
     name: str,
-    delta: Delta,
+    delta: Dense,
     known: Directions,
     options: DiffOptions,
+    rule: Rule,
     rank: int | None = None,
-    share: float | None = None,
 ) -> Decomposition:
     """What ``options`` keep of ``delta``, by a float32 projection onto ``known``, or by a search where that is not enough.
 
-    ``rank`` is a budget's choice; ``share`` overrides the rule's share of the energy.
+    Ranks are chosen by ``rule``, or are a budget's choice.
     """
-    rule, short = rule_of(options), min(delta.matrix.shape)
-    name_of_rule, threshold = rule.name, rule.threshold
     cap, wanted = options.cap, 0
-    if share is not None:
-        name_of_rule, threshold = "energy", share
     rank = options.rank if rank is None else rank
-    if not rank and rule.needs_all and len(known.values) == short:
+    if not rank and rule.needs_all and len(known.values) == delta.width:
         wanted = rule.rank(known.energies) or 0
         rank = min(wanted, cap or wanted)
-    guess = rank or (None if rule.needs_all else rule.rank(known.energies[: known.count], known.total)) or known.count
+    # By the options' own rule: what a stricter one keeps beyond is among the extra rows.
+    own = rule_of(options)
+    guess = rank or (None if own.needs_all else own.rank(known.energies[: known.count], known.total)) or known.count
     rows = known.rows[: min(guess + max(EXTRA, guess // 50), known.count)]
-    asked = partial(
-        decompose,
-        delta.matrix,
-        name=name,
-        rank=rank,
-        rank_thresh=threshold,
-        rank_max=cap,
-        seed=options.seed,
-        sketch=delta.sketch,
-        energy=delta.energy,
-        rule=name_of_rule,
-    )
+    asked = partial(delta.strongest, name=name, rank=rank, rule=rule, rank_max=cap, seed=options.seed)
     found = asked(rows=rows, complete=known.complete and len(rows) == known.count)
     if found.captured_energy < (1 - FAITHFUL) * float(known.energies[: found.rank].sum()):
         found = asked()  # these are not the directions of those values: the file was tampered with

@@ -206,9 +206,8 @@ def _on_device(
 
 
 def _decompose(pairing: Pairing, options: DiffOptions, pair: Pair, delta: Operand) -> Result:
-    return stored_result(
-        pair, options, pairing.base.anatomy.family, lambda share: decomposed(pair, delta, options, share)
-    )
+    family = pairing.base.anatomy.family
+    return stored_result(pair, options, family, lambda rule: decomposed(pair, delta, options, rule))
 
 
 def _not_finite(pairing: Pairing, pair: Pair) -> NonFiniteError:

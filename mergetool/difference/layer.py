@@ -9,8 +9,9 @@ import torch
 from mergetool.adapters import dialects
 from mergetool.arch import Family
 from mergetool.difference.pairs import Pair
-from mergetool.lowrank.stored import energy_of
-from mergetool.lowrank.svd import Decomposition
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.promise import energy_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,12 @@ class Result:
         cls,
         pair: Pair,
         found: Decomposition,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        stored: LowRank,
         residual: float,
         family: Family,
         share: float | None = None,
     ) -> Result:
-        """The result of ``pair`` whose stored factors are ``down`` [r, n] and ``up`` [m, r], and were to hold ``share`` of its energy.
+        """The result of ``pair`` whose ``stored`` factors were to hold ``share`` of its energy.
 
         A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
         """
@@ -67,13 +67,14 @@ class Result:
             shape=pair.shape,
             rank=found.rank,
             total=found.total_energy,
-            energy=found.captured_energy / found.total_energy,
+            energy=found.share,
             residual=residual,
             capped=found.capped,
             wanted=found.rank_wanted,
             method=found.method,
             missed=share is not None and not found.capped and energy_of(residual) < share,
         )
+        down, up = stored.down, stored.up
         if len(pair.base.shape) == 4:
             down, up = down.reshape(len(down), *pair.base.shape[1:]), up.reshape(*up.shape, 1, 1)
         return cls(layer, {down_key: down, up_key: up} if found.rank else {})

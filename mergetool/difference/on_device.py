@@ -18,15 +18,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergetool.difference.directions import rule_of
 from mergetool.difference.layer import Result
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.whole import Whole
 from mergetool.engine import device as devices
 from mergetool.engine.feeding.uploader import Arrival, Uploader
-from mergetool.lowrank.batched import decompose_batch, squared_norms
-from mergetool.lowrank.factors import Factors, factors_of
-from mergetool.lowrank.stored import ATTEMPTS, next_share
-from mergetool.lowrank.svd import Decomposition
+from mergetool.lowrank.balanced import balanced_batch
+from mergetool.lowrank.batched import decompose_batch
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.norms import energies_of
+from mergetool.lowrank.promise import ATTEMPTS, stricter
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
@@ -201,46 +204,37 @@ class Solver:
         deltas = torch.empty(len(pairs), *pairs[0].shape, device=upload.buffer.device)
         for i, delta in enumerate(deltas):
             subtract(*upload.values(start + i), out=delta)
-        energies = squared_norms(deltas)
+        energies = energies_of(deltas)
         usable = [i for i, energy in enumerate(energies) if math.isfinite(energy) and energy > 0]
         found = decompose_batch(
             deltas if len(usable) == len(pairs) else deltas[usable],
             [pairs[i].name for i in usable],
             rank=options.rank,
-            rank_thresh=options.share or 1.0,
+            rule=rule_of(options),
             rank_max=options.cap,
             seed=options.seed,
             energies=[energies[i] for i in usable],
         )
         results: dict[int, Result] = {}
-        for i, one, factors in zip(usable, found, factors_of(found, TORCH[options.stored]), strict=True):
-            one, factors = self._meeting_the_share(one, factors, deltas[i], energies[i])
-            results[i] = Result.of(
-                pairs[i], one, factors.down, factors.up, factors.residual, self._family, options.share
-            )
+        for i, one, (stored, residual) in zip(usable, found, balanced_batch(found, TORCH[options.stored]), strict=True):
+            kept = self._meeting_the_share(one, stored, residual, deltas[i], energies[i])
+            results[i] = Result.of(pairs[i], *kept, self._family, options.share)
         return [(pair, energy, results.get(i)) for i, (pair, energy) in enumerate(zip(pairs, energies, strict=True))]
 
     def _meeting_the_share(
-        self, found: Decomposition, factors: Factors, delta: Tensor, energy: float
-    ) -> tuple[Decomposition, Factors]:
+        self, found: Decomposition, stored: LowRank, residual: float, delta: Tensor, energy: float
+    ) -> tuple[Decomposition, LowRank, float]:
         """The same, or with a larger rank where rounding took the stored pair below the threshold."""
         options = self._options
         for _ in range(ATTEMPTS - 1):
-            if options.share is None or found.capped:
-                break
-            share = next_share(options.share, found.captured_energy / found.total_energy, factors.residual)
-            if share is None:
+            rule = stricter(options.share, found, residual)
+            if rule is None:
                 break
             (found,) = decompose_batch(
-                delta[None],
-                [found.name],
-                rank_thresh=share,
-                rank_max=options.cap,
-                seed=options.seed,
-                energies=[energy],
+                delta[None], [found.name], rule=rule, rank_max=options.cap, seed=options.seed, energies=[energy]
             )
-            (factors,) = factors_of([found], TORCH[options.stored])
-        return found, factors
+            ((stored, residual),) = balanced_batch([found], TORCH[options.stored])
+        return found, stored, residual
 
 
 def subtract(base: Tensor, variant: Tensor, *, out: Tensor) -> None:

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergetool.adapters import sources
 from mergetool.adapters.rows import ChangeRows
-from mergetool.difference.delta import Buffers, Delta, DeltaReader
+from mergetool.adapters.sources import source_of
+from mergetool.difference.delta import Buffers, DeltaReader
 from mergetool.difference.directions import rule_of
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.engine.feeding.values import ValueReader
 from mergetool.lowrank import sets
-from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.decomposition import Decomposition, zero_decomposition
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.matrices import Dense, Kronecker, narrow
 from mergetool.lowrank.rules import Rule
-from mergetool.lowrank.sets import NEGLIGIBLE, LowRank
-from mergetool.lowrank.svd import Decomposition, decompose, squared_norm, zero_decomposition
 from mergetool.options.differences import DiffOptions
 from mergetool.recipe.steps import Input
 
-Operand = Delta | LowRank
+Operand = Dense | LowRank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class Subject:
     @property
     def energy(self) -> float:
         """The squared Frobenius norm of ``delta``."""
-        return self.delta.energy if isinstance(self.delta, Delta) else sets.inner(self.delta, self.delta)
+        return self.delta.energy
 
 
 class OperandReader:
@@ -66,11 +66,10 @@ class OperandReader:
 
     def _operand(self, reader: DeltaReader, model: Input, pair: Pair, room: Buffers) -> Operand:
         if pair.variant is pair.base:
-            rows, columns = pair.shape
-            return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+            return LowRank.zeros(pair.shape)
         encoding = pair.variant.encoding
         if _is_structured(model, pair) and isinstance(encoding, ChangeRows):
-            return _of_lora(sources.source_of(encoding.file, encoding.change))
+            return _of_lora(encoding)
         return reader.read(pair, room)
 
 
@@ -95,36 +94,29 @@ def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Su
 
     Dense deltas are first truncated for the common part, as ``options`` say; the others are of the whole ones.
     """
-    energies = tuple(one.energy if isinstance(one, Delta) else sets.inner(one, one) for one in operands)
+    energies = tuple(one.energy for one in operands)
     if len(operands) == 1:
         return Subject(operands[0], energies)
+    first, second = map(values, operands)
     if options.orthogonal:
-        first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
         rest = as_operand(sets.orthogonal_part(first, second))
-        energy = rest.energy if isinstance(rest, Delta) else sets.inner(rest, rest)
-        if energy <= NEGLIGIBLE**2 * energies[0]:  # one is a multiple of the other
-            rest = LowRank(torch.zeros(pair.shape[0], 0), torch.zeros(0, pair.shape[1]))
+        if rest.energy <= sets.NEGLIGIBLE**2 * energies[0]:  # one is a multiple of the other
+            rest = LowRank.zeros(pair.shape)
         return Subject(rest, energies)
-    low = [_truncated(pair, one, options) if isinstance(one, Delta) else one for one in operands]
-    shared = sets.common(*low)
-    energy = sets.inner(shared, shared)
-    if energy <= NEGLIGIBLE**2 * min(energies):  # what float64 leaves of nothing
-        shared, energy = LowRank(shared.up[:, :0], shared.down[:0]), 0.0
+    shared = sets.common(*(_truncated(pair, one, options) for one in operands))
     if not options.union:
-        return Subject(shared, energies, energy)
-    first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
-    return Subject(as_operand(sets.united(first, second, shared, options.weights)), energies, energy)
+        return Subject(shared, energies, shared.energy)
+    return Subject(as_operand(sets.united(first, second, shared, options.weights)), energies, shared.energy)
 
 
-def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | None = None) -> Decomposition:
-    """The directions of a delta that ``options`` keep, or that hold ``share`` of its energy.
+def decomposed(pair: Pair, delta: Operand, options: DiffOptions, rule: Rule) -> Decomposition:
+    """The directions of a delta that ``options`` keep, where they choose a rank by ``rule``.
 
     Those of a pair of factors come from its whole spectrum, which is exact.
     """
-    rule = rule_of(options) if share is None else Rule("energy", share)
-    if isinstance(delta, Delta):
-        return _dense(pair, delta, options, rule)
-    if delta.rank == 0:
+    if isinstance(delta, Dense):
+        return delta.strongest(name=pair.name, rank=options.rank, rule=rule, rank_max=options.cap, seed=options.seed)
+    if delta.width == 0:
         return zero_decomposition(torch.zeros(delta.shape), pair.name)
     wanted = most = 0
 
@@ -134,26 +126,24 @@ def decomposed(pair: Pair, delta: Operand, options: DiffOptions, share: float | 
         wanted = options.rank or rule.rank(values.square().numpy()) or 0
         return min(wanted, most)
 
-    found = Factored.of(delta.up, delta.down).truncated(rank, name=pair.name)
+    found = delta.truncated(rank, name=pair.name)
     capped = not options.rank and wanted > most
     return replace(found, capped=capped, rank_wanted=wanted if capped else None)
 
 
-def dense(delta: Operand) -> Delta:
+def dense(delta: Operand) -> Dense:
     """``delta`` as a matrix."""
-    if isinstance(delta, Delta):
-        return delta
-    found = as_operand(delta.dense())
-    assert isinstance(found, Delta)
-    return found
+    return delta if isinstance(delta, Dense) else Dense.of(delta.dense())
+
+
+def values(operand: Operand) -> Tensor | LowRank:
+    """An operand as `lowrank.sets` takes it."""
+    return operand.matrix if isinstance(operand, Dense) else operand
 
 
 def as_operand(delta: Tensor | LowRank) -> Operand:
     """What `lowrank.sets` made of deltas, as it is decomposed: a matrix in float32."""
-    if isinstance(delta, LowRank):
-        return delta
-    matrix = delta.float()
-    return Delta(matrix, None, squared_norm(matrix))
+    return delta if isinstance(delta, LowRank) else Dense.of(delta)
 
 
 def _sides(pair: Pair) -> list[Pair]:
@@ -166,30 +156,14 @@ def _is_structured(model: Input, pair: Pair) -> bool:
     return model.is_lora and len(pair.base.shape) > 1 and isinstance(pair.variant.encoding, ChangeRows)
 
 
-def _of_lora(source: sources.Product | sources.Kronecker | sources.Dense) -> Operand:
-    if isinstance(source, sources.Kronecker) and source.width <= min(source.shape) // 4:
-        source = source.product()
-    if isinstance(source, sources.Product):
-        return LowRank(source.factors.up, source.factors.down)
-    matrix = source.matrix if isinstance(source, sources.Dense) else source.rows(0, source.shape[0]).float()
-    return Delta(matrix, None, squared_norm(matrix))
+def _of_lora(rows: ChangeRows) -> Operand:
+    change = narrow(source_of(rows.file, rows.change))
+    return Dense.of(change.rows(0, change.shape[0])) if isinstance(change, Kronecker) else change
 
 
-def _truncated(pair: Pair, delta: Delta, options: DiffOptions) -> LowRank:
+def _truncated(pair: Pair, delta: Operand, options: DiffOptions) -> LowRank:
+    if isinstance(delta, LowRank):
+        return delta
     if delta.energy == 0:
-        return LowRank(delta.matrix[:, :0], delta.matrix[:0])
-    return LowRank.of(_dense(pair, delta, options, rule_of(options)))
-
-
-def _dense(pair: Pair, delta: Delta, options: DiffOptions, rule: Rule) -> Decomposition:
-    return decompose(
-        delta.matrix,
-        name=pair.name,
-        rank=options.rank,
-        rank_thresh=rule.threshold,
-        rank_max=options.cap,
-        seed=options.seed,
-        sketch=delta.sketch,
-        energy=delta.energy,
-        rule=rule.name,
-    )
+        return LowRank.zeros(pair.shape)
+    return LowRank.of(decomposed(pair, delta, options, rule_of(options)))

@@ -12,12 +12,13 @@ from typing import TypeVar
 import torch
 
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.difference.delta import Buffers, Delta
+from mergetool.difference.delta import Buffers
 from mergetool.difference.layer import Result
 from mergetool.difference.operands import Operand, OperandReader, Subject, room_for, subject
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.whole import Whole, whole
 from mergetool.engine.feeding.values import Reader, ValueReader
+from mergetool.lowrank.matrices import Dense
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
@@ -104,7 +105,7 @@ def _worked(
     pair: Pair, operands: Sequence[Operand], options: DiffOptions, work: Callable[[Pair, Operand], T]
 ) -> tuple[float, T | Whole | None]:
     for operand in operands:
-        if isinstance(operand, Delta) and not math.isfinite(operand.energy):
+        if isinstance(operand, Dense) and not math.isfinite(operand.energy):
             return operand.energy, None
     found = subject(pair, operands, options)
     energy = found.energy

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mergetool.adapters import dialects
 from mergetool.arch import Anatomy
-from mergetool.difference.delta import Delta
 from mergetool.difference.operands import Operand
 from mergetool.difference.pairs import Pair
 from mergetool.errors import NonFiniteError
-from mergetool.lowrank.svd import squared_norm
+from mergetool.lowrank.matrices import Dense
+from mergetool.lowrank.norms import squared_norm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ class Whole:
 
 def whole(pair: Pair, delta: Operand, energy: float, dtype: torch.dtype) -> Whole:
     """``delta`` of ``pair`` rounded once to ``dtype``. Raises NonFiniteError where a value does not fit."""
-    exact = delta.matrix if isinstance(delta, Delta) else delta.dense()
+    exact = delta.matrix if isinstance(delta, Dense) else delta.dense()
     values = exact.to(dtype, copy=True)  # ``exact`` may lie in a buffer that is used again
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters import output as lora_file
-from mergetool.adapters.sources import Source
 from mergetool.adapters.spelling import with_alphas_everywhere
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
@@ -27,11 +26,12 @@ from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.stamp import display_names, stamp
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lora.concatenation import Stored, concatenated
+from mergetool.lora.concatenation import WrittenSum, concatenated
 from mergetool.lora.gathering import Gathering, Module, holding, total_of
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ranks_within
-from mergetool.lowrank.factored import RankOf
-from mergetool.lowrank.svd import balanced_factors, stored_residual
+from mergetool.lowrank.balanced import balanced, stored_residual
+from mergetool.lowrank.low_rank import RankOf
+from mergetool.lowrank.matrices import Matrix
 from mergetool.ops.cpu import TORCH
 from mergetool.options.multipliers import number, setting_text
 
@@ -81,7 +81,7 @@ T = TypeVar("T")
 Made = tuple[Outcome, dict[str, Tensor]]
 _NOTHING = 1e-24  # what rounding in float64 leaves of a sum of squares that is zero
 Solve = Callable[[Module], Made]
-Derive = Callable[[Module], Source]
+Derive = Callable[[Module], Matrix]
 
 
 def combine(
@@ -128,7 +128,7 @@ def combine(
     return Combined(done, empty)
 
 
-def source(module: Module) -> Source:
+def source(module: Module) -> Matrix:
     """The sum of everything that is added to a module. Raises DataError for DoRA, and NonFiniteError."""
     return total_of(module.pieces)
 
@@ -169,29 +169,27 @@ def _solver(
 
 def _exact(module: Module, dtype: DType) -> Made:
     stored = concatenated(module, TORCH[dtype])
-    outcome = _outcome(module, len(stored.down), stored.norm**2, 1.0, stored.residual, dtype)
+    outcome = _outcome(module, stored.factors.width, stored.norm**2, 1.0, stored.residual, dtype)
     return outcome, _tensors(module, stored)
 
 
-def _recompressed(module: Module, whole: Source, rank: int | RankOf, dtype: DType, *, bare: bool) -> Made:
+def _recompressed(module: Module, whole: Matrix, rank: int | RankOf, dtype: DType, *, bare: bool) -> Made:
     """The strongest directions; where those are all there are, the factors as they came, unless that would round more.
 
     ``bare`` allows no alpha, for which a budget left no room, or forbids the factors as they came.
     """
     found = whole.truncated(rank, name=module.part)
-    down, up = balanced_factors(found, TORCH[dtype])
-    stored = Stored(down, up, 1.0, found.total_energy**0.5, 0.0)
-    residual = stored_residual(found, down, up)
+    stored = WrittenSum(balanced(found, TORCH[dtype]), 1.0, found.total_energy**0.5, 0.0)
+    residual = stored_residual(found, stored.factors)
     if not bare and found.lost_energy <= _NOTHING * found.total_energy and _width(module) < math.inf:
         kept = _as_they_came(module, TORCH[dtype])
-        if kept is not None and len(kept.down) <= found.rank and kept.residual <= residual:
+        if kept is not None and kept.factors.width <= found.rank and kept.residual <= residual:
             stored, residual = kept, kept.residual
-    share = found.captured_energy / found.total_energy if found.total_energy else 1.0
-    outcome = _outcome(module, len(stored.down), found.total_energy, share, residual, dtype)
+    outcome = _outcome(module, stored.factors.width, found.total_energy, found.share, residual, dtype)
     return outcome, _tensors(module, stored)
 
 
-def _by_rule(module: Module, whole: Source, rule: ByRule, dtype: DType, *, bare: bool) -> Made:
+def _by_rule(module: Module, whole: Matrix, rule: ByRule, dtype: DType, *, bare: bool) -> Made:
     wanted = 0
 
     def rank_of(values: Tensor) -> int:
@@ -203,7 +201,7 @@ def _by_rule(module: Module, whole: Source, rule: ByRule, dtype: DType, *, bare:
     return replace(outcome, wanted=wanted), tensors
 
 
-def _as_they_came(module: Module, dtype: torch.dtype) -> Stored | None:
+def _as_they_came(module: Module, dtype: torch.dtype) -> WrittenSum | None:
     """The factors side by side; None where ``dtype`` is too narrow for one of them, which balanced factors need not be."""
     try:
         return concatenated(module, dtype)
@@ -223,12 +221,12 @@ def _outcome(module: Module, rank: int, total: float, energy: float, residual: f
     return Outcome(module.part, module.groups, module.matrix, read, rank, total, energy, residual, dtype)
 
 
-def _tensors(module: Module, stored: Stored) -> dict[str, Tensor]:
+def _tensors(module: Module, stored: WrittenSum) -> dict[str, Tensor]:
     """A module's tensors by name; none for one that changes nothing."""
-    rank = len(stored.down)
-    if rank == 0 or not bool(stored.up.any()) or not bool(stored.down.any()):
+    down, up, rank = stored.factors.down, stored.factors.up, stored.factors.width
+    if rank == 0 or not bool(up.any()) or not bool(down.any()):
         return {}
-    down, up, kernel = stored.down, stored.up, module.shape[2:]
+    kernel = module.shape[2:]
     if kernel:
         down, up = down.reshape(rank, module.shape[1], *kernel), up.reshape(*up.shape, *(1 for _ in kernel))
     tensors = {module.keys.down: down, module.keys.up: up}

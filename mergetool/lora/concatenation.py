@@ -19,22 +19,21 @@ from mergetool.adapters.values import low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import NonFiniteError, UsageError
 from mergetool.lora.gathering import Module, Piece
-from mergetool.lowrank.factored import Factored
-from mergetool.lowrank.svd import balanced_factors
+from mergetool.lowrank.balanced import balanced
+from mergetool.lowrank.low_rank import LowRank
 
 _CANCELLED = 1e-6  # below this share of the terms' norms the root of a difference of squares is no longer right to 1e-4
 _NOTHING = 2.0**-45  # of the parts' norms: what float64 leaves of a sum in which they cancel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """A pair as it is written: ``down`` [r, n], ``up`` [m, r], ``scale`` multiplies their product, as alpha = scale * r.
+class WrittenSum:
+    """A sum as it is written: ``scale`` multiplies the product of its ``factors``, as alpha = scale * r.
 
-    ``norm`` and ``error`` are Frobenius norms: of the exact sum, and of what is stored minus it.
+    ``norm`` and ``error`` are Frobenius norms: of the exact sum, and of what is written minus it.
     """
 
-    down: Tensor
-    up: Tensor
+    factors: LowRank
     scale: float
     norm: float
     error: float
@@ -49,13 +48,12 @@ class Stored:
 class _Columns:
     """The factors of one piece, in the output's dtype, and what multiplies their product."""
 
-    down: Tensor
-    up: Tensor
+    factors: LowRank
     weight: float
     error: float
 
 
-def concatenated(module: Module, dtype: torch.dtype) -> Stored:
+def concatenated(module: Module, dtype: torch.dtype) -> WrittenSum:
     """The sum of a module's pieces in ``dtype``.
 
     Columns that are all zero, such as a fused block-diagonal LoRA has for q, k and v, are dropped with their rows. LoHa, LoKr and whole
@@ -63,23 +61,24 @@ def concatenated(module: Module, dtype: torch.dtype) -> Stored:
     DataError for DoRA and NonFiniteError.
     """
     parts = [_columns(module, piece, dtype) for piece in module.pieces]
-    parts = [part for part in parts if len(part.down) and part.weight != 0]
-    _check(module, dtype, [factor for part in parts for factor in (part.down, part.up)])
-    factors = [Factored.of(part.up, part.down, part.weight) for part in parts]
-    norms = [math.sqrt(max(one.inner(one), 0.0)) for one in factors]
-    norm = _norm(factors, math.fsum(norms)) if factors else 0.0
+    parts = [part for part in parts if part.factors.width and part.weight != 0]
+    _check(module, dtype, [tensor for part in parts for tensor in (part.factors.down, part.factors.up)])
+    weighed = [LowRank.scaled(part.factors.up, part.factors.down, part.weight) for part in parts]
+    norms = [math.sqrt(max(one.energy, 0.0)) for one in weighed]
+    norm = _norm(weighed, math.fsum(norms)) if weighed else 0.0
     if norm == 0:
         m, n = module.matrix
-        return Stored(torch.zeros(0, n, dtype=dtype), torch.zeros(m, 0, dtype=dtype), 1.0, 0.0, 0.0)
+        return WrittenSum(LowRank(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype)), 1.0, 0.0, 0.0)
     scale = _common(parts, norms)
-    ups = [_folded(part.up, part.weight / scale) for part in parts]
+    ups = [_folded(part.factors.up, part.weight / scale) for part in parts]
     _check(module, dtype, ups)
     errors = [part.error for part in parts]
     for part, up in zip(parts, ups, strict=True):
-        if not torch.equal(up.double(), part.up.double() * (part.weight / scale)):
-            missed = up.double() * scale - part.up.double() * part.weight
-            errors.append(Factored(missed, part.down.double()).norm())
-    return Stored(torch.cat([part.down for part in parts]), torch.cat(ups, dim=1), scale, norm, math.hypot(*errors))
+        if not _is_folded(up, part, scale):
+            missed = up.double() * scale - part.factors.up.double() * part.weight
+            errors.append(LowRank(missed, part.factors.down).norm())
+    factors = LowRank(torch.cat(ups, dim=1), torch.cat([part.factors.down for part in parts]))
+    return WrittenSum(factors, scale, norm, math.hypot(*errors))
 
 
 def _check(module: Module, dtype: torch.dtype, factors: Sequence[Tensor]) -> None:
@@ -90,10 +89,10 @@ def _check(module: Module, dtype: torch.dtype, factors: Sequence[Tensor]) -> Non
         )
 
 
-def _norm(factors: Sequence[Factored], size: float) -> float:
+def _norm(terms: Sequence[LowRank], size: float) -> float:
     """The norm of a sum whose terms' norms add up to ``size``; 0 where they cancel but for rounding."""
-    whole = Factored.sum([(1, one) for one in factors])
-    norm = math.sqrt(max(whole.inner(whole), 0.0))
+    whole = LowRank.sum([(1, one) for one in terms])
+    norm = math.sqrt(max(whole.energy, 0.0))
     if norm < _CANCELLED * size:
         norm = whole.norm()
     return norm if norm > _NOTHING * size else 0.0
@@ -111,18 +110,16 @@ def _columns(module: Module, piece: Piece, dtype: torch.dtype) -> _Columns:
                 f'"{piece.file.name}": {quoted(adapter.module)} ({adapter.kind}) has more than rank {most}, where two factors are '
                 "larger than the matrix itself; give `rank`, `rank_thresh` or `budget`."
             )
-        down, up = balanced_factors(found, dtype)
-        stored = Factored.of(up, down)
-        exact = Factored(found.left.double() * found.singular_values, found.right.double())
-        return _Columns(down, up, strength, Factored.sum([(1, stored), (-1, exact)]).norm() * abs(strength))
+        stored = balanced(found, dtype)
+        return _Columns(stored, strength, _distance(stored, LowRank.of(found)) * abs(strength))
     plain = low_rank(piece.file, piece.change, scaled=False)
     assert plain is not None
-    wide_up, wide_down = (torch.from_numpy(values) for values in plain)
-    used = (wide_up != 0).any(0) & (wide_down != 0).any(1)
-    wide_up, wide_down = wide_up[:, used], wide_down[used]
+    exact = LowRank(*(torch.from_numpy(values) for values in plain))
+    used = (exact.up != 0).any(0) & (exact.down != 0).any(1)
+    exact = LowRank(exact.up[:, used], exact.down[used])
     weight = strength * adapter.scale
-    down, up = wide_down.to(dtype), wide_up.to(dtype)
-    return _Columns(down, up, weight, abs(weight) * _rounded(wide_up, wide_down, up, down))
+    stored = LowRank(exact.up.to(dtype), exact.down.to(dtype))
+    return _Columns(stored, weight, abs(weight) * _rounded(exact, stored))
 
 
 def _worthwhile(shape: tuple[int, int]) -> int:
@@ -131,15 +128,24 @@ def _worthwhile(shape: tuple[int, int]) -> int:
     return m * n // (m + n)
 
 
-def _rounded(wide_up: Tensor, wide_down: Tensor, up: Tensor, down: Tensor) -> float:
+def _rounded(exact: LowRank, stored: LowRank) -> float:
     """What storing a pair in another dtype costs; 0 for the one it came in."""
-    if torch.equal(up.float(), wide_up) and torch.equal(down.float(), wide_down):
+    if torch.equal(stored.up.float(), exact.up) and torch.equal(stored.down.float(), exact.down):
         return 0.0
-    return Factored.sum([(1, Factored.of(up, down)), (-1, Factored.of(wide_up, wide_down))]).norm()
+    return _distance(stored, exact)
+
+
+def _distance(stored: LowRank, exact: LowRank) -> float:
+    return LowRank.sum([(1, stored), (-1, exact)]).norm()
 
 
 def _folded(up: Tensor, weight: float) -> Tensor:
     return up if weight == 1 else (up.double() * weight).to(up.dtype)
+
+
+def _is_folded(up: Tensor, part: _Columns, scale: float) -> bool:
+    """Whether ``up`` holds a part's columns at its weight, but for ``scale``, to the last bit."""
+    return torch.equal(up.double(), part.factors.up.double() * (part.weight / scale))
 
 
 def _common(parts: Sequence[_Columns], norms: Sequence[float]) -> float:
@@ -149,10 +155,7 @@ def _common(parts: Sequence[_Columns], norms: Sequence[float]) -> float:
     """
 
     def loss(scale: float) -> float:
-        exact = [
-            torch.equal(_folded(part.up, part.weight / scale).double(), part.up.double() * (part.weight / scale))
-            for part in parts
-        ]
+        exact = [_is_folded(_folded(part.factors.up, part.weight / scale), part, scale) for part in parts]
         return math.fsum(norm**2 for norm, fits in zip(norms, exact, strict=True) if not fits)
 
     # min() takes the first of equals; the weights in order, so that the same LoRAs give the same bytes.

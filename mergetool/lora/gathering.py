@@ -14,7 +14,7 @@ from mergetool.adapters import dialects, matching
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile, open_lora
-from mergetool.adapters.sources import Source, source_of, total
+from mergetool.adapters.sources import source_of
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import Anatomy, Family, Part, Slice
 from mergetool.arch.generic import GENERIC
@@ -23,6 +23,8 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.matrices import Dense, Kronecker, total
 from mergetool.options.multipliers import Setting
 from mergetool.recipe import groups
 
@@ -158,7 +160,7 @@ def gather(
     return Gathering(tuple(terms), family, modules, tuple(left_out), settings)
 
 
-def total_of(pieces: Sequence[Piece]) -> Source:
+def total_of(pieces: Sequence[Piece]) -> LowRank | Kronecker | Dense:
     """The sum of some pieces of a module. Raises DataError for a DoRA, and NonFiniteError."""
     return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in pieces])
 

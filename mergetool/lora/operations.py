@@ -15,18 +15,17 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from mergetool.adapters.sources import Dense, Kronecker, Product, Source
 from mergetool.checkpoint.names import quoted
-from mergetool.difference.delta import Delta
-from mergetool.difference.operands import Operand
+from mergetool.difference.operands import Operand, values
 from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.streaming import each
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora.gathering import Gathering, Module, Piece, total_of
 from mergetool.lowrank import sets
-from mergetool.lowrank.factored import Factored
-from mergetool.lowrank.sets import NEGLIGIBLE, LowRank
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.matrices import Dense, Kronecker, narrow
+from mergetool.lowrank.rules import Rule
 from mergetool.lowrank.svd import decompose
 
 DENSE_SHARE = 0.95
@@ -62,9 +61,7 @@ def orthogonal(gathering: Gathering) -> Gathering:
             continue
         pieces = mine
         if others:
-            delta, other = (_operand(total_of(side)) for side in (mine, others))
-            energy = sets.inner(other, other)
-            along = sets.inner(delta, other) / energy if energy > 0 else 0.0
+            along = sets.along(*(_values(total_of(side)) for side in (mine, others)))
             if along:
                 pieces = (*mine, *(replace(piece, strength=piece.strength * Fraction(-along)) for piece in others))
         modules.append(replace(module, pieces=pieces))
@@ -84,15 +81,12 @@ def both(gathering: Gathering) -> Gathering:
     return replace(gathering, modules=shared, left_out=(*gathering.left_out, *left_out))
 
 
-def common(gathering: Gathering) -> Callable[[Module], Source]:
-    """What makes of a module the part that both LoRAs have (`sets.common`); of nothing but rounding noise, a matrix of rank 0."""
+def common(gathering: Gathering) -> Callable[[Module], LowRank]:
+    """What makes of a module the part that both LoRAs have (`sets.common`)."""
 
-    def derive(module: Module) -> Source:
-        first, second = (_strongest(_narrow(total_of(side))) for side in _sides(gathering, module))
-        shared = sets.common(first, second)
-        energies = [sets.inner(one, one) for one in (shared, first, second)]
-        kept = shared.rank if energies[0] > NEGLIGIBLE**2 * min(energies[1:]) else 0
-        return Product(Factored(shared.up[:, :kept], shared.down[:kept]))
+    def derive(module: Module) -> LowRank:
+        first, second = (_strongest(_values(narrow(total_of(side)))) for side in _sides(gathering, module))
+        return sets.common(first, second)
 
     return derive
 
@@ -124,7 +118,7 @@ def delta_scores(
     """
 
     def score(pair: Pair, operands: Sequence[Operand]) -> Score:
-        first, second = (one.matrix if isinstance(one, Delta) else one for one in operands)
+        first, second = map(values, operands)
         return _scored(pair.name, pair.groups, first, second, signs)
 
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
@@ -176,7 +170,7 @@ def _sides(gathering: Gathering, module: Module) -> tuple[tuple[Piece, ...], tup
 
 
 def _score(gathering: Gathering, module: Module, signs: bool) -> Score:
-    first, second = (_narrow(total_of(side)) if side else None for side in _sides(gathering, module))
+    first, second = (_values(narrow(total_of(side))) if side else None for side in _sides(gathering, module))
     return _scored(module.part, module.groups, first, second, signs)
 
 
@@ -201,22 +195,15 @@ def _scored(
     )
 
 
-def _operand(source: Source) -> LowRank | Tensor:
-    """All of a source, as `sets` takes it."""
-    if isinstance(source, Product):
-        return LowRank(source.factors.up, source.factors.down)
-    return source.matrix if isinstance(source, Dense) else source.rows(0, source.shape[0])
-
-
-def _narrow(source: Source) -> LowRank | Tensor:
-    """All of a source, as two factors where they are narrow."""
-    if isinstance(source, Kronecker) and source.width <= min(source.shape) // 4:
-        source = source.product()
-    return _operand(source)
+def _values(matrix: LowRank | Kronecker | Dense) -> LowRank | Tensor:
+    """A matrix as `sets` takes it."""
+    if isinstance(matrix, Kronecker):
+        return matrix.rows(0, matrix.shape[0])
+    return values(matrix)
 
 
 def _strongest(delta: LowRank | Tensor) -> LowRank:
     """A delta by its directions."""
-    return (
-        delta if isinstance(delta, LowRank) else LowRank.of(decompose(delta.float(), name="", rank_thresh=DENSE_SHARE))
-    )
+    if isinstance(delta, LowRank):
+        return delta
+    return LowRank.of(decompose(delta.float(), name="", rule=Rule(threshold=DENSE_SHARE)))

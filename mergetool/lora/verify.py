@@ -31,7 +31,7 @@ from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.feeding.values import ValueReader
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
-from mergetool.lowrank.svd import squared_norm
+from mergetool.lowrank.norms import energy as energy_of
 from mergetool.models import OpenedModel
 from mergetool.ops.cpu import CpuOps, as_tensor
 from mergetool.quant import Encoding
@@ -196,7 +196,7 @@ class _Comparer:
         self._load(base, comparison.base, mine, start, slot=0)
         self._load(variant, comparison.variant, comparison.variant.anatomy.parts[mine.name], start, slot=1)
         difference = variant - base
-        of_delta = _energy(difference)
+        of_delta = energy_of(difference)
         dtype = BF16 if mine.encoding is not None else mine.dtype
         moved = self._ops.room(0, count)
         moved[:] = base.numpy()
@@ -205,11 +205,11 @@ class _Comparer:
             added = self._change[:count]
             self._add(change, start, added)
             difference.sub_(added)
-            before = _energy(difference)
+            before = energy_of(difference)
             moved += added.numpy()
         stored, _ = self._ops.store(0, dtype)
         variant.sub_(as_tensor(stored, dtype).float())
-        return of_delta, before, _energy(variant)
+        return of_delta, before, energy_of(variant)
 
     def _load(self, out: torch.Tensor, model: OpenedModel, part: Part, start: int, *, slot: int) -> None:
         window = window_of(slot, Input(model.name, model.checkpoint, model.anatomy), part)
@@ -265,12 +265,6 @@ def _comparable(base: OpenedModel, variant: OpenedModel) -> tuple[tuple[str, ...
 
 def _nbytes(comparison: Comparison, part: str) -> int:
     return sum(model.anatomy.parts[part].nbytes for model in (comparison.base, comparison.variant))
-
-
-def _energy(values: torch.Tensor) -> float:
-    energy = squared_norm(values)
-    # Squares of values below 1e-19 vanish in float32 and above 1e19 overflow: rare enough to be done again.
-    return energy if 1e-30 < energy < 1e30 else float(values.double().square().sum())
 
 
 def _relative(left: float, whole: float) -> float:

@@ -1,6 +1,6 @@
 """The truncated decomposition of many deltas of one shape at once, on any device: what ``svd.decompose`` is on the CPU.
 
-    found = decompose_batch(deltas, names, rank_thresh=0.995, rank_max=64)
+    found = decompose_batch(deltas, names, rule=Rule(threshold=0.995), rank_max=64)
 
 A pass over a matrix is nearly free on a GPU (a BF16 product of all of Z-Image with 96 columns: 5 ms), while
 every small operation costs a launch. So the search is not one that adapts block by block (see krylov.py): all matrices of
@@ -23,20 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergetool.lowrank.decomposition import Algorithm, Decomposition, zero_decomposition
 from mergetool.lowrank.krylov import Products, fast_bfloat16
+from mergetool.lowrank.norms import energies_of
 from mergetool.lowrank.range_finder import CAP_TOLERANCE, LARGEST_BASIS, ZERO, Goal, Projection, whole_spectrum
-from mergetool.lowrank.svd import (
-    SMALL,
-    Decomposition,
-    Method,
-    check_options,
-    conclude,
-    goal_for,
-    named_seed,
-    safe_exponent,
-    scaled_by,
-    zero_decomposition,
-)
+from mergetool.lowrank.rules import ENERGY, Rule
+from mergetool.lowrank.svd import SMALL, check_ranks, conclude, goal_for, named_seed, safe_exponent, scaled_by
 from mergetool.lowrank.tail import rank_for_energy
 
 STEPS = 8
@@ -65,7 +57,7 @@ def decompose_batch(
     names: Sequence[str],
     *,
     rank: int = 0,
-    rank_thresh: float = 0.95,
+    rule: Rule = ENERGY,
     rank_max: int = 0,
     seed: int = 0,
     energies: Sequence[float] | None = None,
@@ -73,15 +65,15 @@ def decompose_batch(
 ) -> list[Decomposition]:
     """Keep the strongest directions of each of ``deltas`` [B, m, n], float32 on any one device.
 
-    Options, promises and errors are those of ``svd.decompose``; ``energies`` are the squared Frobenius norms and ``sketch``
+    Options, promises and errors are those of ``svd.decompose``, but ``rule`` is a share of the energy; ``energies`` are the squared Frobenius norms and ``sketch``
     the deltas in BF16, if the caller has them. The singular values come back on the CPU, the vectors stay on the device.
     Bytes are the same for the same call on the same machine; another device or batch differs in the last bits.
     """
-    check_options(rank, rank_thresh, rank_max)
+    check_ranks(rank, rank_max)
     if deltas.ndim != 3 or deltas.dtype != torch.float32 or len(names) != len(deltas):
         raise TypeError(f"{len(names)} deltas are float32 [B, m, n], not {tuple(deltas.shape)} {deltas.dtype}")
     deltas = deltas.contiguous()
-    totals = list(energies) if energies is not None else squared_norms(deltas)
+    totals = list(energies) if energies is not None else energies_of(deltas)
     exponents = [safe_exponent(*item) for item in zip(deltas, totals, names, strict=True)]
     found: dict[int, Decomposition] = {
         i: zero_decomposition(deltas[i], names[i]) for i, exponent in enumerate(exponents) if exponent is None
@@ -91,10 +83,10 @@ def decompose_batch(
         deltas, sketch = deltas[live], None if sketch is None else sketch[live]
     if any(exponents):
         deltas, sketch = torch.stack([scaled_by(d, exponents[i] or 0) for d, i in zip(deltas, live, strict=True)]), None
-        totals = squared_norms(deltas)
+        totals = energies_of(deltas)
     else:
         totals = [totals[i] for i in live]
-    goals = [goal_for(deltas.shape[1:], total, rank, rank_thresh, rank_max) for total in totals]
+    goals = [goal_for(deltas.shape[1:], total, rank, rule, rank_max) for total in totals]
     if live:
         with ieee_float32():
             search = _Search(deltas, sketch, goals, [named_seed(seed, names[i]) for i in live])
@@ -130,19 +122,6 @@ def ieee_float32() -> Iterator[None]:
             if _Ieee.users == 0:
                 torch.set_float32_matmul_precision(_Ieee.before[0])
                 matmul.allow_bf16_reduced_precision_reduction = _Ieee.before[1]
-
-
-def squared_norms(deltas: Tensor) -> list[float]:
-    """The squared Frobenius norm of each of ``deltas`` [B, m, n], as right as ``svd.squared_norm``; not finite where a delta is not."""
-    flat = deltas.reshape(len(deltas), -1)
-    whole = flat.shape[1] // 256 * 256
-    runs = torch.linalg.vector_norm(flat[:, :whole].view(len(flat), -1, 256), dim=2).double().square().sum(1)
-    norms: list[float] = (runs + flat[:, whole:].double().square().sum(1)).tolist()
-    # Squares of values below 1e-19 vanish in float32 and above 1e19 overflow: rare enough to be done again.
-    return [
-        norm if 1e-30 < norm < 1e30 else sum(float(part.double().square().sum()) for part in delta.split(1024))
-        for norm, delta in zip(norms, deltas, strict=True)
-    ]
 
 
 def width_for(rank: int) -> int:
@@ -181,7 +160,7 @@ class _Search:
         cheap = self._sketch.dtype == torch.bfloat16
         self._coarse = 2.0**-5 / self._short**0.5 if cheap else 0.0  # twice what BF16 products make of an energy
 
-    def run(self) -> Iterator[tuple[int, Products, Projection, Method]]:
+    def run(self) -> Iterator[tuple[int, Products, Projection, Algorithm]]:
         """Place in the batch, its products, its directions and the method, in no particular order."""
         waiting = {self._first_width(): list(range(len(self._deltas)))}
         while waiting:

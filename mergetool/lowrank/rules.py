@@ -85,6 +85,10 @@ class Rule:
         return place + 1 if place < len(sums) else (len(sums) if whole else None)
 
 
+ENERGY = Rule()
+"""The share of the energy that is kept where nothing else is said."""
+
+
 def _knee(values: Float64) -> int:
     """How many of the falling ``values`` [n] come before the knee; 1 at least."""
     if len(values) < 3 or values[0] <= values[-1]:

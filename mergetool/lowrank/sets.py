@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergetool.lowrank.svd import Decomposition
+from mergetool.lowrank.low_rank import LowRank, ThinSvd
 
 NEGLIGIBLE = 2.0**-24
 """Singular values below this share of the largest are what rounding float32 factors leaves of zeros, and no directions."""
@@ -42,53 +42,7 @@ NEGLIGIBLE = 2.0**-24
 _TILE_ROWS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRank:
-    """The delta ``up @ down``: ``up`` [m, r], ``down`` [r, n], of any float dtype, r from 0; the scale is in the factors."""
-
-    up: Tensor
-    down: Tensor
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for factors that do not fit together."""
-        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
-            raise ValueError(f"factors of shapes {list(self.up.shape)} and {list(self.down.shape)} have no product")
-
-    @classmethod
-    def of(cls, found: Decomposition) -> LowRank:
-        """The truncated delta that ``found`` holds, float64."""
-        return cls(found.left.double() * found.singular_values, found.right.double())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[m, n]."""
-        return self.up.shape[0], self.down.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """The inner width, which the rank of the product may be below."""
-        return self.up.shape[1]
-
-    def dense(self) -> Tensor:
-        """The product, [m, n], float64."""
-        return self.up.double() @ self.down.double()
-
-
 Delta = Tensor | LowRank
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Directions:
-    """A thin singular value decomposition, float64: ``left`` [m, r], ``values`` [r], falling and above 0, ``right`` [r, n]."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    @property
-    def energy(self) -> float:
-        """The squared Frobenius norm."""
-        return float(self.values.square().sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +64,21 @@ class Interference:
     opposing: float | None
 
 
-def directions(delta: Delta) -> Directions:
+def directions(delta: Delta) -> ThinSvd:
     """The thin singular value decomposition without what is `NEGLIGIBLE`.
 
     Of a pair by QR of its factors: O((m + n) r^2). Of a dense delta whole: O(m n min(m, n)), so give a large one truncated.
     """
     if isinstance(delta, LowRank):
-        left, first = torch.linalg.qr(delta.up.double())
-        right, second = torch.linalg.qr(delta.down.double().T)
-        inner_left, values, inner_right = torch.linalg.svd(first @ second.T, full_matrices=False)
-        left, rows = left @ inner_left, inner_right @ right.T
+        left, values, right = delta.svd()
     else:
-        left, values, rows = torch.linalg.svd(delta.double(), full_matrices=False)
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
     kept = int((values > values[0] * NEGLIGIBLE).sum()) if len(values) else 0
-    return Directions(left[:, :kept], values[:kept], rows[:kept])
+    return ThinSvd(left[:, :kept], values[:kept], right[:kept])
 
 
 def common(first: Delta, second: Delta) -> LowRank:
-    """The part that both deltas have, as the module's head defines it; float64.
+    """The part that both deltas have, as the module's head defines it; float64, without a column where only rounding noise is left.
 
     Example: of ``K + A`` and ``K + B`` it is K where the three lie in orthogonal subspaces. Raises ValueError for deltas of different
     shapes.
@@ -142,7 +93,9 @@ def common(first: Delta, second: Delta) -> LowRank:
     )
     a, b = float(torch.linalg.vector_norm(core_one)), float(torch.linalg.vector_norm(core_two))
     balance = 2 * min(a, b) / (a + b) if a > 0 and b > 0 else 0.0
-    return LowRank(left @ ((core_one + core_two) * (balance / 2)), right.T.contiguous())
+    shared = LowRank(left @ ((core_one + core_two) * (balance / 2)), right.T.contiguous())
+    noise = NEGLIGIBLE**2 * min(one.energy, two.energy)
+    return shared if shared.energy > noise else LowRank.zeros(shared.shape)
 
 
 def unique(delta: Delta, shared: Delta) -> Delta:
@@ -165,9 +118,14 @@ def orthogonal_part(delta: Delta, other: Delta) -> Delta:
 
     ``delta`` itself where ``other`` is zero. A pair if both are.
     """
+    return combined([(1.0, delta), (-along(delta, other), other)])
+
+
+def along(delta: Delta, other: Delta) -> float:
+    """How often ``other`` is in ``delta``: <D1, D2> / <D2, D2>, 0 where ``other`` is zero."""
     _check_shapes(delta, other)
     energy = inner(other, other)
-    return combined([(1.0, delta), (-inner(delta, other) / energy if energy > 0 else 0.0, other)])
+    return inner(delta, other) / energy if energy > 0 else 0.0
 
 
 def combined(terms: Sequence[tuple[float, Delta]]) -> Delta:
@@ -177,29 +135,24 @@ def combined(terms: Sequence[tuple[float, Delta]]) -> Delta:
     """
     for _, delta in terms:
         _check_shapes(terms[0][1], delta)
-    used = [(weight, delta) for weight, delta in terms if weight != 0] or [(0.0, terms[0][1])]
-    pairs = [(weight, delta) for weight, delta in used if isinstance(delta, LowRank)]
-    if len(pairs) == len(used):
-        return LowRank(
-            torch.cat([delta.up.double() * weight for weight, delta in pairs], dim=1),
-            torch.cat([delta.down.double() for _, delta in pairs]),
-        )
-    total = torch.zeros(used[0][1].shape, dtype=torch.float64)
-    for weight, delta in used:
-        total += weight * (delta.dense() if isinstance(delta, LowRank) else delta.double())
+    pairs = [(weight, delta) for weight, delta in terms if isinstance(delta, LowRank)]
+    if len(pairs) == len(terms):
+        return LowRank.sum(pairs)
+    total = torch.zeros(terms[0][1].shape, dtype=torch.float64)
+    for weight, delta in terms:
+        if weight != 0:
+            total += weight * (delta.dense() if isinstance(delta, LowRank) else delta.double())
     return total
 
 
 def inner(first: Delta, second: Delta) -> float:
     """The inner product <D1, D2> = sum of D1 * D2; of pairs as trace((up1^T up2) (down2 down1^T))."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return float((first.double() * second.double()).sum())
-    if isinstance(first, Tensor):
-        first, second = second, first
-    assert isinstance(first, LowRank)
-    if isinstance(second, Tensor):
-        return float((first.up.double().T @ second.double() * first.down.double()).sum())
-    return float(((first.up.double().T @ second.up.double()) * (first.down.double() @ second.down.double().T)).sum())
+    if isinstance(first, LowRank):
+        if isinstance(second, LowRank):
+            return first.inner(second)
+        wide = first.wide()
+        return float((wide.up.T @ second.double() * wide.down).sum())
+    return inner(second, first) if isinstance(second, LowRank) else float((first.double() * second.double()).sum())
 
 
 def interference(first: Delta, second: Delta, *, signs: bool = False) -> Interference:
@@ -248,7 +201,7 @@ def _opposing(first: Delta, second: Delta) -> float:
 
 def _rows(delta: Delta, start: int) -> Tensor:
     if isinstance(delta, LowRank):
-        return delta.up[start : start + _TILE_ROWS].double() @ delta.down.double()
+        return delta.rows(start, _TILE_ROWS)
     return delta[start : start + _TILE_ROWS].double()
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.reading import LoraFile, open_lora
-from mergetool.adapters.sources import Dense, Kronecker, Product, Source, source_of, total
+from mergetool.adapters.sources import source_of
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.low_rank import LowRank
+from mergetool.lowrank.matrices import Dense, Kronecker, Matrix, total
 from tests.adapters.spellings import SPELLINGS, Written, f64, random
 
 
@@ -20,11 +21,11 @@ def opened(written: Written, folder: Path) -> LoraFile:
     return open_lora(written.save(folder))
 
 
-def matrices(file: LoraFile) -> dict[str, Source]:
+def matrices(file: LoraFile) -> dict[str, Matrix]:
     return {part: source_of(file, change) for part, (change,) in file.changes.items() if len(change.adapter.shape) > 1}
 
 
-def product(source: Source, rank: int) -> np.ndarray:
+def product(source: Matrix, rank: int) -> np.ndarray:
     found = source.truncated(rank, name="w")
     return (found.left.double() * found.singular_values @ found.right.double()).numpy()
 
@@ -47,7 +48,7 @@ def test_every_spelling_is_decomposed_as_its_dense_matrix(name: str, tmp_path: P
             np.testing.assert_allclose(source.rows(3, 5).numpy(), exact[3:8], atol=1e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("LoHa", Product), ("LoKr", Kronecker), ("bare", Product)])
+@pytest.mark.parametrize(("name", "kind"), [("LoHa", LowRank), ("LoKr", Kronecker), ("bare", LowRank)])
 def test_structure_is_used_where_there_is_one(name: str, kind: type, tmp_path: Path) -> None:
     with opened(SPELLINGS[name](), tmp_path) as file:
         assert {type(source) for source in matrices(file).values()} == {kind}
@@ -88,17 +89,15 @@ def test_a_kronecker_product_with_a_negative_strength_keeps_its_sign(tmp_path: P
 def test_a_sum_of_narrow_ones_stays_factored_and_one_with_a_wide_part_becomes_dense() -> None:
     random_ = torch.Generator().manual_seed(0)
 
-    def matrix(width: int) -> Product:
-        return Product(
-            Factored(
-                torch.randn(64, width, generator=random_, dtype=torch.float64),
-                torch.randn(width, 48, generator=random_, dtype=torch.float64),
-            )
+    def matrix(width: int) -> LowRank:
+        return LowRank(
+            torch.randn(64, width, generator=random_, dtype=torch.float64),
+            torch.randn(width, 48, generator=random_, dtype=torch.float64),
         )
 
     one, other = matrix(4), matrix(30)
     wide = Kronecker(torch.randn(8, 6, generator=random_).double(), torch.randn(8, 8, generator=random_).double())
-    assert isinstance(total([(1.0, one), (2.0, other)]), Product)
+    assert isinstance(total([(1.0, one), (2.0, other)]), LowRank)
     mixed = total([(0.5, one), (-2.0, wide)])
     assert isinstance(mixed, Dense)
     exact = 0.5 * one.rows(0, 64) - 2.0 * torch.kron(wide.first, wide.second)
@@ -106,7 +105,7 @@ def test_a_sum_of_narrow_ones_stays_factored_and_one_with_a_wide_part_becomes_de
 
 
 def test_rank_0_of_a_dense_matrix_is_nothing_and_not_a_rank_to_be_chosen() -> None:
-    found = Dense(torch.ones(200, 150)).truncated(0, name="w")
+    found = Dense.of(torch.ones(200, 150)).truncated(0, name="w")
     assert (found.rank, found.total_energy) == (0, pytest.approx(200 * 150))
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.difference.extract import Extraction, extract, open_diff
-from mergetool.lowrank.stored import next_share
+from mergetool.lowrank.decomposition import Decomposition, exact_decomposition
+from mergetool.lowrank.promise import stricter
 from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 from tests.lowrank.contract import with_spectrum
@@ -108,7 +109,15 @@ def test_a_fixed_rank_promises_no_energy(pair: Path, tmp_path: Path) -> None:
     assert (found.rank, found.missed) == (90, False)
 
 
-def test_the_next_share_adds_what_rounding_took() -> None:
-    assert next_share(0.9, 0.91, (1 - 0.9) ** 0.5) is None
-    assert next_share(0.9, 0.9001, (1 - 0.8999) ** 0.5) == pytest.approx(0.9 + 1.1 * 2e-4)
-    assert next_share(0.99999, 0.999995, (1 - 0.99998) ** 0.5) is None
+def holding(share: float) -> Decomposition:
+    """One of two directions, which holds this share of the energy."""
+    values = torch.tensor([share, 1 - share], dtype=torch.float64).sqrt()
+    return exact_decomposition(torch.eye(2), values, torch.eye(2), 1, name="w")
+
+
+def test_a_stricter_rule_adds_what_rounding_took() -> None:
+    assert stricter(0.9, holding(0.91), (1 - 0.9) ** 0.5) is None
+    again = stricter(0.9, holding(0.9001), (1 - 0.8999) ** 0.5)
+    assert again is not None
+    assert (again.name, again.threshold) == ("energy", pytest.approx(0.9 + 1.1 * 2e-4))
+    assert stricter(0.99999, holding(0.999995), (1 - 0.99998) ** 0.5) is None

@@ -9,6 +9,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.lowrank.svd import Decomposition, balanced_factors, stored_residual
+from mergetool.lowrank.balanced import balanced, stored_residual
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.rules import Rule
 
 Float64 = NDArray[np.float64]
 
@@ -112,7 +115,7 @@ class DecompositionContract(ABC):
     search = "krylov"
 
     @abstractmethod
-    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: float) -> Decomposition:
+    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: Any) -> Decomposition:
         """One delta's decomposition, with its cheap products from ``sketch``; vectors on the CPU."""
 
     def planted(self, spectrum: str) -> Planted:
@@ -126,7 +129,7 @@ class DecompositionContract(ABC):
         delta = known.delta if lies == "tall" else known.delta.T.contiguous()
         for share in THRESHOLDS:
             found = self.decompose(
-                delta, name="w", rank_thresh=share, sketch=delta.bfloat16() if products == "bf16" else delta
+                delta, name="w", rule=Rule(threshold=share), sketch=delta.bfloat16() if products == "bf16" else delta
             )
             exact = known.fewest(share)
             assert exact <= found.rank <= exact * 1.02, (share, found.method)
@@ -137,7 +140,7 @@ class DecompositionContract(ABC):
     def test_stated_energies_are_those_of_the_returned_factors(self, spectrum: str) -> None:
         known = self.planted(spectrum)
         for share in THRESHOLDS:
-            found = self.decompose(known.delta, name="w", rank_thresh=share)
+            found = self.decompose(known.delta, name="w", rule=Rule(threshold=share))
             lost = float((known.delta.double() - dense(found)).square().sum())
             assert found.total_energy == pytest.approx(known.total, rel=1e-8)
             assert found.captured_energy == pytest.approx(true_energy(known.delta, found), rel=1e-7)
@@ -146,7 +149,7 @@ class DecompositionContract(ABC):
 
     @pytest.mark.parametrize("spectrum", SPECTRA)
     def test_factors_are_orthonormal_and_values_fall(self, spectrum: str) -> None:
-        found = self.decompose(self.planted(spectrum).delta, name="w", rank_thresh=0.99)
+        found = self.decompose(self.planted(spectrum).delta, name="w", rule=Rule(threshold=0.99))
         identity = torch.eye(found.rank, dtype=torch.float64)
         left, right = found.left.double(), found.right.double()
         assert found.left.dtype == found.right.dtype == torch.float32
@@ -156,20 +159,20 @@ class DecompositionContract(ABC):
 
     def test_singular_values_are_those_of_numpy(self) -> None:
         known = self.planted("fast")
-        found = self.decompose(known.delta, name="w", rank_thresh=0.995)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=0.995))
         np.testing.assert_allclose(found.singular_values.numpy(), np.sqrt(known.energies[: found.rank]), atol=1e-5)
 
     def test_low_rank_delta_is_recovered_to_float32_precision(self) -> None:
         # The error of BF16 products, 1e-3 of the delta, would show in the residual of a delta that has no tail.
         delta = with_spectrum(500, 300, 0.8 ** np.arange(20.0))
-        for options in ({"rank": 20}, {"rank_thresh": 1.0, "rank_max": 64}):
+        for options in ({"rank": 20}, {"rule": Rule(threshold=1.0), "rank_max": 64}):
             found = self.decompose(delta, name="w", sketch=delta.bfloat16(), **options)
             assert found.rank == 20
             assert relative_distance(delta, dense(found)) < 1e-6
 
     def test_threshold_one_keeps_every_direction_of_a_low_rank_delta(self) -> None:
         known = self.planted("low rank")
-        found = self.decompose(known.delta, name="w", rank_thresh=1.0)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=1.0))
         assert (found.rank, found.method) == (5, self.search)
         assert math.sqrt(found.lost_energy / found.total_energy) < 1e-6
 
@@ -181,20 +184,20 @@ class DecompositionContract(ABC):
         if not dense_delta:
             delta = torch.diag(torch.from_numpy(np.pad(values, (0, 720)))).float()
         exact = int(np.searchsorted(np.cumsum(values**2), 0.4 * float((values**2).sum()))) + 1
-        assert self.decompose(delta, name="w", rank_thresh=0.4, sketch=delta).rank == exact
+        assert self.decompose(delta, name="w", rule=Rule(threshold=0.4), sketch=delta).rank == exact
 
     @pytest.mark.parametrize("rank", [5, 12, 20])
     def test_threshold_reached_by_a_hair_takes_no_direction_more(self, rank: int) -> None:
         # BF16 directions miss some 3e-6 of the energy: what they cannot decide, float32 must.
         known = self.planted("noise floor 0.1 %")
         share = (known.best(rank) / known.total) - 5e-7
-        found = self.decompose(known.delta, name="w", rank_thresh=share, sketch=known.delta.bfloat16())
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=share), sketch=known.delta.bfloat16())
         assert (found.rank, found.method) == (rank, self.search)
 
     def test_threshold_inside_the_noise_is_met_with_two_percent_at_most(self) -> None:
         known = noisy_layer()
         share = known.best(90) / known.total - 1e-5
-        assert 90 <= self.decompose(known.delta, name="w", rank_thresh=share).rank <= 91
+        assert 90 <= self.decompose(known.delta, name="w", rule=Rule(threshold=share)).rank <= 91
 
     def test_useless_cheap_products_cost_time_but_no_truth(self) -> None:
         # The certificate must rest on the float32 delta alone: a sketch of something else misleads the search only.
@@ -203,28 +206,28 @@ class DecompositionContract(ABC):
         fixed = self.decompose(known.delta, name="w", rank=8, sketch=wrong)
         assert fixed.captured_energy == pytest.approx(true_energy(known.delta, fixed), rel=1e-6)
         assert fixed.total_energy == pytest.approx(known.total, rel=1e-8)
-        found = self.decompose(known.delta, name="w", rank_thresh=0.95, sketch=wrong)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=0.95), sketch=wrong)
         assert true_energy(known.delta, found) >= 0.95 * known.total
 
     @pytest.mark.parametrize("cap", [16, 64])
     def test_capped_factors_hold_nearly_the_most_energy_that_rank_can(self, cap: int) -> None:
         known = noisy_layer()
-        found = self.decompose(known.delta, name="w", rank_thresh=0.995, rank_max=cap)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=0.995), rank_max=cap)
         assert (found.capped, found.rank, found.method) == (True, cap, self.search)
         assert known.best(cap) - found.captured_energy < 1e-3 * known.total
 
     @pytest.mark.parametrize("spectrum", ["power law", "flat", "noise floor 3 %", "noise floor 30 %"])
     def test_capped_layer_says_which_rank_the_threshold_wants(self, spectrum: str) -> None:
         known = self.planted(spectrum)
-        found = self.decompose(known.delta, name="w", rank_thresh=0.99, rank_max=32)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=0.99), rank_max=32)
         assert found.capped
         assert found.rank_wanted == pytest.approx(known.fewest(0.99), rel=0.1)
 
     def test_threshold_reached_at_the_cap_is_not_capped(self) -> None:
         known = self.planted("fast")
         exact = known.fewest(0.99)
-        reached = self.decompose(known.delta, name="w", rank_thresh=0.99, rank_max=exact)
-        missed = self.decompose(known.delta, name="w", rank_thresh=0.99, rank_max=exact - 1)
+        reached = self.decompose(known.delta, name="w", rule=Rule(threshold=0.99), rank_max=exact)
+        missed = self.decompose(known.delta, name="w", rule=Rule(threshold=0.99), rank_max=exact - 1)
         assert (reached.rank, reached.capped, reached.rank_wanted) == (exact, False, None)
         assert (missed.rank, missed.capped) == (exact - 1, True)
         assert missed.rank_wanted is not None
@@ -233,7 +236,7 @@ class DecompositionContract(ABC):
     @pytest.mark.parametrize("rank", [1, 40, 150])
     def test_fixed_rank_is_kept_whatever_threshold_and_cap_say(self, rank: int) -> None:
         known = self.planted("noise floor 3 %")
-        found = self.decompose(known.delta, name="w", rank=rank, rank_thresh=0.5, rank_max=4)
+        found = self.decompose(known.delta, name="w", rank=rank, rule=Rule(threshold=0.5), rank_max=4)
         assert (found.rank, found.capped, found.rank_wanted) == (rank, False, None)
         assert known.best(rank) - found.captured_energy < 1e-3 * known.total
 
@@ -241,7 +244,7 @@ class DecompositionContract(ABC):
         # Deep in flat noise, where the search gains slowly, energy within the cap's usual tolerance has to be found.
         known = noisy_layer()
         share = known.best(80) / known.total - 1e-4
-        found = self.decompose(known.delta, name="w", rank_thresh=share, rank_max=80)
+        found = self.decompose(known.delta, name="w", rule=Rule(threshold=share), rank_max=80)
         assert (found.capped, found.rank <= 80) == (False, True)
 
     def test_fixed_rank_stops_at_the_rank_the_delta_has(self) -> None:
@@ -249,35 +252,35 @@ class DecompositionContract(ABC):
         assert (found.rank, found.capped) == (5, False)
 
     def test_cap_above_the_short_side_is_no_cap(self) -> None:
-        found = self.decompose(self.planted("flat").delta, name="w", rank_thresh=1.0, rank_max=4096)
+        found = self.decompose(self.planted("flat").delta, name="w", rule=Rule(threshold=1.0), rank_max=4096)
         assert (found.rank, found.capped) == (min(self.shape), False)
 
     @pytest.mark.parametrize("shape", [(1, 700), (700, 1), (1, 1), (2, 300)])
     def test_thin_matrices(self, shape: tuple[int, int]) -> None:
         delta = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-        found = self.decompose(delta, name="w", rank_thresh=1.0)
+        found = self.decompose(delta, name="w", rule=Rule(threshold=1.0))
         assert found.rank == min(shape)
         torch.testing.assert_close(dense(found).float(), delta)
 
     def test_zero_delta_has_rank_zero(self) -> None:
-        found = self.decompose(torch.zeros(40, 30), name="w", rank_thresh=0.9)
+        found = self.decompose(torch.zeros(40, 30), name="w", rule=Rule(threshold=0.9))
         assert (found.rank, found.total_energy, found.method, found.capped) == (0, 0.0, "zero", False)
-        down, up = balanced_factors(found, torch.bfloat16)
-        assert (down.shape, up.shape, stored_residual(found, down, up)) == ((0, 30), (40, 0), 0.0)
+        stored = balanced(found, torch.bfloat16)
+        assert (stored.down.shape, stored.up.shape, stored_residual(found, stored)) == ((0, 30), (40, 0), 0.0)
 
     @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-12, 1e12, 1e30])
     def test_scale_of_the_delta_does_not_matter(self, scale: float) -> None:
         # At 1e-37 most values are subnormal: 15 bits of them are left.
         known = self.planted("noise floor 0.1 %")
-        found = self.decompose(known.delta * scale, name="w", rank_thresh=0.99)
+        found = self.decompose(known.delta * scale, name="w", rule=Rule(threshold=0.99))
         assert found.rank == known.fewest(0.99)
         assert math.sqrt(found.total_energy) / scale == pytest.approx(math.sqrt(known.total), rel=1e-3)
         np.testing.assert_allclose(found.singular_values / scale, np.sqrt(known.energies[: found.rank]), rtol=1e-3)
 
     def test_a_view_is_decomposed_like_its_copy(self) -> None:
         delta = self.planted("fast").delta
-        view = self.decompose(delta.T, name="w", rank_thresh=0.99)
-        copy = self.decompose(delta.T.contiguous(), name="w", rank_thresh=0.99)
+        view = self.decompose(delta.T, name="w", rule=Rule(threshold=0.99))
+        copy = self.decompose(delta.T.contiguous(), name="w", rule=Rule(threshold=0.99))
         assert torch.equal(view.left, copy.left)
         assert view.left.is_contiguous()
         assert view.right.is_contiguous()
@@ -292,7 +295,7 @@ class DecompositionContract(ABC):
     def test_values_whose_squares_overflow_float32_are_not_refused(self) -> None:
         assert self.decompose(torch.full((5, 4), 3e38), name="w").total_energy == pytest.approx(20 * 9e76, rel=1e-6)
 
-    @pytest.mark.parametrize("options", [{"rank": -1}, {"rank_max": -1}, {"rank_thresh": 0.0}, {"rank_thresh": 1.1}])
+    @pytest.mark.parametrize("options", [{"rank": -1}, {"rank_max": -1}])
     def test_options_without_meaning_are_refused(self, options: dict[str, float]) -> None:
         with pytest.raises(UsageError):
             self.decompose(torch.ones(3, 3), name="w", **options)  # type: ignore[arg-type]
@@ -315,10 +318,12 @@ class DecompositionContract(ABC):
 
     def test_largest_entry_of_each_left_vector_is_positive(self) -> None:
         for delta in (self.planted("fast").delta, self.planted("fast").delta.T.contiguous()):
-            found = self.decompose(delta, name="w", rank_thresh=0.99)
+            found = self.decompose(delta, name="w", rule=Rule(threshold=0.99))
             largest = found.left.abs().argmax(dim=0)
             assert bool((found.left.gather(0, largest[None]) > 0).all())
-            torch.testing.assert_close(dense(found), dense(self.decompose(-delta, name="w", rank_thresh=0.99)) * -1)
+            torch.testing.assert_close(
+                dense(found), dense(self.decompose(-delta, name="w", rule=Rule(threshold=0.99))) * -1
+            )
 
     def test_first_of_equal_entries_decides_the_sign(self) -> None:
         delta = torch.tensor([[-1.0, -2.0], [1.0, 2.0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mergetool.errors import NonFiniteError
-from mergetool.lowrank import batched, factors
-from mergetool.lowrank.batched import decompose_batch, squared_norms
-from mergetool.lowrank.factors import factors_of
-from mergetool.lowrank.svd import Decomposition, balanced_factors, squared_norm, stored_residual
+from mergetool.lowrank import batched
+from mergetool.lowrank.balanced import balanced, balanced_batch, stored_residual
+from mergetool.lowrank.batched import decompose_batch
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.norms import energies_of, squared_norm
+from mergetool.lowrank.rules import Rule
 from tests.lowrank.contract import (
     SPECTRA,
     DecompositionContract,
@@ -39,7 +42,7 @@ class TestDecomposeBatch(DecompositionContract):
     shape = SHAPE
     search = "subspace"
 
-    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: float) -> Decomposition:
+    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: Any) -> Decomposition:
         cheap = None if sketch is None else sketch[None]
         return decompose_batch(delta[None], [name], sketch=cheap, **options)[0]  # type: ignore[arg-type]
 
@@ -49,7 +52,7 @@ class TestDecomposeBatchOnGpu(DecompositionContract):
     shape = SHAPE
     search = "subspace"
 
-    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: float) -> Decomposition:
+    def decompose(self, delta: Tensor, *, name: str, sketch: Tensor | None = None, **options: Any) -> Decomposition:
         from dataclasses import replace
 
         cheap = None if sketch is None else sketch[None].cuda()
@@ -60,7 +63,9 @@ class TestDecomposeBatchOnGpu(DecompositionContract):
 # A batch is its matrices
 
 
-@pytest.mark.parametrize("options", [{"rank_thresh": 0.99}, {"rank_thresh": 0.99, "rank_max": 24}, {"rank": 12}])
+@pytest.mark.parametrize(
+    "options", [{"rule": Rule(threshold=0.99)}, {"rule": Rule(threshold=0.99), "rank_max": 24}, {"rank": 12}]
+)
 def test_every_matrix_of_a_batch_is_decomposed_as_if_alone(options: dict[str, float]) -> None:
     # Matrices that are settled at once, ones that go on, ones that need a wider block and ones that need all.
     _, deltas, names = many()
@@ -79,7 +84,7 @@ def test_every_matrix_of_a_batch_is_decomposed_as_if_alone(options: dict[str, fl
 
 def test_ranks_of_a_batch_are_each_the_fewest() -> None:
     known, deltas, names = many()
-    for found, one in zip(decompose_batch(deltas, names, rank_thresh=0.95), known, strict=True):
+    for found, one in zip(decompose_batch(deltas, names, rule=Rule(threshold=0.95)), known, strict=True):
         assert one.fewest(0.95) <= found.rank <= one.fewest(0.95) * 1.01, found.name
 
 
@@ -116,7 +121,9 @@ def test_blocks_wider_than_the_matrix_are_no_special_case(seed: int, monkeypatch
         share = float(rng.uniform(0.3, 0.999))
         names = [f"case {case}, {i}" for i in range(5)]
         for one, found in zip(
-            known, decompose_batch(torch.stack([k.delta for k in known]), names, rank_thresh=share), strict=False
+            known,
+            decompose_batch(torch.stack([k.delta for k in known]), names, rule=Rule(threshold=share)),
+            strict=False,
         ):
             fewest, most = one.fewest(share - 1e-6), one.fewest(share + 1e-6)
             assert fewest <= found.rank <= max(most * 1.02, most), (found.name, m, n, share)
@@ -127,7 +134,7 @@ def test_blocks_wider_than_the_matrix_are_no_special_case(seed: int, monkeypatch
 def test_a_block_that_is_too_narrow_grows_until_the_threshold_is_met() -> None:
     known = noisy_layer()
     share = known.best(150) / known.total - 1e-6
-    found = decompose_batch(known.delta[None], ["w"], rank_thresh=share)[0]
+    found = decompose_batch(known.delta[None], ["w"], rule=Rule(threshold=share))[0]
     assert (150 <= found.rank <= 151, found.method) == (True, "subspace")
 
 
@@ -140,7 +147,7 @@ def test_directions_that_are_not_orthonormal_are_not_trusted(monkeypatch: pytest
 
     monkeypatch.setattr(batched, "_certify", skewed)
     known = planted("noise floor 3 %", *SHAPE)
-    found = decompose_batch(known.delta[None], ["w"], rank_thresh=0.95)[0]
+    found = decompose_batch(known.delta[None], ["w"], rule=Rule(threshold=0.95))[0]
     assert (found.method, found.rank) == ("gram", known.fewest(0.95))
 
 
@@ -164,7 +171,7 @@ def test_squared_norms_are_those_of_each_matrix(shape: tuple[int, int, int]) -> 
         * torch.tensor([1e-25, 1.0, 1e25])[: shape[0], None, None]
     )
     truth = deltas.double().square().sum((1, 2)).tolist()
-    np.testing.assert_allclose(squared_norms(deltas), truth, rtol=1e-7)
+    np.testing.assert_allclose(energies_of(deltas), truth, rtol=1e-7)
     assert squared_norm(deltas[1]) == pytest.approx(truth[1], rel=1e-7)
 
 
@@ -228,53 +235,52 @@ def test_doubt_covers_what_is_missing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_factors_of_a_batch_have_the_stated_residuals(dtype: torch.dtype) -> None:
     known, deltas, names = many()
-    found = decompose_batch(deltas, names, rank_thresh=0.995, rank_max=64)
+    found = decompose_batch(deltas, names, rule=Rule(threshold=0.995), rank_max=64)
     assert len({one.rank for one in found}) > 3
-    for one, pair, stored in zip(known, found, factors_of(found, dtype), strict=True):
+    for one, pair, (stored, residual) in zip(known, found, balanced_batch(found, dtype), strict=True):
         assert (stored.down.dtype, stored.up.dtype) == (dtype, dtype)
         assert (stored.down.shape, stored.up.shape) == ((pair.rank, SHAPE[1]), (SHAPE[0], pair.rank))
         true = relative_distance(one.delta, stored.up.double() @ stored.down.double())
-        assert stored.residual == pytest.approx(true, rel=0, abs=1e-5), pair.name
+        assert residual == pytest.approx(true, rel=0, abs=1e-5), pair.name
 
 
 def test_factors_of_a_batch_are_those_of_each_alone() -> None:
     _, deltas, names = many()
-    found = decompose_batch(deltas, names, rank_thresh=0.99, rank_max=32)
-    for one, stored in zip(found, factors_of(found, torch.bfloat16), strict=True):
-        down, up = balanced_factors(one, torch.bfloat16)
-        assert torch.equal(stored.down, down)
+    found = decompose_batch(deltas, names, rule=Rule(threshold=0.99), rank_max=32)
+    for one, (stored, residual) in zip(found, balanced_batch(found, torch.bfloat16), strict=True):
+        alone = balanced(one, torch.bfloat16)
+        assert torch.equal(stored.down, alone.down)
         # Half a unit of the last place here and there: the least squares are solved another way.
-        assert float((stored.up != up).double().mean()) < 1e-3
-        assert stored.residual == pytest.approx(stored_residual(one, down, up), rel=1e-4)
+        assert float((stored.up != alone.up).double().mean()) < 1e-3
+        assert residual == pytest.approx(stored_residual(one, alone), rel=1e-4)
 
 
 def test_rows_that_underflow_and_zero_deltas_get_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = planted("fast", *SHAPE).delta
     found = decompose_batch(torch.stack([delta, delta * 1e-30, delta * 0]), list("abc"), rank=2)
-    stored = factors_of(found, torch.float16)
+    stored, residuals = zip(*balanced_batch(found, torch.float16), strict=True)
     assert [tuple(one.down.shape) for one in stored] == [(2, 320), (2, 320), (0, 320)]
     assert [int(one.down.count_nonzero()) == 0 for one in stored] == [False, True, True]
-    assert stored[1].residual == pytest.approx(1.0)
-    assert stored[2].residual == 0.0
-    assert factors_of([found[2]], torch.float16)[0].up.shape == (640, 0)
+    assert residuals[1:] == (pytest.approx(1.0), 0.0)
+    assert balanced_batch([found[2]], torch.float16)[0][0].up.shape == (640, 0)
 
 
 def test_factors_that_overflow_the_dtype_are_refused_by_name() -> None:
     delta = planted("fast", *SHAPE).delta
     found = decompose_batch(torch.stack([delta, delta * 1e14]), ["layers.2.w1", "layers.3.w1"], rank=2)
     with pytest.raises(NonFiniteError, match=r'"layers\.3\.w1" is too large for float16'):
-        factors_of(found, torch.float16)
+        balanced_batch(found, torch.float16)
 
 
 def test_a_gram_matrix_that_cannot_be_factored_is_left_to_the_pseudo_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = decompose_batch(planted("fast", *SHAPE).delta[None], ["w"], rank=4)
-    expected = factors_of(found, torch.bfloat16)[0]
+    _, expected = balanced_batch(found, torch.bfloat16)[0]
     factored = torch.linalg.cholesky_ex
 
     def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
         factor, info = factored(matrix)
         return factor * torch.nan, info + 1
 
-    monkeypatch.setattr(factors.torch.linalg, "cholesky_ex", failing)
-    again = factors_of(found, torch.bfloat16)[0]
-    assert again.residual == pytest.approx(expected.residual, rel=1e-4)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    _, again = balanced_batch(found, torch.bfloat16)[0]
+    assert again == pytest.approx(expected, rel=1e-4)

@@ -12,9 +12,12 @@ import torch
 
 from mergetool.errors import UsageError
 from mergetool.lowrank import above, svd
+from mergetool.lowrank.balanced import balanced
+from mergetool.lowrank.decomposition import Decomposition
 from mergetool.lowrank.krylov import Products, orthonormal_rows
+from mergetool.lowrank.norms import squared_norm
 from mergetool.lowrank.rules import Rule
-from mergetool.lowrank.svd import Decomposition, balanced_factors, decompose, squared_norm
+from mergetool.lowrank.svd import decompose
 from mergetool.lowrank.thresholds import RULES, RuleName
 from mergetool.options.differences import DiffOptions
 from tests.lowrank.contract import SPECTRA, Float64, Planted, noisy_layer, planted, true_energy, with_spectrum
@@ -69,7 +72,7 @@ def test_a_rule_keeps_what_its_definition_says(rule: RuleName, t: float, spectru
     expected = DEFINITIONS[rule](values(spectrum), t)
     assert Rule(rule, t).rank(values(spectrum) ** 2) == expected
     for delta in (planted(spectrum).delta, planted(spectrum).delta.T.contiguous()):
-        found = decompose(delta, name="w", rule=rule, rank_thresh=t)
+        found = decompose(delta, name="w", rule=Rule(rule, t))
         assert expected <= found.rank <= expected * 1.01
         assert not found.capped
 
@@ -84,7 +87,7 @@ def test_every_rule_is_defined_in_the_tests_and_in_the_help() -> None:
 @pytest.mark.parametrize("rule", ["sum", "ratio", "abs", "knee"])
 def test_kept_directions_are_those_of_the_whole_spectrum(rule: RuleName) -> None:
     known = planted("noise floor 3 %")
-    found = decompose(known.delta, name="w", rule=rule, rank_thresh=0.11)
+    found = decompose(known.delta, name="w", rule=Rule(rule, 0.11))
     assert found.rank > 1
     np.testing.assert_allclose(found.singular_values, np.sqrt(known.energies[: found.rank]), rtol=1e-4)
     assert true_energy(known.delta, found) == pytest.approx(known.best(found.rank), rel=1e-5)
@@ -97,13 +100,13 @@ def test_a_rule_about_strong_directions_decomposes_nothing_whole(
 ) -> None:
     for name in ("spectrum", "whole_spectrum"):
         monkeypatch.setattr(svd, name, lambda *_: pytest.fail("the whole spectrum was computed"))
-    found = decompose(noisy_layer().delta, name="w", rule=rule, rank_thresh=t)
+    found = decompose(noisy_layer().delta, name="w", rule=Rule(rule, t))
     assert found.rank == DEFINITIONS[rule](np.sqrt(noisy_layer().energies), t)
     assert found.method == "krylov"
 
 
 def test_a_cut_inside_a_flat_tail_is_left_to_the_whole_spectrum() -> None:
-    found = decompose(noisy_layer().delta, name="w", rule="ratio", rank_thresh=0.05)
+    found = decompose(noisy_layer().delta, name="w", rule=Rule("ratio", 0.05))
     assert (found.rank, found.method) == (DEFINITIONS["ratio"](np.sqrt(noisy_layer().energies), 0.05), "gram")
     assert found.spectrum is not None
     np.testing.assert_allclose(found.spectrum, np.sqrt(noisy_layer().energies), rtol=1e-4)
@@ -140,21 +143,21 @@ def test_directions_tilted_out_of_the_delta_get_no_certificate() -> None:
 def test_an_absolute_cut_follows_the_scale_of_the_weights() -> None:
     known = planted("noise floor 0.1 %")
     for scale in (1e-25, 1e25):  # beyond what products in float32 bear unscaled
-        found = decompose(known.delta * scale, name="w", rule="abs", rank_thresh=0.1 * scale)
+        found = decompose(known.delta * scale, name="w", rule=Rule("abs", 0.1 * scale))
         assert found.rank == DEFINITIONS["abs"](values("noise floor 0.1 %"), 0.1)
 
 
 def test_a_cut_above_every_value_keeps_nothing() -> None:
-    found = decompose(planted("fast").delta, name="w", rule="abs", rank_thresh=5.0)
-    down, up = balanced_factors(found, torch.bfloat16)
-    assert (found.rank, found.captured_energy, down.shape[0], up.shape[1]) == (0, 0.0, 0, 0)
+    found = decompose(planted("fast").delta, name="w", rule=Rule("abs", 5.0))
+    stored = balanced(found, torch.bfloat16)
+    assert (found.rank, found.captured_energy, stored.down.shape[0], stored.up.shape[1]) == (0, 0.0, 0, 0)
     assert found.lost_energy == pytest.approx(found.total_energy)
 
 
 @pytest.mark.parametrize(("rule", "t"), [("sum", 0.9), ("ratio", 0.05), ("abs", 0.02), ("knee", 0.95)])
 def test_a_cap_stops_every_rule_and_is_said(rule: RuleName, t: float) -> None:
     known = planted("power law")
-    found = decompose(known.delta, name="w", rule=rule, rank_thresh=t, rank_max=7)
+    found = decompose(known.delta, name="w", rule=Rule(rule, t), rank_max=7)
     assert (found.rank, found.capped) == (7, True)
     assert found.rank_wanted in (None, DEFINITIONS[rule](values("power law"), t))
     assert known.best(7) - found.captured_energy < 1e-3 * known.total
@@ -169,11 +172,11 @@ def test_directions_that_were_kept_in_bf16_give_the_rank_without_a_search(
     monkeypatch.setattr(svd, "Search", lambda *_: pytest.fail("a search was made"))
     monkeypatch.setattr(svd, "strongest_above", lambda *_: pytest.fail("a search was made"))
     t = 0.1 if rule in ("ratio", "abs") else 0.99
-    found = decompose(known.delta, name="w", rule=rule, rank_thresh=t, rows=rows)
+    found = decompose(known.delta, name="w", rule=Rule(rule, t), rows=rows)
     assert (found.rank, found.method) == (DEFINITIONS[rule](values("noise floor 0.1 %"), t), "stored")
 
 
-@pytest.mark.parametrize("options", [{"rank": 12}, {"rank_thresh": 0.999}, {"rule": "ratio", "rank_thresh": 0.1}])
+@pytest.mark.parametrize("options", [{"rank": 12}, {"rule": Rule(threshold=0.999)}, {"rule": Rule("ratio", 0.1)}])
 def test_too_few_directions_lead_to_a_search(options: dict[str, float]) -> None:
     known = planted("noise floor 0.1 %")
     plain = decompose(known.delta, name="w", **options)  # type: ignore[arg-type]
@@ -182,7 +185,7 @@ def test_too_few_directions_lead_to_a_search(options: dict[str, float]) -> None:
     assert (found.rank, found.captured_energy) == (plain.rank, pytest.approx(plain.captured_energy, rel=1e-5))
 
 
-@pytest.mark.parametrize("options", [{"rank_thresh": 0.99}, {"rule": "ratio", "rank_thresh": 0.1}])
+@pytest.mark.parametrize("options", [{"rule": Rule(threshold=0.99)}, {"rule": Rule("ratio", 0.1)}])
 def test_useless_directions_lead_to_no_untruth(options: dict[str, float]) -> None:
     known = planted("noise floor 0.1 %")
     useless = torch.randn(40, 199, generator=torch.Generator().manual_seed(5))
@@ -230,6 +233,6 @@ def test_equal_values_have_no_knee_and_are_all_kept() -> None:
 
 def test_stated_spectrum_is_that_of_numpy_at_any_scale() -> None:
     known: Planted = planted("power law")
-    found: Decomposition = decompose(known.delta * 1e-30, name="w", rule="sum", rank_thresh=0.5)
+    found: Decomposition = decompose(known.delta * 1e-30, name="w", rule=Rule("sum", 0.5))
     assert found.spectrum is not None
     np.testing.assert_allclose(found.spectrum / 1e-30, np.sqrt(known.energies), rtol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergetool.lowrank import sets
-from mergetool.lowrank.sets import LowRank
+from mergetool.lowrank.low_rank import LowRank
 
 M, N = 96, 60
 
@@ -143,7 +143,7 @@ def test_a_shared_part_beside_random_private_ones_is_nearly_found() -> None:
 
 
 def test_the_rank_is_at_most_the_smaller_one() -> None:
-    assert sets.common(pair(9, seed=24), pair(3, seed=25)).rank == 3
+    assert sets.common(pair(9, seed=24), pair(3, seed=25)).width == 3
 
 
 def test_directions_of_a_pair_are_those_of_its_product() -> None:

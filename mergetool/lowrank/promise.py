@@ -7,6 +7,9 @@ spectrum is flat and mostly none; and one that is nearer to 1 than that cannot b
 
 from __future__ import annotations
 
+from mergetool.lowrank.decomposition import Decomposition
+from mergetool.lowrank.rules import Rule
+
 ATTEMPTS = 4
 """Decompositions of one matrix at most."""
 
@@ -18,13 +21,13 @@ def energy_of(residual: float) -> float:
     return 1.0 - residual**2
 
 
-def next_share(share: float, captured: float, residual: float) -> float | None:
-    """The share of the energy to ask for so that the stored pair holds ``share``; None when it does, or never will.
+def stricter(share: float | None, found: Decomposition, residual: float) -> Rule | None:
+    """The rule to decompose by again so that the stored pair holds ``share`` of the energy; None when it does, or never will.
 
-    ``captured`` is the share that the singular values hold before they are rounded.
+    ``found`` is what was stored, and ``residual`` how it came out. Without a share nothing was promised, nor is it beyond a cap.
     """
     stored = energy_of(residual)
-    if stored >= share:
+    if share is None or found.capped or stored >= share:
         return None
-    wanted = share + _MARGIN * max(captured - stored, 0.0)
-    return wanted if wanted < 1.0 else None
+    wanted = share + _MARGIN * max(found.share - stored, 0.0)
+    return Rule("energy", wanted) if wanted < 1.0 else None

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from mergetool.lowrank.factored import Factored
+from mergetool.lowrank.low_rank import LowRank
 
 SHAPES = [(40, 30, 7), (30, 40, 7), (12, 9, 20), (9, 12, 20), (1, 5, 2), (64, 64, 64)]
 
 
-def made(rows: int, columns: int, width: int, seed: int = 0) -> Factored:
+def made(rows: int, columns: int, width: int, seed: int = 0) -> LowRank:
     random = np.random.default_rng(seed)
     up, down = random.standard_normal((rows, width)), random.standard_normal((width, columns))
-    return Factored.of(torch.from_numpy(up), torch.from_numpy(down))
+    return LowRank(torch.from_numpy(up), torch.from_numpy(down))
 
 
-def dense(one: Factored) -> np.ndarray:
+def dense(one: LowRank) -> np.ndarray:
     return one.up.numpy() @ one.down.numpy()
 
 
@@ -61,7 +61,7 @@ def test_a_rank_may_be_chosen_from_the_spectrum() -> None:
 
 def test_a_sum_is_the_sum_of_the_dense_matrices_with_their_strengths() -> None:
     one, other = made(30, 20, 4), made(30, 20, 6, seed=1)
-    whole = Factored.sum([(0.8, one), (-0.3, other)])
+    whole = LowRank.sum([(0.8, one), (-0.3, other)])
     assert whole.width == 10
     np.testing.assert_allclose(dense(whole), 0.8 * dense(one) - 0.3 * dense(other), atol=1e-12)
 
@@ -74,31 +74,31 @@ def test_inner_products_and_norms_are_those_of_all_elements() -> None:
 
 def test_a_sum_that_cancels_has_no_directions_and_no_norm() -> None:
     one = made(30, 20, 4)
-    nothing = Factored.sum([(1, one), (-1, one)])
+    nothing = LowRank.sum([(1, one), (-1, one)])
     assert nothing.norm() < 1e-12 * one.norm()
     assert (len(nothing.spectrum()), nothing.truncated(3, name="w").rank) == (0, 0)
 
 
 def test_the_same_factors_twice_have_their_rank_once() -> None:
     one = made(30, 20, 4)
-    assert len(Factored.sum([(1, one), (2, one)]).spectrum()) == 4
+    assert len(LowRank.sum([(1, one), (2, one)]).spectrum()) == 4
 
 
 def test_factors_of_very_different_sizes_lose_no_direction() -> None:
     scales = torch.tensor([1e12, 1.0, 1e-12], dtype=torch.float64)
     one = made(30, 20, 3)
-    skewed = Factored(one.up * scales, one.down / scales[:, None])
+    skewed = LowRank(one.up * scales, one.down / scales[:, None])
     np.testing.assert_allclose(skewed.spectrum().numpy(), one.spectrum().numpy(), rtol=1e-6)
 
 
 def test_no_width_is_a_matrix_of_zeros() -> None:
-    nothing = Factored(torch.zeros(5, 0, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64))
+    nothing = LowRank(torch.zeros(5, 0, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64))
     found = nothing.truncated(2, name="w")
     assert (found.rank, found.total_energy, found.left.shape, found.right.shape) == (0, 0.0, (5, 0), (0, 4))
 
 
 def test_narrow_factors_are_widened_exactly_and_the_scale_is_not_rounded() -> None:
     up, down = torch.randn(6, 2).bfloat16(), torch.randn(2, 5).bfloat16()
-    one = Factored.of(up, down, 0.1)
+    one = LowRank.scaled(up, down, 0.1)
     assert torch.equal(one.up, up.double() * 0.1)
     assert torch.equal(one.down, down.double())
