@@ -14,6 +14,7 @@ from safetensors import safe_open
 import mergetool
 from mergetool.api.pictures import Picture
 from mergetool.errors import LineageError, MergetoolError, OutputError, UsageError
+from mergetool.options.merging import MergeOptions
 from tests.cli.run import mergetool as command
 
 BRIDGE = "lab.alkahest + 1.5*(lab.striped - lab.base)"
@@ -165,3 +166,8 @@ def test_trigger_words_stand_in_the_metadata_of_a_difference(tmp_path: Path) -> 
     mergetool.diff("lab.base", "lab.striped", out, rank=1, include=["layers.0"], trigger="striped ground")
     with safe_open(out, "pt") as file:
         assert file.metadata()["modelspec.trigger_phrase"] == "striped ground"
+
+
+@pytest.mark.parametrize("word", ["BF16", "fp8_e4m3", "FP8-E4M3"])
+def test_words_of_options_are_taken_in_capitals_and_with_either_dash(word: str) -> None:
+    assert MergeOptions(dtype=word).dtype == word.lower().replace("-", "_")

@@ -105,9 +105,14 @@ class OutputPath(Kind):
         return os.fspath(given)
 
 
+def _folded(word: str) -> str:
+    """``fp8-scaled`` for ``FP8_scaled``: programs of the field spell such words either way."""
+    return word.lower().replace("_", "-")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Choice(Kind):
-    """One of some words; ``known`` is a function where a register knows them."""
+    """One of some words, in capitals or not, with ``-`` or ``_``; ``known`` is a function where a register knows them."""
 
     known: tuple[str, ...] | Callable[[], Sequence[str]]
     metavar: str = "WORD"
@@ -120,9 +125,11 @@ class Choice(Kind):
     def value(self, given: Any) -> str:
         if isinstance(given, DType):
             given = given.name
-        if not isinstance(given, str) or given not in self.words:
-            raise ValueError(f"one of {', '.join(self.words)}")
-        return given
+        if isinstance(given, str):
+            for word in self.words:
+                if _folded(word) == _folded(given):
+                    return word
+        raise ValueError(f"one of {', '.join(self.words)}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
