@@ -53,7 +53,7 @@ def wrong(row: Row) -> list[Any]:
     """Values that a row refuses, as a program would give them."""
     match row.option.kind:
         case kinds.Choice():
-            return ["nosuch", "", row.option.kind.words[0].upper()]
+            return ["nosuch", "", f"{row.option.kind.words[0]}x"]
         case kinds.Integer(least=least, most=most):
             return [least - 1, most + 1, "many"]
         case kinds.DeviceName():
