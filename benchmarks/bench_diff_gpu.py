@@ -34,7 +34,7 @@ from benchmarks.provenance import Result, median_ratio, percentile
 from mergetool.adapters import dialects
 from mergetool.arch.families.z_image import reference_shapes
 from mergetool.difference.extract import Extraction, extract, open_diff
-from mergetool.difference.layer import Layer
+from mergetool.difference.layer import ExtractedLayer
 from mergetool.difference.on_device import READERS, Uploads, free_memory, in_batches, solve_all, subtract
 from mergetool.difference.pairs import Pairing
 from mergetool.lowrank import batched
@@ -216,7 +216,7 @@ def rivals(shapes: dict[tuple[int, int], int], clock: Clock, budget: float) -> d
 class Verdict:
     """One layer judged in float64: differences of what it says of itself from the truth, in shares of all energy."""
 
-    layer: Layer
+    layer: ExtractedLayer
     fewest: int  # directions that reach the threshold
     best: float  # the most energy its rank can hold
     energy: float  # that the left factor's span holds

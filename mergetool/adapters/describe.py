@@ -17,7 +17,7 @@ DENSE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ChangedPart:
     """One part that a file changes: its groups, the kind of change, rank, scale, and the Frobenius norm of the change.
 
     A DoRA's norm is that of its product, since the rest depends on the weight.
@@ -37,7 +37,7 @@ class Contents:
     """``targets`` in the order of the family, ``alphas`` the values that are stated (None: of modules that state none) and ``dtypes`` the
     stored types of the factors, each with its count. ``non_finite`` are tensors with NaN or infinity, of the whole file."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[ChangedPart, ...]
     alphas: dict[float | None, int]
     dtypes: dict[str, int]
     non_finite: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ def describe(file: LoraFile, *, progress: Callable[[int], None] = lambda _: None
         kind = "dora" if "dora_scale" in adapter.tensors else adapter.kind
         shape = (file.changes[part][0].rows, *adapter.shape[1:]) if adapter.shape else ()
         groups = file.family.groups(part, shape)
-        targets.append(Target(part, groups, kind, shape, adapter.rank, adapter.scale, math.sqrt(squares)))
+        targets.append(ChangedPart(part, groups, kind, shape, adapter.rank, adapter.scale, math.sqrt(squares)))
         progress(1)
     adapters = file.adapters
     # the alpha of rsLoRA's scale is that which other programs would write
@@ -91,9 +91,9 @@ def _squares(file: LoraFile, change: Change) -> float:
     return squares
 
 
-def by_block(targets: Sequence[Target]) -> Iterator[tuple[str, list[Target]]]:
+def by_block(targets: Sequence[ChangedPart]) -> Iterator[tuple[str, list[ChangedPart]]]:
     """Targets by the block that they are in: ``layers.3``, ``noise_refiner.0``, or the first component of a name outside the blocks."""
-    blocks: dict[str, list[Target]] = {}
+    blocks: dict[str, list[ChangedPart]] = {}
     for target in targets:
         blocks.setdefault(block_of(target.part), []).append(target)
     yield from blocks.items()
@@ -106,6 +106,6 @@ def block_of(part: str) -> str:
     return components[0] if not number else ".".join(components[: number + 1])
 
 
-def total(targets: Sequence[Target]) -> float:
+def total(targets: Sequence[ChangedPart]) -> float:
     """The Frobenius norm of several changes together."""
     return math.sqrt(math.fsum(target.norm**2 for target in targets))

@@ -128,7 +128,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     with events.progress("diff", moved, publishes=files.checkpoint is None) as advance:
         found = extract(
             pairing,
-            paired.target,
+            files,
             options,
             overwrite=how.overwrite,
             threads=how.threads,

@@ -155,11 +155,11 @@ def _of_differences(first: str, second: str, asked: LoraInterference, events: Ev
 
 def run_lora_verify(asked: LoraVerify, events: Events) -> LoraVerified:
     """Compare base + LoRA with the tuned model, layer by layer, before and after rounding. Raises MergetoolError."""
-    from mergetool.lora.verify import open_comparison, verify_lora
+    from mergetool.lora.verify import open_check, verify_lora
 
     started = time.monotonic()
     strength = cast(Fraction, asked.strength)
-    with open_comparison(asked.base, str(asked.lora), asked.variant, strength=strength) as comparison:
+    with open_check(asked.base, str(asked.lora), asked.variant, strength=strength) as comparison:
         with events.progress("verify", comparison.bytes_read) as advance:
             report = verify_lora(comparison, threads=asked.threads, progress=advance)
         verified = LoraVerified(report, comparison.bytes_read, time.monotonic() - started, asked.max_residual)

@@ -172,7 +172,7 @@ def _sum(
     prepare: Callable[[Gathering], Gathering] = lambda gathering: gathering,
     derive: Callable[[Gathering], Derive] | None = None,
 ) -> Summed:
-    """Read, combine and write: the only place where that is done. ``prepare`` changes the pieces, ``derive`` what is made of them."""
+    """Read, combine and write: the only place where that is done. ``prepare`` changes the addends, ``derive`` what is made of them."""
     from mergetool.adapters.loaders import loading_of
     from mergetool.lora import memory
     from mergetool.lora.combine import combine

@@ -10,7 +10,7 @@ from mergetool.cli import console
 
 if TYPE_CHECKING:
     from mergetool.difference.extract import Extraction
-    from mergetool.difference.layer import Layer
+    from mergetool.difference.layer import ExtractedLayer
     from mergetool.difference.pairs import Pairing
     from mergetool.options.differences import DiffOptions
 
@@ -36,7 +36,7 @@ def print_operands(pairing: Pairing, options: DiffOptions) -> None:
         console.heading("", f"what {names} have in common")
 
 
-def print_shared(layers: Sequence[Layer], pairing: Pairing) -> None:
+def print_shared(layers: Sequence[ExtractedLayer], pairing: Pairing) -> None:
     """How much of each delta is common to both."""
     shares = [layer.shared for layer in layers if layer.shared is not None]
     for i, model in enumerate(pairing.variants if shares else ()):
@@ -78,7 +78,7 @@ def print_checkpoint(options: DiffOptions, base: str) -> None:
         console.heading("", f"{path}  {console.size(path.stat().st_size)}  {base} with it added")
 
 
-def wider_than_whole(layer: Layer) -> bool:
+def wider_than_whole(layer: ExtractedLayer) -> bool:
     """Whether factors of the rank that a layer has, or would need, have more values than its matrix."""
     rows, columns = layer.shape
     return max(layer.rank, layer.wanted or 0) * (rows + columns) > rows * columns

@@ -10,7 +10,7 @@ from mergetool.cli import console
 
 if TYPE_CHECKING:
     from mergetool.difference.extract import Extraction
-    from mergetool.difference.layer import Layer
+    from mergetool.difference.layer import ExtractedLayer
     from mergetool.options.differences import DiffOptions
 
 # The first of these that a matrix is in is its row of the table.
@@ -33,7 +33,7 @@ def print_ranks(found: Extraction, options: DiffOptions, target: Path, *, verbos
     _print_unmet(found.layers, options, verbose=verbose)
 
 
-def _print_capped(layers: Sequence[Layer], options: DiffOptions) -> None:
+def _print_capped(layers: Sequence[ExtractedLayer], options: DiffOptions) -> None:
     capped = [layer for layer in layers if layer.capped]
     if not capped:
         return
@@ -60,7 +60,7 @@ def _budget_line(found: Extraction, options: DiffOptions, target: Path) -> str:
     return f"{size:,} of {options.budget_bytes:,} bytes · residual {100 * residual:.1f} % of all matrices together, the least at that size"
 
 
-def _print_unmet(layers: Sequence[Layer], options: DiffOptions, *, verbose: bool) -> None:
+def _print_unmet(layers: Sequence[ExtractedLayer], options: DiffOptions, *, verbose: bool) -> None:
     """What has no directions at all, and what its dtype keeps from the threshold."""
     nothing = [layer.name for layer in layers if layer.rank == 0]
     if nothing:
@@ -87,8 +87,8 @@ def print_spectra(found: Extraction, options: DiffOptions) -> None:
     console.heading("spectra", f"{spectra}  {console.size(spectra.stat().st_size)}  {known} known · {searched}")
 
 
-def _by_group(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    rows: dict[str, list[Layer]] = {}
+def _by_group(layers: Sequence[ExtractedLayer]) -> dict[str, list[ExtractedLayer]]:
+    rows: dict[str, list[ExtractedLayer]] = {}
     for group in (*GROUPS, "other"):
         chosen = [layer for layer in layers if group == next((g for g in GROUPS if g in layer.groups), "other")]
         if chosen:
@@ -96,7 +96,7 @@ def _by_group(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     return rows
 
 
-def _row(name: str, layers: Sequence[Layer], options: DiffOptions) -> list[str]:
+def _row(name: str, layers: Sequence[ExtractedLayer], options: DiffOptions) -> list[str]:
     ranks = sorted(layer.rank for layer in layers)
     total = sum(layer.total for layer in layers)
     energy = sum(layer.energy * layer.total for layer in layers) / total

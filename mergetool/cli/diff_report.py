@@ -9,7 +9,7 @@ from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.differences import Extracted, Paired
-    from mergetool.difference.layer import Layer
+    from mergetool.difference.layer import ExtractedLayer
     from mergetool.difference.pairs import Pair, Pairing
     from mergetool.options.differences import DiffOptions
 
@@ -129,7 +129,7 @@ def _ranks_json(options: DiffOptions) -> dict[str, Any]:
     }
 
 
-def _layer_json(layer: Layer) -> dict[str, Any]:
+def _layer_json(layer: ExtractedLayer) -> dict[str, Any]:
     return {
         "name": layer.name,
         "shape": list(layer.shape),

@@ -13,7 +13,7 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.adapters.describe import Contents, Target
+    from mergetool.adapters.describe import ChangedPart, Contents
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
     from mergetool.adapters.reading import LoraFile
@@ -111,7 +111,7 @@ def _print_blocks(found: Contents, *, verbose: bool) -> None:
             console.heading("", f"{target.part}  {rank}scale {target.scale:g}  norm {target.norm:.4g}")
 
 
-def _by_group(targets: tuple[Target, ...]) -> list[list[str]]:
+def _by_group(targets: tuple[ChangedPart, ...]) -> list[list[str]]:
     from mergetool.adapters.describe import total
 
     rows = []

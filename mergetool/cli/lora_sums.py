@@ -22,7 +22,7 @@ from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.loras import Summed, SumPlan
-    from mergetool.lora.combine import Outcome
+    from mergetool.lora.combine import CombinedModule
     from mergetool.lora.gathering import Gathering
 
 EXAMPLES = {
@@ -141,11 +141,11 @@ def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
         console.heading("", f"{len(names)} left out ({reason}): {shown}")
     if verbose:
         for module in gathering.modules:
-            pieces = " + ".join(
-                f"{float(piece.strength):g} x {piece.change.adapter.kind} {piece.change.adapter.rank or ''}".rstrip()
-                for piece in module.pieces
+            addends = " + ".join(
+                f"{float(addend.strength):g} x {addend.change.adapter.kind} {addend.change.adapter.rank or ''}".rstrip()
+                for addend in module.addends
             )
-            console.heading("", f"{module.part}  {list(module.shape)}  {pieces}")
+            console.heading("", f"{module.part}  {list(module.shape)}  {addends}")
 
 
 def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
@@ -187,7 +187,7 @@ def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
     loads.print_all(result.loading, verbose=verbose)
 
 
-def _row(group: str, chosen: Sequence[Outcome]) -> list[str]:
+def _row(group: str, chosen: Sequence[CombinedModule]) -> list[str]:
     ranks = sorted(one.rank for one in chosen)
     widths = sorted(one.width for one in chosen if one.width is not None)
     total = sum(one.total for one in chosen)

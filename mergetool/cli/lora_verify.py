@@ -13,7 +13,7 @@ from mergetool.errors import CheckFailed
 
 if TYPE_CHECKING:
     from mergetool.api.lora_checks import LoraVerified
-    from mergetool.lora.verify import Comparison, LoraReport, Residual
+    from mergetool.lora.verify import LoraCheck, LoraReport, Residual
 
 EXAMPLES = """\b
 Examples:
@@ -48,7 +48,7 @@ def verify(typed: Typed) -> None:
 class _VerifyReport(CommandEvents):
     """What the LoRA leaves."""
 
-    def done(self, plan: Comparison, result: LoraVerified) -> None:
+    def done(self, plan: LoraCheck, result: LoraVerified) -> None:
         """The residuals."""
         self.json |= _json(result.report) | {"max_residual": result.max_residual, "passed": result.passed}
         if self.prints:

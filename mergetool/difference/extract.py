@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from mergetool.adapters.reading import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.stamp import display_names, stamp
-from mergetool.difference.choosing import WithinBudget, stored_result, with_spectra
 from mergetool.difference.diff_files import DiffFiles
-from mergetool.difference.layer import Layer, Result
+from mergetool.difference.layer import ExtractedLayer, Result
 from mergetool.difference.on_device import Solved, free_memory, solve_all
 from mergetool.difference.operands import Operand, decomposed
 from mergetool.difference.pairs import Pair, Pairing, pair_up
+from mergetool.difference.ranks import WithinBudget, stored_result, with_spectra
 from mergetool.difference.spectra import SideFile
-from mergetool.difference.streaming import stream
+from mergetool.difference.stream import DeltaStream
 from mergetool.difference.whole import Whole, tensors
 from mergetool.engine.feeding.values import Reader
 from mergetool.engine.job import Inputs
@@ -46,7 +46,7 @@ class Extraction:
     With a second variant that energy is of the first one's delta. ``searched`` are the names of the matrices whose directions had to be searched for, where a side file of spectra was used.
     """
 
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[ExtractedLayer] = field(default_factory=list)
     whole: list[Whole] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)
     skipped: dict[str, dict[str, float]] = field(default_factory=dict)  # reason -> name -> squared Frobenius norm
@@ -85,7 +85,7 @@ def open_diff(
 
 def extract(
     pairing: Pairing,
-    output: Path | Target,
+    output: Path | Target | DiffFiles,
     options: DiffOptions,
     *,
     overwrite: bool = False,
@@ -108,24 +108,24 @@ def extract(
     models, OutputError, BusyError, StorageError or DataError.
     """
     files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    to = DiffFiles.checked(output, options, pairing, overwrite=overwrite)
+    to = output if isinstance(output, DiffFiles) else DiffFiles.checked(output, options, pairing, overwrite=overwrite)
     if on_the_cpu(options, pairing):
         device = None
     system.keep_freed_memory()
     side = SideFile() if to.spectra is None else SideFile.open(to.spectra.path, pairing, options.seed)
-    run = partial(stream, pairing, options, files=files, reader=reader, threads=asked(threads))
+    stream = DeltaStream(pairing, asked(threads), reader)
     with ThreadPoolExecutor(1, "metadata") as background:
         early = background.submit(metadata_of, pairing, options)
         solved: list[Solved] = []
         found_in: Iterator[Solved]
         if device is not None:
-            found_in = _on_device(pairing, options, run, device, memory or free_memory(device))
+            found_in = _on_device(stream, options, device, memory or free_memory(device))
         elif options.budget:
-            found_in = WithinBudget(pairing, options, early.result(), side, run, progress).solve()
+            found_in = WithinBudget(stream, options, early.result(), side, progress).solve()
         elif to.spectra is not None:
-            found_in = with_spectra(pairing, options, side, run)
+            found_in = with_spectra(stream, options, side)
         else:
-            found_in = run(pairing.pairs, partial(_decompose, pairing, options))
+            found_in = stream.solved(pairing.pairs, options, partial(_decompose, pairing, options))
         for pair, energy, result in found_in:
             if not math.isfinite(energy):
                 raise _not_finite(pairing, pair)
@@ -189,15 +189,13 @@ def _in_order(
     return found, factors
 
 
-def _on_device(
-    pairing: Pairing, options: DiffOptions, run: partial[Iterator[Solved]], device: torch.device, memory: int
-) -> Iterator[Solved]:
+def _on_device(stream: DeltaStream, options: DiffOptions, device: torch.device, memory: int) -> Iterator[Solved]:
     """Every pair, plain matrices by way of ``device`` and the rest here: quantised ones, LoRAs', and those that are not decomposed."""
+    pairing, beside = stream.pairing, replace(stream, threads=1, reader="pread")
     others = [pair for pair in pairing.pairs if pair.reason or not pair.is_plain]
 
     def on_cpu(pairs: Sequence[Pair]) -> list[Solved]:
-        work = partial(_decompose, pairing, options)
-        return list(run(pairs, work, reader="pread", threads=1)) if pairs else []
+        return list(beside.solved(pairs, options, partial(_decompose, pairing, options))) if pairs else []
 
     with ThreadPoolExecutor(1, "others") as background:
         skipped = background.submit(on_cpu, others)

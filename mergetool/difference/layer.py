@@ -15,7 +15,7 @@ from mergetool.lowrank.promise import energy_of
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class ExtractedLayer:
     """What became of one matrix.
 
     ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
@@ -43,7 +43,7 @@ class Layer:
 class Result:
     """A layer and its two tensors by the names they are stored under."""
 
-    layer: Layer
+    layer: ExtractedLayer
     factors: dict[str, torch.Tensor]
 
     @classmethod
@@ -61,7 +61,7 @@ class Result:
         A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
         """
         down_key, up_key = dialects.keys(family.lora_module(pair.name))
-        layer = Layer(
+        layer = ExtractedLayer(
             name=pair.name,
             groups=pair.groups,
             shape=pair.shape,
@@ -82,4 +82,4 @@ class Result:
     @classmethod
     def nothing(cls, pair: Pair, total: float) -> Result:
         """The result of ``pair``, whose difference has the energy ``total``, where no direction of it is kept."""
-        return cls(Layer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})
+        return cls(ExtractedLayer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})

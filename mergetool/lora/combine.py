@@ -27,7 +27,7 @@ from mergetool.checkpoint.stamp import display_names, stamp
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora.concatenation import WrittenSum, concatenated
-from mergetool.lora.gathering import Gathering, Module, holding, total_of
+from mergetool.lora.gathering import GatheredModule, Gathering, holding, total_of
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ranks_within
 from mergetool.lowrank.balanced import balanced, stored_residual
 from mergetool.lowrank.low_rank import RankOf
@@ -37,7 +37,7 @@ from mergetool.options.multipliers import number, setting_text
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CombinedModule:
     """What became of one module.
 
     ``width`` is the sum of the ranks that were read (None where something other than a LoRA was), ``rank`` the one written.
@@ -62,11 +62,11 @@ class Outcome:
 class Combined:
     """What a run wrote, in file order, and modules without any change, which are not written."""
 
-    modules: list[Outcome]
+    modules: list[CombinedModule]
     empty: list[str]
 
     @property
-    def capped(self) -> list[Outcome]:
+    def capped(self) -> list[CombinedModule]:
         """The modules whose rule asked for a higher rank than the cap allows."""
         return [one for one in self.modules if one.wanted is not None and one.wanted > one.rank]
 
@@ -78,10 +78,10 @@ class Combined:
 
 
 T = TypeVar("T")
-Made = tuple[Outcome, dict[str, Tensor]]
+Made = tuple[CombinedModule, dict[str, Tensor]]
 _NOTHING = 1e-24  # what rounding in float64 leaves of a sum of squares that is zero
-Solve = Callable[[Module], Made]
-Derive = Callable[[Module], Matrix]
+Solve = Callable[[GatheredModule], Made]
+Derive = Callable[[GatheredModule], Matrix]
 
 
 def combine(
@@ -104,7 +104,7 @@ def combine(
     """
     target = lora_file.check(output, gathering.files, overwrite=overwrite)
     metadata = _metadata(gathering, selection, dtype, command)
-    done: list[Outcome] = []
+    done: list[CombinedModule] = []
     empty: list[str] = []
     tensors: dict[str, Tensor] = {}
     with ThreadPoolExecutor(asked(threads), "combine", torch.set_num_threads, (1,)) as pool:
@@ -128,13 +128,16 @@ def combine(
     return Combined(done, empty)
 
 
-def source(module: Module) -> Matrix:
+def source(module: GatheredModule) -> Matrix:
     """The sum of everything that is added to a module. Raises DataError for DoRA, and NonFiniteError."""
-    return total_of(module.pieces)
+    return total_of(module.addends)
 
 
 def _in_turn(
-    pool: ThreadPoolExecutor, solve: Callable[[Module], T], modules: Iterable[Module], progress: Callable[[int], None]
+    pool: ThreadPoolExecutor,
+    solve: Callable[[GatheredModule], T],
+    modules: Iterable[GatheredModule],
+    progress: Callable[[int], None],
 ) -> Iterator[T]:
     for found in pool.map(solve, modules):
         progress(1)
@@ -167,13 +170,13 @@ def _solver(
     return lambda module: _recompressed(module, of(module), ranks[module.part], one, bare=True)
 
 
-def _exact(module: Module, dtype: DType) -> Made:
+def _exact(module: GatheredModule, dtype: DType) -> Made:
     stored = concatenated(module, TORCH[dtype])
     outcome = _outcome(module, stored.factors.width, stored.norm**2, 1.0, stored.residual, dtype)
     return outcome, _tensors(module, stored)
 
 
-def _recompressed(module: Module, whole: Matrix, rank: int | RankOf, dtype: DType, *, bare: bool) -> Made:
+def _recompressed(module: GatheredModule, whole: Matrix, rank: int | RankOf, dtype: DType, *, bare: bool) -> Made:
     """The strongest directions; where those are all there are, the factors as they came, unless that would round more.
 
     ``bare`` allows no alpha, for which a budget left no room, or forbids the factors as they came.
@@ -181,7 +184,7 @@ def _recompressed(module: Module, whole: Matrix, rank: int | RankOf, dtype: DTyp
     found = whole.truncated(rank, name=module.part)
     stored = WrittenSum(balanced(found, TORCH[dtype]), 1.0, found.total_energy**0.5, 0.0)
     residual = stored_residual(found, stored.factors)
-    if not bare and found.lost_energy <= _NOTHING * found.total_energy and _width(module) < math.inf:
+    if not bare and found.lost_energy <= _NOTHING * found.total_energy and module.width is not None:
         kept = _as_they_came(module, TORCH[dtype])
         if kept is not None and kept.factors.width <= found.rank and kept.residual <= residual:
             stored, residual = kept, kept.residual
@@ -189,7 +192,7 @@ def _recompressed(module: Module, whole: Matrix, rank: int | RankOf, dtype: DTyp
     return outcome, _tensors(module, stored)
 
 
-def _by_rule(module: Module, whole: Matrix, rule: ByRule, dtype: DType, *, bare: bool) -> Made:
+def _by_rule(module: GatheredModule, whole: Matrix, rule: ByRule, dtype: DType, *, bare: bool) -> Made:
     wanted = 0
 
     def rank_of(values: Tensor) -> int:
@@ -201,7 +204,7 @@ def _by_rule(module: Module, whole: Matrix, rule: ByRule, dtype: DType, *, bare:
     return replace(outcome, wanted=wanted), tensors
 
 
-def _as_they_came(module: Module, dtype: torch.dtype) -> WrittenSum | None:
+def _as_they_came(module: GatheredModule, dtype: torch.dtype) -> WrittenSum | None:
     """The factors side by side; None where ``dtype`` is too narrow for one of them, which balanced factors need not be."""
     try:
         return concatenated(module, dtype)
@@ -209,19 +212,13 @@ def _as_they_came(module: Module, dtype: torch.dtype) -> WrittenSum | None:
         return None
 
 
-def _width(module: Module) -> float:
-    """The sum of the ranks that were read, infinite where something other than a LoRA is among them."""
-    ranks = [piece.change.adapter.rank for piece in module.pieces if piece.change.adapter.kind == "lora"]
-    return sum(rank or 0 for rank in ranks) if len(ranks) == len(module.pieces) else math.inf
+def _outcome(
+    module: GatheredModule, rank: int, total: float, energy: float, residual: float, dtype: DType
+) -> CombinedModule:
+    return CombinedModule(module.part, module.groups, module.matrix, module.width, rank, total, energy, residual, dtype)
 
 
-def _outcome(module: Module, rank: int, total: float, energy: float, residual: float, dtype: DType) -> Outcome:
-    width = _width(module)
-    read = None if math.isinf(width) else int(width)
-    return Outcome(module.part, module.groups, module.matrix, read, rank, total, energy, residual, dtype)
-
-
-def _tensors(module: Module, stored: WrittenSum) -> dict[str, Tensor]:
+def _tensors(module: GatheredModule, stored: WrittenSum) -> dict[str, Tensor]:
     """A module's tensors by name; none for one that changes nothing."""
     down, up, rank = stored.factors.down, stored.factors.up, stored.factors.width
     if rank == 0 or not bool(up.any()) or not bool(down.any()):

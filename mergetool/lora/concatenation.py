@@ -18,7 +18,7 @@ from mergetool.adapters.sources import source_of
 from mergetool.adapters.values import low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import NonFiniteError, UsageError
-from mergetool.lora.gathering import Module, Piece
+from mergetool.lora.gathering import Addend, GatheredModule
 from mergetool.lowrank.balanced import balanced
 from mergetool.lowrank.low_rank import LowRank
 
@@ -46,21 +46,21 @@ class WrittenSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """The factors of one piece, in the output's dtype, and what multiplies their product."""
+    """The factors of one addend, in the output's dtype, and what multiplies their product."""
 
     factors: LowRank
     weight: float
     error: float
 
 
-def concatenated(module: Module, dtype: torch.dtype) -> WrittenSum:
-    """The sum of a module's pieces in ``dtype``.
+def concatenated(module: GatheredModule, dtype: torch.dtype) -> WrittenSum:
+    """The sum of a module's addends in ``dtype``.
 
     Columns that are all zero, such as a fused block-diagonal LoRA has for q, k and v, are dropped with their rows. LoHa, LoKr and whole
     differences become factors first, as many as it takes. Raises UsageError where those would hold more values than the matrix,
     DataError for DoRA and NonFiniteError.
     """
-    parts = [_columns(module, piece, dtype) for piece in module.pieces]
+    parts = [_columns(module, addend, dtype) for addend in module.addends]
     parts = [part for part in parts if part.factors.width and part.weight != 0]
     _check(module, dtype, [tensor for part in parts for tensor in (part.factors.down, part.factors.up)])
     weighed = [LowRank.scaled(part.factors.up, part.factors.down, part.weight) for part in parts]
@@ -81,7 +81,7 @@ def concatenated(module: Module, dtype: torch.dtype) -> WrittenSum:
     return WrittenSum(factors, scale, norm, math.hypot(*errors))
 
 
-def _check(module: Module, dtype: torch.dtype, factors: Sequence[Tensor]) -> None:
+def _check(module: GatheredModule, dtype: torch.dtype, factors: Sequence[Tensor]) -> None:
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
         raise NonFiniteError(
             f'factors of "{module.part}" are too large for {str(dtype).removeprefix("torch.")}; write bf16 or fp32 with `dtype`, '
@@ -98,21 +98,21 @@ def _norm(terms: Sequence[LowRank], size: float) -> float:
     return norm if norm > _NOTHING * size else 0.0
 
 
-def _columns(module: Module, piece: Piece, dtype: torch.dtype) -> _Columns:
-    adapter = piece.change.adapter
-    strength = float(piece.strength)
-    source = source_of(piece.file, piece.change)  # refuses what is not finite, and DoRA
+def _columns(module: GatheredModule, addend: Addend, dtype: torch.dtype) -> _Columns:
+    adapter = addend.change.adapter
+    strength = float(addend.strength)
+    source = source_of(addend.file, addend.change)  # refuses what is not finite, and DoRA
     if adapter.kind != "lora":
         most = _worthwhile(module.matrix)
         found = source.truncated(most + 1, name=module.part)
         if found.rank > most:
             raise UsageError(
-                f'"{piece.file.name}": {quoted(adapter.module)} ({adapter.kind}) has more than rank {most}, where two factors are '
+                f'"{addend.file.name}": {quoted(adapter.module)} ({adapter.kind}) has more than rank {most}, where two factors are '
                 "larger than the matrix itself; give `rank`, `rank_thresh` or `budget`."
             )
         stored = balanced(found, dtype)
         return _Columns(stored, strength, _distance(stored, LowRank.of(found)) * abs(strength))
-    plain = low_rank(piece.file, piece.change, scaled=False)
+    plain = low_rank(addend.file, addend.change, scaled=False)
     assert plain is not None
     exact = LowRank(*(torch.from_numpy(values) for values in plain))
     used = (exact.up != 0).any(0) & (exact.down != 0).any(1)

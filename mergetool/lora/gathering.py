@@ -30,7 +30,7 @@ from mergetool.recipe import groups
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class WeighedLora:
     """A LoRA and the strength it is added with."""
 
     file: LoraFile
@@ -38,7 +38,7 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Addend:
     """What one LoRA adds to a matrix. A strength of 0 never becomes one."""
 
     file: LoraFile
@@ -57,7 +57,7 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class GatheredModule:
     """One matrix, ``shape`` [out, in] or [out, in, kh, kw], and everything that is added to it. ``dtype`` holds every stored
     factor exactly, FP8 apart, whose LoRAs few programs load: BF16 holds that.
     """
@@ -67,12 +67,18 @@ class Module:
     shape: tuple[int, ...]
     dtype: DType
     keys: Keys
-    pieces: tuple[Piece, ...]
+    addends: tuple[Addend, ...]
 
     @property
     def matrix(self) -> tuple[int, int]:
         """[m, n], a convolution's in * kh * kw as its columns."""
         return self.shape[0], prod(self.shape[1:])
+
+    @property
+    def width(self) -> int | None:
+        """The sum of the ranks that are read; None where something other than a LoRA is among them."""
+        ranks = [addend.change.adapter.rank for addend in self.addends if addend.change.adapter.kind == "lora"]
+        return sum(rank or 0 for rank in ranks) if len(ranks) == len(self.addends) else None
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,9 @@ class Gathering:
     it on purpose, for keys that mean nothing here, and for what an operation has no use for.
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[WeighedLora, ...]
     family: Family
-    modules: tuple[Module, ...]
+    modules: tuple[GatheredModule, ...]
     left_out: tuple[tuple[str, str, float | None], ...] = ()
     multipliers: tuple[Setting, ...] = field(default=())
 
@@ -105,7 +111,7 @@ class Gathering:
 
 
 @contextmanager
-def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = None) -> Iterator[list[Term]]:
+def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = None) -> Iterator[list[WeighedLora]]:
     """LoRAs by name or path, with their strengths; they are closed at the end of the ``with`` block. With an ``anatomy`` their modules are
     looked up among that model's parts.
 
@@ -113,13 +119,13 @@ def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = N
     """
     with ExitStack() as stack:
         yield [
-            Term(stack.enter_context(open_lora(models.resolve(name).path, name=name, anatomy=anatomy)), strength)
+            WeighedLora(stack.enter_context(open_lora(models.resolve(name).path, name=name, anatomy=anatomy)), strength)
             for name, strength in loras
         ]
 
 
 def gather(
-    terms: Sequence[Term],
+    terms: Sequence[WeighedLora],
     *,
     multipliers: Sequence[Setting] = (),
     skip_unmatched: bool = False,
@@ -137,7 +143,7 @@ def gather(
     shapes = _shapes(terms)
     settings = groups.expand(multipliers, family)
     scales = groups.resolve(settings, anatomy_of(family, shapes))
-    pieces: dict[str, list[Piece]] = {}
+    addends: dict[str, list[Addend]] = {}
     left_out: list[tuple[str, str, float | None]] = []
     for term in terms:
         left_out += _unmatched(term.file, skip_unmatched)
@@ -150,8 +156,8 @@ def gather(
             elif reason:
                 left_out.append((part, reason, float(strength) ** 2 * _energy(term.file, change)))
             else:
-                pieces.setdefault(part, []).append(Piece(term.file, change, strength))
-    modules = tuple(_module(part, family, shapes[part], found) for part, found in pieces.items())
+                addends.setdefault(part, []).append(Addend(term.file, change, strength))
+    modules = tuple(_module(part, family, shapes[part], found) for part, found in addends.items())
     kept = {module.part for module in modules}
     left_out = [one for one in left_out if one[0] not in kept or one[2] is not None]
     if not modules:
@@ -160,9 +166,9 @@ def gather(
     return Gathering(tuple(terms), family, modules, tuple(left_out), settings)
 
 
-def total_of(pieces: Sequence[Piece]) -> LowRank | Kronecker | Dense:
-    """The sum of some pieces of a module. Raises DataError for a DoRA, and NonFiniteError."""
-    return total([(float(piece.strength), source_of(piece.file, piece.change)) for piece in pieces])
+def total_of(addends: Sequence[Addend]) -> LowRank | Kronecker | Dense:
+    """The sum of some addends of a module. Raises DataError for a DoRA, and NonFiniteError."""
+    return total([(float(addend.strength), source_of(addend.file, addend.change)) for addend in addends])
 
 
 def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:
@@ -173,7 +179,7 @@ def anatomy_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> Anatomy:
     return Anatomy(family, family.layouts[0], "", parts)
 
 
-def _family(terms: Sequence[Term], *, names_known: bool) -> Family:
+def _family(terms: Sequence[WeighedLora], *, names_known: bool) -> Family:
     first = terms[0].file
     for term in terms[1:]:
         if term.file.family is not first.family:
@@ -194,7 +200,7 @@ def _prefixes(file: LoraFile) -> set[str]:
     return {one.prefix for one in found if isinstance(one, Spelled)}
 
 
-def _shapes(terms: Sequence[Term]) -> dict[str, tuple[int, ...]]:
+def _shapes(terms: Sequence[WeighedLora]) -> dict[str, tuple[int, ...]]:
     """The shape of every part; raises FamilyError where two LoRAs differ in one."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for term in terms:
@@ -236,14 +242,16 @@ def _energy(file: LoraFile, change: Change) -> float:
     return math.fsum((values * values).reshape(-1).tolist())
 
 
-def _module(part: str, family: Family, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Module:
+def _module(part: str, family: Family, shape: tuple[int, ...], addends: Sequence[Addend]) -> GatheredModule:
     stored = {
-        piece.file.checkpoint.tensors[key].dtype
-        for piece in pieces
-        for role, key in piece.change.adapter.tensors.items()
+        addend.file.checkpoint.tensors[key].dtype
+        for addend in addends
+        for role, key in addend.change.adapter.tensors.items()
         if role != "alpha"
     }
-    return Module(part, family.groups(part, shape), shape, holding(stored), _keys(part, family, pieces), tuple(pieces))
+    return GatheredModule(
+        part, family.groups(part, shape), shape, holding(stored), _keys(part, family, addends), tuple(addends)
+    )
 
 
 def holding(stored: Iterable[DType]) -> DType:
@@ -252,13 +260,13 @@ def holding(stored: Iterable[DType]) -> DType:
     return wanted.pop() if len(wanted) == 1 else dtypes.F32
 
 
-def _keys(part: str, family: Family, pieces: Sequence[Piece]) -> Keys:
+def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
     if family is not GENERIC:
         module = family.lora_module(part)
         down, up = dialects.keys(module)
         return Keys(down, up, f"{dialects.PREFIX}{module}.alpha")
-    adapter = pieces[0].change.adapter
+    adapter = addends[0].change.adapter
     ends = [".lora_down.weight", ".lora_up.weight"]
     if adapter.kind == "lora":
         found = [take_apart(adapter.tensors[role]) for role in ("down", "up")]

@@ -13,7 +13,7 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.difference.memory import READING, largest, of_dense
 from mergetool.engine.job import BASE_MEMORY
 from mergetool.engine.threads import asked
-from mergetool.lora.gathering import Gathering, Module
+from mergetool.lora.gathering import Gathering
 from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection
 
 
@@ -22,7 +22,7 @@ def of_sum(gathering: Gathering, selection: Selection, dtype: DType | None = Non
     kept, works = 0, []
     for module in gathering.modules:
         m, n = module.matrix
-        width = _width(module)
+        width = module.width
         rank = min(_allowed(selection, width or min(m, n)), width or min(m, n), min(m, n) if width is None else width)
         kept += rank * (m + n) * (dtype or module.dtype).itemsize
         works.append(_of_factors(m, n, width) if width is not None else of_dense(m, n, rank, searched=False))
@@ -42,12 +42,6 @@ def of_conversion(file: LoraFile) -> int:
 def _of_factors(m: int, n: int, width: int) -> int:
     """Sums, QRs and rounded copies of factors of ``width`` columns, and the small core between them."""
     return 64 * width * (m + n) + 64 * width**2
-
-
-def _width(module: Module) -> int | None:
-    """The sum of the ranks of a module's LoRAs; None where a matrix has to be made of it."""
-    ranks = [piece.change.adapter.rank for piece in module.pieces if piece.change.adapter.kind == "lora"]
-    return sum(rank or 0 for rank in ranks) if len(ranks) == len(module.pieces) else None
 
 
 def _allowed(selection: Selection, width: int) -> int:

@@ -18,10 +18,10 @@ from torch import Tensor
 from mergetool.checkpoint.names import quoted
 from mergetool.difference.operands import Operand, values
 from mergetool.difference.pairs import Pair, Pairing
-from mergetool.difference.streaming import each
+from mergetool.difference.stream import DeltaStream
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.lora.gathering import Gathering, Module, Piece, total_of
+from mergetool.lora.gathering import Addend, GatheredModule, Gathering, total_of
 from mergetool.lowrank import sets
 from mergetool.lowrank.low_rank import LowRank
 from mergetool.lowrank.matrices import Dense, Kronecker, narrow
@@ -59,12 +59,12 @@ def orthogonal(gathering: Gathering) -> Gathering:
         mine, others = _sides(gathering, module)
         if not mine:
             continue
-        pieces = mine
+        addends = mine
         if others:
             along = sets.along(*(_values(total_of(side)) for side in (mine, others)))
             if along:
-                pieces = (*mine, *(replace(piece, strength=piece.strength * Fraction(-along)) for piece in others))
-        modules.append(replace(module, pieces=pieces))
+                addends = (*mine, *(replace(addend, strength=addend.strength * Fraction(-along)) for addend in others))
+        modules.append(replace(module, addends=addends))
     if not modules:
         raise DataError(f'"{gathering.terms[0].file.name}" changes no matrix; there is nothing to write.')
     return replace(gathering, modules=tuple(modules))
@@ -77,14 +77,14 @@ def both(gathering: Gathering) -> Gathering:
     if not shared:
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{names} change no matrix in common; there is nothing to write.")
-    left_out = [(module.part, f"only in {module.pieces[0].file.name}", None) for module in alone]
+    left_out = [(module.part, f"only in {module.addends[0].file.name}", None) for module in alone]
     return replace(gathering, modules=shared, left_out=(*gathering.left_out, *left_out))
 
 
-def common(gathering: Gathering) -> Callable[[Module], LowRank]:
+def common(gathering: Gathering) -> Callable[[GatheredModule], LowRank]:
     """What makes of a module the part that both LoRAs have (`sets.common`)."""
 
-    def derive(module: Module) -> LowRank:
+    def derive(module: GatheredModule) -> LowRank:
         first, second = (_strongest(_values(narrow(total_of(side)))) for side in _sides(gathering, module))
         return sets.common(first, second)
 
@@ -121,8 +121,7 @@ def delta_scores(
         first, second = map(values, operands)
         return _scored(pair.name, pair.groups, first, second, signs)
 
-    files = [file for model in pairing.inputs for file in model.checkpoint.files]
-    for pair, found in each(pairing, pairing.decomposed, score, files=files, reader="auto", threads=asked(threads)):
+    for pair, found in DeltaStream(pairing, asked(threads)).each(pairing.decomposed, score):
         assert isinstance(found, Score)
         if not all(map(math.isfinite, found.energies)):
             raise NonFiniteError(f"{quoted(pair.name)} holds NaN or infinity in one of the models; mend the file.")
@@ -162,14 +161,14 @@ def summed(found: Iterable[Score], name: str) -> Score:
     )
 
 
-def _sides(gathering: Gathering, module: Module) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """The pieces of the first LoRA, and those of the second."""
+def _sides(gathering: Gathering, module: GatheredModule) -> tuple[tuple[Addend, ...], tuple[Addend, ...]]:
+    """The addends of the first LoRA, and those of the second."""
     first = gathering.terms[0].file
-    mine = tuple(piece for piece in module.pieces if piece.file is first)
-    return mine, tuple(piece for piece in module.pieces if piece.file is not first)
+    mine = tuple(addend for addend in module.addends if addend.file is first)
+    return mine, tuple(addend for addend in module.addends if addend.file is not first)
 
 
-def _score(gathering: Gathering, module: Module, signs: bool) -> Score:
+def _score(gathering: Gathering, module: GatheredModule, signs: bool) -> Score:
     first, second = (_values(narrow(total_of(side))) if side else None for side in _sides(gathering, module))
     return _scored(module.part, module.groups, first, second, signs)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mergetool.adapters.describe import Target, by_block, total
+from mergetool.adapters.describe import ChangedPart, by_block, total
 from mergetool.comparison import plots
 from mergetool.comparison.heatmap import KINDS, TALLEST, HeatMap, kind
 from mergetool.comparison.plots import require_target
@@ -15,7 +15,7 @@ from mergetool.comparison.plots import require_target
 __all__ = ["cells", "require_target", "write"]
 
 
-def write(path: Path, targets: Sequence[Target], *, title: str, overwrite: bool = False) -> None:
+def write(path: Path, targets: Sequence[ChangedPart], *, title: str, overwrite: bool = False) -> None:
     """Draw the norm of every block (rows) by kind of parameter (columns) on a logarithmic scale, as a PNG at ``path``.
 
     White is what the LoRA does not change, grey what it changes by zero. Raises what `write_file` raises.
@@ -23,7 +23,7 @@ def write(path: Path, targets: Sequence[Target], *, title: str, overwrite: bool 
     plots.write_png(path, cells(targets), label="norm of the change", title=title, overwrite=overwrite)
 
 
-def cells(targets: Sequence[Target]) -> HeatMap:
+def cells(targets: Sequence[ChangedPart]) -> HeatMap:
     """The norm of every block by kind, NaN where nothing is changed."""
     blocks = list(by_block(targets))[:TALLEST]
     kinds = [each for each in (*KINDS, "other") if any(kind(target.groups) == each for target in targets)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergetool.checkpoint.dtypes import DType
 from mergetool.difference.budget import Spectrum, ranks_for
 from mergetool.errors import UsageError
-from mergetool.lora.gathering import Module
+from mergetool.lora.gathering import GatheredModule
 from mergetool.lowrank.rules import Rule
 from mergetool.options.combining import SelectionOptions
 
@@ -111,7 +111,11 @@ def selected(options: SelectionOptions) -> Selection:
 
 
 def ranks_within(
-    budget: Budget, modules: Sequence[Module], spectra: Sequence[Tensor], dtype: DType, metadata: Mapping[str, str]
+    budget: Budget,
+    modules: Sequence[GatheredModule],
+    spectra: Sequence[Tensor],
+    dtype: DType,
+    metadata: Mapping[str, str],
 ) -> dict[str, int]:
     """Part -> rank, so that the file, header included, has at most ``budget.size`` bytes and the least error (`budget.ranks_for`).
 

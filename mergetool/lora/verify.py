@@ -84,7 +84,7 @@ class LoraReport:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LoraCheck:
     """The two models and the LoRA, open, and the parameters that will be compared."""
 
     base: OpenedModel
@@ -104,7 +104,7 @@ class Comparison:
 
 
 @contextmanager
-def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = Fraction(1)) -> Iterator[Comparison]:
+def open_check(base: str, lora: str, variant: str, *, strength: Fraction = Fraction(1)) -> Iterator[LoraCheck]:
     """The three files, closed at the end of the ``with`` block; no tensor of the models is read.
 
     Raises what `models.open_model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base or changes nothing in it, and FamilyError for
@@ -121,64 +121,64 @@ def open_comparison(base: str, lora: str, variant: str, *, strength: Fraction = 
         parts, left_out = _comparable(first, second)
         changed = anatomy_of(file, first.anatomy, first.checkpoint).parts
         changes = {name: _scaled(part, strength) for name, part in changed.items()}
-        yield Comparison(first, second, file, changes, parts, left_out, strength, tuple(unmet))
+        yield LoraCheck(first, second, file, changes, parts, left_out, strength, tuple(unmet))
 
 
 def verify_lora(
-    comparison: Comparison, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None
+    check: LoraCheck, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None
 ) -> LoraReport:
     """Read both models once, on ``threads`` threads (default: one a core). Memory is some tiles and the factors of one parameter a thread.
 
     ``progress`` is told of bytes read, from this thread. Raises NonFiniteError for NaN or infinity in any of the three, naming the
     parameter, and what reading raises.
     """
-    sizes = {part: _nbytes(comparison, part) for part in comparison.parts}
+    sizes = {part: _nbytes(check, part) for part in check.parts}
     count = asked(threads)
-    files = [*comparison.base.checkpoint.files, *comparison.variant.checkpoint.files]
+    files = [*check.base.checkpoint.files, *check.variant.checkpoint.files]
     local = threading.local()
 
     def measure(part: str) -> Residual:
         if not hasattr(local, "comparer"):
-            local.comparer = _Comparer(comparison, ValueReader(files))
+            local.comparer = _Comparer(check, ValueReader(files))
         found: Residual = local.comparer.measure(part)
         return found
 
     residuals = []
     # The parallelism is over parameters.
     with TorchThreads() as torch_threads, ThreadPoolExecutor(count, "verify", torch_threads.one) as pool:
-        waiting = [pool.submit(measure, part) for part in comparison.parts]
+        waiting = [pool.submit(measure, part) for part in check.parts]
         try:
-            for part, future in zip(comparison.parts, waiting, strict=True):
+            for part, future in zip(check.parts, waiting, strict=True):
                 residuals.append(future.result())
                 progress(sizes[part])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    file = comparison.lora
+    file = check.lora
     return LoraReport(
         tuple(residuals),
-        comparison.left_out,
+        check.left_out,
         matching.left_aside(file),
-        (*comparison.unmet, *file.warnings, *matching.remarks(file)),
+        (*check.unmet, *file.warnings, *matching.remarks(file)),
         tuple(loading(file)),
-        float(comparison.strength),
+        float(check.strength),
     )
 
 
 class _Comparer:
     """One thread's buffers and way of reading."""
 
-    def __init__(self, comparison: Comparison, values: ValueReader) -> None:
-        self._comparison = comparison
+    def __init__(self, check: LoraCheck, values: ValueReader) -> None:
+        self._check = check
         self._values = values
-        width = max((comparison.base.anatomy.parts[part].shape[-1:] or (1,))[0] for part in comparison.parts)
+        width = max((check.base.anatomy.parts[part].shape[-1:] or (1,))[0] for part in check.parts)
         room = max(TILE, 64 * width)
         self._base, self._variant, self._change = (torch.empty(room) for _ in range(3))
         self._ops = CpuOps(capacity=room, registers=1)
 
     def measure(self, part: str) -> Residual:
-        mine = self._comparison.base.anatomy.parts[part]
-        change = self._comparison.changes.get(part)
+        mine = self._check.base.anatomy.parts[part]
+        change = self._check.changes.get(part)
         width = change.width if change is not None else 1
         tile = max(1, TILE // (64 * width)) * 64 * width
         energies = [0.0, 0.0, 0.0]
@@ -187,14 +187,14 @@ class _Comparer:
                 energies[i] += energy
         if not all(map(math.isfinite, energies)):
             raise self._not_finite(part)
-        groups = self._comparison.base.anatomy.family.groups(part, mine.shape)
+        groups = self._check.base.anatomy.family.groups(part, mine.shape)
         return Residual(part, groups, change is not None, *energies)
 
     def _tile(self, mine: Part, change: Encoding | None, start: int, count: int) -> tuple[float, float, float]:
-        comparison = self._comparison
+        check = self._check
         base, variant = self._base[:count], self._variant[:count]
-        self._load(base, comparison.base, mine, start, slot=0)
-        self._load(variant, comparison.variant, comparison.variant.anatomy.parts[mine.name], start, slot=1)
+        self._load(base, check.base, mine, start, slot=0)
+        self._load(variant, check.variant, check.variant.anatomy.parts[mine.name], start, slot=1)
         difference = variant - base
         of_delta = energy_of(difference)
         dtype = BF16 if mine.encoding is not None else mine.dtype
@@ -222,17 +222,17 @@ class _Comparer:
 
     def _add(self, change: Encoding, start: int, out: torch.Tensor) -> None:
         """What the LoRA adds at its strength: as it is baked, the strength of a product is in its factors."""
-        checkpoint = self._comparison.lora.checkpoint
+        checkpoint = self._check.lora.checkpoint
         found = self._values.fetch(2, checkpoint, Window(2, change.tensor, 0, F32, change), start, out.numel())
         found.decode(out.numpy())
         if not isinstance(change, StackedRows):
-            out.mul_(float(self._comparison.strength))
+            out.mul_(float(self._check.strength))
 
     def _not_finite(self, part: str) -> NonFiniteError:
-        comparison = self._comparison
+        check = self._check
         return NonFiniteError(
-            f'parameter "{part}" holds NaN or infinity in {comparison.base.name}, {comparison.variant.name} or '
-            f"{comparison.lora.name}, or their sum overflows; mend that file."
+            f'parameter "{part}" holds NaN or infinity in {check.base.name}, {check.variant.name} or '
+            f"{check.lora.name}, or their sum overflows; mend that file."
         )
 
 
@@ -263,8 +263,8 @@ def _comparable(base: OpenedModel, variant: OpenedModel) -> tuple[tuple[str, ...
     return tuple(parts), tuple(left_out)
 
 
-def _nbytes(comparison: Comparison, part: str) -> int:
-    return sum(model.anatomy.parts[part].nbytes for model in (comparison.base, comparison.variant))
+def _nbytes(check: LoraCheck, part: str) -> int:
+    return sum(model.anatomy.parts[part].nbytes for model in (check.base, check.variant))
 
 
 def _relative(left: float, whole: float) -> float:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.difference import budget as budgets
-from mergetool.difference import choosing
+from mergetool.difference import ranks
 from mergetool.difference.budget import Spectrum, file_size, ranks_for
 from mergetool.difference.extract import Extraction, extract, open_diff
 from mergetool.errors import UsageError
@@ -156,13 +156,13 @@ def test_matrices_that_want_more_than_the_first_guess_are_searched_again(
 ) -> None:
     expected = diff(family, tmp_path / "expected.safetensors", budget=80_000)
     searched: list[int] = []
-    find = choosing.find
+    find = ranks.find
 
     def counted(name: str, *rest: object) -> object:
         searched.append(int(rest[-1]))  # type: ignore[call-overload]
         return find(name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(choosing, "find", counted)
+    monkeypatch.setattr(ranks, "find", counted)
     monkeypatch.setattr(budgets, "LEAST", 1)
     monkeypatch.setattr(budgets, "FIRST_GUESS", 0.01)
     found = diff(family, tmp_path / "lora.safetensors", budget=80_000)

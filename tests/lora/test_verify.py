@@ -15,7 +15,7 @@ from mergetool.difference.extract import extract, open_diff
 from mergetool.engine import job
 from mergetool.errors import DataError, FamilyError, NonFiniteError
 from mergetool.lora import verify
-from mergetool.lora.verify import LoraReport, open_comparison, verify_lora, worst
+from mergetool.lora.verify import LoraReport, open_check, verify_lora, worst
 from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from tests.adapters.spellings import BLOCK, DIM, SPELLINGS
@@ -36,7 +36,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verified(folder: Path, lora: str = "lora.safetensors", *, base: str = "base.safetensors", tuned: str = "tuned.safetensors",
              strength: Fraction = Fraction(1), threads: int | None = None) -> LoraReport:  # fmt: skip
-    with open_comparison(str(folder / base), str(folder / lora), str(folder / tuned), strength=strength) as comparison:
+    with open_check(str(folder / base), str(folder / lora), str(folder / tuned), strength=strength) as comparison:
         return verify_lora(comparison, threads=threads)
 
 

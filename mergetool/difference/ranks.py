@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from mergetool.adapters import dialects
 from mergetool.arch import Family
@@ -20,8 +20,9 @@ from mergetool.difference.directions import EXTRA, Directions, find, from_direct
 from mergetool.difference.layer import Result
 from mergetool.difference.on_device import Solved
 from mergetool.difference.operands import Operand, dense
-from mergetool.difference.pairs import Pair, Pairing
+from mergetool.difference.pairs import Pair
 from mergetool.difference.spectra import SideFile
+from mergetool.difference.stream import DeltaStream
 from mergetool.difference.whole import Whole
 from mergetool.lowrank.balanced import balanced, stored_residual
 from mergetool.lowrank.decomposition import Decomposition
@@ -31,14 +32,6 @@ from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
 T = TypeVar("T")
-
-
-class Run(Protocol):
-    """Reads the difference of every pair once, in order; ``work`` gets those that are finite, not zero and not stored whole."""
-
-    def __call__(
-        self, pairs: Sequence[Pair], work: Callable[[Pair, Operand], T]
-    ) -> Iterator[tuple[Pair, float, T | Whole | None]]: ...
 
 
 def stored_result(
@@ -56,9 +49,9 @@ def stored_result(
     return Result.of(pair, found, stored, residual, family, options.share)
 
 
-def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Run) -> Iterator[Solved]:
+def with_spectra(stream: DeltaStream, options: DiffOptions, side: SideFile) -> Iterator[Solved]:
     """Every pair, ranks chosen by rule or fixed, from directions in ``side``, where those that were missing are added."""
-    family = pairing.base.anatomy.family
+    family = stream.pairing.base.anatomy.family
 
     def work(pair: Pair, operand: Operand) -> Result:
         known, delta = side.known.get(pair.name), dense(operand)
@@ -68,7 +61,7 @@ def with_spectra(pairing: Pairing, options: DiffOptions, side: SideFile, run: Ru
             pair, options, family, lambda rule: from_directions(pair.name, delta, known, options, rule)
         )
 
-    yield from run(pairing.pairs, work)
+    yield from stream.solved(stream.pairing.pairs, options, work)
 
 
 @dataclass
@@ -79,26 +72,25 @@ class WithinBudget:
     read again, for twice as many, so that the last pass chooses as if every spectrum were known to its end.
     """
 
-    pairing: Pairing
+    stream: DeltaStream
     options: DiffOptions
     metadata: Mapping[str, str]
     side: SideFile
-    run: Run
     progress: Callable[[int], None] = lambda _: None
 
     def solve(self) -> Iterator[Solved]:
         """Raises UsageError when nothing fits."""
-        yield from self.run([pair for pair in self.pairing.pairs if pair.reason], _unreachable)
+        yield from self._solved([pair for pair in self.stream.pairing.pairs if pair.reason], _unreachable)
         most = self._first_guess()
         known = self.side.known
-        searched = [pair for pair in self.pairing.decomposed if pair.name not in known]
+        searched = [pair for pair in self.stream.pairing.decomposed if pair.name not in known]
         advance = self.progress
         while True:
-            for pair, energy, found in self.run(searched, partial(self._find, most)):
-                advance(self.pairing.nbytes(pair))
+            for pair, energy, found in self._solved(searched, partial(self._find, most)):
+                advance(self.stream.pairing.nbytes(pair))
                 if found is None:
                     yield pair, energy, None  # unchanged, or not finite
-            pairs = [pair for pair in self.pairing.decomposed if pair.name in known]
+            pairs = [pair for pair in self.stream.pairing.decomposed if pair.name in known]
             if not pairs:
                 return
             ranks = self._ranks(pairs)
@@ -108,6 +100,11 @@ class WithinBudget:
             most |= {pair.name: min(2 * known[pair.name].count, self._cap(pair)) for pair in searched}
             advance = self._only_alive
         yield from self._chosen(pairs, ranks)
+
+    def _solved(
+        self, pairs: Sequence[Pair], work: Callable[[Pair, Operand], T]
+    ) -> Iterator[tuple[Pair, float, T | Whole | None]]:
+        return self.stream.solved(pairs, self.options, work)
 
     def _find(self, most: Mapping[str, int], pair: Pair, delta: Operand) -> Directions:
         return self.side.add(pair.name, find(pair.name, dense(delta), self.options, most[pair.name]))
@@ -120,13 +117,13 @@ class WithinBudget:
 
     def _first_guess(self) -> dict[str, int]:
         """How many directions of every matrix to look for at first."""
-        pairs = self.pairing.decomposed
+        pairs = self.stream.pairing.decomposed
         uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget_bytes, self.options.stored)
         guess = max(math.ceil(budget.FIRST_GUESS * uniform), budget.LEAST)
         return {pair.name: min(guess, self._cap(pair)) for pair in pairs}
 
     def _ranks(self, pairs: Sequence[Pair]) -> dict[str, int]:
-        family = self.pairing.base.anatomy.family
+        family = self.stream.pairing.base.anatomy.family
         spectra = []
         for pair in pairs:
             known, (down, up) = self.side.known[pair.name], dialects.keys(family.lora_module(pair.name))
@@ -142,7 +139,7 @@ class WithinBudget:
         return rank == known.count < self._cap(pair) and not known.complete
 
     def _chosen(self, pairs: Sequence[Pair], ranks: Mapping[str, int]) -> Iterator[Solved]:
-        family = self.pairing.base.anatomy.family
+        family = self.stream.pairing.base.anatomy.family
         if not self.side.kept:
             for pair in pairs:  # what is not used makes room for the factors
                 self.side.known[pair.name] = self.side.known[pair.name].first(ranks[pair.name] + EXTRA)
@@ -162,7 +159,7 @@ class WithinBudget:
             if ranks[pair.name] == 0:
                 total = self.side.known[pair.name].total
                 yield pair, total, Result.nothing(pair, total)
-        yield from self.run([pair for pair in pairs if ranks[pair.name]], work)
+        yield from self._solved([pair for pair in pairs if ranks[pair.name]], work)
 
 
 def _unreachable(pair: Pair, delta: Operand) -> None:
