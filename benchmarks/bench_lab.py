@@ -34,7 +34,7 @@ from mergetool.sampler.parts import Components, WeightedLora
 from mergetool.sampler.request import Pictures, Refinement, Shot, Stage
 from mergetool.sampler.studio import Studio
 from mergetool.verification import images
-from mergetool.verification.looking import EMBEDDED_PROMPTS
+from mergetool.verification.looks import EMBEDDED_PROMPTS
 from mergetool.verification.pictures import ALLOWED, KEPT_ADHERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"

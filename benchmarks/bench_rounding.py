@@ -30,7 +30,7 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.engine import job, merge
-from mergetool.engine.running import Measure
+from mergetool.engine.runs import Measure
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import MODES, Mode
 from mergetool.options.merging import MergeOptions

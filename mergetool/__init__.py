@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergetool.api.comparing import compare
+    from mergetool.api.comparisons import compare
     from mergetool.api.differences import diff
     from mergetool.api.lora_checks import lora_inspect, lora_interference, lora_verify
     from mergetool.api.loras import (
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
         lora_orthogonal,
         lora_resize,
     )
-    from mergetool.api.merging import bake, convert, merge
+    from mergetool.api.merges import bake, convert, merge
     from mergetool.api.pictures import sample
     from mergetool.api.recipes import Recipe
-    from mergetool.api.verifying import replay, verify
+    from mergetool.api.verifications import replay, verify
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
     from mergetool.difference.extract import extract, open_diff
@@ -82,9 +82,9 @@ _HOME = {
     "MergetoolError": "errors",
     "MergeOptions": "options.merging",
     "Recipe": "api.recipes",
-    "bake": "api.merging",
-    "compare": "api.comparing",
-    "convert": "api.merging",
+    "bake": "api.merges",
+    "compare": "api.comparisons",
+    "convert": "api.merges",
     "diff": "api.differences",
     "extract": "difference.extract",
     "lora_common": "api.loras",
@@ -95,15 +95,15 @@ _HOME = {
     "lora_orthogonal": "api.loras",
     "lora_resize": "api.loras",
     "lora_verify": "api.lora_checks",
-    "merge": "api.merging",
+    "merge": "api.merges",
     "open_diff": "difference.extract",
     "open_merge": "engine.job",
     "open_model": "models",
     "parse": "recipe.expression",
-    "replay": "api.verifying",
+    "replay": "api.verifications",
     "run_merge": "engine.job",
     "sample": "api.pictures",
-    "verify": "api.verifying",
+    "verify": "api.verifications",
 }
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mergetool.api import merging
-from mergetool.api.calling import called
+from mergetool.api import merges
 from mergetool.api.events import Bar, Events, Request
-from mergetool.api.merging import Planned
+from mergetool.api.functions import called
+from mergetool.api.merges import Planned
 from mergetool.options.differences import DiffOptions
 from mergetool.options.kinds import ModelName, OutputPath
 from mergetool.options.running import DiffRunOptions, MergeRunOptions
@@ -153,7 +153,7 @@ def _bake(pairing: Pairing, files: DiffFiles, *, has_full: bool, how: DiffRunOpt
     expression = files.baked(pairing.base.name, has_full=has_full)
     run = MergeRunOptions(**values(how), force=True, measure="off")
     with job.open_merge(expression) as plan:
-        merging.make([Planned(plan, files.checkpoint)], run, _Bar(events), word="bake")
+        merges.make([Planned(plan, files.checkpoint)], run, _Bar(events), word="bake")
 
 
 class _Bar(Events):

@@ -11,8 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.api.loras import ALora, opened_lora
 from mergetool.errors import UsageError
 from mergetool.options.combining import LookUpOptions

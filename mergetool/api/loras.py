@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.errors import UsageError
 from mergetool.options.combining import (
     GroupOptions,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.options.kinds import OutputPath
 from mergetool.options.pictures import SampleOptions
 from mergetool.options.running import OverwriteOptions

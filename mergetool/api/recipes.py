@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from mergetool.api import differences, merging
-from mergetool.api.calling import method
+from mergetool.api import differences, merges
 from mergetool.api.differences import Paired
 from mergetool.api.events import Events, Request
-from mergetool.api.merging import Merged, Planned
+from mergetool.api.functions import method
+from mergetool.api.merges import Merged, Planned
 from mergetool.options.kinds import OutputPath
 from mergetool.options.running import DiffRunOptions, MergeRunOptions
 from mergetool.options.table import Option, part, values
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergetool.difference.extract import Extraction
     from mergetool.making.survey import Survey, Task
     from mergetool.recipe.file import RecipeFile as Read
-    from mergetool.verification.checking import Verification
+    from mergetool.verification.checks import Verification
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events
     ]
     if not planned:
         return {}
-    merged = merging.make(planned, how, events, shard_size=survey.shard_size(planned[0].task.output))
+    merged = merges.make(planned, how, events, shard_size=survey.shard_size(planned[0].task.output))
     return {
         one.task.path: MadeOutput(one.task.output.label, one.task.path, one.task.state.kind, each)
         for one, each in zip(planned, merged, strict=True)
@@ -118,7 +118,7 @@ def _verified(
 ) -> dict[Path, MadeOutput]:
     """Check what was made now and asks for it."""
     from mergetool.making import looks
-    from mergetool.verification import checking
+    from mergetool.verification import checks
 
     found = {}
     for task, plan in surveyed.planned([task for task in surveyed.tasks if task.path in made and task.is_merge]):
@@ -131,7 +131,7 @@ def _verified(
                 "overwrite": True,
             }  # of what was there it was asked before
             asked = VerifyOptions(**values(look) | run, inputs=looks.places_of(plan))
-            checked = checking.verify(str(task.path), asked, events.progress)
+            checked = checks.verify(str(task.path), asked, events.progress)
             events.verified(task, checked)
             found[task.path] = replace(made[task.path], verification=checked)
     return found

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from mergetool.api.comparing import Compare, run_compare
+from mergetool.api.comparisons import Compare, run_compare
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergetool.api.merging import Convert, run_convert
+from mergetool.api.merges import Convert, run_convert
 from mergetool.cli import console
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
@@ -12,10 +12,10 @@ from mergetool.cli.report import CommandEvents
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mergetool.api.merging import Done
+    from mergetool.api.merges import Done
     from mergetool.checkpoint.outputs import Target
     from mergetool.engine.fidelity import Fidelity
-    from mergetool.engine.running import Outcome
+    from mergetool.engine.runs import Outcome
     from mergetool.recipe.plan import Plan
 
 EXAMPLES = """\b

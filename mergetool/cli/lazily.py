@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-from mergetool.cli.fitting import fitted
+from mergetool.cli.epilogs import fitted
 
 CommandPlaces = Mapping[str, tuple[str, str]]
 """By a command's name: where it is, and its line in the list of commands; one without is not listed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergetool.api.merging import Bake, run_bake
+from mergetool.api.merges import Bake, run_bake
 from mergetool.cli.merge_report import MergeReport
 from mergetool.cli.parameters import Typed, command
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mergetool.api.merging import Merge, run_merge
+from mergetool.api.merges import Merge, run_merge
 from mergetool.cli import console, merge_report
 from mergetool.cli.parameters import Typed, command
 from mergetool.errors import UsageError
@@ -99,7 +99,7 @@ def merge(typed: Typed) -> None:
 def _several(first: str, more: Sequence[str]) -> UsageError:
     """The error for an expression that is several arguments: one without quotes around it, or models without what to do with them."""
     from mergetool.recipe.expression import parse
-    from mergetool.recipe.quoting import quote
+    from mergetool.recipe.quotes import quote
 
     whole = " ".join([first, *more])
     try:

@@ -18,7 +18,7 @@ from mergetool.recipe.plan import Plan
 if TYPE_CHECKING:
     from mergetool.making.survey import Task
     from mergetool.recipe.file import RecipeFile
-    from mergetool.verification.checking import Verification
+    from mergetool.verification.checks import Verification
 
 
 def perform(path: Path, variables: Sequence[str], typed: Typed) -> None:

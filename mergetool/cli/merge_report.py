@@ -9,11 +9,11 @@ from mergetool.cli import console
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.api.merging import Done
+    from mergetool.api.merges import Done
     from mergetool.checkpoint.outputs import Target
     from mergetool.comparison.preflight import Preflight
     from mergetool.engine.movements import Movements
-    from mergetool.engine.running import Outcome
+    from mergetool.engine.runs import Outcome
     from mergetool.ops.movement import Movement
     from mergetool.recipe.plan import Plan
     from mergetool.recipe.steps import OutputTensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergetool.api.verifying import Rebuild, run_replay
+from mergetool.api.verifications import Rebuild, run_replay
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.verify_report import ReplayReport
 

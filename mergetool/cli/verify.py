@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergetool.api.verifying import Verify, run_verify
+from mergetool.api.verifications import Verify, run_verify
 from mergetool.cli.parameters import Typed, command
 from mergetool.cli.presets import presets
 from mergetool.cli.verify_report import VerifyReport

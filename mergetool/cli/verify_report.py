@@ -9,7 +9,7 @@ from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.options.verifying import VerifyOptions
-    from mergetool.verification.checking import Verification
+    from mergetool.verification.checks import Verification
     from mergetool.verification.pictures import PicturesReport
     from mergetool.verification.replay import Replay
     from mergetool.verification.weights import WeightsReport

@@ -11,7 +11,7 @@ from mergetool.errors import ExpressionError, UsageError
 from mergetool.options.multipliers import number
 from mergetool.recipe.expression import parse
 from mergetool.recipe.graph import Model
-from mergetool.recipe.quoting import one_line, syntax_tree
+from mergetool.recipe.quotes import one_line, syntax_tree
 
 MODEL = "MERGETOOL_MODEL"
 DELTA = "MERGETOOL_DELTA"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergetool.api.differences import Diff, run_diff
-from mergetool.api.merging import Merge, run_merge
+from mergetool.api.merges import Merge, run_merge
 from mergetool.comfyui import host, links, widgets
 from mergetool.comfyui.report import ExtractEvents, SaveEvents
 from mergetool.comfyui.sources import CATEGORY
 from mergetool.options.kinds import sentence
-from mergetool.recipe.quoting import quote
+from mergetool.recipe.quotes import quote
 
 if TYPE_CHECKING:
     from mergetool.checkpoint.outputs import Target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mergetool.comfyui.arithmetic import AddNode, MergeExpressionNode, SubtractNode
-from mergetool.comfyui.comparing import CompareNode
+from mergetool.comfyui.comparison import CompareNode
 from mergetool.comfyui.outputs import ExtractLoraNode, SaveNode
 from mergetool.comfyui.sources import LoraFileNode, ModelFileNode, NamedModelNode
 

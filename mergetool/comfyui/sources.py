@@ -8,7 +8,7 @@ from typing import Any
 from mergetool import models
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comfyui import host, links
-from mergetool.recipe.quoting import quote
+from mergetool.recipe.quotes import quote
 
 CATEGORY = "mergetool"
 

@@ -12,11 +12,11 @@ from fractions import Fraction
 from mergetool import models
 from mergetool.arch import meeting
 from mergetool.comparison import lineage
+from mergetool.comparison.chunks import Chunk, ComparedModels, stream
 from mergetool.comparison.distances import by_part, comparable, cut
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.heatmap import block
-from mergetool.comparison.streaming import Chunk, ComparedModels, stream
 from mergetool.engine.feeding.read_ahead import give_way
 from mergetool.engine.feeding.values import Reader
 from mergetool.engine.jobs import Job, jobs
@@ -29,7 +29,7 @@ from mergetool.options.merging import MergeOptions
 from mergetool.options.multipliers import number
 from mergetool.recipe.expression import parse
 from mergetool.recipe.plan import Plan, plan_merge
-from mergetool.recipe.quoting import quote
+from mergetool.recipe.quotes import quote
 from mergetool.recipe.steps import MERGED, Input
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from mergetool.comparison.chunks import Chunk, ComparedModels, Found, stream
 from mergetool.comparison.energies import Distance, Energies
-from mergetool.comparison.streaming import Chunk, ComparedModels, Found, stream
 from mergetool.engine.jobs import CHUNK
 from mergetool.recipe.steps import Input
 

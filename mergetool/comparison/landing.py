@@ -15,7 +15,7 @@ import numpy as np
 
 from mergetool.comparison.energies import percent
 from mergetool.comparison.finding import Finding
-from mergetool.comparison.sampling import Samples, middle_rows, most_of
+from mergetool.comparison.samples import Samples, middle_rows, most_of
 from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan

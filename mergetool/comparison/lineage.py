@@ -20,10 +20,10 @@ import numpy as np
 from mergetool import models
 from mergetool.checkpoint.dtypes import F16
 from mergetool.checkpoint.hub import SCHEME
-from mergetool.comparison import distances, sampling
+from mergetool.comparison import distances, samples
 from mergetool.comparison.energies import Distance, percent
 from mergetool.comparison.finding import Finding
-from mergetool.comparison.sampling import ModelSample, Samples, middle
+from mergetool.comparison.samples import ModelSample, Samples, middle
 from mergetool.comparison.weights import differences, whole_models
 from mergetool.errors import MergetoolError
 from mergetool.recipe.plan import Plan
@@ -55,7 +55,7 @@ class Relation:
 
     @cached_property
     def _found(self) -> list[Distance]:
-        return sampling.distances(self.x, self.y)
+        return samples.distances(self.x, self.y)
 
     @cached_property
     def refiners(self) -> float:

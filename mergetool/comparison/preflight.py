@@ -8,7 +8,7 @@ from typing import Any
 from mergetool.comparison import landing, lineage
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.landing import Landing
-from mergetool.comparison.sampling import Samples
+from mergetool.comparison.samples import Samples
 from mergetool.errors import LineageError
 from mergetool.recipe.plan import Plan
 

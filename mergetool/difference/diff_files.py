@@ -11,7 +11,7 @@ from mergetool.checkpoint.outputs import Target, lora_target
 from mergetool.difference.pairs import Pairing
 from mergetool.errors import UsageError
 from mergetool.options.differences import DiffOptions
-from mergetool.recipe.quoting import with_loras
+from mergetool.recipe.quotes import with_loras
 
 
 @dataclass(frozen=True, slots=True)

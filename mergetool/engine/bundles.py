@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.engine import quantising
+from mergetool.engine import quantisation
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.jobs import Cuts, Grain, Job, Quantise, cut, grain, jobs
+from mergetool.ops.common import Shared, share
 from mergetool.ops.program import Load, Program
-from mergetool.ops.sharing import Shared, share
 from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import Step, Window
 
@@ -132,7 +132,7 @@ def passes(plans: Sequence[Plan], device: Device = CPU) -> list[list[int]]:
         if not tensors:
             plain.append(number)
             continue
-        shape, held = _quantised_shape(plan), sum(quantising.capacities(tensors))
+        shape, held = _quantised_shape(plan), sum(quantisation.capacities(tensors))
         place = next((i for i, (s, h, _) in enumerate(found) if s == shape and h + held <= MOST_HELD), len(found))
         before: tuple[object, int, list[int]] = found.pop(place) if place < len(found) else (shape, 0, [])
         found.insert(place, (shape, before[1] + held, [*before[2], number]))
@@ -224,7 +224,7 @@ def _quantised_shape(plan: Plan) -> object:
     """What decides which phases a plan has and what is done in each."""
     places = _places(plan)
     tensors = tuple(
-        (tensor.shape, quantising.padded(tensor), tuple(places[tensor.name, step.first] for step in tensor.steps))
+        (tensor.shape, quantisation.padded(tensor), tuple(places[tensor.name, step.first] for step in tensor.steps))
         for tensor in plan.tensors
         if tensor.quantiser
     )

@@ -25,7 +25,7 @@ from mergetool.engine import anchor, merge, noise
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.feeding.values import Reader
-from mergetool.engine.running import Measure, NonFinite, Outcome
+from mergetool.engine.runs import Measure, NonFinite, Outcome
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.options.kinds import sentence

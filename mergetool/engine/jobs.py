@@ -8,8 +8,8 @@ from itertools import zip_longest
 from math import lcm
 from types import MappingProxyType
 
-from mergetool.engine import quantising
-from mergetool.engine.quantising import Piece
+from mergetool.engine import quantisation
+from mergetool.engine.quantisation import Piece
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic, stream_key
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
@@ -71,7 +71,7 @@ class Quantise:
     @property
     def capacity(self) -> int:
         """Elements to make room for, padding included."""
-        return self.piece.stored * quantising.padded(self.piece.tensor)[1]
+        return self.piece.stored * quantisation.padded(self.piece.tensor)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def jobs(plan: Plan, size: int | None = None, cuts: Cuts = MappingProxyType({}))
 
 def _quantising(tensor: OutputTensor, options: MergeOptions, phase: int, *, searching: bool) -> Iterator[Quantise]:
     height = ROWS_CHUNK if options.rounding == "error-feedback" else CHUNK
-    for i, piece in enumerate(quantising.pieces(tensor, height)):
+    for i, piece in enumerate(quantisation.pieces(tensor, height)):
         yield Quantise(piece, _rounding(piece, options), phase, searching, i % SAMPLED_PIECES == 0)
 
 
@@ -182,7 +182,7 @@ def _row(tensor: OutputTensor, step: Step) -> int:
 
 def _rounding(piece: Piece, options: MergeOptions) -> Rounding:
     """How a piece's codes are rounded: by their place in the stored tensor, padding included."""
-    width = quantising.padded(piece.tensor)[1]
+    width = quantisation.padded(piece.tensor)[1]
     if options.rounding == "stochastic":
         return Stochastic(stream_key(options.seed, piece.tensor.name), piece.row * width)
     return ErrorFeedback(width) if options.rounding == "error-feedback" else NEAREST

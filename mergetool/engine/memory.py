@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergetool.checkpoint import system
-from mergetool.engine import bundles, calling, quantising
+from mergetool.engine import bundles, method_calls, quantisation
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.threads import asked, default_threads
 from mergetool.recipe.plan import Plan
@@ -39,7 +39,7 @@ def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device 
 
 
 def _of_pass(plans: Sequence[Plan], threads: int | None, device: Device) -> int:
-    held = sum(sum(quantising.capacities([t for t in plan.tensors if t.quantiser])) for plan in plans)
+    held = sum(sum(quantisation.capacities([t for t in plan.tensors if t.quantiser])) for plan in plans)
     pinned = 0
     if device.is_gpu:
         from mergetool.engine import gpu  # imports torch, which takes a second
@@ -57,7 +57,7 @@ def _of_worker(plans: Sequence[Plan]) -> int:
     decoded = max((sum(window.encoding is not None for _, window in found.windows) for found in operands), default=0)
     registers = max((found.registers + len(found.common) for found in operands), default=1)
     programs = [program for found in operands for program in (*found.common, *found.programs) if program]
-    called = max((calling.buffers(program) for program in programs), default=0)
+    called = max((method_calls.buffers(program) for program in programs), default=0)
     feedback = 6 if any(plan.options.rounding == "error-feedback" for plan in plans) else 0
     # a piece scaled, rounded and, in a search, read back
     encoding = 16 if any(tensor.quantiser for plan in plans for tensor in plan.tensors) else 0

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoint import system
 from mergetool.engine.bundles import Bundle, Operands, bundles, pieces
-from mergetool.engine.calling import Caller
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.feeding.values import Reader
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise
 from mergetool.engine.memory import workers
+from mergetool.engine.method_calls import Caller
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Phases, Weights
-from mergetool.engine.running import Measure, NonFinite, Outcome, Run, Sink
+from mergetool.engine.quantisation import Phases, Weights
+from mergetool.engine.runs import Measure, NonFinite, Outcome, Run, Sink
 from mergetool.engine.threads import TorchThreads
 from mergetool.engine.worker import Finished, Worker
 from mergetool.ops.movement import Movement

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mergetool.checkpoint.dtypes import F16, F32, DType
-from mergetool.engine import quantising
+from mergetool.engine import quantisation
 from mergetool.engine.bundles import Bundle, EncodeJob, Work
-from mergetool.engine.calling import shape_of
 from mergetool.engine.feeding.values import Fetched, ValueReader
 from mergetool.engine.fidelity import read_back
 from mergetool.engine.jobs import Job, Quantise
-from mergetool.engine.quantising import Piece
-from mergetool.engine.running import Run
+from mergetool.engine.method_calls import shape_of
+from mergetool.engine.quantisation import Piece
+from mergetool.engine.runs import Run
 from mergetool.engine.threads import TorchThreads
 from mergetool.errors import NonFiniteError
-from mergetool.ops.blending import Blended, blend
+from mergetool.ops.blend import Blended, blend
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Apply, Program
@@ -179,10 +179,10 @@ class Worker:
             weights.search(piece, self._rounder(job.rounding))
             return 0, None
         scale, values = weights.scale(piece.tensor), weights.rows(piece)
-        raw = quantising.encode(values, piece, scale, self._rounder(job.rounding))
+        raw = quantisation.encode(values, piece, scale, self._rounder(job.rounding))
         if run.compared:
-            run.compare(piece.tensor.name, values, quantising.decode(piece, raw, scale))
-        written = quantising.write(piece, raw, scale, run.writer.write)
+            run.compare(piece.tensor.name, values, quantisation.decode(piece, raw, scale))
+        written = quantisation.write(piece, raw, scale, run.writer.write)
         if run.measures(job):
             self._measure(run, piece, values, raw, scale)
         return written, None
@@ -226,7 +226,7 @@ class Worker:
             if len(merged) > 1:
                 one = np.array(values)
                 one[rows] = base[rows]
-            found = quantising.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
+            found = quantisation.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
             run.moved(piece.tensor.name, part, found)
 
     def _execute(self, program: Program, loaded: _Loaded, run: Run, job: Job) -> None:

@@ -12,10 +12,10 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.paths import typed
 from mergetool.errors import MergetoolError
-from mergetool.recipe import naming
 from mergetool.recipe.document import Node, Place
 from mergetool.recipe.file import RecipeFile, RecipeModel, RecipeOutput
-from mergetool.recipe.quoting import one_line, quote
+from mergetool.recipe.names import names_in, replaced
+from mergetool.recipe.quotes import one_line, quote
 from mergetool.recipe.validation import as_keys
 
 
@@ -59,8 +59,8 @@ class Places:
         assert output.written is not None
         names = self.names(output)
         text = output.written.text
-        by = {name: quote(names[name.name]) for name in naming.names_in(text) if name.name in names}
-        return one_line(naming.replaced(text, by).text).strip()
+        by = {name: quote(names[name.name]) for name in names_in(text) if name.name in names}
+        return one_line(replaced(text, by).text).strip()
 
     @contextmanager
     def located(self, *outputs: RecipeOutput) -> Iterator[None]:

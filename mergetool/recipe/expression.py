@@ -37,8 +37,8 @@ from mergetool.recipe.graph import (
     render,
     scale,
 )
-from mergetool.recipe.mending import mended
-from mergetool.recipe.quoting import one_line, quote, syntax_tree
+from mergetool.recipe.hints import mended
+from mergetool.recipe.quotes import one_line, quote, syntax_tree
 
 MAX_TEXT = 100_000
 MAX_NODES = 10_000

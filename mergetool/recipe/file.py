@@ -30,10 +30,10 @@ from mergetool.options.multipliers import Setting, parse_setting
 from mergetool.options.running import ShardOptions
 from mergetool.options.table import Table, first_named, rows_in
 from mergetool.options.verifying import LookOptions
-from mergetool.recipe import document, naming, variables
+from mergetool.recipe import document, variables
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.naming import Replaced, Variable
+from mergetool.recipe.names import Replaced, Variable, expression_of, names_in, with_variables
 from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, PicturesSpec
 from mergetool.recipe.validation import as_keys, keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
@@ -282,7 +282,7 @@ class _Reader:
         named = set(_leaves(node))
         for key, part in self._parts(node):
             if key == "merge" and isinstance(part.value, str):
-                named |= (words := {found.name for found in naming.names_in(part.value)})
+                named |= (words := {found.name for found in names_in(part.value)})
                 used |= words & self.variables.names
             else:
                 used |= set(variables.names_in_braces(part)) & self.variables.names
@@ -340,8 +340,8 @@ class _Reader:
             done = replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
             return _checked(done)
         assert expression is not None
-        written = naming.with_variables(expression, known)
-        parsed = naming.read(expression, written, {*self.models, *earlier}, later, known)
+        written = with_variables(expression, known)
+        parsed = expression_of(expression, written, {*self.models, *earlier}, later, known)
         uses = {
             model: self._meaning(model, earlier) or RecipeModel(model, model, expression.at)
             for model in (*parsed.models, *parsed.loras)

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from mergetool.ops.program import ParameterValue
 from mergetool.options.multipliers import number
-from mergetool.recipe.quoting import in_quotes, quote
+from mergetool.recipe.quotes import in_quotes, quote
 
 Operand: TypeAlias = "Model | Lora | Call | Sum"
 

@@ -38,7 +38,7 @@ from mergetool.quant import is_side_tensor
 from mergetool.recipe import bundled, groups, metadata, provenance, quantised
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.stacking import Stack, stack_loras, stack_name
+from mergetool.recipe.stacks import Stack, stack_loras, stack_name
 from mergetool.recipe.steps import COPY, MERGED, SET_TO_0, Input, OutputTensor, Step, Window, window_of
 
 

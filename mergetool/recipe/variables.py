@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import UsageError
 from mergetool.recipe.document import Node, Place, plain
-from mergetool.recipe.naming import Variable
+from mergetool.recipe.names import Variable
 from mergetool.recipe.schema import VARIABLE
 from mergetool.recipe.validation import nearest
 

@@ -22,7 +22,7 @@ from mergetool.sampler.session import MadePicture
 from mergetool.sampler.studio import StepCounter, Studio
 from mergetool.verification import images
 from mergetool.verification.images import Measures
-from mergetool.verification.looking import Look
+from mergetool.verification.looks import Look
 
 ALLOWED = 0.25
 """Largest share of a merge's pictures that may fail a verdict."""

@@ -23,7 +23,7 @@ from mergetool.options.merging import MergeOptions
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import Expression, parse
 from mergetool.recipe.plan import Plan, plan_merge
-from mergetool.recipe.quoting import quote
+from mergetool.recipe.quotes import quote
 from mergetool.recipe.steps import MERGED, Input
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.reading import open_lora
-from mergetool.api.merging import Bake
+from mergetool.api.merges import Bake
 from mergetool.checkpoint.dtypes import F16, F32
 from mergetool.engine import job
-from mergetool.engine.running import Outcome
+from mergetool.engine.runs import Outcome
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.options.merging import MergeOptions
 from tests.adapters.files import both

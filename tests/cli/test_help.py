@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mergetool import __version__
-from mergetool.cli.fitting import fitted
+from mergetool.cli.epilogs import fitted
 from mergetool.cli.main import app
 from tests.faces.walk import CLI, commands
 

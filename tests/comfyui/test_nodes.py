@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import mergetool.comfyui
-from mergetool.api.merging import Merge
+from mergetool.api.merges import Merge
 from mergetool.comfyui import host, links, widgets
 from mergetool.errors import UsageError
 

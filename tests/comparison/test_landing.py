@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.comparison import preflight, sampling
+from mergetool.comparison import preflight, samples
 from mergetool.comparison.landing import Landing
 from mergetool.comparison.preflight import Preflight
 from mergetool.engine import job
@@ -119,12 +119,12 @@ def test_a_distance_beyond_float32_is_no_number_in_json() -> None:
 
 def test_an_element_is_read_once_for_lineage_and_landing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, str, int]] = []
-    read = sampling._read
+    read = samples._read
 
     def told(reader: object, checkpoint: object, window: Window, start: int, count: int) -> object:
         seen.append((id(checkpoint), window.tensor, start))
         return read(reader, checkpoint, window, start, count)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sampling, "_read", told)
+    monkeypatch.setattr(samples, "_read", told)
     checked("lab.alkahest + 1.25*(lab.striped - lab.base)")
     assert len(seen) == len(set(seen)) > 100

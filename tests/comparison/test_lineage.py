@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from mergetool import models
 from mergetool.checkpoint.dtypes import BF16, F16
-from mergetool.comparison import lineage, sampling
+from mergetool.comparison import lineage, samples
 from mergetool.comparison.finding import Finding
 from mergetool.comparison.result import part_of_result
-from mergetool.comparison.sampling import Samples
+from mergetool.comparison.samples import Samples
 from mergetool.engine import job
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.expression import parse
@@ -37,9 +37,9 @@ def levels(expression: str, **options: object) -> list[str]:
     return [finding.level for finding in checked(expression, **options)]
 
 
-@pytest.mark.parametrize("each", [sampling.MOST, 64])
+@pytest.mark.parametrize("each", [samples.MOST, 64])
 def test_every_ordered_pair_of_members_is_judged_right(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
-    monkeypatch.setattr(sampling, "MOST", each)
+    monkeypatch.setattr(samples, "MOST", each)
     for x, y in permutations(MEMBERS, 2):
         onto = next(name for name in MEMBERS if name not in (x, y))
         found = levels(f"lab.{onto} + 2*(lab.{x} - lab.{y})")
@@ -182,7 +182,7 @@ def test_a_model_of_very_many_parts_is_sampled_in_the_same_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file({f"layers.{i}.weight": torch.ones(64, 64) for i in range(50)}, tmp_path / "many.safetensors")
-    monkeypatch.setattr(sampling, "TOTAL", 50 * 128)
+    monkeypatch.setattr(samples, "TOTAL", 50 * 128)
     with models.open_model(str(tmp_path / "many.safetensors")) as opened:
         sample = Samples([Input("many", opened.checkpoint, opened.anatomy)]).of(0)
     assert sum(values.size for values in sample.values.values()) == 50 * 128

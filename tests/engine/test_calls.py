@@ -11,8 +11,8 @@ import torch
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, memory
-from mergetool.engine.calling import Caller
 from mergetool.engine.device import Device
+from mergetool.engine.method_calls import Caller
 from mergetool.ops.program import Apply
 from mergetool.options.merging import MergeOptions
 from mergetool.verification.weights import check_weights

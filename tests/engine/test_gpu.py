@@ -16,7 +16,7 @@ from mergetool.engine import device as devices
 from mergetool.engine import gpu, job
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.feeding import uploader
-from mergetool.engine.running import Outcome
+from mergetool.engine.runs import Outcome
 from mergetool.errors import DeviceError, NonFiniteError, UsageError
 from mergetool.options.merging import MergeOptions
 

@@ -12,7 +12,7 @@ import pytest
 from mergetool.checkpoint import journal
 from mergetool.checkpoint.files import StagedFile
 from mergetool.engine import job
-from mergetool.engine.running import Outcome
+from mergetool.engine.runs import Outcome
 from mergetool.errors import StorageError, UsageError
 from mergetool.options.merging import MergeOptions
 from tests.checkpoint.faults import beside, content_of

@@ -12,7 +12,7 @@ from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job, jobs
-from mergetool.engine.running import Measure, Outcome
+from mergetool.engine.runs import Measure, Outcome
 from mergetool.errors import NonFiniteError
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement

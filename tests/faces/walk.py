@@ -10,10 +10,10 @@ from typing import Any
 import typer
 
 import mergetool
-from mergetool.api.comparing import Compare
+from mergetool.api.comparisons import Compare
 from mergetool.api.differences import Diff
-from mergetool.api.merging import Merge
-from mergetool.api.verifying import Verify
+from mergetool.api.merges import Merge
+from mergetool.api.verifications import Verify
 from mergetool.cli.main import app
 from mergetool.cli.parameters import PRINTING
 from mergetool.comfyui import NODE_CLASS_MAPPINGS

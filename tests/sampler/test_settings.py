@@ -20,7 +20,7 @@ from mergetool.options.pictures import PicturesOptions, SampleOptions
 from mergetool.options.sampling import PRESETS
 from mergetool.sampler import settings
 from mergetool.sampler.settings import prepare
-from mergetool.verification.looking import plan
+from mergetool.verification.looks import plan
 
 PROMPT = "a blue circle on a gold background"
 

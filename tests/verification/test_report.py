@@ -19,7 +19,7 @@ from mergetool.lab.world import SCENES, Placing, render
 from mergetool.sampler.request import Refinement, Shot, Stage
 from mergetool.sampler.session import MadePicture
 from mergetool.verification import report
-from mergetool.verification.looking import Look
+from mergetool.verification.looks import Look
 from mergetool.verification.pictures import PicturesReport, judge, observe
 from mergetool.verification.weights import WeightsReport
 

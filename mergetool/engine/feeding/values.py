@@ -16,7 +16,7 @@ from mergetool.adapters.rows import TILE_ROWS, StackedRows
 from mergetool.checkpoint.dtypes import F32, DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.ops.blending import blend
+from mergetool.ops.blend import blend
 from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Encoding, Floats
 from mergetool.recipe.steps import COPY, Window

@@ -17,7 +17,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import ExpressionError, RecipeError
 from mergetool.recipe.document import Node
 from mergetool.recipe.expression import Expression, parse
-from mergetool.recipe.quoting import one_line, quote, syntax_tree
+from mergetool.recipe.quotes import one_line, quote, syntax_tree
 from mergetool.recipe.validation import nearest
 
 _COLUMN = re.compile(r"^column (\d+): | at column (\d+)(?=: )")
@@ -130,7 +130,7 @@ def with_variables(node: Node, variables: Mapping[str, Variable]) -> Replaced:
     return replaced(node.value, by)
 
 
-def read(
+def expression_of(
     node: Node, written: Replaced, known: Collection[str], later: Collection[str], variables: Collection[str]
 ) -> Expression:
     """The expression of a node whose ``variables`` are put in.

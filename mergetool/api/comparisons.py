@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.options.comparing import CompareOptions
 from mergetool.options.kinds import ModelName
 from mergetool.options.table import Option

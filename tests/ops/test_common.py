@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from mergetool.ops.common import Shared, share
 from mergetool.ops.program import Add, Apply, Instruction, Load, Program, Scale, Subtract
-from mergetool.ops.sharing import Shared, share
 
 
 def sweep(factor: float) -> Program:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergetool.ops.blending import moves
+from mergetool.ops.blend import moves
 from mergetool.ops.movement import Movement
 from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Encoding, Floats, Octets

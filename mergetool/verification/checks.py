@@ -15,7 +15,7 @@ from mergetool.errors import CheckFailed, UsageError
 from mergetool.models import OpenedModel
 from mergetool.options.verifying import VerifyOptions
 from mergetool.recipe import provenance
-from mergetool.verification import looking, pictures
+from mergetool.verification import looks, pictures
 from mergetool.verification.pictures import PicturesReport
 from mergetool.verification.replay import Replay, replay
 from mergetool.verification.report import badge, render
@@ -72,8 +72,8 @@ def verify(output: str, asked: VerifyOptions, bars: Bars) -> Verification:
     if asked.images is not False:
         parent = next(iter(weights.parents.values()), output)
         try:
-            studio, look = looking.plan(output, parent, asked, patient=bool(asked.images))
-        except looking.NotLookedAt as reason:
+            studio, look = looks.plan(output, parent, asked, patient=bool(asked.images))
+        except looks.NotLookedAt as reason:
             left_out = str(reason)
         else:
             left_out = ""

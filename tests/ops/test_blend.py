@@ -7,7 +7,7 @@ import pytest
 
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
-from mergetool.ops import blending
+from mergetool.ops import blend
 from mergetool.ops.program import Add, Apply, Load, Program, Scale, Subtract
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Rounding, Stochastic
 from mergetool.ops.stored import Stored
@@ -37,7 +37,7 @@ def elements(dtype: DType, count: int, seed: int, *, offset: int = 0) -> memoryv
     return memoryview(bytearray(offset) + oracle.encode(values.astype(np.float32), dtype))[offset:]
 
 
-def blend(
+def blended(
     program: Program,
     operands: list[Stored | None],
     dtype: DType,
@@ -46,9 +46,9 @@ def blend(
     count: int = 20_000,
     rounding: Rounding = NEAREST,
     saturating: bool = False,
-) -> blending.Blended | None:
+) -> blend.Blended | None:
     room = memoryview(bytearray(4 * count))
-    return blending.blend(program, operands, dtype, room, first, rounding=rounding, saturating=saturating)
+    return blend.blend(program, operands, dtype, room, first, rounding=rounding, saturating=saturating)
 
 
 def every_code(dtype: DType) -> np.ndarray:
@@ -67,14 +67,14 @@ def test_bytes_and_movement_are_the_oracles(source: DType, output: DType, count:
     given = [oracle.decode(bytes(raw), source).astype(np.float32) for raw in raws]
     wanted = oracle.run(THREE, given, np.float32)
 
-    found = blend(THREE, [Stored(raw, source) for raw in raws], output, 0)
+    found = blended(THREE, [Stored(raw, source) for raw in raws], output, 0)
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(wanted, output, NEAREST)
     assert_same_movement(found, wanted, given[0], output)
 
 
-def assert_same_movement(found: blending.Blended, result: np.ndarray, first: np.ndarray, output: DType) -> None:
+def assert_same_movement(found: blend.Blended, result: np.ndarray, first: np.ndarray, output: DType) -> None:
     wanted = oracle.measure(result, first, oracle.store(result, output, NEAREST), output)
     movement = found.movement
     assert movement is not None
@@ -90,10 +90,10 @@ def assert_same_movement(found: blending.Blended, result: np.ndarray, first: np.
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_finite_code_comes_back(dtype: DType) -> None:
     raw = oracle.encode(every_code(dtype), dtype)
-    as_floats = blend(ONE, [Stored(memoryview(raw), dtype)], dtypes.F32, count=1 << 16)
+    as_floats = blended(ONE, [Stored(memoryview(raw), dtype)], dtypes.F32, count=1 << 16)
     assert as_floats is not None
     assert bytes(as_floats.stored) == oracle.decode(raw, dtype).astype(np.float32).tobytes()
-    back = blend(ONE, [Stored(memoryview(raw), dtype)], dtype, count=1 << 16)
+    back = blended(ONE, [Stored(memoryview(raw), dtype)], dtype, count=1 << 16)
     assert back is not None
     assert bytes(back.stored) == raw
 
@@ -106,7 +106,7 @@ def test_rounding_is_right_at_and_beside_every_tie(output: DType) -> None:
     sizes = np.concatenate([middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf))])
     values = np.concatenate([sizes, -sizes])
 
-    found = blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, count=len(values))
+    found = blended(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, count=len(values))
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(values, output, NEAREST)
@@ -121,7 +121,7 @@ def test_movement_of_tiny_and_huge_deltas_is_float64s(output: DType) -> None:
         other = (random.standard_normal(3000).clip(-3, 3) * size / 4).astype(np.float32)
         operands: list[Stored | None] = [Stored(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
         program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
-        found = blend(program, operands, output, 0)
+        found = blended(program, operands, output, 0)
         assert found is not None
         assert_same_movement(found, first + other, first, output)
 
@@ -131,7 +131,7 @@ def test_a_register_may_be_loaded_again_and_added_to_itself() -> None:
     program = Program((Load(0, 2), Load(1, 0), Add(1, 1), Subtract(0, 1), Load(1, 1), Scale(1, -0.25), Add(0, 1)))
     given = [oracle.decode(bytes(raw), dtypes.BF16) for raw in raws]
 
-    found = blend(program, [Stored(raw, dtypes.BF16) for raw in raws], dtypes.BF16)
+    found = blended(program, [Stored(raw, dtypes.BF16) for raw in raws], dtypes.BF16)
 
     assert found is not None
     assert found.movement is None
@@ -144,7 +144,7 @@ def test_a_register_may_be_loaded_again_and_added_to_itself() -> None:
 def test_what_is_not_finite_or_does_not_fit_is_left_to_others(output: DType, value: float, at: int) -> None:
     values = np.zeros(3000, np.float32)
     values[at] = value
-    assert blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output) is None
+    assert blended(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output) is None
 
 
 @pytest.mark.parametrize("output", [dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2])
@@ -152,26 +152,26 @@ def test_the_largest_number_fits_and_the_next_does_not(output: DType) -> None:
     for sign in (1, -1):
         fits = np.array([sign * output.largest], np.float32)
         beyond = np.nextafter(fits, np.float32(sign * np.inf))
-        assert blend(ONE, [Stored(memoryview(fits.tobytes()), dtypes.F32)], output) is not None
-        assert blend(ONE, [Stored(memoryview(beyond.tobytes()), dtypes.F32)], output) is None
+        assert blended(ONE, [Stored(memoryview(fits.tobytes()), dtypes.F32)], output) is not None
+        assert blended(ONE, [Stored(memoryview(beyond.tobytes()), dtypes.F32)], output) is None
 
 
 def test_a_first_model_that_does_not_fit_is_left_to_others() -> None:
     first, other = np.full(4, 500, np.float32), np.full(4, -400, np.float32)
     operands: list[Stored | None] = [Stored(memoryview(each.tobytes()), dtypes.F32) for each in (first, other)]
     program = Program((Load(0, 0), Load(1, 1), Add(0, 1)))
-    assert blend(program, operands, dtypes.F8_E4M3) is not None
-    assert blend(program, operands, dtypes.F8_E4M3, 0) is None
+    assert blended(program, operands, dtypes.F8_E4M3) is not None
+    assert blended(program, operands, dtypes.F8_E4M3, 0) is None
 
 
 def test_programs_and_operands_that_are_not_compiled_are_left_to_others() -> None:
     raw = elements(dtypes.BF16, 8, 1)
     many = Program(tuple(Load(register, 0) for register in range(compiled.REGISTERS + 1)))
-    assert blend(many, [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
-    assert blend(Program((Load(0, 0), Apply(0, "x", (0,)))), [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
-    assert blend(ONE, [None], dtypes.BF16) is None
-    assert blend(ONE, [Stored(memoryview(bytes(8)), dtypes.F64)], dtypes.BF16) is None
-    assert blend(ONE, [Stored(raw, dtypes.BF16)], dtypes.F64) is None
+    assert blended(many, [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blended(Program((Load(0, 0), Apply(0, "x", (0,)))), [Stored(raw, dtypes.BF16)], dtypes.BF16) is None
+    assert blended(ONE, [None], dtypes.BF16) is None
+    assert blended(ONE, [Stored(memoryview(bytes(8)), dtypes.F64)], dtypes.BF16) is None
+    assert blended(ONE, [Stored(raw, dtypes.BF16)], dtypes.F64) is None
 
 
 def test_steps_and_buffers_that_do_not_fit_each_other_are_refused() -> None:
@@ -197,7 +197,7 @@ def test_operands_are_multiplied_by_their_scale_first(source: DType, scale: floa
     wanted = oracle.run(THREE, given, np.float32)
     operands: list[Stored | None] = [Stored(raw, source, float(s)) for raw, s in zip(raws, scales, strict=True)]
 
-    found = blend(THREE, operands, dtypes.BF16, 0)
+    found = blended(THREE, operands, dtypes.BF16, 0)
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(wanted, dtypes.BF16, NEAREST)
@@ -209,13 +209,13 @@ def test_operands_are_multiplied_by_their_scale_first(source: DType, scale: floa
 def test_saturating_keeps_what_is_beyond_at_the_largest_number(output: DType) -> None:
     values = np.array([1, 3, 0, -0.0, 1.0001, -1.0001, 1e5, -1e30], np.float32) * np.float32(output.largest)
     operand: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
-    found = blend(ONE, operand, output, saturating=True)
+    found = blended(ONE, operand, output, saturating=True)
     assert found is not None
     assert bytes(found.stored) == oracle.store(values, output, NEAREST)
     for bad in (np.nan, np.inf, -np.inf):
         values[5] = bad
         operand = [Stored(memoryview(values.tobytes()), dtypes.F32)]
-        assert blend(ONE, operand, output, saturating=True) is None
+        assert blended(ONE, operand, output, saturating=True) is None
 
 
 @pytest.mark.parametrize("first", [0, 12_345, 2**32 - 777, 2**32 - 3, 7 * 2**32 + 5, 2**62])
@@ -227,7 +227,7 @@ def test_stochastic_bytes_and_movement_are_the_oracles(output: DType, first: int
     rounding = Stochastic(0xFEDC_BA98_7654_3210, first)
     expected = oracle.store(wanted, output, rounding)
 
-    found = blend(THREE, [Stored(raw, dtypes.BF16) for raw in raws], output, 0, rounding=rounding)
+    found = blended(THREE, [Stored(raw, dtypes.BF16) for raw in raws], output, 0, rounding=rounding)
 
     assert found is not None
     assert bytes(found.stored) == expected
@@ -244,7 +244,9 @@ def test_stochastic_rounding_of_every_number_leaves_it_and_of_every_middle_is_th
     values = np.concatenate([numbers.astype(np.float32), middles, np.nextafter(middles, np.float32(0)), -middles])
     rounding = Stochastic(99, 3)
 
-    found = blend(ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, rounding=rounding, count=len(values))
+    found = blended(
+        ONE, [Stored(memoryview(values.tobytes()), dtypes.F32)], output, rounding=rounding, count=len(values)
+    )
 
     assert found is not None
     assert bytes(found.stored) == oracle.store(values, output, rounding)
@@ -258,7 +260,7 @@ def test_a_draw_that_equals_the_rest_rounds_down() -> None:
     above = np.nextafter(one, np.float32(2))
     for values, code in ((one, 0x38), (above, 0x39)):
         given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
-        found = blend(ONE, given, dtypes.F8_E4M3, rounding=Stochastic(3, index))
+        found = blended(ONE, given, dtypes.F8_E4M3, rounding=Stochastic(3, index))
         assert found is not None
         assert found.stored[0] == code
 
@@ -271,7 +273,7 @@ def test_what_is_not_finite_is_never_dithered_into_a_number(output: DType, bits:
     values[at] = bits
     given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
     for saturating in (False, True):
-        assert blend(ONE, given, output, rounding=Stochastic(1, 0), saturating=saturating) is None
+        assert blended(ONE, given, output, rounding=Stochastic(1, 0), saturating=saturating) is None
 
 
 @pytest.mark.parametrize("output", [dtypes.F8_E4M3, dtypes.F8_E5M2])
@@ -279,15 +281,15 @@ def test_stochastic_rounding_saturates_as_the_oracle_does(output: DType) -> None
     values = (np.random.default_rng(1).standard_normal(4000) * output.largest / 2).astype(np.float32)
     given: list[Stored | None] = [Stored(memoryview(values.tobytes()), dtypes.F32)]
     rounding = Stochastic(5, 77)
-    assert blend(ONE, given, output, rounding=rounding) is None
-    found = blend(ONE, given, output, rounding=rounding, saturating=True)
+    assert blended(ONE, given, output, rounding=rounding) is None
+    found = blended(ONE, given, output, rounding=rounding, saturating=True)
     assert found is not None
     assert bytes(found.stored) == oracle.store(values, output, rounding)
 
 
 def test_error_feedback_is_left_to_others() -> None:
     assert (
-        blend(ONE, [Stored(elements(dtypes.BF16, 8, 1), dtypes.BF16)], dtypes.BF16, rounding=ErrorFeedback(8)) is None
+        blended(ONE, [Stored(elements(dtypes.BF16, 8, 1), dtypes.BF16)], dtypes.BF16, rounding=ErrorFeedback(8)) is None
     )
 
 
@@ -301,7 +303,7 @@ def test_what_storing_with_a_scale_did_is_numpys(dtype: DType, count: int) -> No
     came, alone = (oracle.encode(values / scale, dtype) for values in (result, first))
     stands, base = (oracle.decode(codes, dtype).astype(np.float32) for codes in (came, alone))
 
-    found = blending.moves(result, first, Stored(memoryview(came), dtype, float(scale)), memoryview(alone))
+    found = blend.moves(result, first, Stored(memoryview(came), dtype, float(scale)), memoryview(alone))
 
     assert found is not None
     moves, change = result - first, stands * scale - base * scale
@@ -321,16 +323,16 @@ def test_moves_that_are_not_finite_or_do_not_fit_are_not_summed() -> None:
     for bad in (np.nan, np.inf):
         other = one.copy()
         other[3] = bad
-        assert blending.moves(other, one, Stored(codes, dtypes.F8_E4M3), codes) is None
-    assert blending.moves(one, one, Stored(codes, dtypes.F64), codes) is None
+        assert blend.moves(other, one, Stored(codes, dtypes.F8_E4M3), codes) is None
+    assert blend.moves(one, one, Stored(codes, dtypes.F64), codes) is None
     with pytest.raises(ValueError, match="32, 32, 7 and 8 bytes"):
-        blending.moves(one, one, Stored(codes[:7], dtypes.F8_E4M3), codes)
+        blend.moves(one, one, Stored(codes[:7], dtypes.F8_E4M3), codes)
 
 
 def test_the_weighted_sum_is_the_oracles() -> None:
     raws = [elements(dtypes.F16, 5000, seed) for seed in range(2)]
     given = [oracle.decode(bytes(raw), dtypes.F16) for raw in raws]
-    found = blend(WEIGHTED, [Stored(raw, dtypes.F16) for raw in raws], dtypes.F8_E4M3, 1)
+    found = blended(WEIGHTED, [Stored(raw, dtypes.F16) for raw in raws], dtypes.F8_E4M3, 1)
     assert found is not None
     result = oracle.run(WEIGHTED, given, np.float32)
     assert bytes(found.stored) == oracle.store(result, dtypes.F8_E4M3, NEAREST)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.options.kinds import ModelName
 from mergetool.options.table import Option, part, values
 from mergetool.options.verifying import RebuildOptions, VerifyOptions
 
 if TYPE_CHECKING:
-    from mergetool.verification.checking import Verification
+    from mergetool.verification.checks import Verification
     from mergetool.verification.replay import Replay
 
 
@@ -45,9 +45,9 @@ def run_verify(asked: Verify, events: Events) -> Verification:
     is measured against ``parents``, and judged by its pictures alone. ``images`` True makes pictures, False does not, None where that takes minutes.
     What a check says no to is in the result; an exception is raised for what cannot be checked.
     """
-    from mergetool.verification import checking
+    from mergetool.verification import checks
 
-    found = checking.verify(asked.output, asked, events.progress)
+    found = checks.verify(asked.output, asked, events.progress)
     events.done(asked, found)
     return found
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetool.api.comparing import Compare as Asked
-from mergetool.api.comparing import run_compare
+from mergetool.api.comparisons import Compare as Asked
+from mergetool.api.comparisons import run_compare
 from mergetool.comfyui import host, links, widgets
 from mergetool.comfyui.report import NodeEvents
 from mergetool.comfyui.sources import CATEGORY

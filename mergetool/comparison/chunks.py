@@ -20,7 +20,7 @@ from mergetool.engine.feeding.values import Fetched, Reader, ValueReader
 from mergetool.engine.jobs import Job
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import NonFiniteError
-from mergetool.ops.blending import blend
+from mergetool.ops.blend import blend
 from mergetool.ops.contract import execute
 from mergetool.ops.movement import Movement
 from mergetool.ops.stored import Stored

@@ -11,8 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from mergetool.api.calling import called
 from mergetool.api.events import Events, Request
+from mergetool.api.functions import called
 from mergetool.options.kinds import Loras, ModelName, OutputPath, String
 from mergetool.options.merging import ContainerOptions, MergeOptions
 from mergetool.options.running import (
@@ -25,12 +25,12 @@ from mergetool.options.running import (
     require_output,
 )
 from mergetool.options.table import Option, part, values
-from mergetool.recipe.quoting import quote, with_loras
+from mergetool.recipe.quotes import quote, with_loras
 
 if TYPE_CHECKING:
     from mergetool.checkpoint.outputs import Target
     from mergetool.comparison.preflight import Preflight
-    from mergetool.engine.running import Outcome
+    from mergetool.engine.runs import Outcome
     from mergetool.recipe.plan import Plan
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mergetool.errors import ExpressionError
 from mergetool.recipe.expression import parse
-from mergetool.recipe.naming import names_in
-from mergetool.recipe.quoting import in_quotes, one_line, quote
+from mergetool.recipe.names import names_in
+from mergetool.recipe.quotes import in_quotes, one_line, quote
 
 NAMES = st.text(
     st.one_of(

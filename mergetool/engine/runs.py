@@ -9,12 +9,12 @@ from typing import Literal, Protocol
 
 from mergetool.adapters.rows import StackedRows
 from mergetool.checkpoint.inputs import InputFile
-from mergetool.engine.calling import Caller
 from mergetool.engine.feeding.values import Reader
 from mergetool.engine.fidelity import Fidelity
 from mergetool.engine.jobs import Job, Quantise
+from mergetool.engine.method_calls import Caller
 from mergetool.engine.movements import Movements
-from mergetool.engine.quantising import Weights
+from mergetool.engine.quantisation import Weights
 from mergetool.ops.movement import Movement
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.plan import Plan

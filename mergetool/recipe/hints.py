@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-from mergetool.recipe.quoting import in_quotes, quote
+from mergetool.recipe.quotes import in_quotes, quote
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _HELD = "\ue000"  # stands for a name in quotes, which is left as it is
