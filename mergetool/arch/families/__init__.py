@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergetool.arch.anatomy import Family
+from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[Family, ...] = (Z_IMAGE,)
+FAMILIES: tuple[Family, ...] = (Z_IMAGE, FLUX)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

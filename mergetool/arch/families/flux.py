@@ -1,0 +1,168 @@
+"""Flux.1 (dev, schnell, Fill, Kontext, Krea): double blocks of two streams, single blocks of one, two layouts.
+
+Canonical names are those of diffusers' ``FluxTransformer2DModel``. Black Forest Labs' own layout, which ComfyUI has, stores q, k and v as one tensor, in single
+blocks with the feed-forward behind them, and the final modulation as (shift, scale) where diffusers has (scale, shift).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from mergetool.arch.anatomy import Anatomy, Preset
+from mergetool.arch.known import KnownFamily, Signature
+from mergetool.arch.table import Named
+
+_DOUBLE = (
+    Named("norm1.linear", "img_mod.lin", ("img", "modulation"), shape=("6*dim", "dim"), bias=True),
+    Named("norm1_context.linear", "txt_mod.lin", ("txt", "modulation"), shape=("6*dim", "dim"), bias=True),
+    Named("attn.to_q", "img_attn.qkv[0]", ("img", "attention", "q"), shape=("dim", "dim"), bias=True),
+    Named("attn.to_k", "img_attn.qkv[1]", ("img", "attention", "k"), shape=("dim", "dim"), bias=True),
+    Named("attn.to_v", "img_attn.qkv[2]", ("img", "attention", "v"), shape=("dim", "dim"), bias=True),
+    Named("attn.add_q_proj", "txt_attn.qkv[0]", ("txt", "attention", "q"), shape=("dim", "dim"), bias=True),
+    Named("attn.add_k_proj", "txt_attn.qkv[1]", ("txt", "attention", "k"), shape=("dim", "dim"), bias=True),
+    Named("attn.add_v_proj", "txt_attn.qkv[2]", ("txt", "attention", "v"), shape=("dim", "dim"), bias=True),
+    Named("attn.norm_q.weight", "img_attn.norm.query_norm.scale", ("img", "attention", "norm"), shape=("head",)),
+    Named("attn.norm_k.weight", "img_attn.norm.key_norm.scale", ("img", "attention", "norm"), shape=("head",)),
+    Named("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale", ("txt", "attention", "norm"), shape=("head",)),
+    Named("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale", ("txt", "attention", "norm"), shape=("head",)),
+    Named("attn.to_out.0", "img_attn.proj", ("img", "attention", "out"), shape=("dim", "dim"), bias=True),
+    Named("attn.to_add_out", "txt_attn.proj", ("txt", "attention", "out"), shape=("dim", "dim"), bias=True),
+    Named("ff.net.0.proj", "img_mlp.0", ("img", "ffn"), shape=("hidden", "dim"), bias=True),
+    Named("ff.net.2", "img_mlp.2", ("img", "ffn"), shape=("dim", "hidden"), bias=True),
+    Named("ff_context.net.0.proj", "txt_mlp.0", ("txt", "ffn"), shape=("hidden", "dim"), bias=True),
+    Named("ff_context.net.2", "txt_mlp.2", ("txt", "ffn"), shape=("dim", "hidden"), bias=True),
+)
+_SINGLE = (
+    Named("norm.linear", "modulation.lin", ("modulation",), shape=("3*dim", "dim"), bias=True),
+    Named("attn.to_q", "linear1[0]", ("attention", "q"), shape=("dim", "dim"), bias=True, rows="="),
+    Named("attn.to_k", "linear1[1]", ("attention", "k"), shape=("dim", "dim"), bias=True, rows="="),
+    Named("attn.to_v", "linear1[2]", ("attention", "v"), shape=("dim", "dim"), bias=True, rows="="),
+    Named("proj_mlp", "linear1[3]", ("ffn",), shape=("hidden", "dim"), bias=True),
+    Named("attn.norm_q.weight", "norm.query_norm.scale", ("attention", "norm"), shape=("head",)),
+    Named("attn.norm_k.weight", "norm.key_norm.scale", ("attention", "norm"), shape=("head",)),
+    Named("proj_out", "linear2", ("attention", "out", "ffn"), shape=("dim", "both"), bias=True),
+)
+_EMBEDDERS: Mapping[str, str] = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
+_INNER: Mapping[str, tuple[str, str | int]] = {"timestep_embedder": ("dim", 256), "text_embedder": ("dim", "pooled"), "guidance_embedder": ("guidance", 256)}
+AXES: Mapping[int, tuple[int, int, int]] = {128: (16, 56, 56), 16: (4, 6, 6)}
+"""Head width -> how it divides between the rotary axes: of the real models, and of the tests' small ones."""
+_NOT_FLUX: Mapping[str, None] = dict.fromkeys(
+    (
+        *("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),  # a ControlNet has all of its names
+        "double_blocks.0.img_mlp.gate_proj.weight",  # Ovis; LongCat, Flux.2 and Chroma have no vector_in
+    )
+)
+
+
+class Flux(KnownFamily):
+    """Flux.1 of any width and depth.
+
+    Groups overlap. ``double`` and ``single`` are the blocks, ``img`` and ``txt`` the two streams of the double ones with what embeds their tokens;
+    ``attention``, ``q``, ``k``, ``v``, ``out``, ``ffn``, ``modulation`` and ``norm`` run over both kinds.
+
+    - ``attention``: projections, outputs and norms of q and k. ``out`` and ``ffn``, both, hold a single block's ``proj_out``, whose columns are those
+      of its attention and then of its feed-forward.
+    - ``modulation``: that of the blocks and of the final layer. ``norm``: the norms of q and k, which are all there are.
+    - ``embedder``: of image and text tokens, time, pooled text and guidance. ``final``: the final layer and its modulation.
+    """
+
+    name = "Flux.1"
+    names = (
+        Named("x_embedder", "img_in", ("img", "embedder"), shape=("dim", "patch_in"), bias=True),
+        Named("context_embedder", "txt_in", ("txt", "embedder"), shape=("dim", "context"), bias=True),
+        *(
+            Named(f"time_text_embed.{theirs}.linear_{n}", f"{ours}.{way}_layer", ("embedder",), bias=True,
+                  shape=_INNER[theirs] if n == 1 else (_INNER[theirs][0], _INNER[theirs][0]))
+            for theirs, ours in _EMBEDDERS.items() for n, way in ((1, "in"), (2, "out"))
+        ),
+        Named("transformer_blocks.{i}", "double_blocks.{i}", ("double",), inside=_DOUBLE),
+        Named("single_transformer_blocks.{i}", "single_blocks.{i}", ("single",), inside=_SINGLE),
+        Named("norm_out.linear.scale", "final_layer.adaLN_modulation.1[1]", ("final", "modulation"), diffusers="norm_out.linear[0]",
+              shape=("dim", "dim"), bias=True),
+        Named("norm_out.linear.shift", "final_layer.adaLN_modulation.1[0]", ("final", "modulation"), diffusers="norm_out.linear[1]",
+              shape=("dim", "dim"), bias=True),
+        Named("proj_out", "final_layer.linear", ("final",), shape=("patch_out", "dim"), bias=True),
+    )  # fmt: skip
+    signatures = (
+        Signature(
+            "comfyui",
+            has=dict.fromkeys(
+                ("double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight", "vector_in.in_layer.weight")
+            ),
+            lacks=_NOT_FLUX,
+        ),
+        Signature(
+            "diffusers",
+            has=dict.fromkeys(
+                (
+                    *("transformer_blocks.0.attn.norm_added_k.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+                    *("x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
+                )
+            ),
+            lacks=_NOT_FLUX,
+        ),
+    )
+    measures: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "dim": ("x_embedder.bias", 0),
+        "head": ("transformer_blocks.0.attn.norm_q.weight", 0),
+        "hidden": ("transformer_blocks.0.ff.net.0.proj.bias", 0),
+        "patch_in": ("x_embedder.weight", 1),
+        "patch_out": ("proj_out.bias", 0),
+        "context": ("context_embedder.weight", 1),
+        "pooled": ("time_text_embed.text_embedder.linear_1.weight", 1),
+        "guidance": ("time_text_embed.guidance_embedder.linear_1.bias", 0),
+    }
+    optional = frozenset({"guidance"})
+    group_order = (
+        *("double", "single", "img", "txt"),
+        *("attention", "q", "k", "v", "out", "ffn", "modulation", "norm"),
+        *("embedder", "final"),
+    )
+    # Modulations are a quarter of the model: published FP8 files of 11.9 GB have them quantised too.
+    quantised = frozenset({"double", "single"})
+    precise = frozenset({"norm", "embedder", "final"})
+    quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
+    presets = (
+        Preset("double-only", ("*=0", "double=1")),
+        Preset("single-only", ("*=0", "single=1")),
+        Preset("attention-only", ("*=0", "attention=1")),
+        Preset("ffn-only", ("*=0", "ffn=1")),
+    )
+
+    def derived(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The columns of a single block's output."""
+        return {**sizes, "both": sizes["dim"] + sizes["hidden"]}
+
+    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
+        """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
+
+        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it divides
+        between the rotary axes.
+        """
+        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
+        if sizes is None or sizes["head"] not in AXES:
+            return None
+        return {
+            "_class_name": "FluxTransformer2DModel",
+            "attention_head_dim": sizes["head"],
+            "axes_dims_rope": list(AXES[sizes["head"]]),
+            "guidance_embeds": "guidance" in sizes,
+            "in_channels": sizes["patch_in"],
+            "joint_attention_dim": sizes["context"],
+            "num_attention_heads": sizes["dim"] // sizes["head"],
+            "num_layers": sizes["transformer_blocks"],
+            "num_single_layers": sizes["single_transformer_blocks"],
+            "out_channels": sizes["patch_out"],
+            "patch_size": 1,
+            "pooled_projection_dim": sizes["pooled"],
+        }
+
+
+FLUX = Flux()
+
+DEV: Mapping[str, int] = FLUX.derived(
+    {"dim": 3072, "head": 128, "hidden": 12288, "patch_in": 64, "patch_out": 64, "context": 4096, "pooled": 768, "guidance": 3072,
+     "transformer_blocks": 19, "single_transformer_blocks": 38}
+)  # fmt: skip
+"""The sizes of dev, Kontext and Krea; schnell has no guidance, Fill 384 columns of patches."""
