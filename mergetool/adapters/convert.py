@@ -19,8 +19,10 @@ from mergetool.adapters.dialects import KeyFormat, without_prefix
 from mergetool.adapters.keys import FLAT
 from mergetool.adapters.module import Module
 from mergetool.adapters.reading import LoraFile
-from mergetool.adapters.spelling import SPELLINGS, Spelling, with_alphas_everywhere
+from mergetool.adapters.spelling import Spelling, spelling_for, with_alphas_everywhere
+from mergetool.arch import Family
 from mergetool.arch.generic import GENERIC
+from mergetool.arch.rows import listed
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.stamp import display_names, stamp
@@ -66,7 +68,7 @@ def convert(
     target = (
         None if output is None else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=folder)
     )
-    spelling = SPELLINGS[key_format]
+    spelling = spelling_for(file.family, key_format)
     _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
     done = Converted(unmatched=matching.left_aside(file))
     modules = _modules(file, spelling, key_format, done)
@@ -126,18 +128,19 @@ def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Co
         kept = [part for part in slices if part is not None]
         if len(kept) < len(slices):  # under the fused module's own name, where a format has that
             if not spelling.fused:
+                names = listed([module_name(change.part).rpartition(".")[2].removeprefix("to_") for change in changes])
                 raise DataError(
-                    f'"{file.name}": {quoted(adapter.module)} is {whole.what} of q, k and v together, which cannot be taken '
+                    f'"{file.name}": {quoted(adapter.module)} is {whole.what} of {names} together, which cannot be taken '
                     "apart; `key_format=comfyui` keeps it, and `mergetool lora bake` adds it to a checkpoint."
                 )
-            found[file.family.stored_name(changes[0].part, _layout(file))] = whole
+            found[file.family.stored_name(changes[0].part, spelling.layout(file.family))] = whole
             continue
         for change, part in zip(changes, fusing.apart(whole, kept), strict=True):
             if part is None:
                 done.empty.append(change.part)
             else:
                 found[change.part] = part
-    return _native(file, found, done) if spelling.fused else found
+    return _stored(file.family, found, spelling.layout(file.family), done)
 
 
 def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spelling, key_format: KeyFormat) -> None:
@@ -157,30 +160,27 @@ def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spellin
         )
 
 
-def _native(file: LoraFile, modules: Mapping[str, Module], done: Converted) -> dict[str, Module]:
-    """ComfyUI's modules: q, k and v of a block as one where they are plain LoRAs, all others under the names that it stores them by."""
+def _stored(family: Family, modules: Mapping[str, Module], layout: str, done: Converted) -> dict[str, Module]:
+    """Modules by the tensors of ``layout``: parts of a fused one together where they are plain LoRAs, else under their own names."""
     found: dict[str, Module] = {}
     fused: dict[str, dict[str, Module]] = {}
     for part, one in modules.items():
-        stored = file.family.stored_name(part, _layout(file)) if part in file.changes else part
-        if not stored.endswith(".qkv.weight") or stored == part:
-            found[stored] = one
+        if len(family.pieces(part, layout)) == 1:
+            found[family.stored_name(part, layout)] = one
         elif one.is_plain:
+            stored = family.stored_name(part, layout)
             fused.setdefault(stored, {})[part] = one
             found[stored] = one  # its place
         else:
             found[part] = one
     for stored, parts in fused.items():
-        block = stored.removesuffix(".qkv.weight")
-        held = [parts.get(f"{block}.to_{letter}.weight") for letter in "qkv"]
-        found[stored], error = fusing.together(held, len(next(iter(parts.values())).up))
+        pieces = family.pieces(next(iter(parts)), layout)
+        like = next(iter(parts.values()))
+        rows = [fusing.rows_of(family, piece, parts.get(piece), like) for piece in pieces]
+        found[stored], error = fusing.together([parts.get(piece) for piece in pieces], rows)
         if error:
             done.rounded[stored] = error
     return found
-
-
-def _layout(file: LoraFile) -> str:
-    return "comfyui" if "comfyui" in file.family.layouts else file.family.layouts[0]
 
 
 def module_name(parameter: str) -> str:

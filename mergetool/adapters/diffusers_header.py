@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
-from mergetool.adapters import in_diffusers
 from mergetool.adapters.alphas import HEADER
+from mergetool.adapters.diffusers_loaders import LOADERS
+from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.origin import family_of
 from mergetool.arch.families import FAMILIES
 
-_OTHERS = {(family.lookalike.width,) for family in FAMILIES if family.lookalike}
+_OTHERS = {(width,) for family in FAMILIES if family.lookalike for width in family.lookalike.widths}
 OWN = "transformer."
 """What diffusers puts before the names of a pipeline's transformer, of whatever family."""
 
@@ -29,7 +30,7 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
     downs = _downs(tuple(shapes))
-    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs):
+    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs if not down.startswith(OWN)):
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -53,10 +54,13 @@ def _downs(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     if all(one.prefix == OWN and one.role in ("up", "down") for one in spelled.values()):
         return tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
     found = family_of(spelled)
-    known = {part.removesuffix(".weight") for part in found[1]} if found else set()
+    if found is None or found[0].loader is None:
+        return ()
+    loader = LOADERS[found[0].loader]
+    known = {found[0].stored_name(part, "diffusers").removesuffix(".weight") for part in found[1]}
     try:
-        modules = in_diffusers.modules(keys)
-    except in_diffusers.Rejected:
+        modules = loader.modules(keys, loader.releases[-1])
+    except Rejected:
         return ()
     if not modules.keys() <= known:
         return ()

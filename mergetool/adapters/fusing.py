@@ -1,4 +1,4 @@
-"""q, k and v of a block as one pair of factors, and apart again.
+"""The parts of a fused tensor, as q, k and v of a block, as one pair of factors, and apart again.
 
 Apart, ``up`` [3d, r] is cut into three and all keep ``down``; block-diagonal factors, which only fusing makes, lose the columns that
 are zero for them. Together, three of one ``down`` are put under each other again, and others become block-diagonal:
@@ -10,15 +10,17 @@ All of it moves bits and rounds none, unless the three have different scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from mergetool.adapters.dialects import DOWN, UP, keys
 from mergetool.adapters.module import Module
+from mergetool.arch import Family
 
 
-def together(parts: Sequence[Module | None], rows: int) -> tuple[Module, float]:
+def together(parts: Sequence[Module | None], rows: Sequence[int]) -> tuple[Module, float]:
     """The parts in row order (None for one that is not changed) as one, and the relative error of what was rounded.
 
     ``rows`` is how many each has. Scales that differ are folded into ``up``: all but the first one's.
@@ -33,19 +35,65 @@ def together(parts: Sequence[Module | None], rows: int) -> tuple[Module, float]:
         return first.with_(up=torch.cat([part.up for part in there])), 0.0
     up_dtype, down_dtype = (_widest([part.tensors[role].dtype for part in there]) for role in ("up", "down"))
     rank = sum(len(part.down) for part in there)
-    up = torch.zeros(len(parts) * rows, rank, dtype=up_dtype)
-    column, exact, lost = 0, 0.0, 0.0
-    for i, part in enumerate(parts):
+    up = torch.zeros(sum(rows), rank, dtype=up_dtype)
+    row, column, exact, lost = 0, 0, 0.0, 0.0
+    for part, count in zip(parts, rows, strict=True):
+        row += count
         if part is None:
             continue
         wanted = part.up.double() * (part.scale / first.scale) if part.scale != first.scale else part.up.double()
         stored = wanted.to(up_dtype)
-        up[i * rows : (i + 1) * rows, column : column + len(part.down)] = stored
+        up[row - count : row, column : column + len(part.down)] = stored
         exact += float(wanted.square().sum())
         lost += float((stored.double() - wanted).square().sum())
         column += len(part.down)
     down = torch.cat([part.down.to(down_dtype) for part in there])
     return first.with_(up=up, down=down, rank=rank), (lost / exact) ** 0.5 if exact else 0.0
+
+
+def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """LoRAs of the default format, with parts that diffusers stores as one tensor put together: programs know no module that is a part alone."""
+    joined: dict[str, Tensor] = {}
+    done: set[str] = set()
+    for name, tensor in tensors.items():
+        module = name.removeprefix(family.lora_prefix).removesuffix(DOWN).removesuffix(UP).removesuffix(".alpha")
+        pieces = family.pieces(f"{module}.weight", "diffusers") if len(family.layouts) > 1 else ()
+        if len(pieces) < 2:
+            joined[name] = tensor
+            continue
+        stored = family.stored_name(pieces[0], "diffusers")
+        if stored in done:
+            continue
+        done.add(stored)
+        parts = [_of(tensors, piece, family) for piece in pieces]
+        like = next(part for part in parts if part is not None)
+        whole, _ = together(
+            parts, [rows_of(family, piece, part, like) for part, piece in zip(parts, pieces, strict=True)]
+        )
+        down, up = keys(stored.removesuffix(".weight"), family.lora_prefix)
+        joined |= {down: whole.down, up: whole.up}
+        if whole.scale != 1:
+            joined[down.replace(DOWN, ".alpha")] = torch.tensor(whole.scale * len(whole.down))
+    return joined
+
+
+def _of(tensors: Mapping[str, Tensor], part: str, family: Family) -> Module | None:
+    """The LoRA of a part, None where there is none."""
+    down, up = keys(part.removesuffix(".weight"), family.lora_prefix)
+    if down not in tensors:
+        return None
+    rank = len(tensors[down])
+    alpha = tensors.get(down.replace(DOWN, ".alpha"))
+    return Module(
+        "lora", {"down": tensors[down], "up": tensors[up]}, rank, 1.0 if alpha is None else float(alpha) / rank
+    )
+
+
+def rows_of(family: Family, part: str, held: Module | None, like: Module) -> int:
+    """The rows of a part of a fused tensor: of its own factors, as the table says from the columns of another's, else as many as that has."""
+    if held is not None:
+        return len(held.up)
+    return family.rows_by_columns(part, like.down.shape[1]) or len(like.up)
 
 
 def apart(module: Module, slices: Sequence[Module]) -> list[Module | None]:

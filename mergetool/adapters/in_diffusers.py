@@ -1,4 +1,5 @@
-"""What becomes of a Z-Image LoRA's keys in releases of diffusers: the modules that its loader makes of them, or why it rejects the file."""
+"""What becomes of a LoRA's keys in ``ZImageLoraLoaderMixin`` of several releases of diffusers: the modules that it makes of them, or why it
+rejects the file."""
 
 from __future__ import annotations
 

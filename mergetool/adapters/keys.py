@@ -21,7 +21,7 @@ _TEXT_ENCODER = re.compile(
     r"|bundle_emb\.)"  # OneTrainer's embeddings
 )
 _XLABS = re.compile(
-    r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])|(single_blocks\.\d+)\.processor\.(proj)_lora"
+    r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])|(single_blocks\.\d+)\.processor\.(qkv|proj)_lora"
 )
 
 
@@ -63,12 +63,12 @@ def is_of_text_encoder(key: str) -> bool:
 
 
 def _xlabs(key: str) -> str:
-    """The module of the BFL layout that an xlabs processor changes; empty for one that changes some rows of it."""
+    """The module of the BFL layout that an xlabs processor changes."""
     found = _XLABS.match(_without_prefixes(key)[1])
     if found is None:
         return ""
     if found[4]:
-        return f"{found[4]}.linear2"
+        return f"{found[4]}.{'linear2' if found[5] == 'proj' else 'linear1_qkv'}"
     return f"{found[1]}.{'img' if found[3] == '1' else 'txt'}_attn.{found[2]}"
 
 
@@ -101,6 +101,8 @@ class Modules:
         for layout in family.layouts:
             for stored, together in family.held(names, layout).items():
                 self._dotted.setdefault(_module(stored), together)
+        for alias, together in family.aliases(names).items():
+            self._dotted.setdefault(alias, together)
         for module, held in list(self._dotted.items()):  # raw names of a model may have the prefixes that keys have
             self._dotted.setdefault(_without_prefixes(module)[1], held)
         self._flat: dict[str, tuple[str, ...] | None] = {}
@@ -129,7 +131,7 @@ def _flat_names(module: str) -> Iterator[str]:
 
 
 def _module(part: str) -> str:
-    return part.removesuffix(".weight")
+    return part.removesuffix(".weight").removesuffix(".scale")
 
 
 def naming(spelled: Mapping[str, Spelled]) -> str:

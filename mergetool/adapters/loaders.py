@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mergetool.adapters import alphas, in_diffusers
+from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change
+from mergetool.adapters.diffusers_loaders import LOADERS, DiffusersLoader
+from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.arch import Family
@@ -19,8 +21,8 @@ from mergetool.arch.generic import GENERIC
 LoadVerdict = Literal["whole", "partly", "not at all"]
 
 COMFYUI = "0.30"
-IN_COMFYUI = ("diffusion_model.", "lora_unet_", "transformer.", "lycoris_", "")
-"""Prefixes that ComfyUI maps; the last three before diffusers' names only."""
+NATIVE = ("diffusion_model.", "lora_unet_")
+"""Prefixes before which ComfyUI knows its own names, in every family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ def loading(file: LoraFile) -> list[Loading]:
 
     An empty list for a family of which that is not known.
     """
-    if not file.family.loads_are_known:
+    if file.family.loader is None:
         return []
+    loader = LOADERS[file.family.loader]
     found: list[Loading] = []
-    for release in reversed(in_diffusers.RELEASES):
-        one = _in_diffusers(file, release)
+    for release in reversed(loader.releases):
+        one = _in_diffusers(file, loader, release)
         if found and (found[-1].dropped, found[-1].error) == (one.dropped, one.error):
             releases = (release, *found[-1].releases)
             found[-1] = Loading(one.program, releases, one.applied, one.dropped, one.error)
@@ -76,18 +79,18 @@ def loading_of(path: Path, family: Family) -> list[Loading]:
         return loading(written)
 
 
-def _in_diffusers(file: LoraFile, release: str) -> Loading:
+def _in_diffusers(file: LoraFile, loader: DiffusersLoader, release: str) -> Loading:
     try:
-        layers = in_diffusers.modules(file.checkpoint.tensors, release)
-    except in_diffusers.Rejected as reason:
+        layers = loader.modules(file.checkpoint.tensors, release)
+    except Rejected as reason:
         return _rejected(file, release, str(reason))
-    names = {part.removesuffix(".weight") for part in file.changes}
+    names = {_module(file, part) for part in file.changes}
     if layers and not names & layers.keys():
         return _rejected(file, release, f'it finds no module "{next(iter(layers))}"')
     dropped = {}
-    factors = _factors(file, layers, release)
+    factors = _factors(file, loader, layers, release)
     for part, changes in file.changes.items():
-        module = part.removesuffix(".weight")
+        module = _module(file, part)
         keys = layers.get(module, set())
         loaded = [change for change in changes if keys & set(change.adapter.tensors.values())]
         if not loaded:
@@ -101,7 +104,13 @@ def _in_diffusers(file: LoraFile, release: str) -> Loading:
     return Loading("diffusers", (release,), len(file.changes) - len(dropped), dropped)
 
 
-def _factors(file: LoraFile, layers: dict[str, set[str]], release: str) -> dict[str, float]:
+def _module(file: LoraFile, part: str) -> str:
+    """The module of diffusers' that holds a part."""
+    layout = "diffusers" if "diffusers" in file.family.layouts else file.family.layouts[0]
+    return file.family.stored_name(part, layout).removesuffix(".weight")
+
+
+def _factors(file: LoraFile, loader: DiffusersLoader, layers: dict[str, set[str]], release: str) -> dict[str, float]:
     """By how much a release multiplies the change of each of its modules, beside what the file means.
 
     A conversion multiplies ``.alpha`` in, and then the header's config counts too. Where there is none, modules get an alpha that is
@@ -111,14 +120,14 @@ def _factors(file: LoraFile, layers: dict[str, set[str]], release: str) -> dict[
     downs = [key for keys in layers.values() for key in keys if getattr(take_apart(key), "role", "") == "down"]
     first = tensors[downs[0]].shape[0] if downs else None
     adapters = {
-        part.removesuffix(".weight"): change.adapter
+        _module(file, part): change.adapter
         for part, changes in file.changes.items()
         for change in changes
-        if layers.get(part.removesuffix(".weight"), set()) & set(change.adapter.tensors.values())
+        if layers.get(_module(file, part), set()) & set(change.adapter.tensors.values())
     }
     ranks = {module: adapters[module].rank for module in layers if module in adapters}
     header = alphas.in_header(file.checkpoint.metadata, file.name)
-    reads_alphas = in_diffusers.alphas_are_read(tensors, release)
+    reads_alphas = loader.alphas_are_read(tensors, release)
     found = {}
     for module, rank in ranks.items():
         adapter = adapters[module]
@@ -171,18 +180,20 @@ def _in_comfyui(file: LoraFile) -> Loading:
 def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     adapter, part = change.adapter, change.part
     spelled = _spelled(adapter)
-    own = part.removesuffix(".weight").removesuffix(".bias")
-    native = file.family.stored_name(part, "comfyui").removesuffix(".weight").removesuffix(".bias")
-    is_flat = spelled.prefix in ("lora_unet_", "lycoris_")
-    own, native = (name.replace(".", "_") if is_flat else name for name in (own, native))
-    if spelled.prefix not in IN_COMFYUI:
+    family = file.family
+    if spelled.prefix not in (*NATIVE, *family.in_comfyui):
         return f'the prefix "{spelled.prefix}" is not mapped'
-    if part in file.family.vectors:
+    if part in family.vectors:
         return "pad tokens are taken without being applied"
-    if spelled.prefix == "lora_unet_" and spelled.module != native:
-        return "underscored names of diffusers' modules are not mapped"
-    if spelled.prefix in ("transformer.", "lycoris_", "") and spelled.module != own:
-        return "ComfyUI's own names are mapped under diffusion_model. and lora_unet_ only"
+    own, native = (family.stored_name(part, layout) for layout in ("diffusers", "comfyui"))
+    aliases = [name for name, held in family.aliases([part]).items() if part in held]
+    theirs = [own, *(name for name in aliases if name.split(".")[0] == part.split(".")[0])]
+    ours = [native, *(name for name in aliases if name not in theirs)]
+    known = [*(ours if spelled.prefix in NATIVE else ()), *(theirs if spelled.prefix in family.in_comfyui else ())]
+    modules = (name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale") for name in known)
+    if spelled.module not in [name.replace(".", "_") if spelled.is_flat else name for name in modules]:
+        which = "diffusers' names" if spelled.prefix in NATIVE else "ComfyUI's own names"
+        return f'{which} are not mapped under "{spelled.prefix}"'
     if "magnitude_vector" in adapter.tensors.get("dora_scale", ""):
         return "loaded without its DoRA magnitudes"
     if _alpha_is_outside(file, adapter):

@@ -20,6 +20,8 @@ def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
     for family in FAMILIES:
+        if family.lora_signs and not any(sign in one.module for one in of_model for sign in family.lora_signs):
+            continue
         parts = family.parts_to_depth(depth + 1, [one.module for one in of_model])
         modules = Modules(family, parts)
         if sum(bool(modules.find(one)) for one in of_model) * 2 > len(of_model):
@@ -30,17 +32,16 @@ def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None
 def is_lookalike(
     other: Lookalike, spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> bool:
-    """Whether a file is for the family that has the same names: by its width, by a fused module whose three parts are not equal (fewer heads
-    have keys), and where shapes leave it open by its header."""
+    """Whether a file is for the family that has the same names: by its width, by a fused module of other proportions (fewer heads have keys), and where shapes leave it open by its header."""
     widths = set()
     for name, kind, factors in _reading_modules(other, spelled):
         rows, columns = _matrix(kind, {role: tensors[key].shape for role, key in factors.items()})
-        if name == other.fused and rows and columns and rows != 3 * columns:
+        if name == other.fused and rows and columns and rows != other.ratio * columns:
             return True
         if columns:
             widths.add(columns)
-    if widths & {other.width, other.own}:
-        return other.width in widths
+    if widths & {*other.widths, other.own}:
+        return not widths.isdisjoint(other.widths)
     stated = " ".join(metadata.get(key, "") for key in _STATES_ORIGIN).lower()
     return other.word in stated and not any(name in stated for name in other.own_words)
 
@@ -76,7 +77,7 @@ def _matrix(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]
 def _depth(spelled: Spelled) -> int:
     flat = spelled.module.replace(".", "_").split("_")
     numbers = [int(word) for word in flat if word.isascii() and word.isdigit() and len(word) < 4]
-    return numbers[0] if numbers else 0
+    return max(numbers, default=0)
 
 
 def trainer(metadata: Mapping[str, str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergetool.adapters.adapter import Kind
 from mergetool.adapters.dialects import KeyFormat
+from mergetool.arch import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class Spelling:
     def module(self, name: str) -> str:
         """A module's name with what stands before it."""
         return self.prefix + (name.replace(".", "_") if self.flat else name)
+
+    def layout(self, family: Family) -> str:
+        """The layout whose names it has."""
+        layout = "comfyui" if self.fused else "diffusers"
+        return layout if layout in family.layouts else family.layouts[0]
 
     def ending(self, kind: Kind, role: str) -> str:
         """What stands behind a module's name for one of its tensors."""
@@ -68,6 +74,14 @@ SPELLINGS: Mapping[KeyFormat, Spelling] = {
         "base_model.model.", ".lora_A.weight", ".lora_B.weight", alpha="config", dora=".lora_magnitude_vector"
     ),
 }
+
+
+def spelling_for(family: Family, key_format: KeyFormat) -> Spelling:
+    """A format as it is for LoRAs of ``family``."""
+    spelling = SPELLINGS[key_format]
+    if spelling.flat:
+        return replace(spelling, fused=family.flat_layout == "comfyui")
+    return replace(spelling, prefix=family.lora_prefix) if key_format == "default" else spelling
 
 
 def with_alphas_everywhere(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -108,16 +108,17 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class Lookalike:
-    """A family whose LoRAs have the names of another's: told by the ``width`` of its main stream, not ``own``, and by words in the header.
+    """A family whose LoRAs have the names of another's: told by the ``widths`` of its main stream, not ``own``, and by words in the header.
 
-    ``reading`` are the ends of modules that read the main stream; ``fused`` is one whose parts are not of equal size in the lookalike.
+    ``reading`` are the ends of modules that read the main stream; ``fused`` is one that has not ``ratio`` times as many rows as columns there.
     """
 
     name: str
-    width: int
+    widths: frozenset[int]
     own: int
     reading: tuple[str, ...]
     fused: str
+    ratio: int
     word: str
     own_words: tuple[str, ...]
 
@@ -145,7 +146,15 @@ class Family(ABC):
     overflows_fp16 = False  # whether activations are known to leave fp16's range
     gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
-    loads_are_known = False  # whether it is known, and tested, which programs load its LoRAs
+    loader: str | None = None  # diffusers' class that loads its LoRAs, where what that does is known and tested
+    lora_prefix = "diffusion_model."  # what stands before diffusers' module names in files that diffusers and ComfyUI both load whole
+    in_comfyui: frozenset[str] = (
+        frozenset()
+    )  # prefixes before which ComfyUI knows diffusers' names; its own have two in every family
+    flat_layout = "comfyui"  # the layout of the names that kohya-type trainers write, with underscores
+    lora_signs: tuple[
+        str, ...
+    ] = ()  # one of these is in a name of every LoRA of the family, where other families share the rest
     transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
@@ -182,6 +191,18 @@ class Family(ABC):
         for part in sorted(set(parts), key=self.order):
             stored.setdefault(self.stored_name(part, layout), []).append(part)
         return {tensor: tuple(names) for tensor, names in stored.items()}
+
+    def pieces(self, part: str, layout: str) -> tuple[str, ...]:
+        """The parts, in row order, of the tensor that holds ``part`` in ``layout``: itself alone, where it is not fused."""
+        return (part,)
+
+    def rows_by_columns(self, part: str, columns: int) -> int | None:
+        """The rows of a piece of a fused weight of so many ``columns``, where these tell."""
+        return None
+
+    def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Other names that LoRAs give modules of ``parts``, or some of their rows: module -> parts in row order."""
+        return {}
 
     def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
         """How many of the ``rows`` that a LoRA changes of a fused tensor are of each of its ``parts``, in row order, as far as no model is needed.

@@ -10,7 +10,7 @@ from typing import ClassVar
 from mergetool import quant
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
-from mergetool.arch.rows import IndivisibleError, divide, label, listed, sizes
+from mergetool.arch.rows import IndivisibleError, divide, label, listed, own_columns, sizes
 from mergetool.arch.table import BLOCK, Match, Named, NameTable, size_of
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
@@ -48,6 +48,8 @@ class KnownFamily(Family):
     names: tuple[Named, ...]
     signatures: tuple[Signature, ...]
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    optional: frozenset[str] = frozenset()  # sizes that some models have not
+    other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # of modules in LoRAs: the parts, in row order
 
     @cached_property
     def table(self) -> NameTable:
@@ -222,8 +224,6 @@ class KnownFamily(Family):
             found[".".join(stack)] = _depth(shapes, stack)
         return self.derived(found)
 
-    optional: frozenset[str] = frozenset()  # sizes that some models have not
-
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
         """The parts of a model with ``depth`` blocks in every stack and all that a model of the family may have."""
         depths = {
@@ -231,6 +231,25 @@ class KnownFamily(Family):
         }
         every = {str(size).rpartition("*")[2]: 1 for spot in self.table.spots for size in spot.named.shape or ()}
         return list(self._part_shapes({**every, **depths}))
+
+    def pieces(self, part: str, layout: str) -> tuple[str, ...]:
+        """See `Family.pieces`."""
+        return self.table.pieces(part, layout)
+
+    def rows_by_columns(self, part: str, columns: int) -> int | None:
+        """See `Family.rows_by_columns`."""
+        match = self.table.find(part)
+        return None if match is None else own_columns(match.spots[0], columns)
+
+    def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """See `Family.aliases`: ``other_names``, of the blocks that ``parts`` are of."""
+        names: dict[str, tuple[str, ...]] = {}
+        for block in dict.fromkeys(".".join(part.split(".")[:2]) for part in parts):
+            stack, _, number = block.partition(".")
+            for name, held in self.other_names.items():
+                if held[0].startswith(f"{stack}.{BLOCK}."):
+                    names[name.replace(BLOCK, number)] = tuple(part.replace(BLOCK, number) for part in held)
+        return names
 
     def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
         """See `Family.divided`: as the table says, as far as that needs no other tensor."""

@@ -22,9 +22,10 @@ def divide(match: Match, rows: int, columns: int | None, size: Size, *, equally:
     wanted: list[int | None] = []
     for spot in match.spots:
         source = spot.named.rows
-        count = columns if source == "=" else size(_module(match, spot, source), 1) if source else None
+        own = own_columns(spot, columns)
+        count = own if own is not None or not source else size(_module(match, spot, source), 1)
         if source and count is None and not equally:
-            weight = "its weight" if source == "=" else f'a tensor "{_module(match, spot, source)}.weight"'
+            weight = "its weight" if source.endswith("=") else f'a tensor "{_module(match, spot, source)}.weight"'
             raise IndivisibleError(f"{weight}, whose columns are as many as the rows of {label(spot)}")
         wanted.append(count)
     shared = wanted.count(None)
@@ -53,6 +54,12 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> Size:
         return None
 
     return size
+
+
+def own_columns(spot: Spot, columns: int | None) -> int | None:
+    """The rows of a piece that the ``columns`` of its fused weight tell; None where they do not."""
+    count, is_own, _ = (spot.named.rows or "").partition("=")
+    return int(count.removesuffix("*") or 1) * columns if is_own and columns is not None else None
 
 
 def label(spot: Spot) -> str:

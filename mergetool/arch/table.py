@@ -26,8 +26,8 @@ class Named:
     ``{i}`` is a block's number. ``comfyui`` and ``diffusers`` are the names in those layouts where they are others; ``qkv[1]`` is the second
     piece, in row order, of a tensor that several rows share. ``groups`` hold whatever is beneath the name. ``shape`` is that of the
     weight, ``bias`` whether there is a vector of its rows beside it. Of a piece ``rows`` says how many rows it has: as many as the
-    weight of that module, a name beside this one, has columns, or for ``=`` the fused one itself; pieces without share the rest
-    equally. They are whole heads of the length of ``heads``.
+    weight of that module, a name beside this one, has columns, or for ``=`` the fused one itself (``4*=``: four times as many); pieces
+    without share the rest equally. They are whole heads of the length of ``heads``.
     """
 
     name: str

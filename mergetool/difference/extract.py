@@ -18,6 +18,7 @@ import torch
 
 from mergetool import models
 from mergetool.adapters import output as lora_file
+from mergetool.adapters.fusing import joined
 from mergetool.adapters.reading import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target
@@ -139,7 +140,14 @@ def extract(
     if to.full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
         lora_file.write(to.full, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
-    lora_file.write(to.lora, factors, early.result(), files, overwrite=overwrite, threads=asked(threads))
+    lora_file.write(
+        to.lora,
+        joined(factors, pairing.base.anatomy.family),
+        early.result(),
+        files,
+        overwrite=overwrite,
+        threads=asked(threads),
+    )
     side.save(files, asked(threads))
     found.searched = sorted(side.added)
     return found

@@ -60,7 +60,7 @@ class Result:
 
         A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
         """
-        down_key, up_key = dialects.keys(family.lora_module(pair.name))
+        down_key, up_key = dialects.keys(family.lora_module(pair.name), family.lora_prefix)
         layer = ExtractedLayer(
             name=pair.name,
             groups=pair.groups,

@@ -126,7 +126,10 @@ class WithinBudget:
         family = self.stream.pairing.base.anatomy.family
         spectra = []
         for pair in pairs:
-            known, (down, up) = self.side.known[pair.name], dialects.keys(family.lora_module(pair.name))
+            known, (down, up) = (
+                self.side.known[pair.name],
+                dialects.keys(family.lora_module(pair.name), family.lora_prefix),
+            )
             usable = known.energies[: min(known.count, self._cap(pair))]
             kernel = pair.base.shape[2:]
             spectra.append(budget.Spectrum(down, up, pair.shape, usable, kernel))

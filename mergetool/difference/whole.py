@@ -7,7 +7,7 @@ strength 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +49,7 @@ def tensors(found: Mapping[str, Whole], model: Anatomy) -> dict[str, Tensor]:
     """The file's tensors, in the family's order, by ComfyUI's names; rows of a fused tensor that are not in ``found`` are zeros."""
     family = model.family
     layout = "comfyui" if "comfyui" in family.layouts else family.layouts[0]
-    stored: dict[str, list[str]] = {}
-    for name in sorted(model.parts, key=family.order):
-        stored.setdefault(family.stored_name(name, layout), []).append(name)
+    stored = family.held(model.parts, layout)
     return {
         key_of(tensor): torch.cat([_rows(found, name, names, model) for name in names])
         for tensor, names in stored.items()
@@ -68,7 +66,7 @@ def key_of(tensor: str) -> str:
     return f"{dialects.PREFIX}{module}.{'diff_b' if leaf == 'bias' else 'diff'}"
 
 
-def _rows(found: Mapping[str, Whole], name: str, together: list[str], model: Anatomy) -> Tensor:
+def _rows(found: Mapping[str, Whole], name: str, together: Sequence[str], model: Anatomy) -> Tensor:
     if name in found:
         return found[name].values
     like = next(found[other].values for other in together if other in found)

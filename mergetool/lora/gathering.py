@@ -264,8 +264,8 @@ def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
     if family is not GENERIC:
         module = family.lora_module(part)
-        down, up = dialects.keys(module)
-        return Keys(down, up, f"{dialects.PREFIX}{module}.alpha")
+        down, up = dialects.keys(module, family.lora_prefix)
+        return Keys(down, up, f"{family.lora_prefix}{module}.alpha")
     adapter = addends[0].change.adapter
     ends = [".lora_down.weight", ".lora_up.weight"]
     if adapter.kind == "lora":

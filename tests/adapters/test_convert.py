@@ -395,10 +395,9 @@ def test_where_one_module_needs_an_alpha_all_have_one(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "Flux, ComfyUI's names": ("diffusion_model.", "double_blocks.0.img_attn.qkv", {"comfyui", "kohya"}),
-    "Flux, underscored": ("lora_unet_", "double_blocks_0_img_attn_qkv", {"kohya"}),
-    "Flux, diffusers' names": ("transformer.", "single_transformer_blocks.0.attn.to_q", {"diffusers", "peft"}),
-    "Flux, diffusers' names in the wrong place": ("diffusion_model.", "transformer_blocks.0.attn.to_q", set()),
+    "SD3, underscored": ("lora_unet_", "joint_blocks_0_x_block_attn_qkv", {"kohya"}),
+    "SD3, diffusers' names": ("transformer.", "transformer_blocks.0.attn.to_q", {"diffusers", "peft"}),
+    "SD3, diffusers' names in the wrong place": ("diffusion_model.", "transformer_blocks.0.attn.to_q", set()),
     "Wan, ComfyUI's names": ("diffusion_model.", "blocks.0.self_attn.q", {"comfyui", "kohya"}),
     "Wan, diffusers' names": ("diffusion_model.", "blocks.0.attn1.to_q", set()),
     "SD3, ComfyUI's names": ("diffusion_model.", "joint_blocks.0.x_block.attn.qkv", {"comfyui", "kohya"}),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.reading import open_lora
+from mergetool.adapters.values import dense_rows
 from mergetool.arch import recognise
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
@@ -160,12 +161,14 @@ def test_xlabs_processors_change_both_streams_of_flux(tmp_path: Path) -> None:
     assert all(close(f64(after[part]), change) for part, change in wanted.items())
 
 
-def test_some_rows_of_a_single_block_are_refused_and_named(tmp_path: Path) -> None:
-    base = generic(tmp_path, **{"single_blocks.0.linear1.weight": (56, 8)})
-    save_file({f"single_blocks.0.processor.qkv_lora.{n}.weight": random(*s, seed=1) for n, s in (("down", (2, 8)), ("up", (24, 2)))},
-              tmp_path / "lora.safetensors")  # fmt: skip
-    with pytest.raises(DataError, match=r"adds nothing to .*xlabs LoRA \(1\), which is not read"):
-        bake(tmp_path, tmp_path / "lora.safetensors", base=base)
+def test_xlabs_processors_change_q_k_and_v_of_a_single_block(tmp_path: Path) -> None:
+    down, up = random(2, 8, seed=1), random(24, 2, seed=2)
+    key = "single_blocks.0.processor.qkv_lora"
+    save_file({f"{key}.down.weight": down, f"{key}.up.weight": up}, tmp_path / "lora.safetensors")
+    with open_lora(tmp_path / "lora.safetensors") as file:
+        found = {part: dense_rows(file, change, 0, change.rows) for part, (change,) in file.changes.items()}
+    assert list(found) == [f"single_transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
+    assert close(np.concatenate(list(found.values())), f64(up) @ f64(down))
 
 
 LUMINA2 = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Anatomy, Preset
+from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
 from mergetool.arch.known import KnownFamily, Signature
 from mergetool.arch.table import Named
 
@@ -38,13 +38,21 @@ _SINGLE = (
     Named("attn.to_q", "linear1[0]", ("attention", "q"), shape=("dim", "dim"), bias=True, rows="="),
     Named("attn.to_k", "linear1[1]", ("attention", "k"), shape=("dim", "dim"), bias=True, rows="="),
     Named("attn.to_v", "linear1[2]", ("attention", "v"), shape=("dim", "dim"), bias=True, rows="="),
-    Named("proj_mlp", "linear1[3]", ("ffn",), shape=("hidden", "dim"), bias=True),
+    Named("proj_mlp", "linear1[3]", ("ffn",), shape=("hidden", "dim"), bias=True, rows="4*="),
     Named("attn.norm_q.weight", "norm.query_norm.scale", ("attention", "norm"), shape=("head",)),
     Named("attn.norm_k.weight", "norm.key_norm.scale", ("attention", "norm"), shape=("head",)),
     Named("proj_out", "linear2", ("attention", "out", "ffn"), shape=("dim", "both"), bias=True),
 )
-_EMBEDDERS: Mapping[str, str] = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
-_INNER: Mapping[str, tuple[str, str | int]] = {"timestep_embedder": ("dim", 256), "text_embedder": ("dim", "pooled"), "guidance_embedder": ("guidance", 256)}
+_EMBEDDERS: Mapping[str, str] = {
+    "timestep_embedder": "time_in",
+    "text_embedder": "vector_in",
+    "guidance_embedder": "guidance_in",
+}
+_INNER: Mapping[str, tuple[str, str | int]] = {
+    "timestep_embedder": ("dim", 256),
+    "text_embedder": ("dim", "pooled"),
+    "guidance_embedder": ("guidance", 256),
+}
 AXES: Mapping[int, tuple[int, int, int]] = {128: (16, 56, 56), 16: (4, 6, 6)}
 """Head width -> how it divides between the rotary axes: of the real models, and of the tests' small ones."""
 _NOT_FLUX: Mapping[str, None] = dict.fromkeys(
@@ -123,6 +131,28 @@ class Flux(KnownFamily):
     quantised = frozenset({"double", "single"})
     precise = frozenset({"norm", "embedder", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
+    lora_prefix = "transformer."
+    in_comfyui = frozenset({"transformer.", "lycoris_", "lora_transformer_", ""})
+    loader = "FluxLoraLoaderMixin"
+    # the other names of double blocks are also those of Qwen-Image's and SD3's blocks in diffusers
+    lora_signs = ("double_blocks", "single_blocks", "single_transformer_blocks")
+    other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "single_blocks.{i}.linear1_qkv": tuple(f"single_transformer_blocks.{{i}}.attn.to_{x}.weight" for x in "qkv"),  # USO's
+        **{  # LyCORIS, in SimpleTuner
+            f"transformer_blocks.{{i}}.{ff}.linear_{way}": (f"transformer_blocks.{{i}}.{ff}.net.{net}.weight",)
+            for ff in ("ff", "ff_context") for way, net in (("in", "0.proj"), ("out", "2"))
+        },
+    }  # fmt: skip
+    lookalike = Lookalike(
+        name="Flux.2",
+        widths=frozenset({4096, 6144}),
+        own=3072,
+        reading=("linear1", "img_attn.qkv", "txt_attn.qkv", "img_mlp.0", "txt_mlp.0"),
+        fused="linear1",
+        ratio=7,
+        word="flux.2",
+        own_words=("flux-1", "flux.1", "flux1"),
+    )
     presets = (
         Preset("double-only", ("*=0", "double=1")),
         Preset("single-only", ("*=0", "single=1")),

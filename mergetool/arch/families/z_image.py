@@ -118,14 +118,17 @@ class ZImage(KnownFamily):
     )
     overflows_fp16 = True
     gains_grow = True
-    loads_are_known = True
+    loader = "ZImageLoraLoaderMixin"
+    in_comfyui = frozenset({"diffusion_model.", "transformer.", "lycoris_", ""})
+    flat_layout = "diffusers"
     transformer = "ZImageTransformer2DModel"
     lookalike = Lookalike(
         name="Lumina-Image 2",
-        width=2304,
+        widths=frozenset({2304}),
         own=3840,
         reading=("attention.qkv", "attention.to_q", "feed_forward.w1", "feed_forward.w3"),
         fused="attention.qkv",
+        ratio=3,
         word="lumina",
         own_words=("z-image", "z_image", "zimage"),
     )

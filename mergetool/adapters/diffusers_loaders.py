@@ -1,0 +1,28 @@
+"""What diffusers' classes that load LoRAs make of a file's keys, by the name of the class that a family's pipelines have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from mergetool.adapters import flux_in_diffusers, in_diffusers
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusersLoader:
+    """A class, in the ``releases`` that the tests run, oldest first; nothing is said of any other.
+
+    ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count.
+    """
+
+    releases: tuple[str, ...]
+    modules: Callable[[Collection[str], str], dict[str, set[str]]]
+    alphas_are_read: Callable[[Collection[str], str], bool]
+
+
+LOADERS: Mapping[str, DiffusersLoader] = {
+    "ZImageLoraLoaderMixin": DiffusersLoader(in_diffusers.RELEASES, in_diffusers.modules, in_diffusers.alphas_are_read),
+    "FluxLoraLoaderMixin": DiffusersLoader(
+        flux_in_diffusers.RELEASES, flux_in_diffusers.modules, flux_in_diffusers.alphas_are_read
+    ),
+}
