@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks import provenance
 from benchmarks.contenders import console_script
 from benchmarks.measure import Usage, measure
-from mergetool.adapters import dialects
+from mergetool.adapters.formats import factors_of
 from mergetool.checkpoint.dtypes import BF16
 from mergetool.difference.budget import Spectrum, file_size, ranks_for
 from mergetool.difference.directions import Directions
@@ -133,9 +133,7 @@ def spectra_of(base: str, variant: str, side: Path, known: int, exclude: tuple[s
         pairs = [pair for pair in pairing.decomposed if pair.name in file.known]
         found = [file.known[pair.name] for pair in pairs]
         matrices = [
-            Spectrum(
-                *dialects.keys(family.lora_module(p.name)), (p.base.shape[0], p.base.shape[1]), k.energies[: k.count]
-            )
+            Spectrum(*factors_of(family, p.name), (p.base.shape[0], p.base.shape[1]), k.energies[: k.count])
             for p, k in zip(pairs, found, strict=True)
         ]
     return Spectra(f"{variant} - {base}", matrices, found)

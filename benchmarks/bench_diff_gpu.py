@@ -31,7 +31,7 @@ from benchmarks import provenance
 from benchmarks.device_pair import counts, make_pair
 from benchmarks.generate import SIZES
 from benchmarks.provenance import Result, median_ratio, percentile
-from mergetool.adapters import dialects
+from mergetool.adapters.formats import factors_of
 from mergetool.arch.families.z_image import reference_shapes
 from mergetool.difference.extract import Extraction, extract, open_diff
 from mergetool.difference.layer import ExtractedLayer
@@ -243,7 +243,7 @@ def judge(pairing: Pairing, found: Extraction, lora: Path, device: torch.device)
                 raw = bytearray(model.checkpoint.read(part.stored.tensor, start, part.nbytes))
                 sides.append(torch.frombuffer(raw, dtype=torch.bfloat16).view(part.shape).to(device).double())
             delta = sides[1] - sides[0]
-            keys = dialects.keys(pairing.base.anatomy.family.lora_module(layer.name))
+            keys = factors_of(pairing.base.anatomy.family, layer.name)
             down, up = (file.get_tensor(key).to(device).double() for key in keys)
             gram = delta.T @ delta if delta.shape[0] >= delta.shape[1] else delta @ delta.T
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)

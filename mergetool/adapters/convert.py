@@ -13,13 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergetool.adapters import fusing, matching, module, naming, peft_folder
+from mergetool.adapters import foreign_names, fused, matching, module, peft_folder
 from mergetool.adapters import output as lora_file
-from mergetool.adapters.dialects import KeyFormat, without_prefix
-from mergetool.adapters.keys import FLAT
-from mergetool.adapters.module import Module
+from mergetool.adapters.formats import FLAT, Format, KeyFormat, carrying, format_for, module_name
+from mergetool.adapters.module import StoredModule
 from mergetool.adapters.reading import LoraFile
-from mergetool.adapters.spelling import Spelling, spelling_for, with_alphas_everywhere
 from mergetool.arch import Family
 from mergetool.arch.generic import GENERIC
 from mergetool.arch.rows import listed
@@ -64,26 +62,27 @@ def convert(
     Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are
     not understood; NonFiniteError for NaN; UsageError for an output of the wrong kind; OutputError and what writing raises.
     """
-    folder = key_format == "peft"
+    form = format_for(file.family, key_format)
     target = (
-        None if output is None else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=folder)
+        None
+        if output is None
+        else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=form.is_folder)
     )
-    spelling = spelling_for(file.family, key_format)
     _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
     done = Converted(unmatched=matching.left_aside(file))
-    modules = _modules(file, spelling, key_format, done)
+    modules = _modules(file, form, key_format, done)
     tensors: dict[str, Tensor] = {}
     for part, one in modules.items():
-        tensors |= _spelled(part, one, spelling, done)
+        tensors |= _spelled(part, one, form, done)
     if key_format == "default":
-        tensors = with_alphas_everywhere(tensors)
+        tensors = lora_file.with_alphas_everywhere(tensors)
     if not tensors:
         raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
     done.modules, done.tensors = len(modules), len(tensors)
     if target is None:
         return done
     extra = {}
-    if folder:
+    if form.is_folder:
         extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
     lora_file.write(
         target, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
@@ -111,107 +110,102 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
             f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
             "name the model with `model`."
         )
-    naming.require_known(file, key_format)
+    foreign_names.require_known(file, key_format)
 
 
-def _modules(file: LoraFile, spelling: Spelling, key_format: KeyFormat, done: Converted) -> dict[str, Module]:
+def _modules(file: LoraFile, form: Format, key_format: KeyFormat, done: Converted) -> dict[str, StoredModule]:
     """The modules to be written, by the parameter of the model that each changes, in file order."""
-    found: dict[str, Module] = {}
+    found: dict[str, StoredModule] = {}
+    layout = form.layout_of(file.family)
     for adapter in file.adapters:
         changes = [change for held in file.changes.values() for change in held if change.adapter is adapter]
         whole = module.read(file, adapter)
-        _require_carried(file, whole, adapter.module, spelling, key_format)
+        _require_carried(file, whole, adapter.module, form, key_format)
         if len(changes) == 1:
             found[changes[0].part] = whole
             continue
         slices = [module.rows(whole, change) for change in changes]
         kept = [part for part in slices if part is not None]
         if len(kept) < len(slices):  # under the fused module's own name, where a format has that
-            if not spelling.fused:
+            if len(file.family.pieces(changes[0].part, layout)) < 2:
                 names = listed([module_name(change.part).rpartition(".")[2].removeprefix("to_") for change in changes])
                 raise DataError(
                     f'"{file.name}": {quoted(adapter.module)} is {whole.what} of {names} together, which cannot be taken '
                     "apart; `key_format=comfyui` keeps it, and `mergetool lora bake` adds it to a checkpoint."
                 )
-            found[file.family.stored_name(changes[0].part, spelling.layout(file.family))] = whole
+            found[file.family.stored_name(changes[0].part, layout)] = whole
             continue
-        for change, part in zip(changes, fusing.apart(whole, kept), strict=True):
+        for change, part in zip(changes, fused.apart(whole, kept), strict=True):
             if part is None:
                 done.empty.append(change.part)
             else:
                 found[change.part] = part
-    return _stored(file.family, found, spelling.layout(file.family), done)
+    return _stored(file.family, found, layout, done)
 
 
-def _require_carried(file: LoraFile, found: Module, name: str, spelling: Spelling, key_format: KeyFormat) -> None:
-    is_carried = found.is_plain or found.kind in spelling.kinds
-    if found.kind == "lora" and "mid" not in found.tensors:
-        is_carried = "dora_scale" not in found.tensors or spelling.dora is not None
-    if spelling.alpha == "config" and found.is_by_columns:
+def _require_carried(file: LoraFile, found: StoredModule, name: str, form: Format, key_format: KeyFormat) -> None:
+    roles = frozenset(found.tensors)
+    if form.is_folder and found.is_by_columns:
         raise DataError(
             f'"{file.name}": {quoted(name)} is a DoRA with magnitudes of its inputs, where PEFT has those of outputs only; '
             "`key_format=comfyui` or `key_format=default` keeps them."
         )
-    if not is_carried:
-        way_out = "comfyui" if found.kind == "full" else "default"
+    if not form.carries(found.kind, roles):
         raise DataError(
             f'"{file.name}": {quoted(name)} is {found.what}, which `key_format={key_format}` cannot carry; '
-            f"`key_format={way_out}` can, and `mergetool lora bake` adds it to a checkpoint."
+            f"`key_format={carrying(found.kind, roles)[0]}` can, and `mergetool lora bake` adds it to a checkpoint."
         )
 
 
-def _stored(family: Family, modules: Mapping[str, Module], layout: str, done: Converted) -> dict[str, Module]:
+def _stored(
+    family: Family, modules: Mapping[str, StoredModule], layout: str, done: Converted
+) -> dict[str, StoredModule]:
     """Modules by the tensors of ``layout``: parts of a fused one together where they are plain LoRAs, else under their own names."""
-    found: dict[str, Module] = {}
-    fused: dict[str, dict[str, Module]] = {}
+    found: dict[str, StoredModule] = {}
+    together: dict[str, dict[str, StoredModule]] = {}
     for part, one in modules.items():
         if len(family.pieces(part, layout)) == 1:
             found[family.stored_name(part, layout)] = one
         elif one.is_plain:
             stored = family.stored_name(part, layout)
-            fused.setdefault(stored, {})[part] = one
+            together.setdefault(stored, {})[part] = one
             found[stored] = one  # its place
         else:
             found[part] = one
-    for stored, parts in fused.items():
+    for stored, parts in together.items():
         pieces = family.pieces(next(iter(parts)), layout)
         like = next(iter(parts.values()))
-        rows = [fusing.rows_of(family, piece, parts.get(piece), like) for piece in pieces]
-        found[stored], error = fusing.together([parts.get(piece) for piece in pieces], rows)
+        rows = [fused.rows_of(family, piece, parts.get(piece), like) for piece in pieces]
+        found[stored], error = fused.together([parts.get(piece) for piece in pieces], rows)
         if error:
             done.rounded[stored] = error
     return found
 
 
-def module_name(parameter: str) -> str:
-    """The module that a parameter is of, as LoRA files call it."""
-    return without_prefix(parameter).removesuffix(".weight").removesuffix(".bias")
-
-
-def _spelled(part: str, found: Module, spelling: Spelling, done: Converted) -> dict[str, Tensor]:
+def _spelled(part: str, found: StoredModule, form: Format, done: Converted) -> dict[str, Tensor]:
     """The tensors of a module under the names of a format."""
     scale = found.scale
-    if spelling.alpha in ("none", "where needed") and found.kind == "lora" and scale != 1:
+    if form.alpha in ("none", "where needed") and found.kind == "lora" and scale != 1:
         exact = found.up.double() * scale
         folded = exact.to(found.up.dtype)
         error = _relative(folded.double(), exact)
-        if error == 0 or spelling.alpha == "none":
+        if error == 0 or form.alpha == "none":
             found, scale = found.with_(up=folded, scale=1.0), 1.0
             if error:
                 done.rounded[part] = error
-    start = spelling.module(module_name(part))
-    tensors = {start + spelling.ending(found.kind, role): tensor for role, tensor in _ordered(found, spelling)}
-    if (spelling.alpha == "always" and found.rank is not None) or (
-        spelling.alpha == "where needed" and found.rank is not None and scale != 1
+    name = module_name(part)
+    tensors = {form.key(name, found.kind, role): tensor for role, tensor in _ordered(found, form)}
+    if (form.alpha == "always" and found.rank is not None) or (
+        form.alpha == "where needed" and found.rank is not None and scale != 1
     ):
-        tensors[f"{start}.alpha"] = _alpha(scale, found.rank)
+        tensors[form.key(name, found.kind, "alpha")] = _alpha(scale, found.rank)
     return tensors
 
 
-def _ordered(found: Module, spelling: Spelling) -> list[tuple[str, Tensor]]:
+def _ordered(found: StoredModule, form: Format) -> list[tuple[str, Tensor]]:
     order = ("down", "up", "mid")
     tensors = sorted(found.tensors.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
-    if spelling.alpha == "config":  # PEFT's magnitudes are a vector
+    if form.is_folder:  # PEFT's magnitudes are a vector
         return [(role, tensor.reshape(-1) if role == "dora_scale" else tensor) for role, tensor in tensors]
     return tensors
 

@@ -6,14 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from mergetool.adapters.formats import DOTTED, FLAT
 from mergetool.arch import Family
 from mergetool.arch.lora_keys import ending
-from mergetool.arch.prefixes import INSERTED, WRAPPERS
-
-_DOTTED = WRAPPERS | INSERTED | {"base_model", "lora_unet"}
-"""Components that programs put before a module's dotted name; several may stand before each other, or the same one twice."""
-FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
-"""What stands before a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
+from mergetool.arch.prefixes import INSERTED
 
 _TEXT_ENCODER = re.compile(
     r"(?:base_model\.model\.)?(?:lora_te\d?_|lycoris_te\d?_|lora_te\d?\.|te\d?\.|text_encoders?(?:_\d)?\.|text_model\.|clip_[lgh]\."
@@ -81,7 +77,7 @@ def _without_prefixes(stem: str) -> tuple[str, str]:
             bare = module.removeprefix(flat).lstrip("_")
             return prefix + module[: len(module) - len(bare)], bare
         first, dot, rest = module.partition(".")
-        if not dot or first not in _DOTTED:
+        if not dot or first not in DOTTED:
             return prefix, module
         prefix, module = f"{prefix}{first}.", rest
 
@@ -125,7 +121,7 @@ class Modules:
 def _flat_names(module: str) -> Iterator[str]:
     """A module without dots, and without each of the prefixes that may have lost theirs with it."""
     yield module
-    for start in (*(f"{component}_" for component in sorted(_DOTTED)), *FLAT):
+    for start in (*(f"{component}_" for component in sorted(DOTTED)), *FLAT):
         if module.startswith(start) and not module.startswith("transformer_blocks_"):  # a name of several families
             yield from _flat_names(module.removeprefix(start).lstrip("_"))
 

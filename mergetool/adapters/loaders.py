@@ -12,6 +12,7 @@ from typing import Literal
 from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.diffusers_loaders import LOADERS, DiffusersLoader
+from mergetool.adapters.formats import FORMATS, NATIVE
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile, open_lora
@@ -21,8 +22,6 @@ from mergetool.arch.generic import GENERIC
 LoadVerdict = Literal["whole", "partly", "not at all"]
 
 COMFYUI = "0.30"
-NATIVE = ("diffusion_model.", "lora_unet_")
-"""Prefixes before which ComfyUI knows its own names, in every family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ def _rejected(file: LoraFile, release: str, reason: str) -> Loading:
 
 def _why_not_in_diffusers(change: Change) -> str:
     spelled = _spelled(change.adapter)
-    if spelled.prefix.startswith("base_model.model."):
+    if spelled.prefix.startswith(FORMATS["peft"].prefix):
         return "raw PEFT names match nothing"
     if not spelled.prefix:
         return "names without a prefix match nothing"

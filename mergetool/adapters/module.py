@@ -19,7 +19,7 @@ ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class StoredModule:
     """``tensors`` are those of an adapter by role: ``up`` [out, rank] and ``down`` [rank, in] of a LoRA. ``scale`` multiplies the product."""
 
     kind: Kind
@@ -55,7 +55,7 @@ class Module:
             return "a DoRA" if "dora_scale" in self.tensors else "a LoCon" if "mid" in self.tensors else "a LoRA"
         return {"full": "a whole difference", "loha": "a LoHa", "lokr": "a LoKr"}[self.kind]
 
-    def with_(self, *, scale: float | None = None, rank: int | None = None, **tensors: Tensor) -> Module:
+    def with_(self, *, scale: float | None = None, rank: int | None = None, **tensors: Tensor) -> StoredModule:
         """The same with other tensors."""
         return replace(
             self,
@@ -65,7 +65,7 @@ class Module:
         )
 
 
-def read(file: LoraFile, adapter: Adapter) -> Module:
+def read(file: LoraFile, adapter: Adapter) -> StoredModule:
     """All of an adapter, bit for bit. Raises NonFiniteError for NaN or infinity, DataError for a dtype that is no float."""
     tensors = {}
     for role, key in adapter.tensors.items():
@@ -77,7 +77,7 @@ def read(file: LoraFile, adapter: Adapter) -> Module:
         if not torch.isfinite(tensor.float()).all():
             raise NonFiniteError(f'"{file.name}": {quoted(key)} holds NaN or infinity; mend the file, or leave it out.')
         tensors[role] = _magnitudes(file, adapter, tensor) if role == "dora_scale" else tensor
-    return Module(adapter.kind, tensors, adapter.rank, adapter.scale)
+    return StoredModule(adapter.kind, tensors, adapter.rank, adapter.scale)
 
 
 def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
     return stored if columns else stored.reshape(rows, *(1 for _ in others))
 
 
-def rows(module: Module, change: Change) -> Module | None:
+def rows(module: StoredModule, change: Change) -> StoredModule | None:
     """The module of one part of a fused one, bit for bit; None where its factors have no rows to take: a LoKr, a DoRA by columns."""
     if module.kind not in ROWS or any(role.startswith(("t1", "t2", "mid")) for role in module.tensors):
         return None

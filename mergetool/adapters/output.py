@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters.diffusers_header import header
+from mergetool.adapters.formats import FORMATS
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.outputs import Target, lora_target
@@ -66,3 +67,21 @@ def write(
         with ThreadPoolExecutor(threads, "write") as pool:
             list(pool.map(put, tensors))
         writer.commit()
+
+
+def with_alphas_everywhere(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoRAs of the default format, as they are if none of them needs an ``.alpha`` or has a ``.lora_mid``, else all with an alpha.
+
+    Then the factors' names end in ``.lora_down.weight`` and ``.lora_up.weight``: diffusers 0.36 reads alphas only beside these, and
+    only where every module has one, and ComfyUI reads a ``.lora_mid.weight`` only beside these. Later releases read both.
+    """
+    default, kohya = FORMATS["default"], FORMATS["kohya"]
+    if not any(name.endswith((".alpha", ".lora_mid.weight")) for name in tensors):
+        return dict(tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(default.down)
+        if name.endswith(default.down) and f"{module}.alpha" not in tensors:
+            found[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
+        found[name.replace(default.down, kohya.down).replace(default.up, kohya.up)] = tensor
+    return found

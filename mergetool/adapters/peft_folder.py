@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
-from mergetool.adapters.module import Module
+from mergetool.adapters.module import StoredModule
 from mergetool.adapters.reading import LoraFile
 from mergetool.errors import DataError
 
@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 CONFIG = "adapter_config.json"
 
 
-def config(file: LoraFile, modules: Mapping[str, Module]) -> bytes:
+def config(file: LoraFile, modules: Mapping[str, StoredModule]) -> bytes:
     """adapter_config.json for modules by their names in the model.
 
     The rank and alpha that most have stand for all, the others in patterns. Raises DataError where some modules are DoRAs and some are

@@ -13,6 +13,7 @@ from typing import NoReturn, Self
 from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
 from mergetool.adapters.alphas import Alphas
+from mergetool.adapters.formats import FORMATS
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
 from mergetool.adapters.origin import family_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
@@ -230,7 +231,7 @@ class _Reading:
         scale = 1.0
         if value is not None and rank is not None:
             scale = self.stated.scale(value, rank) if alpha is None else value / rank
-        if value is None and module.startswith("lora_unet_"):
+        if value is None and module.startswith(FORMATS["kohya"].prefix):
             self.warnings.append(f"{module} states no alpha, where such files do: its scale is taken as 1")
         return Adapter(module, kind, roles, (), rank, scale, value is not None)
 

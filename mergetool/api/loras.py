@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat
+from mergetool.adapters.formats import FORMATS, KEY_FORMATS, KeyFormat
 from mergetool.api.events import Events, Request
 from mergetool.api.functions import called
 from mergetool.errors import UsageError
@@ -216,7 +216,7 @@ def run_lora_convert(asked: LoraConvert, events: Events) -> LoraConverted:
     from mergetool.adapters.loaders import loading_of
     from mergetool.lora import memory
 
-    target = _target(asked.output, events, dry_run=asked.dry_run, folder=asked.key_format == "peft")
+    target = _target(asked.output, events, dry_run=asked.dry_run, folder=FORMATS[asked.key_format].is_folder)
     started = time.monotonic()
     with opened_lora(asked.lora, asked.model) as file:
         events.plan(file, memory.of_conversion(file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetool.adapters.formats import FORMATS
 from mergetool.api.loras import LoraConvert, run_lora_convert
 from mergetool.cli import console, loads
 from mergetool.cli.parameters import Typed, command
@@ -14,18 +15,14 @@ if TYPE_CHECKING:
     from mergetool.adapters.reading import LoraFile
     from mergetool.api.loras import LoraConverted
 
-EXAMPLES = """\b
+EXAMPLES = f"""\b
 Examples:
   mergetool lora convert style.safetensors -o style-default.safetensors
   mergetool lora convert style.safetensors -o style-comfyui.safetensors --key-format comfyui
   mergetool lora convert style.safetensors -o style-peft --key-format peft
 
 \b
-default     diffusion_model. and diffusers' names, lora_A and lora_B: for diffusers and ComfyUI
-diffusers   transformer. and the same names; a scale is multiplied in
-comfyui     ComfyUI's own names, q, k and v as one; also carries whole differences (.diff)
-kohya       lora_unet_, underscores and alphas, as musubi-tuner has them: for diffusers since 0.39
-peft        a folder: adapter_model.safetensors and adapter_config.json
+{chr(10).join(f"{name:<12}{form.summary}" for name, form in FORMATS.items())}
 
 Values are kept bit for bit where the format can say them; what was rounded is named. Which releases load the file that was written,
 whole or not, is said at the end. Of a model that is not Z-Image a LoRA keeps its names, or is refused.

@@ -18,7 +18,7 @@ import torch
 
 from mergetool import models
 from mergetool.adapters import output as lora_file
-from mergetool.adapters.fusing import joined
+from mergetool.adapters.fused import joined
 from mergetool.adapters.reading import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target
@@ -98,7 +98,7 @@ def extract(
 ) -> Extraction:
     """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
 
-    Factors are named by ``dialects.keys``. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
+    Factors are named by `formats.factors_of`. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
     values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
 

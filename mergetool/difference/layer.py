@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergetool.adapters import dialects
+from mergetool.adapters.formats import factors_of
 from mergetool.arch import Family
 from mergetool.difference.pairs import Pair
 from mergetool.lowrank.decomposition import Decomposition
@@ -60,7 +60,7 @@ class Result:
 
         A convolution's are stored as [r, in, kh, kw] and [m, r, 1, 1], as Kohya's scripts fold it.
         """
-        down_key, up_key = dialects.keys(family.lora_module(pair.name), family.lora_prefix)
+        down_key, up_key = factors_of(family, pair.name)
         layer = ExtractedLayer(
             name=pair.name,
             groups=pair.groups,

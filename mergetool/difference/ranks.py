@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from mergetool.adapters import dialects
+from mergetool.adapters.formats import factors_of
 from mergetool.arch import Family
 from mergetool.difference import budget
 from mergetool.difference.directions import EXTRA, Directions, find, from_directions, rule_of, suffice
@@ -126,10 +126,7 @@ class WithinBudget:
         family = self.stream.pairing.base.anatomy.family
         spectra = []
         for pair in pairs:
-            known, (down, up) = (
-                self.side.known[pair.name],
-                dialects.keys(family.lora_module(pair.name), family.lora_prefix),
-            )
+            known, (down, up) = self.side.known[pair.name], factors_of(family, pair.name)
             usable = known.energies[: min(known.count, self._cap(pair))]
             kernel = pair.base.shape[2:]
             spectra.append(budget.Spectrum(down, up, pair.shape, usable, kernel))

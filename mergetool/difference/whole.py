@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergetool.adapters import dialects
+from mergetool.adapters.formats import FORMATS, bare
 from mergetool.arch import Anatomy
 from mergetool.difference.operands import Operand
 from mergetool.difference.pairs import Pair
@@ -62,8 +62,8 @@ def key_of(tensor: str) -> str:
 
     Example: ``layers.0.attention.qkv.weight`` gives ``diffusion_model.layers.0.attention.qkv.diff``, a ``.bias`` a ``.diff_b``.
     """
-    module, _, leaf = dialects.without_prefix(tensor).rpartition(".")
-    return f"{dialects.PREFIX}{module}.{'diff_b' if leaf == 'bias' else 'diff'}"
+    module, _, leaf = bare(tensor).rpartition(".")
+    return FORMATS["comfyui"].key(module, "full", "diff_b" if leaf == "bias" else "diff")
 
 
 def _rows(found: Mapping[str, Whole], name: str, together: Sequence[str], model: Anatomy) -> Tensor:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters import output as lora_file
-from mergetool.adapters.fusing import joined
-from mergetool.adapters.spelling import with_alphas_everywhere
+from mergetool.adapters.fused import joined
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.outputs import Target
@@ -124,7 +123,7 @@ def combine(
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
     if gathering.family is not GENERIC:  # whose names are as the first file spells them
-        tensors = with_alphas_everywhere(joined(tensors, gathering.family))
+        tensors = lora_file.with_alphas_everywhere(joined(tensors, gathering.family))
     lora_file.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
 

@@ -10,8 +10,9 @@ from fractions import Fraction
 from math import prod
 
 from mergetool import models
-from mergetool.adapters import dialects, matching
+from mergetool.adapters import matching
 from mergetool.adapters.adapter import Change
+from mergetool.adapters.formats import FORMATS, bare, format_for
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.adapters.sources import source_of
@@ -263,11 +264,10 @@ def holding(stored: Iterable[DType]) -> DType:
 def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
     if family is not GENERIC:
-        module = family.lora_module(part)
-        down, up = dialects.keys(module, family.lora_prefix)
-        return Keys(down, up, f"{family.lora_prefix}{module}.alpha")
+        form, module = format_for(family), bare(family.lora_module(part))
+        return Keys(*form.factors(module), form.key(module, "lora", "alpha"))
     adapter = addends[0].change.adapter
-    ends = [".lora_down.weight", ".lora_up.weight"]
+    ends = [FORMATS["kohya"].down, FORMATS["kohya"].up]
     if adapter.kind == "lora":
         found = [take_apart(adapter.tensors[role]) for role in ("down", "up")]
         ends = [one.suffix for one in found if isinstance(one, Spelled)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.convert import convert
-from mergetool.adapters.dialects import KeyFormat
+from mergetool.adapters.formats import KeyFormat
 from mergetool.adapters.reading import open_lora
 from mergetool.errors import DataError
 from tests.adapters.spellings import BLOCK, DIM, FFN, f64, random

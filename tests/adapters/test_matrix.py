@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat
+from mergetool.adapters.formats import KEY_FORMATS, KeyFormat
 from tests.adapters.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, SOURCES, Case, Changes, Matrix, agrees
 
 DIALECTS = Path("docs/lora-dialects.md")

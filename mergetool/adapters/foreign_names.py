@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mergetool.adapters.dialects import KEY_FORMATS, KeyFormat, without_prefix
+from mergetool.adapters.formats import FORMATS, KEY_FORMATS, KeyFormat, bare
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.reading import LoraFile
 from mergetool.arch.generic import GENERIC
@@ -23,10 +23,11 @@ _COMFYUIS = re.compile(
 )
 """Modules that ComfyUI's own code calls so, and diffusers' does not."""
 
-_DOTTED = frozenset({"diffusion_model.", "model.diffusion_model."})
-_DIFFUSERS = frozenset({"transformer."})
-_KOHYA = frozenset({"lora_unet_"})
-_PEFT = frozenset({"base_model.model."})
+_PREFIXES = {
+    "diffusers": (frozenset({"transformer."}),),
+    "comfyui": (frozenset({"diffusion_model.", "model.diffusion_model."}), frozenset({"lora_unet_"})),
+}
+"""What stands before either program's names: a file has some of one of these sets."""
 
 
 def require_known(file: LoraFile, key_format: KeyFormat) -> None:
@@ -46,15 +47,11 @@ def require_known(file: LoraFile, key_format: KeyFormat) -> None:
 
 
 def _is_known(file: LoraFile, key_format: KeyFormat) -> bool:
-    prefixes = {_prefix(next(iter(adapter.tensors.values()))) for adapter in file.adapters}
-    if key_format == "kohya" and prefixes == _KOHYA:
+    form, prefixes = FORMATS[key_format], {_prefix(next(iter(adapter.tensors.values()))) for adapter in file.adapters}
+    if form.has_own_prefix and prefixes == {form.prefix}:
         return True
-    names = [without_prefix(part) for part in file.changes]
-    if key_format in ("comfyui", "kohya"):
-        return _are_comfyuis(names) and (prefixes <= _DOTTED or prefixes == _KOHYA)
-    if key_format == "peft" and prefixes == _PEFT:
-        return True
-    return key_format in ("diffusers", "peft") and prefixes == _DIFFUSERS and not _are_comfyuis(names)
+    are_theirs = form.looks_up == ("comfyui" if _are_comfyuis([bare(part) for part in file.changes]) else "diffusers")
+    return are_theirs and any(prefixes <= known for known in _PREFIXES[form.looks_up or "diffusers"])
 
 
 def _are_comfyuis(parts: Sequence[str]) -> bool:

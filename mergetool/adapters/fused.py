@@ -1,6 +1,6 @@
 """The parts of a fused tensor, as q, k and v of a block, as one pair of factors, and apart again.
 
-Apart, ``up`` [3d, r] is cut into three and all keep ``down``; block-diagonal factors, which only fusing makes, lose the columns that
+Apart, ``up`` [3d, r] is cut into three and all keep ``down``; block-diagonal factors, which only `together` makes, lose the columns that
 are zero for them. Together, three of one ``down`` are put under each other again, and others become block-diagonal:
 
     up = diag(up_q, up_k, up_v),  down = [down_q; down_k; down_v],  rank = r_q + r_k + r_v
@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergetool.adapters.dialects import DOWN, UP, keys
-from mergetool.adapters.module import Module
+from mergetool.adapters.formats import format_for, module_name
+from mergetool.adapters.module import StoredModule
 from mergetool.arch import Family
 
 
-def together(parts: Sequence[Module | None], rows: Sequence[int]) -> tuple[Module, float]:
+def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple[StoredModule, float]:
     """The parts in row order (None for one that is not changed) as one, and the relative error of what was rounded.
 
     ``rows`` is how many each has. Scales that differ are folded into ``up``: all but the first one's.
@@ -55,8 +55,9 @@ def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     """LoRAs of the default format, with parts that diffusers stores as one tensor put together: programs know no module that is a part alone."""
     joined: dict[str, Tensor] = {}
     done: set[str] = set()
+    form = format_for(family)
     for name, tensor in tensors.items():
-        module = name.removeprefix(family.lora_prefix).removesuffix(DOWN).removesuffix(UP).removesuffix(".alpha")
+        module = name.removeprefix(form.prefix).removesuffix(form.down).removesuffix(form.up).removesuffix(".alpha")
         pieces = family.pieces(f"{module}.weight", "diffusers") if len(family.layouts) > 1 else ()
         if len(pieces) < 2:
             joined[name] = tensor
@@ -70,40 +71,41 @@ def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         whole, _ = together(
             parts, [rows_of(family, piece, part, like) for part, piece in zip(parts, pieces, strict=True)]
         )
-        down, up = keys(stored.removesuffix(".weight"), family.lora_prefix)
+        down, up = form.factors(module_name(stored))
         joined |= {down: whole.down, up: whole.up}
         if whole.scale != 1:
-            joined[down.replace(DOWN, ".alpha")] = torch.tensor(whole.scale * len(whole.down))
+            joined[form.key(module_name(stored), "lora", "alpha")] = torch.tensor(whole.scale * len(whole.down))
     return joined
 
 
-def _of(tensors: Mapping[str, Tensor], part: str, family: Family) -> Module | None:
+def _of(tensors: Mapping[str, Tensor], part: str, family: Family) -> StoredModule | None:
     """The LoRA of a part, None where there is none."""
-    down, up = keys(part.removesuffix(".weight"), family.lora_prefix)
+    form, module = format_for(family), module_name(part)
+    down, up = form.factors(module)
     if down not in tensors:
         return None
     rank = len(tensors[down])
-    alpha = tensors.get(down.replace(DOWN, ".alpha"))
-    return Module(
+    alpha = tensors.get(form.key(module, "lora", "alpha"))
+    return StoredModule(
         "lora", {"down": tensors[down], "up": tensors[up]}, rank, 1.0 if alpha is None else float(alpha) / rank
     )
 
 
-def rows_of(family: Family, part: str, held: Module | None, like: Module) -> int:
+def rows_of(family: Family, part: str, held: StoredModule | None, like: StoredModule) -> int:
     """The rows of a part of a fused tensor: of its own factors, as the table says from the columns of another's, else as many as that has."""
     if held is not None:
         return len(held.up)
     return family.rows_by_columns(part, like.down.shape[1]) or len(like.up)
 
 
-def apart(module: Module, slices: Sequence[Module]) -> list[Module | None]:
+def apart(module: StoredModule, slices: Sequence[StoredModule]) -> list[StoredModule | None]:
     """``slices`` of a fused LoRA's rows, each without the columns that are another's; None for one that nothing is left of."""
     if not module.is_plain or len(slices) < 2:
         return list(slices)
     used = torch.stack([part.up.float().ne(0).any(dim=0) for part in slices])
     if not _is_block_diagonal(used):
         return list(slices)
-    found: list[Module | None] = []
+    found: list[StoredModule | None] = []
     for part, mine in zip(slices, used, strict=True):
         kept = int(mine.sum())
         reduced = part.with_(up=part.up[:, mine].contiguous(), down=part.down[mine].contiguous(), rank=kept)
