@@ -43,8 +43,8 @@ def compare(typed: Typed) -> None:
     In one pass; and advise a multiplier for B - A.
     """
     with _CompareReport.shown(typed) as report:
-        found = run_compare(typed.request(Compare), report)
-    found.require_passed()
+        result = run_compare(typed.request(Compare), report)
+    result.require_passed()
 
 
 class _CompareReport(CommandEvents):
@@ -93,7 +93,7 @@ def _heads(report: Report) -> list[str]:
 
 
 def _rows(report: Report) -> dict[str, Energies]:
-    rows = {f"{name}*" if report.is_excluded(name) else name: found for name, found in report.groups().items()}
+    rows = {f"{name}*" if report.is_excluded(name) else name: energies for name, energies in report.groups().items()}
     return rows | {"all": report.total}
 
 
@@ -156,19 +156,19 @@ def _print_blocks(report: Report) -> None:
 
 
 def _print_next(report: Report) -> None:
-    found = report.recommended
-    if found is None:
+    multiplier = report.recommended
+    if multiplier is None:
         return
     why = (
         f"the size of {report.reference[0]} - {report.reference[1]}"
         if report.reference
         else f"{_percent(report.target)} of {report.onto}"
     )
-    console.heading("advice", f"multiplier {float(found):g} gives the delta {why}")
-    if found != report.multiplier:
+    console.heading("advice", f"multiplier {float(multiplier):g} gives the delta {why}")
+    if multiplier != report.multiplier:
         console.heading("", "--multiplier recommended looks at what rounding does to that")
     protect = " --protect refiner" if report.excluded else ""
-    console.heading("next", f'mergetool merge "{report.merge_with(found)}"{protect} -o OUT.safetensors')
+    console.heading("next", f'mergetool merge "{report.merge_with(multiplier)}"{protect} -o OUT.safetensors')
 
 
 def _can_print(text: str) -> bool:

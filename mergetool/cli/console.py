@@ -75,7 +75,7 @@ _asked: type[table_of_options.Table] = table_of_options.Table
 
 
 def speak_of(request: type[table_of_options.Table]) -> None:
-    """From now on spell options as the command of ``request`` has them."""
+    """Make later sentences spell options as ``request``'s command does."""
     global _asked
     _asked = request
 
@@ -103,7 +103,7 @@ def heading(word: str, text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object of ``--json``, on one line per top-level key for people who look anyway."""
+    """Print the one JSON object of ``--json``, indented for people who look anyway."""
     _stdout.has_json = True
     _stdout.print(json.dumps(_spelled_in(value), indent=2, ensure_ascii=True))
 
@@ -158,7 +158,9 @@ def listed(names: Sequence[str], *, most: int = 4) -> str:
 def progress(
     word: str, total: int, *, shown: bool, unit: str = "B", publishes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, or of another ``unit``, with rate and time left on stderr; gives the function that moves it on.
+    """Show a bar on stderr, and give the function that advances it.
+
+    It counts bytes, or another ``unit``, with their rate and the time left.
 
     Within the block a signal is acted on only when that function is called: raised anywhere, it could fall between the
     making of a temporary file and the block that removes it. When the block ``publishes`` the command's output, signals that come
@@ -227,7 +229,7 @@ def run(app: Callable[[], object]) -> None:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the errors of a command into one sentence on stderr and the exit code of their class."""
+    """Turn a command's errors into a sentence on stderr and an exit code."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -75,14 +75,17 @@ def _print_plan(model: str, plan: Plan, memory: int) -> None:
 
 
 def _print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float, *, verbose: bool) -> None:
-    changed = {name: found for name, found in outcome.errors.items() if found.error}
+    changed = {name: fidelity for name, fidelity in outcome.errors.items() if fidelity.error}
     exact = len(outcome.errors) - len(changed)
     if changed:
         console.heading("error", f"of {console.plural(len(changed), 'tensor')} that rounding changed")
         rows = list(_by_group(plan, changed).items()) if not verbose else list(changed.items())
         console.table(
             ["tensor" if verbose else "group", "relative error", "worst element", "SNR dB"],
-            ([name, f"{found.relative:.2e}", f"{found.worst:.2e}", f"{found.snr_db:.1f}"] for name, found in rows),
+            (
+                [name, f"{fidelity.relative:.2e}", f"{fidelity.worst:.2e}", f"{fidelity.snr_db:.1f}"]
+                for name, fidelity in rows
+            ),
         )
         worst = max(changed, key=lambda name: changed[name].relative)
         console.heading("", f"most: {worst}, {changed[worst].relative:.2e}")
@@ -90,10 +93,10 @@ def _print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float,
         console.heading("", f"{console.plural(exact, 'tensor')} unchanged by rounding")
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
-    for counts, what in ((outcome.capped, "beyond the dtype and capped"), (outcome.non_finite, "NaN or infinite")):
+    for counts, reason in ((outcome.capped, "beyond the dtype and capped"), (outcome.non_finite, "NaN or infinite")):
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
-            console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+            console.heading("", f"{sum(counts.values())} elements {reason}: {console.listed(names)}")
     console.heading("done", f"{target}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
 
 
@@ -108,7 +111,7 @@ def _by_group(plan: Plan, errors: Mapping[str, Fidelity]) -> dict[str, Fidelity]
         groups = {group for part in parts for group in anatomy.family.groups(part.name, part.shape)}
         for group in groups if tensor.name in errors else ():
             members[group].append(errors[tensor.name])
-    return {group: Fidelity.total(found) for group, found in members.items() if found}
+    return {group: Fidelity.total(fidelities) for group, fidelities in members.items() if fidelities}
 
 
 def _outcome_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> dict[str, Any]:
@@ -118,11 +121,11 @@ def _outcome_json(plan: Plan, outcome: Outcome, target: Target, seconds: float) 
         "seconds": round(seconds, 3),
         "errors": {
             name: {
-                "relative_frobenius": found.relative,
-                "worst": found.worst,
-                "snr_db": found.snr_db if found.error else None,
+                "relative_frobenius": fidelity.relative,
+                "worst": fidelity.worst,
+                "snr_db": fidelity.snr_db if fidelity.error else None,
             }
-            for name, found in outcome.errors.items()
+            for name, fidelity in outcome.errors.items()
         },
         "search_gain": outcome.search_gain,
         "capped": dict(sorted(outcome.capped.items())),

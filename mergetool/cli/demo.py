@@ -82,7 +82,7 @@ STEPS: tuple[tuple[str, str, int], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(OverwriteOptions):
-    """Where the story is told."""
+    """The demo asks for a folder alone."""
 
     output: Annotated[Path | str, Option(help="The folder for what is made.", kind=File("DIR"), short="-o")] = (
         "mergetool-demo"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_operands(pairing: Pairing, options: DiffOptions) -> None:
-    """What is taken the difference of, where it is more than two checkpoints."""
+    """Print the operands of a difference that has more than two checkpoints."""
     loras = [model.name for model in pairing.variants if model.is_lora]
     if loras:
         console.heading(
@@ -26,8 +26,8 @@ def print_operands(pairing: Pairing, options: DiffOptions) -> None:
         return
     names = " and ".join(model.name for model in pairing.variants)
     if options.union:
-        one, two = options.weights
-        weighed = "" if options.weights == (1, 1) else f", weighed {one:g} and {two:g}"
+        first_weight, second_weight = options.weights
+        weighed = "" if options.weights == (1, 1) else f", weighed {first_weight:g} and {second_weight:g}"
         console.heading("", f"the union of {names}: what they have in common once, and what each has alone{weighed}")
     elif options.orthogonal:
         first, second = pairing.variants
@@ -37,32 +37,32 @@ def print_operands(pairing: Pairing, options: DiffOptions) -> None:
 
 
 def print_shared(layers: Sequence[ExtractedLayer], pairing: Pairing) -> None:
-    """How much of each delta is common to both."""
+    """Print how much of each delta both have in common."""
     shares = [layer.shared for layer in layers if layer.shared is not None]
     for i, model in enumerate(pairing.variants if shares else ()):
-        found = sorted(100 * share[i] for share in shares)
+        percents = sorted(100 * share[i] for share in shares)
         console.heading(
             "common" if i == 0 else "",
-            f"{found[0]:.2g} / {found[len(found) // 2]:.2g} / {found[-1]:.2g} % of a matrix's energy in the difference to {model.name} (min/med/max)",
+            f"{percents[0]:.2g} / {percents[len(percents) // 2]:.2g} / {percents[-1]:.2g} % of a matrix's energy in the difference to {model.name} (min/med/max)",
         )
 
 
-def print_whole(found: Extraction, options: DiffOptions, *, verbose: bool) -> None:
+def print_whole(extraction: Extraction, options: DiffOptions, *, verbose: bool) -> None:
     """The second file, and what would better be in it."""
     if options.full is not None:
         full = Path(options.full)
-        if found.whole:
-            energy = sum(one.energy for one in found.whole)
-            names = [one.name for one in sorted(found.whole, key=lambda one: -one.energy)]
+        if extraction.whole:
+            energy = sum(part.energy for part in extraction.whole)
+            names = [part.name for part in sorted(extraction.whole, key=lambda part: -part.energy)]
             console.heading(
                 "full",
-                f"{full}  {console.size(full.stat().st_size)}  {len(names)} stored whole, {_share(energy, found)} of the difference; "
+                f"{full}  {console.size(full.stat().st_size)}  {len(names)} stored whole, {_share(energy, extraction)} of the difference; "
                 "for ComfyUI, beside the LoRA",
             )
             console.heading("", console.listed(names, most=len(names) if verbose else 2))
         else:
             console.heading("full", f"nothing to store whole; {full} was not written")
-    wide = [layer.name for layer in found.layers if wider_than_whole(layer)]
+    wide = [layer.name for layer in extraction.layers if wider_than_whole(layer)]
     if wide:
         console.heading(
             "",
@@ -79,23 +79,24 @@ def print_checkpoint(options: DiffOptions, base: str) -> None:
 
 
 def wider_than_whole(layer: ExtractedLayer) -> bool:
-    """Whether factors of the rank that a layer has, or would need, have more values than its matrix."""
+    """Whether factors at a layer's needed rank outnumber its matrix's values."""
     rows, columns = layer.shape
     return max(layer.rank, layer.wanted or 0) * (rows + columns) > rows * columns
 
 
-def whole_json(found: Extraction, options: DiffOptions, pairing: Pairing) -> dict[str, Any]:
+def whole_json(extraction: Extraction, options: DiffOptions, pairing: Pairing) -> dict[str, Any]:
     """The second file, the checkpoint and what is common, for ``--json``."""
     return {
         "variant2": None if pairing.second is None else pairing.second.name,
-        "full": str(options.full) if options.full is not None and found.whole else None,
+        "full": str(options.full) if options.full is not None and extraction.whole else None,
         "whole": [
-            {"name": one.name, "share": one.energy / found.total, "residual": one.residual} for one in found.whole
+            {"name": part.name, "share": part.energy / extraction.total, "residual": part.residual}
+            for part in extraction.whole
         ],
-        "smaller_whole": [layer.name for layer in found.layers if wider_than_whole(layer)],
+        "smaller_whole": [layer.name for layer in extraction.layers if wider_than_whole(layer)],
         "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
     }
 
 
-def _share(energy: float, found: Extraction) -> str:
-    return f"{100 * energy / found.total if found.total else 0:.2g} %"
+def _share(energy: float, extraction: Extraction) -> str:
+    return f"{100 * energy / extraction.total if extraction.total else 0:.2g} %"

@@ -22,15 +22,15 @@ def in_group(groups: frozenset[str]) -> str:
     return next((group for group in GROUPS if group in groups), "other")
 
 
-def print_ranks(found: Extraction, options: DiffOptions, target: Path, *, verbose: bool) -> None:
-    """A row for each group of matrices, and what is not as it was asked for."""
-    rows = [_row(name, layers, options) for name, layers in _by_group(found.layers).items()]
+def print_ranks(extraction: Extraction, options: DiffOptions, target: Path, *, verbose: bool) -> None:
+    """Print a row for each group, and the matrices that miss the request."""
+    rows = [_row(name, layers, options) for name, layers in _by_group(extraction.layers).items()]
     if options.budget:
-        console.heading("budget", _budget_line(found, options, target))
+        console.heading("budget", _budget_line(extraction, options, target))
     console.heading("ranks", "")
     console.table(["group", "matrices", "rank min/med/max", "energy", "residual", "capped"], rows)
-    _print_capped(found.layers, options)
-    _print_unmet(found.layers, options, verbose=verbose)
+    _print_capped(extraction.layers, options)
+    _print_unmet(extraction.layers, options, verbose=verbose)
 
 
 def _print_capped(layers: Sequence[ExtractedLayer], options: DiffOptions) -> None:
@@ -52,10 +52,11 @@ def _print_capped(layers: Sequence[ExtractedLayer], options: DiffOptions) -> Non
     console.heading("", f"{len(capped)} capped at {options.cap}, down to {worst.energy:.4f} ({worst.name}): {advice}")
 
 
-def _budget_line(found: Extraction, options: DiffOptions, target: Path) -> str:
+def _budget_line(extraction: Extraction, options: DiffOptions, target: Path) -> str:
     size = target.stat().st_size
     residual = (
-        sum(one.residual**2 * one.total for one in found.layers) / sum(one.total for one in found.layers)
+        sum(layer.residual**2 * layer.total for layer in extraction.layers)
+        / sum(layer.total for layer in extraction.layers)
     ) ** 0.5
     return f"{size:,} of {options.budget_bytes:,} bytes · residual {100 * residual:.1f} % of all matrices together, the least at that size"
 
@@ -78,12 +79,12 @@ def _print_unmet(layers: Sequence[ExtractedLayer], options: DiffOptions, *, verb
         )
 
 
-def print_spectra(found: Extraction, options: DiffOptions) -> None:
+def print_spectra(extraction: Extraction, options: DiffOptions) -> None:
     """The side file, and how much of it was known already."""
     if options.spectra is None:
         return
-    spectra, known = Path(options.spectra), len(found.layers) - len(found.searched)
-    searched = f"{console.plural(len(found.searched), 'matrix')} searched and added"
+    spectra, known = Path(options.spectra), len(extraction.layers) - len(extraction.searched)
+    searched = f"{console.plural(len(extraction.searched), 'matrix')} searched and added"
     console.heading("spectra", f"{spectra}  {console.size(spectra.stat().st_size)}  {known} known · {searched}")
 
 

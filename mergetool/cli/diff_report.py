@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DiffReport(CommandEvents):
-    """What is paired, and what became of it."""
+    """Prints the pairs of a difference, and its result."""
 
     def plan(self, plan: Paired, memory: int) -> None:
         """The pairs, of a dry run with every name."""
@@ -62,12 +62,12 @@ def _action(pair: Pair) -> str:
 
 
 def _print_extracted(result: Extracted, pairing: Pairing, *, verbose: bool) -> None:
-    found, options, target = result.extraction, result.options, result.output
-    assert found is not None
-    diff_ranks.print_ranks(found, options, target, verbose=verbose)
-    diff_outputs.print_shared(found.layers, pairing)
-    for reason, energies in found.skipped.items():
-        share = 100 * sum(energies.values()) / found.total if found.total else 0.0
+    extraction, options, target = result.extraction, result.options, result.output
+    assert extraction is not None
+    diff_ranks.print_ranks(extraction, options, target, verbose=verbose)
+    diff_outputs.print_shared(extraction.layers, pairing)
+    for reason, energies in extraction.skipped.items():
+        share = 100 * sum(energies.values()) / extraction.total if extraction.total else 0.0
         names = sorted(energies, key=lambda name: -energies[name])
         # With two variants there is one difference that was looked for, and another whose energy is known.
         unsaid = reason == "unchanged" or pairing.second is not None
@@ -75,16 +75,16 @@ def _print_extracted(result: Extracted, pairing: Pairing, *, verbose: bool) -> N
         console.heading(
             "", f"{len(names)} {reason}{detail}: {console.listed(names, most=len(names) if verbose else 2)}"
         )
-    for layer in found.layers if verbose else ():
+    for layer in extraction.layers if verbose else ():
         shown = f"rank {layer.rank}  energy {layer.energy:.5f}  residual {layer.residual:.2%}  {layer.method}"
         console.heading("", f"{layer.name}  {shown}")
     console.heading("done", f"{target}  {console.size(target.stat().st_size)}  {result.seconds:.1f} s")
     loads.print_all(result.loading, verbose=verbose)
-    diff_outputs.print_whole(found, options, verbose=verbose)
+    diff_outputs.print_whole(extraction, options, verbose=verbose)
     base = pairing.base.name
     diff_outputs.print_checkpoint(options, base)
     console.heading("next", f"load it at strength 1 on {base}; at other strengths it moves part of the way, or past")
-    diff_ranks.print_spectra(found, options)
+    diff_ranks.print_spectra(extraction, options)
 
 
 def _pairing_json(pairing: Pairing) -> dict[str, Any]:
@@ -100,22 +100,22 @@ def _pairing_json(pairing: Pairing) -> dict[str, Any]:
 
 
 def _extracted_json(result: Extracted, pairing: Pairing) -> dict[str, Any]:
-    found, options = result.extraction, result.options
-    assert found is not None
+    extraction, options = result.extraction, result.options
+    assert extraction is not None
     return {
         "output": str(result.output),
         "ranks": _ranks_json(options),
-        "spectra": None if options.spectra is None else {"file": str(options.spectra), "searched": found.searched},
+        "spectra": None if options.spectra is None else {"file": str(options.spectra), "searched": extraction.searched},
         "bytes_written": result.output.stat().st_size,
         "seconds": round(result.seconds, 3),
-        "layers": [_layer_json(layer) for layer in found.layers],
+        "layers": [_layer_json(layer) for layer in extraction.layers],
         "skipped": [
-            {"name": name, "reason": reason, "share": energy / found.total if found.total else 0.0}
-            for reason, names in found.skipped.items()
+            {"name": name, "reason": reason, "share": energy / extraction.total if extraction.total else 0.0}
+            for reason, names in extraction.skipped.items()
             for name, energy in names.items()
         ],
         "loading": loads.as_json(result.loading),
-    } | diff_outputs.whole_json(found, options, pairing)
+    } | diff_outputs.whole_json(extraction, options, pairing)
 
 
 def _ranks_json(options: DiffOptions) -> dict[str, Any]:

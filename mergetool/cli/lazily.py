@@ -59,18 +59,18 @@ def group_of(places: CommandPlaces) -> type[TyperGroup]:
 def _built(name: str, place: str, summary: str) -> Any:
     module_name, _, attribute = place.partition(":")
     module = importlib.import_module(f"mergetool.cli.{module_name}")
-    found = getattr(module, attribute)
-    if isinstance(found, typer.Typer):
-        command: Any = get_group(found)
+    target = getattr(module, attribute)
+    if isinstance(target, typer.Typer):
+        command: Any = get_group(target)
         command.name = name
         return command
-    one = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app = typer.Typer(rich_markup_mode=None, add_completion=False)
     examples = getattr(module, "EXAMPLES", None)
-    one.command(
+    app.command(
         name,
         epilog=fitted((examples[name] if isinstance(examples, Mapping) else examples) or ""),
         context_settings=getattr(module, "CONTEXT", None),
         short_help=summary,
         hidden=not summary,
-    )(found)
-    return get_command(one)
+    )(target)
+    return get_command(app)

@@ -11,33 +11,42 @@ if TYPE_CHECKING:
     from mergetool.adapters.loaders import Loading
 
 
-def print_all(found: Sequence[Loading], *, verbose: bool) -> None:
-    """A line for every group of releases that do the same, with what is lost; one line where nothing is known."""
-    for one in found:
-        _print(one, verbose=verbose)
-    if not found:
+def print_all(loadings: Sequence[Loading], *, verbose: bool) -> None:
+    """Print a line for every group of releases that do the same.
+
+    It names what they drop; where nothing is known, one line says so.
+    """
+    for loading in loadings:
+        _print(loading, verbose=verbose)
+    if not loadings:
         console.heading("loads", "not known: of no model but Z-Image is it known here which names programs look up")
 
 
-def _print(one: Loading, *, verbose: bool) -> None:
-    parts = one.applied + len(one.dropped)
+def _print(loading: Loading, *, verbose: bool) -> None:
+    parts = loading.applied + len(loading.dropped)
     console.heading(
-        "loads", f"{one.name}: {one.verdict}" + (f", {one.applied} of {parts} parts" if one.dropped else "")
+        "loads",
+        f"{loading.name}: {loading.verdict}" + (f", {loading.applied} of {parts} parts" if loading.dropped else ""),
     )
-    if one.error:
-        console.heading("", f"it raises an error: {one.error}")
+    if loading.error:
+        console.heading("", f"it raises an error: {loading.error}")
         return
     reasons: dict[str, list[str]] = {}
-    for part, reason in one.dropped.items():
+    for part, reason in loading.dropped.items():
         reasons.setdefault(reason, []).append(part)
     for reason, parts_of in reasons.items():
         console.heading("", f"{len(parts_of)} {reason}: {console.listed(parts_of, most=1000 if verbose else 2)}")
 
 
-def as_json(found: Sequence[Loading]) -> dict[str, dict[str, Any]]:
+def as_json(loadings: Sequence[Loading]) -> dict[str, dict[str, Any]]:
     """Program -> release -> what it makes of the file; empty where nothing is known."""
     programs: dict[str, dict[str, Any]] = {}
-    for one in found:
-        told = {"verdict": one.verdict, "applied": one.applied, "error": one.error, "dropped": one.dropped}
-        programs.setdefault(one.program, {}).update(dict.fromkeys(one.releases, told))
+    for loading in loadings:
+        told = {
+            "verdict": loading.verdict,
+            "applied": loading.applied,
+            "error": loading.error,
+            "dropped": loading.dropped,
+        }
+        programs.setdefault(loading.program, {}).update(dict.fromkeys(loading.releases, told))
     return programs

@@ -75,13 +75,13 @@ def _print(result: LoraConverted, *, verbose: bool) -> None:
         names = [f"{key} ({reason})" for key, reason in done.unmatched]
         console.heading("skipped", f"{len(names)} keys: {console.listed(names, most=most)}")
     lossless = "every value as it was" if done.is_lossless else "not every value as it was"
-    what = f"{console.plural(done.modules, 'module')}, {lossless}"
+    summary = f"{console.plural(done.modules, 'module')}, {lossless}"
     if not result.dry_run:
         size = console.size(_size(result.output))
-        console.heading("done", f"{result.output}  {what}  {size}  {result.seconds:.1f} s")
+        console.heading("done", f"{result.output}  {summary}  {size}  {result.seconds:.1f} s")
         loads.print_all(result.loading, verbose=verbose)
     else:
-        console.heading("plan", what)
+        console.heading("plan", summary)
 
 
 def _size(output: Path | None) -> int:

@@ -63,27 +63,28 @@ class _Contents(CommandEvents):
             console.heading("plot", str(self.typed.given["plot"]))
 
 
-def _print(file: LoraFile, found: Contents, loaded: Sequence[Loading], *, verbose: bool) -> None:
+def _print(file: LoraFile, contents: Contents, loaded: Sequence[Loading], *, verbose: bool) -> None:
     from mergetool.adapters import matching
 
-    size = sum(one.size for one in file.checkpoint.files)
+    size = sum(stored.size for stored in file.checkpoint.files)
     console.heading("lora", f"{file.name}  {console.size(size)}  for {file.family.name}")
     console.heading("keys", file.dialect)
     console.heading("trainer", file.trainer or "it does not say")
-    kinds = Counter(target.kind for target in found.targets) + Counter(
+    kinds = Counter(target.kind for target in contents.targets) + Counter(
         {f"{kind} that is not read": count for kind, count in file.unread.items()}
     )
     console.heading(
         "changes",
-        f"{console.plural(len(found.targets), 'parameter')} · " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+        f"{console.plural(len(contents.targets), 'parameter')} · "
+        + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
     )
-    if found.ranks:
-        console.heading("rank", f"{_spread(found.ranks)}{' (mixed)' if len(set(found.ranks)) > 1 else ''}")
-    console.heading("alpha", _alphas(found))
-    console.heading("dtype", ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()))
+    if contents.ranks:
+        console.heading("rank", f"{_spread(contents.ranks)}{' (mixed)' if len(set(contents.ranks)) > 1 else ''}")
+    console.heading("alpha", _alphas(contents))
+    console.heading("dtype", ", ".join(f"{count} {dtype}" for dtype, count in contents.dtypes.items()))
     console.heading("targets", "")
-    console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(found.targets))
-    _print_blocks(found, verbose=verbose)
+    console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(contents.targets))
+    _print_blocks(contents, verbose=verbose)
     loads.print_all(loaded, verbose=verbose)
     reasons: dict[str, list[str]] = {}
     for key, reason in matching.left_aside(file):
@@ -92,21 +93,21 @@ def _print(file: LoraFile, found: Contents, loaded: Sequence[Loading], *, verbos
         console.heading(
             "unread", f"{len(keys)} keys, {reason}: {console.listed(keys, most=len(keys) if verbose else 2)}"
         )
-    if found.non_finite:
-        names = console.listed(found.non_finite, most=1000 if verbose else 4)
-        console.heading("damaged", f"{len(found.non_finite)} tensors hold NaN or infinity: {names}")
+    if contents.non_finite:
+        names = console.listed(contents.non_finite, most=1000 if verbose else 4)
+        console.heading("damaged", f"{len(contents.non_finite)} tensors hold NaN or infinity: {names}")
     for warning in file.warnings:
         console.heading("warning", warning)
 
 
-def _print_blocks(found: Contents, *, verbose: bool) -> None:
+def _print_blocks(contents: Contents, *, verbose: bool) -> None:
     from mergetool.adapters.describe import by_block, total
 
     console.heading("norms", "Frobenius norm of the change, by block")
-    rows = [[block, str(len(held)), f"{total(held):.4g}"] for block, held in by_block(found.targets)]
+    rows = [[block, str(len(held)), f"{total(held):.4g}"] for block, held in by_block(contents.targets)]
     console.table(["block", "parts", "norm"], rows)
     if verbose:
-        for target in found.targets:
+        for target in contents.targets:
             rank = f"rank {target.rank}  " if target.rank is not None else ""
             console.heading("", f"{target.part}  {rank}scale {target.scale:g}  norm {target.norm:.4g}")
 
@@ -127,11 +128,11 @@ def _spread(ranks: list[int]) -> str:
     return f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}"
 
 
-def _alphas(found: Contents) -> str:
-    said = sorted((alpha, count) for alpha, count in found.alphas.items() if alpha is not None)
+def _alphas(contents: Contents) -> str:
+    said = sorted((alpha, count) for alpha, count in contents.alphas.items() if alpha is not None)
     shown = [f"{alpha:g} ({count})" for alpha, count in said[:8]] + (["..."] if len(said) > 8 else [])
-    if None in found.alphas:
-        shown.append(f"none stated ({found.alphas[None]}), so a scale of 1")
+    if None in contents.alphas:
+        shown.append(f"none stated ({contents.alphas[None]}), so a scale of 1")
     return ", ".join(shown) or "of no meaning here"
 
 
@@ -140,20 +141,22 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _json(file: LoraFile, found: Contents, loaded: Sequence[Loading], in_comfyui: Difference | None) -> dict[str, Any]:
+def _json(
+    file: LoraFile, contents: Contents, loaded: Sequence[Loading], in_comfyui: Difference | None
+) -> dict[str, Any]:
     from mergetool.adapters.describe import by_block, total
 
-    ranks = found.ranks
+    ranks = contents.ranks
     return {
         "lora": file.name,
-        "bytes": sum(one.size for one in file.checkpoint.files),
+        "bytes": sum(stored.size for stored in file.checkpoint.files),
         "family": file.family.name,
         "dialect": file.dialect,
         "trainer": file.trainer,
         "rank": {"min": ranks[0], "median": ranks[len(ranks) // 2], "max": ranks[-1]} if ranks else None,
-        "alphas": [{"alpha": alpha, "modules": count} for alpha, count in found.alphas.items()],
-        "dtypes": found.dtypes,
-        "blocks": {block: _number(total(held)) for block, held in by_block(found.targets)},
+        "alphas": [{"alpha": alpha, "modules": count} for alpha, count in contents.alphas.items()],
+        "dtypes": contents.dtypes,
+        "blocks": {block: _number(total(held)) for block, held in by_block(contents.targets)},
         "targets": [
             {
                 "part": target.part,
@@ -163,13 +166,13 @@ def _json(file: LoraFile, found: Contents, loaded: Sequence[Loading], in_comfyui
                 "scale": target.scale,
                 "norm": _number(target.norm),
             }
-            for target in found.targets
+            for target in contents.targets
         ],
         "loading": loads.as_json(loaded),
         "unmatched": [{"key": key, "reason": reason} for key, reason in file.unmatched],
         "text_encoder": list(file.text_encoder),
         "unread": dict(file.unread),
-        "non_finite": list(found.non_finite),
+        "non_finite": list(contents.non_finite),
         "dora_in_comfyui": None if in_comfyui is None else {"parts": in_comfyui.parts, "share": in_comfyui.share},
         "warnings": list(file.warnings),
     }

@@ -48,7 +48,7 @@ class _Scores(CommandEvents):
         self.json.setdefault("pairs", []).append(_pair_json(result, groups, overall))
         if not self.prints:
             return
-        shared = sum(all(one.energies) for one in result.scores)
+        shared = sum(all(score.energies) for score in result.scores)
         console.heading(
             "pair",
             f"A = {result.first}, B = {result.second}: {len(result.scores)} modules, {shared} of them in both",
@@ -61,29 +61,29 @@ class _Scores(CommandEvents):
         _table([*(result.scores if self.typed.verbose else []), *groups, overall], signs=plan.signs)
 
 
-def _summary(found: Sequence[Score]) -> tuple[list[Score], Score]:
+def _summary(scores: Sequence[Score]) -> tuple[list[Score], Score]:
     """The scores of every group that has matrices, and of all."""
     from mergetool.lora.operations import summed
 
     groups = [
         summed(chosen, group)
         for group in (*GROUPS, "other")
-        if (chosen := [one for one in found if in_group(one.groups) == group])
+        if (chosen := [score for score in scores if in_group(score.groups) == group])
     ]
-    return groups, summed(found, "overall")
+    return groups, summed(scores, "overall")
 
 
-def _table(found: Sequence[Score], *, signs: bool) -> None:
+def _table(scores: Sequence[Score], *, signs: bool) -> None:
     header = ["", "norm A", "norm B", "cosine", "outputs", "inputs", "both", *(["opposing"] if signs else [])]
     rows = [
         [
-            one.name,
-            *(f"{energy**0.5:.4g}" for energy in one.energies),
-            f"{one.cosine:+.4f}",
-            *(f"{100 * share:.1f} %" for share in (one.column_share, one.row_share, one.both_share)),
-            *([f"{one.opposing:.3f}" if one.opposing is not None else ""] if signs else []),
+            score.name,
+            *(f"{energy**0.5:.4g}" for energy in score.energies),
+            f"{score.cosine:+.4f}",
+            *(f"{100 * share:.1f} %" for share in (score.column_share, score.row_share, score.both_share)),
+            *([f"{score.opposing:.3f}" if score.opposing is not None else ""] if signs else []),
         ]
-        for one in found
+        for score in scores
     ]
     console.table(header, rows)
 
@@ -93,19 +93,19 @@ def _pair_json(result: PairScores, groups: Sequence[Score], overall: Score) -> d
         "first": result.first,
         "second": result.second,
         "overall": _json(overall),
-        "groups": [_json(one) for one in groups],
-        "modules": [_json(one) for one in result.scores],
+        "groups": [_json(score) for score in groups],
+        "modules": [_json(score) for score in result.scores],
         "left_out": [{"name": name, "reason": reason} for name, reason in result.left_out],
     }
 
 
-def _json(one: Score) -> dict[str, Any]:
+def _json(score: Score) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "norms": [energy**0.5 for energy in one.energies],
-        "cosine": one.cosine,
-        "column_share": one.column_share,
-        "row_share": one.row_share,
-        "both_share": one.both_share,
-        "opposing": one.opposing,
+        "name": score.name,
+        "norms": [energy**0.5 for energy in score.energies],
+        "cosine": score.cosine,
+        "column_share": score.column_share,
+        "row_share": score.row_share,
+        "both_share": score.both_share,
+        "opposing": score.opposing,
     }

@@ -104,7 +104,7 @@ def common(typed: Typed) -> None:
 
 
 class SumReport(CommandEvents):
-    """What is read, and what became of it."""
+    """Prints the LoRAs of a sum, and its result."""
 
     def plan(self, plan: SumPlan, memory: int) -> None:
         """The LoRAs, of a dry run with every module."""
@@ -123,9 +123,9 @@ class SumReport(CommandEvents):
 def _print_plan(gathering: Gathering, *, verbose: bool) -> None:
     for i, term in enumerate(gathering.terms):
         count = console.plural(len(term.file.changes), "change")
-        ranks = sorted({one.rank for one in term.file.adapters if one.rank is not None})
+        ranks = sorted({adapter.rank for adapter in term.file.adapters if adapter.rank is not None})
         width = f", rank {_range(ranks)}" if ranks else ""
-        kinds = sorted({one.kind for one in term.file.adapters} - {"lora"})
+        kinds = sorted({adapter.kind for adapter in term.file.adapters} - {"lora"})
         other = f", {' and '.join(kinds)}" if kinds else ""
         console.heading(
             "" if i else "read",
@@ -154,14 +154,14 @@ def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
     assert target is not None
     rows = []
     for group in (*GROUPS, "other"):
-        chosen = [one for one in done.modules if in_group(one.groups) == group]
+        chosen = [module for module in done.modules if in_group(module.groups) == group]
         if chosen:
             rows.append(_row(group, chosen))
     console.heading("ranks", "")
     console.table(["group", "modules", "rank read", "rank min/med/max", "energy", "residual"], rows)
     if done.capped:
-        wanted = max(one.wanted or 0 for one in done.capped)
-        capped = [f"{one.name} wants {one.wanted}" for one in done.capped]
+        wanted = max(module.wanted or 0 for module in done.capped)
+        capped = [f"{module.name} wants {module.wanted}" for module in done.capped]
         console.heading(
             "",
             f"{len(capped)} stopped by `rank_max`, which would have to be {wanted}: "
@@ -171,13 +171,13 @@ def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
         names = console.listed(done.empty, most=len(done.empty) if verbose else 2)
         console.heading("", f"{len(done.empty)} not written, nothing of them is left: {names}")
     if verbose:
-        for one in done.modules:
+        for module in done.modules:
             console.heading(
                 "",
-                f"{one.name}  rank {one.rank}  energy {one.energy:.5f}  residual {one.residual:.2%}  {one.dtype.name}",
+                f"{module.name}  rank {module.rank}  energy {module.energy:.5f}  residual {module.residual:.2%}  {module.dtype.name}",
             )
     lost = sum(energy for _, _, energy in gathering.left_out if energy is not None)
-    kept = sum(one.total for one in done.modules)
+    kept = sum(module.total for module in done.modules)
     if lost:
         console.heading("", f"{100 * lost / (lost + kept):.2g} % of the energy is left out, which no LoRA can carry")
     console.heading(
@@ -188,11 +188,11 @@ def _print_done(gathering: Gathering, result: Summed, *, verbose: bool) -> None:
 
 
 def _row(group: str, chosen: Sequence[CombinedModule]) -> list[str]:
-    ranks = sorted(one.rank for one in chosen)
-    widths = sorted(one.width for one in chosen if one.width is not None)
-    total = sum(one.total for one in chosen)
-    energy = sum(one.energy * one.total for one in chosen) / total if total else 1.0
-    residual = (sum(one.residual**2 * one.total for one in chosen) / total) ** 0.5 if total else 0.0
+    ranks = sorted(module.rank for module in chosen)
+    widths = sorted(module.width for module in chosen if module.width is not None)
+    total = sum(module.total for module in chosen)
+    energy = sum(module.energy * module.total for module in chosen) / total if total else 1.0
+    residual = (sum(module.residual**2 * module.total for module in chosen) / total) ** 0.5 if total else 0.0
     return [
         group,
         str(len(chosen)),
@@ -238,17 +238,17 @@ def _done_json(result: Summed) -> dict[str, Any]:
         "residual": done.residual,
         "modules": [
             {
-                "name": one.name,
-                "shape": list(one.shape),
-                "rank_read": one.width,
-                "rank": one.rank,
-                "energy": one.energy,
-                "residual": one.residual,
-                "norm": one.total**0.5,
-                "dtype": one.dtype.name,
-                "rank_wanted": one.wanted,
+                "name": module.name,
+                "shape": list(module.shape),
+                "rank_read": module.width,
+                "rank": module.rank,
+                "energy": module.energy,
+                "residual": module.residual,
+                "norm": module.total**0.5,
+                "dtype": module.dtype.name,
+                "rank_wanted": module.wanted,
             }
-            for one in done.modules
+            for module in done.modules
         ],
         "empty": done.empty,
         "loading": loads.as_json(result.loading),

@@ -37,10 +37,10 @@ def verify(typed: Typed) -> None:
     """
     asked = typed.request(LoraVerify)
     with _VerifyReport.shown(typed) as report:
-        found = run_lora_verify(asked, report)
-    if not found.passed:
+        result = run_lora_verify(asked, report)
+    if not result.passed:
         raise CheckFailed(
-            f"{asked.base} + {asked.lora} is {found.residual:.4g} of the difference away from {asked.variant}, "
+            f"{asked.base} + {asked.lora} is {result.residual:.4g} of the difference away from {asked.variant}, "
             f"where at most {asked.max_residual:g} is allowed."
         )
 
@@ -60,12 +60,12 @@ def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> N
 
     console.heading("left", f"of the difference tuned - base, at strength {report.strength:g}")
     rows = [_row(name, report, held) for name, held in _by_group(report).items()]
-    changed = [one for one in report.residuals if one.changed]
+    changed = [residual for residual in report.residuals if residual.changed]
     rows += [_row("changed", report, changed), _row("all", report, list(report.residuals))]
     console.table(["group", "parts", "changed", "share", "before rounding", "after rounding"], rows)
-    for one in worst(report.residuals, len(report.residuals) if verbose else 4):
-        what = "" if one.changed else ", not changed by the LoRA"
-        console.heading("worst" if not verbose else "", f"{one.part}  {_both(one)}{what}")
+    for residual in worst(report.residuals, len(report.residuals) if verbose else 4):
+        unchanged = "" if residual.changed else ", not changed by the LoRA"
+        console.heading("worst" if not verbose else "", f"{residual.part}  {_both(residual)}{unchanged}")
     for reason, names in _by_reason(report.left_out).items():
         console.heading("left out", f"{len(names)} {reason}: {console.listed(names, most=1000 if verbose else 2)}")
     for reason, names in _by_reason(report.unmatched).items():
@@ -77,35 +77,35 @@ def _print(report: LoraReport, read: int, seconds: float, *, verbose: bool) -> N
 
 
 def _row(name: str, report: LoraReport, held: list[Residual]) -> list[str]:
-    whole = math.fsum(one.delta for one in report.residuals)
-    parts = {one.part for one in held}
-    of_delta = math.fsum(one.delta for one in held)
+    whole = math.fsum(residual.delta for residual in report.residuals)
+    parts = {residual.part for residual in held}
+    of_delta = math.fsum(residual.delta for residual in held)
     return [
         name,
         str(len(held)),
-        str(sum(one.changed for one in held)),
+        str(sum(residual.changed for residual in held)),
         f"{100 * of_delta / whole:.3g} %" if whole else "0 %",
-        _percent(report.total(wanted=lambda one: one.part in parts)),
-        _percent(report.total(after=True, wanted=lambda one: one.part in parts)),
+        _percent(report.total(wanted=lambda residual: residual.part in parts)),
+        _percent(report.total(after=True, wanted=lambda residual: residual.part in parts)),
     ]
 
 
 def _by_group(report: LoraReport) -> dict[str, list[Residual]]:
     rows: dict[str, list[Residual]] = {}
-    for one in report.residuals:
-        rows.setdefault(next((group for group in GROUPS if group in one.groups), "other"), []).append(one)
+    for residual in report.residuals:
+        rows.setdefault(next((group for group in GROUPS if group in residual.groups), "other"), []).append(residual)
     return {group: rows[group] for group in (*GROUPS, "other") if group in rows}
 
 
 def _by_reason(named: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for name, reason in named:
-        found.setdefault(reason, []).append(name)
-    return found
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
-def _both(one: Residual) -> str:
-    return f"{_percent(one.relative_before)} before, {_percent(one.relative_after)} after rounding"
+def _both(residual: Residual) -> str:
+    return f"{_percent(residual.relative_before)} before, {_percent(residual.relative_after)} after rounding"
 
 
 def _percent(share: float) -> str:
@@ -119,13 +119,13 @@ def _json(report: LoraReport) -> dict[str, Any]:
         "residual_after": _number(report.total(after=True)),
         "layers": [
             {
-                "name": one.part,
-                "changed": one.changed,
-                "delta": math.sqrt(one.delta),
-                "residual_before": _number(one.relative_before),
-                "residual_after": _number(one.relative_after),
+                "name": residual.part,
+                "changed": residual.changed,
+                "delta": math.sqrt(residual.delta),
+                "residual_before": _number(residual.relative_before),
+                "residual_after": _number(residual.relative_after),
             }
-            for one in report.residuals
+            for residual in report.residuals
         ],
         "left_out": [{"name": name, "reason": reason} for name, reason in report.left_out],
         "unmatched": [{"key": key, "reason": reason} for key, reason in report.unmatched],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def perform(path: Path, variables: Sequence[str], typed: Typed) -> None:
-    """Make those outputs of a recipe that are not there as they would be written now."""
+    """Make the outputs of a recipe that are absent or out of date."""
     from mergetool.recipe import file
 
     known = rows(Make)
@@ -59,8 +59,8 @@ class _RecipeReport(MergeReport):
         made = sum(task.is_to_be_made for task in tasks)
         console.heading("recipe", f"{self._recipe.path}: {console.plural(len(tasks), 'output')}, {made} to make")
         for task in tasks:
-            what = {"absent": "to be made", "current": "up to date", "outdated": f"out of date: {task.state.why}"}
-            console.heading("", f"{task.output.label} -> {task.target}  {what[task.state.kind]}")
+            words = {"absent": "to be made", "current": "up to date", "outdated": f"out of date: {task.state.why}"}
+            console.heading("", f"{task.output.label} -> {task.target}  {words[task.state.kind]}")
 
     def output(self, task: Task) -> None:
         """The next events are about this one."""
@@ -71,9 +71,9 @@ class _RecipeReport(MergeReport):
         self.output(task)
         self.json["after"] = [used.label for used in task.output.earlier]
         if self.prints:
-            what = task.output.expression.text if task.output.expression else "a difference LoRA"
+            source = task.output.expression.text if task.output.expression else "a difference LoRA"
             after = " and ".join(self.json["after"])
-            console.heading("plan", f"{task.output.label}: {what}, planned when {after} is there")
+            console.heading("plan", f"{task.output.label}: {source}, planned when {after} is there")
 
     def plan(self, plan: Any, memory: int) -> None:
         """The plan of a merge, or the pairs of a difference."""
@@ -118,16 +118,16 @@ class _RecipeReport(MergeReport):
         """What was found."""
         self.json["verify"] = verify_report.described(checked)
         if self.prints:
-            verify_report.print_found(checked)
+            verify_report.print_verification(checked)
 
 
 def _failed(made: Sequence[MadeOutput]) -> list[str]:
     """What checks said no to."""
     failed = []
-    for one in made:
+    for output in made:
         try:
-            if one.verification is not None:
-                one.verification.require_passed()
+            if output.verification is not None:
+                output.verification.require_passed()
         except CheckFailed as failure:
             failed.append(str(failure).rstrip("."))
     return failed

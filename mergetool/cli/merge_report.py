@@ -22,7 +22,7 @@ WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another 
 
 
 class MergeReport(CommandEvents):
-    """What a merge is going to do, and what became of it."""
+    """Prints the plan of a merge, and its result."""
 
     def plan(self, plan: Plan, memory: int) -> None:
         """The plan, of a dry run with every tensor."""
@@ -31,7 +31,7 @@ class MergeReport(CommandEvents):
             print_plan(plan, memory, every_tensor=self.typed.verbose or self.typed.given.get("dry_run", False))
 
     def checked(self, checked: Preflight) -> None:
-        """What was measured before the run."""
+        """The preflight's measurements."""
         self.json |= checked.record()
 
     def done(self, plan: Plan, result: Done) -> None:
@@ -82,10 +82,12 @@ def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
 
 def _scales(tensor: OutputTensor) -> list[str]:
     """The multipliers other than 1 in a tensor: "x 0.5", or by part where those of a fused tensor differ."""
-    found = {step.part: step.multiplier for step in tensor.steps}
-    if len(set(found.values())) > 1:
-        return [f"{part.removesuffix('.weight').rpartition('.')[2]} x {float(by):.6g}" for part, by in found.items()]
-    return [f"x {float(by):.6g}" for by in set(found.values()) if by not in (0, 1)]  # 0 is a reason of its own
+    multipliers = {step.part: step.multiplier for step in tensor.steps}
+    if len(set(multipliers.values())) > 1:
+        return [
+            f"{part.removesuffix('.weight').rpartition('.')[2]} x {float(by):.6g}" for part, by in multipliers.items()
+        ]
+    return [f"x {float(by):.6g}" for by in set(multipliers.values()) if by not in (0, 1)]  # 0 is a reason of its own
 
 
 def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> None:
@@ -96,14 +98,14 @@ def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) 
         console.heading(
             "note", f"what an interrupted run had left was of no use, {outcome.begun_anew}: all was done anew"
         )
-    for counts, what in (
+    for counts, reason in (
         (outcome.capped, "beyond the dtype and capped"),
         (outcome.non_finite, "NaN or infinite"),
         (outcome.off_device, "computed by the CPU, since the GPU had no memory left"),
     ):
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
-            console.heading("", f"{sum(counts.values())} elements {what}: {console.listed(names)}")
+            console.heading("", f"{sum(counts.values())} elements {reason}: {console.listed(names)}")
     _print_rounding(plan, outcome.movements)
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")

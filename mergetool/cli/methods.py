@@ -32,15 +32,15 @@ def methods(typed: Typed) -> None:
     Of one: formula, source, parameters and an example.
     """
     asked = typed.request(FindMethods)
-    found, errors = find_methods(asked)
+    chosen, errors = find_methods(asked)
     for error in errors:
         print(f"mergetool: {console.printable(error)}", file=sys.stderr)
     if typed.as_json:
-        console.print_json({"methods": [_facts(method) for method in found], "errors": list(errors)})
+        console.print_json({"methods": [_facts(method) for method in chosen], "errors": list(errors)})
     elif asked.name:
-        _show(found[0])
+        _show(chosen[0])
     else:
-        for method in found:
+        for method in chosen:
             console.say(method.signature + (f"   [{method.package}]" if method.package else ""))
             console.say(f"        {method.summary}")
 

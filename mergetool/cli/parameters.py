@@ -24,7 +24,10 @@ PRINTING = {
 
 @dataclass(frozen=True)
 class Typed:
-    """What was typed: ``given`` has the values of the options that were, by their names, ``own`` what belongs to the command alone."""
+    """The options that were typed.
+
+    ``given`` has their values by name, ``own`` those that belong to the command alone.
+    """
 
     given: Mapping[str, Any]
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +52,10 @@ def command(
     filled: Sequence[str] = (),
     prints: Sequence[str] = tuple(PRINTING),
 ) -> Callable[[Callable[[Typed], None]], Callable[..., None]]:
-    """Make a command of a function of what was `Typed`, with an option for every row of ``table``.
+    """Make a command of a function of `Typed`.
 
-    ``own`` are parameters for typer that belong to the command alone, ``prints`` those of `PRINTING` that it has; ``filled`` names rows that it finds
-    by itself where they are not typed.
+    It has an option for every row of ``table``. ``own`` are parameters for typer that belong to the command alone, ``prints`` those of
+    `PRINTING` that it has; ``filled`` names rows that it finds by itself where they are not typed.
     """
     known = {
         name: replace(row, initial=None) if name in filled else row for name, row in rows_in(table, "command").items()
@@ -64,13 +67,13 @@ def command(
             console.speak_of(table)
             said = {name: typed[name] for name in prints}
             given = {name: row.read(typed[name]) for name, row in known.items() if typed[name] not in (None, [])}
-            mine = {one.name: typed[one.name] for one in own}
+            mine = {extra.name: typed[extra.name] for extra in own}
             function(Typed(given, mine, **said))
 
         parameters = [parameter(row) for row in known.values()] + list(own) + [_printing(name) for name in prints]
-        parameters.sort(key=lambda one: one.default is not inspect.Parameter.empty)
+        parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
         run.request = table  # type: ignore[attr-defined]
         return console.command(run)

@@ -6,15 +6,13 @@ from mergetool.options.sampling import FIRST, PRESETS
 
 
 def presets() -> str:
-    """What they are, a line each."""
+    """The presets as text, a line each."""
     lines = [
         "\b",
         "Presets are what ComfyUI's stock templates of Z-Image are set to; other options change one setting of them:",
     ]
-    for name, one in PRESETS.items():
-        strength = "" if one.strength == FIRST.strength else f", strength {one.strength:g}"
-        settings = (
-            f"{one.steps:2} steps, cfg {one.cfg:g}, shift {one.shift:g}, {one.sampler}, {one.scheduler}{strength}"
-        )
+    for name, preset in PRESETS.items():
+        strength = "" if preset.strength == FIRST.strength else f", strength {preset.strength:g}"
+        settings = f"{preset.steps:2} steps, cfg {preset.cfg:g}, shift {preset.shift:g}, {preset.sampler}, {preset.scheduler}{strength}"
         lines.append(f"  {name:<15} {settings}")
     return "\n".join(lines) + "\n"

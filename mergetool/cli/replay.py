@@ -24,5 +24,5 @@ def replay(typed: Typed) -> None:
     Exit code 1 when the bytes are not the same; a changed input, recipe or version is named.
     """
     with ReplayReport.shown(typed) as report:
-        found = run_replay(typed.request(Rebuild), report)
-    found.require_same(typed.given["output"])
+        again = run_replay(typed.request(Rebuild), report)
+    again.require_same(typed.given["output"])

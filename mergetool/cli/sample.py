@@ -60,7 +60,7 @@ class _SampleReport(CommandEvents):
         """The files."""
         self.json |= {
             "written": [str(path) for path in result.paths],
-            "pictures": [one.parameters for row in result.made for one in row],
+            "pictures": [picture.parameters for row in result.made for picture in row],
         }
         if self.prints:
             console.heading(

@@ -35,5 +35,5 @@ def verify(typed: Typed) -> None:
     Nothing is written but the report. Exit code 1 when a check says no.
     """
     with VerifyReport.shown(typed) as report:
-        found = run_verify(typed.request(Verify), report)
-    found.require_passed()
+        verification = run_verify(typed.request(Verify), report)
+    verification.require_passed()

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class VerifyReport(CommandEvents):
-    """What was found."""
+    """Prints a verification."""
 
     def done(self, plan: VerifyOptions, result: Verification) -> None:
         """Weights, pictures, and where the page is."""
         self.json |= described(result)
         if self.prints:
-            print_found(result)
+            print_verification(result)
             if plan.page is not None:
                 console.heading("report", str(plan.page))
 
 
 class ReplayReport(CommandEvents):
-    """What was found of the bytes alone."""
+    """Prints how the bytes of a replay compare."""
 
     def done(self, plan: VerifyOptions, result: Verification) -> None:
         """Whether they are the same."""
@@ -38,22 +38,26 @@ class ReplayReport(CommandEvents):
             _print_replay(result.replay, result.seconds)
 
 
-def described(found: Verification) -> dict[str, Any]:
-    """What ``--json`` has of it."""
+def described(verification: Verification) -> dict[str, Any]:
+    """A verification as ``--json`` prints it."""
     from mergetool.verification import pictures
 
-    seen = None if found.pictures is None else pictures.summary(found.pictures)
-    whole = {} if found.replay is None else {"replay": _replay_json(found.replay)}
-    return _weights_json(found.weights) | whole | {"pictures": seen, "left_out": found.left_out, "passed": found.passed}
+    seen = None if verification.pictures is None else pictures.summary(verification.pictures)
+    whole = {} if verification.replay is None else {"replay": _replay_json(verification.replay)}
+    return (
+        _weights_json(verification.weights)
+        | whole
+        | {"pictures": seen, "left_out": verification.left_out, "passed": verification.passed}
+    )
 
 
-def print_found(found: Verification) -> None:
-    """What was found, in lines."""
-    if found.replay is not None:
-        _print_replay(found.replay, found.seconds)
+def print_verification(verification: Verification) -> None:
+    """Print a verification, in lines."""
+    if verification.replay is not None:
+        _print_replay(verification.replay, verification.seconds)
     else:
-        _print_weights(found.weights, found.seconds)
-    _print_pictures(found.pictures, found.left_out)
+        _print_weights(verification.weights, verification.seconds)
+    _print_pictures(verification.pictures, verification.left_out)
 
 
 def _print_weights(report: WeightsReport, seconds: float) -> None:
@@ -61,10 +65,10 @@ def _print_weights(report: WeightsReport, seconds: float) -> None:
 
     if report.derived:
         console.heading("recipe", report.expression)
-    for what, names in report.damage():
-        console.heading("", f"{len(names)} {what}: {console.listed(names)}")
-    for parent, found in report.distances.items():
-        console.heading("", f"{100 * relative(found):.3g} % from {parent}, in the norm of all weights")
+    for damage, names in report.damage():
+        console.heading("", f"{len(names)} {damage}: {console.listed(names)}")
+    for parent, distance in report.distances.items():
+        console.heading("", f"{100 * relative(distance):.3g} % from {parent}, in the norm of all weights")
     if not report.derived:
         looked = f"{console.plural(report.kept, 'tensor')} looked through for NaN and infinity"
         console.heading("weights", f"no recipe, not derived; {looked}  {seconds:.1f} s")
@@ -126,50 +130,50 @@ def _weights_json(report: WeightsReport) -> dict[str, Any]:
         "extra": report.extra,
         "differing": report.differing,
         "non_finite": report.non_finite,
-        "distances": {parent: relative(found) for parent, found in report.distances.items()},
+        "distances": {parent: relative(distance) for parent, distance in report.distances.items()},
     }
 
 
-def _replay_json(found: Replay) -> dict[str, Any]:
+def _replay_json(replay: Replay) -> dict[str, Any]:
     return {
-        "same": found.same,
-        "expression": found.expression,
-        "reasons": found.reasons,
-        "difference": found.difference,
-        "missing": found.missing,
-        "extra": found.extra,
-        "differing": found.differing,
-        "bytes": found.size,
-        "files": found.files,
-        "output": None if found.kept is None else str(found.kept.path),
+        "same": replay.same,
+        "expression": replay.expression,
+        "reasons": replay.reasons,
+        "difference": replay.difference,
+        "missing": replay.missing,
+        "extra": replay.extra,
+        "differing": replay.differing,
+        "bytes": replay.size,
+        "files": replay.files,
+        "output": None if replay.kept is None else str(replay.kept.path),
     }
 
 
-def _print_replay(found: Replay, seconds: float) -> None:
-    _print_bytes(found, seconds)
-    if found.kept is not None:
-        if found.kept.note:
-            console.heading("note", found.kept.note)
-        console.heading("done", str(found.kept))
+def _print_replay(replay: Replay, seconds: float) -> None:
+    _print_bytes(replay, seconds)
+    if replay.kept is not None:
+        if replay.kept.note:
+            console.heading("note", replay.kept.note)
+        console.heading("done", str(replay.kept))
 
 
-def _print_bytes(found: Replay, seconds: float) -> None:
-    console.heading("recipe", found.expression)
-    files = console.plural(found.files, "file")
-    if found.same:
-        console.heading("same", f"every byte of {files}, {console.size(found.size)}  {seconds:.1f} s")
+def _print_bytes(replay: Replay, seconds: float) -> None:
+    console.heading("recipe", replay.expression)
+    files = console.plural(replay.files, "file")
+    if replay.same:
+        console.heading("same", f"every byte of {files}, {console.size(replay.size)}  {seconds:.1f} s")
         return
-    for reason in found.reasons:
+    for reason in replay.reasons:
         console.heading("OTHER", reason)
-    if found.difference:
-        console.heading("OTHER", found.difference)
-    named = [f"{name} (from byte {at})" for name, at in found.differing.items()]
-    for what, names in (
-        ("missing, or of another shape or dtype", found.missing),
-        ("not in the recipe", found.extra),
+    if replay.difference:
+        console.heading("OTHER", replay.difference)
+    named = [f"{name} (from byte {at})" for name, at in replay.differing.items()]
+    for difference, names in (
+        ("missing, or of another shape or dtype", replay.missing),
+        ("not in the recipe", replay.extra),
         ("of other bytes", named),
     ):
         if names:
-            console.heading("OTHER", f"{console.plural(len(names), 'tensor')} {what}: {console.listed(names)}")
-    if found.differing and not found.reasons:
+            console.heading("OTHER", f"{console.plural(len(names), 'tensor')} {difference}: {console.listed(names)}")
+    if replay.differing and not replay.reasons:
         console.heading("", "the inputs and the version are those recorded: the recipe was edited, or the tensors were")

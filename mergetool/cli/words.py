@@ -20,11 +20,11 @@ def show_help(context: typer.Context, words: CommandWords = None) -> None:
     """Show the help of mergetool or of a command."""
     shown: Any = context.find_root()
     for word in words or ():
-        found = shown.command.commands.get(word) if hasattr(shown.command, "commands") else None
-        if found is None:
+        command = shown.command.commands.get(word) if hasattr(shown.command, "commands") else None
+        if command is None:
             known = ", ".join(getattr(shown.command, "commands", ())) or "none"
             raise UsageError(f'"{shown.command_path}" has no command "{word}"; it has {known}.')
-        shown = found.context_class(found, info_name=word, parent=shown)
+        shown = command.context_class(command, info_name=word, parent=shown)
     typer.echo(shown.get_help())
 
 
