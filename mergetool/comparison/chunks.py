@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ComparedModels:
-    """The opened models, each once, and the places among them of those that are compared: delta = variant - base, to be added to ``onto``, and
-    the reference delta as (its variant, its base)."""
+    """The opened models, and the places of those that are compared.
+
+    delta = variant - base, to be added to ``onto``; the reference delta is (its variant, its base). Each model is opened once.
+    """
 
     inputs: tuple[Input, ...]
     base: int
@@ -49,7 +51,7 @@ class ComparedModels:
         return tuple(dict.fromkeys((self.base, self.variant, self.onto, *(self.reference or ()))))
 
     def window(self, column: int, part: str) -> Window:
-        """Where one of them stores a part."""
+        """The place where one of the models stores a part."""
         return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part])
 
 
@@ -65,7 +67,7 @@ class Chunk:
     sums: bool = True
 
 
-Found = tuple[Energies | None, Movement | None]
+Measured = tuple[Energies | None, Movement | None]
 TASK = 4
 """Chunks that a thread takes at a time. Each hand-over wakes the thread that waits for it, which takes the lock from those that work."""
 
@@ -78,8 +80,8 @@ def stream(
     threads: int | None = None,
     reader: Reader = "auto",
     progress: Callable[[int], None] = lambda _: None,
-) -> list[Found]:
-    """What was found in every chunk, in their order, which is also the order of reading.
+) -> list[Measured]:
+    """Measure every chunk, in the order given, which is the order of reading.
 
     ``registers`` are those that the merges' programs need. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError,
     naming model and tensor, for NaN or infinity, and what reading raises.
@@ -87,24 +89,24 @@ def stream(
     local, torch_threads = threading.local(), TorchThreads()
     capacity = max((chunk.count for chunk in chunks), default=0)
 
-    def measure(some: Sequence[Chunk]) -> list[tuple[Found, int]]:
+    def measure(some: Sequence[Chunk]) -> list[tuple[Measured, int]]:
         if not hasattr(local, "meter"):
             local.meter = _Meter(operands, capacity, registers, reader, torch_threads)
         meter: _Meter = local.meter
         return [meter.measure(chunk) for chunk in some]
 
-    found = []
+    measured = []
     with torch_threads, ThreadPoolExecutor(asked(threads), "compare", give_way) as pool:
         waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
         try:
             for future in waiting:
-                for one, read in future.result():
-                    found.append(one)
+                for measurement, read in future.result():
+                    measured.append(measurement)
                     progress(read)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return found
+    return measured
 
 
 class _Meter:
@@ -133,7 +135,7 @@ class _Meter:
         self._torch_threads.one()  # the parallelism is over chunks
         return CpuOps(capacity=self._capacity, registers=self._first + 1 + len(self._register))
 
-    def measure(self, chunk: Chunk) -> tuple[Found, int]:
+    def measure(self, chunk: Chunk) -> tuple[Measured, int]:
         """What is in a chunk, and how many bytes were read for it."""
         merge = chunk.merge
         merged = [window.input for window in merge.step.windows] if merge else []
@@ -149,14 +151,14 @@ class _Meter:
         }
         energies = self._energies(chunk, fetched) if chunk.sums else None
         movement = self._movement(merge, [fetched[column] for column in merged]) if merge else None
-        read = sum(found.nbytes for found in fetched.values())
-        for found in fetched.values():
-            self._reader.release(found)
+        read = sum(elements.nbytes for elements in fetched.values())
+        for elements in fetched.values():
+            self._reader.release(elements)
         return (energies, movement), read
 
     def _energies(self, chunk: Chunk, fetched: Mapping[int, Fetched]) -> Energies:
         operands = self._operands
-        stored = {column: self._stored(self._register[column], found) for column, found in fetched.items()}
+        stored = {column: self._stored(self._register[column], elements) for column, elements in fetched.items()}
         onto = None if operands.onto in (operands.base, operands.variant) else operands.onto
         asked = (operands.base, operands.variant, onto, *(operands.reference or (None, None)))
         sums = side_by_side([None if column is None else stored[column] for column in asked], chunk.count)
@@ -166,18 +168,18 @@ class _Meter:
         of_onto = {operands.base: base, operands.variant: variant}.get(operands.onto, other)
         return Energies(chunk.count, base, variant, delta, of_onto, reference, shared)
 
-    def _stored(self, register: int, found: Fetched) -> Stored:
+    def _stored(self, register: int, elements: Fetched) -> Stored:
         """Elements as they can be summed: as they are stored, or else in a register."""
-        stored = found.stored
+        stored = elements.stored
         if stored is not None and is_read(stored):
             return stored
-        return Stored(self._values(register, found).data.cast("B"), F32)
+        return Stored(self._values(register, elements).data.cast("B"), F32)
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
         """What the merge does to the anchor's elements: the steps of the engine's worker, without the writing."""
         assert job.step.program is not None
         assert job.step.base is not None
-        stored = [found.stored for found in fetched]
+        stored = [elements.stored for elements in fetched]
         blended = blend(job.step.program, stored, job.tensor.dtype, self._out, job.step.base)
         if blended and blended.movement:
             return blended.movement
@@ -186,19 +188,19 @@ class _Meter:
         self._ops.store(0, job.tensor.dtype, job.rounding, self._first)
         return self._ops.measure(0, self._first, job.tensor.dtype)
 
-    def _values(self, register: int, found: Fetched) -> Floats:
-        self._load(register, found)
+    def _values(self, register: int, elements: Fetched) -> Floats:
+        self._load(register, elements)
         return self._ops.values(register)
 
-    def _load(self, register: int, found: Fetched) -> None:
-        if found.is_plain:
-            self._ops.load(register, found.raw[0], found.dtype)
+    def _load(self, register: int, elements: Fetched) -> None:
+        if elements.is_plain:
+            self._ops.load(register, elements.raw[0], elements.dtype)
         else:
-            found.decode(self._ops.room(register, found.count))
+            elements.decode(self._ops.room(register, elements.count))
 
     def _not_finite(self, chunk: Chunk, fetched: Mapping[int, Fetched]) -> NonFiniteError:
-        for column, found in fetched.items():
-            bad = ~np.isfinite(self._values(self._register[column], found))
+        for column, elements in fetched.items():
+            bad = ~np.isfinite(self._values(self._register[column], elements))
             if bad.any():
                 window = self._operands.window(column, chunk.part)
                 at = window.first_element + chunk.start + int(bad.argmax())

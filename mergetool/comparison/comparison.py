@@ -62,9 +62,11 @@ class Comparison:
         anatomy = self.base.anatomy
         there = {group for part in self.parts for group in anatomy.family.groups(part, anatomy.parts[part].shape)}
         known = [group for group in anatomy.family.group_names(anatomy) if group in there]
-        for one in conditions:
-            if one.group is not None and one.group not in known:
-                raise UsageError(f'`fail_on`: there is no group "{one.group}" here; choose one of {", ".join(known)}.')
+        for condition in conditions:
+            if condition.group is not None and condition.group not in known:
+                raise UsageError(
+                    f'`fail_on`: there is no group "{condition.group}" here; choose one of {", ".join(known)}.'
+                )
 
     def expression(self, multiplier: Fraction) -> str:
         """The merge that the rounding figures are of."""
@@ -81,9 +83,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What a comparison found. ``excluded`` parts are measured and in no total. ``expression`` is the merge, with ``multiplier``, whose
-    rounding to ``dtype`` ``rounding`` tells of: by group, what `mergetool merge` reports. ``target`` is the wanted change, as a share. ``failed`` are
-    the conditions that hold and should not, in words."""
+    """The result of a comparison.
+
+    ``excluded`` parts are measured and in no total. ``expression`` is the merge, with ``multiplier``, whose rounding to ``dtype``
+    ``rounding`` tells of: by group, what `mergetool merge` reports. ``target`` is the wanted change, as a share. ``failed`` are the
+    conditions that hold and should not, in words.
+    """
 
     base: str
     variant: str
@@ -112,32 +117,41 @@ class Report:
     @property
     def included(self) -> list[Distance]:
         """The parts that count in the totals."""
-        return [one for one in self.distances if one.name not in self.excluded]
+        return [distance for distance in self.distances if distance.name not in self.excluded]
 
     @property
     def total(self) -> Energies:
-        """Of all parts that count."""
-        return Energies.total(one.energies for one in self.included)
+        """The sums over all parts that count."""
+        return Energies.total(distance.energies for distance in self.included)
 
     def groups(self) -> dict[str, Energies]:
-        """By group of the family, of the parts that count; of a group of which none does, of all its parts. Groups overlap."""
-        found = {}
+        """The sums by group of the family, over the parts that count.
+
+        A group of which no part counts has the sums of all its parts. Groups overlap.
+        """
+        energies = {}
         for group in self.group_names:
-            held = [one for one in self.distances if group in one.groups]
-            counted = [one for one in held if one.name not in self.excluded]
+            held = [distance for distance in self.distances if group in distance.groups]
+            counted = [distance for distance in held if distance.name not in self.excluded]
             if held:
-                found[group] = Energies.total(one.energies for one in counted or held)
-        return found
+                energies[group] = Energies.total(distance.energies for distance in counted or held)
+        return energies
 
     def blocks(self) -> dict[str, Energies]:
-        """By block, and by what lies outside the blocks, in the order of a forward pass; excluded ones as well."""
+        """The sums by block, in the order of a forward pass.
+
+        What lies outside the blocks has rows of its own; excluded parts count here.
+        """
         held: dict[str, list[Energies]] = {}
-        for one in self.distances:
-            held.setdefault(block(one), []).append(one.energies)
-        return {name: Energies.total(found) for name, found in held.items()}
+        for distance in self.distances:
+            held.setdefault(block(distance), []).append(distance.energies)
+        return {name: Energies.total(energies) for name, energies in held.items()}
 
     def value(self, metric: str, group: str | None) -> float | None:
-        """What one of `METRICS` is for a group, for all parts without one; None where nothing differs, or no reference is there."""
+        """The value of one of `METRICS` for a group, or for all parts.
+
+        It is None where nothing differs, or no reference is there.
+        """
         energies = self.total if group is None else self.groups()[group]
         movement = self.lost if group is None else self.rounding.get(group)
         match metric:
@@ -154,13 +168,15 @@ class Report:
         return movement.eaten / movement.moved if metric == "untraced" else 1 - movement.projection
 
     def failing(self, conditions: Sequence[Condition]) -> tuple[str, ...]:
-        """Of the conditions those that hold, in words."""
-        found = []
-        for one in conditions:
-            value = self.value(one.metric, one.group)
-            if value is not None and one.holds(value):
-                found.append(f"{one.metric} of {one.group or 'all'} is {value:.4g}, {one.sign} {one.limit:g}")
-        return tuple(found)
+        """The conditions that hold, in words."""
+        sentences = []
+        for condition in conditions:
+            value = self.value(condition.metric, condition.group)
+            if value is not None and condition.holds(value):
+                sentences.append(
+                    f"{condition.metric} of {condition.group or 'all'} is {value:.4g}, {condition.sign} {condition.limit:g}"
+                )
+        return tuple(sentences)
 
     def merge_with(self, multiplier: Fraction) -> str:
         """The expression of the merge with another multiplier."""
@@ -168,12 +184,14 @@ class Report:
 
     def is_excluded(self, group: str) -> bool:
         """Whether no part of a group counts in the totals."""
-        return all(one.name in self.excluded for one in self.distances if group in one.groups)
+        return all(distance.name in self.excluded for distance in self.distances if group in distance.groups)
 
     @property
     def recommended(self) -> Fraction | None:
-        """To four digits, the multiplier that gives the delta the size of the reference delta, without one that which makes the wanted
-        change; None where nothing differs."""
+        """The recommended multiplier, to four digits; None where nothing differs.
+
+        It gives the delta the size of the reference delta, or without one makes the wanted change.
+        """
         return advised(self.total, self.target, referenced=self.reference is not None)
 
 
@@ -185,8 +203,8 @@ def merge_of(onto: str, variant: str, base: str, multiplier: Fraction) -> str:
 
 def advised(total: Energies, target: float, *, referenced: bool) -> Fraction | None:
     """See `Report.recommended`."""
-    found = total.to_reference if referenced else total.to_change(target)
-    return None if found is None or not math.isfinite(found) else Fraction(f"{found:.4g}")
+    multiplier = total.to_reference if referenced else total.to_change(target)
+    return None if multiplier is None or not math.isfinite(multiplier) else Fraction(f"{multiplier:.4g}")
 
 
 @contextmanager
@@ -251,17 +269,17 @@ def compare(
     chunks = list(_chunks(comparison, plan, merges=multiplier != RECOMMENDED))
     with ThreadPoolExecutor(1, "lineage", give_way) as beside:
         advice = beside.submit(lineage.between, operands.inputs[operands.variant], comparison.base)
-        found = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader, progress=progress)
-    distances = by_part(operands, chunks, found)
+        measured = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader, progress=progress)
+    distances = by_part(operands, chunks, measured)
     if multiplier == RECOMMENDED:
-        counted = (one.energies for one in distances if one.name not in comparison.excluded)
+        counted = (distance.energies for distance in distances if distance.name not in comparison.excluded)
         first = advised(Energies.total(counted), target, referenced=operands.reference is not None) or first
         plan = comparison.plan(first)
         chunks = [chunk for chunk in _chunks(comparison, plan, sums=False) if chunk.merge]
-        found = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader)
+        measured = stream(operands, chunks, registers=plan.registers, threads=threads, reader=reader)
     moved = (
         ((chunk.merge.tensor.name, chunk.merge.step.part), movement)
-        for chunk, (_, movement) in zip(chunks, found, strict=True)
+        for chunk, (_, movement) in zip(chunks, measured, strict=True)
         if chunk.merge and movement
     )
     movements = Movements.of(moved, sampled=any(not job.sampled for job in _merged(plan)))
@@ -271,7 +289,7 @@ def compare(
         names[operands.variant],
         names[operands.onto],
         None if operands.reference is None else (names[operands.reference[0]], names[operands.reference[1]]),
-        tuple(sorted(distances, key=lambda one: comparison.base.anatomy.family.order(one.name))),
+        tuple(sorted(distances, key=lambda distance: comparison.base.anatomy.family.order(distance.name))),
         comparison.excluded,
         comparison.left_out,
         comparison.base.anatomy.family.group_names(comparison.base.anatomy),
@@ -289,7 +307,7 @@ def compare(
 
 def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> Iterator[Finding]:
     """What the sample says, but for equality where all elements say otherwise."""
-    differ = any(one.energies.delta for one in distances)
+    differ = any(distance.energies.delta for distance in distances)
     return (finding for finding in findings if not (differ and finding.text.endswith(lineage.NO_DIFFERENCE)))
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from mergetool.comparison.chunks import Chunk, ComparedModels, Found, stream
+from mergetool.comparison.chunks import Chunk, ComparedModels, Measured, stream
 from mergetool.comparison.energies import Distance, Energies
 from mergetool.engine.jobs import CHUNK
 from mergetool.recipe.steps import Input
 
 
 def measure(model: Input, other: Input, *, progress: Callable[[int], None] = lambda _: None) -> list[Distance]:
-    """The distance of ``model`` from ``other`` for every float parameter that both have in one shape, in
-    the order of the family: as a forward pass reads them.
+    """Measure the distance of ``model`` from ``other`` in every parameter they share.
+
+    Those are float parameters of one shape in both, in the order of the family: as a forward pass reads them.
 
     ``progress`` gets bytes read. Memory is some megabytes a thread whatever the models' size.
     """
@@ -28,7 +29,7 @@ def measure(model: Input, other: Input, *, progress: Callable[[int], None] = lam
 
 
 def comparable(models: Sequence[Input]) -> list[str]:
-    """The float parameters that all of the models have in one shape, in the order of their family."""
+    """The float parameters that all models have in one shape, in family order."""
     first, *others = (model.anatomy.parts for model in models)
     return [
         name
@@ -49,11 +50,11 @@ def cut(operands: ComparedModels, part: str) -> Iterator[Chunk]:
         yield Chunk(part, start, min(chunk, elements - start))
 
 
-def by_part(operands: ComparedModels, chunks: Sequence[Chunk], found: Iterable[Found]) -> list[Distance]:
+def by_part(operands: ComparedModels, chunks: Sequence[Chunk], measured: Iterable[Measured]) -> list[Distance]:
     """The sums of every part, in the order of the chunks."""
     base = operands.inputs[operands.base].anatomy
     sums: dict[str, list[Energies]] = {}
-    for chunk, (energies, _) in zip(chunks, found, strict=True):
+    for chunk, (energies, _) in zip(chunks, measured, strict=True):
         if energies is not None:
             sums.setdefault(chunk.part, []).append(energies)
     return [

@@ -23,10 +23,11 @@ class Energies:
     @classmethod
     def total(cls, parts: Iterable[Energies]) -> Energies:
         """The sums over all, correctly rounded, so that they depend on no order."""
-        found = list(parts)
+        energies = list(parts)
         names = [each.name for each in fields(cls)][1:]
         return cls(
-            sum(part.elements for part in found), *(math.fsum(getattr(part, name) for part in found) for name in names)
+            sum(part.elements for part in energies),
+            *(math.fsum(getattr(part, name) for part in energies) for name in names),
         )
 
     @property
@@ -46,7 +47,10 @@ class Energies:
         return math.sqrt(self.reference / self.delta) if self.delta and self.reference else None
 
     def to_change(self, share: float) -> float | None:
-        """The m that makes ||m * delta|| ``share`` of the norm of what it is added to; None where one of them is zero."""
+        """The m that makes ||m * delta|| a ``share`` of what it changes.
+
+        None where the delta or what it is added to is zero; the norms are compared.
+        """
         return share * math.sqrt(self.onto / self.delta) if self.delta and self.onto else None
 
 
@@ -59,9 +63,9 @@ class Distance:
     energies: Energies
 
 
-def relative(found: Sequence[Distance], wanted: Callable[[Distance], bool] = lambda _: True) -> float:
+def relative(distances: Sequence[Distance], wanted: Callable[[Distance], bool] = lambda _: True) -> float:
     """The norm of the delta over that of the base, over the parts ``wanted``; 0 where there are none."""
-    return Energies.total(one.energies for one in found if wanted(one)).distance
+    return Energies.total(distance.energies for distance in distances if wanted(distance)).distance
 
 
 def percent(share: float) -> str:

@@ -55,12 +55,12 @@ class HeatMap:
         return [(shade, low * (high / low) ** (i / len(palette))) for i, shade in enumerate(palette)]
 
 
-def of_distances(found: Sequence[Distance]) -> HeatMap:
-    """The relative distances, in the order of ``found``."""
+def of_distances(distances: Sequence[Distance]) -> HeatMap:
+    """The relative distances, in the order of ``distances``."""
     held: dict[tuple[str, str], list[Energies]] = {}
-    for one in found:
-        held.setdefault((block(one), kind(one.groups)), []).append(one.energies)
-    blocks = list(dict.fromkeys(block(one) for one in found))[:TALLEST]
+    for distance in distances:
+        held.setdefault((block(distance), kind(distance.groups)), []).append(distance.energies)
+    blocks = list(dict.fromkeys(block(distance) for distance in distances))[:TALLEST]
     kinds = [each for each in (*KINDS, "other") if any(each == column for _, column in held)]
     values = np.full((len(blocks), len(kinds)), np.nan)
     for (row, column), energies in held.items():
@@ -69,9 +69,9 @@ def of_distances(found: Sequence[Distance]) -> HeatMap:
     return HeatMap(tuple(blocks), tuple(kinds), values)
 
 
-def block(found: Distance) -> str:
+def block(distance: Distance) -> str:
     """The row of a part: its block, or what it is of outside the blocks."""
-    return found.name.split(".")[0] if found.groups & {"embedder", "final"} else block_of(found.name)
+    return distance.name.split(".")[0] if distance.groups & {"embedder", "final"} else block_of(distance.name)
 
 
 def kind(groups: frozenset[str]) -> str:

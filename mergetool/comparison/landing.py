@@ -32,10 +32,11 @@ LEAST = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """What the sample says: ``distance`` from the anchor as a share of its norm, and the share of elements that change at all in float32.
+    """A merge's distance from its anchor, as the sample measures it.
 
-    ``differences`` are the distances of x from y for every x - y of the expression. ``unmeasured`` counts parts that merge methods make,
-    which need whole parameters.
+    ``distance`` is a share of the anchor's norm; the share of elements that change at all is counted in float32. ``differences`` are the
+    distances of x from y for every x - y of the expression. ``unmeasured`` counts parts that merge methods make, which need whole
+    parameters.
     """
 
     anchor: str
@@ -82,7 +83,7 @@ class Landing:
 
 
 def measure(plan: Plan, samples: Samples, differences: tuple[tuple[str, str, float], ...] = ()) -> Landing:
-    """Where ``plan`` lands, from the ``samples`` of its inputs. Raises what reading raises."""
+    """Measure where ``plan`` lands, from the ``samples`` of its inputs. Raises what reading raises."""
     moved = norm = 0.0
     changed = elements = unmeasured = 0
     parts, most = plan.inputs[0].anatomy.parts, most_of(plan.inputs[0])

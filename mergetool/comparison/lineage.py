@@ -54,28 +54,31 @@ class Relation:
     y: ModelSample
 
     @cached_property
-    def _found(self) -> list[Distance]:
+    def _distances(self) -> list[Distance]:
         return samples.distances(self.x, self.y)
 
     @cached_property
     def refiners(self) -> float:
-        """How far apart the refiners are; 0 in a family that has none."""
-        return middle(self._found, self.x.model.anatomy.family.kept)
+        """The distance of the refiners; 0 in a family that has none."""
+        return middle(self._distances, self.x.model.anatomy.family.kept)
 
     @cached_property
     def layers(self) -> float:
-        """How far apart the main layers are; all parts in a family without such a group."""
-        has_layers = any("layers" in one.groups for one in self._found)
-        return middle(self._found, "layers" if has_layers else None)
+        """The distance of the main layers; of all parts in a family without them."""
+        has_layers = any("layers" in distance.groups for distance in self._distances)
+        return middle(self._distances, "layers" if has_layers else None)
 
     @cached_property
     def whole(self) -> float:
-        """How far apart all parts are."""
-        return middle(self._found)
+        """The distance over all parts."""
+        return middle(self._distances)
 
     @cached_property
     def is_equal(self) -> bool:
-        """Whether every element that was looked at, of one part or more, is the same in both, NaN included."""
+        """Whether every sampled element is the same in both, NaN included.
+
+        It is False where no part was sampled.
+        """
         both = distances.comparable([self.x.model, self.y.model])
         pairs = [(self.x.values[name], self.y.values[name]) for name in both if name in self.x.values]
         return bool(pairs) and all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
@@ -88,10 +91,13 @@ class Relation:
 
     @cached_property
     def gains(self) -> tuple[int, int]:
-        """Of how many RMSNorms y's gains are farther from 1 than x's, and of how many they differ at all."""
+        """Count the RMSNorms whose gains y has farther from 1 than x.
+
+        The second number counts those whose gains differ at all.
+        """
         if not self.x.model.anatomy.family.gains_grow:
             return 0, 0
-        norms = [one.name for one in self._found if "norm" in one.groups]
+        norms = [distance.name for distance in self._distances if "norm" in distance.groups]
         away = [tuple(_from_one(sample.values[name]) for sample in (self.x, self.y)) for name in norms]
         return sum(y > x for x, y in away), sum(y != x for x, y in away)
 
@@ -116,19 +122,24 @@ class Relation:
 
 @dataclass(frozen=True)
 class Relations:
-    """How the models of one merge are related, read when it is asked for."""
+    """The relations of one merge's models, read when they are asked for."""
 
     plan: Plan
     lineage: _Lineage
 
     def findings(self) -> list[Finding]:
-        """What a sample of the inputs says: a few megabytes of each, and of known models when something is subtracted."""
-        found = [one for pair in differences(self.plan.expression.graph) for one in self.lineage.of_difference(*pair)]
-        found += self.lineage.of_averages(self.plan)
-        return [*dict.fromkeys(found), *_fp16(self.plan)]
+        """The findings on lineage from a sample of the inputs.
+
+        The sample is a few megabytes of each, and of known models when something is subtracted.
+        """
+        findings = [
+            finding for pair in differences(self.plan.expression.graph) for finding in self.lineage.of_difference(*pair)
+        ]
+        findings += self.lineage.of_averages(self.plan)
+        return [*dict.fromkeys(findings), *_fp16(self.plan)]
 
     def distances(self) -> tuple[tuple[str, str, float], ...]:
-        """For every x - y of the expression: x, y and how far apart they are, over all parts."""
+        """The x, y and distance over all parts of every x - y."""
         pairs = differences(self.plan.expression.graph)
         return tuple((x, y, self.lineage.relation(x, y).whole) for x, y in pairs)
 
@@ -149,7 +160,7 @@ class _Lineage:
     def __init__(self, samples: Samples) -> None:
         self._inputs = {model.name: column for column, model in enumerate(samples.inputs) if not model.is_lora}
         self._samples = samples
-        self._found: dict[str, ModelSample] = {}
+        self._sampled: dict[str, ModelSample] = {}
 
     def of_averages(self, plan: Plan) -> Iterator[Finding]:
         """Whole models that are averaged, in the refiners and elsewhere."""
@@ -221,8 +232,8 @@ class _Lineage:
             )
 
     def _nearest(self, relation: Relation) -> str:
-        found = self._nearer(relation)
-        return "" if found is None else f"; {found.y.name} looks like it ({found.apart()})"
+        relative = self._nearer(relation)
+        return "" if relative is None else f"; {relative.y.name} looks like it ({relative.apart()})"
 
     def _nearer(self, relation: Relation) -> Relation | None:
         """The nearest known relative of x that is not trained on from it, where it is clearly nearer than y."""
@@ -231,11 +242,11 @@ class _Lineage:
             other = self._known_sample(name)
             if other is None or other.model.anatomy.family is not relation.x.model.anatomy.family:
                 continue
-            found = Relation(relation.x, other)
-            if found.is_twin or found.is_reversed or not found.is_related:
+            candidate = Relation(relation.x, other)
+            if candidate.is_twin or candidate.is_reversed or not candidate.is_related:
                 continue
-            if 0 < found.whole < (best or relation).whole:
-                best = found
+            if 0 < candidate.whole < (best or relation).whole:
+                best = candidate
         return best if best is not None and best.whole < NEARER * relation.whole else None
 
     def _known(self, relation: Relation) -> list[str]:
@@ -253,9 +264,9 @@ class _Lineage:
 
     def _sample(self, name: str) -> ModelSample:
         """The sample of an input."""
-        if name not in self._found:
-            self._found[name] = self._samples.of(self._inputs[name])
-        return self._found[name]
+        if name not in self._sampled:
+            self._sampled[name] = self._samples.of(self._inputs[name])
+        return self._sampled[name]
 
     def _known_sample(self, name: str) -> ModelSample | None:
         """The sample of an input or of a known model, where that can be read."""

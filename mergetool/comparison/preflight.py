@@ -15,7 +15,10 @@ from mergetool.recipe.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a sample of the inputs says about a merge: ``landing`` in figures, ``findings`` in words, its own among them."""
+    """The result of a merge's sample: ``landing`` in figures, ``findings`` in words.
+
+    The findings of the landing are among them.
+    """
 
     landing: Landing
     findings: tuple[Finding, ...]
@@ -35,11 +38,12 @@ class Preflight:
 
 
 def check(plan: Plan) -> Preflight:
-    """Read a few megabytes of every input of ``plan``, and of known models when something is subtracted.
+    """Sample every input of ``plan``, and known models when something is subtracted.
 
-    The inputs must be open. Raises what reading them raises; known models that cannot be read are passed over.
+    A few megabytes of each are read. The inputs must be open. Raises what reading them raises; known models that cannot be read are passed
+    over.
     """
     samples = Samples(plan.inputs)
     relations = lineage.of(plan, samples)
-    found = landing.measure(plan, samples, relations.distances())
-    return Preflight(found, (*found.findings(), *relations.findings()))
+    measured = landing.measure(plan, samples, relations.distances())
+    return Preflight(measured, (*measured.findings(), *relations.findings()))

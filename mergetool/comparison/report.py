@@ -47,13 +47,13 @@ def record(report: Report) -> dict[str, Any]:
         "recommended": None if report.recommended is None else float(report.recommended),
         "total": _energies(report.total, report.target),
         "groups": {
-            name: _energies(found, report.target) | {"excluded": report.is_excluded(name)}
-            for name, found in report.groups().items()
+            name: _energies(energies, report.target) | {"excluded": report.is_excluded(name)}
+            for name, energies in report.groups().items()
         },
-        "blocks": {name: _energies(found, report.target) for name, found in report.blocks().items()},
+        "blocks": {name: _energies(energies, report.target) for name, energies in report.blocks().items()},
         "parts": {
-            one.name: _energies(one.energies, report.target) | {"excluded": one.name in report.excluded}
-            for one in report.distances
+            distance.name: _energies(distance.energies, report.target) | {"excluded": distance.name in report.excluded}
+            for distance in report.distances
         },
         "lineage": [{"level": finding.level, "text": finding.text} for finding in report.lineage],
         "left_out": [{"name": name, "reason": reason} for name, reason in report.left_out],
@@ -76,11 +76,11 @@ def _table(first: str, rows: dict[str, Energies], report: Report) -> PageTable:
         [
             [
                 name,
-                percent(found.distance),
-                *([_text(found.cosine, ".3f"), _text(found.to_reference)] if referenced else []),
-                _text(found.to_change(report.target)),
+                percent(energies.distance),
+                *([_text(energies.cosine, ".3f"), _text(energies.to_reference)] if referenced else []),
+                _text(energies.to_change(report.target)),
             ]
-            for name, found in [*rows.items(), *([("all", report.total)] if first == "group" else [])]
+            for name, energies in [*rows.items(), *([("all", report.total)] if first == "group" else [])]
         ],
     )
 
@@ -101,16 +101,16 @@ def _rounding(report: Report) -> PageTable:
     )
 
 
-def _energies(found: Energies, target: float) -> dict[str, Any]:
+def _energies(energies: Energies, target: float) -> dict[str, Any]:
     return {
-        "elements": found.elements,
-        "norm_base": math.sqrt(found.base),
-        "norm_variant": math.sqrt(found.variant),
-        "norm_delta": math.sqrt(found.delta),
-        "distance": found.distance if math.isfinite(found.distance) else None,
-        "cosine": found.cosine,
-        "multiplier_by_reference": found.to_reference,
-        "multiplier_by_target": found.to_change(target),
+        "elements": energies.elements,
+        "norm_base": math.sqrt(energies.base),
+        "norm_variant": math.sqrt(energies.variant),
+        "norm_delta": math.sqrt(energies.delta),
+        "distance": energies.distance if math.isfinite(energies.distance) else None,
+        "cosine": energies.cosine,
+        "multiplier_by_reference": energies.to_reference,
+        "multiplier_by_target": energies.to_change(target),
     }
 
 

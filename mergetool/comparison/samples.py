@@ -70,12 +70,15 @@ def _floats(model: Input) -> dict[str, Part]:
 
 
 def most_of(model: Input) -> int:
-    """How many elements of each part belong to the sample of ``model``."""
+    """The most elements of each part in the sample of ``model``."""
     return min(MOST, max(LEAST, TOTAL // max(1, len(_floats(model)))))
 
 
 def middle_rows(elements: int, width: int, most: int) -> tuple[int, int]:
-    """Where the sample of a part begins, and how many elements it has: ``most``, in whole rows of ``width``, at least one row."""
+    """The first element of a part's sample, and its number of elements.
+
+    The number is ``most``, in whole rows of ``width``, at least one row.
+    """
     rows = elements // width
     taken = min(rows, max(1, most // width))
     return (rows - taken) // 2 * width, taken * width
@@ -83,30 +86,33 @@ def middle_rows(elements: int, width: int, most: int) -> tuple[int, int]:
 
 def _read(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Floats:
     """Elements ``[start, start + count)`` of a window; the pages around them are let go of."""
-    found = reader.fetch(0, checkpoint, window, start, count)
+    elements = reader.fetch(0, checkpoint, window, start, count)
     out = np.empty(count, np.float32)
-    if found.is_plain:
-        out[:] = widened(found.raw[0], found.dtype)
+    if elements.is_plain:
+        out[:] = widened(elements.raw[0], elements.dtype)
     else:
-        found.decode(out)
-    reader.release(found)
-    for file, offset, size in found.places:
+        elements.decode(out)
+    reader.release(elements)
+    for file, offset, size in elements.places:
         file.forget(offset // AROUND * AROUND, size + 2 * AROUND)
     return out
 
 
 def distances(variant: ModelSample, base: ModelSample) -> list[Distance]:
-    """How far ``variant`` lies from ``base`` by their samples, each part counted as the whole of it; without parts that hold NaN or infinity there."""
+    """Measure the distance of ``variant`` from ``base`` in their samples.
+
+    Each part counts as the whole of it; parts whose samples hold NaN or infinity are missing.
+    """
     family = base.model.anatomy.family
-    found = []
+    apart = []
     for name in comparable([base.model, variant.model]):
         x, y = variant.values[name], base.values[name]
         share = base.sizes[name] / y.size
         groups = family.groups(name, base.model.anatomy.parts[name].shape)
         of_y, of_x, of_delta = (square(values) * share for values in (y, x, x - y))
         if math.isfinite(of_x + of_y + of_delta):
-            found.append(Distance(name, groups, Energies(base.sizes[name], of_y, of_x, of_delta, of_y)))
-    return found
+            apart.append(Distance(name, groups, Energies(base.sizes[name], of_y, of_x, of_delta, of_y)))
+    return apart
 
 
 def middle(found: Sequence[Distance], group: str | None = None) -> float:
