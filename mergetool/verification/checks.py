@@ -112,7 +112,7 @@ def _weights(
 
 
 def percent_of(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """A function of what is done and the total, for ``advance`` of a bar of 100."""
+    """Make of ``advance``, for a bar of 100, a function of done and total."""
     said = 0
 
     def tell(done: int, total: int) -> None:

@@ -59,9 +59,10 @@ class Measures:
 
     @property
     def noise(self) -> bool:
-        """Whether neighbouring tiles have little in common, or neighbouring pixels while values run to both ends of the scale.
+        """Whether neighbouring tiles, or pixels of a glaring picture, share little.
 
-        A merge that goes far too far draws glaring stripes or blocks: its tiles have something in common, its pixels little.
+        A glaring picture has values up to both ends of the scale. A merge that goes far too far draws glaring stripes or blocks: its tiles
+        have something in common, its pixels little.
         """
         glaring = (
             self.contrast > MOST_CONTRAST and self.clipped > MOST_EVENLY_CLIPPED and self.roughness > MOST_ROUGHNESS
@@ -89,21 +90,27 @@ def measure(picture: Pixels) -> Measures:
     )
 
 
-def outside(found: Sequence[Measures], usual: Sequence[Measures]) -> list[bool]:
-    """Which of ``found`` leave the range of ``usual`` in some measure, by more than half of that range and the measure's `LEAST_RANGE`.
+def outside(pictures: Sequence[Measures], usual: Sequence[Measures]) -> list[bool]:
+    """Tell which ``pictures`` leave the range of ``usual`` in some measure.
 
-    Other pictures of the same prompts, right ones, stay inside: a fine-tune shifts a measure, ruin throws it out.
+    They leave it by more than half of that range and the measure's `LEAST_RANGE`. Other pictures of the same prompts, right ones, stay
+    inside: a fine-tune shifts a measure, ruin throws it out.
     """
     ranges = {}
     for name, least in LEAST_RANGE.items():
-        values = [getattr(one, name) for one in usual]
+        values = [getattr(measures, name) for measures in usual]
         room = max(least, (max(values) - min(values)) / 2)
         ranges[name] = min(values) - room, max(values) + room
-    return [any(not low <= getattr(one, name) <= high for name, (low, high) in ranges.items()) for one in found]
+    return [
+        any(not low <= getattr(measures, name) <= high for name, (low, high) in ranges.items()) for measures in pictures
+    ]
 
 
 def colour_distance(one: Pixels, other: Pixels) -> float:
-    """Total variation distance of the colour histograms, 0 for equal ones, 1 for no colour in common."""
+    """The total variation distance of the colour histograms, in 0 to 1.
+
+    It is 0 for equal histograms, 1 for no colour in common.
+    """
     return float(np.abs(_histogram(one) - _histogram(other)).sum() / 2)
 
 

@@ -34,9 +34,10 @@ class NotLookedAt(MergetoolError):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How every model is looked at: the same shots, the same first stage, and the second ones after it.
+    """The shots and stages in which every model is looked at.
 
-    ``notes`` are sentences on what was asked for and has no effect.
+    All have the same shots and the same first stage, and the second ones after it. ``notes`` are sentences on what was asked for and has no
+    effect.
     """
 
     shots: tuple[Shot, ...]
@@ -80,7 +81,7 @@ def plan(output: str, parent: str, asked: PicturesOptions, *, patient: bool) -> 
 
 
 def embedded(studio: Studio) -> bool:
-    """Whether the parts are those of the embedded family, whose prompts have an exact checker."""
+    """Whether the parts are the embedded family's, whose prompts have an exact checker."""
     return models.EMBEDDED in studio.components.vae.parents
 
 

@@ -38,10 +38,10 @@ Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of one model after one stage, one for each shot, with what they measure.
+    """The pictures of one model after one stage, with their measures.
 
-    ``adherent`` says for each picture whether it shows its prompt, and is None where nothing can tell; ``scores`` are
-    an optional scorer's.
+    There is one for each shot. ``adherent`` says for each picture whether it shows its prompt, and is None where nothing can tell;
+    ``scores`` are an optional scorer's.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Column:
 
     @property
     def pictures(self) -> list[Pictures]:
-        return [one.picture for one in self.made]
+        return [drawn.picture for drawn in self.made]
 
     @property
     def adherence(self) -> float | None:
@@ -73,13 +73,16 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """What a badge says."""
+        """The word on the badge."""
         return "not judged" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)
 class PicturesReport:
-    """``columns`` are the parents' and then the merge's, each after the first stage and after every second one."""
+    """The pictures of a merge and its parents, with the verdicts.
+
+    ``columns`` are the parents' and then the merge's, each after the first stage and after every second one.
+    """
 
     look: Look
     columns: tuple[Column, ...]
@@ -115,7 +118,7 @@ def check_pictures(
 
 
 def evaluations(look: Look, parents: int) -> int:
-    """How often a transformer will be asked, guidance counted once."""
+    """Count the transformer's evaluations of a look, guidance counted once."""
     return (parents + 1) * look.request(look.first.model).evaluations
 
 
@@ -123,7 +126,7 @@ def observe(
     model: str, label: str, made: Sequence[MadePicture], prompts: Sequence[str], *, scorer: Scorer | None = None
 ) -> Column:
     """Measure pictures of one model after one stage."""
-    shown = [one.picture for one in made]
+    shown = [drawn.picture for drawn in made]
     scores = None if scorer is None else tuple(scorer(shown, prompts))
     return Column(model, label, tuple(made), tuple(map(images.measure, shown)), _adherent(shown, prompts), scores)
 
@@ -138,27 +141,30 @@ def _adherent(pictures: Sequence[Pictures], prompts: Sequence[str]) -> tuple[boo
 
 
 def judge(columns: Sequence[Column], output: str) -> tuple[Verdict, ...]:
-    """The verdicts on the first stage and the first second stage of ``output``, in the light of its parents' columns."""
+    """Judge the stages of ``output`` in the light of its parents' columns.
+
+    The first stage is judged, and the first of the second ones.
+    """
     own = [column for column in columns if column.model == output][:2]
     others = [column for column in columns if column.model != output]
-    found = [
+    verdicts = [
         _share("noise", "without structure", [[m.noise for m in column.measures] for column in own]),
         _share("collapsed", "flat or burnt", [[m.collapsed for m in column.measures] for column in own]),
     ]
     if len(own) > 1:
-        found.append(_drift(columns, output))
+        verdicts.append(_drift(columns, output))
     if others:
-        found.append(_unlike(own[0], others))
+        verdicts.append(_unlike(own[0], others))
     judged = False
     for name, value in (("adherence", _adherence), ("score", _score)):
         mine, theirs = [value(column) for column in own], [value(column) for column in others]
         known = [v for v in mine if v is not None]
         if known:
             judged = True
-            found.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
+            verdicts.append(_against_parents(name, min(known), [v for v in theirs if v is not None]))
     if not judged:
-        found.append(Verdict("prompts", None, None, None, PROMPTS_NOT_READ))
-    return tuple(found)
+        verdicts.append(Verdict("prompts", None, None, None, PROMPTS_NOT_READ))
+    return tuple(verdicts)
 
 
 def _unlike(own: Column, others: Sequence[Column]) -> Verdict:
@@ -181,7 +187,7 @@ def _drift(columns: Sequence[Column], output: str) -> Verdict:
         if len(stages) == 2:
             drifted[model] = [images.drifted(*pair) for pair in zip(*stages, strict=True)]
     own = drifted.pop(output)
-    limit = min(1.0, ALLOWED + max((float(np.mean(found)) for found in drifted.values()), default=0.0))
+    limit = min(1.0, ALLOWED + max((float(np.mean(flags)) for flags in drifted.values()), default=0.0))
     sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
     return Verdict("drift", float(np.mean(own)) <= limit, float(np.mean(own)), limit, sentence)
 
@@ -194,11 +200,11 @@ def _score(column: Column) -> float | None:
     return None if column.scores is None else float(np.mean(column.scores))
 
 
-def _share(name: str, what: str, failing: Sequence[Sequence[bool]]) -> Verdict:
+def _share(name: str, fault: str, failing: Sequence[Sequence[bool]]) -> Verdict:
     """A verdict on the column with the most failing pictures."""
     worst = max(failing, key=sum)
     value = float(np.mean(worst))
-    return Verdict(name, value <= ALLOWED, value, ALLOWED, f"{sum(worst)} of {len(worst)} pictures {what}")
+    return Verdict(name, value <= ALLOWED, value, ALLOWED, f"{sum(worst)} of {len(worst)} pictures {fault}")
 
 
 def _against_parents(name: str, value: float, parents: Sequence[float]) -> Verdict:

@@ -13,7 +13,10 @@ from mergetool.verification.pictures import Column
 
 
 def measures(columns: Sequence[Column]) -> str:
-    """Every picture's structure, contrast and clipped share, a row of points for each column, with the limits."""
+    """Draw every picture's structure, contrast and clipped share, with the limits.
+
+    A column is a row of points.
+    """
     figure = Figure((7.2, 0.9 + 0.3 * len(columns)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     shown = (
@@ -23,7 +26,7 @@ def measures(columns: Sequence[Column]) -> str:
     )
     for axes, (name, limit, bounds) in zip(panels, shown, strict=True):
         for row, column in enumerate(columns):
-            values = [getattr(one, name) for one in column.measures]
+            values = [getattr(picture, name) for picture in column.measures]
             spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
             axes.plot(values, row + np.asarray(spread), ".", markersize=4, color="#2b6cb0", alpha=0.7)
         axes.axvline(limit, color="#c53030", linewidth=1)

@@ -29,8 +29,11 @@ from mergetool.verification.weights import Comparer, WeightsReport, reopen
 
 @dataclass
 class Replay:
-    """What a replay found. ``reasons`` say in words why the bytes are not the same, ``difference`` where the first one is outside the
-    tensors, ``weights`` which tensors are others; ``kept`` is where what came out was written."""
+    """The result of a replay.
+
+    ``reasons`` say in words why the bytes are not the same, ``difference`` where the first one is outside the tensors, ``weights`` which
+    tensors are others; ``kept`` is where what came out was written.
+    """
 
     weights: WeightsReport
     size: int
@@ -41,12 +44,12 @@ class Replay:
 
     @property
     def expression(self) -> str:
-        """What was merged."""
+        """The expression that was merged."""
         return self.weights.expression
 
     @property
     def missing(self) -> list[str]:
-        """Tensors that the recipe makes and the file has not, or in another shape or dtype."""
+        """The recipe's tensors that the file lacks, or has in another shape or dtype."""
         return self.weights.missing
 
     @property
@@ -97,18 +100,18 @@ def replay(
         planned = planned_files(
             target, plan.header, shard_size=shards, extra_files=extra, stem=job.stem_of(plan), single=single
         )
-        found = Replay(again.report(), sum(file.size for file in planned), len(planned))
-        found.reasons = provenance.changes(stored.metadata, plan.header.metadata)
-        found.difference = first_difference(target, planned)
-        found.weights.outside = [*found.reasons, *filter(None, (found.difference,))]
+        result = Replay(again.report(), sum(file.size for file in planned), len(planned))
+        result.reasons = provenance.changes(stored.metadata, plan.header.metadata)
+        result.difference = first_difference(target, planned)
+        result.weights.outside = [*result.reasons, *filter(None, (result.difference,))]
         sinks: list[_Sink] = []
         writer = None
         if write_to is not None:
-            found.kept = _place_for(write_to, name, single=single)
+            result.kept = _place_for(write_to, name, single=single)
             files = [*stored.files, *(file for model in plan.inputs for file in model.checkpoint.files)]
             writer = stack.enter_context(
                 CheckpointWriter.stage(
-                    found.kept,
+                    result.kept,
                     plan.header,
                     overwrite=overwrite,
                     shard_size=shards,
@@ -119,7 +122,7 @@ def replay(
             )
             sinks.append(writer)
         comparer = Comparer(stored)
-        if not (found.missing or found.extra):
+        if not (result.missing or result.extra):
             sinks.append(comparer)
         if sinks:
             total, moved = plan.bytes_read + plan.header.data_size, 0
@@ -130,11 +133,11 @@ def replay(
                 progress(min(moved, total), total)
 
             outcome = merge.run(plan, _All(sinks), threads=threads, non_finite="keep", measure="off", progress=advance)
-            found.weights.non_finite = outcome.non_finite
+            result.weights.non_finite = outcome.non_finite
         if writer is not None:
             writer.commit()
-        found.weights.bytes_compared, found.weights.differing = comparer.compared, comparer.differing
-        return found
+        result.weights.bytes_compared, result.weights.differing = comparer.compared, comparer.differing
+        return result
 
 
 def _place_for(write_to: str | os.PathLike[str], output: str, *, single: bool) -> Target:

@@ -35,7 +35,7 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         version=__version__,
         badge=badge(weights, looked),
         weights=weights,
-        found=weights.damage(),
+        damage=weights.damage(),
         verdicts=() if looked is None else looked.verdicts,
         left_out=left_out,
         distances=_distances(weights),
@@ -58,15 +58,15 @@ def badge(weights: WeightsReport, looked: PicturesReport | None) -> str:
 
 def _distances(weights: WeightsReport) -> PageTable:
     """The relative distance from each parent, by group."""
-    every = [distance for found in weights.distances.values() for distance in found]
+    every = [distance for distances in weights.distances.values() for distance in distances]
     groups = [g for g in ("refiner", "layers", "embedder", "final") if any(g in d.groups for d in every)]
     rows = [
         [
             parent,
-            _percent(relative(found)),
-            *(_percent(relative(found, functools.partial(_in_group, group))) for group in groups),
+            _percent(relative(distances)),
+            *(_percent(relative(distances, functools.partial(_in_group, group))) for group in groups),
         ]
-        for parent, found in weights.distances.items()
+        for parent, distances in weights.distances.items()
     ]
     return PageTable(["distance from", "all", *groups], rows)
 

@@ -13,10 +13,10 @@ from mergetool.verification.pictures import Scorer
 
 
 def clip_scorer(folder: Path) -> Scorer:
-    """Cosine similarity of picture and prompt, -1 to 1, by the CLIP model in ``folder`` (as transformers saves one).
+    """Make a scorer by cosine similarity, -1 to 1, of picture and prompt.
 
-    After Hessel et al. 2021 (CLIPScore), without its factor of 2.5 and without clipping at 0. Raises InputMissing or
-    DataError for a folder that holds none.
+    ``folder`` has the CLIP model as transformers saves one. After Hessel et al. 2021 (CLIPScore), without its factor of 2.5 and without
+    clipping at 0. Raises InputMissing or DataError for a folder that holds none.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -31,11 +31,11 @@ def clip_scorer(folder: Path) -> Scorer:
 
     @torch.no_grad()
     def scores(pictures: Sequence[Pictures], prompts: Sequence[str]) -> list[float]:
-        found = []
+        similarities = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             inputs = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True, truncation=True)
             outputs = model(**inputs)
-            found.append(float(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds)[0]))
-        return found
+            similarities.append(float(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds)[0]))
+        return similarities
 
     return scores

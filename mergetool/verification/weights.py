@@ -59,7 +59,7 @@ class WeightsReport:
     derived: bool = True
 
     def damage(self) -> list[tuple[str, list[str]]]:
-        """What is wrong, in words, each with the inputs or tensors it is wrong with."""
+        """Name the damage in words, each with its inputs or tensors."""
         kinds = (
             ("changed since they were merged", self.changed),
             ("missing, or of another shape or dtype", self.missing),
@@ -68,11 +68,11 @@ class WeightsReport:
             ("other than what is written now", self.outside),
             ("with NaN or infinity", [f"{name} ({count})" for name, count in self.non_finite.items()]),
         )
-        return [(what, names) for what, names in kinds if names]
+        return [(fault, names) for fault, names in kinds if names]
 
     @property
     def sound(self) -> bool:
-        """Every tensor is there, finite, and what the recipe says, from the inputs that were recorded."""
+        """Whether every tensor is what the recipe says, finite and from the recorded inputs."""
         return self.derived and not self.damage()
 
 
@@ -168,7 +168,7 @@ class Reopened:
     fingerprints: Mapping[str, str]
 
     def report(self) -> WeightsReport:
-        """What is known before a tensor is read."""
+        """The report as far as it is known before a tensor is read."""
         plan, recorded = self.plan, self.recorded
         anchor, factors = plan.expression.anchor, plan.expression.graph.coefficients()
         report = WeightsReport(recorded.expression, anchor)
@@ -207,14 +207,14 @@ def reopen(output: str | models.OpenedModel, inputs: Mapping[str, str], stack: E
         )
     given = {name: inputs.get(name) for name in recorded.fingerprints}
     places = [_open_input(name, place, folder, stack) for name, place in given.items() if name not in expression.loras]
-    found = [model for _, model in places]
-    found += [_open_lora(name, given.get(name), folder, found[0], stack) for name in expression.loras]
-    prints = {model.name: model.checkpoint.fingerprint() for model in found}
+    opened_models = [model for _, model in places]
+    opened_models += [_open_lora(name, given.get(name), folder, opened_models[0], stack) for name in expression.loras]
+    prints = {model.name: model.checkpoint.fingerprint() for model in opened_models}
     if expression.records_anchor:
         expression = expression.arranged(prints)
-    found.sort(key=lambda model: model.name != expression.anchor)
+    opened_models.sort(key=lambda model: model.name != expression.anchor)
     return Reopened(
-        opened, recorded, plan_merge(expression, found, recorded.options, fingerprints=prints), places, prints
+        opened, recorded, plan_merge(expression, opened_models, recorded.options, fingerprints=prints), places, prints
     )
 
 
@@ -286,9 +286,9 @@ class Comparer:
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Compare the bytes from ``start`` of tensor ``name``; safe from several threads."""
         wanted = bytes(data)
-        found = self._checkpoint.read(name, start, len(wanted))
+        stored = self._checkpoint.read(name, start, len(wanted))
         with self._lock:
             self.compared += len(wanted)
-            if found != wanted:
-                first = start + next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+            if stored != wanted:
+                first = start + next(i for i, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b)
                 self.differing[name] = min(first, self.differing.get(name, first))
