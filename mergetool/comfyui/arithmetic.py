@@ -64,7 +64,7 @@ class AddNode:
 
 
 class MergeExpressionNode:
-    """Any expression of the command line, in which a, b, c and d are the linked models."""
+    """Takes any expression of the command line over the linked models a to d."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (

@@ -49,40 +49,42 @@ class CompareNode:
         files = self._files(held)
         for path in files.values():
             host.make_folder(path)
-        found = run_compare(widgets.request(Asked, held | named | files), NodeEvents())
-        report = _report(found)
+        result = run_compare(widgets.request(Asked, held | named | files), NodeEvents())
+        report = _report(result)
         ui: dict[str, Any] = {"text": [report]}
         if "plot" in files:
             ui["images"] = [_shown(files["plot"])]
-        return {"ui": ui, "result": (float(found.recommended or 0), report)}
+        return {"ui": ui, "result": (float(result.recommended or 0), report)}
 
     @classmethod
     def _files(cls, held: dict[str, Any]) -> dict[str, Any]:
         """Where files are written that are asked for. Raises UsageError."""
-        found = {
+        chosen = {
             name: (host.inside(host.OUTPUT, held[name]), ending) for name, ending in FILES.items() if held.get(name)
         }
         return {
             name: path if path.suffix == ending else path.with_name(path.name + ending)
-            for name, (path, ending) in found.items()
+            for name, (path, ending) in chosen.items()
         }
 
 
-def _report(found: Report) -> str:
+def _report(comparison: Report) -> str:
     from mergetool.comparison.energies import percent
 
-    size = "the reference's size" if found.reference else f"a change of {percent(found.target)}"
-    lines = [f"{found.variant} - {found.base}, to be added to {found.onto}"]
-    lines += [f"{finding.level}: {finding.text}" for finding in found.lineage]
-    for name, energies in (*found.groups().items(), ("all", found.total)):
-        wanted = energies.to_reference if found.reference else energies.to_change(found.target)
-        cosine = f", cosine {energies.cosine:.3f}" if found.reference and energies.cosine is not None else ""
+    size = "the reference's size" if comparison.reference else f"a change of {percent(comparison.target)}"
+    lines = [f"{comparison.variant} - {comparison.base}, to be added to {comparison.onto}"]
+    lines += [f"{finding.level}: {finding.text}" for finding in comparison.lineage]
+    for name, energies in (*comparison.groups().items(), ("all", comparison.total)):
+        wanted = energies.to_reference if comparison.reference else energies.to_change(comparison.target)
+        cosine = f", cosine {energies.cosine:.3f}" if comparison.reference and energies.cosine is not None else ""
         advice = "" if wanted is None else f", x {wanted:.4g} for {size}"
-        kept = " (not in the totals)" if name != "all" and found.is_excluded(name) else ""
+        kept = " (not in the totals)" if name != "all" and comparison.is_excluded(name) else ""
         lines.append(f"{name}: distance {percent(energies.distance)}{cosine}{advice}{kept}")
-    if found.lost.moved:
-        untraced = percent(found.lost.eaten / found.lost.moved)
-        lines.append(f"{found.expression} in {found.dtype}: {untraced} of the elements would show nothing of it")
+    if comparison.lost.moved:
+        untraced = percent(comparison.lost.eaten / comparison.lost.moved)
+        lines.append(
+            f"{comparison.expression} in {comparison.dtype}: {untraced} of the elements would show nothing of it"
+        )
     return "\n".join(lines)
 
 

@@ -30,7 +30,10 @@ R = TypeVar("R")
 
 
 def files_input(kind: str) -> tuple[Any, dict[str, Any]]:
-    """The type of an input that names a file in ComfyUI's folders of a kind: a list to choose from, or text without ComfyUI."""
+    """The type of an input that names a file in ComfyUI's folders.
+
+    It is a list to choose from, or text without ComfyUI.
+    """
     folders = sys.modules.get("folder_paths")
     if folders is None:
         return "STRING", {"default": ""}
@@ -49,7 +52,7 @@ def file(kind: str, name: str) -> Path:
 
 
 def inside(kind: str, name: str) -> Path:
-    """The path of ``name`` in ComfyUI's folder of that kind, or in the working folder without ComfyUI.
+    """The path of ``name`` in ComfyUI's folder, or in the working folder without ComfyUI.
 
     Raises UsageError for a name that leads out of that folder: workflows come from strangers.
     """
@@ -63,7 +66,10 @@ def inside(kind: str, name: str) -> Path:
 
 
 def target(kind: str, name: str, *, folder: bool = False) -> Target:
-    """What is written under ``name`` in that folder: a file, or with a slash at its end, or where a ``folder`` is asked for, a folder. Raises UsageError."""
+    """The target called ``name`` in that folder.
+
+    It is a folder with a slash at its end, or where a ``folder`` is asked for, otherwise a file. Raises UsageError.
+    """
     slash = "/" if name.endswith(("/", "\\")) else ""
     return named(f"{inside(kind, name)}{slash}", folder=folder)
 
@@ -89,7 +95,10 @@ def make_folder(path: Path) -> None:
 
 
 def progress() -> Callable[[int, int], None]:
-    """A function of what is done and the total, which moves ComfyUI's progress bar and raises when the user pressed cancel."""
+    """Make a function of done and total that moves ComfyUI's progress bar.
+
+    It raises when the user pressed cancel.
+    """
     utils, management = sys.modules.get("comfy.utils"), sys.modules.get("comfy.model_management")
     bar = utils.ProgressBar(1) if utils is not None else None
 

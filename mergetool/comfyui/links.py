@@ -30,7 +30,7 @@ def total(model: str, delta: str, multiplier: float) -> str:
 
 
 def filled(text: str, inputs: Mapping[str, str]) -> str:
-    """``text`` with every name that is one of ``inputs`` replaced by what is linked there, in parentheses.
+    """Replace every name of ``inputs`` in ``text`` by its link, in parentheses.
 
     Only names in their own right: not those in quotes, after a dot or before a call's parenthesis. Text that is no expression comes back
     as it is, for the parser to say why.

@@ -33,7 +33,7 @@ class SaveNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What to merge, where to and in which form."""
+        """The inputs: what to merge, where to and in which form."""
         own = {"output": NAME, "folder": (list(cls.FOLDERS), {})}
         return widgets.inputs(Merge, linked=["keep_from"], daily=cls.DAILY, own=own)  # type: ignore[no-any-return]
 
@@ -44,7 +44,7 @@ class SaveNode:
 
     @classmethod
     def IS_CHANGED(cls, **held: Any) -> float | str:
-        """Never the same while the file is not there, so that one that was deleted is made again."""
+        """Changed always while the file is absent, so that a deleted one is made again."""
         return "there" if _target(cls.FOLDERS, held).path.exists() else float("nan")
 
     @host.computing

@@ -20,7 +20,7 @@ class NodeEvents(Events):
 
     @property
     def text(self) -> str:
-        """What is shown, in lines."""
+        """The report as the node shows it, in lines."""
         return host.spelled("\n".join(self.lines))
 
     def note(self, text: str) -> None:

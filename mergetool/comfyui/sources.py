@@ -92,7 +92,7 @@ class LoraFileNode:
 
 
 def state(model: str) -> str:
-    """What changes when the content of ``model`` does. Raises what opening it raises."""
+    """A value that changes when the content of ``model`` does. Raises what opening it raises."""
     with models.open_model(model, names_only=True) as opened:
         return _state(opened.checkpoint)
 

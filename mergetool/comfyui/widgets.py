@@ -47,7 +47,10 @@ def widget(row: Row) -> tuple[Any, dict[str, Any]]:
     if kind.many:
         return "STRING", {"default": "", "multiline": True, "placeholder": f"{kind.metavar}, one a line", **said}
     text = _unset_text(row) if row.initial is None else row.initial
-    return "STRING", {"default": ",".join(f"{one:g}" for one in text) if isinstance(text, tuple) else str(text), **said}
+    return "STRING", {
+        "default": ",".join(f"{number:g}" for number in text) if isinstance(text, tuple) else str(text),
+        **said,
+    }
 
 
 def _bounds(kind: kinds.Kind) -> dict[str, float]:
@@ -64,7 +67,7 @@ def _unset_text(row: Row) -> str:
 
 
 def tooltip(row: Row) -> str:
-    """What a row does, and what its default means, in one line."""
+    """Explain a row and its default in one line."""
     default = f" [default: {row.option.default}]" if row.option.default else ""
     return host.spelled(row.option.help + default)
 
@@ -75,16 +78,16 @@ def request(table: type[T], held: Mapping[str, Any]) -> T:
 
 
 def values_of(table: type[Table], held: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of rows that widgets and links hold, without those that are no value. Raises UsageError."""
-    found = {}
+    """The values of rows in widgets and links, without unset ones. Raises UsageError."""
+    values = {}
     for name, row in rows_in(table, "node").items():
         value = held.get(name)
         if value is None or (row.initial is None and value == _unset_text(row)):
             continue
         if row.option.kind.many and isinstance(value, str):
             value = [line.strip() for line in value.splitlines() if line.strip()]
-        found[name] = row.read(value)
-    return found
+        values[name] = row.read(value)
+    return values
 
 
 def check(table: type[Table], held: Mapping[str, Any]) -> None:

@@ -15,18 +15,21 @@ from mergetool.recipe.plan import Plan
 
 
 def places_of(plan: Plan) -> dict[str, str]:
-    """Where the models of a merge are, by the names that it records."""
+    """The places of a merge's models, by the names that it records."""
     return {name: place for place, name in display_names([model.name for model in plan.inputs]).items()}
 
 
 def asked_of(places: Places, output: RecipeOutput) -> LookOptions | None:
-    """How an output wants to be looked at, if it does: a page lies beside it, other files beside the recipe."""
+    """The look that an output asks for, or None.
+
+    A page lies beside the output, other files beside the recipe.
+    """
     look = look_of(output, places.names(output))
     if look is None:
         return None
-    found: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     for name in rows(LookOptions):
         said = getattr(look, name)
         if isinstance(said, Path):
-            found[name] = (places.folder if name == "report" else places.recipe.folder) / said
-    return replace(look, **found)
+            beside[name] = (places.folder if name == "report" else places.recipe.folder) / said
+    return replace(look, **beside)

@@ -11,7 +11,7 @@ from mergetool.recipe.schema import MergeOutput
 def passes(
     outputs: Sequence[RecipeOutput], place: Callable[[RecipeOutput], frozenset[str]]
 ) -> list[list[RecipeOutput]]:
-    """The outputs in passes, in an order in which each pass finds the outputs it uses.
+    """Put the outputs into passes, each after those that it uses.
 
     Merges that can be made at the same time, have a model in common and are sharded alike are one pass; ``place`` gives the models of an
     output. A LoRA is a pass of its own.
@@ -19,12 +19,12 @@ def passes(
     depth: dict[int, int] = {}
     for output in outputs:  # a recipe has every output after those that it uses
         depth[id(output)] = 1 + max((depth.get(id(used), -1) for used in output.earlier), default=-1)
-    found: list[list[RecipeOutput]] = []
+    made: list[list[RecipeOutput]] = []
     for level in range(max(depth.values(), default=-1) + 1):
         at_level = [output for output in outputs if depth[id(output)] == level]
-        found += _joined([output for output in at_level if isinstance(output.spec, MergeOutput)], place)
-        found += [[output] for output in at_level if not isinstance(output.spec, MergeOutput)]
-    return found
+        made += _joined([output for output in at_level if isinstance(output.spec, MergeOutput)], place)
+        made += [[output] for output in at_level if not isinstance(output.spec, MergeOutput)]
+    return made
 
 
 def _joined(

@@ -21,18 +21,21 @@ from mergetool.recipe.validation import as_keys
 
 @dataclass(frozen=True)
 class Places:
-    """A recipe whose outputs go to ``folder``, or its only one to ``file``, which may be a folder too."""
+    """A recipe with the folder for its outputs, or its only one's ``file``.
+
+    The file may be a folder too.
+    """
 
     recipe: RecipeFile
     folder: Path
     file: Target | None = None
 
     def path(self, output: RecipeOutput) -> Path:
-        """Where an output goes."""
+        """The path of an output."""
         return self.target(output).path
 
     def target(self, output: RecipeOutput) -> Target:
-        """Where an output goes and what it will be."""
+        """The target of an output."""
         if self.file is not None:
             return self.file
         return Target(self.folder / output.file, "folder" if output.is_folder else "file")
@@ -55,7 +58,7 @@ class Places:
         return {name: self.model(used) for name, used in output.uses.items()}
 
     def expression(self, output: RecipeOutput) -> str:
-        """A merge's expression as `mergetool merge` takes it, every name written as its MODEL argument."""
+        """Write a merge's expression as `mergetool merge` takes it, with MODEL arguments for names."""
         assert output.written is not None
         names = self.names(output)
         text = output.written.text
@@ -73,7 +76,9 @@ class Places:
                 raise
             # Of what it has in quotes, the first is what is wrong; a name that is near comes later.
             named = [(sentence.find(text), place) for output in outputs for text, place in self._named(output)]
-            place = min((found for found in named if found[0] >= 0), key=lambda found: found[0], default=(0, None))[1]
+            place = min(
+                (mention for mention in named if mention[0] >= 0), key=lambda mention: mention[0], default=(0, None)
+            )[1]
             whole = outputs[0].place_of("diff" if outputs[0].expression is None else "merge")
             raise type(error)(f"{place or whole}: {as_keys(sentence)}") from None
 

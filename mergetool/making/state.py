@@ -71,9 +71,9 @@ def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
         files.lora.path,
         *([files.full.path] if files.full and any(pair.whole for pair in pairing.pairs) else []),
     ):
-        found = _of_metadata(path, expected)
-        if found != CURRENT:
-            return found
+        state = _of_metadata(path, expected)
+        if state != CURRENT:
+            return state
     if files.checkpoint is None:
         return CURRENT
     if not os.path.lexists(files.checkpoint.path):

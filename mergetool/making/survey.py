@@ -56,7 +56,7 @@ class Task:
 
     @property
     def path(self) -> Path:
-        """Where it goes."""
+        """The path of the output."""
         return self.target.path
 
     @property
@@ -66,7 +66,9 @@ class Task:
 
 
 def places_for(recipe: RecipeFile, name: str | os.PathLike[str] | None) -> Places:
-    """Where the outputs go: into the folder ``name``, by default this one; a recipe's only output may be given a name of its own.
+    """The places of a recipe's outputs: in the folder ``name``, by default this one.
+
+    A recipe's only output may be given a name of its own.
 
     Raises UsageError for one file for several outputs and what `outputs.model_target` raises, OutputError for a folder that is not there.
     """
@@ -117,7 +119,10 @@ class Survey:
         return task.opened if isinstance(task.opened, tuple) else self._pairing(task.output)
 
     def check_files(self, *, overwrite: bool) -> None:
-        """Refuse what the differences that are to be made could not write, before the first output is begun. Raises OutputError, UsageError or BusyError."""
+        """Refuse files of differences that could not be written, before the first output.
+
+        Raises OutputError, UsageError or BusyError.
+        """
         for task in self.tasks:
             if task.is_to_be_made and isinstance(task.opened, tuple):
                 pairing, options = task.opened
@@ -147,9 +152,9 @@ class Survey:
 
     def _opened(self, outputs: Sequence[RecipeOutput]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
         merges = [output for output in outputs if isinstance(output.spec, MergeOutput)]
-        found: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
-        found |= zip(map(id, merges), self._plans(merges), strict=True)
-        return found | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
+        opened: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
+        opened |= zip(map(id, merges), self._plans(merges), strict=True)
+        return opened | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
 
     def _plans(self, outputs: Sequence[RecipeOutput]) -> list[Plan]:
         """The plans of merges; errors have their place in the recipe."""
@@ -196,7 +201,7 @@ def _beside(options: DiffOptions, lora: Path) -> DiffOptions:
             raise UsageError(
                 f"`{name}` cannot be called {quoted(place)}, because {reason}; it goes into the folder of the output."
             )
-        whole[name] = str(lora.parent / lora_target(place, what=f"`{name}`").path)
+        whole[name] = str(lora.parent / lora_target(place, role=f"`{name}`").path)
     return replace(options, **whole)
 
 
