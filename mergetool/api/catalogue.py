@@ -65,7 +65,10 @@ def run_inspect(asked: Inspect, events: Events) -> Mapping[str, str]:
 
 
 def find_methods(asked: FindMethods) -> tuple[Sequence[Method], Sequence[str]]:
-    """The methods that are asked for, and sentences on packages whose methods cannot be had. Raises UsageError for a name that is none."""
+    """Find methods, and the packages whose methods cannot be had.
+
+    Sentences say why. Raises UsageError for a name that is no method's.
+    """
     from mergetool.methods import find, listing
 
     return ([find(asked.name)], []) if asked.name else listing()

@@ -37,10 +37,11 @@ class Compare(Request, CompareOptions):
 
 
 def run_compare(asked: Compare, events: Events) -> Report:
-    """Measure how far ``variant`` lies from ``base``, part by part, in one pass, and advise a multiplier for their difference.
+    """Measure how far ``variant`` lies from ``base``, and advise a multiplier.
 
-    Two multipliers are advised: the one that gives the delta the size of ``reference - reference_base``, and the one that makes it ``target`` of the
-    norm of what it is added to. Conditions of ``fail_on`` that hold are in the result's ``failed``. Raises MergetoolError.
+    It reads both in one pass, part by part, and advises for their difference: the multiplier that gives the delta the size of ``reference -
+    reference_base``, and the one that makes it ``target`` of the norm of what it is added to. Conditions of ``fail_on`` that hold are in
+    the result's ``failed``. Raises MergetoolError.
     """
     # Files are read while the libraries are imported; a choice of parts might leave most of them unread.
     with _reading_ahead([] if asked.include or asked.exclude else asked.models) as used:
@@ -64,7 +65,7 @@ def run_compare(asked: Compare, events: Events) -> Report:
                     used(count)
                     advance(count)
 
-                found = comparison.compare(
+                result = comparison.compare(
                     opened,
                     multiplier=asked.size,
                     target=asked.share,
@@ -72,10 +73,10 @@ def run_compare(asked: Compare, events: Events) -> Report:
                     reader=asked.reader,
                     progress=moved,
                 )
-            found = replace(found, failed=found.failing(asked.conditions))
-            _draw(found, asked)
-            events.done(opened, found)
-            return found
+            result = replace(result, failed=result.failing(asked.conditions))
+            _draw(result, asked)
+            events.done(opened, result)
+            return result
 
 
 @contextmanager
@@ -86,8 +87,8 @@ def _reading_ahead(names: Sequence[str]) -> Iterator[Callable[[int], None]]:
     from mergetool.engine.feeding.read_ahead import ReadAhead
 
     with ExitStack() as stack:
-        found = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]
-        yield stack.enter_context(ReadAhead([file for each in found for file in each.files])).used
+        checkpoints = [stack.enter_context(Checkpoint.open(models.resolve(name).path)) for name in dict.fromkeys(names)]
+        yield stack.enter_context(ReadAhead([file for checkpoint in checkpoints for file in checkpoint.files])).used
 
 
 def _require_targets(asked: Compare) -> None:
@@ -101,18 +102,18 @@ def _require_targets(asked: Compare) -> None:
         page.require_target(cast(Path, asked.report), overwrite=asked.overwrite)
 
 
-def _draw(found: Report, asked: Compare) -> None:
+def _draw(result: Report, asked: Compare) -> None:
     """The heat map and the page, where they are asked for."""
     if asked.plot is not None:
         from mergetool.comparison import heatmap, plots
 
-        heat, title = heatmap.of_distances(found.distances), f"{found.variant} - {found.base}"
+        heat, title = heatmap.of_distances(result.distances), f"{result.variant} - {result.base}"
         plots.write_png(cast(Path, asked.plot), heat, label="relative distance", title=title, overwrite=asked.overwrite)
     if asked.report is not None:
         from mergetool.comparison import page
         from mergetool.comparison.report import render
 
-        page.write(cast(Path, asked.report), render(found))
+        page.write(cast(Path, asked.report), render(result))
 
 
 compare = called(Compare, run_compare, "compare")

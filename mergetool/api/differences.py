@@ -52,7 +52,9 @@ class Diff(Request, DiffOptions, DiffRunOptions):
 
 @dataclass(frozen=True)
 class Extracted:
-    """A difference LoRA that was written to ``output`` in ``seconds``, or with ``dry_run`` would be; ``extraction`` is None then.
+    """A difference LoRA, written to ``output`` in ``seconds``.
+
+    With ``dry_run`` it would be, and ``extraction`` is None.
 
     ``options`` have the whole names of the files beside it, ``loading`` says which releases load it whole.
     """
@@ -97,11 +99,11 @@ def _named(options: DiffOptions, events: Events, target: Target) -> DiffOptions:
     """The options with whole names of the files beside the LoRA; what became of a name is told."""
     from mergetool.checkpoint.outputs import lora_target
 
-    beside = {name: lora_target(place, what=f"`{name}`") for name, place in options.beside.items()}
-    for one in (target, *beside.values()):
-        if one.note:
-            events.note(one.note)
-    whole: dict[str, Any] = {name: str(one.path) for name, one in beside.items()}
+    beside = {name: lora_target(place, role=f"`{name}`") for name, place in options.beside.items()}
+    for named in (target, *beside.values()):
+        if named.note:
+            events.note(named.note)
+    whole: dict[str, Any] = {name: str(named.path) for name, named in beside.items()}
     return replace(options, **whole)
 
 
@@ -126,7 +128,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
         return Extracted(path, options)
     files = DiffFiles.checked(paired.target, options, pairing, overwrite=how.overwrite)
     with events.progress("diff", moved, publishes=files.checkpoint is None) as advance:
-        found = extract(
+        extraction = extract(
             pairing,
             files,
             options,
@@ -137,9 +139,9 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
             memory=how.gpu_bytes,
             progress=advance,
         )
-    _bake(pairing, files, has_full=bool(found.whole), how=how, events=events)
+    _bake(pairing, files, has_full=bool(extraction.whole), how=how, events=events)
     loading = loading_of(path, pairing.base.anatomy.family)
-    extracted = Extracted(path, options, found, loading, time.monotonic() - started)
+    extracted = Extracted(path, options, extraction, loading, time.monotonic() - started)
     events.done(paired, extracted)
     return extracted
 

@@ -32,7 +32,7 @@ def _nothing(count: int) -> None:
 
 
 class Events:
-    """What a face may be told of a run, in this order; each method does nothing until a face says otherwise.
+    """The events of a run, in this order, which do nothing until a face overrides them.
 
     ``plan`` is told what an operation is going to do, while its inputs are open: a `Plan`, a `Paired`, ... with the bytes of memory that it takes;
     ``done`` what became of it.
@@ -57,16 +57,16 @@ class Events:
         """An output of a recipe that is going to be verified."""
 
     def verified(self, task: Any, checked: Any) -> None:
-        """What became of that."""
+        """Called with the result of that verification."""
 
     def plan(self, plan: Any, memory: int) -> None:
-        """What is going to be done."""
+        """Called with the plan before the run."""
 
     def together(self, count: int, passes: int, moved: int, memory: int, written: int) -> None:
-        """How several outputs are made at the same time: bytes."""
+        """Called where several outputs are made at the same time; sizes are bytes."""
 
     def finding(self, finding: Finding) -> None:
-        """What was measured before the run and should be known."""
+        """Called with each finding of the preflight."""
 
     def checked(self, checked: Preflight) -> None:
         """All of what was measured before the run."""
@@ -76,7 +76,7 @@ class Events:
         return nullcontext(_nothing)
 
     def done(self, plan: Any, result: Any) -> None:
-        """What became of it: after ``progress`` has ended, while inputs are still open."""
+        """Called with the result, after ``progress`` has ended, while inputs are open."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,10 @@ R = TypeVar("R")
 
 
 def called(request: Callable[P, Asked], run: Callable[[Asked, Events], R], name: str) -> Callable[P, R]:
-    """``run`` as a function ``name`` with the parameters of ``request``, which has them checked and typed."""
+    """Make of ``run`` a function ``name`` with the parameters of ``request``.
+
+    The request has them checked and typed.
+    """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         asked = request(*args, **kwargs)
@@ -55,5 +58,5 @@ def explained(request: Any) -> str:
 def _signature(request: Any, run: Callable[..., Any]) -> inspect.Signature:
     """The signature of a request with its types alone: the rows are in the docstring."""
     signature, types = inspect.signature(request), get_type_hints(request)
-    parameters = [one.replace(annotation=types[name]) for name, one in signature.parameters.items()]
+    parameters = [parameter.replace(annotation=types[name]) for name, parameter in signature.parameters.items()]
     return signature.replace(parameters=parameters, return_annotation=run.__annotations__.get("return"))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraInterference(Request, ThreadOptions, UnmatchedOptions):
-    """How much LoRAs, or models' differences to a base, act on the same thing."""
+    """A request to score how much LoRAs, or differences, act on the same thing."""
 
     loras: Annotated[
         Sequence[str], Option(help="Two or more, every pair of which is scored.", kind=Models("LORA"), argument=True)
@@ -68,7 +68,7 @@ class LoraVerify(Request, ThreadOptions):
 
 @dataclass(frozen=True)
 class LoraInspect(Request, LookUpOptions):
-    """What a LoRA holds, and who loads it."""
+    """A request to show what a LoRA holds, and who loads it."""
 
     lora: ALora
     plot: Annotated[
@@ -80,7 +80,10 @@ class LoraInspect(Request, LookUpOptions):
 
 @dataclass(frozen=True)
 class PairScores:
-    """How much two LoRAs, or differences, act on the same thing, matrix by matrix; ``left_out`` are names with the reason."""
+    """The scores of two LoRAs, or differences, matrix by matrix.
+
+    ``left_out`` are names with the reason.
+    """
 
     first: str
     second: str
@@ -91,7 +94,7 @@ class PairScores:
 
 @dataclass(frozen=True)
 class LoraVerified:
-    """What a LoRA leaves of the difference between two models, and how much was read in ``seconds``."""
+    """The residual that a LoRA leaves, and the bytes read in ``seconds``."""
 
     report: LoraReport
     bytes_read: int
@@ -111,7 +114,10 @@ class LoraVerified:
 
 @dataclass(frozen=True)
 class LoraContents:
-    """What a LoRA holds, who loads it, and how far ComfyUI's formula of a DoRA leads from training's, where a model is given for that."""
+    """The contents of a LoRA, and which releases load it.
+
+    Where a model is given, it says how far ComfyUI's formula of a DoRA leads from training's.
+    """
 
     contents: Contents
     loading: Sequence[Loading]
@@ -119,13 +125,16 @@ class LoraContents:
 
 
 def run_lora_interference(asked: LoraInterference, events: Events) -> list[PairScores]:
-    """Score how much LoRAs, or models' differences to a base, act on the same thing, pair by pair. Raises MergetoolError."""
-    found = []
+    """Score, pair by pair, how much LoRAs act on the same thing.
+
+    With ``base`` they are models, whose differences to it are scored. Raises MergetoolError.
+    """
+    pairs = []
     for first, second in combinations(asked.loras, 2):
         of = _of_loras if asked.base is None else _of_differences
-        found.append(of(first, second, asked, events))
-        events.done(asked, found[-1])
-    return found
+        pairs.append(of(first, second, asked, events))
+        events.done(asked, pairs[-1])
+    return pairs
 
 
 def _of_loras(first: str, second: str, asked: LoraInterference, events: Events) -> PairScores:
@@ -135,9 +144,9 @@ def _of_loras(first: str, second: str, asked: LoraInterference, events: Events) 
     with opened([(first, Fraction(1)), (second, Fraction(1))]) as terms:
         gathering = gather(terms, skip_unmatched=asked.skip_unmatched)
         with events.progress("score", len(gathering.modules), " modules") as advance:
-            found = list(scores(gathering, signs=asked.signs, threads=asked.threads, progress=advance))
+            modules = list(scores(gathering, signs=asked.signs, threads=asked.threads, progress=advance))
         left_out = [(name, reason) for name, reason, _ in gathering.left_out]
-        return PairScores(first, second, found, left_out, gathering.warnings)
+        return PairScores(first, second, modules, left_out, gathering.warnings)
 
 
 def _of_differences(first: str, second: str, asked: LoraInterference, events: Events) -> PairScores:
@@ -148,13 +157,16 @@ def _of_differences(first: str, second: str, asked: LoraInterference, events: Ev
     options = DiffOptions(variant2=second, orthogonal=True, min_dim=1)  # what only one of them changes is scored too
     with open_diff(str(asked.base), first, options, skip_unmatched=asked.skip_unmatched) as pairing:
         with events.progress("score", sum(map(pairing.nbytes, pairing.decomposed))) as advance:
-            found = list(delta_scores(pairing, signs=asked.signs, threads=asked.threads, progress=advance))
+            modules = list(delta_scores(pairing, signs=asked.signs, threads=asked.threads, progress=advance))
         skipped = [(pair.name, pair.reason) for pair in pairing.pairs if pair.reason]
-        return PairScores(first, second, found, [*skipped, *pairing.left_out], [])
+        return PairScores(first, second, modules, [*skipped, *pairing.left_out], [])
 
 
 def run_lora_verify(asked: LoraVerify, events: Events) -> LoraVerified:
-    """Compare base + LoRA with the tuned model, layer by layer, before and after rounding. Raises MergetoolError."""
+    """Compare base + LoRA with the tuned model, layer by layer.
+
+    It does so before and after rounding. Raises MergetoolError.
+    """
     from mergetool.lora.verify import open_check, verify_lora
 
     started = time.monotonic()
@@ -183,9 +195,9 @@ def run_lora_inspect(asked: LoraInspect, events: Events) -> LoraContents:
         in_comfyui = None if contents.non_finite else _dora_difference(file, asked.model)
         if plot is not None:
             plots.write(plot, contents.targets, title=Path(asked.lora).name, overwrite=asked.overwrite)
-        found = LoraContents(contents, loading(file), in_comfyui)
-        events.done(file, found)
-        return found
+        result = LoraContents(contents, loading(file), in_comfyui)
+        events.done(file, result)
+        return result
 
 
 def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:

@@ -82,7 +82,7 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
 
 @dataclass(frozen=True)
 class LoraCommon(Request, SumOptions, SumRunOptions):
-    """What two LoRAs have in common."""
+    """A request for what two LoRAs have in common."""
 
     first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A"), argument=True)]
     second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B"), argument=True)]
@@ -111,7 +111,9 @@ class SumPlan:
 
 @dataclass(frozen=True)
 class Summed:
-    """A LoRA that was made of others and written to ``output`` in ``seconds``, or with ``dry_run`` would be; ``combined`` is None then.
+    """A LoRA made of others, written to ``output`` in ``seconds``.
+
+    With ``dry_run`` it would be, and ``combined`` is None.
 
     ``loading`` says which releases load it whole, ``warnings`` what a user of the files that were read should know.
     """
@@ -125,7 +127,10 @@ class Summed:
 
 @dataclass(frozen=True)
 class LoraConverted:
-    """A LoRA that was written to ``output`` in ``seconds``, or with ``dry_run`` would be, and what had to be rounded or left out."""
+    """A converted LoRA, written to ``output`` in ``seconds``, with its losses.
+
+    With ``dry_run`` it would be written. The losses are what had to be rounded or left out.
+    """
 
     output: Path | None
     dialect: str
@@ -146,7 +151,10 @@ def run_lora_merge(asked: LoraMerge, events: Events) -> Summed:
 
 
 def run_lora_orthogonal(asked: LoraOrthogonal, events: Events) -> Summed:
-    """Take the part of one LoRA that is orthogonal to another, in every module by itself. Raises MergetoolError."""
+    """Take the part of one LoRA that is orthogonal to another.
+
+    It does so in every module by itself. Raises MergetoolError.
+    """
     from mergetool.lora import operations
 
     return _sum("orthogonal", _both(asked), asked, events, prepare=operations.orthogonal)

@@ -128,7 +128,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a merge: in ``seconds``, at ``target``."""
+    """The outcome of a merge, in ``seconds``, at ``target``."""
 
     target: Target
     outcome: Outcome
@@ -212,20 +212,20 @@ def make(
 
     started = time.monotonic()
     compared = word == "convert"
-    plans = [one.plan for one in planned]
+    plans = [merge.plan for merge in planned]
     on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=how.gpu_bytes)
     checks: list[Preflight | None] = []
-    for one in planned:
-        events.output(one.task)
-        events.plan(one.plan, job.BASE_MEMORY + memory_needed(one.plan, how.threads, on))
-        checks.append(None if compared else _checked(one, preflight.check(one.plan), how, events))
+    for merge in planned:
+        events.output(merge.task)
+        events.plan(merge.plan, job.BASE_MEMORY + memory_needed(merge.plan, how.threads, on))
+        checks.append(None if compared else _checked(merge, preflight.check(merge.plan), how, events))
     moved = job.bytes_moved(plans, on)
     if len(plans) > 1:
         passes, memory = len(bundles.passes(plans, on)), job.BASE_MEMORY + memory_of(plans, how.threads, on)
         events.together(len(plans), passes, moved, memory, sum(plan.header.file_size for plan in plans))
     if how.dry_run:
-        return [_merged(one, checked, None) for one, checked in zip(planned, checks, strict=True)]
-    targets = [one.target for one in planned if one.target is not None]
+        return [_merged(merge, checked, None) for merge, checked in zip(planned, checks, strict=True)]
+    targets = [merge.target for merge in planned if merge.target is not None]
     with events.progress(word, moved, publishes=True) as advance:
         outcomes = job.run_merges(
             plans,
@@ -242,13 +242,13 @@ def make(
             progress=advance,
         )
     seconds = time.monotonic() - started
-    for one, target, outcome in zip(planned, targets, outcomes, strict=True):
-        events.output(one.task)
-        events.done(one.plan, Done(target, outcome, seconds))
-    return [_merged(one, checked, outcome) for one, checked, outcome in zip(planned, checks, outcomes, strict=True)]
+    for merge, target, outcome in zip(planned, targets, outcomes, strict=True):
+        events.output(merge.task)
+        events.done(merge.plan, Done(target, outcome, seconds))
+    return [_merged(merge, checked, outcome) for merge, checked, outcome in zip(planned, checks, outcomes, strict=True)]
 
 
-def _checked(one: Planned, checked: Preflight, how: MergeRunOptions, events: Events) -> Preflight:
+def _checked(planned: Planned, checked: Preflight, how: MergeRunOptions, events: Events) -> Preflight:
     """Tell what the preflight found. Raises LineageError for an error in it, unless with ``force``."""
     overruled = how.force or how.dry_run
     for finding in checked.findings:
@@ -256,15 +256,15 @@ def _checked(one: Planned, checked: Preflight, how: MergeRunOptions, events: Eve
             events.finding(finding)
     events.checked(checked)
     if not overruled:
-        with one.located():
+        with planned.located():
             checked.refuse()
     return checked
 
 
-def _merged(one: Planned, checked: Preflight | None, outcome: Outcome | None) -> Merged:
-    plan, findings = one.plan, () if checked is None else checked.findings
+def _merged(planned: Planned, checked: Preflight | None, outcome: Outcome | None) -> Merged:
+    plan, findings = planned.plan, () if checked is None else checked.findings
     warnings = (*plan.warnings, *(finding.text for finding in findings))
-    path = None if one.target is None else one.target.path
+    path = None if planned.target is None else planned.target.path
     return Merged(path, str(plan.expression.graph), plan.reasons(), dict(plan.left_out), warnings, outcome)
 
 

@@ -44,7 +44,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What `Events.done` is told: a row of pictures for each prompt and seed, the files they were written to, and how long that took."""
+    """The pictures that `Events.done` is told of.
+
+    There is a row for each prompt and seed, with the files they were written to, and how long that took.
+    """
 
     made: Sequence[Sequence[MadePicture]]
     target: Path | None
@@ -89,7 +92,7 @@ def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) ->
         events.note(note)
     events.done(prepared, Drawn(made, target, paths, time.monotonic() - started))
     last = len(request.refinements) or 1
-    return [Picture(fromarray(one.picture), one.parameters) for row in made for one in row[-last:]]
+    return [Picture(fromarray(picture.picture), picture.parameters) for row in made for picture in row[-last:]]
 
 
 sample = called(Sample, run_sample, "sample")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Make(Request, MergeRunOptions):
-    """How the outputs of a recipe are made."""
+    """The options for making a recipe's outputs."""
 
     target: Annotated[
         str | os.PathLike[str] | None,
@@ -56,7 +56,9 @@ class MadeOutput:
 
 
 def run_recipe(recipe: Read, asked: Make, events: Events) -> list[MadeOutput]:
-    """Make the outputs that are not there as they would be written now, in the folder ``target`` (the only one: in that file).
+    """Make the outputs of a recipe that are absent or out of date.
+
+    They go to the folder ``target``, an only one to that file.
 
     Merges of common models are one pass over them; every input is opened once. Raises OutputError for what is out of date, without ``overwrite``, before
     anything is made, and what merges and differences raise, with the place in the recipe.
@@ -102,8 +104,8 @@ def _merge(surveyed: Survey, tasks: Sequence[Task], how: MergeRunOptions, events
         return {}
     merged = merges.make(planned, how, events, shard_size=survey.shard_size(planned[0].task.output))
     return {
-        one.task.path: MadeOutput(one.task.output.label, one.task.path, one.task.state.kind, each)
-        for one, each in zip(planned, merged, strict=True)
+        merge.task.path: MadeOutput(merge.task.output.label, merge.task.path, merge.task.state.kind, result)
+        for merge, result in zip(planned, merged, strict=True)
     }
 
 
@@ -120,7 +122,7 @@ def _verified(
     from mergetool.making import looks
     from mergetool.verification import checks
 
-    found = {}
+    verified = {}
     for task, plan in surveyed.planned([task for task in surveyed.tasks if task.path in made and task.is_merge]):
         look = looks.asked_of(surveyed.places, task.output)
         if look is not None:
@@ -133,8 +135,8 @@ def _verified(
             asked = VerifyOptions(**values(look) | run, inputs=looks.places_of(plan))
             checked = checks.verify(str(task.path), asked, events.progress)
             events.verified(task, checked)
-            found[task.path] = replace(made[task.path], verification=checked)
-    return found
+            verified[task.path] = replace(made[task.path], verification=checked)
+    return verified
 
 
 def _require_pages(surveyed: Survey, *, overwrite: bool) -> None:
@@ -162,7 +164,10 @@ class Recipe:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of its outputs, each with the values of a sweep, in the order in which they are made."""
+        """The names of its outputs, in the order in which they are made.
+
+        An output of a sweep has its values in the name.
+        """
         return tuple(output.label for output in self._read.outputs)
 
     make = method(Make, lambda self, asked, events: run_recipe(self._read, asked, events), run_recipe)

@@ -39,7 +39,9 @@ class Rebuild(Request, RebuildOptions):
 
 
 def run_verify(asked: Verify, events: Events) -> Verification:
-    """Derive every tensor of a merge again from its recipe, then look at its pictures beside its parents'.
+    """Derive every tensor of a merge again, then look at its pictures.
+
+    They are looked at beside the parents' pictures.
 
     To the ``depth`` of bytes the whole file is compared, header and metadata too, and ``write_to`` keeps what was made again. A file without a recipe
     is measured against ``parents``, and judged by its pictures alone. ``images`` True makes pictures, False does not, None where that takes minutes.
@@ -47,20 +49,21 @@ def run_verify(asked: Verify, events: Events) -> Verification:
     """
     from mergetool.verification import checks
 
-    found = checks.verify(asked.output, asked, events.progress)
-    events.done(asked, found)
-    return found
+    verification = checks.verify(asked.output, asked, events.progress)
+    events.done(asked, verification)
+    return verification
 
 
 def run_replay(asked: Rebuild, events: Events) -> Replay:
-    """Make a merge again from the recipe in its metadata, and compare every byte of the file or folder.
+    """Make a merge again from its metadata's recipe, and compare every byte.
 
-    It is `verify` to the depth of bytes, without pictures. What is not the same is in the result, with the reason.
+    The file or the folder is compared. It is `verify` to the depth of bytes, without pictures. What is not the same is in the result, with
+    the reason.
     """
     how = values(part(RebuildOptions, asked))
-    found = run_verify(Verify(asked.output, depth="bytes", images=False, **how), events)
-    assert found.replay is not None
-    return found.replay
+    verification = run_verify(Verify(asked.output, depth="bytes", images=False, **how), events)
+    assert verification.replay is not None
+    return verification.replay
 
 
 verify = called(Verify, run_verify, "verify")
