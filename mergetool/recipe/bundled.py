@@ -27,9 +27,9 @@ COPIED = "bundled, copied"
 
 
 def as_parts(model: Input) -> Input:
-    """A model whose bundled tensors are parts of it, under their stored names, quantised ones as what their codes mean.
+    """Make the bundled tensors of a model parts of it, under their stored names.
 
-    Raises DataError where they are quantised in a way that is not read.
+    Quantised ones count as what their codes mean. Raises DataError where they are quantised in a way that is not read.
     """
     kinds = arch.bundled(model.checkpoint.tensors)
     outside = {n: part for n, part in model.anatomy.outside.items() if kinds.get(n) not in ("flag", "schedule")}
@@ -57,7 +57,7 @@ def _read(part: Part, encoding: quant.Encoding | None) -> Part:
 def outputs(
     model: Input, mode: str, *, same_names: bool, same_layout: bool
 ) -> tuple[list[OutputTensor], list[tuple[str, str]]]:
-    """What is written of the bundled tensors of the anchor, and what is left out of them, with the reason.
+    """The anchor's bundled tensors in the output, and those left out, with reasons.
 
     ``same_layout`` says whether the output has the model's layout, ``same_names`` whether a file of its names may bundle something.
     """
@@ -85,28 +85,31 @@ def _copy(model: Input, part: Part) -> OutputTensor:
 
 
 def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str) -> list[str]:
-    """What a user should know of bundled tensors: EMA weights that are another model's, flags that disagree, parts that are not used."""
+    """Warn of bundled tensors that mislead.
+
+    Those are EMA weights that are another model's, flags that disagree, and parts that are not used.
+    """
     first, models = inputs[0], [model for model in inputs if not model.is_lora]
     written = {tensor.name: tensor for tensor in tensors}
     kinds = {model.name: arch.bundled(model.checkpoint.tensors) for model in models}
-    found = []
+    sentences = []
     merged = any(step.reason == MERGED for tensor in written.values() for step in tensor.steps)
     stale = [name for name, kind in kinds[first.name].items() if kind == "EMA" and name in written]
     if merged and stale and all(step.reason == COPIED for name in stale for step in written[name].steps):
-        found.append(
+        sentences.append(
             f"{len(stale)} EMA weights are copied from {first.name} and are not those of the merged model: a program that loads EMA weights "
             f"would draw {first.name}; `bundled=drop-ema` leaves them out"
         )
     lost = [name for name, kind in kinds[first.name].items() if kind == "flag" and name not in written]
     if lost:
-        found.append(
+        sentences.append(
             f"the output has not {first.name}'s {', '.join(lost)}, which says how to sample it: set that in the program"
         )
     for model in models[1:]:
         flags = [{name for name, kind in kinds[m.name].items() if kind == "flag"} for m in (first, model)]
         for name in sorted(flags[0] ^ flags[1]):
             has, lacks = (first, model) if name in flags[0] else (model, first)
-            found.append(
+            sentences.append(
                 f"{has.name} has the flag {name!r}, which says how to sample it, and {lacks.name} has not: the output is sampled "
                 f"as {first.name} is"
             )
@@ -117,5 +120,7 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
             way_out = (
                 "`bundled=merge` merges it" if first.anatomy.outside else f"{first.name}'s file has the model alone"
             )
-            found.append(f"what {model.name} bundles with its model ({which} tensors) is not in the output; {way_out}")
-    return found
+            sentences.append(
+                f"what {model.name} bundles with its model ({which} tensors) is not in the output; {way_out}"
+            )
+    return sentences

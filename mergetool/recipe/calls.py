@@ -140,8 +140,8 @@ def _literal(node: ast.expr, read: Read) -> ParameterValue | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | str):
         return node.value
     if isinstance(node, ast.List | ast.Tuple):
-        found = [_literal(item, read) for item in node.elts[: MAX_ARGUMENTS + 1]]
-        numbers = tuple(item for item in found if isinstance(item, Fraction))
+        values = [_literal(item, read) for item in node.elts[: MAX_ARGUMENTS + 1]]
+        numbers = tuple(item for item in values if isinstance(item, Fraction))
         return numbers if len(numbers) == len(node.elts) else None
     value = read(node)
     return value if isinstance(value, Fraction) else None

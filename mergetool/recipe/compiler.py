@@ -17,7 +17,9 @@ def float32(value: Fraction) -> float:
 
 
 def graph_of(expression: Expression, multiplier: Fraction = Fraction(1), absent: Collection[str] = ()) -> Sum:
-    """What is computed for one tensor; ``multiplier`` is its one of ``multipliers``, ``absent`` are the LoRAs that do not change it.
+    """The graph to compute for one tensor.
+
+    ``multiplier`` is its one of ``multipliers``, ``absent`` are the LoRAs that do not change it.
 
     With a multiplier m other than 1 the result is ``anchor + m * (expression - anchor)``: 0 leaves the anchor,
     1 is the expression itself, and when the expression is ``anchor + delta`` the delta is scaled before it is added.

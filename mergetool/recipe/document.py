@@ -64,7 +64,10 @@ class Node:
     places: tuple[Place, ...] = ()
 
     def place_of(self, index: int) -> Place:
-        """Where character ``index`` of a text stands in the file; where the text begins if that is not known."""
+        """The place in the file of character ``index`` of a text.
+
+        It is where the text begins if that is not known.
+        """
         if 0 <= index < len(self.places):
             return self.places[index]
         if self.places and len(self.places) == len(self.typed):  # the end of a text whose places are all known
@@ -92,7 +95,7 @@ def parse(raw: bytes, source: str) -> Node:
 
 
 def plain(text: str, at: Place) -> Scalar:
-    """What a scalar without quotes is. Raises RecipeError for a number of more digits than any merge can use."""
+    """Read a scalar without quotes. Raises RecipeError for a number of more digits than any merge can use."""
     if text in _WORDS:
         return _WORDS[text]
     if not _NUMBER.fullmatch(text):
@@ -210,14 +213,14 @@ class _Reader:
         if self.aliases > MAX_ALIASES:
             raise at.error(f"the recipe has more than {MAX_ALIASES} aliases; write some of them out.")
         name = event.anchor or ""
-        found = self.anchors.get(name)
-        if found is None:
+        anchored = self.anchors.get(name)
+        if anchored is None:
             inside = name in self.anchors
             raise at.error(
                 f"the alias {quoted('*' + name)} "
                 + ("stands inside what it stands for." if inside else "has no anchor before it; define it first.")
             )
-        node, size = found
+        node, size = anchored
         self._count(size, at)
         self._put(node, size, at)
 
@@ -252,8 +255,8 @@ class _Reader:
     def _key(self, around: _Open, node: Node, at: Place) -> str:
         key = node.value
         if not isinstance(key, str):
-            what = node.typed or "an empty key"
-            raise at.error(f"the key {what} is not a text; put it in quotes.")
+            shown = node.typed or "an empty key"
+            raise at.error(f"the key {shown} is not a text; put it in quotes.")
         if key in around.node.keys:
             first = around.node.keys[key]
             raise at.error(f"{quoted(key)} stands here a second time, after line {first.line}; leave one out.")

@@ -83,7 +83,10 @@ class Expression:
         return replace(self, anchors=(name,))
 
     def arranged(self, contents: Mapping[str, str]) -> Expression:
-        """The expression with its arithmetic in the order that the fingerprints of its models and LoRAs give."""
+        """The expression with its arithmetic in the order of its inputs' fingerprints.
+
+        Those of models and of LoRAs count.
+        """
         return replace(self, arithmetic=canonical(self.graph, contents))
 
     def as_written(self, first: str) -> Expression:
@@ -91,7 +94,7 @@ class Expression:
         return replace(self, anchors=(first,), arithmetic=self.graph, records_anchor=False)
 
     def render(self, names: Mapping[str, str]) -> str:
-        """What is computed as text, each model written as ``names`` says (itself where absent)."""
+        """Write the expression as text, each model as ``names`` says, or as itself."""
         return render(self.arithmetic, names)
 
 
@@ -111,7 +114,7 @@ def parse(text: str, known: Collection[str] = ()) -> Expression:
     try:
         return _parsed(source, known)
     except ExpressionError:
-        better = mended(source, lambda found: _is_merge(found, known))
+        better = mended(source, lambda candidate: _is_merge(candidate, known))
         if better is None:
             raise
         raise ExpressionError(f'"{source}" cannot be read: {better[1]}; write "{better[0]}".') from None

@@ -78,7 +78,7 @@ class RecipeOutput:
         return tuple(used for used in self.uses.values() if isinstance(used, RecipeOutput))
 
     def place_of(self, *path: str) -> Place:
-        """Where the value under these keys stands; the nearest one around it if it is not in the file."""
+        """The place of the value under these keys, or the nearest one around it."""
         node = self.node
         for key in path:
             inner = node.value.get(key) if isinstance(node.value, dict) else None
@@ -90,7 +90,7 @@ class RecipeOutput:
 
 @dataclass(frozen=True, slots=True)
 class RecipeModel:
-    """What a name under ``models`` stands for, or an embedded model, and where the recipe says so."""
+    """The meaning of a name under ``models``, or an embedded model, with its place."""
 
     name: str
     meaning: str
@@ -107,7 +107,7 @@ class RecipeFile:
 
     @property
     def folder(self) -> Path:
-        """Where relative paths of models begin."""
+        """The folder where relative paths of models begin."""
         return self.path.parent
 
 
@@ -139,7 +139,10 @@ def options_of(table: type[T], output: RecipeOutput, names: Mapping[str, str]) -
 
 
 def look_of(output: RecipeOutput, names: Mapping[str, str]) -> LookOptions | None:
-    """How a merge is looked at when it is made, paths as they are written; None where it is not. Raises RecipeError, as `options_of`."""
+    """The look that a merge asks for when it is made, or None.
+
+    Paths are as they are written. Raises RecipeError, as `options_of`.
+    """
     asked = output.spec.verify if isinstance(output.spec, MergeOutput) else False
     if isinstance(asked, PicturesSpec):
         return _options_of(LookOptions, asked, output, names, "verify")
@@ -282,7 +285,7 @@ class _Reader:
         named = set(_leaves(node))
         for key, part in self._parts(node):
             if key == "merge" and isinstance(part.value, str):
-                named |= (words := {found.name for found in names_in(part.value)})
+                named |= (words := {word.name for word in names_in(part.value)})
                 used |= words & self.variables.names
             else:
                 used |= set(variables.names_in_braces(part)) & self.variables.names
@@ -356,15 +359,15 @@ class _Reader:
     def _named(
         self, output: RecipeOutput, earlier: Mapping[str, RecipeOutput], names: Sequence[tuple[tuple[str, ...], str]]
     ) -> dict[str, RecipeOutput | RecipeModel]:
-        found: dict[str, RecipeOutput | RecipeModel] = {}
+        meanings: dict[str, RecipeOutput | RecipeModel] = {}
         for path, name in names:
             meaning = self._meaning(name, earlier)
             if meaning is None and not name.startswith("lab."):
                 raise output.place_of(*path).error(
                     f"{quoted(name)} is no model or earlier output of this recipe{nearest(name, {*self.models, *earlier})}"
                 )
-            found[name] = meaning or RecipeModel(name, name, output.place_of(*path))
-        return found
+            meanings[name] = meaning or RecipeModel(name, name, output.place_of(*path))
+        return meanings
 
     def _file(
         self, name: str, node: Node, values: Mapping[str, Variable], spec: MergeOutput | LoraOutput
@@ -416,15 +419,15 @@ def _checked(output: RecipeOutput) -> RecipeOutput:
 
 
 def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:
-    found: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
+    named: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
     if isinstance(spec.verify, PicturesSpec):
-        found += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
-    return [(path, name) for path, name in found if name]
+        named += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
+    return [(path, name) for path, name in named if name]
 
 
 def _models_of_diff(spec: LoraOutput) -> list[tuple[tuple[str, ...], str]]:
-    found = [(("diff", key), getattr(spec.diff, key)) for key in ("base", "variant", "variant2")]
-    return [(path, name) for path, name in found if name]
+    named = [(("diff", key), getattr(spec.diff, key)) for key in ("base", "variant", "variant2")]
+    return [(path, name) for path, name in named if name]
 
 
 def _leaves(node: Node) -> Iterator[str]:

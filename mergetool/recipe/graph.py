@@ -41,9 +41,10 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a merge method makes of its arguments: a model where ``degree`` is 1, a difference of models where it is 0.
+    """A merge method with its arguments.
 
-    ``parameters`` are those that were given, in the method's order.
+    It makes a model where ``degree`` is 1, a difference of models where it is 0. ``parameters`` are those that were given, in the method's
+    order.
     """
 
     method: str
@@ -209,20 +210,22 @@ def own_factors(value: Sum, factor: Fraction = Fraction(1)) -> dict[str, Fractio
         by = factor * term.factor
         match term.operand:
             case Model(name):
-                found = {name: by}
+                factors = {name: by}
             case Sum(is_paired=is_paired) as inner if is_paired or inner.degree() != 0:
-                found = own_factors(inner, by)
+                factors = own_factors(inner, by)
             case Call(degree=degree) as call if degree != 0:
-                found = own_factors(call.arguments[0], by)
+                factors = own_factors(call.arguments[0], by)
             case _:
-                found = {}
-        for name, more in found.items():
+                factors = {}
+        for name, more in factors.items():
             total[name] = total.get(name, Fraction(0)) + more
     return total
 
 
 def canonical(value: Sum, contents: Mapping[str, str]) -> Sum:
-    """``value`` with the order and the pairs of its terms decided by ``contents``, the fingerprint of every model and LoRA.
+    """Order the terms of ``value``, and pair them, by the fingerprints in ``contents``.
+
+    They are those of every model and LoRA.
 
     Where two fingerprints are equal, so are the values, and the order decides nothing.
     """
@@ -315,7 +318,10 @@ def _coefficients(operand: Operand) -> dict[str, Fraction]:
 
 
 def render(value: Sum, names: Mapping[str, str]) -> str:
-    """``value`` as text that reads back to it, each model and LoRA written as ``names`` says (itself where absent)."""
+    """Write ``value`` as text that reads back to it, with ``names`` for models.
+
+    A LoRA or a model that has none there goes by its own.
+    """
     text = ""
     for term in value.terms:
         size = abs(term.factor)

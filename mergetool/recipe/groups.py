@@ -65,9 +65,9 @@ def _along(gradient: Gradient, pattern: str, names: Collection[str]) -> Mapping[
             f"{quoted(pattern)}={gradient} is a gradient over numbered blocks, but {quoted(outside[0])} is in none "
             f"({len(outside)} such tensors); choose blocks, as in layers={gradient} or layers.attention={gradient}."
         )
-    found = [block for block in blocks.values() if block is not None]
-    stacks = sorted({stack for stack, _ in found})
-    numbers = sorted({n for _, n in found})
+    numbered = [block for block in blocks.values() if block is not None]
+    stacks = sorted({stack for stack, _ in numbered})
+    numbers = sorted({n for _, n in numbered})
     if len(stacks) > 1:
         raise PatternError(
             f"{quoted(pattern)}={gradient} is a gradient over the blocks of one stack, but the pattern selects blocks of "

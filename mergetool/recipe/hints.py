@@ -17,7 +17,7 @@ _PATH = re.compile(rf"(\s*-?\s*(?:{_NUMBER}\s*%?\s+)?)(\S.*\.(?:safetensors|sft|
 
 
 def mended(text: str, reads: Callable[[str], bool]) -> tuple[str, str] | None:
-    """What ``text`` was meant to be and what was wrong with it, when there is such a text that ``reads``; else None."""
+    """Mend ``text`` to one that ``reads``, and say what was wrong; else None."""
     if _HELD in text:
         return None
     names = _QUOTED.findall(text)
@@ -29,9 +29,9 @@ def mended(text: str, reads: Callable[[str], bool]) -> tuple[str, str] | None:
             continue
         held = better
         reasons.append(reason)
-        found = _with_names(held, names)
-        if reads(found):
-            return found, " and ".join(reasons)
+        candidate = _with_names(held, names)
+        if reads(candidate):
+            return candidate, " and ".join(reasons)
     return None
 
 
@@ -42,10 +42,10 @@ def _with_names(held: str, names: list[str]) -> str:
 
 def _paths(text: str) -> str:
     def quoted(operand: str) -> str:
-        found = _PATH.fullmatch(operand)
-        if not found or _HELD in operand:
+        match = _PATH.fullmatch(operand)
+        if not match or _HELD in operand:
             return operand
-        before, _, path, after = found.groups()
+        before, _, path, after = match.groups()
         return operand if quote(path) == path else f"{before}{in_quotes(path)}{after}"
 
     return "".join(map(quoted, _OPERATORS.split(text)))
@@ -56,8 +56,8 @@ def _points(text: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    def share(found: re.Match[str]) -> str:
-        return f"{Decimal(found[1].replace(',', '.')) / 100:f}{'' if found[2] == '*' else '*'}{found[2]}"
+    def share(match: re.Match[str]) -> str:
+        return f"{Decimal(match[1].replace(',', '.')) / 100:f}{'' if match[2] == '*' else '*'}{match[2]}"
 
     return re.sub(_SHARE, share, text)
 

@@ -26,7 +26,9 @@ _MOST_NAMED = 4
 
 
 def travelling(first: Input, outputs: Collection[str], *, changed: bool) -> tuple[dict[str, str], list[str]]:
-    """The metadata of ``first`` that goes into an output with the tensors ``outputs``, and one warning for what does not.
+    """The metadata of ``first`` that travels to an output, and one warning for the rest.
+
+    ``outputs`` are the output's tensors.
 
     ``changed`` says whether weights are merged: how the input was made is then not how the output was.
     """
@@ -52,19 +54,19 @@ def travelling(first: Input, outputs: Collection[str], *, changed: bool) -> tupl
 
 
 def disagreements(inputs: Sequence[Input], carried: Mapping[str, str]) -> list[str]:
-    """A warning for every other model whose metadata says otherwise than what travels, or has a licence that does not."""
-    first, found = inputs[0], []
+    """Warn of models whose metadata contradict those that travel, or have another licence."""
+    first, sentences = inputs[0], []
     for model in (model for model in inputs[1:] if not model.is_lora):
         theirs = model.checkpoint.metadata
         differing = [key for key in carried if key in theirs and theirs[key] != carried[key] and key != METADATA]
         if differing:
-            found.append(
+            sentences.append(
                 f"the metadata of {first.name} and {model.name} differ ({_names(differing)}); the output has {first.name}'s"
             )
         lost = [key for key in sorted(theirs) if _LICENCE.fullmatch(key) and key not in first.checkpoint.metadata]
         if lost:
-            found.append(f"{model.name} has metadata that the output does not: {_names(lost)}")
-    return found
+            sentences.append(f"{model.name} has metadata that the output does not: {_names(lost)}")
+    return sentences
 
 
 def _obstacle(key: str, first: Input, changed: bool) -> str | None:

@@ -57,10 +57,10 @@ def names_in(text: str) -> list[Name]:
         start, end = (begin + len(raw[:offset].decode()) for offset in ends)
         return start, end
 
-    return sorted(_found(tree.body, span), key=lambda name: name.start)
+    return sorted(_names_of(tree.body, span), key=lambda name: name.start)
 
 
-def _found(root: ast.expr, span: Callable[[ast.expr], tuple[int, int]]) -> Iterator[Name]:
+def _names_of(root: ast.expr, span: Callable[[ast.expr], tuple[int, int]]) -> Iterator[Name]:
     stack: list[tuple[ast.AST, bool]] = [(root, False)]
     while stack:
         node, is_setting = stack.pop()
@@ -93,7 +93,7 @@ class Replaced:
     kept: tuple[bool, ...]  # whether a piece is the old text, so that columns go on in it
 
     def origin(self, index: int) -> int:
-        """Where character ``index`` of the new text comes from in the old one."""
+        """The index in the old text of character ``index`` of the new one."""
         piece = max(0, bisect_right(self.starts, index) - 1)
         return self.origins[piece] + (index - self.starts[piece] if self.kept[piece] else 0)
 
@@ -151,11 +151,11 @@ def expression_of(
 def located(error: ExpressionError, node: Node, written: Replaced) -> RecipeError:
     """The error of an expression at its place in the file."""
     sentence = str(error)
-    found = _COLUMN.search(sentence)
-    if found is None:
+    match = _COLUMN.search(sentence)
+    if match is None:
         return node.at.error(sentence)
     stripped = len(written.text) - len(written.text.lstrip())
-    column = int(found[1] or found[2]) - 1 + stripped
+    column = int(match[1] or match[2]) - 1 + stripped
     return node.place_of(written.origin(column)).error(_COLUMN.sub("", sentence, count=1))
 
 

@@ -70,12 +70,12 @@ class Plan:
 
     def reasons(self) -> dict[str, list[str]]:
         """Reason -> the output tensors with a part of that reason, in file order."""
-        found: dict[str, dict[str, None]] = {}
+        names_by_reason: dict[str, dict[str, None]] = {}
         for tensor in self.tensors:
             for step in tensor.steps:
                 if not is_side_tensor(tensor.name):
-                    found.setdefault(step.reason, {})[tensor.name] = None
-        return {reason: list(names) for reason, names in found.items()}
+                    names_by_reason.setdefault(step.reason, {})[tensor.name] = None
+        return {reason: list(names) for reason, names in names_by_reason.items()}
 
 
 def plan_merge(
@@ -303,7 +303,7 @@ class _Planner:
     def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:
         """What is computed for a part, and the LoRAs that are computed as one: their columns follow the inputs'."""
         changing = {self.inputs[i].name: self.inputs[i].anatomy.parts.get(part) for i in self.loras}
-        absent = tuple(name for name, found in changing.items() if found is None)
+        absent = tuple(name for name, stored in changing.items() if stored is None)
         products = tuple(
             n for n, p in changing.items() if p and isinstance(p.encoding, ChangeRows) and p.encoding.is_product
         )

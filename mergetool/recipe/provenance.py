@@ -46,7 +46,9 @@ def metadata(
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a merge wrote about itself: expression, options, and the fingerprint of each input by its recorded name.
+    """The recipe that a merge wrote about itself.
+
+    It has the expression, the options, and the fingerprint of each input by its recorded name.
 
     ``anchor`` is None in files that were made before it was recorded; see `Expression.as_written`.
     """
@@ -100,26 +102,28 @@ def _text(value: object) -> str:
 
 
 def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
-    """What the metadata of an output says that would be written otherwise now: version, inputs, recipe, each in words.
+    """Name what would be written otherwise now in an output's metadata.
+
+    Version, inputs and recipe are each put in words.
 
     Example: ``the input "tuned" has changed``. Empty where both are the same.
     """
-    found = []
+    sentences = []
     for key in sorted({*stored, *planned} - DERIVED):
         old, new = stored.get(key), planned.get(key)
         if old == new:
             continue
         if key == "mergetool.version":
-            found.append(f"it was made by mergetool {old or 'without a version'}, and this is {new}")
+            sentences.append(f"it was made by mergetool {old or 'without a version'}, and this is {new}")
         elif key == "mergetool.inputs":
-            found += _changed_inputs(_loaded(old), _loaded(new))
+            sentences += _changed_inputs(_loaded(old), _loaded(new))
         elif key in ("mergetool.recipe", "mergetool.diff"):
-            found.append(_changed_recipe(_loaded(old), _loaded(new)))
+            sentences.append(_changed_recipe(_loaded(old), _loaded(new)))
         else:
-            found.append(
+            sentences.append(
                 f"its metadata has {'another' if old and new else 'no' if new else 'an additional'} {quoted(key)}"
             )
-    return found
+    return sentences
 
 
 def _loaded(text: str | None) -> Any:

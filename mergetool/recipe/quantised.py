@@ -24,7 +24,9 @@ POLICY = f"matrices of attention and feed-forward with sides of at least {SMALLE
 def is_quantised(
     anatomy: Anatomy, quantiser: Quantiser, apart: Collection[str] = ()
 ) -> Callable[[Sequence[Part]], bool]:
-    """A function that tells whether a tensor of these parts becomes quantised in the output; none of the names in ``apart`` does.
+    """Make a function that tells whether a tensor of given parts becomes quantised.
+
+    None of the names in ``apart`` does.
 
     Raises UsageError when none of the model's would.
     """
@@ -62,7 +64,7 @@ def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
 
 
 def rounded_to(stored: str) -> str:
-    """What a step's reason ends in where a part that is kept is stored anew."""
+    """The end of a step's reason where a kept part is stored anew."""
     return f", rounded to {stored}"
 
 

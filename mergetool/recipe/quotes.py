@@ -49,9 +49,9 @@ class _Quoted:
 def one_line(text: str) -> str:
     """``text`` with every white space outside of quotes as a blank, character for character. Raises ExpressionError as `syntax_tree` does."""
     pieces, at = [], 0
-    for found in _quoted(text):
-        pieces += [re.sub(r"\s", " ", text[at : found.start]), text[found.start : found.end]]
-        at = found.end
+    for quotation in _quoted(text):
+        pieces += [re.sub(r"\s", " ", text[at : quotation.start]), text[quotation.start : quotation.end]]
+        at = quotation.end
     return "".join([*pieces, re.sub(r"\s", " ", text[at:])])
 
 
@@ -62,13 +62,13 @@ def syntax_tree(text: str) -> ast.Expression:
     `ast.parse` raises.
     """
     pieces, names, at, place = [], {}, 0, 0
-    for found in _quoted(text):
-        before = text[at : found.start]
-        size = len(text[found.start : found.end].encode("utf-8", "surrogatepass"))
+    for quotation in _quoted(text):
+        before = text[at : quotation.start]
+        size = len(text[quotation.start : quotation.end].encode("utf-8", "surrogatepass"))
         place += len(before.encode("utf-8", "surrogatepass")) + size
         pieces += [before, "'" + "_" * (size - 2) + "'"]
-        names[place] = (place - size, found.name)
-        at = found.end
+        names[place] = (place - size, quotation.name)
+        at = quotation.end
     with warnings.catch_warnings():  # "1if" warns on stderr before it is refused
         warnings.simplefilter("ignore")
         tree = ast.parse("".join([*pieces, text[at:]]), mode="eval")
@@ -86,7 +86,7 @@ def syntax_tree(text: str) -> ast.Expression:
 
 def _quoted(text: str) -> list[_Quoted]:
     """Every name in quotes, in its order."""
-    found, at = [], 0
+    quotations, at = [], 0
     while at < len(text):
         closing = QUOTES.get(text[at])
         if closing is None:
@@ -106,8 +106,8 @@ def _quoted(text: str) -> list[_Quoted]:
                 break
             name += closing  # written twice
             at += 1
-        found.append(_Quoted(start, at, name))
-    return found
+        quotations.append(_Quoted(start, at, name))
+    return quotations
 
 
 def with_loras(model: str, loras: Sequence[tuple[str, Fraction]]) -> str:

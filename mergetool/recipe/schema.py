@@ -115,7 +115,7 @@ def _of(*tables: type[Table]) -> Any:
 
 
 class PicturesSpec(_of(LookOptions)):  # type: ignore[misc]
-    """How `mergetool verify` looks at an output; what is left out is its own default."""
+    """The look of `mergetool verify` at an output; its defaults stand for what is left out."""
 
 
 class DiffSpec(_of(DiffOptions)):  # type: ignore[misc]
@@ -149,7 +149,7 @@ _Variable = Annotated[str, StringConstraints(pattern=rf"^{VARIABLE}$")]
 
 
 class Heading(_Strict):
-    """What stands beside the outputs."""
+    """The keys beside the outputs."""
 
     models: dict[_Name, _Text] = Field(
         default={},

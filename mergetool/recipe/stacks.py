@@ -13,7 +13,9 @@ Stack = tuple[tuple[Fraction, str], ...]
 
 
 def stack_loras(graph: Sum, products: Collection[str], *, first: int = 0) -> tuple[Sum, list[Stack]]:
-    """``graph`` with the LoRAs among ``products`` of every sum in it as one, called ``stack N``, and what each stack holds.
+    """Replace the LoRAs of every sum in ``graph`` by one stack, ``stack N``.
+
+    Only those among ``products`` are stacked; what each stack holds is the second result.
 
     N counts from ``first``. A stack stands where the first of its LoRAs did.
     """
@@ -30,14 +32,14 @@ def stack_loras(graph: Sum, products: Collection[str], *, first: int = 0) -> tup
             if operand.name == here[0][1]:
                 terms.append(Term(Fraction(1), Lora(stack_name(first))))
         elif isinstance(operand, Sum):
-            inner, found = stack_loras(operand, products, first=first + len(stacks))
-            stacks += found
+            inner, inner_stacks = stack_loras(operand, products, first=first + len(stacks))
+            stacks += inner_stacks
             terms.append(Term(term.factor, inner))
         elif isinstance(operand, Call):
             arguments = []
             for argument in operand.arguments:
-                inner, found = stack_loras(argument, products, first=first + len(stacks))
-                stacks += found
+                inner, inner_stacks = stack_loras(argument, products, first=first + len(stacks))
+                stacks += inner_stacks
                 arguments.append(inner)
             terms.append(Term(term.factor, replace(operand, arguments=tuple(arguments))))
         else:

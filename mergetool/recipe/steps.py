@@ -34,9 +34,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where one operand of a part is stored: bytes ``[start, start + elements * itemsize)`` of a stored tensor.
+    """The place of one operand of a part in a stored tensor.
 
-    Of a quantised weight the rows from ``row`` on, as ``encoding`` decodes them, float32; ``start`` is then 0.
+    It is bytes ``[start, start + elements * itemsize)``. Of a quantised weight the rows from ``row`` on, as ``encoding`` decodes them,
+    float32; ``start`` is then 0.
     """
 
     input: int
@@ -97,7 +98,7 @@ class OutputTensor:
 
     @property
     def stored_as(self) -> str:
-        """Its dtype, or the container it is quantised to, as ``dtype`` and ``quant`` name them."""
+        """The dtype or the container of the output, as ``dtype`` and ``quant`` name them."""
         return self.quantiser.quant if self.quantiser else self.dtype.name
 
     @property
@@ -113,7 +114,7 @@ class OutputTensor:
 
 
 def window_of(column: int, model: Input, part: Part) -> Window:
-    """Where the elements of a part are; ``column`` is the model's place among the inputs."""
+    """The window of a part; ``column`` is the model's place among the inputs."""
     stored = part.stored
     if part.encoding is not None:
         return Window(column, stored.tensor, 0, part.dtype, part.encoding, stored.row)

@@ -39,7 +39,7 @@ def validated(kind: type[M], node: Node, also: Sequence[str] = ()) -> M:
 
 
 def as_keys(sentence: str) -> str:
-    """``sentence`` with the options that it names as the keys of a recipe, those that are there."""
+    """Replace the options in ``sentence`` by the recipe's keys, where there are such."""
 
     def key(name: str, value: str | None) -> str | None:
         row = named(name)
@@ -68,15 +68,15 @@ def keys_of(kind: type[BaseModel]) -> list[str]:
 
 
 def _first(error: ValidationError, node: Node, kind: type[BaseModel], also: Sequence[str]) -> RecipeError:
-    found: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
+    details: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
     for detail in error.errors(include_url=False, include_input=False):
         path = _path(detail["loc"], node, extra=detail["type"] in ("extra_forbidden", "missing"))
-        found.setdefault(path, []).append(detail)
+        details.setdefault(path, []).append(detail)
     # Of a union every branch complains: the one that the value was meant for is the one that got furthest into it.
-    deepest = [path for path in found if not any(len(p) > len(path) and p[: len(path)] == path for p in found)]
-    places = {path: _place(path, node, found[path]) for path in deepest}
+    deepest = [path for path in details if not any(len(p) > len(path) and p[: len(path)] == path for p in details)]
+    places = {path: _place(path, node, details[path]) for path in deepest}
     path = min(deepest, key=lambda path: (places[path].line, places[path].column))
-    return places[path].error(_sentence(path, node, found[path], kind, also))
+    return places[path].error(_sentence(path, node, details[path], kind, also))
 
 
 def _path(loc: Sequence[str | int], node: Node, *, extra: bool) -> tuple[str | int, ...]:
@@ -209,4 +209,4 @@ def _known(path: Sequence[str | int], kind: type[BaseModel]) -> Collection[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

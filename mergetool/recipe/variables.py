@@ -23,15 +23,15 @@ def variable(node: Node) -> Variable:
 
 
 def from_option(text: str) -> tuple[str, Variable]:
-    """The name and value of a variable in ``NAME=VALUE``, the value read as in a file. Raises UsageError."""
+    """Read a variable's name and value from ``NAME=VALUE``, as a file would. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(VARIABLE, name.strip()) or not value.strip():
         raise UsageError(f"the variable {quoted(text)} is not NAME=VALUE, as in m=20.")
     at = Place("variable", 1, len(name) + 2)
-    found = Node(plain(value.strip(), at), at, typed=value.strip())
-    if found.value is None or isinstance(found.value, bool) or not value.isprintable():
+    node = Node(plain(value.strip(), at), at, typed=value.strip())
+    if node.value is None or isinstance(node.value, bool) or not value.isprintable():
         raise UsageError(f"the variable {quoted(text)} gives neither a number nor a text.")
-    return name.strip(), variable(found)
+    return name.strip(), variable(node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Variables:
         return {*self.single, *self.swept}
 
     def values(self, name: str) -> Sequence[Variable]:
-        """What a variable may be."""
+        """The values that a variable may take."""
         return self.swept.get(name) or [self.single[name]]
 
     def combinations(self, used: Sequence[str]) -> Iterator[dict[str, Variable]]:
@@ -76,13 +76,13 @@ def filled(node: Node, variables: Mapping[str, Variable]) -> Node:
         return replace(node, value=[filled(inner, variables) for inner in node.value])
     if not isinstance(node.value, str) or not _BRACES.search(node.value):
         return node
-    for found in _BRACES.finditer(node.value):
-        if found[1] not in variables:
-            at = node.place_of(found.start(1))
-            raise at.error(f"{quoted(found[1])} is no variable of this recipe{nearest(found[1], variables)}")
+    for match in _BRACES.finditer(node.value):
+        if match[1] not in variables:
+            at = node.place_of(match.start(1))
+            raise at.error(f"{quoted(match[1])} is no variable of this recipe{nearest(match[1], variables)}")
     alone = _BRACES.fullmatch(node.value)
     if alone and variables[alone[1]].is_number:
         typed = variables[alone[1]].text
         return replace(node, value=plain(typed, node.at), typed=typed, places=())
-    text = _BRACES.sub(lambda found: variables[found[1]].text, node.value)
+    text = _BRACES.sub(lambda match: variables[match[1]].text, node.value)
     return replace(node, value=text, typed=text, places=())
