@@ -19,7 +19,7 @@ from mergetool.options.table import Option, Table, refuse_together
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions(BudgetOptions):
-    """How much of every module is kept: all of it, where nothing is said."""
+    """The options for how much of every module is kept; all of it by default."""
 
     rank: Annotated[
         int | None,
@@ -70,7 +70,7 @@ class SelectionOptions(BudgetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LookUpOptions(Table):
-    """Where names are looked up."""
+    """The options for where names are looked up."""
 
     model: Annotated[
         str | None,
@@ -80,7 +80,7 @@ class LookUpOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SumOptions(SelectionOptions, LookUpOptions):
-    """What decides the bytes of a sum of LoRAs besides those."""
+    """The options that, besides those, decide the bytes of a sum of LoRAs."""
 
     dtype: Annotated[
         str | None,
@@ -93,7 +93,7 @@ class SumOptions(SelectionOptions, LookUpOptions):
 
     @property
     def stored(self) -> DType | None:
-        """What the factors are stored in; None for what each came in."""
+        """The dtype of the stored factors; None for what each came in."""
         return None if self.dtype is None else FACTORS[self.dtype]
 
 
@@ -119,4 +119,4 @@ class GroupOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SumRunOptions(ThreadOptions, UnmatchedOptions, WriteOptions):
-    """How a LoRA is made of others."""
+    """The options for making a LoRA of others."""

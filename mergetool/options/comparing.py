@@ -67,7 +67,9 @@ class Conditions(Kind):
     def value(self, given: Any) -> tuple[Condition, ...]:
         if isinstance(given, str):
             raise ValueError(f'a list, as in ["{given}"]')
-        return tuple(one if isinstance(one, Condition) else Condition.parse(one) for one in given)
+        return tuple(
+            condition if isinstance(condition, Condition) else Condition.parse(condition) for condition in given
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +92,7 @@ class Multiplied(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ReaderOptions, OverwriteOptions):
-    """How two models are compared."""
+    """The options for comparing two models."""
 
     reference: Annotated[
         str | None, Option(help="A fine-tune whose difference has the right size.", kind=ModelName())

@@ -41,7 +41,7 @@ ONE_FILE: dict[Face, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions(Table):
-    """How large a LoRA's file may be."""
+    """The options for the size of a LoRA's file."""
 
     budget: Annotated[
         int | str | None,
@@ -56,7 +56,7 @@ class BudgetOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SecondOptions(Table):
-    """What to take of two differences."""
+    """The options for what is taken of two differences."""
 
     variant2: Annotated[
         str | os.PathLike[str] | None,
@@ -84,8 +84,8 @@ class SecondOptions(Table):
         if self.weights != (1.0, 1.0) and not self.union:
             raise UsageError("`weights` are those of the two unique parts in `union`; add `union`.")
         if self.variant2 is None and not self.takes_common:
-            name, what = ("union", "that of two differences") if self.union else ("orthogonal", "to a difference")
-            raise UsageError(f"`{name}` is {what}; name the other with `variant2`.")
+            name, taken = ("union", "that of two differences") if self.union else ("orthogonal", "to a difference")
+            raise UsageError(f"`{name}` is {taken}; name the other with `variant2`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class FileOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
-    """What decides the bytes of a difference LoRA besides its models.
+    """The options that, besides its models, decide a difference LoRA's bytes.
 
     ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh``, as `lowrank.rules` defines them; with ``budget`` the ranks are those with the
     least error in a file of that size. With a second variant the common part is taken, or with ``union`` the union with ``weights``, or with
@@ -174,7 +174,7 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
 
     @property
     def stored(self) -> DType:
-        """What the factors are stored in."""
+        """The dtype of the stored factors."""
         return FACTORS[self.dtype]
 
     @property

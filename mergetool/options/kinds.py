@@ -269,7 +269,7 @@ class Settings(Kind):
             raise ValueError('a mapping, as in {"refiner": 0}')
         if isinstance(given, Mapping):
             return tuple(parse_setting(f"{pattern}={_exact(number)}") for pattern, number in given.items())
-        return tuple(parse_setting(one) if isinstance(one, str) else one for one in given)
+        return tuple(parse_setting(setting) if isinstance(setting, str) else setting for setting in given)
 
     def recorded(self, value: tuple[Setting, ...]) -> list[str]:
         return [setting_text(setting) for setting in value]
@@ -394,7 +394,7 @@ class TwoNumbers(Kind):
 
     def value(self, given: Any) -> tuple[float, float]:
         pair = given.split(",") if isinstance(given, str) else given
-        numbers = [_number(one) for one in pair] if isinstance(pair, Sequence) else []
+        numbers = [_number(number) for number in pair] if isinstance(pair, Sequence) else []
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
             raise ValueError("two numbers, as in 1,0.5")
         return numbers[0], numbers[1]
@@ -424,5 +424,5 @@ def shown(given: object) -> str:
 
 
 def sentence(name: str, given: object, wanted: str) -> UsageError:
-    """The error for a value that is not what it has to be, in the words of every face."""
+    """The error for a value that is not valid, in every face's words."""
     return UsageError(f"`{name}` is {shown(given)}, but has to be {wanted}.")

@@ -25,7 +25,7 @@ LARGEST_SEED = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerOptions(Table):
-    """In which form a model is written; None for the anchor's."""
+    """The options for the form of a written model; None is the anchor's."""
 
     dtype: Annotated[
         str | None,
@@ -72,7 +72,7 @@ class ContainerOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class PatternOptions(Table):
-    """Which parts of the models an operation is about."""
+    """The options that select parts of the models."""
 
     include: Annotated[Sequence[str], Option(help="Take only these.", kind=Patterns())] = ()
     exclude: Annotated[Sequence[str], Option(help="Leave these out.", kind=Patterns())] = ()
@@ -80,7 +80,7 @@ class PatternOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingOptions(Table):
-    """How float32 becomes what is stored."""
+    """The options for how float32 is rounded."""
 
     rounding: Annotated[
         Mode,
@@ -104,7 +104,7 @@ class RoundingOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
-    """What decides the bytes of a merge besides its expression.
+    """The options that, besides its expression, decide the bytes of a merge.
 
     ``keep_from`` names the model of kept tensors, ``multipliers`` are settings in order (a later one wins; see `options.multipliers`), ``dtype``,
     ``layout`` and ``prefix`` are the output's, None for the anchor's; the prefix stands before every tensor name. ``bundled`` is what becomes of

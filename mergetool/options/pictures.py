@@ -75,14 +75,14 @@ class Seeds(Kind):
 
     def value(self, given: Any) -> tuple[int, ...]:
         if isinstance(given, str):
-            found = [seed for piece in given.split(",") for seed in self._range(piece)]
+            seeds = [seed for piece in given.split(",") for seed in self._range(piece)]
         else:
-            found = [given] if isinstance(given, int) else list(given)
-        if not found or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in found):
+            seeds = [given] if isinstance(given, int) else list(given)
+        if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
             raise ValueError("a seed or a list of seeds")
-        if not all(0 <= seed < SEEDS for seed in found):
+        if not all(0 <= seed < SEEDS for seed in seeds):
             raise ValueError(f"a seed, or several as in 1,2,3 or 1-8, from 0 to {SEEDS - 1}")
-        return tuple(found)
+        return tuple(seeds)
 
     def _range(self, piece: str) -> range:
         match = re.fullmatch(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", piece, re.ASCII)
@@ -119,15 +119,17 @@ class Strengths(Kind):
         if isinstance(given, str) and re.search(r"\b0,\d", given.replace(" ", "")):
             written = re.sub(r"\b0,(\d+)", r"0.\1", given.replace(" ", ""))
             raise ValueError(f"written with a point: {written}")
-        found, one_strength = [], Number(above=0, most=1)
-        for one in several:
+        strengths, one_strength = [], Number(above=0, most=1)
+        for strength in several:
             try:
-                found.append(one_strength.read(one) if isinstance(one, str) else one_strength.value(one))
+                strengths.append(
+                    one_strength.read(strength) if isinstance(strength, str) else one_strength.value(strength)
+                )
             except ValueError:
                 raise ValueError("a number above 0 and at most 1, or several as in 0.1,0.15,0.25") from None
-        if not found:
+        if not strengths:
             raise ValueError("one number or more")
-        return tuple(found)
+        return tuple(strengths)
 
 
 def _steps(of: str, default: int) -> Option:
@@ -146,7 +148,10 @@ _SCHEDULER = Choice(SCHEDULERS, "NAME")
 
 @dataclass(frozen=True, slots=True)
 class AskedStage:
-    """What is asked of one stage, None for the preset's, else for the default; ``prefix`` stands before the names of its options."""
+    """The options that were given for one stage.
+
+    None stands for the preset's value, else for the default; ``prefix`` stands before the names of its options.
+    """
 
     prefix: str
     model: str | None
@@ -171,7 +176,7 @@ class AskedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageOptions(Table):
-    """How the first stage is sampled."""
+    """The options for sampling the first stage."""
 
     preset: Annotated[str | None, Option(help="Settings of ComfyUI's template.", kind=_PRESET)] = None
     steps: Annotated[int | None, _steps("the first stage", FIRST.steps)] = None
@@ -198,7 +203,7 @@ class FirstStageOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SecondStageOptions(Table):
-    """With which model the second stage refines, and how."""
+    """The options for the model that refines, and how it does."""
 
     refiner: Annotated[str | None, Option(help="The model of the second stage.", kind=ModelName())] = None
     strength: Annotated[
@@ -237,7 +242,7 @@ class SecondStageOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class PartsOptions(Table):
-    """Where the parts beside the transformer are."""
+    """The options for where the parts beside the transformer are."""
 
     pipeline: Annotated[str | None, Option(help="The model to take text encoder and VAE from.", kind=ModelName())] = (
         None
@@ -256,7 +261,7 @@ class PartsOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
-    """What every look at a model's pictures takes: how they are made, and which."""
+    """The options that every look at a model's pictures takes."""
 
     prompts: Annotated[Path | str | None, Option(help="A file with a prompt a line.", kind=File())] = None
     seeds: Annotated[
@@ -290,7 +295,7 @@ class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
 
     @property
     def first(self) -> AskedStage:
-        """What is asked of the first stage, without a model."""
+        """The options of the first stage, without a model."""
         return AskedStage(
             "",
             None,
@@ -305,7 +310,7 @@ class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
 
     @property
     def second(self) -> AskedStage:
-        """What is asked of the second stage."""
+        """The options of the second stage."""
         return AskedStage(
             "refine_",
             self.refiner,

@@ -20,7 +20,7 @@ DRY = "none, with `dry_run`"
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OverwriteOptions(Table):
-    """What may become of an output that is there."""
+    """The option for replacing an output that is there."""
 
     overwrite: Annotated[bool, Option(help="Replace an existing output.", kind=Flag(), missing=RUN)] = False
 
@@ -56,7 +56,7 @@ class ShardOptions(Table):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ThreadOptions(Table):
-    """How many threads work."""
+    """The option for the number of threads."""
 
     threads: Annotated[
         int | None, Option(help="Worker threads.", kind=Integer(1, 256), default="all cores", missing=RUN)
@@ -65,7 +65,7 @@ class ThreadOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions(ThreadOptions):
-    """How files are read."""
+    """The option for reading files."""
 
     reader: Annotated[
         Literal["auto", "mmap", "pread"],
@@ -75,7 +75,7 @@ class ReaderOptions(ThreadOptions):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DeviceOptions(Table):
-    """What computes."""
+    """The option for the device that computes."""
 
     device: Annotated[
         str, Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER.", kind=DeviceName(), missing=RUN)
@@ -84,7 +84,7 @@ class DeviceOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions(DeviceOptions):
-    """What computes, and how much of it is taken."""
+    """The options for the device that computes, and its memory."""
 
     gpu_memory: Annotated[
         int | str | None,
@@ -99,7 +99,7 @@ class GpuOptions(DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class UnmatchedOptions(Table):
-    """What becomes of LoRA keys that match nothing."""
+    """The option for LoRA keys that match nothing."""
 
     skip_unmatched: Annotated[
         bool,
@@ -119,7 +119,7 @@ class ForceOptions(Table):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class NonFiniteOptions(Table):
-    """What becomes of NaN and infinity."""
+    """The option for NaN and infinity."""
 
     non_finite: Annotated[
         Literal["refuse", "keep"],
@@ -129,12 +129,12 @@ class NonFiniteOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRunOptions(ReaderOptions, GpuOptions, UnmatchedOptions, WriteOptions):
-    """How a difference is taken."""
+    """The options for running a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRunOptions(ReaderOptions, GpuOptions, NonFiniteOptions, UnmatchedOptions, ForceOptions, WriteOptions):
-    """How a merge is run."""
+    """The options for running a merge."""
 
     measure: Annotated[
         Literal["sample", "all", "off"],

@@ -20,7 +20,7 @@ FACES: tuple[Face, ...] = ("command", "api", "recipe", "node")
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a row says besides name, type and default.
+    """An option's row, besides its name, type and default.
 
     ``flag`` is its spelling on the command line where that is not the name with hyphens, ``short`` another with one letter, ``also`` another name, ``argument`` that it stands there
     without a name; ``key`` is its spelling in a recipe. ``default`` is what the default means, in words, where the value alone does not say it. ``missing`` has, for a face that does not have the option, why.
@@ -100,7 +100,7 @@ def _rows(table: Any) -> Mapping[str, Row]:
     assert isinstance(table, type)
     hints = typing.get_type_hints(table, include_extras=True)
     fields: Mapping[str, dataclasses.Field[Any]] = getattr(table, "__dataclass_fields__", {})
-    found = {}
+    table_rows = {}
     if not dataclasses.is_dataclass(table):
         return {}
     for name in (
@@ -108,9 +108,9 @@ def _rows(table: Any) -> Mapping[str, Row]:
         *(name for base in table.__bases__ for name in rows(base)),
     ):
         for said in getattr(hints[name], "__metadata__", ()):
-            if isinstance(said, Option) and name not in found:
-                found[name] = Row(name, fields[name].default, said)
-    return found
+            if isinstance(said, Option) and name not in table_rows:
+                table_rows[name] = Row(name, fields[name].default, said)
+    return table_rows
 
 
 def named(name: str, table: type = Table) -> Row | None:
@@ -118,7 +118,7 @@ def named(name: str, table: type = Table) -> Row | None:
     if name in rows(table):
         return rows(table)[name]
     below: list[type] = type.__subclasses__(table)
-    return next((found for inner in below if (found := named(name, inner)) is not None), None)
+    return next((row for inner in below if (row := named(name, inner)) is not None), None)
 
 
 def rows_in(table: type, face: Face) -> dict[str, Row]:
@@ -127,12 +127,15 @@ def rows_in(table: type, face: Face) -> dict[str, Row]:
 
 
 def values(table: Table) -> dict[str, Any]:
-    """What an instance holds, by the names of its rows."""
+    """The values of a table, by the names of its rows."""
     return {name: getattr(table, name) for name in rows(type(table))}
 
 
 def recorded(table: Table) -> dict[str, Any]:
-    """What an instance holds besides defaults, by the keys of a recipe and as JSON has it; what it makes of that is equal to it."""
+    """The values of a table that are not defaults, as JSON, by a recipe's keys.
+
+    The table that is made of them again is equal to it.
+    """
     held = values(table)
     return {
         row.key: row.option.kind.recorded(held[name])
@@ -142,7 +145,7 @@ def recorded(table: Table) -> dict[str, Any]:
 
 
 def part(table: Any, of: Table) -> Any:
-    """The rows of ``of`` that belong to the class ``table``, as an instance of that."""
+    """The rows of ``of`` that belong to ``table``, as its instance."""
     return table(**{name: getattr(of, name) for name in rows(table)})
 
 
@@ -150,7 +153,10 @@ _NAMED = re.compile(r'`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>"(?:[^`"\\]|\\.)*"
 
 
 def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
-    """``text`` with every option that it names, `` `name` `` or `` `name=value` ``, as ``spell`` says it; None leaves it."""
+    """Spell every option that ``text`` names as ``spell`` does.
+
+    An option is `` `name` `` or `` `name=value` ``; where ``spell`` gives None, it stays.
+    """
 
     def replaced(match: re.Match[str]) -> str:
         said = spell(match["name"], match["value"])
@@ -161,7 +167,7 @@ def spelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
 
 def first_named(text: str, known: Mapping[str, Row]) -> Row | None:
     """The row among ``known`` that ``text`` names first."""
-    return next((known[found["name"]] for found in _NAMED.finditer(text) if found["name"] in known), None)
+    return next((known[mention["name"]] for mention in _NAMED.finditer(text) if mention["name"] in known), None)
 
 
 def refuse_together(given: Mapping[str, bool], why: str) -> None:

@@ -22,7 +22,7 @@ KNOWN: dict[Face, str] = {"recipe": "a recipe knows where its models are"}
 
 @dataclass(frozen=True, kw_only=True)
 class LookOptions(PicturesOptions):
-    """What every face says of a verification, the recipe's too."""
+    """The options of a verification that every face has, the recipe's too."""
 
     depth: Annotated[
         Depth,
@@ -55,7 +55,7 @@ class LookOptions(PicturesOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InputsOptions(Table):
-    """Where the inputs of a recorded merge are."""
+    """The option for where the inputs of a recorded merge are."""
 
     inputs: Annotated[
         Mapping[str, str] | Sequence[str],
@@ -70,7 +70,7 @@ class InputsOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class RebuildOptions(InputsOptions, ThreadOptions, OverwriteOptions):
-    """How a recorded merge is done again."""
+    """The options for making a recorded merge again."""
 
     write_to: Annotated[
         str | os.PathLike[str] | None,
@@ -86,7 +86,7 @@ class RebuildOptions(InputsOptions, ThreadOptions, OverwriteOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(LookOptions, RebuildOptions):
-    """How a file is verified that is there."""
+    """The options for verifying a file."""
 
     parents: Annotated[
         Sequence[str],
