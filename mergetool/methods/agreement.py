@@ -51,12 +51,12 @@ def _variances(tensors: Sequence[Tensor]) -> Tensor:
     """The variance of each element over the tensors."""
     result = torch.empty_like(tensors[0])
     for places in zip(*(sparsity.blocks(each) for each in (result, *tensors)), strict=True):
-        found, *pieces = (piece for _, piece in places)
+        squares, *pieces = (piece for _, piece in places)
         mean = added([pieces[0].clone(), *pieces[1:]]).mul_(1 / len(pieces))
-        found.zero_()
+        squares.zero_()
         for piece in pieces:
             moved = piece - mean
-            found.add_(moved.mul_(moved))
+            squares.add_(moved.mul_(moved))
     return result
 
 
@@ -87,9 +87,9 @@ def ramplus_tl(
     shared, alone = [0] * len(tensors), [0] * len(tensors)
     for places in zip(*(sparsity.blocks(delta) for delta in tensors), strict=True):
         changed = [piece.abs() > epsilon for _, piece in places]
-        one = _how_many(changed) == 1
+        lone = _how_many(changed) == 1
         for k, mask in enumerate(changed):
-            counted, single = int(mask.count_nonzero()), int((mask & one).count_nonzero())
+            counted, single = int(mask.count_nonzero()), int((mask & lone).count_nonzero())
             shared[k] += counted - single
             alone[k] += single
     ratios = [s / a if a else (alpha if s else 0.0) for s, a in zip(shared, alone, strict=True)]
@@ -106,11 +106,11 @@ def _reinforced(tensors: Sequence[Tensor], factors: Sequence[float], epsilon: fl
         pieces = [piece for _, piece in places]
         changed = [piece.abs() > epsilon for piece in pieces]
         together = _how_many(changed).to(pieces[0].dtype)
-        one = together == 1
+        lone = together == 1
         for piece, mask, factor in zip(pieces, changed, factors, strict=True):
             piece.mul_(mask)
             if factor != 1:
-                piece.mul_(one.to(piece.dtype).mul_(factor - 1).add_(1))
+                piece.mul_(lone.to(piece.dtype).mul_(factor - 1).add_(1))
         added(pieces).div_(together.clamp_(min=1))
     return tensors[0]
 

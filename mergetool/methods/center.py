@@ -55,8 +55,8 @@ def _row_cosines(tensors: Sequence[Tensor]) -> list[float]:
     norms = [row_norms(x) for x in tensors]
     pairs = list(combinations(range(len(tensors)), 2))
     cosines = [
-        [_divided(top, below) for top, below in zip(*(each.tolist() for each in found), strict=True)]
-        for found in ((row_dots(tensors[i], tensors[j]), norms[i] * norms[j]) for i, j in pairs)
+        [_divided(top, below) for top, below in zip(*(each.tolist() for each in columns), strict=True)]
+        for columns in ((row_dots(tensors[i], tensors[j]), norms[i] * norms[j]) for i, j in pairs)
     ]
     return [math.fsum(row) / len(pairs) for row in zip(*cosines, strict=True)]
 
@@ -104,9 +104,9 @@ def _weiszfeld(squares: Sequence[Sequence[float]]) -> list[float]:
     for _ in range(STEPS):
         inverse = [1 / max(distance, 1e-300) for distance in _to_center(squares, weights)]
         whole = math.fsum(inverse)
-        found = [each / whole for each in inverse]
-        moved = max(abs(new - old) for new, old in zip(found, weights, strict=True))
-        weights = found
+        updated = [each / whole for each in inverse]
+        moved = max(abs(new - old) for new, old in zip(updated, weights, strict=True))
+        weights = updated
         if not moved > 1e-15:
             break
     return weights

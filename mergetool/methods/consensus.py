@@ -29,11 +29,11 @@ def added(deltas: Sequence[Tensor]) -> Tensor:
 def agreeing(
     deltas: Sequence[Tensor], *, elect: Elect, factors: Sequence[float] = (), shares: Sequence[float] = ()
 ) -> Tensor:
-    """The sum of those differences whose sign is the elected one, element by element, in the memory of the first.
+    """Add up the differences whose sign is elected, element by element.
 
-    The sign of their sum is elected, or the commoner one; none where the sum is 0 or both are as common, and then the result is 0.
-    ``factors``: what each is multiplied by after the vote; all 1 where there are none. ``shares``: the sum is divided by the sum of the shares
-    of those that agree.
+    The sum is in the memory of the first. The sign of their sum is elected, or the commoner one; none where the sum is 0 or both are as
+    common, and then the result is 0. ``factors``: what each is multiplied by after the vote; all 1 where there are none. ``shares``: the
+    sum is divided by the sum of the shares of those that agree.
     """
     pieces = zip(*(blocks(delta) for delta in deltas), strict=True)
     for places in pieces:

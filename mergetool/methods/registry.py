@@ -49,7 +49,10 @@ LARGEST = 2**127
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Which parameter of the model the tensors are, by its canonical name: all that randomness may depend on, with a seed."""
+    """The parameter of the model that the tensors are, by its canonical name.
+
+    With a seed, that is all that randomness may depend on.
+    """
 
     part: str
 
@@ -69,7 +72,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What a flag, a choice or a list of numbers is."""
+    """The meaning of a flag, a choice or a list of numbers."""
 
     text: str
 
@@ -87,16 +90,16 @@ class Parameter:
     text: str
 
     def wanted(self) -> str:
-        """What it may be, in words."""
+        """The values that it may have, in words."""
         if self.kind is bool:
             return "True or False"
         if self.kind is str:
             return " or ".join(repr(choice) for choice in self.choices)
         if self.kind is tuple:
             return "a list of numbers, one an argument, as in [1, 0.5]"
-        what = "a whole number" if self.kind is int else "a number"
+        noun = "a whole number" if self.kind is int else "a number"
         low = "" if self.low == -float("inf") else f" from {self.low:g}"
-        return what + low + ("" if self.high == float("inf") else f" to {self.high:g}")
+        return noun + low + ("" if self.high == float("inf") else f" to {self.high:g}")
 
     @property
     def shown(self) -> str:
@@ -148,7 +151,7 @@ class Method:
     package: str = ""
 
     def apply(self, tensors: Sequence[Tensor], site: Site, parameters: Mapping[str, ParameterValue]) -> Tensor:
-        """What the method makes of the tensors, all of one shape and dtype."""
+        """Apply the method to the tensors, all of one shape and dtype."""
         assert self.function is not None
         return self.function(tensors, site, **{name: _plain(self[name], value) for name, value in parameters.items()})
 
@@ -199,7 +202,7 @@ def method(
 def affine(
     *, takes: Takes, least: int = 1, most: int | None = None
 ) -> Callable[[Callable[..., Sequence[Fraction]]], Callable[..., Sequence[Fraction]]]:
-    """Register a function that gives the factor of each argument, for a method that is a sum of its arguments."""
+    """Register a function that gives the factor of each argument of a sum."""
 
     def register(function: Callable[..., Sequence[Fraction]]) -> Callable[..., Sequence[Fraction]]:
         _register(function, {"takes": takes, "least": least, "most": most, "factors": function})
@@ -217,10 +220,10 @@ def _register(function: Callable[..., Any], facts: Mapping[str, Any]) -> None:
     if len(positional) != wanted or name == "lora":
         shown = "(tensors, site, *, ...)" if wanted == 2 else "(count, *, ...)"
         raise TypeError(f'the merge method "{name}" is not a function {shown} of a name that is free')
-    found = Method(name=name, parameters=_parameters(function), **(_texts(function) | dict(facts)))
+    method = Method(name=name, parameters=_parameters(function), **(_texts(function) | dict(facts)))
     if name in _registered:
         raise TypeError(f'the merge method "{name}" is registered twice')
-    _registered[name] = found
+    _registered[name] = method
 
 
 def _texts(function: Callable[..., Any]) -> dict[str, Any]:
@@ -270,14 +273,17 @@ def _parameter(given: inspect.Parameter, hint: Any) -> Parameter:
 
 def methods() -> Mapping[str, Method]:
     """Every method by name, those of installed packages too. Raises UsageError where one of these cannot be loaded."""
-    found, errors = listing()
+    listed, errors = listing()
     if errors:
         raise UsageError(errors[0])
-    return MappingProxyType({method.name: method for method in found})
+    return MappingProxyType({method.name: method for method in listed})
 
 
 def listing() -> tuple[list[Method], list[str]]:
-    """Every method, in order of names, and a sentence for every method of an installed package that cannot be loaded."""
+    """Every method, in order of names, with sentences on those that cannot be loaded.
+
+    These are methods of installed packages.
+    """
     _load_families()
     errors = []
     for name in dict.fromkeys(entry.name for entry in _installed()):

@@ -65,10 +65,10 @@ def _medians(values: Tensor, out: Tensor) -> Tensor:
 
 def _neighbours(block: Tensor) -> Iterator[Tensor]:
     for shift in product(range(3), repeat=block.ndim):
-        found = block
+        view = block
         for dimension, start in enumerate(shift):
-            found = found.narrow(dimension, start, found.shape[dimension] - 2)
-        yield found
+            view = view.narrow(dimension, start, view.shape[dimension] - 2)
+        yield view
 
 
 # Smith 1996, "Implementing median filters in XC4000E FPGAs": 19 exchanges leave the median of nine in the middle.

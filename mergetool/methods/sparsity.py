@@ -18,22 +18,28 @@ LEAST = 2.0**-24
 
 
 def count(share: float, elements: int) -> int:
-    """How many elements a share of them is: the nearest whole number, but not 0 for a share above 0.
+    """Count the elements that a share of them makes.
 
-    int(0.29 * 100) is 28, which is why it is not what is cut off.
+    It is the nearest whole number, but not 0 for a share above 0. int(0.29 * 100) is 28, which is why it is not what is cut off.
     """
     return min(elements, max(round(share * elements), 1)) if share > 0 else 0
 
 
 def blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The elements in pieces that stay in the cache, each with the place of its first."""
+    """Cut the elements into pieces that stay in the cache, with their places.
+
+    A piece's place is that of its first element.
+    """
     flat = values.view(-1)
     for at in range(0, flat.numel(), BLOCK):
         yield at, flat[at : at + BLOCK]
 
 
 def by_rows(values: Tensor) -> Tensor:
-    """The same memory with a row for each index of the first dimension, an output of a linear map; with one where there is no other dimension."""
+    """View the memory with a row for each index of the first dimension.
+
+    That is an output of a linear map. A tensor without another dimension is one row.
+    """
     return values.view(values.shape[0], math.prod(values.shape[1:])) if values.dim() > 1 else values.view(1, -1)
 
 
@@ -50,7 +56,10 @@ def trim(delta: Tensor, density: float) -> None:
 
 
 def trim_outliers(delta: Tensor, density: float, gamma: float) -> None:
-    """Keep the share ``density`` that is largest once the share ``gamma`` above it is gone; where both do not fit, less goes from above."""
+    """Keep the share ``density`` that is largest below the share ``gamma``, which goes.
+
+    Where both do not fit, less goes from above.
+    """
     elements = delta.numel()
     kept = count(density, elements)
     outliers = min(round(gamma * elements), elements - kept)
@@ -59,7 +68,10 @@ def trim_outliers(delta: Tensor, density: float, gamma: float) -> None:
 
 
 def drop(delta: Tensor, density: float, key: int, *, rescale: bool) -> None:
-    """Keep each element with the probability ``density`` and, to keep the mean, divide what is kept by it."""
+    """Keep each element with the probability ``density``, divided by it.
+
+    That keeps the mean.
+    """
     if density >= 1:
         return
     factor = 1 / max(density, LEAST) if rescale else 1.0
@@ -68,7 +80,9 @@ def drop(delta: Tensor, density: float, key: int, *, rescale: bool) -> None:
 
 
 def drop_by_rank(delta: Tensor, density: float, epsilon: float, key: int, *, rescale: bool) -> None:
-    """Keep each element with a probability that rises with its magnitude's rank in its row, from ``density - epsilon`` to ``density + epsilon``.
+    """Keep each element with a probability that rises with its rank.
+
+    The rank is that of its magnitude in its row; the probability goes from ``density - epsilon`` to ``density + epsilon``.
 
     The rows are those of ``by_rows``. Where the probabilities would leave 0 to 1, epsilon is less. What is kept is divided by its own probability,
     to keep the mean.

@@ -145,11 +145,11 @@ def _on_sphere(tensors: Sequence[Tensor], weights: Sequence[float], mean: Callab
     whole = sum(weights) or 1.0
     known = [k for k, length in enumerate(norms) if length]
     cosines = [[products[i][j] / (norms[i] * norms[j]) for j in known] for i in known]
-    found = _unit(cosines, mean(cosines, [weights[k] for k in known]))
-    if found is None:
+    direction = _unit(cosines, mean(cosines, [weights[k] for k in known]))
+    if direction is None:
         return combination(tensors, [weight / whole for weight in weights])
     size = sum(weight * length for weight, length in zip(weights, norms, strict=True)) / whole
-    factors = dict(zip(known, found, strict=True))
+    factors = dict(zip(known, direction, strict=True))
     return combination(tensors, [size * factors[k] / norms[k] if k in factors else 0.0 for k in range(len(tensors))])
 
 
