@@ -53,7 +53,7 @@ _COLOURS = np.array(list(PALETTE.values()), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows. A name is None where nothing of this world is recognised.
+    """The reading of a picture; a name is None where nothing is recognised.
 
     ``overlap`` is the intersection over union of the silhouette with the best shape's; ``stripes`` the contrast of the
     ground's stripes and ``hole`` the size of the shape's hole, both 0 for a plain picture and 1 for a perfect striped
@@ -136,8 +136,8 @@ def _ground(pixels: NDArray[np.float32]) -> str | None:
 def _stripes(pixels: NDArray[np.float32], ground: str) -> float:
     between, inside = _frame()
     step = stripe_colour(PALETTE[ground]) - np.asarray(PALETTE[ground], np.float32)
-    found = pixels[inside].mean(0) - pixels[between].mean(0)
-    return float(found @ step / (step @ step))
+    contrast = pixels[inside].mean(0) - pixels[between].mean(0)
+    return float(contrast @ step / (step @ step))
 
 
 def _figure(pixels: NDArray[np.float32], ground: str) -> tuple[NDArray[np.bool_] | None, str | None]:

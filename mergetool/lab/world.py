@@ -44,7 +44,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a prompt asks for; ``colour`` and ``ground`` differ."""
+    """The scene that a prompt asks for; ``colour`` and ``ground`` differ."""
 
     shape: str
     colour: str
@@ -87,7 +87,7 @@ class Placing:
 
 
 def silhouette(shape: str, placing: Placing, size: int = SIZE) -> NDArray[np.float32]:
-    """How much of each pixel the shape covers, [size, size] in 0 to 1.
+    """The share of each pixel that the shape covers, [size, size] in 0 to 1.
 
     ``radius`` is a circle's; the other shapes are scaled so that all cover about the same area.
     """

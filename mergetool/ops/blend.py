@@ -16,7 +16,10 @@ from mergetool_kernels import compiled
 
 
 class Blended(NamedTuple):
-    """A program's result as it is stored, its largest magnitude before that, and what it did to the anchor where that was asked for."""
+    """A program's result as it is stored, with what was measured of it.
+
+    That is its largest magnitude before storing, and what it did to the anchor where that was asked for.
+    """
 
     stored: memoryview
     largest: float
@@ -33,7 +36,9 @@ def blend(
     rounding: Rounding = NEAREST,
     saturating: bool = False,
 ) -> Blended | None:
-    """The bytes of ``CpuOps.store``, and with ``first``, the operand that is the anchor, the figures of ``CpuOps.measure``.
+    """Compute a program in one pass: the bytes of ``CpuOps.store``.
+
+    With ``first``, the operand that is the anchor, it has the figures of ``CpuOps.measure`` too.
 
     ``operands`` are what the program loads, each a chunk of the same length. The result lies in ``room``, bytes of the caller's. None where
     that cannot be told in one pass, and `execute` with a ``CpuOps`` must: an operand is None or of a dtype that is not compiled, the program
@@ -69,14 +74,16 @@ def blend(
 
 
 def moves(result: Floats, first: Floats, came: Stored, alone: memoryview) -> Movement | None:
-    """What storing did to elements of a weight that is quantised with one scale: ``came`` is what ``result`` is stored as, ``alone`` the codes of
-    the ``first`` model's elements with the same scale. None where that is not compiled, or one of them is not finite.
+    """Measure what storing did to elements of a weight quantised with one scale.
+
+    ``came`` is what ``result`` is stored as, ``alone`` the codes of the ``first`` model's elements with the same scale. None where that is
+    not compiled, or one of them is not finite.
     """
     kind = kind_of(came.dtype)
     if kind is None:
         return None
-    found = compiled.moves(result.data.cast("B"), first.data.cast("B"), came.raw, alone, kind, came.factor)
-    return None if found is None else Movement(*found)
+    counts = compiled.moves(result.data.cast("B"), first.data.cast("B"), came.raw, alone, kind, came.factor)
+    return None if counts is None else Movement(*counts)
 
 
 class _Steps(NamedTuple):

@@ -44,9 +44,10 @@ class Shared:
 
 
 def share(programs: Sequence[Program], operands: int, costly: Collection[int] = ()) -> Shared:
-    """``programs``, whose loads are of ``operands`` common operands, with what several steps need computed once.
+    """Find what several steps of ``programs`` need, to compute it once.
 
-    An operand is not worth keeping, since widening it again costs what copying it would, unless it is one of the ``costly`` ones.
+    The programs load ``operands`` common operands. An operand is not worth keeping, since widening it again costs what copying it would,
+    unless it is one of the ``costly`` ones.
     """
     values = _Values()
     results = [values.of(program) for program in programs]

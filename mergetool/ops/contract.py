@@ -35,7 +35,10 @@ class Ops(Protocol):
         """True when a register holds neither NaN nor infinity."""
 
     def first_non_finite(self, register: int) -> tuple[int, int]:
-        """How many elements of a register are NaN or infinite, and the index of the first one."""
+        """Count a register's elements that are NaN or infinite, and find the first.
+
+        The second number is the first one's index.
+        """
 
     def store(
         self, register: int, dtype: DType, rounding: Rounding = NEAREST, first: int | None = None
@@ -50,7 +53,9 @@ class Ops(Protocol):
         """
 
     def measure(self, register: int, first: int, dtype: DType) -> Movement:
-        """How far the last ``store``, of this register to this dtype, moved from what the register ``first`` holds.
+        """Measure how far the last ``store`` moved from the register ``first``.
+
+        The store was of this register to this dtype.
 
         Counts are exact; the energies are sums in float64 over sums in float32 of at most 1024 elements.
         """

@@ -41,7 +41,9 @@ _LEAST = 2.0**-100  # below it products that underflow in float32 could matter
 
 
 def as_tensor(raw: memoryview, dtype: DType) -> torch.Tensor:
-    """The stored bytes as a 1-D tensor of the same dtype, sharing memory where the bytes are aligned.
+    """View the stored bytes as a 1-D tensor of the same dtype.
+
+    It shares memory where the bytes are aligned.
 
     The tensor must not be written to, and ``raw`` must outlive it.
     """
@@ -76,7 +78,10 @@ class CpuOps:
 
     @property
     def out(self) -> memoryview:
-        """Where `store` writes, for another implementation to write to: room for ``capacity`` elements of any dtype."""
+        """The buffer of `store`, for another implementation to write to.
+
+        It has room for ``capacity`` elements of any dtype.
+        """
         out: memoryview = self._out.numpy().data
         return out
 
@@ -99,7 +104,10 @@ class CpuOps:
 
     @contextmanager
     def writing(self, register: int, out: Floats) -> Iterator[None]:
-        """Inside the ``with`` block the register's elements are those of ``out``, and no others can be loaded."""
+        """Make the register's elements those of ``out`` inside the ``with`` block.
+
+        No others can be loaded there.
+        """
         buffer = self._buffers[register]
         self._buffers[register] = torch.from_numpy(out)
         try:
@@ -213,11 +221,11 @@ class CpuOps:
 
         A dot product is 20 times faster than isfinite().all(); only where it is not finite is every element looked at.
         """
-        found = self._squares[register]
-        if found is None:
+        square = self._squares[register]
+        if square is None:
             values = self._values(register)
-            found = self._squares[register] = float(torch.dot(values, values))
-        return found
+            square = self._squares[register] = float(torch.dot(values, values))
+        return square
 
     def _stored(self, register: int, dtype: DType) -> torch.Tensor:
         return self._out[: self._views[register].numel() * dtype.itemsize].view(TORCH[dtype])

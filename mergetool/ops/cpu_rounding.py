@@ -33,7 +33,10 @@ _ONE_LOOP = threading.Lock()
 
 
 class Scratch:
-    """Five vectors of ``BLOCK`` elements, as torch, as float32 and as uint32, over the same memory."""
+    """Five vectors of ``BLOCK`` elements, as torch, float32 and uint32 at once.
+
+    The three share memory.
+    """
 
     def __init__(self) -> None:
         self.tensors = torch.empty(5, BLOCK)
@@ -136,12 +139,12 @@ def half_spacings(values: Floats, dtype: DType, spacing: Tensor) -> None:
     spacing.clamp_min_(2.0**shape.smallest).mul_(2.0 ** (-shape.mantissa - 1))
 
 
-def below_half_spacing(moves: Tensor, values: Tensor, dtype: DType, room: Tensor, found: npt.NDArray[np.bool_]) -> None:
-    """Set ``found`` where a finite move is smaller than half the spacing of ``dtype``'s numbers at the value it starts from.
+def below_half_spacing(moves: Tensor, values: Tensor, dtype: DType, room: Tensor, below: npt.NDArray[np.bool_]) -> None:
+    """Set ``below`` where a finite move is smaller than half a spacing.
 
-    A float32 with an odd last bit lies alone in the middle of the numbers that are rounded to it, ties going to its even
-    neighbours: half a float32 spacing and more moves it, anything less does not. ``values`` become such numbers, and
-    ``room`` is overwritten.
+    The spacing is that of ``dtype``'s numbers at the value that the move starts from. A float32 with an odd last bit lies alone in the
+    middle of the numbers that are rounded to it, ties going to its even neighbours: half a float32 spacing and more moves it, anything less
+    does not. ``values`` become such numbers, and ``room`` is overwritten.
     """
     shape = FORMATS[dtype]
     if shape.smallest > FORMATS[dtypes.F32].smallest:
@@ -149,7 +152,7 @@ def below_half_spacing(moves: Tensor, values: Tensor, dtype: DType, room: Tensor
     words = values.numpy().view(np.uint32)
     np.bitwise_or(words, np.uint32(1), out=words)
     torch.add(values, moves, alpha=2.0 ** (shape.mantissa - 23), out=room)
-    np.equal(room.numpy(), values.numpy(), out=found)
+    np.equal(room.numpy(), values.numpy(), out=below)
 
 
 def _stochastic_bf16(values: Tensor, stored: Tensor, scratch: Scratch) -> None:

@@ -61,7 +61,10 @@ class CudaOps:
         self.take(register, on_device, dtype)
 
     def take(self, register: int, stored: Tensor, dtype: DType) -> None:
-        """Set a register from stored bytes, uint8, that are on the device already, or will be when the stream gets there."""
+        """Set a register from stored bytes, uint8, on the device.
+
+        They are there already, or will be when the stream gets there.
+        """
         if register == 0:
             self._program, self._factors, self._operands, self._dtypes = [], [], [], []
             self._counts = self._movement = None
@@ -136,7 +139,7 @@ class CudaOps:
         self.branches.add(result.branch)
 
     def collect(self) -> tuple[memoryview, int]:
-        """What `launch` stored and how many elements were beyond the range, when it is done."""
+        """Wait for what `launch` stored, and count the elements beyond the range."""
         if self._done is not None:
             self._done.synchronize()
         counts, sums = self._figures

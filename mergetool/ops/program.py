@@ -74,7 +74,7 @@ class Program:
 
     @property
     def registers(self) -> int:
-        """How many float32 registers the program needs at once."""
+        """The number of float32 registers that the program needs at once."""
         return 1 + max(step.register for step in self.instructions)
 
     @property
@@ -84,5 +84,5 @@ class Program:
 
     @property
     def models(self) -> tuple[int, ...]:
-        """Which models it loads, each once, in load order."""
+        """The models that it loads, each once, in load order."""
         return tuple(dict.fromkeys(step.model for step in self.instructions if isinstance(step, Load)))

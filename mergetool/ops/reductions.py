@@ -43,9 +43,10 @@ def norm(values: Tensor) -> float:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each pair of rows (the last dimension), float64, of the shape of the dimensions before it.
+    """The dot product of each pair of rows, in float64.
 
-    A tensor without dimensions is one row of one element.
+    Rows are the last dimension; the result has the shape of the dimensions before it. A tensor without dimensions is one row of one
+    element.
     """
     width = max(1, a.shape[-1] if a.ndim else 1)
     x, y = a.reshape(-1, width), b.reshape(-1, width)
@@ -55,9 +56,10 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each pair of columns (the first dimension), float64, of the shape of the dimensions after it.
+    """The dot product of each pair of columns, in float64.
 
-    A tensor without dimensions is one column of one element.
+    Columns are the first dimension; the result has the shape of the dimensions after it. A tensor without dimensions is one column of one
+    element.
     """
     if not a.numel():
         return a.new_zeros(a.shape[1:], dtype=torch.float64)
@@ -88,7 +90,10 @@ def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
 
 
 def in_blocks(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """What ``function`` makes of the tensors element by element, in blocks that stay in the cache; in place of the first."""
+    """Apply ``function`` to the tensors element by element, in place of the first.
+
+    It does so in blocks that stay in the cache.
+    """
     flat = [tensor.reshape(-1) for tensor in tensors]
     for at in range(0, flat[0].numel(), BLOCK):
         first, *others = (each[at : at + BLOCK] for each in flat)
@@ -118,9 +123,10 @@ def _halved(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def kth_largest(values: Tensor, count: int, *, magnitude: bool = False) -> float:
-    """The ``count``-th largest element (from 1) of any number of them, or of their magnitudes; NaN is larger than any number.
+    """Find the ``count``-th largest element, from 1, or magnitude.
 
-    torch.quantile takes at most 2**24 elements. Raises ValueError for a count that is out of range.
+    There may be any number of elements; NaN is larger than any number. torch.quantile takes at most 2**24. Raises ValueError for a count
+    that is out of range.
     """
     if not 1 <= count <= values.numel():
         raise ValueError(f"there is no {count}-th largest of {values.numel()} elements")
@@ -128,9 +134,9 @@ def kth_largest(values: Tensor, count: int, *, magnitude: bool = False) -> float
     if flat.is_cuda:
         return float((flat.abs() if magnitude else flat).kthvalue(flat.numel() - count + 1).values)
     if flat.numel() > 4 * SAMPLE:
-        found = _near(flat, count, magnitude)
-        if found is not None:
-            return found
+        value = _near(flat, count, magnitude)
+        if value is not None:
+            return value
     return _partitioned((flat.abs() if magnitude else flat).numpy(), count)
 
 
@@ -165,7 +171,9 @@ def _pieces(flat: Tensor, magnitude: bool) -> Iterator[Tensor]:
 
 
 def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
-    """A mask of the ``count`` elements that are largest, or largest by magnitude, of the shape of ``values``: exactly so many; of equal ones the first.
+    """A mask of exactly ``count`` elements: those that are largest.
+
+    They are largest by value or by magnitude; of equal ones the first count. It has the shape of ``values``.
 
     Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """

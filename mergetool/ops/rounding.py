@@ -54,12 +54,14 @@ def holds(wide: DType, narrow: DType) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """To the nearest value, ties to even."""
+    """Rounds to the nearest value, ties to even."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stochastic:
-    """Away from zero with the probability that the rest is of the spacing, else towards zero; right on average.
+    """Rounds at random, and is right on average.
+
+    A value goes away from zero with the probability that the rest is of the spacing, else towards zero.
 
     With q = abs(v) / spacing, element i is rounded up when ``(bits(i) >> 8) * 2**-24 < q - floor(q)``. A value at or beyond
     the dtype's largest, NaN and infinity go to nearest. ``key`` is the tensor's ``stream_key``, ``first`` the index in the
@@ -77,7 +79,9 @@ class Stochastic:
 
 @dataclass(frozen=True, slots=True)
 class ErrorFeedback:
-    """To nearest, after adding what the rounding of the row's previous element left over; all of it in float32.
+    """Rounds to nearest, with the error of the row's previous element added.
+
+    All of it is float32.
 
     The chunk is whole rows of ``row`` elements. Nothing is carried into a row, nor on from an element that was beyond the
     dtype's range or is not finite.
@@ -91,5 +95,8 @@ NEAREST = Nearest()
 
 
 def stream_key(seed: int, tensor: str) -> int:
-    """The 64-bit key of an output tensor's random bits, from the seed and the tensor's name in the output file."""
+    """The 64-bit key of an output tensor's random bits.
+
+    It is made of the seed and the tensor's name in the output file.
+    """
     return int.from_bytes(blake2b(f"{seed}\0{tensor}".encode(), digest_size=8).digest(), "little")

@@ -10,7 +10,10 @@ from mergetool_kernels import compiled
 
 
 class Stored(NamedTuple):
-    """Little-endian elements at any address, what they are, and what each is multiplied by in float32."""
+    """Little-endian elements at any address, with their dtype and factor.
+
+    In float32 each is multiplied by the factor.
+    """
 
     raw: memoryview
     dtype: DType
@@ -27,5 +30,8 @@ _KINDS = {
 
 
 def kind_of(dtype: DType) -> int | None:
-    """What the compiled kernels call a dtype; None for one that they do not know, and where they are not built."""
+    """The compiled kernels' number of a dtype, or None.
+
+    None stands for a dtype that they do not know, and where they are not built.
+    """
     return _KINDS.get(dtype) if compiled.is_available() else None

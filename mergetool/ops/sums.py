@@ -24,7 +24,9 @@ def is_read(stored: Stored) -> bool:
 
 
 def side_by_side(models: Sequence[Stored | None], count: int) -> list[float]:
-    """Six sums over ``count`` elements of base, variant, what the delta is added to, a reference and its base; the last three may be None.
+    """Six sums over ``count`` elements of up to five models.
+
+    The models are base, variant, what the delta is added to, a reference and its base; the last three may be None.
 
     They are: of the squares of base, variant, delta = variant - base, of what it is added to, of the reference delta, and of delta * reference
     delta; 0 where there is no such model. Deltas are in float32. A sum is not finite only when an element, or a delta, is not.
@@ -48,21 +50,21 @@ def with_numpy(models: Sequence[Floats | None]) -> list[float]:
     assert variant is not None
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite the caller refuses by name
         delta = variant - base
-        found = [square(base), square(variant), square(delta), 0.0 if onto is None else square(onto), 0.0, 0.0]
+        sums = [square(base), square(variant), square(delta), 0.0 if onto is None else square(onto), 0.0, 0.0]
         if reference is not None and reference_base is not None:
             other = reference - reference_base
-            found[4] = square(other)
-            is_safe = all(_SAFE[0] < found[i] < _SAFE[1] for i in (2, 4))
-            found[5] = (_dot if is_safe else _wide_dot)(delta, other)
-    return found
+            sums[4] = square(other)
+            is_safe = all(_SAFE[0] < sums[i] < _SAFE[1] for i in (2, 4))
+            sums[5] = (_dot if is_safe else _wide_dot)(delta, other)
+    return sums
 
 
 def square(values: Floats) -> float:
     """The sum of the squares of a vector; not finite when one of its elements is not."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = _dot(values, values)
-    if _SAFE[0] < found < _SAFE[1] or (found == 0 and not values.any()):
-        return found
+        total = _dot(values, values)
+    if _SAFE[0] < total < _SAFE[1] or (total == 0 and not values.any()):
+        return total
     return _wide_dot(values, values)
 
 
