@@ -38,7 +38,10 @@ _LLAMA_CPP = {
 
 
 def qwen3_name(stored: str) -> str:
-    """transformers' name of a text encoder's tensor, from its own, with or without ``model.``, or llama.cpp's."""
+    """transformers' name of a text encoder's tensor.
+
+    The stored one is that too, with or without ``model.``, or llama.cpp's.
+    """
     if stored.startswith(("blk.", "token_embd.", "output_norm.", "output.")):
         return ".".join(_LLAMA_CPP.get(component, component) for component in stored.split("."))
     return stored.removeprefix("model.")
@@ -98,8 +101,8 @@ class Qwen3:
         layer |= {f"mlp.{name}_proj.weight": (self.intermediate_size, width) for name in ("gate", "up")}
         layer |= {"mlp.down_proj.weight": (width, self.intermediate_size)}
         layer |= {f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
-        found: Shapes = {"embed_tokens.weight": (self.vocab_size, width), "norm.weight": (width,)}
-        return found | {f"layers.{i}.{name}": s for i in range(self.num_hidden_layers) for name, s in layer.items()}
+        whole: Shapes = {"embed_tokens.weight": (self.vocab_size, width), "norm.weight": (width,)}
+        return whole | {f"layers.{i}.{name}": s for i in range(self.num_hidden_layers) for name, s in layer.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,43 +152,46 @@ class Vae:
     def shapes(self) -> Shapes:
         """Every tensor of diffusers' AutoencoderKL."""
         widths, latent = self.block_out_channels, self.latent_channels
-        found: Shapes = {}
-        found |= _convolution("encoder.conv_in", self.in_channels, widths[0])
-        found |= self._blocks("encoder.down_blocks", widths, self.layers_per_block, "downsamplers")
-        found |= self._ends("encoder", widths[-1], widths[-1], 2 * latent)
-        found |= _convolution("decoder.conv_in", latent, widths[-1])
-        found |= self._blocks("decoder.up_blocks", widths[::-1], self.layers_per_block + 1, "upsamplers")
-        found |= self._ends("decoder", widths[-1], widths[0], self.out_channels)
+        shapes: Shapes = {}
+        shapes |= _convolution("encoder.conv_in", self.in_channels, widths[0])
+        shapes |= self._blocks("encoder.down_blocks", widths, self.layers_per_block, "downsamplers")
+        shapes |= self._ends("encoder", widths[-1], widths[-1], 2 * latent)
+        shapes |= _convolution("decoder.conv_in", latent, widths[-1])
+        shapes |= self._blocks("decoder.up_blocks", widths[::-1], self.layers_per_block + 1, "upsamplers")
+        shapes |= self._ends("decoder", widths[-1], widths[0], self.out_channels)
         if self.quant_conv:
-            found |= _convolution("quant_conv", 2 * latent, 2 * latent, 1)
+            shapes |= _convolution("quant_conv", 2 * latent, 2 * latent, 1)
         if self.post_quant_conv:
-            found |= _convolution("post_quant_conv", latent, latent, 1)
-        return found
+            shapes |= _convolution("post_quant_conv", latent, latent, 1)
+        return shapes
 
     def _blocks(self, name: str, widths: tuple[int, ...], layers: int, sampler: str) -> Shapes:
-        found: Shapes = {}
+        shapes: Shapes = {}
         before = widths[0]
         for i, width in enumerate(widths):
             for layer in range(layers):
-                found |= _residual(f"{name}.{i}.resnets.{layer}", before, width)
+                shapes |= _residual(f"{name}.{i}.resnets.{layer}", before, width)
                 before = width
             if i < len(widths) - 1:
-                found |= _convolution(f"{name}.{i}.{sampler}.0.conv", width, width)
-        return found
+                shapes |= _convolution(f"{name}.{i}.{sampler}.0.conv", width, width)
+        return shapes
 
     def _ends(self, half: str, middle: int, last: int, out: int) -> Shapes:
-        found = _residual(f"{half}.mid_block.resnets.0", middle, middle) | _residual(
+        shapes = _residual(f"{half}.mid_block.resnets.0", middle, middle) | _residual(
             f"{half}.mid_block.resnets.1", middle, middle
         )
         if self.attention:
             at = f"{half}.mid_block.attentions.0"
-            found |= _norm(f"{at}.group_norm", middle)
+            shapes |= _norm(f"{at}.group_norm", middle)
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
-                found |= {f"{at}.{name}.weight": (middle, middle), f"{at}.{name}.bias": (middle,)}
-        return found | _norm(f"{half}.conv_norm_out", last) | _convolution(f"{half}.conv_out", last, out)
+                shapes |= {f"{at}.{name}.weight": (middle, middle), f"{at}.{name}.bias": (middle,)}
+        return shapes | _norm(f"{half}.conv_norm_out", last) | _convolution(f"{half}.conv_out", last, out)
 
     def name(self, stored: str) -> str:
-        """diffusers' name of a VAE's tensor, from its own or latent diffusion's (``ae.safetensors``), with or without ``vae.``."""
+        """diffusers' name of a VAE's tensor.
+
+        The stored one is that too, or latent diffusion's (``ae.safetensors``), with or without ``vae.``.
+        """
         name = re.sub(r"^(vae|first_stage_model)\.", "", stored)
         for pattern, replacement in _LATENT_DIFFUSION:
             name = re.sub(pattern, replacement, name)
@@ -220,9 +226,9 @@ def _norm(name: str, width: int) -> Shapes:
 
 
 def _residual(name: str, before: int, width: int) -> Shapes:
-    found = _norm(f"{name}.norm1", before) | _convolution(f"{name}.conv1", before, width)
-    found |= _norm(f"{name}.norm2", width) | _convolution(f"{name}.conv2", width, width)
-    return found if before == width else found | _convolution(f"{name}.conv_shortcut", before, width, 1)
+    shapes = _norm(f"{name}.norm1", before) | _convolution(f"{name}.conv1", before, width)
+    shapes |= _norm(f"{name}.norm2", width) | _convolution(f"{name}.conv2", width, width)
+    return shapes if before == width else shapes | _convolution(f"{name}.conv_shortcut", before, width, 1)
 
 
 def _is_size(value: object) -> bool:

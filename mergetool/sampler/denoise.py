@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Noise float32 [n, *shape], each picture's from a CPU generator of its own seed, whatever the device.
+    """Draw noise float32 [n, *shape], each picture's by its own seed.
+
+    The generators are the CPU's, whatever the device.
 
     It is that of ComfyUI for a batch of one, and of torch for seeds of 64 bits, 0 to 2**64 - 1.
     """

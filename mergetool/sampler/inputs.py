@@ -27,9 +27,10 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def read_picture(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """A picture file as uint8 [height, width, 3], upright, and sentences on what of it is not kept.
+    """Read a picture as uint8 [height, width, 3], with sentences on its losses.
 
-    Its EXIF orientation is applied, 16 bits become 8 by value, and what is transparent becomes white. Raises InputMissing or DataError.
+    It is upright: its EXIF orientation is applied, 16 bits become 8 by value, and what is transparent becomes white. Raises InputMissing or
+    DataError.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -66,7 +67,9 @@ def _rgb(image: Image, path: Path, notes: list[str]) -> NDArray[np.uint8]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; empty lines and those that begin with # are left out.
+    """Read prompts, one a line, without empty lines and comments.
+
+    The text is UTF-8, or UTF-16 or UTF-32 with a byte order mark; a comment begins with #.
 
     Raises InputMissing or DataError.
     """
@@ -83,7 +86,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if "\0" in text:
         raise DataError(f'"{path}" is not a text file that can be read (it has zero bytes); save it as UTF-8.')
     lines = (line.strip() for line in re.split(r"\r\n|\r|\n", text))
-    found = tuple(line for line in lines if line and not line.startswith("#"))
-    if not found:
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
         raise DataError(f'"{path}" holds no prompt: every line is empty or begins with #.')
-    return found
+    return prompts

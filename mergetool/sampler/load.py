@@ -46,7 +46,9 @@ _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": Fals
 def load_transformer(
     model: str, *, dtype: torch.dtype, device: str, loras: Sequence[WeightedLora] = ()
 ) -> ZImageTransformer2DModel:
-    """The Z-Image transformer of a MODEL of any layout, prefix and float dtype, with LoRAs added to its weights.
+    """Load a MODEL's Z-Image transformer, with LoRAs added to its weights.
+
+    It may be of any layout, prefix and float dtype.
 
     Weights are read part by part straight into their place, so memory is the model at ``dtype``. A DoRA's change is that of the stored
     weights. Raises what `models.open_model` and `open_lora` raise, and FamilyError for a model that is not Z-Image or whose tensors are
@@ -153,13 +155,13 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
 
 
 @contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
+def _readable(path: Path, part: str) -> Iterator[None]:
     """Turn what the libraries raise for a folder that holds something else into one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise DataError(f'"{path}" is not a readable {what} ({reason}).') from None
+        raise DataError(f'"{path}" is not a readable {part} ({reason}).') from None
 
 
 @contextmanager

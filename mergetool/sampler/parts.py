@@ -39,8 +39,10 @@ class WeightedLora:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Where the parts beside the transformer are: folders as diffusers and transformers save them, or single files of the
-    text encoder and the VAE. A single file is read with the config.json beside it, else with that of the real Z-Image's.
+    """The places of the parts beside the transformer.
+
+    They are folders as diffusers and transformers save them, or single files of the text encoder and the VAE. A single file is read with
+    the config.json beside it, else with that of the real Z-Image's.
     """
 
     text_encoder: Path
@@ -57,8 +59,10 @@ class Components:
         tokenizer: Path | None = None,
         vae: Path | None = None,
     ) -> Components:
-        """For a MODEL: those named, else those of ``pipeline``, else those beside its transformer, else the embedded ones
-        where they fit. Raises InputMissing, saying which is missing and the option that names it.
+        """Find the parts of a MODEL.
+
+        They are those named, else those of ``pipeline``, else those beside its transformer, else the embedded ones where they fit. Raises
+        InputMissing, saying which is missing and the option that names it.
         """
         folder = (
             pipeline_folder(models.resolve(pipeline).path) if pipeline else pipeline_folder(models.resolve(model).path)
@@ -92,16 +96,19 @@ class Components:
         return architectures.Vae.of(config_of(self.vae, "vae"), str(self.vae))
 
     def check(self) -> None:
-        """Raises DataError for a text encoder, tokenizer or VAE that is not whole, or has what its architecture does not know."""
+        """Raises DataError for a part that is not whole.
+
+        Text encoder, tokenizer and VAE are checked, also for tensors that their architecture does not know.
+        """
         with opened_text_encoder(self), opened_vae(self):
             pass
         _check_tokenizer(self.tokenizer)
 
 
-def _required(place: Path | None, model: str, what: str, option: str) -> Path:
+def _required(place: Path | None, model: str, part: str, option: str) -> Path:
     if place is None or not place.exists():
-        found = f'"{place}" does not exist' if place else f"{model} comes without one"
-        raise InputMissing(f"no {what}: {found}; name it with {option}, or all parts with `pipeline`.")
+        reason = f'"{place}" does not exist' if place else f"{model} comes without one"
+        raise InputMissing(f"no {part}: {reason}; name it with {option}, or all parts with `pipeline`.")
     return place
 
 
@@ -125,17 +132,17 @@ def _fits_the_embedded(model: str) -> bool:
 
 
 def config_of(place: Path, part: str) -> Mapping[str, Any]:
-    """The config.json of a folder, of a single file the one beside it, else the bundled one. Raises DataError."""
+    """Read a part's config.json: of a folder, beside a file, or bundled. Raises DataError."""
     path = config_folder(place, part) / "config.json"
     try:
-        found = json.loads(path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f'"{place}" is not a readable {part.replace("_", " ")}: its config.json cannot be read ({type(error).__name__}).'
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise DataError(f'"{place}" is not a readable {part.replace("_", " ")}: its config.json is no object.')
-    return found
+    return config
 
 
 def config_folder(place: Path, part: str) -> Path:
@@ -176,14 +183,14 @@ def opened_vae(components: Components) -> Iterator[ComponentWeights]:
 
 
 @contextmanager
-def _open(path: Path, stem: str, what: str) -> Iterator[tuple[Checkpoint, Mapping[str, Encoding]]]:
+def _open(path: Path, stem: str, part: str) -> Iterator[tuple[Checkpoint, Mapping[str, Encoding]]]:
     """Safetensors or GGUF only: a library would follow an index anywhere, and read a pickle where there is nothing else."""
     if path.is_dir():
-        found = [path / f"{stem}{suffix}" for suffix in (SUFFIX, f"{SUFFIX}{INDEX_SUFFIX}")]
-        present = [file for file in found if os.path.lexists(file)]
+        places = [path / f"{stem}{suffix}" for suffix in (SUFFIX, f"{SUFFIX}{INDEX_SUFFIX}")]
+        present = [file for file in places if os.path.lexists(file)]
         if not present:
             raise DataError(
-                f'"{path}" is not a readable {what}: it has no {stem}{SUFFIX}, and pickles are never loaded; '
+                f'"{path}" is not a readable {part}: it has no {stem}{SUFFIX}, and pickles are never loaded; '
                 "get its safetensors files."
             )
         for other in present[1:]:
@@ -200,7 +207,7 @@ def _open(path: Path, stem: str, what: str) -> Iterator[tuple[Checkpoint, Mappin
 def _checked(
     weights: ComponentWeights, wanted: Mapping[str, tuple[int, ...]], path: Path, part: str
 ) -> ComponentWeights:
-    names, what = weights.names, "VAE" if part == "vae" else "text encoder"
+    names, kind = weights.names, "VAE" if part == "vae" else "text encoder"
     bundled = config_folder(path, part).parent == CONFIGS
     way_out = (
         "there is no config.json beside it, so it is taken for the real Z-Image's: put its own there, or name another"
@@ -212,17 +219,19 @@ def _checked(
     if missing or extra:
         more = len(missing or extra) - 1
         raise DataError(
-            f'the {what} "{path}" {"lacks" if missing else "has"} {quoted(missing[0] if missing else extra[0])}'
+            f'the {kind} "{path}" {"lacks" if missing else "has"} {quoted(missing[0] if missing else extra[0])}'
             f"{f' and {more} more' if more else ''}, which {'its config asks for' if missing else 'its config does not know'}"
             f"{f'; it has {quoted(extra[0])}, which is not known' if missing and extra else ''}; "
             f"{way_out}."
         )
     for name, shape in wanted.items():
         stored = names[name]
-        found = (weights.encodings[stored] if stored in weights.encodings else weights.file.tensors[stored]).shape
-        if architectures.squeezed(found) != architectures.squeezed(shape):
+        stored_shape = (
+            weights.encodings[stored] if stored in weights.encodings else weights.file.tensors[stored]
+        ).shape
+        if architectures.squeezed(stored_shape) != architectures.squeezed(shape):
             raise DataError(
-                f'{quoted(stored)} of the {what} "{path}" is {list(found)}, its config asks for {list(shape)}; {way_out}.'
+                f'{quoted(stored)} of the {kind} "{path}" is {list(stored_shape)}, its config asks for {list(shape)}; {way_out}.'
             )
     return weights
 
@@ -238,8 +247,10 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def check_model(model: str, loras: Sequence[WeightedLora], components: Components, size: tuple[int, int]) -> None:
-    """Raises FamilyError for a model that is no whole Z-Image transformer, DataError for a LoRA that does not change it and for
-    a text encoder or VAE of other widths, and UsageError for a ``size``, (width, height), that the model has no positions for.
+    """Raises FamilyError for a model that is no whole Z-Image transformer.
+
+    Raises DataError for a LoRA that does not change it and for a text encoder or VAE of other widths, and UsageError for a ``size``,
+    (width, height), that the model has no positions for.
     """
     with models.open_model(model) as opened:
         config = transformer_config(opened)
@@ -300,27 +311,27 @@ def uneven(anatomy: Anatomy) -> list[str]:
         match = re.fullmatch(r"([a-z_]+)\.(\d+)\.(.+)", name)
         if match:
             stacks.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
-    found = []
+    absent = []
     for stack, leaves in stacks.items():
         if stack.endswith(("refiner", "layers")):
             every = range(1 + max(index for indices in leaves.values() for index in indices))
-            found += [f"{stack}.{i}.{leaf}" for leaf, has in leaves.items() for i in every if i not in has]
-    return found
+            absent += [f"{stack}.{i}.{leaf}" for leaf, has in leaves.items() for i in every if i not in has]
+    return absent
 
 
 def lacking(model: str, missing: Sequence[str], extra: Sequence[str]) -> str:
     """The sentence on a transformer that is not whole, or is something else."""
-    what = f'lacks "{missing[0]}"' if missing else f'has "{extra[0]}"'
+    fault = f'lacks "{missing[0]}"' if missing else f'has "{extra[0]}"'
     count = len(missing) + len(extra) - 1
     return (
-        f"{model} {what}{f' and {count} more' if count else ''} "
+        f"{model} {fault}{f' and {count} more' if count else ''} "
         f"{'that' if missing else 'which'} a Z-Image transformer {'needs' if missing else 'does not know'}; "
         "it cannot be sampled."
     )
 
 
 def require_lora(file: LoraFile, model: str) -> None:
-    """Raises DataError for a LoRA that changes nothing in a model, or has keys that do not."""
+    """Raises DataError for a LoRA with keys that change nothing in a model."""
     if file.unmatched:
         key, reason = file.unmatched[0]
         raise DataError(

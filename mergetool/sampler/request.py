@@ -58,7 +58,10 @@ class Stage:
 
     @property
     def evaluations(self) -> int:
-        """How often the transformer is asked, guidance counted once: at every level but the last, repeated ones once."""
+        """Count the transformer's evaluations, guidance counted once.
+
+        There is one at every level but the last, repeated ones once.
+        """
         return len(list(itertools.groupby(self.levels()))) - 1
 
 
@@ -76,10 +79,11 @@ class Refinement(Stage):
 
 @dataclass(frozen=True, slots=True)
 class PictureRequest:
-    """What to make: each shot by ``first`` (or from ``start``, one picture for all), then by each of ``refinements``.
+    """A request for pictures of shots, in a first stage and refinements.
 
-    ``start`` is uint8 [height, width, 3]. ``handoff`` says how latents reach a second stage: as they are, or decoded by
-    the first model's VAE, rounded to 8 bits and encoded by ``refiner_parts``' own, which another family needs.
+    Each shot is made by ``first`` (or from ``start``, one picture for all), then by each of ``refinements``. ``start`` is uint8 [height,
+    width, 3]. ``handoff`` says how latents reach a second stage: as they are, or decoded by the first model's VAE, rounded to 8 bits and
+    encoded by ``refiner_parts``' own, which another family needs.
     """
 
     shots: tuple[Shot, ...]
@@ -105,7 +109,7 @@ class PictureRequest:
 
     @property
     def evaluations(self) -> int:
-        """How often a transformer is asked, guidance counted once."""
+        """Count the transformers' evaluations, guidance counted once."""
         return len(self.shots) * sum(stage.evaluations for stage in self.stages)
 
     @property

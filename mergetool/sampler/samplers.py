@@ -36,7 +36,9 @@ class Sampler(Protocol):
 def run(
     name: str, velocity: Velocity, latents: Tensor, levels: Sequence[float], *, seeds: Sequence[int], shift: float
 ) -> Tensor:
-    """``latents`` followed down ``levels``, each of which asks ``velocity`` once, the last and repeated ones not at all.
+    """Follow ``latents`` down ``levels``, asking ``velocity`` once at each.
+
+    The last level and repeated ones do not ask it.
 
     ``seeds`` holds one for every picture, ``shift`` is the schedule's; only a sampler that adds noise looks at them.
     """

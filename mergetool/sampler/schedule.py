@@ -46,7 +46,9 @@ def levels(steps: int, shift: float, scheduler: Scheduler = "simple") -> tuple[f
 def refinement_levels(
     steps: int, shift: float, strength: float, meaning: StrengthMeaning, scheduler: Scheduler = "simple"
 ) -> tuple[float, ...]:
-    """The noise levels of a second stage, from the one that the picture is brought to down to 0.
+    """The noise levels of a second stage, down to 0.
+
+    The first is the one that the picture is brought to.
 
     ``comfyui``: the last ``steps`` of a schedule of int(steps / strength) steps, so ``steps`` evaluations from a level that
     depends on strength and shift (KSampler's denoise, which counts from 0.9999 up as 1). ``diffusers``: the schedule of
@@ -97,8 +99,8 @@ def _from(start: np.float32, end: np.float32, count: int) -> Levels:
     return np.where(index < count // 2, rising, falling).astype(np.float32)
 
 
-def _ended(found: Levels) -> Levels:
-    return np.append(found, np.float32(0))
+def _ended(levels: Levels) -> Levels:
+    return np.append(levels, np.float32(0))
 
 
 def _simple(steps: int, shift: float) -> Levels:

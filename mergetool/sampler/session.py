@@ -20,7 +20,7 @@ class MadePicture:
 
 
 def make(studio: Studio, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
-    """For every shot, the first stage's picture (if there is one) and that of each refinement.
+    """Make every shot's pictures: the first stage's, if any, then each refinement's.
 
     Raises what `Studio.first_stage` and `Studio.second_stage` raise.
     """
@@ -55,7 +55,7 @@ def _handed_over(studio: Studio, second: Studio, request: PictureRequest, latent
 
 
 def _parameters(request: PictureRequest, shot: Shot, first: Stage | None, second: Refinement | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "prompt": shot.prompt,
         "negative": shot.negative,
         "seed": shot.seed,
@@ -64,17 +64,17 @@ def _parameters(request: PictureRequest, shot: Shot, first: Stage | None, second
         "second": None if second is None else _stage(second),
     }
     if second is not None:
-        found |= {
+        parameters |= {
             "refine_prompt": shot.second_prompt,
             "refine_seed": shot.second_seed,
             "handoff": request.handoff if first else "init image",
         }
-    return found
+    return parameters
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
     """A stage as recorded: with the level it starts from and how often the model is asked."""
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "model": stage.model,
         "steps": stage.steps,
         "guidance": stage.guidance,
@@ -86,5 +86,5 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "loras": {str(lora.path.name): lora.strength for lora in stage.loras},
     }
     if isinstance(stage, Refinement):
-        found |= {"strength": stage.strength, "strength_as": stage.strength_as}
-    return found
+        parameters |= {"strength": stage.strength, "strength_as": stage.strength_as}
+    return parameters

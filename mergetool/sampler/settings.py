@@ -37,7 +37,9 @@ class Prepared:
 
 
 def prepare(asked: SampleOptions) -> Prepared:
-    """What `studio.Studio.of` and `session.make` take, with every file that is named looked at.
+    """Prepare a request of pictures, and look at every file that it names.
+
+    The result is what `studio.Studio.of` and `session.make` take.
 
     Raises UsageError for what cannot be meant, InputMissing for what is not there, DataError and FamilyError for a model, LoRA,
     text encoder, VAE or picture that cannot be used together.
@@ -134,9 +136,9 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
         folder = None if place is None else pipeline_folder(models.resolve(place).path)
         path = None if folder is None else folder / "scheduler" / "scheduler_config.json"
         if path is not None and path.is_file():
-            found = json.loads(path.read_text("utf-8")).get("shift")
-            if isinstance(found, int | float):
-                return float(found)
+            shift = json.loads(path.read_text("utf-8")).get("shift")
+            if isinstance(shift, int | float):
+                return float(shift)
     return MODEL_SHIFT
 
 
@@ -167,7 +169,10 @@ def picture_size(
 
 
 def without_effect(asked: PicturesOptions, request: PictureRequest, base: str | None) -> Iterator[str]:
-    """A sentence on every option that was given and changes nothing in this request, whose first model is ``base``."""
+    """Name every option that was given and changes nothing in this request.
+
+    Its first model is ``base``.
+    """
     refine = {name: getattr(asked, name, None) for name in ("refine_prompt", "refine_seed", "handoff")}
     if request.first is None:
         yield from _unused(asked.first.given(), "there is no `base`")

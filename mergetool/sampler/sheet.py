@@ -27,7 +27,9 @@ _INK, _PAPER = (30, 30, 34), (250, 250, 248)
 
 
 def png(picture: Pictures, parameters: Mapping[str, Any]) -> bytes:
-    """A PNG of a picture uint8 [height, width, 3], with its parameters twice in the metadata.
+    """Encode a picture uint8 [height, width, 3] as PNG, with its parameters.
+
+    They are in the metadata twice.
 
     ``parameters`` is the text that web interfaces of this field read and write (prompt, negative prompt, one line of
     "Steps: ..., CFG scale: ..."); ``mergetool`` is all of them as JSON.

@@ -67,7 +67,7 @@ class Studio:
     # ---- text
 
     def captions(self, prompts: Sequence[str]) -> list[Tensor]:
-        """What the transformer reads of each prompt, [tokens, width]; every prompt is encoded once.
+        """Encode each prompt once to the transformer's caption, [tokens, width].
 
         A prompt of more than MAX_CAPTION tokens is cut, and ``notes`` says so. Raises NonFiniteError for a caption with NaN.
         """
@@ -156,13 +156,13 @@ class Studio:
         where = f'the VAE "{self.components.vae}"'
         spread = float(latents.std())
         if not torch.isfinite(picture).all():
-            what = f"{where} makes NaN or infinity of finite latents"
+            fault = f"{where} makes NaN or infinity of finite latents"
         elif bool((picture.flatten(1).amax(1) <= -1).any()):
-            what = f"{where} makes a black picture of the latents"
+            fault = f"{where} makes a black picture of the latents"
         else:
             return
         raise NonFiniteError(
-            f"{what}, whose standard deviation is {spread:.3g} where 0.5 to 2 is usual: "
+            f"{fault}, whose standard deviation is {spread:.3g} where 0.5 to 2 is usual: "
             f"{'the transformer made them so; take fewer or weaker changes' if spread > 5 else 'get its files again, or name another with `vae`'}."
         )
 
@@ -185,7 +185,9 @@ class Studio:
     def first_stage(
         self, stage: Stage, shots: Sequence[Shot], size: tuple[int, int], *, progress: StepCounter = lambda _: None
     ) -> Tensor:
-        """Latents float32 of every shot from pure noise, for pictures of ``size`` = (width, height) pixels.
+        """Make the latents float32 of every shot from pure noise.
+
+        The pictures have ``size`` = (width, height) pixels.
 
         Raises UsageError for a size that the model has no whole tokens for; see also `load.load_transformer`.
         """
@@ -196,7 +198,10 @@ class Studio:
     def second_stage(
         self, stage: Refinement, shots: Sequence[Shot], latents: Tensor, *, progress: StepCounter = lambda _: None
     ) -> Tensor:
-        """``latents`` of the shots brought to the level of the stage's strength, and denoised by its model."""
+        """Bring the shots' ``latents`` to the stage's level, and denoise them.
+
+        The level is that of its strength; its model denoises.
+        """
         seeds = [shot.second_seed for shot in shots]
         noise = starting_noise(seeds, (latents.shape[1], latents.shape[2], latents.shape[3]))
         noised = bring_to(latents, noise, stage.levels()[0])

@@ -41,23 +41,23 @@ def write(made: Sequence[Sequence[MadePicture]], target: Path, *, many: bool) ->
     target.mkdir(exist_ok=True)
     paths, record = [], []
     for row, line in enumerate(made):
-        for column, one in enumerate(line):
+        for column, drawn in enumerate(line):
             path = target / f"{row:03}-{column}.png"
-            write_file(path, sheet.png(one.picture, one.parameters), overwrite=True)
+            write_file(path, sheet.png(drawn.picture, drawn.parameters), overwrite=True)
             paths.append(path)
-            record.append({"file": path.name, **one.parameters})
+            record.append({"file": path.name, **drawn.parameters})
     out = io.BytesIO()
-    across = [_label(one) for one in made[0]]
+    across = [_label(drawn) for drawn in made[0]]
     down = [f"{line[0].parameters['seed']}: {line[0].parameters['prompt']}" for line in made]
-    sheet.sheet([[one.picture for one in line] for line in made], across, down).save(out, "PNG")
+    sheet.sheet([[drawn.picture for drawn in line] for line in made], across, down).save(out, "PNG")
     for name, data in (("sheet.png", out.getvalue()), ("pictures.json", json.dumps(record, indent=1).encode() + b"\n")):
         write_file(target / name, data, overwrite=True)
         paths.append(target / name)
     return paths
 
 
-def _label(one: MadePicture) -> str:
-    first, second = one.parameters["first"], one.parameters["second"]
+def _label(drawn: MadePicture) -> str:
+    first, second = drawn.parameters["first"], drawn.parameters["second"]
     if second is None:
         return f"{first['model']}, {first['steps']} steps"
     return f"strength {second['strength']:g}"
