@@ -41,7 +41,7 @@ class Pool:
         self._open: OrderedDict[int, Pooled] = OrderedDict()  # the least recently used in front
 
     def add(self, file: Pooled) -> None:
-        """Count a file that was just opened, and close others that nobody uses where that is one too many."""
+        """Count a file just opened, and close unused ones where there are too many."""
         with self._lock:
             self._open[id(file)] = file
             self._close_idle()

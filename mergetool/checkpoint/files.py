@@ -150,7 +150,10 @@ class _Staged(ABC):
 
 
 class StagedFile(_Staged):
-    """One output file of a known size, written in any order and from any thread, published whole or not at all."""
+    """Stages one output file, and publishes it whole or not at all.
+
+    It has a known size, and is written in any order and from any thread.
+    """
 
     def __init__(self, claim: TargetClaim, file: OutputFile) -> None:
         super().__init__(claim)
@@ -225,7 +228,10 @@ class StagedFile(_Staged):
 
 
 class StagedFolder(_Staged):
-    """A folder of output files, published by one rename, or swapped in one step with the folder it replaces."""
+    """Stages a folder of output files, and publishes it by one rename.
+
+    Where it replaces a folder, the two are swapped in one step.
+    """
 
     def __init__(self, claim: TargetClaim, path: Path) -> None:
         super().__init__(claim)
@@ -270,7 +276,7 @@ class StagedFolder(_Staged):
         return staged
 
     def add(self, name: str, size: int) -> OutputFile:
-        """A new file of ``size`` zero bytes in the folder, to be written before `publish`.
+        """Add a file of ``size`` zero bytes, to be written before `publish`.
 
         ``name`` must be a plain name of a kind that model folders hold, and no other file's on a system that ignores case, else
         ValueError. In a folder that was resumed the file may be there already.
@@ -371,20 +377,20 @@ class StagedFolder(_Staged):
 
 def _adopted(claim: TargetClaim, adopt: Adopt | None, take: Callable[[Path], T]) -> T | None:
     """The first interrupted stage that ``adopt`` accepts and ``take`` can open; every other one is removed."""
-    found: T | None = None
+    adopted: T | None = None
     for stage in claim.interrupted:
-        if found is None and adopt is not None and adopt(stage):
+        if adopted is None and adopt is not None and adopt(stage):
             with suppress(OutputError, StorageError):
-                found = take(stage)
+                adopted = take(stage)
                 continue
         claim.remove(stage)
-    return found
+    return adopted
 
 
 def _require_own_folder(path: Path) -> Path:
     """A staged folder of this user's; raises StorageError for anything else."""
-    found = system.status(path)
-    if found is None or not stat.S_ISDIR(found.st_mode) or not is_own(found):
+    status = system.status(path)
+    if status is None or not stat.S_ISDIR(status.st_mode) or not is_own(status):
         raise StorageError(f'"{path}" is not a folder that an earlier run left.')
     return path
 

@@ -223,8 +223,8 @@ class _Parser:
         self._at = end
         return taken
 
-    def _broken(self, what: str) -> HeaderError:
-        return HeaderError(f'"{self._source}" {what}; {_AGAIN}.')
+    def _broken(self, fault: str) -> HeaderError:
+        return HeaderError(f'"{self._source}" {fault}; {_AGAIN}.')
 
 
 def _original_shape(noted: Any, stored: tuple[int, ...]) -> tuple[int, ...]:

@@ -134,7 +134,9 @@ class Header:
         return cls(tensors, metadata or {}, len(encoded), len(encoded) + position, "planned file")
 
     def encode(self) -> bytes:
-        """The 8-byte length and the JSON, padded with spaces to a multiple of 64 bytes.
+        """Encode the header as its 8-byte length and padded JSON.
+
+        Spaces pad it to a multiple of 64 bytes.
 
         Metadata keys are sorted and tensors in file order. For a planned header the length is ``data_start``;
         for one that was parsed it is the canonical spelling, which may be longer or shorter than the original.
@@ -143,7 +145,7 @@ class Header:
 
 
 def header_length(prefix: bytes, *, file_size: int, source: str) -> int:
-    """The bytes of JSON that follow the first 8 bytes of a file, checked before anything is allocated.
+    """Read the length of a file's JSON, checked before anything is allocated.
 
     ``prefix`` is the first 8 bytes or more. Raises HeaderError for a file that is too short for its header and
     for a header over 100 MB.

@@ -32,7 +32,10 @@ _PART = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._ +()-]+")
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository (``org/repo``), a folder or file inside it ("" for its root), and a revision (None for main)."""
+    """The address of a model on the Hub.
+
+    It is a repository (``org/repo``), a folder or file inside it ("" for its root), and a revision (None for main).
+    """
 
     repo: str
     inside: str
@@ -59,7 +62,7 @@ class HubAddress:
 
 
 def address_of(text: str) -> str | None:
-    """The ``hf://`` address of what a web page of the Hub shows, or a download from it; None for what is no address of a page.
+    """The ``hf://`` address of a Hub page or download; None for another text.
 
     Raises UsageError for other web pages, which say where a file can be had but are none.
 
@@ -80,7 +83,9 @@ def address_of(text: str) -> str | None:
 
 
 def fetch(text: str) -> Path:
-    """The file or index to open, downloaded into Hugging Face's own cache if it is not there.
+    """Download the file or index to open into Hugging Face's own cache.
+
+    It does nothing where the file is there.
 
     Of a folder only what the model needs is downloaded: one file, or the index and its shards, and config.json.
     With ``HF_HUB_OFFLINE=1``, or when the Hub cannot be reached, the cache alone is used. Raises UsageError for

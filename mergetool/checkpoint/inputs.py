@@ -33,12 +33,14 @@ _KINDS = (
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """What must stay equal for a file to count as unchanged."""
+    """The part of a file's status that stays while the file is unchanged."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def leads_out(path: Path) -> bool:
-    """Whether ``path`` is a link out of its folder, to another place than the blobs of its own Hugging Face repository.
+    """Whether ``path`` is a link out of its folder.
+
+    A link to the blobs of its own Hugging Face repository is none.
 
     Links to blobs are how Hugging Face's cache is laid out (``snapshots/REVISION/... -> blobs/DIGEST``). Raises InputMissing for a link to
     nothing.
@@ -163,7 +165,10 @@ class InputFile(Pooled):
 
     @property
     def can_map(self) -> bool:
-        """False when the system refuses to map the file, on network file systems, and for an empty file."""
+        """Whether the system can map the file.
+
+        It cannot on network file systems, and an empty file.
+        """
         return self._map() is not None
 
     def window(self, offset: int, size: int) -> memoryview:
@@ -211,11 +216,17 @@ class InputFile(Pooled):
             return system.bring(fd, offset, size)
 
     def forget(self, offset: int, size: int) -> None:
-        """Let these bytes go from the page cache at once, but for what was there before this process; a hint that never fails."""
+        """Let these bytes go from the page cache, unless they were there before.
+
+        They go at once, but for what was there before this process; a hint that never fails.
+        """
         self._hint(page_cache.CachedBefore.let_go, offset, size)
 
     def check_unchanged(self) -> None:
-        """Raises DataError unless the name still leads to the file opened, and its size and times are as then."""
+        """Raises DataError unless the name still leads to the unchanged file.
+
+        The file opened has to be the one, with the size and times of then.
+        """
         try:
             # By name: while the file is open nothing else can get its inode, so this tells edits and renames.
             now = identity_of(os.stat(self._real_path))

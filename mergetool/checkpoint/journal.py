@@ -51,26 +51,26 @@ def digest_of(*parts: bytes) -> str:
 
 
 def place(stage: Path) -> Path:
-    """Where the journal of a stage is."""
+    """The path of a stage's journal."""
     return stage.with_name(stage.name + JOURNAL)
 
 
 def differs(stage: Path, work: RunDigest) -> str | None:
-    """Why the run that left ``stage`` cannot be gone on with as ``work``; None when it can."""
+    """Say why ``work`` cannot go on with ``stage``; None when it can."""
     try:
         lines = _lines(place(stage))
-        found = json.loads(lines[0])
+        recorded = json.loads(lines[0])
     except (OSError, ValueError, IndexError):
         return "its journal is damaged"
-    if not isinstance(found, dict):
+    if not isinstance(recorded, dict):
         return "its journal is damaged"
-    other = [name for name in work if found.get(name) != work[name]]
+    other = [name for name in work if recorded.get(name) != work[name]]
     return f"it was of {' and '.join(other)}" if other else None
 
 
 def entries(stage: Path) -> list[Entry]:
     """The finished tensors of a journal, up to its first damaged line: the last one may have been cut."""
-    found = []
+    finished = []
     for line in _lines(place(stage))[1:]:
         try:
             fields = json.loads(line)
@@ -79,8 +79,8 @@ def entries(stage: Path) -> list[Entry]:
             break
         if not all(isinstance(getattr(entry, name), kind) for name, kind in _FIELDS.items()):
             break
-        found.append(entry)
-    return found
+        finished.append(entry)
+    return finished
 
 
 _FIELDS = {"tensor": str, "file": str, "offset": int, "length": int, "digest": str}

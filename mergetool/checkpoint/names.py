@@ -34,7 +34,10 @@ def quoted(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """What equal names have in common on systems that ignore case and how accents are composed."""
+    """Fold a name so that names alike on some system become equal.
+
+    Such systems ignore case, and how accents are composed.
+    """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -44,7 +47,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def why_not_plain(name: str, suffix: str) -> str | None:
-    """Why ``name`` may not name a file inside a folder, or None when it may.
+    """Say why ``name`` may not name a file inside a folder, or None.
 
     A plain name ends in ``suffix`` and is one component under POSIX *and* Windows rules, wherever this runs: a
     model made to be harmless here must not lead out of its folder there.

@@ -84,9 +84,9 @@ class OutputFile(Pooled):
             attempt(system.close, fd)
 
     def _require_own(self, locked: bool | None) -> None:
-        found = system.status_of(self._fd)
-        regular = stat.S_ISREG(found.st_mode) and found.st_size == self.size
-        if not (locked and regular and is_own(found)):
+        status = system.status_of(self._fd)
+        regular = stat.S_ISREG(status.st_mode) and status.st_size == self.size
+        if not (locked and regular and is_own(status)):
             raise OSError(errno.ESTALE, "what an earlier run left is not what it wrote")
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -106,7 +106,7 @@ class OutputFile(Pooled):
                 done += count
 
     def flush_behind(self, offset: int, size: int) -> None:
-        """Start writing these bytes to the disk, so that little is left for the sync at the end.
+        """Start writing these bytes to the disk, so that little is left to sync.
 
         Of an output that is not `SMALL` it lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now, so that the next bytes find
         those pages.
@@ -124,7 +124,10 @@ class OutputFile(Pooled):
             system.fsync(fd)
 
     def digest(self, offset: int, size: int) -> str:
-        """BLAKE2b, in hex, of the bytes ``[offset, offset + size)`` as they are read back; raises StorageError."""
+        """Digest the bytes ``[offset, offset + size)`` as they are read back.
+
+        The digest is BLAKE2b, in hex. Raises StorageError.
+        """
         self._require_inside(offset, size)
         digest, done = hashlib.blake2b(digest_size=32), 0
         buffer = memoryview(bytearray(min(size, READ_BACK)))
@@ -138,7 +141,7 @@ class OutputFile(Pooled):
         return digest.hexdigest()
 
     def copy_owner_and_mode(self, claim: TargetClaim) -> None:
-        """Take over owner and permissions of the file that will be replaced, if there is one."""
+        """Take over owner and permissions of the file to be replaced, if any."""
         if claim.old is not None:
             with self._writing("setting its permissions") as fd:
                 system.copy_owner_and_mode(fd, claim.old)

@@ -34,7 +34,7 @@ _OTHERS = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where an output goes and what it will be.
+    """The path of an output, and whether it is a file or a folder.
 
     ``note`` is a sentence for the user where the name was completed, else empty.
     """
@@ -60,7 +60,7 @@ def model_target(
     folder: bool = False,
     overwrite: bool = False,
 ) -> Target:
-    """What a model called ``name`` is written as; a Target is what it is.
+    """The target of a model called ``name``; a Target stays itself.
 
     It is a folder where the name ends in a slash, the ``layout`` that was asked for is diffusers, there is a ``shard_size``, a ``folder`` is asked for
     in another way, or the name is that of a model's folder and ``overwrite`` is set; else a file. Raises UsageError for an ending of another
@@ -83,8 +83,10 @@ def model_target(
     return target
 
 
-def lora_target(name: str | os.PathLike[str] | Target, *, folder: bool = False, what: str = "a LoRA") -> Target:
-    """What a LoRA, or ``what`` else is one file, called ``name`` is written as: a file, or with ``folder`` a folder, as PEFT has it.
+def lora_target(name: str | os.PathLike[str] | Target, *, folder: bool = False, role: str = "a LoRA") -> Target:
+    """The target of a LoRA, or of ``role``, called ``name``.
+
+    It is a file, or with ``folder`` a folder, as PEFT has it.
 
     Raises UsageError where the name says the opposite or has the ending of another kind of file, OutputError for the name of a folder.
     """
@@ -97,12 +99,15 @@ def lora_target(name: str | os.PathLike[str] | Target, *, folder: bool = False, 
     if folder and not target.is_folder:
         raise UsageError(f'a PEFT adapter is a folder: name it "{target.path.with_suffix("")}".')
     if target.is_folder and not folder:
-        raise UsageError(f'{what} is one file: name it "{target.path}{SUFFIX}".')
+        raise UsageError(f'{role} is one file: name it "{target.path}{SUFFIX}".')
     return target
 
 
 def named(text: str, *, folder: bool = False) -> Target:
-    """What a name alone says, or what it is where a ``folder`` is asked for. Raises UsageError; looks at no disk."""
+    """The target that a name alone says, a folder where ``folder`` asks for one.
+
+    Raises UsageError; looks at no disk.
+    """
     path = Path(text)
     if "://" in text:
         raise UsageError(f'"{text}" is an address, but outputs are written to this machine; name a file.')
@@ -144,7 +149,7 @@ def _check_ending(path: Path) -> None:
     ending = path.suffix.lower()
     if ending in _OTHERS:
         raise UsageError(f'"{path}" would be {_OTHERS[ending]}; name it "{path.with_suffix(SUFFIX)}".')
-    if any(one.lower() in (*ENDINGS, *_OTHERS) for one in path.suffixes[:-1]):
+    if any(suffix.lower() in (*ENDINGS, *_OTHERS) for suffix in path.suffixes[:-1]):
         kept = Path(path.stem)
         while kept.suffix.lower() in (*ENDINGS, *_OTHERS):
             kept = Path(kept.stem)

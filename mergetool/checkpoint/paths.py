@@ -26,7 +26,7 @@ def typed(text: str) -> str:
 
 
 def without_quotes(text: str) -> str:
-    """``text`` without the blanks and the one pair of quotation marks around it, where there are some."""
+    """Remove blanks and one pair of quotation marks around ``text``."""
     inner = text.strip()
     if len(inner) > 2 and QUOTES.get(inner[0]) == inner[-1]:
         return inner[1:-1]

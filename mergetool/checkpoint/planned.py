@@ -43,7 +43,9 @@ def planned_files(
 
 
 def first_difference(target: Path, files: tuple[PlannedFile, ...]) -> str:
-    """Where what is at ``target`` stops being ``files``, apart from tensors, in words; empty where it is all of them.
+    """Say where what is at ``target`` stops being ``files``, apart from tensors.
+
+    Empty where it is all of them.
 
     Raises InputMissing, DataError or StorageError for what cannot be read.
     """
@@ -53,9 +55,11 @@ def first_difference(target: Path, files: tuple[PlannedFile, ...]) -> str:
             return f"{quoted(name)} is {'not part of it' if name in there else 'missing'}"
     for file in files:
         with InputFile.open(file.path) as opened:
-            found = opened.read(0, min(opened.size, len(file.start)))
-            if found != file.start:
-                same = next((i for i, (a, b) in enumerate(zip(found, file.start, strict=False)) if a != b), len(found))
+            stored = opened.read(0, min(opened.size, len(file.start)))
+            if stored != file.start:
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(stored, file.start, strict=False)) if a != b), len(stored)
+                )
                 return f"{quoted(file.path.name)} differs at byte {same}, before its tensors"
             if opened.size != file.size:
                 return f"{quoted(file.path.name)} has {opened.size} bytes instead of {file.size}"
@@ -63,7 +67,9 @@ def first_difference(target: Path, files: tuple[PlannedFile, ...]) -> str:
 
 
 def shard_size_of(sizes: list[list[int]]) -> int | None:
-    """A shard size that splits tensors of these sizes, in this order, into these groups; None for one group.
+    """Find a shard size that splits tensors into groups of these sizes.
+
+    The tensors are in this order; None for one group.
 
     The largest group of several tensors was within the size that was asked for, and every group was full by it: so splitting by that
     group's size ends every group where it ended.

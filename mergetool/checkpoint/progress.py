@@ -44,7 +44,7 @@ class PlacedFile:
 
     @property
     def name(self) -> str:
-        """Which file of the output it is, for a journal."""
+        """The name of its file in the output, for a journal."""
         return self._out.path.name if isinstance(self._out, OutputFile) else ""
 
     def place(self, info: TensorInfo) -> int:
@@ -52,7 +52,7 @@ class PlacedFile:
         return self.header.data_start + info.begin
 
     def entry(self, tensor: str, digest: str) -> Entry:
-        """What a journal says of a tensor."""
+        """The journal's entry for a tensor."""
         info = self.header.tensors[tensor]
         return Entry(tensor, self.name, self.place(info), info.nbytes, digest)
 
@@ -87,7 +87,7 @@ class JournalKeeper:
         self._counts: dict[str, int] = {}
         self._finished: list[str] = []
         self._pending = 0
-        self._found: dict[str, Entry] = {}
+        self._entries: dict[str, Entry] = {}
 
     def accepts(self, stage: Path) -> bool:
         """Whether a stage is of the same work."""
@@ -104,19 +104,19 @@ class JournalKeeper:
                 if (
                     file is not None
                     and entry == file.entry(entry.tensor, entry.digest)
-                    and entry.tensor not in self._found
+                    and entry.tensor not in self._entries
                 ) and journal.holds(file.file, entry):
-                    self._found[entry.tensor] = entry
+                    self._entries[entry.tensor] = entry
         with system.explained(staged.target, "keeping a journal"):
             self._journal = Journal(staged.path, self._work)
-        return frozenset(self._found)
+        return frozenset(self._entries)
 
     def keep(self, names: Collection[str]) -> None:
         """Go on from these tensors."""
         assert self._journal is not None
         with system.explained(self._target, "keeping a journal"):
-            self._journal.append([self._found[name] for name in names])
-        self.left += sum(self._found[name].length for name in names)
+            self._journal.append([self._entries[name] for name in names])
+        self.left += sum(self._entries[name].length for name in names)
 
     def wrote(self, name: str, size: int) -> None:
         """Note that bytes of a tensor were written; now and then syncs what is finished and writes it down."""

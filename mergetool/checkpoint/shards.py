@@ -40,7 +40,7 @@ _INDEX = re.compile(r".+\.index(?:\.\w+)?\.json", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a ``*.index.json`` says: the file each tensor is in. An unsafe one cannot be made.
+    """The files of the tensors by a ``*.index.json``, which are safe names.
 
     ``shards`` are the file names, sorted. Raises ShardIndexError, naming ``source``, for a name that is not a
     plain ``.safetensors`` file name, names that a case-insensitive system takes for one, and over 1,000 shards.
@@ -91,7 +91,7 @@ class ShardIndex:
         return cls(weight_map, source)
 
     def require_agreement(self, headers: Mapping[str, Header]) -> None:
-        """Raises ShardIndexError unless every tensor is in the shard the index says, and in no other.
+        """Raises ShardIndexError unless every tensor is in its shard alone.
 
         ``headers`` has the header of every shard, by file name.
         """
@@ -143,7 +143,7 @@ def choose(folder: Path) -> Path:
 
 
 def is_pipeline(names: Sequence[str]) -> bool:
-    """True where a folder with these files is looked at for the folder of a denoising model first."""
+    """Whether a folder of these files is first searched for a denoising model's folder."""
     return "model_index.json" in names or not _candidates(names)
 
 
@@ -163,7 +163,10 @@ def one_denoiser(parts: Sequence[str], source: str) -> str:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name is an index of safetensors shards, in one of the spellings of diffusers and transformers."""
+    """Whether a file of this name is an index of safetensors shards.
+
+    Names are spelled as by diffusers and transformers.
+    """
     return _INDEX.fullmatch(name) is not None and not any(f"{suffix}.index" in name for suffix in PICKLES)
 
 
@@ -202,7 +205,9 @@ class Shard:
 
 
 def split(header: Header, shard_size: int, *, stem: str = STEM) -> tuple[Shard, ...]:
-    """The files that together hold ``header``'s tensors, in its order, each with at most ``shard_size`` data bytes.
+    """Split ``header``'s tensors into files of at most ``shard_size`` data bytes.
+
+    They keep their order.
 
     A tensor larger than that has a file of its own. Every file carries the whole metadata. Names are
     ``STEM-0000N-of-0000M.safetensors``. Raises UsageError for a size that is not positive or makes over 1,000
@@ -237,7 +242,9 @@ def split(header: Header, shard_size: int, *, stem: str = STEM) -> tuple[Shard, 
 def folder(
     header: Header, shard_size: int | None, extra_files: Mapping[str, bytes], *, stem: str = STEM
 ) -> tuple[Sequence[Shard], dict[str, bytes]]:
-    """What a folder output consists of: its safetensors files, one where that suffices, and its small files by name.
+    """The safetensors files and the small files of a folder output.
+
+    One safetensors file is made where that suffices; small ones are by name.
 
     Raises what `split` raises.
     """
@@ -258,7 +265,9 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def stem_of(file: str) -> str:
-    """What a folder's files are called, by the name of one of them: "model" as transformers has it, else "diffusion_pytorch_model".
+    """The stem of a folder's file names, by one of them.
+
+    It is "model" as transformers has it, else "diffusion_pytorch_model".
 
     Example: ``stem_of("model-00001-of-00003.safetensors")`` is ``"model"``.
     """
@@ -266,7 +275,10 @@ def stem_of(file: str) -> str:
 
 
 def index_name(stem: str = STEM) -> str:
-    """The name under which diffusers and transformers look for the index of shards named by ``stem``."""
+    """The file name of the index of shards named by ``stem``.
+
+    diffusers and transformers look for it.
+    """
     return f"{stem}{SUFFIX}{INDEX_SUFFIX}"
 
 
@@ -330,19 +342,19 @@ def _preferred(candidates: Sequence[str]) -> str | None:
 
 
 def _stem(name: str) -> str:
-    found = _NAME.fullmatch(name)
-    return found["stem"] if found else name
+    match = _NAME.fullmatch(name)
+    return match["stem"] if match else name
 
 
 def _variant(name: str) -> str:
     """The ``fp16`` of ``model.fp16.safetensors``, wherever in the name it stands; empty for none."""
-    found = _NAME.fullmatch(name)
-    return next(filter(None, (found["before"], found["between"], found["after"])), "") if found else ""
+    match = _NAME.fullmatch(name)
+    return next(filter(None, (match["before"], match["between"], match["after"])), "") if match else ""
 
 
 def _is_shard(name: str) -> bool:
-    found = _NAME.fullmatch(name)
-    return found is not None and found["number"] is not None
+    match = _NAME.fullmatch(name)
+    return match is not None and match["number"] is not None
 
 
 def _nothing(source: str, names: Sequence[str]) -> str:

@@ -45,10 +45,10 @@ def loads(raw: bytes, *, build: Callable[[Pairs], Any] | None = None) -> Any:
 
 
 def _unique(pairs: Pairs) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError(f"the name {quoted(first_repeated(pairs))} twice in one object")
-    return found
+    return members
 
 
 def first_repeated(pairs: Pairs) -> str:

@@ -69,14 +69,14 @@ def _load_native() -> dict[str, Callable[..., int]]:
     if sys.platform != "linux" or sys.maxsize < 2**32:
         return {}
     library = ctypes.CDLL(None, use_errno=True)
-    found: dict[str, Callable[..., int]] = {}
+    calls: dict[str, Callable[..., int]] = {}
     for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name, None)
         if function is not None:
             function.argtypes = argument_types
             function.restype = ctypes.c_int
-            found[name] = function
-    return found
+            calls[name] = function
+    return calls
 
 
 def _load(module: str) -> Any:
@@ -116,7 +116,10 @@ def _native(name: str, *arguments: object) -> None:
 
 
 def most_open_files() -> int:
-    """How many files the process may have open at once; 512 where the system does not say, as in Windows' C library."""
+    """The most files that the process may have open at once.
+
+    It is 512 where the system does not say, as in Windows' C library.
+    """
     if RESOURCE is None:
         return 512
     soft: int = RESOURCE.getrlimit(RESOURCE.RLIMIT_NOFILE)[0]
@@ -129,7 +132,10 @@ def open_input(path: Path) -> int:
 
 
 def open_new(path: Path) -> int:
-    """A read-write descriptor of a file that did not exist before, with mode 0666 less the umask."""
+    """Open a file that did not exist before for reading and writing.
+
+    Its mode is 0666 less the umask.
+    """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC | _BINARY, 0o666)
 
 
@@ -242,7 +248,9 @@ def main_memory() -> int | None:
 
 
 def keep_freed_memory(block: int = 32 << 20, unused: int = 256 << 20) -> None:
-    """Let this process keep what it frees, blocks up to ``block`` bytes and ``unused`` bytes in all, for its next use.
+    """Let this process keep freed memory for its next use.
+
+    It keeps blocks up to ``block`` bytes and ``unused`` bytes in all.
 
     glibc gives large blocks back to the kernel at once and gets them again as zeroed pages, one fault a 4 KiB: half of
     the page faults of an extraction, 1.3 s of its 33. Nothing happens where the C library has no ``mallopt``.
@@ -259,7 +267,7 @@ def advise(address: int, size: int, advice: int) -> None:
 
 
 def network_file_system(fd: int) -> str | None:
-    """Name of the network file system a file lies on, None for a local or unknown one."""
+    """The name of a file's network file system, None for a local or unknown one."""
     status = ctypes.create_string_buffer(512)
     try:
         _native("fstatfs", fd, ctypes.addressof(status))
@@ -274,7 +282,7 @@ def network_file_system(fd: int) -> str | None:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Make the file ``size`` zero bytes long with its blocks reserved, so that a full disk shows now.
+    """Reserve ``size`` zero bytes for the file, so that a full disk shows now.
 
     Calls fallocate itself: glibc's posix_fallocate, where the file system has no such operation (NFS 3,
     ZFS), writes one byte a block instead, three million writes for 12 GB. There, and where the call is
@@ -339,7 +347,10 @@ def fsync_folder(path: Path) -> None:
 
 
 def copy_owner_and_mode(fd: int, old: os.stat_result) -> None:
-    """Give a new file the permissions of the one it will replace, and its owner where that is allowed."""
+    """Copy the permissions of the file to be replaced to a new one.
+
+    Its owner too, where that is allowed.
+    """
     if hasattr(os, "fchown") and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
         with suppress(PermissionError):
             os.fchown(fd, old.st_uid, old.st_gid)
@@ -351,7 +362,7 @@ def copy_owner_and_mode(fd: int, old: os.stat_result) -> None:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What is at a path, links not followed; None for nothing."""
+    """The status of a path, links not followed; None for nothing there."""
     try:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -359,7 +370,7 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def status_of(fd: int) -> os.stat_result:
-    """What an open file is."""
+    """The status of an open file."""
     return os.fstat(fd)
 
 
@@ -459,7 +470,9 @@ _BY_NUMBER = {getattr(errno, name): text for name, text in _SENTENCES.items() if
 
 
 def explain(error: OSError, path: Path, action: str) -> MergetoolError:
-    """The error to raise for an OSError while ``action`` ("writing", "publishing") an output at ``path``.
+    """Turn an OSError at ``path`` into the error to raise.
+
+    It came while ``action`` ("writing", "publishing") an output.
 
     OutputError when another place or more room would help, StorageError when the storage itself failed.
     """

@@ -90,7 +90,9 @@ class TargetClaim:
         inputs: Sequence[InputFile],
         resumes: bool = False,
     ) -> TargetClaim:
-        """Lock ``target`` for an output of ``size`` bytes, clear what dead runs left, and check there is room.
+        """Lock ``target`` for an output of ``size`` bytes.
+
+        It clears what dead runs left, and checks that there is room.
 
         Who ``resumes`` is left the stages that have a journal. Raises OutputError when the target may not be replaced or does not fit, BusyError when another run
         holds it.
@@ -161,11 +163,14 @@ class TargetClaim:
 
 
 def remove_model_folder(folder: Path) -> None:
-    """Delete a folder that holds nothing but model files, and nothing of one that also holds others' files."""
+    """Delete a folder that holds nothing but model files.
+
+    Files that are others' stay, and with them the folder.
+    """
     for name in system.names_in(folder):
         item = folder / name
-        found = system.status(item)
-        if belongs_to_model_folder(name) and found is not None and not stat.S_ISDIR(found.st_mode):
+        status = system.status(item)
+        if belongs_to_model_folder(name) and status is not None and not stat.S_ISDIR(status.st_mode):
             system.unlink(item)
     system.remove_folder(folder)
 
@@ -177,9 +182,9 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _allocated(stage: Path) -> int:
     """Bytes of the disk that a stage takes already."""
-    found = system.status(stage)
-    if found is None or not stat.S_ISDIR(found.st_mode):
-        parts = [found]
+    status = system.status(stage)
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        parts = [status]
     else:
         parts = [system.status(stage / name) for name in system.names_in(stage)]
     return sum(512 * (getattr(part, "st_blocks", None) or 0) for part in parts if part is not None)
@@ -221,8 +226,8 @@ def _require_replaceable(
 
 def _entries(folder: Path) -> dict[Path, os.stat_result]:
     with system.explained(folder, "listing it"):
-        found = {folder / name: system.status(folder / name) for name in system.names_in(folder)}
-        return {path: status for path, status in found.items() if status is not None}
+        statuses = {folder / name: system.status(folder / name) for name in system.names_in(folder)}
+        return {path: status for path, status in statuses.items() if status is not None}
 
 
 def _lock_path(path: Path) -> Path:
@@ -266,8 +271,8 @@ def _busy(fd: int, path: Path) -> BusyError:
 
 
 def _still_named(fd: int, path: Path) -> bool:
-    found = system.status(path)
-    return found is not None and os.path.samestat(system.status_of(fd), found)
+    status = system.status(path)
+    return status is not None and os.path.samestat(system.status_of(fd), status)
 
 
 def _remove_if_dead(leftover: Path) -> bool:
@@ -310,7 +315,7 @@ def is_own(status: os.stat_result) -> bool:
 
 
 def attempt(call: Callable[..., None], *arguments: object) -> None:
-    """Make a clean-up call whose failure must not hide the error that led to it."""
+    """Call a clean-up whose failure must not hide the earlier error."""
     try:
         call(*arguments)
     except OSError:

@@ -93,7 +93,10 @@ class CheckpointWriter:
 
     @property
     def not_resumed(self) -> str | None:
-        """Why what an interrupted run left could not be gone on with; None where there was nothing, or it was."""
+        """Say why an interrupted run's remains were not gone on with.
+
+        None where there was nothing, or where it was gone on with.
+        """
         return None if self._progress is None else self._progress.refused
 
     def keep(self, names: Collection[str]) -> None:
@@ -108,7 +111,7 @@ class CheckpointWriter:
 
     @property
     def removed(self) -> tuple[Path, ...]:
-        """What killed runs on the same output had left, and staging this one deleted."""
+        """The remains of killed runs that staging this one deleted."""
         return self._staged.removed
 
     def __enter__(self) -> Self:

@@ -49,7 +49,7 @@ class DiffFiles:
     @classmethod
     def named(cls, lora: Path | Target, options: DiffOptions) -> DiffFiles:
         """The files by their names alone. Raises what `outputs.lora_target` raises."""
-        beside = {name: lora_target(place, what=f"`{name}`") for name, place in options.beside.items()}
+        beside = {name: lora_target(place, role=f"`{name}`") for name, place in options.beside.items()}
         return cls(lora_target(lora), beside.get("spectra"), beside.get("full"), beside.get("checkpoint"))
 
     def baked(self, base: str, *, has_full: bool) -> str:
