@@ -81,9 +81,9 @@ def _holds_same(plan: Plan, step: Step, other: Plan, twin: Step) -> bool:
     if mine.dtype != theirs.dtype or mine.encoding or theirs.encoding:
         return False
     size = mine.nbytes(step.elements)
-    one, two = plan.inputs[mine.input].checkpoint, other.inputs[theirs.input].checkpoint
+    here, there = plan.inputs[mine.input].checkpoint, other.inputs[theirs.input].checkpoint
     for at in range(0, size, PIECE):
         count = min(PIECE, size - at)
-        if one.read(mine.tensor, mine.start + at, count) != two.read(theirs.tensor, theirs.start + at, count):
+        if here.read(mine.tensor, mine.start + at, count) != there.read(theirs.tensor, theirs.start + at, count):
             return False
     return True

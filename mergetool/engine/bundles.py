@@ -28,7 +28,7 @@ StepKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What the jobs of a bundle read: each window once, however many want it.
+    """The windows that a bundle's jobs read, each once.
 
     ``columns[k]`` are the places of job k's windows among ``windows``, ``programs[k]`` what it executes, None for a copy; operands
     beyond the windows are the results of ``common``.
@@ -61,8 +61,8 @@ class Operands:
         ]
         costly = [i for i, (_, w) in enumerate(windows) if w.encoding is not None or w.dtype.bits == 8]
         shared = share(programs, len(windows), costly) if len(programs) > 1 else Shared((), tuple(programs))
-        found = iter(shared.programs)
-        whole = tuple(next(found) if step.program else None for _, step in steps)
+        shared_programs = iter(shared.programs)
+        whole = tuple(next(shared_programs) if step.program else None for _, step in steps)
         return cls(tuple(windows), tuple(columns), whole, shared.common)
 
     @property
@@ -73,7 +73,10 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Jobs of several plans over the same elements of one part, each with its plan's place in the pass."""
+    """A group of jobs of several plans over the same elements of one part.
+
+    Each has its plan's place in the pass.
+    """
 
     jobs: tuple[tuple[int, Job], ...]
     operands: Operands
@@ -93,7 +96,10 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """A piece of a quantised weight to be encoded, or searched a scale for, for one plan of the pass."""
+    """A piece of a quantised weight to be encoded for one plan.
+
+    A scale may be searched for it first. The plan is one of the pass.
+    """
 
     run: int
     job: Quantise
@@ -118,14 +124,14 @@ Work = Bundle | EncodeJob
 
 
 def passes(plans: Sequence[Plan], device: Device = CPU) -> list[list[int]]:
-    """Which plans, by their places, are run together: all of them, where they can.
+    """Put the plans into passes, by their places: into one, where that works.
 
     Plans with quantised outputs share a pass when they quantise the same weights in the same order, and together hold at most
     `MOST_HELD` elements of them. A GPU runs one plan at a time.
     """
     if device.is_gpu:
         return [[number] for number in range(len(plans))]
-    found: list[tuple[object, int, list[int]]] = []  # what they quantise, elements held, the plans
+    sharing: list[tuple[object, int, list[int]]] = []  # what they quantise, elements held, the plans
     plain = []
     for number, plan in enumerate(plans):
         tensors = [tensor for tensor in plan.tensors if tensor.quantiser]
@@ -133,17 +139,19 @@ def passes(plans: Sequence[Plan], device: Device = CPU) -> list[list[int]]:
             plain.append(number)
             continue
         shape, held = _quantised_shape(plan), sum(quantisation.capacities(tensors))
-        place = next((i for i, (s, h, _) in enumerate(found) if s == shape and h + held <= MOST_HELD), len(found))
-        before: tuple[object, int, list[int]] = found.pop(place) if place < len(found) else (shape, 0, [])
-        found.insert(place, (shape, before[1] + held, [*before[2], number]))
-    together = [members for _, _, members in found]
+        place = next((i for i, (s, h, _) in enumerate(sharing) if s == shape and h + held <= MOST_HELD), len(sharing))
+        before: tuple[object, int, list[int]] = sharing.pop(place) if place < len(sharing) else (shape, 0, [])
+        sharing.insert(place, (shape, before[1] + held, [*before[2], number]))
+    together = [members for _, _, members in sharing]
     if plain:
         together[:1] = [sorted([*plain, *(together[0] if together else [])])]
     return together
 
 
 def bundles(plans: Sequence[Plan], size: int | None = None) -> list[Work]:
-    """All the work of one pass, in the order of its first plan with quantised outputs, or else its first plan.
+    """Gather the work of one pass, in the order of its leading plan.
+
+    That is the first plan with quantised outputs, or else the first one.
 
     ``size`` is as for `grain`. The plans must be those of one of `passes`, so that the phases of all are the same.
     """
@@ -157,27 +165,29 @@ def bundles(plans: Sequence[Plan], size: int | None = None) -> list[Work]:
     ]
     operands: dict[tuple[StepKey, tuple[int, ...]], Operands] = {}
     work: list[Work] = []
-    leader = next((number for number, found in enumerate(encodings) if found), 0)
+    leader = next((number for number, sequence in enumerate(encodings) if sequence), 0)
     for number in sorted(range(len(plans)), key=lambda number: number != leader):
         encoded = 0
         for job in sequences[number]:
             if isinstance(job, Quantise):
                 if number == leader:
-                    work += [EncodeJob(other, found[encoded]) for other, found in enumerate(encodings) if found]
+                    work += [
+                        EncodeJob(other, sequence[encoded]) for other, sequence in enumerate(encodings) if sequence
+                    ]
                     encoded += 1
                 continue
             key = places[number][job.tensor.name, job.step.first], job.start
-            together = tuple((other, found.pop(key)) for other, found in enumerate(waiting) if key in found)
+            together = tuple((other, jobs_at.pop(key)) for other, jobs_at in enumerate(waiting) if key in jobs_at)
             if together:
                 members = tuple(other for other, _ in together)
                 if (key[0], members) not in operands:
-                    operands[key[0], members] = Operands.of([(plans[other], found.step) for other, found in together])
+                    operands[key[0], members] = Operands.of([(plans[other], job.step) for other, job in together])
                 work.append(Bundle(together, operands[key[0], members]))
     return work
 
 
 def pieces(work: Work) -> Iterator[Work]:
-    """Work in chunks for the CPU, where it is one job that is larger and can be cut."""
+    """Cut work into chunks for the CPU, where one job is larger and can be cut."""
     if isinstance(work, EncodeJob) or len(work.jobs) > 1:
         yield work
         return
@@ -189,22 +199,22 @@ def pieces(work: Work) -> Iterator[Work]:
 def bytes_read(plans: Sequence[Plan]) -> int:
     """Tensor bytes that one pass reads, those that several plans need once."""
     operands: dict[int, tuple[Operands, int]] = {}
-    for one in bundles(plans):
-        if isinstance(one, Bundle):
-            operands[id(one.operands)] = one.operands, one.jobs[0][1].step.elements
-    return sum(window.nbytes(elements) for found, elements in operands.values() for _, window in found.windows)
+    for unit in bundles(plans):
+        if isinstance(unit, Bundle):
+            operands[id(unit.operands)] = unit.operands, unit.jobs[0][1].step.elements
+    return sum(window.nbytes(elements) for used, elements in operands.values() for _, window in used.windows)
 
 
 def _places(plan: Plan) -> dict[tuple[str, int], StepKey]:
     """By output tensor and first element of it, where the same is in other plans."""
     seen: Counter[tuple[str, int]] = Counter()
-    found = {}
+    keys = {}
     for tensor in plan.tensors:
         for step in tensor.steps:
             key = step.part, step.elements
-            found[tensor.name, step.first] = (*key, seen[key])
+            keys[tensor.name, step.first] = (*key, seen[key])
             seen[key] += 1
-    return found
+    return keys
 
 
 def _common_cuts(

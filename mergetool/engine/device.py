@@ -74,10 +74,10 @@ def _obstacle(name: str, kernels: bool) -> str | None:
 
 def _torch_is_for_cpus() -> bool:
     """True where the installed torch is built without any GPU's libraries, told by its version file: importing it takes a second."""
-    found = importlib.util.find_spec("torch")
+    spec = importlib.util.find_spec("torch")
     with suppress(OSError):
-        if found is not None and found.origin is not None:
-            said = (Path(found.origin).parent / "version.py").read_text()
+        if spec is not None and spec.origin is not None:
+            said = (Path(spec.origin).parent / "version.py").read_text()
             return all(re.search(rf"^{gpu}\b.*= None$", said, re.MULTILINE) for gpu in ("cuda", "hip"))
     return False
 

@@ -54,11 +54,11 @@ class Fidelity:
     @classmethod
     def total(cls, parts: Iterable[Fidelity]) -> Fidelity:
         """The figures of several parts together, whatever their order."""
-        found = list(parts)
+        figures = list(parts)
         return cls(
-            math.fsum(part.energy for part in found),
-            math.fsum(part.error for part in found),
-            max((part.worst for part in found), default=0.0),
+            math.fsum(part.energy for part in figures),
+            math.fsum(part.error for part in figures),
+            max((part.worst for part in figures), default=0.0),
         )
 
 

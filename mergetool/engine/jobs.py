@@ -57,9 +57,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """A piece of a quantised output tensor, to be encoded, or before that to have its scale searched for.
+    """A piece of a quantised output tensor to be encoded.
 
-    What the delta did is measured on the ``sampled`` pieces.
+    Before that it may have its scale searched for. What the delta did is measured on the ``sampled`` pieces.
     """
 
     piece: Piece
@@ -76,7 +76,7 @@ class Quantise:
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How a step may be cut: into multiples of ``tile`` elements, of about ``size``."""
+    """The cuts of a step: into multiples of ``tile`` elements, of about ``size``."""
 
     tile: int
     size: int
@@ -96,7 +96,10 @@ Cuts = Mapping[tuple[str, int], Grain]
 
 
 def grain(tensor: OutputTensor, step: Step, options: MergeOptions, size: int | None = None) -> Grain:
-    """How a step is cut when its plan is alone: ``size`` elements (`CHUNK` without it), or whole rows where those are needed."""
+    """Decide how a step is cut when its plan is alone.
+
+    It is cut into ``size`` elements (`CHUNK` without it), or whole rows where those are needed.
+    """
     if step.program is not None and step.program.calls:  # a method sees the whole parameter
         return Grain(max(1, step.elements), 1)
     whole_rows = _has_feedback(tensor, step, options)
@@ -109,7 +112,9 @@ def grain(tensor: OutputTensor, step: Step, options: MergeOptions, size: int | N
 
 
 def jobs(plan: Plan, size: int | None = None, cuts: Cuts = MappingProxyType({})) -> Iterator[Job | Quantise]:
-    """The work in output order, each step in the chunks that ``cuts``, or else `grain`, says.
+    """Cut the work into jobs, in output order.
+
+    Each step is in the chunks that ``cuts``, or else `grain`, says.
 
     A quantised tensor's jobs are in phases, numbered from 0 over the whole plan: none of a phase may begin before the last of the
     phase before it has ended. While one weight is encoded the next one is read: alternately, so that the disk has work meanwhile.
@@ -137,15 +142,15 @@ def _quantising(tensor: OutputTensor, options: MergeOptions, phase: int, *, sear
 
 
 def _alternately(filling: list[Job], encoding: list[Quantise]) -> Iterator[Job | Quantise]:
-    for one, other in zip_longest(filling, encoding):
-        if one is not None:
-            yield one
-        if other is not None:
-            yield other
+    for fill, encode in zip_longest(filling, encoding):
+        if fill is not None:
+            yield fill
+        if encode is not None:
+            yield encode
 
 
 def cut(job: Job) -> Iterator[Job]:
-    """A job in chunks for the CPU, where it is larger and can be cut."""
+    """Cut a job into chunks for the CPU, where it is larger and can be cut."""
     if job.phase is not None or job.is_of_rows:
         yield job
         return

@@ -15,7 +15,10 @@ SHARE_FOR_METHODS = 0.25
 
 
 def workers(plans: Sequence[Plan], threads: int | None = None) -> int:
-    """How many threads a pass uses: ``threads``, or every processor, unless merge methods would fill the memory with their parameters."""
+    """Decide how many threads a pass uses.
+
+    It uses ``threads``, or every processor, unless merge methods would fill the memory with their parameters.
+    """
     if threads is not None:
         return asked(threads)
     steps = [step for plan in plans for tensor in plan.tensors for step in tensor.steps]
@@ -33,7 +36,10 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
 def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device = CPU) -> int:
     """The same for several plans that are run in as few passes as possible: what the largest pass allocates."""
     return max(
-        (_of_pass([plans[number] for number in one], threads, device) for one in bundles.passes(plans, device)),
+        (
+            _of_pass([plans[number] for number in together], threads, device)
+            for together in bundles.passes(plans, device)
+        ),
         default=0,
     )
 
@@ -51,12 +57,12 @@ def _of_pass(plans: Sequence[Plan], threads: int | None, device: Device) -> int:
 def _of_worker(plans: Sequence[Plan]) -> int:
     """Bytes that one thread works in."""
     work = bundles.bundles(plans)
-    elements = max((one.capacity for one in work), default=0)
-    operands = {id(one.operands): one.operands for one in work if isinstance(one, bundles.Bundle)}.values()
-    windows = max((len(found.windows) for found in operands), default=1)
-    decoded = max((sum(window.encoding is not None for _, window in found.windows) for found in operands), default=0)
-    registers = max((found.registers + len(found.common) for found in operands), default=1)
-    programs = [program for found in operands for program in (*found.common, *found.programs) if program]
+    elements = max((unit.capacity for unit in work), default=0)
+    operands = {id(unit.operands): unit.operands for unit in work if isinstance(unit, bundles.Bundle)}.values()
+    windows = max((len(used.windows) for used in operands), default=1)
+    decoded = max((sum(window.encoding is not None for _, window in used.windows) for used in operands), default=0)
+    registers = max((used.registers + len(used.common) for used in operands), default=1)
+    programs = [program for used in operands for program in (*used.common, *used.programs) if program]
     called = max((method_calls.buffers(program) for program in programs), default=0)
     feedback = 6 if any(plan.options.rounding == "error-feedback" for plan in plans) else 0
     # a piece scaled, rounded and, in a search, read back

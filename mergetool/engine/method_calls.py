@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def buffers(program: Program) -> float:
-    """How many float32 tensors of the parameter's size its methods hold at once, besides the program's registers."""
+    """Count the float32 tensors that a program's methods hold at once.
+
+    They have the parameter's size, and come besides the program's registers.
+    """
     return max((methods.find(call.method).buffers(len(call.arguments)) for call in program.calls), default=0)
 
 
@@ -36,7 +39,9 @@ class Caller:
         self._locks = {name: threading.Lock() for name in device.names}
 
     def apply(self, call: Apply, tensors: Sequence[Tensor], part: str) -> tuple[Tensor, bool]:
-        """The method's result, on the CPU, and whether a GPU that was to compute it had no memory for that.
+        """Apply the method, and tell whether the GPU had no memory for that.
+
+        The result is on the CPU.
 
         Raises DeviceError for a GPU that fails.
         """

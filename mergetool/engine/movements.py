@@ -19,10 +19,10 @@ class Movements:
     @classmethod
     def of(cls, chunks: Iterable[tuple[tuple[str, str], Movement]], *, sampled: bool = False) -> Movements:
         """The sums over chunks of parts."""
-        found: dict[tuple[str, str], list[Movement]] = {}
+        by_part: dict[tuple[str, str], list[Movement]] = {}
         for place, movement in chunks:
-            found.setdefault(place, []).append(movement)
-        return cls({place: Movement.total(movements) for place, movements in found.items()}, sampled)
+            by_part.setdefault(place, []).append(movement)
+        return cls({place: Movement.total(movements) for place, movements in by_part.items()}, sampled)
 
     @property
     def total(self) -> Movement:
@@ -30,17 +30,20 @@ class Movements:
         return Movement.total(self.parts.values())
 
     def tensors(self) -> dict[str, Movement]:
-        """By output tensor, in file order."""
+        """The movements by output tensor, in file order."""
         members: dict[str, list[Movement]] = {}
         for (tensor, _), movement in self.parts.items():
             members.setdefault(tensor, []).append(movement)
-        return {tensor: Movement.total(found) for tensor, found in members.items()}
+        return {tensor: Movement.total(movements) for tensor, movements in members.items()}
 
     def groups(self, plan: Plan) -> dict[str, Movement]:
-        """By group of the anchor, in its family's order. Groups overlap, so they do not add up to the total."""
+        """The movements by group of the anchor, in its family's order.
+
+        Groups overlap, so they do not add up to the total.
+        """
         anatomy = plan.inputs[0].anatomy
         members: dict[str, list[Movement]] = {group: [] for group in anatomy.family.group_names(anatomy)}
         for (_, part), movement in self.parts.items():
             for group in anatomy.family.groups(part, anatomy.parts[part].shape):
                 members[group].append(movement)
-        return {group: Movement.total(found) for group, found in members.items() if found}
+        return {group: Movement.total(movements) for group, movements in members.items() if movements}

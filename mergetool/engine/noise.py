@@ -12,7 +12,9 @@ ROWS = 8
 
 
 def measure(model: Input) -> float | None:
-    """The RMS of the rounding noise in a model's quantised weights over the RMS of those weights; None where it has none.
+    """Measure the rounding noise in a model's quantised weights.
+
+    It is the RMS of the noise over that of those weights; None where it has none.
 
     Whatever was rounded to codes that are a step apart at some place carries noise of step / sqrt(12) there. The steps are those of `ROWS`
     rows in the middle of every quantised weight: some 10 MB of a 6 GB file.

@@ -27,7 +27,10 @@ SCALE_STEPS = tuple(2.0 ** (eighth / 8) for eighth in range(-2, 8))
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows ``[row, row + rows)`` of a quantised output tensor, with ``stored`` rows including padding."""
+    """A piece of a quantised output tensor: rows ``[row, row + rows)``.
+
+    With padding they are ``stored`` rows.
+    """
 
     tensor: OutputTensor
     row: int
@@ -60,7 +63,10 @@ def capacities(tensors: Sequence[OutputTensor]) -> tuple[int, int]:
 
 
 class Phases:
-    """Lets jobs of phase n begin when every job of the phases before it has ended; ``sizes[n]`` is how many phase n has."""
+    """Lets jobs of a phase begin when every earlier phase's job has ended.
+
+    ``sizes[n]`` is how many phase n has.
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._left = list(sizes)
@@ -90,7 +96,9 @@ class Phases:
 
 
 class Weights:
-    """The float32 values of the two weights whose turn it is, one being encoded, one filled, and what is known of their scales.
+    """The float32 values of the two weights whose turn it is.
+
+    One is being encoded, one filled; what is known of their scales is here too.
 
     Neighbours among ``tensors``, the quantised ones in output order, have different buffers. Filled, searched and encoded by several
     threads, each its own part.
@@ -104,7 +112,7 @@ class Weights:
         self._lock = threading.Lock()
 
     def room(self, tensor: OutputTensor, start: int, count: int) -> Floats:
-        """Where the values of elements ``[start, start + count)`` belong."""
+        """The buffer for the values of elements ``[start, start + count)``."""
         return self._values[self._buffer[tensor.name]][start : start + count]
 
     def note(self, tensor: OutputTensor, largest: float) -> None:
@@ -120,10 +128,10 @@ class Weights:
     def scale(self, tensor: OutputTensor) -> np.float32:
         """The tensor's scale: by its largest value, or the one of least squared error where that was searched for."""
         scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
-        found = self._errors.get(tensor.name)
-        if not found:
+        searched = self._errors.get(tensor.name)
+        if not searched:
             return scale
-        sums = [math.fsum(errors) for errors in zip(*found.values(), strict=True)]
+        sums = [math.fsum(errors) for errors in zip(*searched.values(), strict=True)]
         best = min(range(len(sums)), key=lambda i: (sums[i], SCALE_STEPS[i] != 1))
         return np.float32(scale * np.float32(SCALE_STEPS[best]))
 
@@ -142,15 +150,15 @@ class Weights:
     def search_gain(self) -> float | None:
         """The squared error of all searched weights over that of their amax scales; None where nothing was searched."""
         best = by_amax = 0.0
-        for found in self._errors.values():
-            sums = [math.fsum(errors) for errors in zip(*found.values(), strict=True)]
+        for searched in self._errors.values():
+            sums = [math.fsum(errors) for errors in zip(*searched.values(), strict=True)]
             best += min(sums)
             by_amax += sums[SCALE_STEPS.index(1.0)]
         return best / by_amax if by_amax else None
 
 
 def encode(values: Floats, piece: Piece, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
-    """What ``values`` [rows, columns] of a piece are stored as, padding included."""
+    """Encode ``values`` [rows, columns] of a piece, padding included."""
     stored = (piece.stored, padded(piece.tensor)[1])
     if stored != values.shape:
         larger = np.zeros(stored, np.float32)
@@ -160,7 +168,7 @@ def encode(values: Floats, piece: Piece, scale: np.float32, round_to: Round) -> 
 
 
 def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
-    """The values that a piece of a file with these bytes would be read as."""
+    """Decode the bytes of a piece as a reader of the file would."""
     encoding = _encoding(piece.tensor)
     out = np.empty((piece.rows, encoding.width), np.float32)
     encoding.decode(_views(piece, raw, scale), piece.row, piece.rows, out)
@@ -185,16 +193,18 @@ def _views(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> list[memor
 def measure(
     piece: Piece, result: Floats, base: Floats, raw: Sequence[Octets], scale: np.float32, nearest: Round
 ) -> Movement:
-    """What became of the ``base`` values of a piece's rows, all [rows, columns], whose ``result`` was stored as ``raw``.
+    """Measure what storing did to the ``base`` values of a piece's rows.
+
+    They are [rows, columns], as is ``result``, which was stored as ``raw``.
 
     What the base alone would have been stored as, and half of what distance, is asked of the container with the same scale.
     """
     alone = encode(base, piece, scale, nearest)
     scaled = _encoding(piece.tensor).scaled(_views(piece, raw, scale))
     if scaled is not None:
-        found = moves(result, base, Stored(*scaled), _views(piece, alone, scale)[0])
-        if found is not None:
-            return found
+        movement = moves(result, base, Stored(*scaled), _views(piece, alone, scale)[0])
+        if movement is not None:
+            return movement
     steps = np.broadcast_to(_steps(piece, alone, scale), (piece.rows, padded(piece.tensor)[1]))[:, : base.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
         change = result - base
@@ -216,7 +226,10 @@ def measure(
 
 
 def write(piece: Piece, raw: Sequence[Octets], scale: np.float32, put: Callable[[str, int, memoryview], None]) -> int:
-    """Hand a piece's bytes to ``put(name, start, data)``, with the first piece also what the tensor has once; returns bytes."""
+    """Hand a piece's bytes to ``put(name, start, data)``; returns their number.
+
+    With the first piece goes what the tensor has once.
+    """
     tensor, written = piece.tensor, 0
     for part, span in zip(raw, _encoding(tensor).spans(piece.row, piece.stored), strict=False):
         put(span.tensor, span.start, np.ascontiguousarray(part).data.cast("B"))

@@ -25,7 +25,10 @@ Measure = Literal["sample", "all", "off"]
 
 
 class Sink(Protocol):
-    """Where a run's bytes go: a CheckpointWriter, or something that compares them with a file's."""
+    """The destination of a run's bytes.
+
+    It is a CheckpointWriter, or something that compares them with a file's.
+    """
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Take the bytes [start, start + len(data)) of tensor ``name``; called from several threads."""
@@ -33,7 +36,7 @@ class Sink(Protocol):
 
 @dataclass
 class Outcome:
-    """What a run has to say beyond its output.
+    """The outcome of a run beyond its output.
 
     ``capped`` counts, per output tensor, elements that were beyond an FP8 output's range and became its largest
     value; ``non_finite`` counts NaN and infinities that ``non_finite="keep"`` let through; ``off_device`` elements that the GPU
@@ -56,7 +59,10 @@ class Outcome:
 
 @dataclass
 class Run:
-    """What the workers share of one plan of a pass; ``name`` is what errors call its output, where there are several."""
+    """The state of one plan of a pass that the workers share.
+
+    ``name`` is what errors call its output, where there are several.
+    """
 
     plan: Plan
     writer: Sink
@@ -113,6 +119,6 @@ class Run:
     def compare(self, tensor: str, values: Floats, stored: Floats | None) -> None:
         """Note what storing changed in some elements of a tensor."""
         if stored is not None:
-            found = Fidelity.of(values, stored)
+            fidelity = Fidelity.of(values, stored)
             with self.lock:
-                self.errors.setdefault(tensor, []).append(found)
+                self.errors.setdefault(tensor, []).append(fidelity)
