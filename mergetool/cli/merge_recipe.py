@@ -115,7 +115,7 @@ class _RecipeReport(MergeReport):
             console.heading("verify", self._label)
 
     def verified(self, task: Task, checked: Verification) -> None:
-        """What was found."""
+        """Prints the verification of an output."""
         self.json["verify"] = verify_report.described(checked)
         if self.prints:
             verify_report.print_verification(checked)

@@ -1,8 +1,8 @@
 """How far a model lies from another one, part by part: Frobenius norms, streamed.
 
-found = measure(merged, parent)
-relative(found)                                          0.031: the change is 3.1 % of the parent's norm
-relative(found, lambda part: "refiner" in part.groups)   0.0
+apart = measure(merged, parent)
+relative(apart)                                          0.031: the change is 3.1 % of the parent's norm
+relative(apart, lambda part: "refiner" in part.groups)   0.0
 """
 
 from __future__ import annotations

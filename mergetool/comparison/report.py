@@ -37,7 +37,7 @@ def render(report: Report) -> str:
 
 
 def record(report: Report) -> dict[str, Any]:
-    """Everything that was found, for JSON: None for what has no finite value."""
+    """The whole report for JSON: None for what has no finite value."""
     return {
         "base": report.base,
         "variant": report.variant,

@@ -115,8 +115,8 @@ def distances(variant: ModelSample, base: ModelSample) -> list[Distance]:
     return apart
 
 
-def middle(found: Sequence[Distance], group: str | None = None) -> float:
+def middle(distances: Sequence[Distance], group: str | None = None) -> float:
     """||x - y|| / sqrt(||x|| ||y||) over the parts of a group, or all: the same both ways round. 0 where there are none."""
-    total = Energies.total(one.energies for one in found if group is None or group in one.groups)
+    total = Energies.total(distance.energies for distance in distances if group is None or group in distance.groups)
     scale = (total.base * total.variant) ** 0.5
     return float((total.delta / scale) ** 0.5) if scale else 0.0

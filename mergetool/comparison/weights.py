@@ -29,9 +29,9 @@ def _differences(value: Sum) -> Iterator[tuple[str, str]]:
                 yield from _differences(argument)
         elif isinstance(operand, Sum):
             yield from _differences(operand)
-        one = Sum((term,))
-        if one.degree() != 0:  # a model, or one made of several
-            for name, factor in one.coefficients().items():
+        alone = Sum((term,))
+        if alone.degree() != 0:  # a model, or one made of several
+            for name, factor in alone.coefficients().items():
                 factors[name] = factors.get(name, Fraction(0)) + factor
     added = [name for name, factor in factors.items() if factor > 0]
     yield from ((x, y) for x in added for y, factor in factors.items() if factor < 0)

@@ -30,7 +30,7 @@ Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 class Verification:
     """Whether a model is what its recipe says, and whether it makes pictures; ``left_out`` says why none were made.
 
-    ``replay`` has what was found of the whole file, where its bytes were compared.
+    ``replay`` is the result for the whole file, where its bytes were compared.
     """
 
     output: str

@@ -1,8 +1,8 @@
 """A merge made again from the recipe in its metadata, and compared byte for byte: headers, metadata, tensors, every file of a folder.
 
-found = replay("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
-found.same        True when mergetool would write exactly these bytes today
-found.reasons     else why not: a changed input, another version, an edited recipe, other tensors
+again = replay("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
+again.same        True when mergetool would write exactly these bytes today
+again.reasons     else why not: a changed input, another version, an edited recipe, other tensors
 """
 
 from __future__ import annotations

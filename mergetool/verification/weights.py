@@ -29,7 +29,7 @@ from mergetool.recipe.steps import MERGED, Input
 
 @dataclass
 class WeightsReport:
-    """What was found. ``merged`` and ``kept`` count tensors; a tensor with parts of both kinds counts as merged.
+    """The result of a check of weights. ``merged`` and ``kept`` count tensors; a tensor with parts of both kinds counts as merged.
 
     ``differing`` maps a tensor to the offset of the first byte that is not what the recipe says; ``changed`` names
     inputs whose content is not what was merged; ``missing`` and ``extra`` are tensors that only the recipe or only
