@@ -98,8 +98,8 @@ class Inputs:
         if not self._fingerprints:
             return plan_merge(expression, inputs, options)
         prints = {model.name: self._fingerprint(model.checkpoint) for model in inputs}
-        found = {model.name: self._share(model) for model in inputs if not model.is_lora}
-        shares = {name: share for name, share in found.items() if share is not None}
+        known = {model.name: self._share(model) for model in inputs if not model.is_lora}
+        shares = {name: share for name, share in known.items() if share is not None}
         return plan_merge(expression.arranged(prints), inputs, options, fingerprints=prints, noise=shares)
 
     def model(self, name: str) -> Input:
@@ -251,7 +251,7 @@ def run_merges(
         plans = [_remaining(plan, writer, progress) for plan, writer in zip(plans, writers, strict=True)]
         for together in passes(plans, device):
             items = [(plans[i], writers[i], str(targets[i].path) if len(plans) > 1 else "") for i in together]
-            found = merge.run_together(
+            results = merge.run_together(
                 items,
                 threads=threads,
                 reader=reader,
@@ -261,7 +261,7 @@ def run_merges(
                 compared=compared,
                 progress=progress,
             )
-            outcomes |= zip(together, found, strict=True)
+            outcomes |= zip(together, results, strict=True)
         for i, writer in enumerate(writers):
             outcomes[i].resumed, outcomes[i].begun_anew = writer.resumed, writer.not_resumed
         for writer in writers:

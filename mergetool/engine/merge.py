@@ -259,7 +259,7 @@ class _Workers:
         with self._redoing:
             self._spare = self._spare or Worker(self._runs, self._work_list, self._torch_threads)
             work = Bundle(((0, job),), Operands.of([(self._runs[0].plan, job.step)]))
-            done = [found for part in pieces(work) for found in self._spare.do(part)]
+            done = [finished for part in pieces(work) for finished in self._spare.do(part)]
         movements = [movement for _, movement in done if movement is not None]
         return sum(moved for moved, _ in done), Movement.total(movements) if movements else None
 

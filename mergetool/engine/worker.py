@@ -56,8 +56,8 @@ class Worker:
         """With room for any of ``work``."""
         self._runs = runs
         self._torch_threads = torch_threads
-        self._registers = max((one.operands.registers for one in work if isinstance(one, Bundle)), default=1)
-        self._capacity = max((one.capacity for one in work), default=0)
+        self._registers = max((unit.operands.registers for unit in work if isinstance(unit, Bundle)), default=1)
+        self._capacity = max((unit.capacity for unit in work), default=0)
         # Memory that only fp64 touches the second half of; what is ordinary is stored to it.
         self._out = np.empty(self._capacity * 8, np.uint8).data
         files = list(dict.fromkeys(file for run in runs for file in run.files))
@@ -84,13 +84,13 @@ class Worker:
         ]
         rooms = [self._room(place, first.count) for place in range(len(operands.common))]
         computed = [Stored(room.data.cast("B"), F32) for room in rooms]
-        loaded = _Loaded(fetched, [*(found.stored for found in fetched), *computed])
+        loaded = _Loaded(fetched, [*(elements.stored for elements in fetched), *computed])
         for room, into, shared in zip(rooms, computed, operands.common, strict=True):
             if blend(shared, loaded.stored, F32, into.raw) is None:
                 with self._ops.writing(0, room):
                     self._execute(shared, loaded, self._runs[work.jobs[0][0]], first)
         done = []
-        read = sum(found.nbytes for found in fetched)  # counted with the first
+        read = sum(elements.nbytes for elements in fetched)  # counted with the first
         for place, (number, job) in enumerate(work.jobs):
             program, columns = operands.programs[place], operands.columns[place]
             try:
@@ -100,8 +100,8 @@ class Worker:
                 raise NonFiniteError(f'"{name}": {error}' if name else str(error)) from None
             done.append((written + read, movement))
             read = 0
-        for found in fetched:
-            self._reader.release(found)
+        for elements in fetched:
+            self._reader.release(elements)
         return done
 
     def _room(self, place: int, count: int) -> Floats:
@@ -222,12 +222,12 @@ class Worker:
             self._reader.release(fetched)
             merged.append((step.part, rows))
         for part, rows in merged:
-            one = base
+            before = base
             if len(merged) > 1:
-                one = np.array(values)
-                one[rows] = base[rows]
-            found = quantisation.measure(piece, values, one, raw, scale, self._rounder(NEAREST))
-            run.moved(piece.tensor.name, part, found)
+                before = np.array(values)
+                before[rows] = base[rows]
+            movement = quantisation.measure(piece, values, before, raw, scale, self._rounder(NEAREST))
+            run.moved(piece.tensor.name, part, movement)
 
     def _execute(self, program: Program, loaded: _Loaded, run: Run, job: Job) -> None:
         def load(register: int, operand: int) -> None:
@@ -254,19 +254,19 @@ class Worker:
         if was_off_device:
             run.note(run.outcome.off_device, job.tensor.name, job.count)
 
-    def _fill(self, out: Floats, found: Fetched) -> None:
+    def _fill(self, out: Floats, elements: Fetched) -> None:
         """Write elements as float32 into ``out``."""
-        if not found.is_plain:
-            found.decode(out)
-        elif not blend(COPY, [found.stored], F32, out.data.cast("B")):
-            self._load(0, found)
+        if not elements.is_plain:
+            elements.decode(out)
+        elif not blend(COPY, [elements.stored], F32, out.data.cast("B")):
+            self._load(0, elements)
             np.copyto(out, self._ops.values(0))
 
-    def _load(self, register: int, found: Fetched) -> None:
-        if found.is_plain:
-            self._ops.load(register, found.raw[0], found.dtype)
+    def _load(self, register: int, elements: Fetched) -> None:
+        if elements.is_plain:
+            self._ops.load(register, elements.raw[0], elements.dtype)
         else:
-            found.decode(self._ops.room(register, found.count))
+            elements.decode(self._ops.room(register, elements.count))
 
     def _check(self, run: Run, job: Job, fetched: list[Fetched]) -> None:
         if self._ops.is_finite(0):
@@ -276,8 +276,8 @@ class Worker:
             count, _ = self._ops.first_non_finite(0)
             run.note(outcome.non_finite, job.tensor.name, count)
             return
-        for window, found in zip(job.step.windows, fetched, strict=True):
-            self._load(0, found)
+        for window, elements in zip(job.step.windows, fetched, strict=True):
+            self._load(0, elements)
             if not self._ops.is_finite(0):
                 model = run.plan.inputs[window.input].name
                 count, first = self._ops.first_non_finite(0)
