@@ -85,7 +85,7 @@ def address_of(text: str) -> str | None:
 def fetch(text: str) -> Path:
     """Download the file or index to open into Hugging Face's own cache.
 
-    It does nothing where the file is there.
+    What is there already is not downloaded again.
 
     Of a folder only what the model needs is downloaded: one file, or the index and its shards, and config.json.
     With ``HF_HUB_OFFLINE=1``, or when the Hub cannot be reached, the cache alone is used. Raises UsageError for

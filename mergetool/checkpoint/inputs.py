@@ -165,9 +165,9 @@ class InputFile(Pooled):
 
     @property
     def can_map(self) -> bool:
-        """Whether the system can map the file.
+        """Whether the system maps the file.
 
-        It cannot on network file systems, and an empty file.
+        Some network file systems refuse it, and no system maps an empty file.
         """
         return self._map() is not None
 

@@ -40,7 +40,9 @@ _INDEX = re.compile(r".+\.index(?:\.\w+)?\.json", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The files of the tensors by a ``*.index.json``, which are safe names.
+    """The file that each tensor is in, by a ``*.index.json``.
+
+    An unsafe index cannot be made.
 
     ``shards`` are the file names, sorted. Raises ShardIndexError, naming ``source``, for a name that is not a
     plain ``.safetensors`` file name, names that a case-insensitive system takes for one, and over 1,000 shards.
@@ -91,7 +93,7 @@ class ShardIndex:
         return cls(weight_map, source)
 
     def require_agreement(self, headers: Mapping[str, Header]) -> None:
-        """Raises ShardIndexError unless every tensor is in its shard alone.
+        """Raises ShardIndexError unless every tensor is in the index's shard alone.
 
         ``headers`` has the header of every shard, by file name.
         """

@@ -82,7 +82,7 @@ STEPS: tuple[tuple[str, str, int], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(OverwriteOptions):
-    """The demo asks for a folder alone."""
+    """The options of the demo."""
 
     output: Annotated[Path | str, Option(help="The folder for what is made.", kind=File("DIR"), short="-o")] = (
         "mergetool-demo"

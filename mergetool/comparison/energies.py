@@ -47,9 +47,9 @@ class Energies:
         return math.sqrt(self.reference / self.delta) if self.delta and self.reference else None
 
     def to_change(self, share: float) -> float | None:
-        """The m that makes ||m * delta|| a ``share`` of what it changes.
+        """The m that makes ||m * delta|| a ``share`` of ||onto||.
 
-        None where the delta or what it is added to is zero; the norms are compared.
+        None where one of the two is zero; ``onto`` is what the delta is added to.
         """
         return share * math.sqrt(self.onto / self.delta) if self.delta and self.onto else None
 

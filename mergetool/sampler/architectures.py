@@ -40,7 +40,7 @@ _LLAMA_CPP = {
 def qwen3_name(stored: str) -> str:
     """transformers' name of a text encoder's tensor.
 
-    The stored one is that too, with or without ``model.``, or llama.cpp's.
+    The stored name is transformers', with or without ``model.``, or llama.cpp's.
     """
     if stored.startswith(("blk.", "token_embd.", "output_norm.", "output.")):
         return ".".join(_LLAMA_CPP.get(component, component) for component in stored.split("."))
@@ -190,7 +190,7 @@ class Vae:
     def name(self, stored: str) -> str:
         """diffusers' name of a VAE's tensor.
 
-        The stored one is that too, or latent diffusion's (``ae.safetensors``), with or without ``vae.``.
+        The stored name is diffusers' or latent diffusion's (``ae.safetensors``), with or without ``vae.``.
         """
         name = re.sub(r"^(vae|first_stage_model)\.", "", stored)
         for pattern, replacement in _LATENT_DIFFUSION:

@@ -331,7 +331,7 @@ def lacking(model: str, missing: Sequence[str], extra: Sequence[str]) -> str:
 
 
 def require_lora(file: LoraFile, model: str) -> None:
-    """Raises DataError for a LoRA with keys that change nothing in a model."""
+    """Raises DataError for a LoRA that, or a key of which, changes nothing in a model."""
     if file.unmatched:
         key, reason = file.unmatched[0]
         raise DataError(
