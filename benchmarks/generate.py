@@ -23,12 +23,12 @@ from zlib import crc32
 
 import numpy as np
 
-from mergetool import quant
 from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.checkpoint.dtypes import BF16, F8_E4M3, OUTPUT, DType
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.outputs import Target, is_file_name
 from mergetool.checkpoint.writer import CheckpointWriter
+from mergetool.quant import register
 from mergetool.quant.quantiser import Entry
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _constants(stored: Mapping[str, Stored], spec: Spec) -> dict[str, tuple[Entr
     constants: dict[str, tuple[Entry, bytes]] = {}
     for name, (_, shape, parts) in stored.items():
         if spec.scaled and _is_scaled([part for part, _ in parts]):
-            quantiser, layer = quant.quantiser("fp8-scaled"), name.removesuffix(".weight")
+            quantiser, layer = register.quantiser("fp8-scaled"), name.removesuffix(".weight")
             entries = {entry[0]: entry for entry in quantiser.entries(layer, (shape[0], shape[1]))}
             made = quantiser.constants(layer, np.float32(_scale(name, spec)))
             constants |= {other: (entries[other], data) for other, data in made.items()}

@@ -104,21 +104,21 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """Resolve, open and recognise ``model``, whatever container it is in; only headers and markers are read.
 
     Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for quantised weights that are not
-    read (see `quant.quantised`) unless ``names_only`` says that only names and stored shapes matter.
+    read (see `quant.weights`) unless ``names_only`` says that only names and stored shapes matter.
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
         # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
-        from mergetool import quant
         from mergetool.arch import bundled, recognise
+        from mergetool.quant.weights import Quantised, quantised
 
         refused = None
         try:
-            found = quant.quantised(checkpoint, model, bundled(checkpoint.tensors))
+            found = quantised(checkpoint, model, bundled(checkpoint.tensors))
         except DataError as error:
             if not names_only:
                 raise
-            found, refused = quant.Quantised({}), str(error)
+            found, refused = Quantised({}), str(error)
         anatomy = recognise(checkpoint.tensors, source=model, encodings=found.encodings, names_only=refused is not None)
         return OpenedModel(model, checkpoint, anatomy, found.notes, refused)
     except BaseException:

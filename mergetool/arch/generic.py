@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mergetool import quant
 from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
 from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
 from mergetool.quant.encoding import Encoding
+from mergetool.quant.weights import side_tensors
 
 _ATTENTION = frozenset(
     {"attention", "attn", "attn1", "attn2", "self_attention", "self_attn", "cross_attention", "cross_attn"}
@@ -80,7 +80,7 @@ def anatomy_of(
     ``tensors`` and ``encodings`` are under the model's own names too. A norm's ``scale`` is the part ``weight``: programs read either.
     """
     parts: dict[str, Part] = {}
-    sides = quant.side_tensors(names.own, encodings)
+    sides = side_tensors(names.own, encodings)
     for stored, name in names.own.items():
         if stored not in sides:
             part = _canonical(name, tensors)

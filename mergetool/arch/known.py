@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
-from mergetool import quant
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
 from mergetool.arch.rows import IndivisibleError, divide, label, listed, own_columns, sizes
@@ -16,6 +15,7 @@ from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 from mergetool.quant.encoding import Encoding
+from mergetool.quant.weights import side_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 Like = tuple[int | None, ...] | None
@@ -125,7 +125,7 @@ class KnownFamily(Family):
             name: TensorInfo(info.dtype, encodings[name].shape, info.begin, info.end) if name in encodings else info
             for name, info in tensors.items()
         }
-        codes = quant.side_tensors(names.own, encodings)
+        codes = side_tensors(names.own, encodings)
         own = {stored: name for stored, name in names.own.items() if stored not in codes}
         matches = {name: self.table.read(name, layout) for name in own.values()}
         shapes = {

@@ -24,7 +24,7 @@ def recognise(
 ) -> Anatomy:
     """What the tensor names of a file mean: those of a known family in any of its layouts, else the generic one, under whatever prefix.
 
-    ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.encodings`); ``source`` names
+    ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.weights`); ``source`` names
     the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space
     derivative, no tensors at all), and for a file of a known family whose tensors contradict each other, which is shown as the generic family with
     ``names_only``: its values are codes that nobody reads.

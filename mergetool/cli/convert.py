@@ -27,7 +27,8 @@ Examples:
   mergetool convert out.safetensors -o folder --layout diffusers --shard-size 5GB
   mergetool convert out.safetensors -o wrapped.safetensors --prefix model.diffusion_model.
 
-Reads every container that merge reads: plain floats, ComfyUI's FP8 (old and new), int8, nvfp4 and mxfp8, BFL's FP8 and nvfp4, GGUF.
+Reads every container that merge reads: plain floats, every container that --quant writes, ComfyUI's
+older FP8, FP8 scaled by rows or blocks, BFL's FP8 and nvfp4, GGUF.
 Without --dtype and --quant, quantised weights become BF16 and everything else keeps its dtype.
 """
 

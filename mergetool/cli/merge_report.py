@@ -43,7 +43,7 @@ class MergeReport(CommandEvents):
 
 def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
     from mergetool.options.multipliers import setting_text
-    from mergetool.quant import is_side_tensor
+    from mergetool.quant.weights import is_side_tensor
 
     family = plan.inputs[0].anatomy.family.name
     dtypes = "/".join(sorted({t.stored_as for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)}))
@@ -115,7 +115,7 @@ def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) 
 def _print_rounding(plan: Plan, movements: Movements) -> None:
     """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
     from mergetool.engine.jobs import SAMPLED, SAMPLED_PIECES
-    from mergetool.quant import is_side_tensor
+    from mergetool.quant.weights import is_side_tensor
 
     floats = [t for t in plan.tensors if t.dtype.blendable and not is_side_tensor(t.name)]
     dtypes = {tensor.stored_as for tensor in floats if tensor.quantiser or tensor.dtype.bits < 32}

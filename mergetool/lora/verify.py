@@ -34,7 +34,7 @@ from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lowrank.norms import energy as energy_of
 from mergetool.models import OpenedModel
 from mergetool.ops.cpu import CpuOps, as_tensor
-from mergetool.quant import Encoding
+from mergetool.quant.encoding import Encoding
 from mergetool.recipe.steps import Input, Window, window_of
 
 TILE = 1 << 19

@@ -14,9 +14,7 @@ from mergetool.ops.rounding import MODES, Mode
 from mergetool.options.kinds import Choice, Flag, Integer, ModelName, Patterns, Settings, String
 from mergetool.options.multipliers import Setting
 from mergetool.options.table import Option, Table
-
-CONTAINERS = ("fp8-scaled", "int8", "nvfp4", "mxfp8")
-"""Those of `quant.output.QUANTISERS`, which would bring numpy to every command's help; a test holds that they are."""
+from mergetool.quant import register
 
 LAYOUTS = ("comfyui", "diffusers")
 BUNDLED = ("keep", "drop", "drop-ema", "merge")
@@ -37,7 +35,7 @@ class ContainerOptions(Table):
         str | None,
         Option(
             help="Quantised container of the large matrices, as ComfyUI loads it.",
-            kind=Choice(CONTAINERS, "CONTAINER"),
+            kind=Choice(register.names(), "CONTAINER"),
         ),
     ] = None
     scale_search: Annotated[

@@ -1,18 +1,4 @@
-"""Quantised containers, one file each: which weights of a file are in one, and their values as float32."""
+"""Stored codes and float32: which weights of a file are quantised (`weights`), and the containers (`register`), one file each in `containers`.
 
-from mergetool.quant.containers import Quantised, encodings, is_side_tensor, quantised, side_tensors
-from mergetool.quant.encoding import Encoding, Span
-from mergetool.quant.output import quantiser
-from mergetool.quant.quantiser import Quantiser
-
-__all__ = [
-    "Encoding",
-    "Quantised",
-    "Quantiser",
-    "Span",
-    "encodings",
-    "is_side_tensor",
-    "quantised",
-    "quantiser",
-    "side_tensors",
-]
+It imports nothing here: the names of the containers are in every command's help, which does not wait for numpy.
+"""

@@ -1,6 +1,6 @@
 """How one quantised weight lies in a file, and how its rows become float32 again.
 
-Every container is a file of this package with one class over this interface. Nothing here reads a file: an `Encoding` says which
+Every container is a file of `containers`, with one class over this interface. Nothing here reads a file: an `Encoding` says which
 bytes it needs (`spans`) and turns them into values (`decode`), so that the same code serves windows and positioned reads.
 """
 
@@ -25,6 +25,10 @@ Octets = npt.NDArray[np.uint8]
 
 SCALE_DTYPES: tuple[DType, ...] = (F32, BF16, F16)
 """What a scale that is a plain float may be stored as; each widens to float32 exactly."""
+
+
+USUAL_ROTATION = 256
+"""Columns that are rotated together where a marker does not say how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,20 @@ class Layer:
             wanted = " or ".join(dtype.code for dtype in dtypes)
             self.refuse(f"has a weight of {self.weight.dtype.code} {list(self.weight.shape)}", f"a matrix of {wanted}")
         return shape[0], shape[1]
+
+    def rotation(self) -> object:
+        """The group size that the layer's marker says it is rotated by (ConvRot), whatever it is; None for a layer that is not rotated.
+
+        ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
+        """
+        config = self.config or {}
+        inner = config.get("params")
+        params = inner if isinstance(inner, dict) else {}
+        rotated = config.get("convrot", params.get("convrot", False))
+        if type(rotated) is not bool:
+            self.refuse('has a "convrot" that is neither true nor false', "one of them")
+        size: object = config.get("convrot_groupsize", params.get("convrot_groupsize", USUAL_ROTATION))
+        return size if rotated else None
 
     def refuse(self, found: str, wanted: str) -> NoReturn:
         """Raise the one sentence for a layer that contradicts itself."""

@@ -13,9 +13,10 @@ from typing import Any
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
-from mergetool.quant.spellings import BESIDE_CODES, CURRENT, leaf_of
+from mergetool.quant import register
+from mergetool.quant.spellings import BESIDE_CODES, current, leaf_of
 
-WAY_OUT = "use the unquantised original, or a ComfyUI FP8, int8, nvfp4 or mxfp8 file or a GGUF of the model"
+WAY_OUT = f"use the unquantised original, a GGUF of the model, or a file in one of ComfyUI's containers ({', '.join(register.names())})"
 
 READ_BY_TENSORS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
 """Methods of a ``quantization_config`` whose tensors say all that is needed, or give the file away."""
@@ -114,7 +115,7 @@ def _strange(
 
 
 def _is_side(leaf: str) -> bool:
-    return leaf in CURRENT or leaf in BESIDE_CODES
+    return current(leaf) is not None or leaf in BESIDE_CODES
 
 
 def _place(name: str) -> int | None:

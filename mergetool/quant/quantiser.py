@@ -1,4 +1,4 @@
-"""Writing a quantised weight: the tensors it becomes, and its codes from float32 values.
+"""A quantised container: how a weight in it is read, the tensors that a weight becomes, and its codes from float32 values.
 
 A weight is quantised in pieces of `PIECE_ROWS` rows, after its largest magnitude is known. Rounding to FP8 is done by the caller, whose way of
 rounding then holds for every container that stores FP8.
@@ -15,7 +15,7 @@ import numpy as np
 
 from mergetool.checkpoint.dtypes import BY_CODE, F32, DType
 from mergetool.quant.block_scales import TILE_ROWS
-from mergetool.quant.encoding import Encoding, Floats, Octets, rounded_up
+from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, rounded_up
 
 PIECE_ROWS = TILE_ROWS
 
@@ -30,12 +30,29 @@ class Round(Protocol):
 
 
 class Quantiser(ABC):
-    """An output container; stateless. ``quant`` is its name for the option, ``multiple`` what both sides of a weight are padded to."""
+    """A container; stateless. ``quant`` is its name for the option, ``multiple`` what both sides of a weight are padded to."""
 
     quant: str
     multiple: int = 1
     config: Mapping[str, Any]
-    """What ``.comfy_quant`` says of every layer."""
+    """What ``.comfy_quant`` says of every layer that is written."""
+    scales: frozenset[str] = frozenset()
+    """Last components of the names of scales that it alone has beside a weight."""
+    rotates: bool = False
+    """Whether its weights may be rotated (``convrot``)."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What the markers of files call it."""
+        return (self.config["format"],)
+
+    def claims(self, layer: Layer) -> bool:
+        """Whether a layer that no marker speaks of is in this container, by its tensors."""
+        return False
+
+    @abstractmethod
+    def read(self, layer: Layer) -> Encoding:
+        """A layer of a file in this container; raises DataError where its tensors and its marker contradict each other."""
 
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the values stored for a weight of ``shape``."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mergetool.quant import register
+
 MARKER = "comfy_quant"
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 
-CURRENT: Mapping[str, str] = {
+_CURRENT: Mapping[str, str] = {
     **dict.fromkeys((SCALE, "scale_weight", "weight_scale_inv"), SCALE),
     **dict.fromkeys((INPUT_SCALE, "scale_input", "input_scale_reciprocal", "input_scale_inv"), INPUT_SCALE),
-    **{leaf: leaf for leaf in ("weight_scale_2", "pre_quant_scale", MARKER)},
+    **{leaf: leaf for leaf in ("pre_quant_scale", MARKER)},
 }
-"""Last component -> its current name, for those that mean nothing but this."""
 
 BESIDE_CODES: Mapping[str, str] = {
     **dict.fromkeys(("scale", "scale_reciprocal", "weight_scale_reciprocal", "scale_inv", "dequant_scale"), SCALE),
@@ -28,13 +29,22 @@ DIVISOR = "scale"
 RECIPROCALS = frozenset({"scale_reciprocal", "weight_scale_reciprocal"})
 """A ``scale`` is the inverse of the factor where one of these lies beside it."""
 
-COMFYUI: Mapping[str, str] = {
-    **{leaf: CURRENT[leaf] for leaf in (SCALE, "scale_weight", INPUT_SCALE, "scale_input")},
-    **{leaf: leaf for leaf in ("weight_scale_2", "pre_quant_scale", MARKER)},
-}
-"""Those of ComfyUI's own files, old and new, whose values mean there what they mean here."""
+_IN_COMFYUI = (SCALE, "scale_weight", INPUT_SCALE, "scale_input", "pre_quant_scale", MARKER)
 
-SCALES = frozenset({SCALE, "weight_scale_2", "pre_quant_scale"})
+
+def current(leaf: str) -> str | None:
+    """The current name of a last component that means nothing but a scale or a marker; None for every other."""
+    return leaf if leaf in register.scales() else _CURRENT.get(leaf)
+
+
+def in_comfyui(leaf: str) -> str | None:
+    """The same for those of ComfyUI's own files, old and new, whose values mean there what they mean here."""
+    return current(leaf) if leaf in _IN_COMFYUI or leaf in register.scales() else None
+
+
+def scales() -> frozenset[str]:
+    """The current names of what scales a weight."""
+    return register.scales() | {SCALE, "pre_quant_scale"}
 
 
 def leaf_of(name: str) -> str:

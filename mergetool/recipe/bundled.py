@@ -17,10 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
-from mergetool import arch, quant
+from mergetool import arch
 from mergetool.arch import Part
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.checkpoint.header import TensorInfo
+from mergetool.quant import weights
+from mergetool.quant.encoding import Encoding
 from mergetool.recipe.steps import COPY, MERGED, Input, OutputTensor, Step, window_of
 
 COPIED = "bundled, copied"
@@ -36,8 +38,8 @@ def as_parts(model: Input) -> Input:
     if model.is_lora or not outside:
         return model
     mine = [name for name in model.checkpoint.tensors if name not in outside]
-    encodings = quant.quantised(model.checkpoint, model.name, mine).encodings
-    sides = quant.side_tensors(outside, encodings)
+    encodings = weights.quantised(model.checkpoint, model.name, mine).encodings
+    sides = weights.side_tensors(outside, encodings)
     parts = {name: _read(part, encodings.get(name)) for name, part in outside.items() if name not in sides}
     anatomy = replace(
         model.anatomy,
@@ -48,7 +50,7 @@ def as_parts(model: Input) -> Input:
     return replace(model, anatomy=anatomy)
 
 
-def _read(part: Part, encoding: quant.Encoding | None) -> Part:
+def _read(part: Part, encoding: Encoding | None) -> Part:
     if encoding is None:
         return part
     return Part.whole(part.name, TensorInfo(F32, encoding.shape, 0, 0), encoding)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from mergetool.checkpoint.names import quoted
-from mergetool.quant.containers import METADATA, metadata_layers
+from mergetool.quant.weights import METADATA, metadata_layers
 from mergetool.recipe.steps import Input
 
 LARGEST_VALUE = 1 << 20

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
 
-from mergetool import arch, quant
+from mergetool import arch
 from mergetool.adapters.rows import ChangeRows, StackedRows
 from mergetool.arch import Part, meeting, prefixes
 from mergetool.checkpoint.dtypes import BF16, F32, DType
@@ -34,7 +34,9 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 from mergetool.ops.program import Load, Program
 from mergetool.options.merging import MergeOptions
-from mergetool.quant import is_side_tensor
+from mergetool.quant import register
+from mergetool.quant.quantiser import Quantiser
+from mergetool.quant.weights import is_side_tensor
 from mergetool.recipe import bundled, groups, metadata, provenance, quantised
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
@@ -121,11 +123,10 @@ class _Planner:
         self.multiplier = groups.resolve(self.options.settings, self.first.anatomy)
         self.unmet = self._check_meeting()
         self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
-        self.quantiser = quant.quantiser(options.quant) if options.quant else None
+        self.quantiser = register.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
-            raise UsageError(
-                "`scale_search` looks for the scale of a whole tensor; it needs `quant=fp8-scaled` or `quant=nvfp4`."
-            )
+            able = " or ".join(f"`quant={one.quant}`" for one in register.quantisers() if one.has_tensor_scale)
+            raise UsageError(f"`scale_search` looks for the scale of a whole tensor; it needs {able}.")
         self.is_quantised = (
             quantised.is_quantised(self.first.anatomy, self.quantiser, self.beside)
             if self.quantiser
@@ -253,7 +254,7 @@ class _Planner:
             return self.options.stored
         return widest
 
-    def _step(self, part: Part, first: int, dtype: DType, quantiser: quant.Quantiser | None) -> Step:
+    def _step(self, part: Part, first: int, dtype: DType, quantiser: Quantiser | None) -> Step:
         multiplier = self.multiplier.get(part.name, Fraction(1))
         reason = self.kept.get(part.name) or (SET_TO_0 if multiplier == 0 else self._obstacle(part.name))
         if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the anchor itself

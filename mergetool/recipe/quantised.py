@@ -13,8 +13,8 @@ from math import prod
 from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import BY_CODE, F32
 from mergetool.errors import UsageError
-from mergetool.quant import Quantiser
-from mergetool.quant.spellings import COMFYUI, leaf_of
+from mergetool.quant.quantiser import Quantiser
+from mergetool.quant.spellings import in_comfyui, leaf_of
 from mergetool.recipe.steps import COPY, Input, OutputTensor, Step, Window
 
 SMALLEST_SIDE = 64
@@ -91,13 +91,14 @@ def copied(
     plain = {scale for scale, dtype, _ in encoding.float_scales if dtype is not F32}
     for stored in encoding.tensors:
         leaf = leaf_of(stored)
-        if stored != encoding.tensor and leaf not in COMFYUI:
+        known = in_comfyui(leaf)
+        if stored != encoding.tensor and known is None:
             continue  # of an input, in a spelling that ComfyUI does not read
         info = model.checkpoint.tensors[stored]
         window = Window(steps[0].windows[0].input, stored, 0, info.dtype)
         dtype, program = (F32, COPY) if stored in plain else (info.dtype, None)  # ComfyUI's kernels take float32 scales
         step = Step(parts[0].name, 0, prod(info.shape), program, (window,), reason)
-        tensors.append(OutputTensor(f"{layer}.{COMFYUI.get(leaf, leaf)}", dtype, info.shape, (step,)))
+        tensors.append(OutputTensor(f"{layer}.{known or leaf}", dtype, info.shape, (step,)))
     if not any(tensor.name == f"{layer}.comfy_quant" for tensor in tensors):
         marker = quantiser.marker()
         tensors.append(OutputTensor(f"{layer}.comfy_quant", BY_CODE["U8"], (len(marker),), (), constant=marker))

@@ -9,7 +9,8 @@ from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.ops.program import Load, Program
-from mergetool.quant import Encoding, Quantiser
+from mergetool.quant.encoding import Encoding
+from mergetool.quant.quantiser import Quantiser
 
 MERGED = "merged"
 SET_TO_0 = "`multipliers` to 0"

@@ -20,7 +20,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, FamilyError
 from mergetool.models import OpenedModel
 from mergetool.ops.cpu import as_tensor
-from mergetool.quant import Encoding
+from mergetool.quant.encoding import Encoding
 from mergetool.sampler.parts import (
     Components,
     ComponentWeights,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetool import models, quant
+from mergetool import models
 from mergetool.adapters import matching
 from mergetool.adapters.reading import LoraFile, open_lora
 from mergetool.arch import Anatomy
@@ -21,8 +21,8 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
 from mergetool.models import OpenedModel
-from mergetool.quant import Encoding
-from mergetool.quant.containers import is_side_tensor
+from mergetool.quant.encoding import Encoding
+from mergetool.quant.weights import is_side_tensor, quantised
 from mergetool.sampler import architectures
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -199,7 +199,7 @@ def _open(path: Path, stem: str, part: str) -> Iterator[tuple[Checkpoint, Mappin
     else:
         file = Checkpoint.open(path)
     try:
-        yield file, quant.quantised(file, str(path)).encodings
+        yield file, quantised(file, str(path)).encodings
     finally:
         file.close()
 

@@ -136,11 +136,11 @@ def read(reader: str, path: Path) -> None:
             with open_lora(path):
                 pass
         case "quant":
-            from mergetool import quant
             from mergetool.checkpoint.reader import Checkpoint
+            from mergetool.quant.weights import quantised
 
             with Checkpoint.open(path) as checkpoint:
-                quant.quantised(checkpoint, "f")
+                quantised(checkpoint, "f")
         case "expression":
             from mergetool.recipe.expression import parse
 

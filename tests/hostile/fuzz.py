@@ -20,7 +20,7 @@ from tests.patience import HANG
 with atheris.instrument_imports(include=["mergetool"], enable_loader_override=False):
     import mergetool.adapters
     import mergetool.models
-    import mergetool.quant
+    import mergetool.quant.weights
     import mergetool.recipe.expression
     import mergetool.recipe.provenance  # noqa: F401
     from mergetool.checkpoint import header, shards, strict_json

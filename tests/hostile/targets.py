@@ -199,7 +199,7 @@ MARKS = [
 
 def quantisation(choose: Choose, scratch: Path) -> str | None:
     """Markers, scales and ``_quantization_metadata`` beside weights: an encoding whose rows fit the stored bytes, or a refusal."""
-    from mergetool import quant
+    from mergetool.quant.weights import quantised
 
     names = [_one_of(choose, QUANT_MODULES) + _one_of(choose, QUANT_TAILS) for _ in range(choose.number(6))]
     metadata = {"_quantization_metadata": _mark(choose)} if choose.number(2) == 0 else {}
@@ -212,7 +212,7 @@ def quantisation(choose: Choose, scratch: Path) -> str | None:
 
     def read() -> None:
         with Checkpoint.open(path) as checkpoint:
-            for encoding in quant.quantised(checkpoint, "f").encodings.values():
+            for encoding in quantised(checkpoint, "f").encodings.values():
                 assert encoding.tensor in checkpoint.tensors
                 values = encoding.values(checkpoint.read)
                 assert values.size == encoding.rows * encoding.width

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from mergetool import quant
 from mergetool.checkpoint.reader import Checkpoint
-from mergetool.quant import Encoding
+from mergetool.quant.encoding import Encoding
+from mergetool.quant.weights import quantised
 
 SHAPES = [(192, 192), (170, 64), (64, 3840), (1, 16), (17, 31), (300, 100), (129, 257)]
 """Z-Image's kinds of sizes, and odd ones: ffn hidden widths that no block divides, one row, one more than a tile."""
@@ -40,7 +40,7 @@ def written(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
 
 
 def encodings(checkpoint: Checkpoint) -> Mapping[str, Encoding]:
-    return quant.quantised(checkpoint, "f").encodings
+    return quantised(checkpoint, "f").encodings
 
 
 def values(path: Path, name: str = "a.weight", shape: tuple[int, ...] | None = None) -> np.ndarray:

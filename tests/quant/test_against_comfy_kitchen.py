@@ -17,9 +17,9 @@ from comfy_kitchen.tensor import (
 )
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.quant import register
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.fp8 import narrow
-from mergetool.quant.output import QUANTISERS
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser
 from tests.quant.files import SHAPES, marker, values, weight, written
 
@@ -137,16 +137,16 @@ def test_what_is_written_is_comfy_kitchens_bytes(
     shape: tuple[int, int], name: str, layout: Any, how: dict[str, Any]
 ) -> None:
     matrix = weight(shape, seed=5)
-    found = quantised(QUANTISERS[name], matrix)
+    found = quantised(register.quantiser(name), matrix)
     theirs, _ = stored(layout, matrix, **how)
     for tensor, wanted in theirs.items():
         np.testing.assert_array_equal(found[tensor], wanted.reshape(-1).view(torch.uint8).numpy(), tensor)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", register.names())
 def test_a_weight_of_zeros_stays_one(name: str) -> None:
     """comfy-kitchen divides zero by zero here and writes NaN."""
-    quantiser = QUANTISERS[name]
+    quantiser = register.quantiser(name)
     found = quantised(quantiser, torch.zeros(32, 64))
     encoding = quantiser.encoding("a", (32, 64))
     back = encoding.values(lambda tensor, start, size: found[tensor].tobytes()[start : start + size])

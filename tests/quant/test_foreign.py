@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mergetool import quant
 from mergetool.checkpoint.dtypes import BF16, BY_CODE, F8_E4M3, F16, F32, DType
 from mergetool.checkpoint.header import Header
 from mergetool.errors import DataError
+from mergetool.quant.weights import encodings
 
 U8, I8, I32, I64, BOOL = (BY_CODE[code] for code in ("U8", "I8", "I32", "I64", "BOOL"))
 E8M0, F4, FNUZ = BY_CODE["F8_E8M0"], BY_CODE["F4"], BY_CODE["F8_E4M3FNUZ"]
@@ -17,7 +17,7 @@ Leaves = dict[str, tuple[DType, tuple[int, ...]]]
 def examine(leaves: Leaves, module: str = "layers.0.attention.to_q") -> None:
     entries = [("norm.weight", BF16, (8,)), *((f"{module}.{leaf}", *how) for leaf, how in leaves.items())]
     tensors = dict(Header.plan(entries).tensors)
-    quant.encodings(tensors, {}, None, read=lambda _: b"", packed={}, source="f")
+    encodings(tensors, {}, None, read=lambda _: b"", packed={}, source="f")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergetool import quant
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
+from mergetool.quant.weights import quantised
 from tests.quant.files import marker, written
 
 INT8 = {"format": "int8_tensorwise"}
@@ -20,7 +20,7 @@ def notes(folder: Path, scale: torch.Tensor, *, leaf: str = "weight_scale", code
     if codes is torch.int8:
         tensors["a.comfy_quant"] = marker(INT8)
     with Checkpoint.open(written(folder / "f.safetensors", tensors)) as checkpoint:
-        return " · ".join(quant.quantised(checkpoint, "f").notes)
+        return " · ".join(quantised(checkpoint, "f").notes)
 
 
 @pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergetool.errors import RecipeError, UsageError
-from mergetool.options.merging import CONTAINERS, MergeOptions
-from mergetool.quant.output import QUANTISERS
+from mergetool.options.merging import MergeOptions
 from mergetool.recipe import file, schema
 from mergetool.recipe.file import RecipeFile, RecipeOutput, options_of
 
@@ -116,10 +115,6 @@ def test_options_are_those_of_the_command_line() -> None:
     assert found.multipliers[:2] == (("layers.0-1", Fraction(1, 2)), ("v", Fraction(0)))
     assert str(found.multipliers[2][1]) == "linear(0.2,1)"
     assert (found.dtype, found.rounding, found.seed, found.layout) == ("fp8_e4m3", "stochastic", 3, "diffusers")
-
-
-def test_what_the_table_lists_is_what_there_is() -> None:
-    assert set(QUANTISERS) == set(CONTAINERS)
 
 
 def test_the_published_schema_is_current() -> None:

@@ -19,7 +19,7 @@ from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, F32, DType
 from mergetool.quant.encoding import SCALE_DTYPES, Encoding, Floats, Layer, Octets, Span, beside, column_factor, floats
 from mergetool.quant.fp8 import spacing, widen
 from mergetool.quant.quantiser import Entry, Quantiser, Round, positive
-from mergetool.quant.spellings import COMFYUI, SCALE, leaf_of
+from mergetool.quant.spellings import SCALE, in_comfyui, leaf_of
 
 FORMATS = {"float8_e4m3fn": F8_E4M3, "float8_e5m2": F8_E5M2}
 SMALLEST_BLOCK = 16
@@ -47,7 +47,7 @@ class ScaledFp8(Encoding):
     def quant(self) -> str | None:
         """``fp8-scaled`` for a matrix of e4m3 with one scale under a name of ComfyUI's and no column factor."""
         written = self.dtype is F8_E4M3 and self.grid == (1, 1) and self.columns is None and len(self.shape) == 2
-        return "fp8-scaled" if written and leaf_of(self.scale) in COMFYUI else None
+        return "fp8-scaled" if written and in_comfyui(leaf_of(self.scale)) else None
 
     @property
     def rows(self) -> int:
@@ -154,6 +154,19 @@ class ScaledFp8Quantiser(Quantiser):
     quant = "fp8-scaled"
     config: Mapping[str, Any] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Either of FP8's dtypes."""
+        return tuple(FORMATS)
+
+    def claims(self, layer: Layer) -> bool:
+        """The old files have no marker for a layer."""
+        return layer.weight.dtype in FORMATS.values()
+
+    def read(self, layer: Layer) -> ScaledFp8:
+        """See `encoding_of`."""
+        return encoding_of(layer)
+
     def encoding(self, layer: str, shape: tuple[int, int]) -> ScaledFp8:
         """One scale for the tensor."""
         scale, marker = f"{layer}.weight_scale", f"{layer}.comfy_quant"
@@ -173,3 +186,6 @@ class ScaledFp8Quantiser(Quantiser):
     @property
     def _tensor_scale_leaf(self) -> str:
         return "weight_scale"
+
+
+CONTAINER = ScaledFp8Quantiser()

@@ -17,17 +17,17 @@ from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
-from mergetool.quant import foreign, gguf, int8, mxfp8, nvfp4, scaled_fp8, scales
+from mergetool.quant import foreign, gguf, register, scales, spellings
 from mergetool.quant.encoding import Encoding, Layer
 from mergetool.quant.foreign import is_narrow, refusal
+from mergetool.quant.quantiser import Quantiser
 from mergetool.quant.spellings import (
     BESIDE_CODES,
-    CURRENT,
     DIVISOR,
     INPUT_SCALE,
     MARKER,
     RECIPROCALS,
-    SCALES,
+    current,
     leaf_of,
     module_of,
 )
@@ -36,18 +36,12 @@ METADATA = "_quantization_metadata"
 MOST_MARKER_BYTES = 65536
 
 _MODEL_PREFIX = "model.diffusion_model."  # that metadata may leave out
-_BY_FORMAT: Mapping[str, Callable[[Layer], Encoding]] = {
-    **dict.fromkeys(scaled_fp8.FORMATS, scaled_fp8.encoding_of),
-    "nvfp4": nvfp4.encoding_of,
-    "mxfp8": mxfp8.encoding_of,
-    "int8_tensorwise": int8.encoding_of,
-}
 _OLD_MARKER = "scaled_fp8"
 
 
 def is_side_tensor(name: str) -> bool:
     """True for a tensor that, by its name alone, only means something beside a quantised weight: a marker or a scale."""
-    return leaf_of(name) in CURRENT or leaf_of(name) == _OLD_MARKER
+    return current(leaf_of(name)) is not None or leaf_of(name) == _OLD_MARKER
 
 
 def side_tensors(names: Iterable[str], encodings: Mapping[str, Encoding]) -> frozenset[str]:
@@ -95,7 +89,7 @@ def quantised(checkpoint: Checkpoint, source: str, bundled: Collection[str] = ()
 def _is_lonely(side: str, tensors: Mapping[str, TensorInfo], found: Mapping[str, Encoding]) -> bool:
     """Whether a tensor is the input scale of FP8 that has no scale itself."""
     weight = f"{module_of(side)}.weight"
-    scales_input = CURRENT.get(leaf_of(side)) == INPUT_SCALE
+    scales_input = current(leaf_of(side)) == INPUT_SCALE
     return scales_input and weight in tensors and weight not in found and is_narrow(tensors[weight])
 
 
@@ -148,7 +142,7 @@ def _encoding(
 ) -> Encoding | None:
     """What one layer is; None for a plain weight, beside which there may be the scale of its input."""
     weight = model.get(f"{name}.weight")
-    if config is None and not SCALES & sides.keys():
+    if config is None and not spellings.scales() & sides.keys():
         return None
     if weight is None:
         raise DataError(
@@ -156,31 +150,44 @@ def _encoding(
             "in the file; download it again, or use the unquantised original."
         )
     layer = Layer(source, name, weight, sides, config, blocks)
-    if "weight_scale_2" in sides and weight.dtype is not BY_CODE["U8"]:
-        layer.refuse(f'has a weight of {weight.dtype.code} and a "weight_scale_2"', "U8, as nvfp4 is,")
-    if config is not None:
-        form = config.get("format")
-        if not isinstance(form, str) or form not in _BY_FORMAT:
-            raise refusal(source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(name)}")
-        if form != "int8_tensorwise" and int8.rotation(layer) is not None:
-            # ComfyUI would not undo it; programs that make such files do.
-            layer.refuse('has the key "convrot"', "a format that knows rotations (int8_tensorwise)")
-        return _BY_FORMAT[form](layer)
-    if weight.dtype in (F8_E4M3, F8_E5M2):
+    container = _container(layer)
+    for other in register.quantisers():
+        if other is not container and (strange := min(other.scales & sides.keys(), default=None)):
+            layer.refuse(f"has a weight of {weight.dtype.code} and a {quoted(strange)}", f"one of {other.quant}")
+    if container is None and weight.dtype is BY_CODE["I8"]:
+        layer.refuse("has integers and a scale but no marker", 'a ".comfy_quant" that says whether they are rotated')
+    if container is None:
+        layer.refuse(
+            f"has a weight of {weight.dtype.code} beside {quoted(next(sides[leaf][0] for leaf in sides if leaf in spellings.scales()))}",
+            "a quantised weight",
+        )
+    if config is None and weight.dtype in (F8_E4M3, F8_E5M2):
         for marker, info in old.items():
             if info.dtype in (F8_E4M3, F8_E5M2) and info.dtype is not weight.dtype:
                 layer.refuse(
                     f"has a weight of {weight.dtype.code}", f"{info.dtype.code}, the dtype of {quoted(marker)},"
                 )
-        return scaled_fp8.encoding_of(layer)
-    if weight.dtype is BY_CODE["U8"] and "weight_scale_2" in sides:
-        return nvfp4.encoding_of(layer)
-    if weight.dtype is BY_CODE["I8"]:
-        layer.refuse("has integers and a scale but no marker", 'a ".comfy_quant" that says whether they are rotated')
-    return layer.refuse(
-        f"has a weight of {weight.dtype.code} beside {quoted(next(sides[leaf][0] for leaf in sides if leaf in SCALES))}",
-        "a quantised weight",
-    )
+    return container.read(layer)
+
+
+def _container(layer: Layer) -> Quantiser | None:
+    """The container that a layer is in, by its marker or else by its tensors; None where it is in none.
+
+    Raises DataError for a marker that speaks of another format, or of a rotation where there can be none.
+    """
+    if layer.config is None:
+        return next((one for one in register.quantisers() if one.claims(layer)), None)
+    form = layer.config.get("format")
+    container = next((one for one in register.quantisers() if form in one.formats), None)
+    if container is None:
+        raise refusal(
+            layer.source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(layer.name)}"
+        )
+    if not container.rotates and layer.rotation() is not None:
+        # ComfyUI would not undo it; programs that make such files do.
+        rotating = ", ".join(form for one in register.quantisers() if one.rotates for form in one.formats)
+        layer.refuse('has the key "convrot"', f"a format that knows rotations ({rotating})")
+    return container
 
 
 def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
@@ -189,22 +196,22 @@ def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str,
     for stored, info in model.items():
         leaf, name = leaf_of(stored), module_of(stored)
         weight = model.get(f"{name}.weight") if leaf in BESIDE_CODES else None
-        if leaf in CURRENT or (weight is not None and weight.dtype in (F8_E4M3, F8_E5M2)):
+        if current(leaf) or (weight is not None and weight.dtype in (F8_E4M3, F8_E5M2)):
             spelled.setdefault(name, []).append((leaf, stored, info))
     layers: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     for name, found in spelled.items():
         sides = layers.setdefault(name, {})
         has_factor = any(leaf in RECIPROCALS for leaf, _, _ in found)
         for leaf, stored, info in found:
-            current = DIVISOR if leaf == DIVISOR and has_factor else CURRENT.get(leaf) or BESIDE_CODES[leaf]
-            if current == INPUT_SCALE and current in sides:
-                current = leaf  # a second spelling: it says nothing about the weight either
-            if current in sides:
+            side = DIVISOR if leaf == DIVISOR and has_factor else current(leaf) or BESIDE_CODES[leaf]
+            if side == INPUT_SCALE and side in sides:
+                side = leaf  # a second spelling: it says nothing about the weight either
+            if side in sides:
                 raise DataError(
-                    f'"{source}": tensors {quoted(sides[current][0])} and {quoted(stored)} both scale layer {quoted(name)}, '
+                    f'"{source}": tensors {quoted(sides[side][0])} and {quoted(stored)} both scale layer {quoted(name)}, '
                     "where one is wanted; the file is damaged: use the unquantised original."
                 )
-            sides[current] = (stored, info)
+            sides[side] = (stored, info)
     return layers
 
 

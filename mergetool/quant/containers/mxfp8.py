@@ -102,6 +102,10 @@ class Mxfp8Quantiser(Quantiser):
     multiple = BLOCK
     config: Mapping[str, Any] = {"format": "mxfp8"}
 
+    def read(self, layer: Layer) -> Mxfp8:
+        """See `encoding_of`."""
+        return encoding_of(layer)
+
     def encoding(self, layer: str, shape: tuple[int, int]) -> Mxfp8:
         """Tiled scales."""
         scale = f"{layer}.weight_scale"
@@ -128,3 +132,6 @@ class Mxfp8Quantiser(Quantiser):
             ("weight", F8_E4M3, padded),
             ("weight_scale", E8M0, block_scales.stored_shape(rows, columns // BLOCK)),
         ]
+
+
+CONTAINER = Mxfp8Quantiser()

@@ -32,7 +32,6 @@ from mergetool.quant.quantiser import Entry, Quantiser, Round
 
 I8 = BY_CODE["I8"]
 GROUP_SIZES = (4, 16, 64, 256, 1024, 4096)
-DEFAULT_GROUP = 256
 
 
 @dataclass(frozen=True)
@@ -100,24 +99,9 @@ def encoding_of(layer: Layer) -> Int8:
     return Int8(layer.tensor, beside(layer), shape, shape, factor, scale, info.dtype, info.numel, group)
 
 
-def rotation(layer: Layer) -> object:
-    """The group size that a layer's marker says it is rotated by, whatever it is; None for a layer that is not rotated.
-
-    ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
-    """
-    config = layer.config or {}
-    inner = config.get("params")
-    params = inner if isinstance(inner, dict) else {}
-    rotated = config.get("convrot", params.get("convrot", False))
-    if type(rotated) is not bool:
-        layer.refuse('has a "convrot" that is neither true nor false', "one of them")
-    size: object = config.get("convrot_groupsize", params.get("convrot_groupsize", DEFAULT_GROUP))
-    return size if rotated else None
-
-
 def _group(layer: Layer, columns: int) -> int:
     """The rotation's group size, 0 for none; raises DataError for one that does not fit."""
-    size = rotation(layer)
+    size = layer.rotation()
     if size is None:
         return 0
     if type(size) is not int or size not in GROUP_SIZES or columns % size:
@@ -132,6 +116,11 @@ class Int8Quantiser(Quantiser):
 
     quant = "int8"
     config: Mapping[str, Any] = {"format": "int8_tensorwise"}
+    rotates = True
+
+    def read(self, layer: Layer) -> Int8:
+        """See `encoding_of`."""
+        return encoding_of(layer)
 
     def encoding(self, layer: str, shape: tuple[int, int]) -> Int8:
         """Not rotated."""
@@ -151,3 +140,6 @@ class Int8Quantiser(Quantiser):
 
     def _stored(self, padded: tuple[int, int]) -> list[Entry]:
         return [("weight", I8, padded), ("weight_scale", F32, (padded[0], 1))]
+
+
+CONTAINER = Int8Quantiser()

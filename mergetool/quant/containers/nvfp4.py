@@ -130,6 +130,15 @@ class Nvfp4Quantiser(Quantiser):
     quant = "nvfp4"
     multiple = BLOCK
     config: Mapping[str, Any] = {"format": "nvfp4"}
+    scales = frozenset({"weight_scale_2"})
+
+    def claims(self, layer: Layer) -> bool:
+        """BFL's files have no marker."""
+        return layer.weight.dtype is U8 and "weight_scale_2" in layer.sides
+
+    def read(self, layer: Layer) -> Nvfp4:
+        """See `encoding_of`."""
+        return encoding_of(layer)
 
     def encoding(self, layer: str, shape: tuple[int, int]) -> Nvfp4:
         """ComfyUI's order."""
@@ -164,3 +173,6 @@ class Nvfp4Quantiser(Quantiser):
     @property
     def _tensor_scale_leaf(self) -> str:
         return "weight_scale_2"
+
+
+CONTAINER = Nvfp4Quantiser()

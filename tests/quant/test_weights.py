@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mergetool import quant
 from mergetool.arch import bundled
 from mergetool.checkpoint.dtypes import BF16, BY_CODE, F8_E4M3, F8_E5M2, F16, F32, DType
 from mergetool.checkpoint.header import Header, TensorInfo
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
-from mergetool.quant import Encoding, is_side_tensor
+from mergetool.quant import weights
+from mergetool.quant.encoding import Encoding
+from mergetool.quant.weights import is_side_tensor
 from tests.quant.files import encodings, marker, values, weight, written
 
 U8, I8, E8M0 = BY_CODE["U8"], BY_CODE["I8"], BY_CODE["F8_E8M0"]
@@ -35,7 +36,7 @@ def found(
     """The encodings of a header whose ``.comfy_quant`` tensors hold ``said``."""
     raw = said if isinstance(said, bytes) else json.dumps(said).encode()
     tensors = header(*entries)
-    return quant.encodings(
+    return weights.encodings(
         tensors,
         metadata or {},
         config,
