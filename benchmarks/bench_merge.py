@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import ceiling, contenders, provenance
 from benchmarks.contenders import ByteCopy, Contender, Mergetool, Models
+from benchmarks.generate import SIZES
 from benchmarks.measure import Usage
 
 EXPRESSION = f"alkahest + {contenders.ALPHA} * (turbo - deturbo)"
@@ -217,9 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_merge", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dir", type=Path, required=True, help="holds the models; outputs come and go here too")
-    parser.add_argument(
-        "--size", choices=("tiny", "small", "medium", "full"), default="small", help="of models to make"
-    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="of models to make")
     parser.add_argument("--quant", choices=("fp8-scaled",), help="inputs and output in this container; no peers")
     parser.add_argument("--runs", type=int, default=3, help="rounds")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import ceiling, provenance
 from benchmarks.contenders import PROTECTED, Models
+from benchmarks.generate import SIZES
 from benchmarks.measure import Usage, measure
 
 MULTIPLIERS = (5, 10, 20, 40)
@@ -132,9 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_sweep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dir", type=Path, required=True, help="holds the models; outputs come and go here too")
-    parser.add_argument(
-        "--size", choices=("tiny", "small", "medium", "full"), default="small", help="of models to make"
-    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="of models to make")
     parser.add_argument("--dtype", default="fp8_e4m3", help="of the outputs")
     parser.add_argument("--runs", type=int, default=3, help="rounds")
     parser.add_argument("--singles", action="store_true", help="also the four merges one by one")

@@ -109,7 +109,9 @@ class OutputFile(Pooled):
         """Start writing these bytes to the disk, so that little is left to sync.
 
         Of an output that is not `SMALL` it lets go of what was begun `KEPT_BEHIND` calls before and is on the disk by now, so that the next bytes find
-        those pages.
+        those pages. Merging three files of 3.3 GB took 18 to 20 s so, and 31 to 35 with the output kept; to read the output afterwards took 22 s and 2.6
+        (2 cores, AMD EPYC 9005, 24 GB, other work beside it). Whoever reads it at once loses a sixth of both together, everybody else wins two fifths,
+        and what other programs have in the cache stays there.
         """
         self._require_inside(offset, size)
         with self._writing("writing") as fd:
