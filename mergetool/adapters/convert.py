@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergetool.adapters import foreign_names, fused, matching, module, peft_folder
 from mergetool.adapters import output as lora_file
-from mergetool.adapters.formats import FLAT, Format, KeyFormat, carrying, format_for, module_name
+from mergetool.adapters.formats import FLAT, KeyFormat, LoraFormat, carrying, format_for, module_name
 from mergetool.adapters.module import StoredModule
 from mergetool.adapters.reading import LoraFile
 from mergetool.arch import Family
@@ -113,7 +113,7 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
     foreign_names.require_known(file, key_format)
 
 
-def _modules(file: LoraFile, form: Format, key_format: KeyFormat, done: Converted) -> dict[str, StoredModule]:
+def _modules(file: LoraFile, form: LoraFormat, key_format: KeyFormat, done: Converted) -> dict[str, StoredModule]:
     """The modules to be written, by the parameter of the model that each changes, in file order."""
     found: dict[str, StoredModule] = {}
     layout = form.layout_of(file.family)
@@ -143,7 +143,7 @@ def _modules(file: LoraFile, form: Format, key_format: KeyFormat, done: Converte
     return _stored(file.family, found, layout, done)
 
 
-def _require_carried(file: LoraFile, found: StoredModule, name: str, form: Format, key_format: KeyFormat) -> None:
+def _require_carried(file: LoraFile, found: StoredModule, name: str, form: LoraFormat, key_format: KeyFormat) -> None:
     roles = frozenset(found.tensors)
     if form.is_folder and found.is_by_columns:
         raise DataError(
@@ -182,7 +182,7 @@ def _stored(
     return found
 
 
-def _spelled(part: str, found: StoredModule, form: Format, done: Converted) -> dict[str, Tensor]:
+def _spelled(part: str, found: StoredModule, form: LoraFormat, done: Converted) -> dict[str, Tensor]:
     """The tensors of a module under the names of a format."""
     scale = found.scale
     if form.alpha in ("none", "where needed") and found.kind == "lora" and scale != 1:
@@ -202,7 +202,7 @@ def _spelled(part: str, found: StoredModule, form: Format, done: Converted) -> d
     return tensors
 
 
-def _ordered(found: StoredModule, form: Format) -> list[tuple[str, Tensor]]:
+def _ordered(found: StoredModule, form: LoraFormat) -> list[tuple[str, Tensor]]:
     order = ("down", "up", "mid")
     tensors = sorted(found.tensors.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     if form.is_folder:  # PEFT's magnitudes are a vector

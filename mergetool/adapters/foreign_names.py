@@ -1,6 +1,6 @@
-"""Which formats a LoRA of a model that is not Z-Image can be written in: those whose program is known to look up its modules' names.
+"""Which formats a LoRA of a model whose names are in no table can be written in: those whose program is known to look up its modules' names.
 
-Programs give one model's modules different names, and of other families no map between them is known here. So names are kept: those
+Programs give one model's modules different names, and of such a model no map between them is known here. So names are kept: those
 under ``transformer.`` are diffusers' own, and ComfyUI looks its own up under ``diffusion_model.`` and, with underscores, ``lora_unet_``.
 """
 
@@ -36,8 +36,8 @@ def require_known(file: LoraFile, key_format: KeyFormat) -> None:
         return
     others = " or ".join(f"`key_format={other}`" for other in KEY_FORMATS if _is_known(file, other))
     raise DataError(
-        f'"{file.name}" is not for Z-Image (its first module is {quoted(next(iter(file.adapters)).module)}), and the names that another '
-        f"model's modules have in `key_format={key_format}` are not known here; "
+        f'"{file.name}" is for a model whose names are not known here (its first module is {quoted(next(iter(file.adapters)).module)}), nor '
+        f"what they would be in `key_format={key_format}`; "
         + (
             f"{others} keeps the names that it has."
             if others

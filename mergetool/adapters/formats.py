@@ -31,7 +31,7 @@ _PRODUCTS: frozenset[Kind] = frozenset({"lora", "loha", "lokr"})
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class LoraFormat:
     """How a module is written: what stands before and behind its name, where its alpha goes, and what cannot be said.
 
     ``summary`` is one line for users. ``layout`` says whose names modules have, ComfyUI's with q, k and v as one; None for those that the trainers
@@ -98,10 +98,10 @@ class Format:
         return layout if layout in family.layouts else family.layouts[0]
 
 
-FORMATS: Mapping[KeyFormat, Format] = {
+FORMATS: Mapping[KeyFormat, LoraFormat] = {
     # The one spelling that diffusers and ComfyUI both load whole: a prefix of the family's before the diffusers module name, no alpha (which both take as
     # a scale of 1) and no key of another kind, since a single ``.diff`` makes diffusers reject the file.
-    "default": Format(
+    "default": LoraFormat(
         "diffusion_model. and diffusers' names, lora_A and lora_B: for diffusers and ComfyUI",
         prefix="diffusion_model.",
         down=".lora_A.weight",
@@ -110,7 +110,7 @@ FORMATS: Mapping[KeyFormat, Format] = {
         alpha="where needed",
         kinds=_PRODUCTS,
     ),
-    "diffusers": Format(
+    "diffusers": LoraFormat(
         "transformer. and the same names; a scale is multiplied in",
         prefix="transformer.",
         down=".lora_A.weight",
@@ -120,7 +120,7 @@ FORMATS: Mapping[KeyFormat, Format] = {
         dora=None,
         looks_up="diffusers",
     ),
-    "comfyui": Format(
+    "comfyui": LoraFormat(
         "ComfyUI's own names, q, k and v as one; also carries whole differences (.diff)",
         prefix="diffusion_model.",
         down=".lora_down.weight",
@@ -129,7 +129,7 @@ FORMATS: Mapping[KeyFormat, Format] = {
         kinds=_PRODUCTS | {"full"},
         looks_up="comfyui",
     ),
-    "kohya": Format(
+    "kohya": LoraFormat(
         "lora_unet_, underscores and alphas, as musubi-tuner has them: for diffusers since 0.39",
         prefix="lora_unet_",
         down=".lora_down.weight",
@@ -140,7 +140,7 @@ FORMATS: Mapping[KeyFormat, Format] = {
         looks_up="comfyui",
         has_own_prefix=True,
     ),
-    "peft": Format(
+    "peft": LoraFormat(
         "a folder: adapter_model.safetensors and adapter_config.json",
         prefix="base_model.model.",
         down=".lora_A.weight",
@@ -154,7 +154,7 @@ FORMATS: Mapping[KeyFormat, Format] = {
 }
 
 
-def format_for(family: Family, key_format: KeyFormat = "default") -> Format:
+def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
     """A format as it is for LoRAs of ``family``."""
     chosen = FORMATS[key_format]
     return replace(chosen, prefix=family.lora_prefix) if key_format == "default" else chosen

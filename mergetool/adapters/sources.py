@@ -14,10 +14,10 @@ from mergetool.adapters.values import dense_rows, factor, low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lowrank.low_rank import LowRank
-from mergetool.lowrank.matrices import ROWS, Dense, Kronecker
+from mergetool.lowrank.matrices import ROWS, Dense, Kronecker, Matrix
 
 
-def source_of(file: LoraFile, change: Change) -> LowRank | Kronecker | Dense:
+def source_of(file: LoraFile, change: Change) -> Matrix:
     """The values of a change of a matrix; a convolution's columns are its in * kh * kw.
 
     Raises DataError for a DoRA, whose change depends on the weight it is added to, and NonFiniteError for NaN or infinity.

@@ -25,7 +25,7 @@ Examples:
 {chr(10).join(f"{name:<12}{form.summary}" for name, form in FORMATS.items())}
 
 Values are kept bit for bit where the format can say them; what was rounded is named. Which releases load the file that was written,
-whole or not, is said at the end. Of a model that is not Z-Image a LoRA keeps its names, or is refused.
+whole or not, is said at the end. A LoRA of a model whose names are not known keeps them, or is refused.
 """
 
 

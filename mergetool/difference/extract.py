@@ -7,7 +7,7 @@ While matrices are decomposed, one a core, the next one is read; so memory is a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -118,39 +118,40 @@ def extract(
     with ThreadPoolExecutor(1, "metadata") as background:
         early = background.submit(metadata_of, pairing, options)
         solved: list[Solved] = []
-        found_in: Iterator[Solved]
-        if device is not None:
-            found_in = _on_device(stream, options, device, memory or free_memory(device))
-        elif options.budget:
-            found_in = WithinBudget(stream, options, early.result(), side, progress).solve()
-        elif to.spectra is not None:
-            found_in = with_spectra(stream, options, side)
-        else:
-            found_in = stream.solved(pairing.pairs, options, partial(_decompose, pairing, options))
-        for pair, energy, result in found_in:
+        for pair, energy, result in _solved(stream, options, side, early.result, device, memory, progress):
             if not math.isfinite(energy):
                 raise _not_finite(pairing, pair)
             solved.append((pair, energy, result))
             progress(pairing.nbytes(pair))
     found, factors = _in_order(pairing, solved, options)
-    if found.layers and not factors:
-        raise UsageError(f"no singular value is above {options.threshold:g}; lower `rank_thresh`.")
-    if not factors:
-        raise _nothing(pairing, options)
+    write = partial(lora_file.write, inputs=files, overwrite=overwrite, threads=stream.threads)
     if to.full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
-        lora_file.write(to.full, values, early.result(), files, overwrite=overwrite, threads=asked(threads))
-    lora_file.write(
-        to.lora,
-        joined(factors, pairing.base.anatomy.family),
-        early.result(),
-        files,
-        overwrite=overwrite,
-        threads=asked(threads),
-    )
-    side.save(files, asked(threads))
+        write(to.full, values, early.result())
+    write(to.lora, joined(factors, pairing.base.anatomy.family), early.result())
+    side.save(files, stream.threads)
     found.searched = sorted(side.added)
     return found
+
+
+def _solved(
+    stream: DeltaStream,
+    options: DiffOptions,
+    side: SideFile,
+    metadata: Callable[[], Mapping[str, str]],
+    device: torch.device | None,
+    memory: int,
+    progress: Callable[[int], None],
+) -> Iterator[Solved]:
+    """Every pair, by the way that the options ask for."""
+    pairing = stream.pairing
+    if device is not None:
+        return _on_device(stream, options, device, memory or free_memory(device))
+    if options.budget:
+        return WithinBudget(stream, options, metadata(), side, progress).solve()
+    if side.kept:
+        return with_spectra(stream, options, side)
+    return stream.solved(pairing.pairs, options, partial(_decompose, pairing, options))
 
 
 def on_the_cpu(options: DiffOptions, pairing: Pairing | None = None) -> str:
@@ -181,7 +182,7 @@ def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
 def _in_order(
     pairing: Pairing, solved: Sequence[Solved], options: DiffOptions
 ) -> tuple[Extraction, dict[str, torch.Tensor]]:
-    """What was found, and the tensors to store, in the order of the pairs."""
+    """What was found, and the tensors to store, in the order of the pairs. Raises UsageError or DataError where nothing is to be stored."""
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
@@ -194,6 +195,10 @@ def _in_order(
         else:
             reason = pair.reason or ("nothing in common" if pairing.second and options.takes_common else "unchanged")
             found.skipped.setdefault(reason, {})[pair.name] = energy
+    if found.layers and not factors:
+        raise UsageError(f"no singular value is above {options.threshold:g}; lower `rank_thresh`.")
+    if not factors:
+        raise _nothing(pairing, options)
     return found, factors
 
 

@@ -24,8 +24,7 @@ from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, FamilyError
-from mergetool.lowrank.low_rank import LowRank
-from mergetool.lowrank.matrices import Dense, Kronecker, total
+from mergetool.lowrank.matrices import Matrix, total
 from mergetool.options.multipliers import Setting
 from mergetool.recipe import groups
 
@@ -167,7 +166,7 @@ def gather(
     return Gathering(tuple(terms), family, modules, tuple(left_out), settings)
 
 
-def total_of(addends: Sequence[Addend]) -> LowRank | Kronecker | Dense:
+def total_of(addends: Sequence[Addend]) -> Matrix:
     """The sum of some addends of a module. Raises DataError for a DoRA, and NonFiniteError."""
     return total([(float(addend.strength), source_of(addend.file, addend.change)) for addend in addends])
 

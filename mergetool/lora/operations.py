@@ -24,7 +24,7 @@ from mergetool.errors import DataError, NonFiniteError
 from mergetool.lora.gathering import Addend, GatheredModule, Gathering, total_of
 from mergetool.lowrank import sets
 from mergetool.lowrank.low_rank import LowRank
-from mergetool.lowrank.matrices import Dense, Kronecker, narrow
+from mergetool.lowrank.matrices import Kronecker, Matrix, narrow
 from mergetool.lowrank.rules import Rule
 from mergetool.lowrank.svd import decompose
 
@@ -194,7 +194,7 @@ def _scored(
     )
 
 
-def _values(matrix: LowRank | Kronecker | Dense) -> LowRank | Tensor:
+def _values(matrix: Matrix) -> LowRank | Tensor:
     """A matrix as `sets` takes it."""
     if isinstance(matrix, Kronecker):
         return matrix.rows(0, matrix.shape[0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,31 +21,6 @@ from mergetool.lowrank.svd import decompose
 
 ROWS = 1024
 """Rows of a dense matrix that are made at a time; in float64, 31 MB of 3840 columns."""
-
-
-class Matrix(Protocol):
-    """A matrix [m, n] that can be decomposed."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[m, n]."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What it is made of."""
-
-    @property
-    def width(self) -> int:
-        """A bound of its rank."""
-
-    def spectrum(self) -> Tensor:
-        """Its singular values, falling, float64, without those that are rounding noise."""
-
-    def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
-        """Its ``rank`` strongest directions, fewer where it has no more; ``rank`` may be chosen from the spectrum."""
-
-    def rows(self, first: int, count: int) -> Tensor:
-        """Some of its rows, [count, n], float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,14 +154,19 @@ class Dense:
         return self.matrix[first : first + count].double()
 
 
-def narrow(matrix: LowRank | Kronecker | Dense) -> LowRank | Kronecker | Dense:
+Matrix = LowRank | Kronecker | Dense
+"""A matrix [m, n] that can be decomposed: all have its ``shape``, the ``tensors`` it is made of and a ``width`` that bounds its rank; ``spectrum`` gives its
+singular values, falling, float64, without those that are rounding noise, ``truncated`` its strongest directions, ``rows`` some of its rows in float64."""
+
+
+def narrow(matrix: Matrix) -> Matrix:
     """``matrix`` as two factors where those are narrow enough to be worked with."""
     if isinstance(matrix, Kronecker) and _are_narrow([matrix.width], matrix.shape):
         return matrix.low_rank()
     return matrix
 
 
-def total(terms: Sequence[tuple[float, LowRank | Kronecker | Dense]]) -> LowRank | Kronecker | Dense:
+def total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
     """The sum of at least one matrix of one shape, each times its strength."""
     shape = terms[0][1].shape
     strength, only = terms[0]

@@ -74,7 +74,7 @@ class LookUpOptions(Table):
 
     model: Annotated[
         str | None,
-        Option(help="The model to look the LoRA's names up in.", kind=ModelName(), default="Z-Image is known"),
+        Option(help="The model to look the LoRA's names up in.", kind=ModelName(), default="known families need none"),
     ] = None
 
 

@@ -434,7 +434,7 @@ def test_what_another_family_is_refused_says_what_can_be_written(tmp_path: Path)
     save_file({f"transformer.x.lora_{x}.weight": random(4, 4, seed=1) for x in "AB"}, tmp_path / "lora.safetensors")
     with pytest.raises(
         DataError,
-        match=r"not for Z-Image.*`key_format=comfyui` are not known.*; `key_format=diffusers` or `key_format=peft` keeps",
+        match=r"names are not known here.*in `key_format=comfyui`; `key_format=diffusers` or `key_format=peft` keeps",
     ):
         converted(tmp_path / "lora.safetensors", tmp_path, "comfyui")
 

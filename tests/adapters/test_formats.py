@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from mergetool.adapters.adapter import Kind
-from mergetool.adapters.formats import FORMATS, KEY_FORMATS, Format, carrying
+from mergetool.adapters.formats import FORMATS, KEY_FORMATS, LoraFormat, carrying
 from mergetool.adapters.keys import Spelled, take_apart
 
 ROLES: dict[Kind, tuple[str, ...]] = {
@@ -20,7 +20,7 @@ ROLES: dict[Kind, tuple[str, ...]] = {
 MODULE = "layers.0.attention.to_q"
 
 
-def carried(form: Format) -> Iterator[tuple[Kind, str]]:
+def carried(form: LoraFormat) -> Iterator[tuple[Kind, str]]:
     for kind, roles in ROLES.items():
         yield from ((kind, role) for role in roles if form.carries(kind, frozenset({role})))
 
