@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergetool.adapters import foreign_names, fused, matching, module, peft_folder
-from mergetool.adapters import output as lora_file
+from mergetool.adapters import foreign_names, fused, module, peft_folder, unmatched
+from mergetool.adapters import output as lora_output
 from mergetool.adapters.formats import FLAT, KeyFormat, LoraFormat, carrying, format_for, module_name
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
-from mergetool.adapters.reading import LoraFile
 from mergetool.arch import Family
 from mergetool.arch.generic import GENERIC
 from mergetool.arch.rows import listed
@@ -66,16 +66,16 @@ def convert(
     target = (
         None
         if output is None
-        else lora_file.check(output, file.checkpoint.files, overwrite=overwrite, folder=form.is_folder)
+        else lora_output.check(output, file.checkpoint.files, overwrite=overwrite, folder=form.is_folder)
     )
     _require_convertible(file, key_format, skip_unmatched=skip_unmatched, names_known=names_known)
-    done = Converted(unmatched=matching.left_aside(file))
+    done = Converted(unmatched=unmatched.left_aside(file))
     modules = _modules(file, form, key_format, done)
     tensors: dict[str, Tensor] = {}
     for part, one in modules.items():
         tensors |= _spelled(part, one, form, done)
     if key_format == "default":
-        tensors = lora_file.with_alphas_everywhere(tensors)
+        tensors = lora_output.with_alphas_everywhere(tensors)
     if not tensors:
         raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')
     done.modules, done.tensors = len(modules), len(tensors)
@@ -84,7 +84,7 @@ def convert(
     extra = {}
     if form.is_folder:
         extra[peft_folder.CONFIG] = peft_folder.config(file, {module_name(part): one for part, one in modules.items()})
-    lora_file.write(
+    lora_output.write(
         target, tensors, _metadata(file, key_format), file.checkpoint.files, overwrite=overwrite, extra_files=extra
     )
     return done

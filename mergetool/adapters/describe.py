@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergetool.adapters.adapter import Change
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import dense_rows, factor, low_rank
 
 DENSE_ROWS = 256

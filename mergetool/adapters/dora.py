@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergetool.adapters.adapter import Change, is_by_columns
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import factor, widened
 from mergetool.arch import Part
 from mergetool.checkpoint.names import quoted

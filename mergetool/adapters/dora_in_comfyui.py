@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergetool.adapters.dora import EPSILON, DoraRows
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Anatomy
 from mergetool.checkpoint.reader import Checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mergetool.adapters.formats import FORMATS, KEY_FORMATS, KeyFormat, bare
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError

@@ -15,7 +15,7 @@ from mergetool.adapters.diffusers_loaders import LOADERS, DiffusersLoader
 from mergetool.adapters.formats import FORMATS, NATIVE
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.arch import Family
 from mergetool.arch.generic import GENERIC
 

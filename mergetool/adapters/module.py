@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.ops.cpu import TORCH, as_tensor

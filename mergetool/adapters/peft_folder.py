@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
-from mergetool.adapters.reading import LoraFile
 from mergetool.errors import DataError
 
 Number = TypeVar("Number", int, float)

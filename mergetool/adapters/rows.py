@@ -13,7 +13,7 @@ import numpy as np
 
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.dora import dora_rows
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import dense_rows, low_rank
 from mergetool.arch import Anatomy, Part, Slice
 from mergetool.checkpoint.dtypes import F32

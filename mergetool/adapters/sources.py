@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergetool.adapters.adapter import Change
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import dense_rows, factor, low_rank
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError

@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from mergetool.adapters.adapter import Change
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.quant import fp8

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergetool.adapters.describe import Contents
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
-    from mergetool.adapters.reading import LoraFile
+    from mergetool.adapters.lora_file import LoraFile
     from mergetool.lora.operations import Score
     from mergetool.lora.verify import LoraReport
 

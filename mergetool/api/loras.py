@@ -27,7 +27,7 @@ from mergetool.options.table import Option
 if TYPE_CHECKING:
     from mergetool.adapters.convert import Converted
     from mergetool.adapters.loaders import Loading
-    from mergetool.adapters.reading import LoraFile
+    from mergetool.adapters.lora_file import LoraFile
     from mergetool.arch import Anatomy
     from mergetool.checkpoint.outputs import Target
     from mergetool.lora.combine import Combined, Derive
@@ -272,7 +272,7 @@ def _anatomy(model: str | None) -> Anatomy | None:
 def opened_lora(lora: str | os.PathLike[str], model: str | None) -> LoraFile:
     """The LoRA, with its names looked up."""
     from mergetool import models
-    from mergetool.adapters.reading import open_lora
+    from mergetool.adapters.lora_file import open_lora
 
     return open_lora(models.resolve(str(lora)).path, name=str(lora), anatomy=_anatomy(model))
 

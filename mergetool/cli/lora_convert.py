@@ -12,7 +12,7 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.adapters.reading import LoraFile
+    from mergetool.adapters.lora_file import LoraFile
     from mergetool.api.loras import LoraConverted
 
 EXAMPLES = f"""\b

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergetool.adapters.describe import ChangedPart, Contents
     from mergetool.adapters.dora_in_comfyui import Difference
     from mergetool.adapters.loaders import Loading
-    from mergetool.adapters.reading import LoraFile
+    from mergetool.adapters.lora_file import LoraFile
     from mergetool.api.lora_checks import LoraContents
 
 EXAMPLES = """\b
@@ -64,7 +64,7 @@ class _Contents(CommandEvents):
 
 
 def _print(file: LoraFile, contents: Contents, loaded: Sequence[Loading], *, verbose: bool) -> None:
-    from mergetool.adapters import matching
+    from mergetool.adapters import unmatched
 
     size = sum(stored.size for stored in file.checkpoint.files)
     console.heading("lora", f"{file.name}  {console.size(size)}  for {file.family.name}")
@@ -87,7 +87,7 @@ def _print(file: LoraFile, contents: Contents, loaded: Sequence[Loading], *, ver
     _print_blocks(contents, verbose=verbose)
     loads.print_all(loaded, verbose=verbose)
     reasons: dict[str, list[str]] = {}
-    for key, reason in matching.left_aside(file):
+    for key, reason in unmatched.left_aside(file):
         reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
         console.heading(

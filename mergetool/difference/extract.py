@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from mergetool import models
-from mergetool.adapters import output as lora_file
+from mergetool.adapters import output as lora_output
 from mergetool.adapters.fused import joined
-from mergetool.adapters.reading import is_lora
+from mergetool.adapters.lora_file import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.stamp import display_names, stamp
@@ -124,7 +124,7 @@ def extract(
             solved.append((pair, energy, result))
             progress(pairing.nbytes(pair))
     found, factors = _in_order(pairing, solved, options)
-    write = partial(lora_file.write, inputs=files, overwrite=overwrite, threads=stream.threads)
+    write = partial(lora_output.write, inputs=files, overwrite=overwrite, threads=stream.threads)
     if to.full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
         write(to.full, values, early.result())

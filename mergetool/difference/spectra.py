@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergetool import __version__
-from mergetool.adapters import output as lora_file
+from mergetool.adapters import output as lora_output
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import lora_target
@@ -93,7 +93,7 @@ class SideFile:
             "matrices": {n: {"total": self.known[n].total, "complete": self.known[n].complete} for n in names},
         }
         metadata = {"mergetool.version": __version__, "mergetool.spectra": json.dumps(described, sort_keys=True)}
-        lora_file.write(lora_target(self.path), tensors, metadata, files, overwrite=True, threads=threads)
+        lora_output.write(lora_target(self.path), tensors, metadata, files, overwrite=True, threads=threads)
 
 
 def _described(file: Checkpoint) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 from mergetool import __version__, models
-from mergetool.adapters import matching
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters import unmatched
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.journal import RunDigest
@@ -137,14 +137,14 @@ def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None 
     keys that do not, unless those are to be skipped.
     """
     file = stack.enter_context(open_lora(models.resolve(place or name).path, name=name, anatomy=model.anatomy))
-    matching.require_match(file, model.name, skip_unmatched=skip_unmatched)
+    unmatched.require_match(file, model.name, skip_unmatched=skip_unmatched)
     return Input(
         name,
         file.checkpoint,
         anatomy_of(file, model.anatomy, model.checkpoint),
         is_lora=True,
-        unmatched=matching.left_aside(file),
-        remarks=matching.remarks(file),
+        unmatched=unmatched.left_aside(file),
+        remarks=unmatched.remarks(file),
     )
 
 

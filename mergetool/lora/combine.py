@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mergetool.adapters import output as lora_file
+from mergetool.adapters import output as lora_output
 from mergetool.adapters.fused import joined
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
@@ -102,7 +102,7 @@ def combine(
     something else of a module than its sum. ``progress`` is told of every module, with a budget twice. Bytes do not depend on ``threads``. Raises OutputError, BusyError, StorageError,
     UsageError for a budget that is too small, DataError for what cannot be added and NonFiniteError.
     """
-    target = lora_file.check(output, gathering.files, overwrite=overwrite)
+    target = lora_output.check(output, gathering.files, overwrite=overwrite)
     metadata = _metadata(gathering, selection, dtype, command)
     done: list[CombinedModule] = []
     empty: list[str] = []
@@ -123,8 +123,8 @@ def combine(
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
     if gathering.family is not GENERIC:  # whose names are as the first file spells them
-        tensors = lora_file.with_alphas_everywhere(joined(tensors, gathering.family))
-    lora_file.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
+        tensors = lora_output.with_alphas_everywhere(joined(tensors, gathering.family))
+    lora_output.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
 
 

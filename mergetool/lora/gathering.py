@@ -10,11 +10,11 @@ from fractions import Fraction
 from math import prod
 
 from mergetool import models
-from mergetool.adapters import matching
+from mergetool.adapters import unmatched
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.formats import FORMATS, bare, format_for
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.sources import source_of
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import Anatomy, Family, Part, Slice
@@ -106,7 +106,7 @@ class Gathering:
         found = []
         for term in self.terms:
             found += [f"{term.file.name}: {warning}" for warning in term.file.warnings]
-            found += matching.remarks(term.file)
+            found += unmatched.remarks(term.file)
         return found
 
 
@@ -216,8 +216,8 @@ def _shapes(terms: Sequence[WeighedLora]) -> dict[str, tuple[int, ...]]:
 
 
 def _unmatched(file: LoraFile, skip: bool) -> list[tuple[str, str, float | None]]:
-    matching.require_match(file, "a sum of LoRAs", skip_unmatched=skip)
-    return [(key, f"{reason}, in {file.name}", None) for key, reason in matching.left_aside(file)]
+    unmatched.require_match(file, "a sum of LoRAs", skip_unmatched=skip)
+    return [(key, f"{reason}, in {file.name}", None) for key, reason in unmatched.left_aside(file)]
 
 
 def _only(file: LoraFile, part: str, changes: Sequence[Change]) -> Change:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint.dtypes import DType
 from mergetool.difference.memory import READING, largest, of_dense
 from mergetool.engine.job import BASE_MEMORY

@@ -22,9 +22,9 @@ from fractions import Fraction
 import torch
 
 from mergetool import models
-from mergetool.adapters import matching
+from mergetool.adapters import unmatched
 from mergetool.adapters.loaders import Loading, loading
-from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
@@ -117,7 +117,7 @@ def open_check(base: str, lora: str, variant: str, *, strength: Fraction = Fract
     ):
         meeting.check_families(first, second)
         unmet = meeting.check(first, second)
-        matching.require_match(file, base, skip_unmatched=True)
+        unmatched.require_match(file, base, skip_unmatched=True)
         parts, left_out = _comparable(first, second)
         changed = anatomy_of(file, first.anatomy, first.checkpoint).parts
         changes = {name: _scaled(part, strength) for name, part in changed.items()}
@@ -158,8 +158,8 @@ def verify_lora(
     return LoraReport(
         tuple(residuals),
         check.left_out,
-        matching.left_aside(file),
-        (*check.unmet, *file.warnings, *matching.remarks(file)),
+        unmatched.left_aside(file),
+        (*check.unmet, *file.warnings, *unmatched.remarks(file)),
         tuple(loading(file)),
         float(check.strength),
     )

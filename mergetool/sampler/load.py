@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergetool import models
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint

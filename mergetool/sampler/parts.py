@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import models
-from mergetool.adapters import matching
-from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters import unmatched
+from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.arch import Anatomy
 from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.names import quoted
@@ -338,4 +338,4 @@ def require_lora(file: LoraFile, model: str) -> None:
             f'"{file.name}" has {quoted(key)}, which changes nothing in {model} ({reason}; {len(file.unmatched)} such keys in all); '
             "it is a LoRA for another model: bake what fits with `mergetool lora bake` and `skip_unmatched`."
         )
-    matching.require_match(file, model, skip_unmatched=False)
+    unmatched.require_match(file, model, skip_unmatched=False)

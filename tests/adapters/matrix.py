@@ -23,7 +23,7 @@ from safetensors.torch import save_file as save_torch
 from mergetool.adapters.convert import convert
 from mergetool.adapters.formats import KEY_FORMATS, KeyFormat
 from mergetool.adapters.in_diffusers import RELEASES
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.arch.families.z_image import REFERENCE_CONFIG, reference_shapes
 from tests.adapters.files import DORAS, FILES
 from tests.adapters.spellings import SPELLINGS, Written

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mergetool import models
 from mergetool.adapters.convert import Converted, convert
 from mergetool.adapters.formats import KEY_FORMATS, KeyFormat
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.errors import DataError, NonFiniteError, OutputError, UsageError
 from tests.adapters.files import with_magnitudes

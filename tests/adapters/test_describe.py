@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mergetool.adapters.describe import Contents, block_of, by_block, describe, total
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.errors import OutputError, UsageError
 from mergetool.lora import plots
 from tests.adapters.spellings import BLOCK, DIM, SPELLINGS, random, split

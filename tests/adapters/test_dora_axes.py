@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.convert import convert
 from mergetool.adapters.formats import KeyFormat
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.errors import DataError
 from tests.adapters.spellings import BLOCK, DIM, FFN, f64, random
 from tests.adapters.test_traps import moved

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.dora_in_comfyui import difference
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.arch import recognise
 from mergetool.checkpoint.reader import Checkpoint
 from tests.adapters.spellings import DOWN, UP, f64, random

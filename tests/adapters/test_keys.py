@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import recognise
 from mergetool.checkpoint.reader import Checkpoint
@@ -241,7 +241,7 @@ def test_a_lora_for_the_text_encoder_alone_is_never_done(tmp_path: Path) -> None
 def test_a_large_share_that_does_not_meet_is_a_warning_with_the_share(
     tmp_path: Path, strangers: int, warns: bool
 ) -> None:
-    from mergetool.adapters.matching import remarks
+    from mergetool.adapters.unmatched import remarks
 
     written = split("diffusion_model.", A, B)  # 14 keys
     written.tensors |= {f"diffusion_model.layers.{i}.attention.to_z{A}": random(2, 2, seed=1) for i in range(strangers)}

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mergetool.adapters.loaders import Loading, loading
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from tests.adapters.files import DORAS
 from tests.adapters.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, Case, Matrix, agrees
 from tests.adapters.spellings import DIM, Written, random

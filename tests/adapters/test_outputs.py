@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.convert import convert
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.engine import job
 from mergetool.lab.training import models
 from mergetool.options.merging import MergeOptions

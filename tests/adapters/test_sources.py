@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters.reading import LoraFile, open_lora
+from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.sources import source_of
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.lowrank.low_rank import LowRank

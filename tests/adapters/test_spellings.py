@@ -11,7 +11,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
 from mergetool import models
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import recognise
 from mergetool.checkpoint.dtypes import F32

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.api.merges import Bake
 from mergetool.checkpoint.dtypes import F16, F32
 from mergetool.engine import job

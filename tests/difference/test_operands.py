@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters import sources
-from mergetool.adapters.reading import is_lora, open_lora
+from mergetool.adapters.lora_file import is_lora, open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import recognise
 from mergetool.checkpoint.dtypes import F32

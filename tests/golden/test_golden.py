@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.recipe import provenance
 

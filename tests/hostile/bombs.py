@@ -131,7 +131,7 @@ def read(reader: str, path: Path) -> None:
 
             Checkpoint.open(path).close()
         case "lora":
-            from mergetool.adapters.reading import open_lora
+            from mergetool.adapters.lora_file import open_lora
 
             with open_lora(path):
                 pass

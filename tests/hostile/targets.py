@@ -160,7 +160,7 @@ DTYPES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, 
 
 def lora(choose: Choose, scratch: Path) -> str | None:
     """A LoRA file of pieces of all dialects: opened and described, or refused."""
-    from mergetool.adapters.reading import open_lora
+    from mergetool.adapters.lora_file import open_lora
 
     head = LORA_HEADS[choose.number(len(LORA_HEADS) - 1)]
     names = []

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergetool.adapters.reading import open_lora
+from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.values import dense_rows
 from mergetool.checkpoint import dtypes
 from mergetool.errors import DataError, FamilyError, OutputError, PatternError, UsageError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergetool.adapters.reading import LoraFile
+from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
 
