@@ -28,7 +28,7 @@ from benchmarks.bench_merge_gpu import Nowhere
 from benchmarks.device_pair import header_of
 from benchmarks.provenance import Result
 from mergetool.checkpoint.dtypes import DType
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.inputs import Readable
 from mergetool.engine import gpu, job, merge
 from mergetool.engine.device import Device
 from mergetool.engine.feeding.uploader import PIECE, Uploader
@@ -107,7 +107,7 @@ class WaitingUploader(Uploader):
     latest = 0.0
     """When the copies that were waited for last are done."""
 
-    def _copy(self, file: InputFile, offset: int, target: Tensor) -> None:
+    def _copy(self, file: Readable, offset: int, target: Tensor) -> None:
         buffers = getattr(self._own, "copied", (0.0, 0.0))
         sleep_until(buffers[0])
         time.sleep(target.numel() / READ)

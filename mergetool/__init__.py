@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from mergetool.checkpoint.reader import Checkpoint
     from mergetool.checkpoint.writer import CheckpointWriter
     from mergetool.difference.extract import extract, open_diff
+    from mergetool.engine.inputs import open_model
     from mergetool.engine.job import open_merge, run_merge
     from mergetool.errors import MergetoolError
-    from mergetool.models import open_model
     from mergetool.options.differences import DiffOptions
     from mergetool.options.merging import MergeOptions
     from mergetool.recipe.expression import parse
@@ -98,7 +98,7 @@ _HOME = {
     "merge": "api.merges",
     "open_diff": "difference.extract",
     "open_merge": "engine.job",
-    "open_model": "models",
+    "open_model": "engine.inputs",
     "parse": "recipe.expression",
     "replay": "api.verifications",
     "run_merge": "engine.job",

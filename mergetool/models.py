@@ -43,7 +43,7 @@ EMBEDDED = Path(__file__).parent / "lab" / "data"
 
 _HEADING = "# Names for models, kept by: mergetool models add, mergetool models remove\n\n[models]\n"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_FILE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json", ".toml", ".yaml", ".yml")
+FILE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json", ".toml", ".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +108,27 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
-        # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
-        from mergetool.arch import bundled, recognise
-        from mergetool.quant.weights import Quantised, quantised
-
-        refused = None
-        try:
-            found = quantised(checkpoint, model, bundled(checkpoint.tensors))
-        except DataError as error:
-            if not names_only:
-                raise
-            found, refused = Quantised({}), str(error)
-        anatomy = recognise(checkpoint.tensors, source=model, encodings=found.encodings, names_only=refused is not None)
-        return OpenedModel(model, checkpoint, anatomy, found.notes, refused)
+        return recognised(model, checkpoint, names_only=names_only)
     except BaseException:
         checkpoint.close()
         raise
+
+
+def recognised(name: str, checkpoint: Checkpoint, *, names_only: bool = False) -> OpenedModel:
+    """What an open checkpoint holds. Raises what `open_model` says of its content."""
+    # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
+    from mergetool.arch import bundled, recognise
+    from mergetool.quant.weights import Quantised, quantised
+
+    refused = None
+    try:
+        found = quantised(checkpoint, name, bundled(checkpoint.tensors))
+    except DataError as error:
+        if not names_only:
+            raise
+        found, refused = Quantised({}), str(error)
+    anatomy = recognise(checkpoint.tensors, source=name, encodings=found.encodings, names_only=refused is not None)
+    return OpenedModel(name, checkpoint, anatomy, found.notes, refused)
 
 
 def listing() -> tuple[Registered, ...]:
@@ -267,7 +272,7 @@ def _local(entry: Registered) -> Path:
 
 
 def _unknown(model: str) -> str:
-    if not _NAME.fullmatch(model) or model.lower().endswith(_FILE_SUFFIXES):
+    if not _NAME.fullmatch(model) or model.lower().endswith(FILE_SUFFIXES):
         return f"{quoted(model)} does not exist; {_nearest_file(model)}check the path."
     near = difflib.get_close_matches(model, _registry(), n=1)
     hint = f'did you mean "{near[0]}"' if near else "see: mergetool models list"
@@ -291,7 +296,7 @@ def _require_name(name: str) -> None:
         raise UsageError(
             f'{quoted(name)} cannot be a name; use letters, digits, ".", "-" and "_", starting with a letter or digit.'
         )
-    if name.lower().endswith(_FILE_SUFFIXES):
+    if name.lower().endswith(FILE_SUFFIXES):
         raise UsageError(f'"{name}" looks like a file; leave its ending out of the name.')
     if name.startswith("lab."):
         raise UsageError(f'"{name}" cannot be a name: those starting with "lab." are the embedded models.')

@@ -19,7 +19,10 @@ class Inspect(Request):
     """A file or folder to be described."""
 
     model: Annotated[
-        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(), argument=True)
+        str,
+        Option(
+            help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(stored=True), argument=True
+        ),
     ]
     with_hash: Annotated[bool, Option(help="Read the whole file for its SHA-256.", kind=Flag(), flag="hash")] = False
 
@@ -39,7 +42,12 @@ class AddModel(Request):
 
     name: Annotated[str, Option(help="Letters, digits, dots, - and _.", kind=String("NAME"), argument=True)]
     path: Annotated[
-        str, Option(help="A file, a folder, or hf://org/repo[/file][@revision].", kind=ModelName("PATH"), argument=True)
+        str,
+        Option(
+            help="A file, a folder, or hf://org/repo[/file][@revision].",
+            kind=ModelName("PATH", stored=True),
+            argument=True,
+        ),
     ]
     here: Annotated[bool, Option(help="Write ./mergetool.toml instead of your config folder.", kind=Flag())] = False
 

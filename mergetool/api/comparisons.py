@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from mergetool.api.computed import told
 from mergetool.api.events import Events, Request
 from mergetool.api.functions import called
 from mergetool.options.comparing import CompareOptions
@@ -35,6 +36,13 @@ class Compare(Request, CompareOptions):
             *(name for name in (self.reference, self.reference_base) if name is not None),
         ]
 
+    @property
+    def computes(self) -> bool:
+        """Whether one of them is an expression: how much of its operands is used is not told."""
+        from mergetool.recipe.argument import expression_of
+
+        return any(expression_of(name) is not None for name in self.models)
+
 
 def run_compare(asked: Compare, events: Events) -> Report:
     """Measure how far ``variant`` lies from ``base``, and advise a multiplier.
@@ -44,7 +52,7 @@ def run_compare(asked: Compare, events: Events) -> Report:
     the result's ``failed``. Raises MergetoolError.
     """
     # Files are read while the libraries are imported; a choice of parts might leave most of them unread.
-    with _reading_ahead([] if asked.include or asked.exclude else asked.models) as used:
+    with _reading_ahead([] if asked.include or asked.exclude or asked.computes else asked.models) as used:
         from mergetool.comparison import comparison
         from mergetool.options.merging import MergeOptions
 
@@ -59,7 +67,7 @@ def run_compare(asked: Compare, events: Events) -> Report:
             options=options,
         ) as opened:
             opened.require_groups(asked.conditions)
-            with events.progress("compare", opened.bytes_read) as advance:
+            with told(opened.operands.inputs, events), events.progress("compare", opened.bytes_read) as advance:
 
                 def moved(count: int) -> None:
                     used(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergetool.api import merges
+from mergetool.api.computed import told
 from mergetool.api.events import Bar, Events, Request
 from mergetool.api.functions import called
 from mergetool.api.merges import Planned
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from mergetool.difference.diff_files import DiffFiles
     from mergetool.difference.extract import Extraction
     from mergetool.difference.pairs import Pairing
+
+
+LONGEST_NAME = 60
+"""Characters of a model in the name of a file."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,21 @@ class Diff(Request, DiffOptions, DiffRunOptions):
             return os.fspath(self.output)
         from mergetool.checkpoint.stamp import display_names
 
-        names = display_names([self.base, self.variant])
-        return f"{names[self.variant]}-minus-{names[self.base]}.safetensors"
+        base, variant = _plain(self.base), _plain(self.variant)
+        names = display_names([base, variant])
+        return f"{names[variant]}-minus-{names[base]}.safetensors"
+
+
+def _plain(model: str) -> str:
+    """What a file can be called after a model: of an expression the names in it, and dashes for what has a meaning to some system or shell."""
+    from mergetool.checkpoint.stamp import display_names
+    from mergetool.recipe.argument import expression_of
+
+    expression = expression_of(model)
+    if expression is None:
+        return model
+    text = expression.render(display_names([*expression.models, *expression.loras]))
+    return re.sub(r"[^\w.]+", "-", text).strip("-")[:LONGEST_NAME]
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     if how.dry_run:
         return Extracted(path, options)
     files = DiffFiles.checked(paired.target, options, pairing, overwrite=how.overwrite)
-    with events.progress("diff", moved, publishes=files.checkpoint is None) as advance:
+    with told(pairing.inputs, events), events.progress("diff", moved, publishes=files.checkpoint is None) as advance:
         extraction = extract(
             pairing,
             files,

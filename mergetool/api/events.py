@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.options.table import Table
+from mergetool.errors import ExpressionError
+from mergetool.options.kinds import ModelName, Models
+from mergetool.options.table import Table, rows
 
 if TYPE_CHECKING:
     from mergetool.comparison.finding import Finding
@@ -84,6 +86,24 @@ class Request(Table):
     """The base of what the API is asked: a table of options, and how its caller sees how far it is."""
 
     progress: Progress = False
+
+    def check(self) -> None:
+        """Raises ExpressionError for a model that is meant as a merge and is none, before any file is opened."""
+        super().check()
+        for row in rows(type(self)).values():
+            if isinstance(row.option.kind, ModelName | Models) and not row.option.kind.stored:
+                held = getattr(self, row.name)
+                for text in [held] if isinstance(held, str) else held or ():
+                    _require_model(row.name, text)
+
+
+def _require_model(name: str, text: str) -> None:
+    from mergetool.recipe.argument import expression_of
+
+    try:
+        expression_of(text)
+    except ExpressionError as error:
+        raise ExpressionError(f"`{name}`: {error}") from None
 
 
 class Called(Events):

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from mergetool.api.computed import told
 from mergetool.api.events import Events, Request
 from mergetool.api.functions import called
 from mergetool.api.loras import ALora, opened_lora
@@ -156,7 +157,8 @@ def _of_differences(first: str, second: str, asked: LoraInterference, events: Ev
 
     options = DiffOptions(variant2=second, orthogonal=True, min_dim=1)  # what only one of them changes is scored too
     with open_diff(str(asked.base), first, options, skip_unmatched=asked.skip_unmatched) as pairing:
-        with events.progress("score", sum(map(pairing.nbytes, pairing.decomposed))) as advance:
+        total = sum(map(pairing.nbytes, pairing.decomposed))
+        with told(pairing.inputs, events), events.progress("score", total) as advance:
             modules = list(delta_scores(pairing, signs=asked.signs, threads=asked.threads, progress=advance))
         skipped = [(pair.name, pair.reason) for pair in pairing.pairs if pair.reason]
         return PairScores(first, second, modules, [*skipped, *pairing.left_out], [])
@@ -172,7 +174,8 @@ def run_lora_verify(asked: LoraVerify, events: Events) -> LoraVerified:
     started = time.monotonic()
     strength = cast(Fraction, asked.strength)
     with open_check(asked.base, str(asked.lora), asked.variant, strength=strength) as comparison:
-        with events.progress("verify", comparison.bytes_read) as advance:
+        models = (comparison.base, comparison.variant)
+        with told(models, events), events.progress("verify", comparison.bytes_read) as advance:
             report = verify_lora(comparison, threads=asked.threads, progress=advance)
         verified = LoraVerified(report, comparison.bytes_read, time.monotonic() - started, asked.max_residual)
         events.done(comparison, verified)
@@ -204,10 +207,10 @@ def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:
     """How far ComfyUI's formula leads from training's, where a model is given to measure it on."""
     if model is None or not any("dora_scale" in adapter.tensors for adapter in file.adapters):
         return None
-    from mergetool import models
     from mergetool.adapters.dora_in_comfyui import difference
+    from mergetool.engine.inputs import opened
 
-    with models.open_model(model) as base:
+    with opened(model) as base:
         return difference(file, base.anatomy, base.checkpoint)
 
 

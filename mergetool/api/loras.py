@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ALora = Annotated[
     str | os.PathLike[str],
-    Option(help="A LoRA in any spelling: a file or a PEFT folder.", kind=ModelName("LORA"), argument=True),
+    Option(help="A LoRA in any spelling: a file or a PEFT folder.", kind=ModelName("LORA", stored=True), argument=True),
 ]
 Written = Annotated[
     str | os.PathLike[str] | None, Option(help="FILE.safetensors.", kind=OutputPath(), short="-o", default=DRY)
@@ -72,10 +72,12 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
     """The part of one LoRA that is orthogonal to another."""
 
     first: Annotated[
-        str | os.PathLike[str], Option(help="The LoRA to take the part of.", kind=ModelName("A"), argument=True)
+        str | os.PathLike[str],
+        Option(help="The LoRA to take the part of.", kind=ModelName("A", stored=True), argument=True),
     ]
     second: Annotated[
-        str | os.PathLike[str], Option(help="The LoRA to be orthogonal to.", kind=ModelName("B"), argument=True)
+        str | os.PathLike[str],
+        Option(help="The LoRA to be orthogonal to.", kind=ModelName("B", stored=True), argument=True),
     ]
     output: Written = None
 
@@ -84,8 +86,8 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
 class LoraCommon(Request, SumOptions, SumRunOptions):
     """A request for what two LoRAs have in common."""
 
-    first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A"), argument=True)]
-    second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B"), argument=True)]
+    first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A", stored=True), argument=True)]
+    second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B", stored=True), argument=True)]
     output: Written = None
 
 
@@ -263,9 +265,9 @@ def _anatomy(model: str | None) -> Anatomy | None:
     """The parts of the model that a LoRA's names are looked up in."""
     if model is None:
         return None
-    from mergetool import models
+    from mergetool.engine.inputs import open_model
 
-    with models.open_model(model, names_only=True) as opened:
+    with open_model(model, names_only=True) as opened:
         return opened.anatomy
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mergetool.api.events import Events, Request
 from mergetool.api.functions import called
+from mergetool.errors import LineageError
 from mergetool.options.kinds import Loras, ModelName, OutputPath, String
 from mergetool.options.merging import ContainerOptions, MergeOptions
 from mergetool.options.running import (
@@ -29,6 +30,7 @@ from mergetool.recipe.quotes import quote, with_loras
 
 if TYPE_CHECKING:
     from mergetool.checkpoint.outputs import Target
+    from mergetool.comparison.finding import Finding
     from mergetool.comparison.preflight import Preflight
     from mergetool.engine.runs import Outcome
     from mergetool.recipe.plan import Plan
@@ -63,7 +65,10 @@ class Convert(Request, ContainerOptions, ShardOptions, ThreadOptions, NonFiniteO
     """The same model in another dtype, container, layout or number of files."""
 
     model: Annotated[
-        str, Option(help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(), argument=True)
+        str,
+        Option(
+            help="A name, a file, a folder, hf://org/repo, or an expression of them.", kind=ModelName(), argument=True
+        ),
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
@@ -76,7 +81,12 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
     """LoRAs added to a model."""
 
     model: Annotated[
-        str, Option(help="What to add to: a MODEL of any layout or container.", kind=ModelName(), argument=True)
+        str,
+        Option(
+            help="What to add to: a MODEL of any layout or container, or an expression.",
+            kind=ModelName(),
+            argument=True,
+        ),
     ]
     loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
@@ -151,6 +161,8 @@ def run_bake(asked: Bake, events: Events) -> Merged:
 
 def run_convert(asked: Convert, events: Events) -> Merged:
     """Write a model in another form; the outcome has what that cost every tensor. Raises what `merge` raises."""
+    from mergetool.recipe.argument import expression_of
+
     options = MergeOptions(**values(part(ContainerOptions, asked)))
     how = MergeRunOptions(
         device="cpu",
@@ -158,6 +170,8 @@ def run_convert(asked: Convert, events: Events) -> Merged:
         **values(part(NonFiniteOptions, asked)),
         **values(part(WriteOptions, asked)),
     )
+    if (asked.dtype or asked.quant) and expression_of(asked.model) is not None:
+        events.note(f"{asked.model} is rounded as its file would be, and then converted; mergetool merge rounds once.")
     return _one(quote(asked.model), asked, options, events, word="convert", how=how)
 
 
@@ -218,6 +232,8 @@ def make(
     for merge in planned:
         events.output(merge.task)
         events.plan(merge.plan, job.BASE_MEMORY + memory_needed(merge.plan, how.threads, on))
+        if compared:
+            _require_sound(preflight.of_models(merge.plan.inputs), events)
         checks.append(None if compared else _checked(merge, preflight.check(merge.plan), how, events))
     moved = job.bytes_moved(plans, on)
     if len(plans) > 1:
@@ -259,6 +275,16 @@ def _checked(planned: Planned, checked: Preflight, how: MergeRunOptions, events:
         with planned.located():
             checked.refuse()
     return checked
+
+
+def _require_sound(findings: Iterable[Finding], events: Events) -> None:
+    """Of a conversion nothing can be wrong but what it converts, where that is an expression. Raises LineageError for an error."""
+    for finding in findings:
+        if finding.is_error:
+            raise LineageError(
+                f"{finding.text}; mergetool merge writes it with `force`, and what is written can be converted."
+            )
+        events.finding(finding)
 
 
 def _merged(planned: Planned, checked: Preflight | None, outcome: Outcome | None) -> Merged:

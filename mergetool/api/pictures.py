@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mergetool.api.computed import told
 from mergetool.api.events import Events, Request
 from mergetool.api.functions import called
 from mergetool.options.kinds import OutputPath
@@ -85,6 +87,7 @@ def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) ->
     events.plan(prepared, 0)
     for note in prepared.notes:
         events.note(note)
+    _tell_of_merges([asked.base, asked.refiner], events)
     with events.progress("sample", request.evaluations, "step") as advance:
         made = session.make(studio, request, progress=advance)
     paths = [] if target is None else written.write(made, target, many=request.many)
@@ -93,6 +96,18 @@ def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) ->
     events.done(prepared, Drawn(made, target, paths, time.monotonic() - started))
     last = len(request.refinements) or 1
     return [Picture(fromarray(picture.picture), picture.parameters) for row in made for picture in row[-last:]]
+
+
+def _tell_of_merges(models: Sequence[str | None], events: Events) -> None:
+    """Tell what a sample says of models that are expressions."""
+    from mergetool.engine.inputs import Inputs
+    from mergetool.recipe.argument import expression_of
+
+    with ExitStack() as stack:
+        inputs = Inputs(stack)
+        named = dict.fromkeys(name for name in models if name is not None)
+        with told([inputs.model(name) for name in named if expression_of(name) is not None], events):
+            pass
 
 
 sample = called(Sample, run_sample, "sample")

@@ -24,7 +24,7 @@ class Verify(Request, VerifyOptions):
         str,
         Option(
             help="A merge, or any model.",
-            kind=ModelName("OUT"),
+            kind=ModelName("OUT", stored=True),
             argument=True,
             missing={"recipe": "a recipe verifies what it makes"},
         ),
@@ -35,7 +35,9 @@ class Verify(Request, VerifyOptions):
 class Rebuild(Request, RebuildOptions):
     """A merge to be done again."""
 
-    output: Annotated[str, Option(help="A merge that mergetool made.", kind=ModelName("OUT"), argument=True)]
+    output: Annotated[
+        str, Option(help="A merge that mergetool made.", kind=ModelName("OUT", stored=True), argument=True)
+    ]
 
 
 def run_verify(asked: Verify, events: Events) -> Verification:

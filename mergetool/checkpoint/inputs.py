@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from mergetool.checkpoint import page_cache, system
 from mergetool.checkpoint.descriptors import Pool, Pooled
@@ -64,6 +64,32 @@ def _require_regular(status: os.stat_result, path: Path) -> None:
     for is_kind, name in _KINDS:
         if is_kind(status.st_mode):
             raise DataError(f'"{path}" is {name}; name a regular file instead.')
+
+
+class Readable(Protocol):
+    """Bytes at offsets: those of an `InputFile`, or of a file that is computed when it is read. Every method may be called from several threads."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``; raises ValueError past the end."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``."""
+
+    def window(self, offset: int, size: int) -> memoryview:
+        """A view of ``size`` bytes at ``offset``, to be given back with `release`."""
+
+    def release(self, offset: int, size: int) -> None:
+        """These bytes, a window or read into a buffer, are no longer needed."""
+
+    def will_need(self, offset: int, size: int) -> None:
+        """A hint that these bytes will be read."""
+
+    def forget(self, offset: int, size: int) -> None:
+        """A hint that these bytes will not be read again."""
 
 
 # Windows or positioned reads, GB/s of summed bytes, 2 GiB in the page cache, 2 cores, median of 5: with 4 MiB

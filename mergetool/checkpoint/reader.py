@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from mergetool.checkpoint import gguf, shards, strict_json
 from mergetool.checkpoint.gguf import GgufHeader, Packed
 from mergetool.checkpoint.header import MAX_HEADER, Header, TensorInfo, header_length
-from mergetool.checkpoint.inputs import InputFile, leads_out
+from mergetool.checkpoint.inputs import InputFile, Readable, leads_out
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.shards import ShardIndex
 from mergetool.errors import DataError, HeaderError, ShardIndexError
@@ -51,7 +51,8 @@ class Checkpoint:
     """A read view over one model. Opening reads headers only; tensors are read where they lie.
 
     ``source`` is the name the user gave. ``tensors`` maps every name to its TensorInfo in file order, shard
-    after shard; its offsets count from the data section of its own file (see `locate`). ``metadata`` is that of
+    after shard; its offsets count from the data section of its own file (see `locate`). ``files`` are what lies on the disk, and must not
+    change: of a checkpoint that is computed its operands'. ``metadata`` is that of
     the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json``
     beside the files of a folder, an index, or a file with one of the names diffusers gives. ``packed`` has the tensors of a
     GGUF file that are blocks, which appear as bytes in ``tensors``. All methods may be called from several threads.
@@ -64,16 +65,19 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     container: Container
     packed: Mapping[str, Packed]
+    memory: int = 0
+    """Bytes that reading takes besides the reader's own: of files none."""
 
     def __init__(
         self,
         source: str,
-        parts: Sequence[tuple[InputFile, Header | GgufHeader]],
+        parts: Sequence[tuple[Readable, Header | GgufHeader]],
+        files: Sequence[InputFile],
         config: Mapping[str, Any] | None,
         container: Container,
     ) -> None:
         self.source = source
-        self.files = tuple(file for file, _ in parts)
+        self.files = tuple(files)
         self.config = config
         self.container = container
         self._places = {name: (file, header.data_start) for file, header in parts for name in header.tensors}
@@ -108,11 +112,12 @@ class Checkpoint:
         with ExitStack() as opened:
             config = _read_config(chosen.parent) if has_config else None
             if is_index:
-                checkpoint = cls(str(path), _open_shards(chosen, opened), config, "sharded safetensors")
+                parts: Sequence[tuple[InputFile, Header | GgufHeader]] = _open_shards(chosen, opened)
+                kind: Container = "sharded safetensors"
             else:
-                part = _open_single(chosen, opened)
-                kind: Container = "GGUF" if isinstance(part[1], GgufHeader) else "safetensors"
-                checkpoint = cls(str(path), [part], config, kind)
+                parts = [_open_single(chosen, opened)]
+                kind = "GGUF" if isinstance(parts[0][1], GgufHeader) else "safetensors"
+            checkpoint = cls(str(path), parts, [file for file, _ in parts], config, kind)
             opened.pop_all()
         return checkpoint
 
@@ -134,7 +139,7 @@ class Checkpoint:
         for file in self.files:
             file.check_unchanged()
 
-    def locate(self, name: str) -> tuple[InputFile, int]:
+    def locate(self, name: str) -> tuple[Readable, int]:
         """The file a tensor is in and the absolute offset of its first byte; KeyError for an unknown name."""
         file, data_start = self._places[name]
         return file, data_start + self.tensors[name].begin

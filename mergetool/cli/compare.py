@@ -21,6 +21,7 @@ EXAMPLES = """\b
 Examples:
   mergetool compare lab.base lab.striped
   mergetool compare z-image artshoot
+  mergetool compare alkahest "alkahest + 20*(artshoot - deturbo)"
   mergetool compare deturbo artshoot --reference beret --onto alkahest
   mergetool compare deturbo artshoot --reference tuned --reference-base z-image --multiplier recommended
   mergetool compare z-image artshoot --target 0.5% --report artshoot.html --plot artshoot.png

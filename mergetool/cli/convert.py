@@ -25,6 +25,7 @@ Examples:
   mergetool convert z_image-Q8_0.gguf -o z_image.safetensors
   mergetool convert alkahest -o alkahest-fp8.safetensors --quant fp8-scaled --scale-search
   mergetool convert out.safetensors -o folder --layout diffusers --shard-size 5GB
+  mergetool convert "alkahest + 20*(tuned - base)" -o out-fp8.safetensors --quant fp8-scaled
   mergetool convert out.safetensors -o wrapped.safetensors --prefix model.diffusion_model.
 
 Reads every container that merge reads: plain floats, every container that --quant writes, ComfyUI's

@@ -16,6 +16,7 @@ EXAMPLES = """\b
 Examples:
   mergetool diff --base lab.base --variant lab.striped --rank-thresh 0.995 --exclude refiner
   mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner
+  mergetool diff --base alkahest --variant "alkahest + 20*(artshoot - z_image)" --rank 64
   mergetool diff --base base.safetensors --variant tuned.safetensors --rank 32 -o tuned.lora.safetensors
   mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
   mergetool diff --base alkahest --variant turbo --budget 300MB --spectra turbo.spectra.safetensors

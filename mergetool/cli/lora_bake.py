@@ -11,6 +11,7 @@ Examples:
   mergetool lora bake z-image style.safetensors -o styled.safetensors
   mergetool lora bake turbo style.safetensors:0.8 detail.safetensors:-0.3 -o turbo-styled.safetensors
   mergetool lora bake turbo-fp8.safetensors style.safetensors:0.7 --quant fp8-scaled -o styled-fp8.safetensors
+  mergetool lora bake "alkahest + 20*(tuned - base)" style.safetensors -o styled.safetensors
   mergetool lora bake turbo style.safetensors --set refiner=0 --set layers.20-29=0.5 -o partly.safetensors
 
 LORA is a file or a PEFT folder in any spelling that `mergetool lora inspect` reads, then a colon and its strength (1 without;

@@ -19,6 +19,7 @@ EXAMPLES = """\b
 Examples:
   mergetool lora verify z-image tuned-minus-z-image.safetensors tuned.safetensors
   mergetool lora verify base.safetensors lora.safetensors tuned.safetensors --max-residual 0.1
+  mergetool lora verify alkahest lora.safetensors "alkahest + 20*(tuned - base)"
   mergetool lora verify base.safetensors lora.safetensors tuned.safetensors --strength 0.8 --json
 
 A residual is what the LoRA leaves of the difference tuned - base, as a share of its Frobenius norm: before rounding (the factors alone) and

@@ -22,6 +22,7 @@ Examples:
   mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
   mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
       --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
+  mergetool sample "a knight" --base "alkahest + 20*(tuned - base)" --refiner turbo -o knight.png
   mergetool sample "a knight" --base ./Z-Image-Turbo --preset comfyui-turbo --seed 123 -o knight.png
   mergetool sample "a knight" --base z_image.safetensors --text-encoder qwen_3_4b.safetensors --tokenizer ./tokenizer \\
       --vae ae.safetensors -o knight.png

@@ -14,6 +14,7 @@ Examples:
   mergetool verify out.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --report out.html
   mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --no-images --json
   mergetool verify someone.safetensors --parents base.safetensors --pipeline ./Z-Image --report page.html
+  mergetool verify someone.safetensors --parents "0.5*a + 0.5*b" --no-images
 
 A file without recipe is judged by its pictures, and measured against --parents.
 Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is.

@@ -23,7 +23,7 @@ class CompareNode:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "How far the variant lies from the base, by group, and the multiplier to add the difference with: what gives it the size of reference - base, or, "
-        "without a reference, the wanted change. Link the multiplier to Add Difference. All are files."
+        "without a reference, the wanted change. Link the multiplier to Add Difference. Merges need not be saved."
     )
     RETURN_TYPES = ("FLOAT", "STRING")
     RETURN_NAMES = ("multiplier", "report")
@@ -45,7 +45,7 @@ class CompareNode:
     @host.computing
     def compare(self, **held: Any) -> dict[str, Any]:
         """The advised multiplier, 0 where nothing differs, and the report. Raises MergetoolError."""
-        named = {name: links.one_model(held[name], "a comparison") for name in self.LINKED if held.get(name)}
+        named = {name: links.argument(held[name]) for name in self.LINKED if held.get(name)}
         files = self._files(held)
         for path in files.values():
             host.make_folder(path)

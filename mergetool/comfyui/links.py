@@ -50,12 +50,12 @@ def filled(text: str, inputs: Mapping[str, str]) -> str:
     return raw.decode()
 
 
-def one_model(text: str, wanted_for: str) -> str:
-    """The name of the model that ``text`` is. Raises UsageError for a merge of several, which is no file yet."""
+def argument(text: str) -> str:
+    """What is linked as a MODEL argument: a file by its own name, a merge as its expression."""
     graph = parse(text).graph
     only = graph.terms[0] if len(graph.terms) == 1 else None
     if only is None or only.factor != 1 or not isinstance(only.operand, Model):
-        raise UsageError(f"{text} is not one file, which {wanted_for} needs; link it through Save first.")
+        return text
     return only.operand.name
 
 

@@ -52,7 +52,7 @@ class SaveNode:
         """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
         keep_from = held.get("keep_from")
         if keep_from:
-            held["keep_from"] = links.one_model(keep_from, "what is kept")
+            held["keep_from"] = links.argument(keep_from)
         target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
         shown = SaveEvents()
@@ -66,7 +66,7 @@ class ExtractLoraNode:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "variant - base as a LoRA. Both are files: link a merge through Save first. "
+        "variant - base as a LoRA. A merge that is linked need not be saved. "
         "A file that was made of the same inputs in the same way is left as it is."
     )
     RETURN_TYPES = ("STRING", "STRING")
@@ -96,7 +96,7 @@ class ExtractLoraNode:
     @host.computing
     def extract(self, **held: Any) -> dict[str, Any]:
         """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
-        named = {name: links.one_model(held[name], f"`{name}`") for name in self.LINKED if held.get(name)}
+        named = {name: links.argument(held[name]) for name in self.LINKED if held.get(name)}
         target = _target(self.FOLDERS, held)
         host.make_folder(target.path)
         shown = ExtractEvents()

@@ -19,6 +19,7 @@ from mergetool.comparison.finding import Finding
 from mergetool.comparison.heatmap import block
 from mergetool.engine.feeding.read_ahead import give_way
 from mergetool.engine.feeding.values import Reader
+from mergetool.engine.inputs import Inputs
 from mergetool.engine.jobs import Job, jobs
 from mergetool.engine.movements import Movements
 from mergetool.engine.threads import asked
@@ -220,7 +221,7 @@ def open_comparison(
     """Open MODELs to compare ``variant`` with ``base``; headers only are read, and the files are closed at the end of the ``with`` block.
 
     The delta is variant - base, the reference delta ``reference`` - ``reference_base`` (``base`` without it), and ``onto`` the model that the
-    delta would be added to (``base`` without it). Raises what `models.open_model` and `plan_merge` raise, FamilyError for models of
+    delta would be added to (``base`` without it). Raises what `Inputs.model` and `plan_merge` raise, FamilyError for models of
     different families or that do not meet (`arch.meeting`) and UsageError for a model that is compared with itself.
     """
     if base == variant:
@@ -232,10 +233,8 @@ def open_comparison(
         raise UsageError(f'the reference "{pair[0]}" has no difference to itself; name its base with `reference_base`.')
     names = list(dict.fromkeys((onto or base, variant, base, *(pair or ()))))
     with ExitStack() as stack:
-        inputs = []
-        for name in names:
-            opened = stack.enter_context(models.open_model(name))
-            inputs.append(Input(name, opened.checkpoint, opened.anatomy))
+        opened = Inputs(stack)
+        inputs = [opened.model(name) for name in names]
         for other in inputs[1:]:
             meeting.check_families(inputs[0], other)
         reference_columns = None if pair is None else (names.index(pair[0]), names.index(pair[1]))

@@ -274,7 +274,7 @@ class _Lineage:
             return self._sample(name)
         try:
             with models.open_model(name) as opened:
-                return Samples([Input(name, opened.checkpoint, opened.anatomy)]).of(0)
+                return Samples([Input.of(opened)]).of(0)
         except MergetoolError:
             return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergetool.comparison import landing, lineage
@@ -11,6 +12,7 @@ from mergetool.comparison.landing import Landing
 from mergetool.comparison.samples import Samples
 from mergetool.errors import LineageError
 from mergetool.recipe.plan import Plan
+from mergetool.recipe.steps import Input
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Preflight:
 
 
 def check(plan: Plan) -> Preflight:
-    """Sample every input of ``plan``, and known models when something is subtracted.
+    """Sample every input of ``plan``, and known models when something is subtracted; inputs that are merges are checked too.
 
     A few megabytes of each are read. The inputs must be open. Raises what reading them raises; known models that cannot be read are passed
     over.
@@ -46,4 +48,11 @@ def check(plan: Plan) -> Preflight:
     samples = Samples(plan.inputs)
     relations = lineage.of(plan, samples)
     measured = landing.measure(plan, samples, relations.distances())
-    return Preflight(measured, (*measured.findings(), *relations.findings()))
+    return Preflight(measured, (*of_models(plan.inputs), *measured.findings(), *relations.findings()))
+
+
+def of_models(inputs: Iterable[Input]) -> Iterator[Finding]:
+    """Sample each input that is an expression; its findings have its name in front. Raises what `check` raises."""
+    for model in inputs:
+        for finding in check(model.plan).findings if model.plan is not None else ():
+            yield replace(finding, text=f"{model.name}: {finding.text}")

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import torch
 
-from mergetool import models
 from mergetool.adapters import output as lora_output
 from mergetool.adapters.fused import joined
-from mergetool.adapters.lora_file import is_lora
 from mergetool.checkpoint import system
 from mergetool.checkpoint.outputs import Target
-from mergetool.checkpoint.stamp import display_names, stamp
+from mergetool.checkpoint.stamp import stamp
 from mergetool.difference.diff_files import DiffFiles
 from mergetool.difference.layer import ExtractedLayer, Result
 from mergetool.difference.on_device import Solved, free_memory, solve_all
@@ -33,11 +31,12 @@ from mergetool.difference.spectra import SideFile
 from mergetool.difference.stream import DeltaStream
 from mergetool.difference.whole import Whole, tensors
 from mergetool.engine.feeding.values import Reader
-from mergetool.engine.job import Inputs
+from mergetool.engine.inputs import Inputs
 from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.options.differences import DiffOptions
 from mergetool.options.table import recorded
+from mergetool.recipe.provenance import files_of, names_of
 
 
 @dataclass
@@ -78,7 +77,7 @@ def open_diff(
         opened = inputs or Inputs(stack, skip_unmatched=skip_unmatched)
         model = opened.model(base)
         variants = [
-            opened.lora(name, model) if is_lora(models.resolve(name).path) else opened.model(name)
+            opened.change_or_model(name, model)
             for name in (variant, *([] if options.variant2 is None else [str(options.variant2)]))
         ]
         yield pair_up(model, variants[0], options, *variants[1:])
@@ -235,7 +234,7 @@ _CHOOSE_RANKS = ("rank", "budget", "rule", "rank_thresh", "rank_max")
 def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
     """Provenance: what was subtracted from what, and how; no path, host or time."""
     models_ = pairing.inputs
-    names = display_names([model.name for model in models_])
+    names = names_of(models_)
     always = {"dtype": options.dtype, "min_dim": options.min_dim, "seed": options.seed}
     beside = {name: True for name in options.beside if name != "checkpoint"}  # directions of a file come through bf16
     said = {key: value for key, value in recorded(options).items() if key not in (*_CHOOSE_RANKS, *options.beside)}
@@ -245,7 +244,7 @@ def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
         recipe["variant2"] = names[pairing.second.name]
         recipe |= {"weights": list(options.weights)} if options.union else {}
     spec = {"modelspec.trigger_phrase": options.trigger} if options.trigger else {}
-    return spec | stamp("diff", recipe, [(names[m.name], m.checkpoint.fingerprint()) for m in models_])
+    return spec | stamp("diff", recipe, files_of(models_, lambda leaf: leaf.checkpoint.fingerprint()))
 
 
 def _ranks_recipe(options: DiffOptions) -> dict[str, object]:

@@ -44,7 +44,8 @@ def of_difference(pairing: Pairing, options: DiffOptions, threads: int | None = 
 
         work, workers = largest((_of_pair(pair, ranks[pair.name], options) for pair in pairs), 1), 1
         room += 2 * READERS * _PINNED
-    return BASE_MEMORY + READING + (workers + 1) * room + work + kept + directions + whole
+    computed = sum(model.checkpoint.memory for model in pairing.inputs)
+    return BASE_MEMORY + READING + (workers + 1) * room + work + kept + directions + whole + computed
 
 
 def _most(pair: Pair, options: DiffOptions, pairs: Sequence[Pair]) -> int:

@@ -11,28 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
-from mergetool import __version__, models
-from mergetool.adapters import unmatched
-from mergetool.adapters.lora_file import open_lora
-from mergetool.adapters.rows import anatomy_of
+from mergetool import __version__
 from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.journal import RunDigest
 from mergetool.checkpoint.outputs import Target, model_target
-from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.targets import require_folder, resolve_target
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.engine import anchor, merge, noise
+from mergetool.engine import merge
 from mergetool.engine.bundles import bytes_read, passes
 from mergetool.engine.device import CPU, Device
 from mergetool.engine.feeding.values import Reader
+from mergetool.engine.inputs import Inputs
 from mergetool.engine.runs import Measure, NonFinite, Outcome
 from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.options.kinds import sentence
 from mergetool.options.merging import MergeOptions
-from mergetool.recipe.expression import Expression, parse
-from mergetool.recipe.plan import Plan, plan_merge
-from mergetool.recipe.steps import Input
+from mergetool.recipe.plan import Plan
 
 # Anonymous memory of a process that has imported torch, which a merge may come to need, and opened three models, before it works.
 BASE_MEMORY = 220_000_000
@@ -64,88 +59,6 @@ def open_merges(
     with ExitStack() as stack:
         opened = Inputs(stack, fingerprints=fingerprints, skip_unmatched=skip_unmatched)
         yield [opened.plan(text, options) for text, options in items]
-
-
-class Inputs:
-    """The inputs of several merges and differences, each opened and looked at once; ``stack`` closes them.
-
-    What a LoRA has for no tensor of its model is an error, or with ``skip_unmatched`` named. Without ``fingerprints`` no tensor is read.
-    """
-
-    def __init__(self, stack: ExitStack, *, fingerprints: bool = True, skip_unmatched: bool = False) -> None:
-        self._stack = stack
-        self._fingerprints = fingerprints
-        self.skip_unmatched = skip_unmatched
-        self._known = [entry.name for entry in models.listing()]
-        self._models: dict[str, Input] = {}
-        self._loras: dict[tuple[str, str], Input] = {}  # of a name and the anchor: what it adds depends on both
-        self._prints: dict[Checkpoint, str] = {}
-        self._noise: dict[str, float | None] = {}
-
-    def plan(self, text: str, options: MergeOptions) -> Plan:
-        """The plan of one of them. Raises UsageError where several models could be its anchor and it matters which."""
-        expression = parse(text, known=self._known)
-        if options.keep_from in expression.anchors:
-            expression = expression.anchored(options.keep_from)
-        return anchor.chosen(expression, lambda name: self._plan_from(expression.anchored(name), options))
-
-    def _plan_from(self, expression: Expression, options: MergeOptions) -> Plan:
-        names = list(expression.models)
-        if options.keep_from and options.keep_from not in names:
-            names.append(options.keep_from)
-        inputs = [self.model(name) for name in names]
-        inputs += [self.lora(name, inputs[0]) for name in expression.loras]
-        if not self._fingerprints:
-            return plan_merge(expression, inputs, options)
-        prints = {model.name: self._fingerprint(model.checkpoint) for model in inputs}
-        known = {model.name: self._share(model) for model in inputs if not model.is_lora}
-        shares = {name: share for name, share in known.items() if share is not None}
-        return plan_merge(expression.arranged(prints), inputs, options, fingerprints=prints, noise=shares)
-
-    def model(self, name: str) -> Input:
-        """A model by name or path, opened."""
-        if name not in self._models:
-            opened = models.open_model(name)
-            self._stack.enter_context(opened.checkpoint)
-            self._models[name] = Input(
-                name, opened.checkpoint, opened.anatomy, remarks=tuple(f"{name} {note}" for note in opened.notes)
-            )
-        return self._models[name]
-
-    def lora(self, name: str, first: Input) -> Input:
-        """What a LoRA adds to the model ``first``, opened. Raises what `open_change` raises."""
-        key = name, first.name
-        if key not in self._loras:
-            self._loras[key] = open_change(name, first, self._stack, skip_unmatched=self.skip_unmatched)
-        return self._loras[key]
-
-    def _fingerprint(self, checkpoint: Checkpoint) -> str:
-        if checkpoint not in self._prints:
-            self._prints[checkpoint] = checkpoint.fingerprint()
-        return self._prints[checkpoint]
-
-    def _share(self, model: Input) -> float | None:
-        if model.name not in self._noise:
-            self._noise[model.name] = noise.measure(model)
-        return self._noise[model.name]
-
-
-def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None = None, skip_unmatched: bool) -> Input:
-    """A LoRA as what it adds to ``model``, from ``place`` if that is not its name; ``stack`` closes it.
-
-    Raises InputMissing, DataError for a file that is no LoRA or does not fit, for one that changes nothing in the model at all, and for
-    keys that do not, unless those are to be skipped.
-    """
-    file = stack.enter_context(open_lora(models.resolve(place or name).path, name=name, anatomy=model.anatomy))
-    unmatched.require_match(file, model.name, skip_unmatched=skip_unmatched)
-    return Input(
-        name,
-        file.checkpoint,
-        anatomy_of(file, model.anatomy, model.checkpoint),
-        is_lora=True,
-        unmatched=unmatched.left_aside(file),
-        remarks=unmatched.remarks(file),
-    )
 
 
 def run_merge(

@@ -162,17 +162,23 @@ def cut(job: Job) -> Iterator[Job]:
 
 
 def _chunks(tensor: OutputTensor, options: MergeOptions, size: int | None, cuts: Cuts) -> Iterator[Job]:
-    key = stream_key(options.seed, tensor.name)
     for step in tensor.steps:
         chunk = (cuts.get((tensor.name, step.first)) or grain(tensor, step, options, size)).chunk
         for start in range(0, step.elements, chunk):
-            rounding: Rounding = NEAREST
-            if options.rounding == "stochastic":
-                rounding = Stochastic(key, step.first + start)
-            elif _has_feedback(tensor, step, options):
-                rounding = ErrorFeedback(_row(tensor, step))
             sampled = start // chunk % SAMPLED == 0
-            yield Job(tensor, step, start, min(chunk, step.elements - start), rounding, sampled=sampled)
+            yield job_of(tensor, step, options, start, min(chunk, step.elements - start), sampled=sampled)
+
+
+def job_of(
+    tensor: OutputTensor, step: Step, options: MergeOptions, start: int, count: int, *, sampled: bool = False
+) -> Job:
+    """The job of some elements of a step, which has to be whole pieces of its `grain`."""
+    rounding: Rounding = NEAREST
+    if options.rounding == "stochastic":
+        rounding = Stochastic(stream_key(options.seed, tensor.name), step.first + start)
+    elif _has_feedback(tensor, step, options):
+        rounding = ErrorFeedback(_row(tensor, step))
+    return Job(tensor, step, start, count, rounding, sampled=sampled)
 
 
 def _has_feedback(tensor: OutputTensor, step: Step, options: MergeOptions) -> bool:

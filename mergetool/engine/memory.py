@@ -34,8 +34,9 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
 
 
 def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device = CPU) -> int:
-    """The same for several plans that are run in as few passes as possible: what the largest pass allocates."""
-    return max(
+    """The same for several plans that are run in as few passes as possible: what the largest pass allocates, and models that are computed."""
+    computed = {id(model.checkpoint): model.checkpoint.memory for plan in plans for model in plan.inputs}
+    return sum(computed.values()) + max(
         (
             _of_pass([plans[number] for number in together], threads, device)
             for together in bundles.passes(plans, device)

@@ -61,7 +61,8 @@ class Outcome:
 class Run:
     """The state of one plan of a pass that the workers share.
 
-    ``name`` is what errors call its output, where there are several.
+    ``name`` is what errors call its output, where there are several. ``can_keep`` says whether errors may advise to keep NaN: what is
+    computed for another command has no such option.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class Run:
     caller: Caller
     compared: bool = False
     name: str = ""
+    can_keep: bool = True
     outcome: Outcome = field(default_factory=Outcome)
     errors: dict[str, list[Fidelity]] = field(default_factory=dict)
     movements: dict[tuple[str, str], list[Movement]] = field(default_factory=dict)  # of quantised outputs

@@ -282,7 +282,7 @@ class Worker:
                 model = run.plan.inputs[window.input].name
                 count, first = self._ops.first_non_finite(0)
                 at = window.first_element + job.start + first
-                keep = "" if job.phase is not None else ", or use `non_finite=keep`"
+                keep = ", or use `non_finite=keep`" if run.can_keep and job.phase is None else ""
                 raise NonFiniteError(
                     f'{model}: tensor "{window.tensor}" holds NaN or infinity ({count} of the {job.count} elements '
                     f"looked at, the first at element {at}); mend the file{keep}."
@@ -298,8 +298,9 @@ class Worker:
         elif run.non_finite == "keep":
             run.note(outcome.non_finite, job.tensor.name, count)
         else:
-            way_out = "write bf16 with `dtype=bf16`" if dtype is F16 else "use smaller multipliers"
+            way_out = "write bf16 with `dtype=bf16`" if dtype is F16 and run.can_keep else "use smaller multipliers"
+            keep = ", or use `non_finite=keep`" if run.can_keep else ""
             raise NonFiniteError(
                 f'tensor "{job.tensor.name}": {count} of {job.count} elements are beyond {dtype.name}\'s largest value '
-                f"{dtype.largest:g}; {way_out}, or use `non_finite=keep`."
+                f"{dtype.largest:g}; {way_out}{keep}."
             )

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -29,10 +29,10 @@ from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.feeding.values import ValueReader
+from mergetool.engine.inputs import Inputs
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lowrank.norms import energy as energy_of
-from mergetool.models import OpenedModel
 from mergetool.ops.cpu import CpuOps, as_tensor
 from mergetool.quant.encoding import Encoding
 from mergetool.recipe.steps import Input, Window, window_of
@@ -87,8 +87,8 @@ class LoraReport:
 class LoraCheck:
     """The two models and the LoRA, open, and the parameters that will be compared."""
 
-    base: OpenedModel
-    variant: OpenedModel
+    base: Input
+    variant: Input
     lora: LoraFile
     changes: dict[str, Encoding]
     parts: tuple[str, ...]
@@ -107,14 +107,13 @@ class LoraCheck:
 def open_check(base: str, lora: str, variant: str, *, strength: Fraction = Fraction(1)) -> Iterator[LoraCheck]:
     """The three files, closed at the end of the ``with`` block; no tensor of the models is read.
 
-    Raises what `models.open_model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base or changes nothing in it, and FamilyError for
+    Raises what `Inputs.model` and `open_lora` raise, DataError for a LoRA that cannot be added to the base or changes nothing in it, and FamilyError for
     models of different families or shapes.
     """
-    with (
-        models.open_model(base) as first,
-        models.open_model(variant) as second,
-        open_lora(models.resolve(lora).path, name=lora, anatomy=first.anatomy) as file,
-    ):
+    with ExitStack() as stack:
+        opened = Inputs(stack)
+        first, second = opened.model(base), opened.model(variant)
+        file = stack.enter_context(open_lora(models.resolve(lora).path, name=lora, anatomy=first.anatomy))
         meeting.check_families(first, second)
         unmet = meeting.check(first, second)
         unmatched.require_match(file, base, skip_unmatched=True)
@@ -211,8 +210,8 @@ class _Comparer:
         variant.sub_(as_tensor(stored, dtype).float())
         return of_delta, before, energy_of(variant)
 
-    def _load(self, out: torch.Tensor, model: OpenedModel, part: Part, start: int, *, slot: int) -> None:
-        window = window_of(slot, Input(model.name, model.checkpoint, model.anatomy), part)
+    def _load(self, out: torch.Tensor, model: Input, part: Part, start: int, *, slot: int) -> None:
+        window = window_of(slot, model, part)
         found = self._values.fetch(slot, model.checkpoint, window, start, out.numel())
         if found.is_plain:
             out.copy_(as_tensor(found.raw[0], found.dtype))
@@ -244,7 +243,7 @@ def _scaled(part: Part, strength: Fraction) -> Encoding:
     return rows
 
 
-def _comparable(base: OpenedModel, variant: OpenedModel) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _comparable(base: Input, variant: Input) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     parts, left_out = [], []
     for name, part in base.anatomy.parts.items():
         other = variant.anatomy.parts.get(name)

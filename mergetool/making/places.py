@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +54,17 @@ class Places:
         return meaning if not (place.exists() or "/" in meaning or "." in meaning) else str(place)
 
     def names(self, output: RecipeOutput) -> dict[str, str]:
-        """The MODEL arguments of all names that an output uses."""
-        return {name: self.model(used) for name, used in output.uses.items()}
+        """The MODEL arguments of all names that an output uses, and of its models that are expressions."""
+        names = {name: self.model(used) for name, used in output.uses.items()}
+        return names | {text: self._written(text, names) for text in output.computed}
 
     def expression(self, output: RecipeOutput) -> str:
         """Write a merge's expression as `mergetool merge` takes it, with MODEL arguments for names."""
         assert output.written is not None
-        names = self.names(output)
-        text = output.written.text
+        return self._written(output.written.text, self.names(output))
+
+    @staticmethod
+    def _written(text: str, names: Mapping[str, str]) -> str:
         by = {name: quote(names[name.name]) for name in names_in(text) if name.name in names}
         return one_line(replaced(text, by).text).strip()
 

@@ -21,7 +21,7 @@ from mergetool.checkpoint.targets import require_folder
 from mergetool.difference.diff_files import DiffFiles
 from mergetool.difference.extract import open_diff
 from mergetool.difference.pairs import Pairing
-from mergetool.engine import job
+from mergetool.engine.inputs import Inputs
 from mergetool.errors import OutputError, UsageError
 from mergetool.making import state
 from mergetool.making.passes import passes
@@ -94,7 +94,7 @@ class Survey:
     """Every pass of a recipe, with the state of each output; models stay open, and each is opened and fingerprinted once."""
 
     places: Places
-    inputs: job.Inputs
+    inputs: Inputs
     stack: ExitStack
     passes: list[list[Task]] = field(default_factory=list)
     late: dict[int, Plan] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class Survey:
 def opened(places: Places, *, skip_unmatched: bool = False) -> Iterator[Survey]:
     """The survey of a recipe; its models are closed at the end of the ``with`` block."""
     with ExitStack() as stack:
-        inputs = job.Inputs(stack, skip_unmatched=skip_unmatched)
+        inputs = Inputs(stack, skip_unmatched=skip_unmatched)
         surveyed = Survey(places, inputs, stack)
         surveyed.look()
         _refuse_shared(surveyed.tasks)

@@ -71,9 +71,10 @@ class String(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelName(String):
-    """A model: a registered name, a path, an address or ``lab.NAME``."""
+    """A model: a registered name, a path, an address, ``lab.NAME``, or an expression of those unless it has to be ``stored``."""
 
     metavar: str = "MODEL"
+    stored: bool = False
 
     def value(self, given: Any) -> str:
         return super().value(os.fspath(given) if isinstance(given, os.PathLike) else given)
@@ -252,9 +253,10 @@ class Patterns(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Models(Patterns):
-    """Several models."""
+    """Several models, each as for `Model`."""
 
     metavar: str = "MODEL"
+    stored: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)

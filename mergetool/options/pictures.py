@@ -244,9 +244,9 @@ class SecondStageOptions(Table):
 class PartsOptions(Table):
     """The options for where the parts beside the transformer are."""
 
-    pipeline: Annotated[str | None, Option(help="The model to take text encoder and VAE from.", kind=ModelName())] = (
-        None
-    )
+    pipeline: Annotated[
+        str | None, Option(help="The model to take text encoder and VAE from.", kind=ModelName(stored=True))
+    ] = None
     text_encoder: Annotated[Path | str | None, Option(help="Folder or file of the text encoder.", kind=File())] = None
     tokenizer: Annotated[
         Path | str | None, Option(help="Its tokenizer.", kind=File(), default="in it or beside it")

@@ -31,9 +31,10 @@ from mergetool.options.running import ShardOptions
 from mergetool.options.table import Table, first_named, rows_in
 from mergetool.options.verifying import LookOptions
 from mergetool.recipe import document, variables
+from mergetool.recipe.argument import is_meant
 from mergetool.recipe.document import MAX_BYTES, Node, Place
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.names import Replaced, Variable, expression_of, names_in, with_variables
+from mergetool.recipe.names import Replaced, Variable, expression_of, names_in, replaced, with_variables
 from mergetool.recipe.schema import Heading, LoraOutput, MergeOutput, OneLora, OneMerge, PicturesSpec
 from mergetool.recipe.validation import as_keys, keys_of, nearest, validated
 from mergetool.recipe.variables import Variables
@@ -53,7 +54,8 @@ class RecipeOutput:
     ``name`` is its key, ``values`` are those of the swept variables it depends on, ``file`` its name in the output folder, where it is one
     file or with ``is_folder`` a folder. ``spec`` says
     what it is; of a merge ``expression`` is the graph over the names in the recipe. ``uses`` maps these names, and the other models that
-    the output names, to what they stand for: an earlier output, or a MODEL argument. ``node`` and ``written`` lead to places in the file.
+    the output names, to what they stand for: an earlier output, or a MODEL argument; ``computed`` are models that are expressions over them.
+    ``node`` and ``written`` lead to places in the file.
     """
 
     name: str
@@ -64,6 +66,7 @@ class RecipeOutput:
     node: Node
     expression: Expression | None = None
     written: Replaced | None = None
+    computed: tuple[str, ...] = ()
     is_folder: bool = False
 
     @property
@@ -79,13 +82,17 @@ class RecipeOutput:
 
     def place_of(self, *path: str) -> Place:
         """The place of the value under these keys, or the nearest one around it."""
+        return self.node_of(*path).at
+
+    def node_of(self, *path: str) -> Node:
+        """The value under these keys, or the nearest one around it."""
         node = self.node
         for key in path:
             inner = node.value.get(key) if isinstance(node.value, dict) else None
             if inner is None:
                 break
             node = inner
-        return node.at
+        return node
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +296,7 @@ class _Reader:
                 used |= words & self.variables.names
             else:
                 used |= set(variables.names_in_braces(part)) & self.variables.names
+                named |= {found.name for leaf in _leaves(part) if is_meant(leaf) for found in names_in(leaf)}
         for variable in used:
             named |= {value.text for value in self.variables.values(variable)}
         for earlier in named & set(self.depends):
@@ -340,8 +348,8 @@ class _Reader:
         file, is_folder = self._file(name, whole, values, spec)
         output = RecipeOutput(name, values, file, spec, {}, whole, is_folder=is_folder)
         if isinstance(spec, LoraOutput):
-            done = replace(output, uses=self._named(output, earlier, _models_of_diff(spec)))
-            return _checked(done)
+            uses, computed = self._of_diff(output, earlier, later, _models_of_diff(spec))
+            return _checked(replace(output, uses=uses, computed=computed))
         assert expression is not None
         written = with_variables(expression, known)
         parsed = expression_of(expression, written, {*self.models, *earlier}, later, known)
@@ -355,6 +363,29 @@ class _Reader:
 
     def _meaning(self, name: str, earlier: Mapping[str, RecipeOutput]) -> RecipeOutput | RecipeModel | None:
         return earlier.get(name) or self.models.get(name)
+
+    def _of_diff(
+        self,
+        output: RecipeOutput,
+        earlier: Mapping[str, RecipeOutput],
+        later: Sequence[str],
+        models: Sequence[tuple[tuple[str, ...], str]],
+    ) -> tuple[dict[str, RecipeOutput | RecipeModel], tuple[str, ...]]:
+        """The names that a difference uses, and those of its models that are expressions."""
+        uses: dict[str, RecipeOutput | RecipeModel] = {}
+        computed = []
+        for path, text in models:
+            if self._meaning(text, earlier) is not None or not is_meant(text):
+                uses |= self._named(output, earlier, [(path, text)])
+                continue
+            node = output.node_of(*path)
+            parsed = expression_of(node, replaced(text, {}), {*self.models, *earlier}, later, ())
+            uses |= {
+                name: self._meaning(name, earlier) or RecipeModel(name, name, node.at)
+                for name in (*parsed.models, *parsed.loras)
+            }
+            computed.append(text)
+        return uses, tuple(computed)
 
     def _named(
         self, output: RecipeOutput, earlier: Mapping[str, RecipeOutput], names: Sequence[tuple[tuple[str, ...], str]]
@@ -413,7 +444,7 @@ class _Reader:
 def _checked(output: RecipeOutput) -> RecipeOutput:
     """``output``; raises RecipeError for options that contradict each other, before any file is looked for."""
     for table in (MergeOptions, ShardOptions) if isinstance(output.spec, MergeOutput) else (DiffOptions,):
-        options_of(table, output, {name: name for name in output.uses})
+        options_of(table, output, {name: name for name in (*output.uses, *output.computed)})
     look_of(output, {name: name for name in output.uses})
     return output
 

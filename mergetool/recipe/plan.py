@@ -70,6 +70,11 @@ class Plan:
         """The most float32 registers that any step needs."""
         return max((s.program.registers for t in self.tensors for s in t.steps if s.program), default=1)
 
+    def remarks(self) -> list[str]:
+        """What another operation that reads the result should know: the warnings, and what is not in it."""
+        left = [f"{len(self.left_out)} left out, {name} ({reason})" for name, reason in self.left_out[:1]]
+        return [*self.warnings, *left]
+
     def reasons(self) -> dict[str, list[str]]:
         """Reason -> the output tensors with a part of that reason, in file order."""
         names_by_reason: dict[str, dict[str, None]] = {}
@@ -151,7 +156,7 @@ class _Planner:
         changed = any(step.reason == MERGED for tensor in tensors for step in tensor.steps)
         carried, warnings = metadata.travelling(self.first, {tensor.name for tensor in tensors}, changed=changed)
         carried |= {"modelspec.title": self.options.title} if self.options.title else {}
-        record = provenance.metadata(self.expression, [model.name for model in self.inputs], self.options, fingerprints)
+        record = provenance.metadata(self.expression, self.inputs, self.options, fingerprints)
         tensors = self._in_file_order(tensors) if layout == self.first.anatomy.layout else tensors
         header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), {**carried, **record})
         by_name = {tensor.name: tensor for tensor in tensors}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.stamp import display_names, stamp
@@ -13,6 +13,9 @@ from mergetool.errors import DataError, MergetoolError
 from mergetool.options.merging import MergeOptions
 from mergetool.options.table import recorded, rows
 from mergetool.recipe.expression import Expression
+
+if TYPE_CHECKING:
+    from mergetool.recipe.steps import Input
 
 DERIVED = frozenset({"lora_adapter_metadata"})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
@@ -26,13 +29,13 @@ FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 
 
 def metadata(
-    expression: Expression, models: Sequence[str], options: MergeOptions, fingerprints: Mapping[str, str]
+    expression: Expression, inputs: Sequence[Input], options: MergeOptions, fingerprints: Mapping[str, str]
 ) -> dict[str, str]:
     """The ``__metadata__`` of a merge: recipe, inputs with their content fingerprints, and version.
 
-    ``models`` are the names as the user gave them; they are written by ``display_names``, so that no path is published.
+    Names are written by `names_of`, so that no path is published; ``fingerprints`` are those of the files.
     """
-    names = display_names(models)
+    names = names_of(inputs)
     recipe: dict[str, object] = {"expression": expression.render(names)}
     if expression.records_anchor:
         recipe["anchor"] = names[expression.anchor]
@@ -41,7 +44,34 @@ def metadata(
         recipe["from"] = names[options.keep_from]
     if options.rounding == "stochastic":
         recipe["seed"] = options.seed  # also where it is the default: it decides every byte
-    return stamp("recipe", recipe, [(names[m], fingerprints.get(m, FINGERPRINT_PLACEHOLDER)) for m in models])
+    return stamp("recipe", recipe, files_of(inputs, lambda leaf: fingerprints.get(leaf.name, FINGERPRINT_PLACEHOLDER)))
+
+
+def names_of(inputs: Iterable[Input]) -> dict[str, str]:
+    """How each of ``inputs`` is written in a record: a file by `display_names`, a model that is an expression as that, over those names."""
+    leaves, computed = [], []
+    waiting = list(inputs)
+    for model in waiting:
+        if model.plan is None:
+            leaves.append(model.name)
+        else:
+            computed.append(model)
+            waiting += model.plan.inputs
+    names = display_names(list(dict.fromkeys(leaves)))
+    for model in reversed(computed):  # inner ones first
+        assert model.plan is not None
+        names[model.name] = model.plan.expression.render(names)
+    return names
+
+
+def files_of(inputs: Iterable[Input], fingerprint: Callable[[Input], str]) -> list[tuple[str, str]]:
+    """The display name and the fingerprint of every file that ``inputs`` are made of, each once; those of expressions last, by name."""
+    inputs = list(inputs)
+    names = names_of(inputs)
+    leaves = {model.name: model for model in inputs if model.plan is None}
+    inner = {leaf.name: leaf for model in inputs for leaf in model.leaves() if leaf.name not in leaves}
+    leaves |= {name: inner[name] for name in sorted(inner, key=lambda name: names[name])}
+    return [(names[name], fingerprint(leaf)) for name, leaf in leaves.items()]
 
 
 @dataclass(frozen=True, slots=True)

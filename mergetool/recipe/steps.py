@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import DType
@@ -11,6 +13,10 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.ops.program import Load, Program
 from mergetool.quant.encoding import Encoding
 from mergetool.quant.quantiser import Quantiser
+
+if TYPE_CHECKING:
+    from mergetool.models import OpenedModel
+    from mergetool.recipe.plan import Plan
 
 MERGED = "merged"
 SET_TO_0 = "`multipliers` to 0"
@@ -22,7 +28,7 @@ class Input:
     """One model of the expression: its name there, its checkpoint and what the tensor names in it mean.
 
     A LoRA's anatomy has the parts that it changes, with the change as their values. ``unmatched`` names what of it changes
-    none, with the reason; ``remarks`` are what to warn of.
+    none, with the reason; ``remarks`` are what to warn of. A model that is an expression has the ``plan`` that computes it.
     """
 
     name: str
@@ -31,6 +37,23 @@ class Input:
     is_lora: bool = False
     unmatched: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
+    plan: Plan | None = None
+
+    @classmethod
+    def of(cls, opened: OpenedModel, plan: Plan | None = None) -> Input:
+        """An opened model, which ``plan`` computes unless it lies in files."""
+        remarks = [f"{opened.name} {note}" for note in opened.notes]
+        if plan is not None:
+            remarks += [f"{opened.name}: {text}" for text in plan.remarks()]
+        return cls(opened.name, opened.checkpoint, opened.anatomy, remarks=tuple(remarks), plan=plan)
+
+    def leaves(self) -> Iterator[Input]:
+        """The models and LoRAs in files that it is made of: itself, or all that its plan reads."""
+        if self.plan is None:
+            yield self
+        else:
+            for model in self.plan.inputs:
+                yield from model.leaves()
 
 
 @dataclass(frozen=True, slots=True)

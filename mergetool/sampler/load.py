@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergetool import models
 from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import DataError, FamilyError
-from mergetool.models import OpenedModel
 from mergetool.ops.cpu import as_tensor
 from mergetool.quant.encoding import Encoding
+from mergetool.recipe.steps import Input
 from mergetool.sampler.parts import (
     Components,
     ComponentWeights,
@@ -48,15 +48,15 @@ def load_transformer(
 ) -> ZImageTransformer2DModel:
     """Load a MODEL's Z-Image transformer, with LoRAs added to its weights.
 
-    It may be of any layout, prefix and float dtype.
+    It may be of any layout, prefix and float dtype, or an expression.
 
     Weights are read part by part straight into their place, so memory is the model at ``dtype``. A DoRA's change is that of the stored
-    weights. Raises what `models.open_model` and `open_lora` raise, and FamilyError for a model that is not Z-Image or whose tensors are
+    weights. Raises what opening them raises, and FamilyError for a model that is not Z-Image or whose tensors are
     not all there, and DataError for a LoRA with keys that change nothing in it.
     """
     from diffusers import ZImageTransformer2DModel
 
-    with models.open_model(model) as opened:
+    with opened_model(model) as opened:
         config = transformer_config(opened)
         require_whole(opened)
         with _quiet(), torch.device("meta"):
@@ -93,7 +93,7 @@ def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
     return as_tensor(memoryview(raw), part.dtype).clone().view(part.shape)
 
 
-def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: OpenedModel) -> None:
+def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: Input) -> None:
     """Add a LoRA of any spelling at its strength to the weights, in float32 with one rounding."""
     with open_lora(lora.path, anatomy=model.anatomy) as file:
         require_lora(file, model.name)

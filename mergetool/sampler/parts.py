@@ -19,10 +19,12 @@ from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.checkpoint.shards import INDEX_SUFFIX, SUFFIX
+from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import DataError, FamilyError, InputMissing, UsageError
-from mergetool.models import OpenedModel
 from mergetool.quant.encoding import Encoding
 from mergetool.quant.weights import is_side_tensor, quantised
+from mergetool.recipe.argument import anchor_of
+from mergetool.recipe.steps import Input
 from mergetool.sampler import architectures
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -64,9 +66,7 @@ class Components:
         They are those named, else those of ``pipeline``, else those beside its transformer, else the embedded ones where they fit. Raises
         InputMissing, saying which is missing and the option that names it.
         """
-        folder = (
-            pipeline_folder(models.resolve(pipeline).path) if pipeline else pipeline_folder(models.resolve(model).path)
-        )
+        folder = pipeline_of(pipeline or model)
         if pipeline and folder is None:
             raise InputMissing(f'"{pipeline}" is no pipeline folder: it has no model_index.json.')
         if folder is None and not (text_encoder and vae) and _fits_the_embedded(model):
@@ -112,6 +112,11 @@ def _required(place: Path | None, model: str, part: str, option: str) -> Path:
     return place
 
 
+def pipeline_of(model: str) -> Path | None:
+    """The pipeline folder of a MODEL; of an expression its anchor's."""
+    return pipeline_folder(models.resolve(anchor_of(model)).path)
+
+
 def pipeline_folder(path: Path) -> Path | None:
     """The pipeline folder that a model's path is or lies in."""
     for folder in (path, path.parent, path.parent.parent):
@@ -126,7 +131,7 @@ def _fits_the_embedded(model: str) -> bool:
     if not path.exists():
         return False
     config = json.loads(path.read_text("utf-8"))
-    with models.open_model(model) as opened:
+    with opened_model(model, fingerprints=False) as opened:
         part = opened.anatomy.parts.get("cap_embedder.1.weight")
     return part is not None and part.shape == (config["dim"], config["cap_feat_dim"])
 
@@ -252,7 +257,7 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
     Raises DataError for a LoRA that does not change it and for a text encoder or VAE of other widths, and UsageError for a ``size``,
     (width, height), that the model has no positions for.
     """
-    with models.open_model(model) as opened:
+    with opened_model(model, fingerprints=False) as opened:
         config = transformer_config(opened)
         require_whole(opened)
         for lora in loras:
@@ -280,7 +285,7 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
         )
 
 
-def transformer_config(opened: OpenedModel) -> Mapping[str, Any]:
+def transformer_config(opened: Input) -> Mapping[str, Any]:
     """The config of a Z-Image transformer: that beside it, else what its shapes show. Raises FamilyError."""
     stored, anatomy = opened.checkpoint.config, opened.anatomy
     drawn = {family.transformer: family.name for family in FAMILIES if family.transformer}
@@ -297,7 +302,7 @@ def transformer_config(opened: OpenedModel) -> Mapping[str, Any]:
     return config
 
 
-def require_whole(opened: OpenedModel) -> None:
+def require_whole(opened: Input) -> None:
     """Raises FamilyError where a block lacks what the others of its stack have; the rest is compared when it is built."""
     missing = uneven(opened.anatomy)
     if missing:

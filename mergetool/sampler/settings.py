@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from mergetool import models
 from mergetool.checkpoint.paths import typed
+from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import UsageError
 from mergetool.options.pictures import AskedStage, PartsOptions, PicturesOptions, SampleOptions
 from mergetool.options.sampling import FIRST, MODEL_SHIFT, PRESETS, SECOND, SamplerName, Scheduler, StagePreset
 from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
-from mergetool.sampler.parts import Components, WeightedLora, pipeline_folder
+from mergetool.sampler.parts import Components, WeightedLora, pipeline_of
 from mergetool.sampler.request import PictureRequest, Refinement, Shot, Stage
 
 LARGE = 1e9
@@ -133,7 +133,7 @@ def _lora(path: str, strength: Fraction) -> WeightedLora:
 def own_shift(model: str, pipeline: str | None = None) -> float:
     """The shift of a model: that of the scheduler in its pipeline folder, else of ``pipeline``'s, else MODEL_SHIFT."""
     for place in (model, pipeline):
-        folder = None if place is None else pipeline_folder(models.resolve(place).path)
+        folder = None if place is None else pipeline_of(place)
         path = None if folder is None else folder / "scheduler" / "scheduler_config.json"
         if path is not None and path.is_file():
             shift = json.loads(path.read_text("utf-8")).get("shift")
@@ -144,7 +144,7 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
 
 def is_large(model: str) -> bool:
     """Whether a model's weights are more than LARGE."""
-    with models.open_model(model) as opened:
+    with opened_model(model, fingerprints=False) as opened:
         return sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE
 
 

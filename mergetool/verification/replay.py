@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 from mergetool import models
+from mergetool.checkpoint.inputs import Readable
 from mergetool.checkpoint.outputs import Target, model_target
 from mergetool.checkpoint.planned import first_difference, planned_files, shard_size_of
 from mergetool.checkpoint.reader import Checkpoint
@@ -166,7 +166,7 @@ class _All:
 
 def _sizes(checkpoint: Checkpoint) -> list[list[int]]:
     """The bytes of every tensor, file by file."""
-    groups: dict[Path, list[int]] = {file.path: [] for file in checkpoint.files}
+    groups: dict[Readable, list[int]] = {file: [] for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
-        groups[checkpoint.locate(name)[0].path].append(info.nbytes)
+        groups[checkpoint.locate(name)[0]].append(info.nbytes)
     return list(groups.values())

@@ -7,9 +7,10 @@ report.sound        True when every tensor is what its recipe says
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 from mergetool import models
@@ -17,11 +18,13 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison import distances
 from mergetool.comparison.energies import Distance
-from mergetool.engine import job, merge
-from mergetool.errors import DataError, FamilyError, InputMissing, NonFiniteError
+from mergetool.engine import merge
+from mergetool.engine.inputs import Inputs, contents_of, open_change
+from mergetool.errors import DataError, ExpressionError, FamilyError, InputMissing, NonFiniteError
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe import provenance
 from mergetool.recipe.expression import Expression, parse
+from mergetool.recipe.graph import Model
 from mergetool.recipe.plan import Plan, plan_merge
 from mergetool.recipe.quotes import quote
 from mergetool.recipe.steps import MERGED, Input
@@ -88,9 +91,10 @@ def look_at_weights(
     ``progress`` gets bytes moved and bytes to move. Raises what opening and reading raise, and FamilyError for a parent that shares no tensor with it.
     """
     with ExitStack() as stack:
-        output, result = opened.name, Input(opened.name, opened.checkpoint, opened.anatomy)
+        output, result = opened.name, Input.of(opened)
         plan = plan_merge(parse(quote(output), known=[output]), [result], MergeOptions())
-        others = [(name, stack.enter_context(models.open_model(name))) for name in parents]
+        inputs = Inputs(stack)
+        others = [inputs.model(name) for name in parents]
         report = WeightsReport("", output, {name: name for name in parents}, kept=len(plan.tensors), derived=False)
         total = plan.bytes_read + plan.header.data_size + 2 * len(others) * plan.header.data_size
         moved = 0
@@ -102,12 +106,13 @@ def look_at_weights(
 
         outcome = merge.run(plan, _Nowhere(), threads=threads, non_finite="keep", measure="off", progress=advance)
         report.non_finite = outcome.non_finite
-        for name, opened in others:
-            parent = Input(name, opened.checkpoint, opened.anatomy)
+        for parent in others:
             if not distances.comparable([result, parent]):
-                raise FamilyError(f"{output} and {name} share no tensor of one shape; name a parent of its own family.")
+                raise FamilyError(
+                    f"{output} and {parent.name} share no tensor of one shape; name a parent of its own family."
+                )
             with suppress(NonFiniteError):
-                report.distances[name] = distances.measure(result, parent, progress=advance)
+                report.distances[parent.name] = distances.measure(result, parent, progress=advance)
         return report
 
 
@@ -148,12 +153,12 @@ def check_weights(
             outcome = merge.run(plan, comparer, threads=threads, non_finite="keep", measure="off", progress=advance)
             report.non_finite = outcome.non_finite
             report.bytes_compared, report.differing = comparer.compared, comparer.differing
-        result = Input(opened.name, opened.checkpoint, opened.anatomy)
-        for model in plan.inputs:
-            if model.name in report.parents:
-                # From or to NaN there is no distance; what holds it is named in `non_finite`, or is the parent's own affair.
-                with suppress(NonFiniteError):
-                    report.distances[model.name] = distances.measure(result, model, progress=advance)
+        result = Input.of(opened)
+        by_name = {model.name: model for _, model in again.places}
+        for name in report.parents:
+            # From or to NaN there is no distance; what holds it is named in `non_finite`, or is the parent's own affair.
+            with suppress(NonFiniteError):
+                report.distances[name] = distances.measure(result, by_name[name], progress=advance)
         return report
 
 
@@ -170,7 +175,7 @@ class Reopened:
     def report(self) -> WeightsReport:
         """The report as far as it is known before a tensor is read."""
         plan, recorded = self.plan, self.recorded
-        anchor, factors = plan.expression.anchor, plan.expression.graph.coefficients()
+        anchor, factors = _anchor(plan), _factors(plan)
         report = WeightsReport(recorded.expression, anchor)
         report.parents = {
             model.name: place
@@ -184,6 +189,22 @@ class Reopened:
         return report
 
 
+def _anchor(plan: Plan) -> str:
+    """The file that a merge changes."""
+    inner = plan.inputs[0].plan
+    return plan.expression.anchor if inner is None else _anchor(inner)
+
+
+def _factors(plan: Plan) -> dict[str, Fraction]:
+    """The factor of every file in a merge, those of models that are expressions among them."""
+    factors, total = plan.expression.graph.coefficients(), dict[str, Fraction]()
+    for model in plan.inputs:
+        inner = {model.name: Fraction(1)} if model.plan is None else _factors(model.plan)
+        for name, factor in inner.items():
+            total[name] = total.get(name, Fraction(0)) + factors.get(model.name, Fraction(0)) * factor
+    return total
+
+
 def reopen(output: str | models.OpenedModel, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
     """The merge that ``output``, open or not, records, planned again from its inputs; ``stack`` closes what is opened here.
 
@@ -195,27 +216,15 @@ def reopen(output: str | models.OpenedModel, inputs: Mapping[str, str], stack: E
     folder = models.resolve(output).path.absolute().parent
     recorded = provenance.read(opened.checkpoint.metadata, output)
     expression = _recorded_expression(recorded, output)
-    named = [
-        *expression.models,
-        *expression.loras,
-        *([recorded.options.keep_from] if recorded.options.keep_from else []),
-    ]
-    unknown = next((name for name in named if name not in recorded.fingerprints), None)
-    if unknown is not None:
-        raise DataError(
-            f"{output} carries a damaged recipe in its metadata: {quoted(unknown)} is not among its inputs; it cannot be verified."
-        )
-    given = {name: inputs.get(name) for name in recorded.fingerprints}
-    places = [_open_input(name, place, folder, stack) for name, place in given.items() if name not in expression.loras]
-    opened_models = [model for _, model in places]
-    opened_models += [_open_lora(name, given.get(name), folder, opened_models[0], stack) for name in expression.loras]
-    prints = {model.name: model.checkpoint.fingerprint() for model in opened_models}
+    again = _Recorded(stack, recorded.fingerprints, inputs, folder, output)
+    read = again.models_of(expression, recorded.options.keep_from)
+    read += [again.lora(name, read[0]) for name in expression.loras]
+    prints = again.fingerprints(read)
     if expression.records_anchor:
-        expression = expression.arranged(prints)
-    opened_models.sort(key=lambda model: model.name != expression.anchor)
-    return Reopened(
-        opened, recorded, plan_merge(expression, opened_models, recorded.options, fingerprints=prints), places, prints
-    )
+        expression = expression.arranged(contents_of(read, prints))
+    read.sort(key=lambda model: model.name != expression.anchor)
+    plan = plan_merge(expression, read, recorded.options, fingerprints=prints)
+    return Reopened(opened, recorded, plan, again.places, prints)
 
 
 def _recorded_expression(recorded: provenance.Recorded, output: str) -> Expression:
@@ -233,29 +242,73 @@ def _recorded_expression(recorded: provenance.Recorded, output: str) -> Expressi
     return expression.anchored(recorded.anchor)
 
 
-def _open_input(name: str, place: str | None, folder: Path, stack: ExitStack) -> tuple[str, Input]:
-    """An input and where it was found: the place given, as a MODEL, or beside the output under its recorded name."""
-    beside = [folder / f"{name}.safetensors", folder / name]
-    choices = [place] if place is not None else [name, *(str(path) for path in beside if path.exists())]
-    for choice in choices:
-        try:
-            opened = models.open_model(choice)
-        except InputMissing:
-            continue
-        stack.enter_context(opened.checkpoint)
-        return choice, Input(name, opened.checkpoint, opened.anatomy)
-    raise _not_found(name)
+class _Recorded(Inputs):
+    """The inputs of a recorded merge, by their recorded names; a model that was an expression is one of those names.
 
+    Each is where ``given`` says, else the MODEL of its name, else beside the output.
+    """
 
-def _open_lora(name: str, place: str | None, folder: Path, model: Input, stack: ExitStack) -> Input:
-    """A LoRA of the recipe; what matched nothing was said when it was merged."""
-    beside = [folder / f"{name}.safetensors", folder / name]
-    for choice in [place] if place is not None else [name, *(str(path) for path in beside if path.exists())]:
+    def __init__(
+        self, stack: ExitStack, names: Collection[str], given: Mapping[str, str], folder: Path, output: str
+    ) -> None:
+        super().__init__(stack, skip_unmatched=True)  # what of a LoRA matched nothing was said when it was merged
+        self.places: list[tuple[str, Input]] = []
+        self._recorded = names
+        self._given = given
+        self._folder = folder
+        self._output = output
+
+    def models_of(self, expression: Expression, keep_from: str | None) -> list[Input]:
+        """The models of an expression, files in the order in which they were recorded."""
+        named = dict.fromkeys([*expression.models, *([keep_from] if keep_from else [])])
+        unknown = next((name for name in expression.loras if name not in self._recorded), None)
+        if unknown is not None:
+            raise self._damaged(unknown)
+        place = {name: i for i, name in enumerate(self._recorded)}
+        return [self.model(name) for name in sorted(named, key=lambda name: place.get(name, len(place)))]
+
+    def _expression_of(self, name: str) -> Expression | None:
+        if name in self._recorded:
+            return None
         try:
-            return job.open_change(name, model, stack, place=choice, skip_unmatched=True)
-        except InputMissing:
-            continue
-    raise _not_found(name)
+            expression = parse(name, known=list(self._recorded))
+        except ExpressionError:
+            raise self._damaged(name) from None
+        if len(expression.graph.terms) == 1 and isinstance(expression.graph.terms[0].operand, Model):
+            raise self._damaged(name)
+        return expression
+
+    def _read(self, name: str) -> Input:
+        for place in self._choices(name):
+            try:
+                opened = models.open_model(place)
+            except InputMissing:
+                continue
+            self._stack.enter_context(opened.checkpoint)
+            model = replace(Input.of(opened), name=name)
+            self.places.append((place, model))
+            return model
+        raise _not_found(name)
+
+    def _change(self, name: str, first: Input) -> Input:
+        for place in self._choices(name):
+            try:
+                return open_change(name, first, self._stack, place=place, skip_unmatched=True)
+            except InputMissing:
+                continue
+        raise _not_found(name)
+
+    def _choices(self, name: str) -> list[str]:
+        """Where a recorded name may lead."""
+        if name in self._given:
+            return [self._given[name]]
+        beside = [self._folder / f"{name}.safetensors", self._folder / name]
+        return [name, *(str(path) for path in beside if path.exists())]
+
+    def _damaged(self, name: str) -> DataError:
+        return DataError(
+            f"{self._output} carries a damaged recipe in its metadata: {quoted(name)} is not among its inputs; it cannot be verified."
+        )
 
 
 def _not_found(name: str) -> InputMissing:

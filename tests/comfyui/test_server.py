@@ -275,6 +275,21 @@ def test_models_that_do_not_belong_together_need_force(server: Server) -> None:
     assert "error: " in server.run(prompt).text("5")
 
 
+def test_a_lora_of_a_merge_that_is_not_saved_is_the_one_of_its_file(server: Server) -> None:
+    saved, linked = bridge("saved"), bridge("linked")
+    del saved["6"]["inputs"]["protect"]
+    linked["7"]["inputs"]["variant"] = ["5", 0]
+    del linked["6"]
+    loras = []
+    for prompt in (saved, linked):
+        before = set(files(server))
+        assert server.run(prompt).status == "success"
+        (path,) = (path for path in set(files(server)) - before if path.name == "7.safetensors")
+        loras.append(load_file(path))
+    assert loras[0].keys() == loras[1].keys()
+    assert all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])
+
+
 def broken(what: str) -> tuple[Prompt, str]:
     """A workflow that stops at the node in second place."""
     prompt = workflow("bridge.json")
@@ -282,9 +297,6 @@ def broken(what: str) -> tuple[Prompt, str]:
         prompt["2"]["inputs"]["model"] = "lab.stripped"
     elif what == "a file that is not there":
         prompt["2"]["inputs"]["model"] = "nowhere.safetensors"
-    elif what == "a LoRA of a merge that is no file":
-        prompt["7"]["inputs"]["variant"] = ["5", 0]
-        del prompt["6"]
     elif what == "a protected group of a model that has none":
         prompt["6"]["inputs"]["multipliers"] = "refinery=2"
     elif what == "a group to leave out of a LoRA that there is not":
@@ -297,7 +309,6 @@ def broken(what: str) -> tuple[Prompt, str]:
     [
         ("a model that is not there", "InputMissing", "no embedded model is named"),
         ("a file that is not there", "InputMissing", "nowhere.safetensors"),
-        ("a LoRA of a merge that is no file", "UsageError", "link it through Save first"),
         ("a protected group of a model that has none", "PatternError", "refinery"),
         ("a group to leave out of a LoRA that there is not", "PatternError", "refinery"),
     ],

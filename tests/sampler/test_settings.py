@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergetool import models
 from mergetool.engine import job
 from mergetool.errors import MergetoolError, UsageError
 from mergetool.options.merging import MergeOptions
@@ -259,7 +260,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "prompts.txt").write_bytes(b"")
     spoilt = tmp_path / "spoilt"
-    shutil.copytree(settings.models.EMBEDDED / "base", spoilt)
+    shutil.copytree(models.EMBEDDED / "base", spoilt)
     for part, file in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
         path = spoilt / part / f"{file}.safetensors"
         weights = load_file(path)
@@ -312,7 +313,7 @@ def test_the_api_passes_numbers_as_they_are(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_parts_that_are_all_named_leave_the_pipeline_without_effect() -> None:
-    folder = settings.models.EMBEDDED / "base"
+    folder = models.EMBEDDED / "base"
     named = {name: folder / name for name in ("text_encoder", "tokenizer", "vae")}
     notes = prepare(SampleOptions(PROMPT, base="lab.base", pipeline="lab.base", **named)).notes
     assert [note.split(":")[0] for note in notes] == ["`pipeline` has no effect"]

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.inputs import Readable
 
 PIECE = 16 << 20
 """Bytes a thread reads at once; each has two buffers of that size, one being filled while the other is copied."""
@@ -51,7 +51,7 @@ class Uploader:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def upload(self, file: InputFile, offset: int, target: Tensor) -> list[Arrival]:
+    def upload(self, file: Readable, offset: int, target: Tensor) -> list[Arrival]:
         """Start filling ``target``, contiguous uint8 on the device, with the bytes of ``file`` at ``offset``; `finish` waits for it."""
         size = target.numel()
         return [
@@ -66,13 +66,13 @@ class Uploader:
 
     @staticmethod
     def finish(arrivals: Sequence[Arrival], before: torch.cuda.Stream | None) -> None:
-        """Return when they are read; what the stream ``before`` is given from now on sees them. Raises what ``InputFile.read_into`` raises."""
+        """Return when they are read; what the stream ``before`` is given from now on sees them. Raises what ``Readable.read_into`` raises."""
         for arrival in arrivals:
             copied = arrival.result()
             if before is not None and copied is not None:
                 before.wait_event(copied)
 
-    def _copy(self, file: InputFile, offset: int, target: Tensor) -> torch.cuda.Event | None:
+    def _copy(self, file: Readable, offset: int, target: Tensor) -> torch.cuda.Event | None:
         buffer = self._next_buffer()
         if buffer.copied is not None:
             buffer.copied.synchronize()

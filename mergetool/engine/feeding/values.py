@@ -14,7 +14,7 @@ import numpy as np
 
 from mergetool.adapters.rows import TILE_ROWS, StackedRows
 from mergetool.checkpoint.dtypes import F32, DType
-from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.inputs import InputFile, Readable
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.ops.blend import blend
 from mergetool.ops.stored import Stored
@@ -24,7 +24,7 @@ from mergetool.recipe.steps import COPY, Window
 Reader = Literal["auto", "mmap", "pread"]
 """How a run reads its files: what suits them, windows on a mapping, or positioned reads."""
 
-Place = tuple[InputFile, int, int]
+Place = tuple[Readable, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class ValueReader:
         for file, offset, size in fetched.places:
             file.release(offset, size)
 
-    def _bytes(self, place: int, file: InputFile, offset: int, size: int) -> memoryview:
+    def _bytes(self, place: int, file: Readable, offset: int, size: int) -> memoryview:
         """``size`` bytes of ``file`` at ``offset``: a window, or read into the buffer of that place, which is used again and again."""
         if self._maps:
             return file.window(offset, size)
