@@ -36,7 +36,7 @@ from mergetool.engine.threads import asked
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.options.differences import DiffOptions
 from mergetool.options.table import recorded
-from mergetool.recipe.provenance import files_of, names_of
+from mergetool.recipe.provenance import NOT_FULL, files_of, names_of
 
 
 @dataclass
@@ -127,7 +127,8 @@ def extract(
     if to.full is not None and found.whole:
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
         write(to.full, values, early.result())
-    write(to.lora, joined(factors, pairing.base.anatomy.family), early.result())
+    not_full = {NOT_FULL: "nothing differs"} if to.full is not None and not found.whole else {}
+    write(to.lora, joined(factors, pairing.base.anatomy.family), early.result() | not_full)
     side.save(files, stream.threads)
     found.searched = sorted(side.added)
     return found

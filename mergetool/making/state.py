@@ -67,28 +67,28 @@ def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
     files, expected = DiffFiles.named(target, options), metadata_of(pairing, options)
     if not os.path.lexists(files.lora.path):
         return ABSENT
-    for path in (
-        files.lora.path,
-        *([files.full.path] if files.full and any(pair.whole for pair in pairing.pairs) else []),
-    ):
-        state = _of_metadata(path, expected)
-        if state != CURRENT:
-            return state
+    state, stored = _of_metadata(files.lora.path, expected)
+    has_full = files.full is not None and provenance.NOT_FULL not in stored
+    if state == CURRENT and files.full is not None and has_full and any(pair.whole for pair in pairing.pairs):
+        state, _ = _of_metadata(files.full.path, expected)
+    if state != CURRENT:
+        return state
     if files.checkpoint is None:
         return CURRENT
     if not os.path.lexists(files.checkpoint.path):
         return State("outdated", f'"{files.checkpoint.path}" is missing')
-    has_full = files.full is not None and os.path.lexists(files.full.path)
+    has_full = has_full and files.full is not None and os.path.lexists(files.full.path)
     with open_merge(files.baked(pairing.base.name, has_full=has_full)) as plan:
         return of_merge(plan, files.checkpoint, None)
 
 
-def _of_metadata(path: Path, expected: Mapping[str, str]) -> State:
+def _of_metadata(path: Path, expected: Mapping[str, str]) -> tuple[State, Mapping[str, str]]:
+    """The state of a file by what it says of itself, and what that is."""
     if not os.path.lexists(path):
-        return State("outdated", f'"{path}" is missing')
+        return State("outdated", f'"{path}" is missing'), {}
     try:
         with Checkpoint.open(path) as stored:
             reasons = provenance.changes(stored.metadata, expected)
     except MergetoolError as error:
-        return State("outdated", f"what is there cannot be read ({error})")
-    return State("outdated", " and ".join(reasons)) if reasons else CURRENT
+        return State("outdated", f"what is there cannot be read ({error})"), {}
+    return State("outdated", " and ".join(reasons)) if reasons else CURRENT, stored.metadata

@@ -17,7 +17,10 @@ from mergetool.recipe.expression import Expression
 if TYPE_CHECKING:
     from mergetool.recipe.steps import Input
 
-DERIVED = frozenset({"lora_adapter_metadata"})
+NOT_FULL = "mergetool.not_full"
+"""Says, in a difference LoRA, that nothing differs of what would be stored whole, so that there is no second file."""
+
+DERIVED = frozenset({"lora_adapter_metadata", NOT_FULL})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
 
 _OPTIONS = rows(MergeOptions).values()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.engine import job
@@ -151,6 +152,18 @@ def test_files_beside_a_lora_lie_in_its_folder_and_count_in_its_state(family: Pa
         (family / f"{name}.safetensors").rename(family / "away")
         assert states(BESIDE)[0][1:] == ("outdated", f'"{name}.safetensors" is missing')
         (family / "away").rename(family / f"{name}.safetensors")
+
+
+def test_a_lora_of_which_nothing_is_stored_whole_is_up_to_date(family: Path) -> None:
+    tensors = load_file(family / "a.safetensors")
+    tensors["layers.0.attention.qkv.weight"] += 1
+    save_file(tensors, family / "matrix.safetensors")
+    path = family / "r.yaml"
+    text = BESIDE.replace("variant: b", "variant: matrix").replace("}\ndiff", ", matrix: matrix.safetensors}\ndiff")
+    path.write_text(text)
+    mergetool.Recipe(path).make()
+    assert not (family / "whole.safetensors").exists()
+    assert kinds(text) == ["current"]
 
 
 def test_a_baked_checkpoint_of_another_lora_is_out_of_date(family: Path) -> None:
