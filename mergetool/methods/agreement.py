@@ -28,7 +28,7 @@ def sce(
         float, Range(0, 1, "the share of the elements, of those that differ at all, that is kept")
     ] = 1.0,
 ) -> Tensor:
-    """Keep the elements that vary most between the differences, weight each by its energy, and average those that agree in sign.
+    """Keep the elements that vary most, and average those that agree in sign. Each difference is weighted by its energy.
 
     Formula: sum(w_k*d'_k) / sum(w_k) over the k with sign(d'_k) = sign(sum(d'_k)), w_k = sum(d'_k^2) of the whole parameter; d'_k the density*n elements of d_k with
     the largest variance over k
@@ -79,7 +79,7 @@ def ramplus_tl(
     alpha: Annotated[float, Range(0, text="the bound of what r is multiplied by")] = 0.2,
     epsilon: Threshold = 1e-5,
 ) -> Tensor:
-    """Average each element over those models that have changed it, and strengthen what one model alone has changed, the more of its changes others share.
+    """Average each element over those models that have changed it. What one model alone has changed is strengthened, the more of its changes others share.
 
     Formula: as ram, and (1 + r*min(alpha, shared_k/alone_k)) * d_k where k alone has changed it; shared_k and alone_k count elements of the parameter
     Source: Reinforced Agent Merging Plus, tensor-local, 2026, arXiv 2601.13572
@@ -126,7 +126,7 @@ def dropout(
     ] = "independent",
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference at random, average what is left of each element, and make up for what was dropped.
+    """Drop elements of each difference at random, and average what is left. The average makes up for what was dropped.
 
     Formula: sum(m_k*d_k) / max(1, sum(m_k)) / P, P the probability that any is left: 1 - (1-density)^n independent, density exclusive
     Source: dropout of sd-mecha, after arXiv 2311.03099

@@ -15,7 +15,7 @@ from mergetool.ops.reductions import dot
 
 @method(takes="deltas", least=2, most=2, buffers=lambda _: 0)
 def perpendicular(tensors: Sequence[Tensor], site: Site) -> Tensor:
-    """Keep the part of the first difference that is orthogonal to the second, each parameter as one vector.
+    """Keep the part of the first difference that is orthogonal to the second. Each parameter is one vector.
 
     Formula: d1 - d2 * <d1, d2> / <d2, d2>, d1 where d2 is zero
     Source: Gram-Schmidt; sd-mecha's perpendicular_component, which takes the two in the other order
@@ -33,7 +33,7 @@ def truncate_rank(
     rank: Annotated[int, Range(0, text="the most directions to keep; 0: as many as energy asks for")] = 8,
     energy: Annotated[float, Range(0, 1, "keep the fewest that hold this share of the sum of squares")] = 1.0,
 ) -> Tensor:
-    """Keep the strongest directions of a difference and leave out the rest of it, which is often noise.
+    """Keep the strongest directions of a difference. What it leaves out is often noise.
 
     Formula: sum over i <= r of s_i * u_i * v_i^T, with s, u, v the singular values and vectors of the matrix [outputs, all else]; r the fewest with sum(s_i**2, i <= r) >= energy * sum(s_i**2), at most rank
     Source: Eckart and Young 1936; truncate_rank of sd-mecha

@@ -83,7 +83,7 @@ def multiply_quotient(
     *,
     alpha: Annotated[float, Range(0, text="the exponent of the quotient")] = 1.0,
 ) -> Tensor:
-    """Multiply the first by what the second is of the third, where the two moved an element's size in opposite directions.
+    """Multiply the first by the quotient of the second and the third. It does so where the first and the second moved an element's size in opposite directions.
 
     Formula: x1 * Re((x2/x3)**e) with e = alpha * max(0, -p*q / max(abs(p), abs(q))**2), p = log(abs(x1/x3)), q = log(abs(x2/x3)); x1 where e is 0 or any is 0
     Source: multiply_quotient of sd-mecha

@@ -26,7 +26,7 @@ def model_stock(
     *,
     filter_wise: Annotated[bool, Text("one t for each index of the first dimension, not for each parameter")] = False,
 ) -> Tensor:
-    """Shrink the average of fine-tunes of one model towards that model, the more the less alike they are.
+    """Shrink the average of fine-tunes of one model towards that model. The less alike they are, the more it shrinks.
 
     Formula: t * mean(d_k), t = n*c / (1 + (n-1)*c), c the mean cosine of two d_k, at least 0
     Source: Model Stock, Jang et al. 2024, arXiv 2403.19522
@@ -73,7 +73,7 @@ def _stock(cosine: float, count: int) -> float:
 
 @method(takes="any", least=2, buffers=lambda arguments: 0.1)
 def geometric_median(tensors: Sequence[Tensor], site: Site) -> Tensor:
-    """Take the point whose distances to all of them add up to least, which one outlier cannot pull away.
+    """Take the point whose distances to all of them add up to least. One outlier cannot pull it away.
 
     Formula: argmin over y of sum(norm(y - x_k)), as sum(w_k * x_k) / sum(w_k) with w_k = 1 / norm(y - x_k)
     Source: Sur le point pour lequel la somme des distances est minimum, Weiszfeld 1937; where it is one of the points: Vardi and Zhang 2000

@@ -21,7 +21,7 @@ def nearswap(
     *,
     t: Annotated[float, Range(0, text="the most that an element moves, in units of the weights")] = 0.0001,
 ) -> Tensor:
-    """Take the second where the two are near, and move towards it by a fixed amount where they are not.
+    """Take the second where the two are near. Elsewhere move towards it by a fixed amount.
 
     Formula: x1 + max(-t, min(t, x2 - x1))
     Source: alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
@@ -40,7 +40,7 @@ def nearswap(
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 0.1)
 def add_cosine_a(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0) -> Tensor:
-    """Keep the first where its columns point the same way as the second's, take the second where they do not.
+    """Keep the first where its columns point the same way as the second's. Elsewhere take the second.
 
     Formula: x1 + k*(x2-x1) with k = 1 - max(0, min(1, c - alpha)), c the cosine of x1 and x2 over the first dimension
     Source: cosineA of SuperMerger, as sd-mecha's add_cosine_a has it
@@ -54,7 +54,7 @@ def add_cosine_a(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0)
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 0.1)
 def add_cosine_b(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0) -> Tensor:
-    """As add_cosine_a, with the mean of each column's cosine and that of the whole parameter.
+    """Do as add_cosine_a with a mean of two cosines. They are each column's and that of the whole parameter.
 
     Formula: x1 + k*(x2-x1) with k = 1 - max(0, min(1, (c + C)/2 - alpha)), c the cosine over the first dimension, C that of all elements
     Source: cosineB of SuperMerger, as sd-mecha's add_cosine_b has it
@@ -82,7 +82,7 @@ def train_difference(
     *,
     alpha: Annotated[float, Range(text="what the difference is multiplied by")] = 1.0,
 ) -> Tensor:
-    """Add what the second model learned over the third, more of it where the first lies far from the second.
+    """Add what the second model learned over the third. More is added where the first lies far from the second.
 
     Formula: x1 + 1.8 * alpha * m * (x2 - x3) with m = abs(x1-x2) / (abs(x1-x2) + abs(x2-x3)), 0 where both are 0
     Source: trainDifference of SuperMerger; sd-mecha's train_difference_mask times the difference

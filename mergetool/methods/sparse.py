@@ -44,7 +44,7 @@ def ties(
     normalize: Normalize = True,
     scale: _Scale = 1.0,
 ) -> Tensor:
-    """Keep the largest elements of each difference, elect a sign for every element, and average those that have it.
+    """Keep each difference's largest elements, and average those that have the elected sign. A sign is elected for every element.
 
     Formula: scale * sum(w_k*d'_k) / sum(abs(w_k)) over the k with sign(w_k*d'_k) = sign(sum(w_k*d'_k)); d'_k the density*n largest of d_k
     Source: TIES-Merging, Yadav et al. 2023, arXiv 2306.01708
@@ -68,7 +68,7 @@ def dare_linear(
     scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference at random, divide what is left by the share that is, and add up.
+    """Drop elements of each difference at random, and add up the rest. What is left is divided by the share that is.
 
     Formula: scale * sum(w_k * d_k * m_k / density), m_k of 0 and 1, 1 with the probability density
     Source: Language models are super Mario, Yu et al. 2023, arXiv 2311.03099
@@ -91,7 +91,7 @@ def dare_ties(
     scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference at random as dare_linear does, and add up those that have the elected sign.
+    """Drop elements as dare_linear does, and add up those that have the elected sign.
 
     Formula: scale * sum(w_k*d'_k) over the k with sign(w_k*d'_k) = sign(sum(w_k*d'_k)); d'_k = d_k*m_k/density
     Source: Language models are super Mario, Yu et al. 2023, arXiv 2311.03099, with the election of arXiv 2306.01708
@@ -113,7 +113,7 @@ def della_linear(
     scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference at random, small ones rather than large ones of the same row, and add up.
+    """Drop elements of each difference at random, and add up the rest. Small ones are dropped rather than large ones of the same row.
 
     Formula: scale * sum(w_k * d_k * m_k / p_k), m_k 1 with the probability p_k = density - epsilon + 2*epsilon*(rank-1)/(row-1)
     Source: DELLA-Merging, Deep et al. 2024, arXiv 2406.11617; epsilon as mergekit counts it
@@ -139,7 +139,7 @@ def della(
     scale: _Scale = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference as della_linear does, elect a sign for every element, and average those that have it.
+    """Drop elements as della_linear does, and average those that have the elected sign. A sign is elected for every element.
 
     Formula: scale * sum(w_k*d'_k) / sum(abs(w_k)) over the k with sign(w_k*d'_k) = sign(sum(w_k*d'_k)); d'_k = d_k*m_k/p_k
     Source: DELLA-Merging, Deep et al. 2024, arXiv 2406.11617
@@ -159,7 +159,7 @@ def breadcrumbs(
     weights: _Weights = (),
     scale: _Scale = 1.0,
 ) -> Tensor:
-    """Leave out the very largest elements of each difference, keep the largest of the others, and add up.
+    """Leave out each difference's very largest elements, and add up the next largest.
 
     Formula: scale * sum(w_k * d'_k), d'_k the density*n largest of d_k after its gamma*n largest
     Source: Model Breadcrumbs, Davari and Belilovsky 2023, arXiv 2312.06795; density and gamma as mergekit counts them
@@ -181,7 +181,7 @@ def breadcrumbs_ties(
     normalize: Normalize = False,
     scale: _Scale = 1.0,
 ) -> Tensor:
-    """Thin out each difference as breadcrumbs does, and add up those elements that have the elected sign.
+    """Thin out as breadcrumbs does, and add up elements that have the elected sign.
 
     Formula: scale * sum(w_k*d'_k) over the k with sign(w_k*d'_k) = sign(sum(w_k*d'_k)); d'_k as in breadcrumbs
     Source: Model Breadcrumbs, arXiv 2312.06795, with the election of TIES-Merging, arXiv 2306.01708, as in mergekit

@@ -33,7 +33,7 @@ def slerp(
         Text("arc: the formula on the arguments as they are; line: on their directions, and the norms on a line"),
     ] = "arc",
 ) -> Tensor:
-    """Go from one to the other along the arc between them, each parameter as one vector.
+    """Go from one to the other along the arc between them. Each parameter is one vector.
 
     Formula: (sin((1-t)*w)*x1 + sin(t*w)*x2) / sin(w), w the angle between x1 and x2; (1-t)*x1 + t*x2 where sin(w) < 1e-6. For sizes="line" x1 and x2 are divided by their norms, and the result multiplied by (1-t)*norm(x1) + t*norm(x2)
     Source: Animating rotation with quaternion curves, Shoemake 1985
@@ -62,7 +62,7 @@ def nuslerp(
         Text("what is one vector: the whole parameter, what makes one output, or what one input gives"),
     ] = "tensor",
 ) -> Tensor:
-    """Go from one to the other along the arc between them, for the whole parameter or for every row or column by itself.
+    """Go from one to the other along the arc between them. The whole parameter is one vector, or every row or column by itself.
 
     Formula: slerp(x1, x2, t) of each vector
     Source: nuslerp of mergekit, Goddard 2024
@@ -107,7 +107,7 @@ def karcher(
         float, Range(0, text="the length of a step after which there are no more, in radians")
     ] = 1e-10,
 ) -> Tensor:
-    """Average the directions of any number so that the squared angles to them are least, and their norms, each parameter as one vector.
+    """Average directions so that the squared angles to them are least. Their norms are averaged too; each parameter is one vector, and there may be any number.
 
     Formula: m * sum(w_k * norm(x_k)) / sum(w_k), m the unit vector with the least sum(w_k * angle(m, x_k)**2): from the mean direction, steps of sum(w_k * log_m(x_k)) / sum(w_k) along the sphere
     Source: Karcher 1977, Riemannian center of mass and mollifier smoothing; in merging mergekit's karcher, arXiv 2603.04972
