@@ -60,7 +60,7 @@ class ExtractEvents(NodeEvents):
     """Those of a difference LoRA."""
 
     def done(self, plan: Any, result: Any) -> None:
-        """How many matrices there are, and the share of their energy that is in the LoRA."""
+        """Show the number of matrices, and how much of their energy is kept."""
         layers = result.extraction.layers
         total = sum(layer.total for layer in layers)
         kept = sum(layer.energy * layer.total for layer in layers) / total if total else 1.0

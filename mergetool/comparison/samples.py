@@ -58,7 +58,10 @@ class Samples:
         return ModelSample(model.name, model, values, {name: part.numel for name, part in parts.items()})
 
     def values(self, window: Window, start: int, count: int) -> Floats:
-        """Elements ``[start, start + count)`` of a window as float32 [count], not to be written to. Raises what reading raises."""
+        """Read elements ``[start, start + count)`` of a window as float32 [count].
+
+        They are not to be written to. Raises what reading raises.
+        """
         key = (window.input, window.tensor, window.start, window.row, id(window.encoding), start, count)
         if key not in self._values:
             self._values[key] = _read(self._reader, self.inputs[window.input].checkpoint, window, start, count)

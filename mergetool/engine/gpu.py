@@ -46,9 +46,9 @@ READERS = 16
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much a merge holds on a GPU and for it: ``seats`` jobs of at most ``chunk`` elements being computed, and ``ring`` bytes for operands.
+    """The memory that a merge holds on a GPU and for it.
 
-    ``results`` are the bytes that a job writes, at most.
+    ``seats`` jobs of at most ``chunk`` elements are being computed, with ``ring`` bytes for operands. ``results`` are the bytes that a job writes, at most.
     """
 
     seats: int
@@ -63,12 +63,18 @@ class Room:
 
 
 def readers() -> int:
-    """How many threads read: more than this machine's processors where they are few, since they wait for the disk."""
+    """The number of threads that read.
+
+    They are more than this machine's processors where these are few, since they wait for the disk.
+    """
     return max(4, min(READERS, default_threads()))
 
 
 def room(plan: Plan, device: Device) -> Room:
-    """What fits into the memory that may be taken of each GPU; no seat at all where not even a small job does."""
+    """Decide what fits into the memory that may be taken of each GPU.
+
+    There is no seat at all where not even a small job fits.
+    """
     merged = [(tensor, step) for tensor in plan.tensors for step in tensor.steps if step.program is not None]
     read = max((sum(_bytes(window.dtype) for window in step.windows) for _, step in merged), default=1)
     windows = max((len(step.windows) for _, step in merged), default=1)
@@ -102,7 +108,7 @@ def suits(job: Job | Quantise) -> bool:
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a driver needs of the run it works for; called from its threads."""
+    """The calls of a driver to the run it works for, from its threads."""
 
     take: Callable[[], tuple[int, Job] | None]
     redo: Callable[[Job], tuple[int, Movement | None]]

@@ -255,7 +255,9 @@ def config_files(plan: Plan) -> Mapping[str, bytes]:
 
 
 def stem_of(plan: Plan) -> str:
-    """What the files of a folder output are called: as the anchor's, where it is a folder of a library that looks for that name.
+    """The stem of a folder output's file names.
+
+    It is the anchor's, where the folder is one of a library that looks for that name.
 
     transformers looks for ``model.safetensors``, diffusers for ``diffusion_pytorch_model.safetensors``.
     """

@@ -372,12 +372,12 @@ class SampleOptions(PicturesOptions):
 
     @property
     def first(self) -> AskedStage:
-        """What is asked of the first stage."""
+        """The options of the first stage."""
         return replace(super().first, model=self.base, loras=cast("tuple[tuple[str, Fraction], ...]", self.loras))
 
     @property
     def second(self) -> AskedStage:
-        """What is asked of the second stage."""
+        """The options of the second stage."""
         return replace(super().second, loras=cast("tuple[tuple[str, Fraction], ...]", self.refine_loras))
 
     @property

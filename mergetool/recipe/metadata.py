@@ -26,7 +26,7 @@ _MOST_NAMED = 4
 
 
 def travelling(first: Input, outputs: Collection[str], *, changed: bool) -> tuple[dict[str, str], list[str]]:
-    """The metadata of ``first`` that travels to an output, and one warning for the rest.
+    """The metadata that travels to an output, and a warning for the rest.
 
     ``outputs`` are the output's tensors.
 
