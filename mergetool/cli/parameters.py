@@ -71,9 +71,9 @@ def command(
             function(Typed(given, mine, **said))
 
         parameters = [parameter(row) for row in known.values()] + list(own) + [_printing(name) for name in prints]
-        parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+        parameters.sort(key=lambda each: each.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
         run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
         run.request = table  # type: ignore[attr-defined]
         return console.command(run)

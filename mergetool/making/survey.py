@@ -152,9 +152,9 @@ class Survey:
 
     def _opened(self, outputs: Sequence[RecipeOutput]) -> dict[int, Plan | tuple[Pairing, DiffOptions]]:
         merges = [output for output in outputs if isinstance(output.spec, MergeOutput)]
-        opened: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
-        opened |= zip(map(id, merges), self._plans(merges), strict=True)
-        return opened | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
+        plans: dict[int, Plan | tuple[Pairing, DiffOptions]] = {}
+        plans |= zip(map(id, merges), self._plans(merges), strict=True)
+        return plans | {id(output): self._pairing(output) for output in outputs if isinstance(output.spec, LoraOutput)}
 
     def _plans(self, outputs: Sequence[RecipeOutput]) -> list[Plan]:
         """The plans of merges; errors have their place in the recipe."""

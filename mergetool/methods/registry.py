@@ -220,10 +220,10 @@ def _register(function: Callable[..., Any], facts: Mapping[str, Any]) -> None:
     if len(positional) != wanted or name == "lora":
         shown = "(tensors, site, *, ...)" if wanted == 2 else "(count, *, ...)"
         raise TypeError(f'the merge method "{name}" is not a function {shown} of a name that is free')
-    method = Method(name=name, parameters=_parameters(function), **(_texts(function) | dict(facts)))
+    registered = Method(name=name, parameters=_parameters(function), **(_texts(function) | dict(facts)))
     if name in _registered:
         raise TypeError(f'the merge method "{name}" is registered twice')
-    _registered[name] = method
+    _registered[name] = registered
 
 
 def _texts(function: Callable[..., Any]) -> dict[str, Any]:

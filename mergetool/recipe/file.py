@@ -450,15 +450,15 @@ def _checked(output: RecipeOutput) -> RecipeOutput:
 
 
 def _models_of_merge(spec: MergeOutput) -> list[tuple[tuple[str, ...], str]]:
-    named: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
+    mentions: list[tuple[tuple[str, ...], str | None]] = [(("from",), spec.keep_from)]
     if isinstance(spec.verify, PicturesSpec):
-        named += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
-    return [(path, name) for path, name in named if name]
+        mentions += [(("verify", "refiner"), spec.verify.refiner), (("verify", "pipeline"), spec.verify.pipeline)]
+    return [(path, name) for path, name in mentions if name]
 
 
 def _models_of_diff(spec: LoraOutput) -> list[tuple[tuple[str, ...], str]]:
-    named = [(("diff", key), getattr(spec.diff, key)) for key in ("base", "variant", "variant2")]
-    return [(path, name) for path, name in named if name]
+    mentions = [(("diff", key), getattr(spec.diff, key)) for key in ("base", "variant", "variant2")]
+    return [(path, name) for path, name in mentions if name]
 
 
 def _leaves(node: Node) -> Iterator[str]:
