@@ -69,7 +69,7 @@ class Inputs:
         return self._models[name]
 
     def lora(self, name: str, first: Input) -> Input:
-        """What a LoRA adds to the model ``first``, opened. Raises what `open_change` raises."""
+        """Open a LoRA as its change to the model ``first``. Raises what `open_change` raises."""
         key = name, first.name
         if key not in self._loras:
             self._loras[key] = self._change(name, first)
@@ -144,7 +144,9 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
 
 
 def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None = None, skip_unmatched: bool) -> Input:
-    """A LoRA as what it adds to ``model``, from ``place`` if that is not its name; ``stack`` closes it.
+    """Open a LoRA as its change to ``model``; ``stack`` closes it.
+
+    It is read from ``place`` if that is not its name.
 
     Raises InputMissing, DataError for a file that is no LoRA or does not fit, for one that changes nothing in the model at all, and for
     keys that do not, unless those are to be skipped.
