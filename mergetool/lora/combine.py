@@ -139,9 +139,9 @@ def _in_turn(
     modules: Iterable[GatheredModule],
     progress: Callable[[int], None],
 ) -> Iterator[T]:
-    for found in pool.map(solve, modules):
+    for result in pool.map(solve, modules):
         progress(1)
-        yield found
+        yield result
 
 
 def _solver(
@@ -181,14 +181,14 @@ def _recompressed(module: GatheredModule, whole: Matrix, rank: int | RankOf, dty
 
     ``bare`` allows no alpha, for which a budget left no room, or forbids the factors as they came.
     """
-    found = whole.truncated(rank, name=module.part)
-    stored = WrittenSum(balanced(found, TORCH[dtype]), 1.0, found.total_energy**0.5, 0.0)
-    residual = stored_residual(found, stored.factors)
-    if not bare and found.lost_energy <= _NOTHING * found.total_energy and module.width is not None:
+    decomposition = whole.truncated(rank, name=module.part)
+    stored = WrittenSum(balanced(decomposition, TORCH[dtype]), 1.0, decomposition.total_energy**0.5, 0.0)
+    residual = stored_residual(decomposition, stored.factors)
+    if not bare and decomposition.lost_energy <= _NOTHING * decomposition.total_energy and module.width is not None:
         kept = _as_they_came(module, TORCH[dtype])
-        if kept is not None and kept.factors.width <= found.rank and kept.residual <= residual:
+        if kept is not None and kept.factors.width <= decomposition.rank and kept.residual <= residual:
             stored, residual = kept, kept.residual
-    outcome = _outcome(module, stored.factors.width, found.total_energy, found.share, residual, dtype)
+    outcome = _outcome(module, stored.factors.width, decomposition.total_energy, decomposition.share, residual, dtype)
     return outcome, _tensors(module, stored)
 
 

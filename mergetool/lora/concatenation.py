@@ -104,14 +104,14 @@ def _columns(module: GatheredModule, addend: Addend, dtype: torch.dtype) -> _Col
     source = source_of(addend.file, addend.change)  # refuses what is not finite, and DoRA
     if adapter.kind != "lora":
         most = _worthwhile(module.matrix)
-        found = source.truncated(most + 1, name=module.part)
-        if found.rank > most:
+        decomposition = source.truncated(most + 1, name=module.part)
+        if decomposition.rank > most:
             raise UsageError(
                 f'"{addend.file.name}": {quoted(adapter.module)} ({adapter.kind}) has more than rank {most}, where two factors are '
                 "larger than the matrix itself; give `rank`, `rank_thresh` or `budget`."
             )
-        stored = balanced(found, dtype)
-        return _Columns(stored, strength, _distance(stored, LowRank.of(found)) * abs(strength))
+        stored = balanced(decomposition, dtype)
+        return _Columns(stored, strength, _distance(stored, LowRank.of(decomposition)) * abs(strength))
     plain = low_rank(addend.file, addend.change, scaled=False)
     assert plain is not None
     exact = LowRank(*(torch.from_numpy(values) for values in plain))

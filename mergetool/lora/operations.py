@@ -180,17 +180,17 @@ def _scored(
     if first is None or second is None or not all(0 < energy < math.inf for energy in energies):
         nothing = 0.0 if signs else None
         return Score(name, groups, (energies[0], energies[1]), 0.0, 0.0, 0.0, 0.0, nothing)
-    found = sets.interference(_strongest(first), _strongest(second), signs=signs)
+    interference = sets.interference(_strongest(first), _strongest(second), signs=signs)
     norms = math.sqrt(energies[0] * energies[1])
     return Score(
         name,
         groups,
         (energies[0], energies[1]),
         sets.inner(first, second) / norms if norms else 0.0,
-        found.column_share,
-        found.row_share,
-        found.both_share,
-        found.opposing,
+        interference.column_share,
+        interference.row_share,
+        interference.both_share,
+        interference.opposing,
     )
 
 

@@ -56,9 +56,9 @@ def strongest_above(
         if count > most and float(energies[most]) > 1.02 * wanted:
             return Projection(*_nothing(products)), most + 1
         if krylov.size >= next_size and _is_settled(before, energies, count):
-            found = _attempt(products, krylov.strongest(krylov.size), cut, generator)
-            if found is not None:
-                return found
+            above_cut = _attempt(products, krylov.strongest(krylov.size), cut, generator)
+            if above_cut is not None:
+                return above_cut
             next_size, attempts = krylov.size * 3 // 2, attempts + 1
         before = energies
     return None
@@ -78,27 +78,29 @@ def _is_settled(before: Tensor, now: Tensor, count: int) -> bool:
 
 def _attempt(products: Products, rows: Tensor, cut: Cut, generator: torch.Generator) -> tuple[Projection, int] | None:
     """The projection onto ``rows`` and the number above; None when there may be more outside them."""
-    found = project(products, rows)
+    projection = project(products, rows)
     for step in range(_REFINEMENTS):
-        wanted = cut(float(found.energies[0]))
-        count = int((found.energies > wanted).sum())
-        if products.total - float(found.energies[:count].sum()) < wanted:
-            return found, count
-        back = products.back(found.left)
-        coupling = _coupling(found, back, wanted)
+        wanted = cut(float(projection.energies[0]))
+        count = int((projection.energies > wanted).sum())
+        if products.total - float(projection.energies[:count].sum()) < wanted:
+            return projection, count
+        back = products.back(projection.left)
+        coupling = _coupling(projection, back, wanted)
         if coupling < wanted / 8 or step == _REFINEMENTS - 1:
             enough = wanted - coupling
-            outside = _largest_outside(products, found.right.double(), enough, generator) if enough > 0 else math.inf
-            return (found, count) if outside < enough else None
-        found = project(products, orthonormal_rows(back))
+            outside = (
+                _largest_outside(products, projection.right.double(), enough, generator) if enough > 0 else math.inf
+            )
+            return (projection, count) if outside < enough else None
+        projection = project(products, orthonormal_rows(back))
     return None
 
 
-def _coupling(found: Projection, back: Tensor, wanted: float) -> float:
+def _coupling(projection: Projection, back: Tensor, wanted: float) -> float:
     """The norm of sum C_j C_j^T / (c - s_j^2) over the directions below the cut; ``back`` [k, short] is U^T A."""
-    below = found.energies < wanted
-    energies = found.energies[below]
-    rest = back[below] - energies.sqrt()[:, None] * found.right[below].double()
+    below = projection.energies < wanted
+    energies = projection.energies[below]
+    rest = back[below] - energies.sqrt()[:, None] * projection.right[below].double()
     rest *= (energies / (wanted - energies)).sqrt()[:, None]
     return float(torch.linalg.matrix_norm(rest @ rest.T, 2)) if len(rest) else 0.0
 

@@ -15,32 +15,32 @@ from mergetool.lowrank.decomposition import Decomposition
 from mergetool.lowrank.low_rank import LowRank
 
 
-def balanced(found: Decomposition, dtype: torch.dtype) -> LowRank:
+def balanced(decomposition: Decomposition, dtype: torch.dtype) -> LowRank:
     """The pair to store, in ``dtype``: up @ down is close to the delta.
 
     Each takes the square root of the singular values. ``down`` is rounded first; ``up`` is then fitted to the
     rounded ``down`` by least squares, min ||U S V^T - up @ down||_F, and rounded. Raises NonFiniteError when a
     value does not fit ``dtype``.
     """
-    work = _working_precision(found, dtype)
-    root = found.singular_values.sqrt()
-    right = found.right.to(work)
+    work = _working_precision(decomposition, dtype)
+    root = decomposition.singular_values.sqrt()
+    right = decomposition.right.to(work)
     down = (root.to(work)[:, None] * right).to(dtype)
     # Rows scaled to length 1, and a pseudo-inverse: a row that underflowed to zeros gets no weight.
     scaled = down.to(work) / root.to(work)[:, None]
     gram, projected = (scaled @ scaled.T).double(), (scaled @ right.T).double()
     weights = torch.linalg.pinv(gram, hermitian=True) @ projected / root[:, None]
-    up = (found.left.to(work) @ (weights * found.singular_values).to(work).T).to(dtype)
+    up = (decomposition.left.to(work) @ (weights * decomposition.singular_values).to(work).T).to(dtype)
     for factor in (down, up):
         if not bool(torch.isfinite(factor).all()):
             raise NonFiniteError(
-                f'the difference of tensor "{found.name}" is too large for {str(dtype).removeprefix("torch.")}: '
-                f"its largest singular value is {float(found.singular_values[0]):.3g}; store the LoRA in bf16 or fp32"
+                f'the difference of tensor "{decomposition.name}" is too large for {str(dtype).removeprefix("torch.")}: '
+                f"its largest singular value is {float(decomposition.singular_values[0]):.3g}; store the LoRA in bf16 or fp32"
             )
     return LowRank(up, down)
 
 
-def stored_residual(found: Decomposition, stored: LowRank) -> float:
+def stored_residual(decomposition: Decomposition, stored: LowRank) -> float:
     """||delta - up @ down||_F / ||delta||_F of the stored pair, without reading the delta again.
 
     delta = U S V^T + T with T V = 0, and down = M V^T + E with M = down V, so that
@@ -50,40 +50,40 @@ def stored_residual(found: Decomposition, stored: LowRank) -> float:
     The last term is left out: E is only the rounding error of ``down`` and independent of T. Against dense float64 the
     result was right to 1e-6 for bf16 factors of deltas from 60 x 40 up. Every difference is taken before it is squared.
     """
-    if found.rank == 0:
-        return 0.0 if found.total_energy == 0.0 else 1.0
-    work = _working_precision(found, stored.down.dtype)
-    right, rows, columns = found.right.to(work), stored.down.to(work), stored.up.to(work)
+    if decomposition.rank == 0:
+        return 0.0 if decomposition.total_energy == 0.0 else 1.0
+    work = _working_precision(decomposition, stored.down.dtype)
+    right, rows, columns = decomposition.right.to(work), stored.down.to(work), stored.up.to(work)
     inside = rows @ right.T
     outside = rows - inside @ right
-    missed = (found.left.to(work) * found.singular_values.to(work) - columns @ inside).square().sum()
+    missed = (decomposition.left.to(work) * decomposition.singular_values.to(work) - columns @ inside).square().sum()
     added = ((columns.T @ columns) * (outside @ outside.T)).sum()
-    return math.sqrt(max(float(missed) + float(added) + found.lost_energy, 0.0) / found.total_energy)
+    return math.sqrt(max(float(missed) + float(added) + decomposition.lost_energy, 0.0) / decomposition.total_energy)
 
 
-def balanced_batch(found: Sequence[Decomposition], dtype: torch.dtype) -> list[tuple[LowRank, float]]:
+def balanced_batch(decompositions: Sequence[Decomposition], dtype: torch.dtype) -> list[tuple[LowRank, float]]:
     """What `balanced` and `stored_residual` are, on the CPU, for decompositions of deltas of one shape, worked out on their device.
 
     Raises NonFiniteError when a value does not fit ``dtype``.
     """
-    most = max((one.rank for one in found), default=0)
+    most = max((one.rank for one in decompositions), default=0)
     if most == 0:
-        return [_alone(one, dtype) for one in found]
-    works = [_working_precision(one, dtype) for one in found]
+        return [_alone(one, dtype) for one in decompositions]
+    works = [_working_precision(one, dtype) for one in decompositions]
     work = torch.float32 if all(w == torch.float32 for w in works) else torch.float64
     with ieee_float32():
-        return _padded(found, dtype, work, most)
+        return _padded(decompositions, dtype, work, most)
 
 
 def _padded(
-    found: Sequence[Decomposition], dtype: torch.dtype, work: torch.dtype, most: int
+    decompositions: Sequence[Decomposition], dtype: torch.dtype, work: torch.dtype, most: int
 ) -> list[tuple[LowRank, float]]:
     """All pairs with ``most`` directions, those that one does not have being zeros."""
-    device = found[0].left.device
-    left = torch.zeros(len(found), found[0].left.shape[0], most, dtype=work, device=device)
-    right = torch.zeros(len(found), most, found[0].right.shape[1], dtype=work, device=device)
-    host = torch.zeros(len(found), most, dtype=torch.float64)
-    for i, one in enumerate(found):
+    device = decompositions[0].left.device
+    left = torch.zeros(len(decompositions), decompositions[0].left.shape[0], most, dtype=work, device=device)
+    right = torch.zeros(len(decompositions), most, decompositions[0].right.shape[1], dtype=work, device=device)
+    host = torch.zeros(len(decompositions), most, dtype=torch.float64)
+    for i, one in enumerate(decompositions):
         left[i, :, : one.rank], right[i, : one.rank], host[i, : one.rank] = one.left, one.right, one.singular_values
     values = host.to(device)
     root = values.sqrt()
@@ -95,7 +95,7 @@ def _padded(
     factor, failed = torch.linalg.cholesky_ex(gram)
     weights = torch.cholesky_solve(projected, factor) / torch.where(root > 0, root, 1.0)[:, :, None]
     up = (left @ (weights * values[:, None, :]).to(work).mT).to(dtype)
-    lost = torch.tensor([one.lost_energy for one in found], dtype=torch.float64, device=device)
+    lost = torch.tensor([one.lost_energy for one in decompositions], dtype=torch.float64, device=device)
     missed = _missed(left, values.to(work), right, down.to(work), up.to(work)).double() + lost
     sound = torch.isfinite(up).all((1, 2)) & torch.isfinite(down).all((1, 2)) & (failed == 0)
     sound &= gram.diagonal(dim1=1, dim2=2).amin(1) > 0.5
@@ -105,7 +105,7 @@ def _padded(
         (LowRank(up[i, :, : one.rank], down[i, : one.rank]), (missing[i] / one.total_energy) ** 0.5)
         if usable[i] and one.rank
         else _alone(one, dtype)
-        for i, one in enumerate(found)
+        for i, one in enumerate(decompositions)
     ]
 
 
@@ -125,12 +125,12 @@ def _alone(one: Decomposition, dtype: torch.dtype) -> tuple[LowRank, float]:
     return stored, stored_residual(here, stored)
 
 
-def _working_precision(found: Decomposition, dtype: torch.dtype) -> torch.dtype:
+def _working_precision(decomposition: Decomposition, dtype: torch.dtype) -> torch.dtype:
     """The dtype to work in for factors of ``dtype``: float32 where its error, 2^-24, is far below their rounding.
 
     Float64 took 25 ms more for each 10240 x 3840 matrix. It is kept for float32 factors, and for singular values whose
     fourth powers would leave float32's range.
     """
-    values = found.singular_values
-    inside = found.rank > 0 and float(values[0]) < 1e9 and float(values[-1]) > 1e-9
+    values = decomposition.singular_values
+    inside = decomposition.rank > 0 and float(values[0]) < 1e9 and float(values[-1]) > 1e-9
     return torch.float32 if dtype != torch.float32 and inside else torch.float64

@@ -1,6 +1,6 @@
 """The truncated decomposition of many deltas of one shape at once, on any device: what ``svd.decompose`` is on the CPU.
 
-    found = decompose_batch(deltas, names, rule=Rule(threshold=0.995), rank_max=64)
+    decompositions = decompose_batch(deltas, names, rule=Rule(threshold=0.995), rank_max=64)
 
 A pass over a matrix is nearly free on a GPU (a BF16 product of all of Z-Image with 96 columns: 5 ms), while
 every small operation costs a launch. So the search is not one that adapts block by block (see krylov.py): all matrices of
@@ -195,22 +195,22 @@ class _Search:
         passes, coarse = 2 * STEPS, self._coarse
         for remaining in reversed(range(ROUNDS)):
             matrices = self._matrices(self._deltas, places)
-            found = _certify(matrices, rows)
+            certificate = _certify(matrices, rows)
             passes += 2
             unclear = []
             for i, place in enumerate(places):
-                goal, energies = self._goals[place], found.energies[i]
-                if found.skew[i] > 1e-5:
-                    yield place, self._projection(found, i), passes, self._short  # never seen: the whole spectrum
-                elif remaining and not _clear(goal, energies, found.gains[i], coarse * goal.total, width):
+                goal, energies = self._goals[place], certificate.energies[i]
+                if certificate.skew[i] > 1e-5:
+                    yield place, self._projection(certificate, i), passes, self._short  # never seen: the whole spectrum
+                elif remaining and not _clear(goal, energies, certificate.gains[i], coarse * goal.total, width):
                     unclear.append(i)
                 else:
-                    yield place, self._projection(found, i), passes, self._wider(goal, energies, width)
+                    yield place, self._projection(certificate, i), passes, self._wider(goal, energies, width)
             if not unclear:
                 return
-            rows = found.right[unclear]
+            rows = certificate.right[unclear]
             places = [places[i] for i in unclear]
-            del found, matrices  # before the copies of the next round
+            del certificate, matrices  # before the copies of the next round
             rows = _iterate(self._matrices(self._deltas, places), rows, MORE_STEPS, warm=True)
             passes, coarse = passes + 2 * MORE_STEPS, 0.0
 

@@ -51,15 +51,8 @@ class Decomposition:
 
 
 def exact_decomposition(left: Tensor, values: Tensor, right: Tensor, rank: int, *, name: str) -> Decomposition:
-    """The first ``rank`` directions of ``left`` [m, >= rank] and ``right`` [>= rank, n], of a matrix with all of ``values``.
-
-    The largest entry of each left vector by magnitude is positive (ties: the first), as `Decomposition` promises.
-    """
-    left, right = left[:, :rank], right[:rank]
-    if rank:
-        largest = left.abs().argmax(dim=0, keepdim=True)
-        signs = left.gather(0, largest).sign()
-        left, right = left * signs, right * signs.T
+    """The first ``rank`` directions of ``left`` [m, >= rank] and ``right`` [>= rank, n], of a matrix with all of ``values``."""
+    left, right = signed(left[:, :rank], right[:rank])
     energies = values.square()
     return Decomposition(
         name,
@@ -74,6 +67,15 @@ def exact_decomposition(left: Tensor, values: Tensor, right: Tensor, rank: int, 
         method="factors" if rank else "zero",
         passes=1,
     )
+
+
+def signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions with the signs that a `Decomposition` promises: the largest entry of each left vector (ties: the first) is positive."""
+    if not left.numel():
+        return left, right
+    largest = left.abs().argmax(dim=0, keepdim=True)
+    signs = left.gather(0, largest).sign()
+    return left * signs, right * signs.T
 
 
 def zero_decomposition(delta: Tensor, name: str) -> Decomposition:

@@ -43,9 +43,9 @@ def strongest_rows(matrix: Tensor, most: int, share: float) -> Tensor:
     products = Products(matrix, cheap, float(matrix.double().square().sum()))
     few = share < 1 or most <= LARGEST_BASIS * products.short / 4
     if products.short > SMALL and few and not matrix.is_cuda:
-        found = _search(products, most, share)
-        if found is not None:
-            return found
+        directions = _search(products, most, share)
+        if directions is not None:
+            return directions
     energies, rows = spectrum(products)
     return rows[: min(_fewest(energies, share * products.total), most)]
 

@@ -1,7 +1,7 @@
 """A matrix as the product of two factors, and what can be known of it without multiplying them.
 
     merged = LowRank.sum([(0.8, style), (-0.3, detail)])
-    found = merged.truncated(64, name="layers.3.feed_forward.w1.weight")
+    strongest = merged.truncated(64, name="layers.3.feed_forward.w1.weight")
 
 The singular values of ``up @ down`` are those of the small core R_up @ R_down^T of two QR decompositions (up = Q_up R_up,
 down^T = Q_down R_down), so that a 10240 x 3840 matrix of rank 256 costs two thin QRs instead of a decomposition of 39 million
@@ -54,9 +54,9 @@ class LowRank:
             raise ValueError(f"factors of shapes {list(self.up.shape)} and {list(self.down.shape)} have no product")
 
     @classmethod
-    def of(cls, found: Decomposition) -> LowRank:
-        """The matrix that ``found`` holds, float64."""
-        return cls(found.left.double() * found.singular_values, found.right.double())
+    def of(cls, decomposition: Decomposition) -> LowRank:
+        """The matrix that ``decomposition`` holds, float64."""
+        return cls(decomposition.left.double() * decomposition.singular_values, decomposition.right.double())
 
     @classmethod
     def scaled(cls, up: Tensor, down: Tensor, scale: float) -> LowRank:

@@ -21,13 +21,13 @@ def energy_of(residual: float) -> float:
     return 1.0 - residual**2
 
 
-def stricter(share: float | None, found: Decomposition, residual: float) -> Rule | None:
+def stricter(share: float | None, decomposition: Decomposition, residual: float) -> Rule | None:
     """The rule to decompose by again so that the stored pair holds ``share`` of the energy; None when it does, or never will.
 
-    ``found`` is what was stored, and ``residual`` how it came out. Without a share nothing was promised, nor is it beyond a cap.
+    ``decomposition`` is what was stored, and ``residual`` how it came out. Without a share nothing was promised, nor is it beyond a cap.
     """
     stored = energy_of(residual)
-    if share is None or found.capped or stored >= share:
+    if share is None or decomposition.capped or stored >= share:
         return None
-    wanted = share + _MARGIN * max(found.share - stored, 0.0)
+    wanted = share + _MARGIN * max(decomposition.share - stored, 0.0)
     return Rule("energy", wanted) if wanted < 1.0 else None

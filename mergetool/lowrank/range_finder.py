@@ -203,30 +203,30 @@ def certify(products: Products, rows: Tensor, goal: Goal, doubt: float) -> Proje
     ``doubt``), and where so little is left outside that the error of the cheap products shows in it. Returns all
     directions of ``rows`` that are not rounding noise.
     """
-    found = project(products, rows)
+    projection = project(products, rows)
     coarse = products.cheap_error * goal.total
     for step in range(_POLISHES):
-        rank = goal.fewest(found.energies)
+        rank = goal.fewest(projection.energies)
         if rank is None or goal.target is None:
             break
         refuted = goal.refuted(rank)
-        before = float(found.energies[:refuted].sum())
+        before = float(projection.energies[:refuted].sum())
         if step == 0 and refuted:
             # The energy in the row space of delta^T left bounds from below what these directions still miss.
-            gain = float(products.cheap_back(found.left[:, :refuted]).square().sum()) - before
+            gain = float(products.cheap_back(projection.left[:, :refuted]).square().sum()) - before
             doubt = max(doubt, 3 * gain, coarse)
         if goal.target - before > doubt:
             break
-        found, coarse = _refined(products, found), 0.0
-        doubt = 3 * max(float(found.energies[:refuted].sum()) - before, 0.0)
-    kept = goal.fewest(found.energies) or goal.most
-    if goal.total - float(found.energies[:kept].sum()) < 2 * coarse:
-        found = _refined(products, found)
-    return found
+        projection, coarse = _refined(products, projection), 0.0
+        doubt = 3 * max(float(projection.energies[:refuted].sum()) - before, 0.0)
+    kept = goal.fewest(projection.energies) or goal.most
+    if goal.total - float(projection.energies[:kept].sum()) < 2 * coarse:
+        projection = _refined(products, projection)
+    return projection
 
 
-def _refined(products: Products, found: Projection) -> Projection:
-    return project(products, orthonormal_rows(products.back(found.left)))
+def _refined(products: Products, projection: Projection) -> Projection:
+    return project(products, orthonormal_rows(products.back(projection.left)))
 
 
 def whole_spectrum(products: Products, goal: Goal) -> Projection:

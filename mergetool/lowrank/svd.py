@@ -1,8 +1,8 @@
 """The truncated singular value decomposition of one delta matrix, with a certificate of what it holds.
 
-    found = decompose(delta, name="layers.3.feed_forward.w1.weight", rule=Rule(threshold=0.995), rank_max=64)
-    stored = balanced(found, torch.bfloat16)
-    stored_residual(found, stored)
+    strongest = decompose(delta, name="layers.3.feed_forward.w1.weight", rule=Rule(threshold=0.995), rank_max=64)
+    stored = balanced(strongest, torch.bfloat16)
+    stored_residual(strongest, stored)
 
 A search with BF16 products proposes directions, one float32 projection onto them states their energy; the whole
 spectrum is computed only when the threshold needs a large share of it.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergetool.errors import NonFiniteError, UsageError
 from mergetool.lowrank.above import above, strongest_above
-from mergetool.lowrank.decomposition import Algorithm, Decomposition, zero_decomposition
+from mergetool.lowrank.decomposition import Algorithm, Decomposition, signed, zero_decomposition
 from mergetool.lowrank.krylov import Products, fast_bfloat16, orthonormal_rows
 from mergetool.lowrank.norms import squared_norm
 from mergetool.lowrank.range_finder import (
@@ -57,7 +57,7 @@ def decompose(
     """Keep the strongest directions of ``delta`` [m, n], float32 on the CPU.
 
     ``rank`` > 0 keeps that many (fewer if the delta has no more). ``rank`` 0 keeps what ``rule`` says, at most ``rank_max`` (0: no cap). A
-    rank found by a share of the energy is certified to reach it and exceeds the fewest possible by at most 1 %, below 100 not at all. At a
+    rank inside by a share of the energy is certified to reach it and exceeds the fewest possible by at most 1 %, below 100 not at all. At a
     fixed rank or at the cap the captured energy is within about 0.1 % of the delta's energy of the best. A share of 1 keeps all
     that is not rounding noise. The other rules are certified too: ``ratio`` and ``abs`` as ``above`` says, ``sum`` and ``knee`` by the whole
     spectrum.
@@ -93,8 +93,8 @@ def decompose(
     if rank == 0 and rule.is_cut:
         return _above_cut(products, rule, rank_max, seed, name, exponent, rows)
     goal = goal_for(delta.shape, total, rank, rule, rank_max)
-    found = None if rows is None else _from_rows(products, goal, rows, complete)
-    projection, method = found or _find(products, goal, seed, name)
+    inside = None if rows is None else _from_rows(products, goal, rows, complete)
+    projection, method = inside or _find(products, goal, seed, name)
     return conclude(products, projection, method, goal, name, exponent)
 
 
@@ -122,14 +122,14 @@ def conclude(
         wanted = rank_for_energy(projection.energies[: goal.most].numpy(), total, goal.target, shape)[1]
     projection = truncate(projection, kept or goal.most)
     captured = float(projection.energies.sum())
-    left, right = projection.left, projection.right.T
-    left, right = _signed(*((left, right) if products.tall else (right, left)))
+    left, right = projection.left, projection.right
+    left, right = signed(left, right) if products.tall else signed(right.T, left.T)
     factor = 2.0**exponent
     return Decomposition(
         name,
-        left,
+        left.contiguous(),
         projection.energies.sqrt() * factor,
-        right.T.contiguous(),
+        right.contiguous(),
         total_energy=total * factor**2,
         captured_energy=captured * factor**2,
         lost_energy=_lost(products, projection, total, captured) * factor**2,
@@ -144,10 +144,10 @@ def _find(products: Products, goal: Goal, seed: int, name: str) -> tuple[Project
     if products.short > SMALL:
         search = Search(products, goal, torch.Generator().manual_seed(named_seed(seed, name)))
         while (count := search.advance()) is not None:
-            found = certify(products, search.krylov.strongest(count), goal, search.doubt)
-            complete = len(found.energies) < count
-            if goal.fewest(found.energies) is not None or count >= goal.most or complete:
-                return found, "krylov"
+            projection = certify(products, search.krylov.strongest(count), goal, search.doubt)
+            complete = len(projection.energies) < count
+            if goal.fewest(projection.energies) is not None or count >= goal.most or complete:
+                return projection, "krylov"
             search.extra *= 2
     return whole_spectrum(products, goal), "gram"
 
@@ -157,9 +157,9 @@ def _from_rows(
 ) -> tuple[Projection, Literal["stored"]] | None:
     """The directions for ``goal`` inside ``rows``, None where they do not suffice."""
     basis = orthonormal_rows(rows.double())
-    found = certify(products, basis, goal, math.inf)
-    decided = goal.fewest(found.energies) is not None or len(found.energies) >= goal.most
-    return (found, "stored") if decided or complete else None
+    projection = certify(products, basis, goal, math.inf)
+    decided = goal.fewest(projection.energies) is not None or len(projection.energies) >= goal.most
+    return (projection, "stored") if decided or complete else None
 
 
 def _by_all_values(products: Products, rule: Rule, rank_max: int, name: str, exponent: int) -> Decomposition:
@@ -167,10 +167,10 @@ def _by_all_values(products: Products, rule: Rule, rank_max: int, name: str, exp
     energies, rows = spectrum(products)
     wanted = rule.rank(energies.numpy()) or 0
     rank = min(wanted, rank_max or wanted)
-    found = _fixed(products, strongest_of(products, energies, rows, rank), "gram", rank, name, exponent)
+    decomposition = _fixed(products, strongest_of(products, energies, rows, rank), "gram", rank, name, exponent)
     capped = rank < wanted
     values = energies.sqrt() * 2.0**exponent
-    return replace(found, capped=capped, rank_wanted=wanted if capped else None, spectrum=values)
+    return replace(decomposition, capped=capped, rank_wanted=wanted if capped else None, spectrum=values)
 
 
 def _above_cut(
@@ -182,18 +182,18 @@ def _above_cut(
     def cut(energy: float) -> float:
         return (rule.cut(math.sqrt(energy) * 2.0**exponent) * 2.0**-exponent) ** 2
 
-    found = None if rows is None else above(products, orthonormal_rows(rows.double()), cut, generator)
-    method: Algorithm = "stored" if found else "krylov"
-    if found is None and products.short > SMALL:
-        found = strongest_above(products, cut, most, generator)
-    if found is None:
+    above_cut = None if rows is None else above(products, orthonormal_rows(rows.double()), cut, generator)
+    method: Algorithm = "stored" if above_cut else "krylov"
+    if above_cut is None and products.short > SMALL:
+        above_cut = strongest_above(products, cut, most, generator)
+    if above_cut is None:
         energies, directions = spectrum(products)
         wanted = int((energies > cut(float(energies[0]))).sum())
         rank = min(wanted, most)
         whole = _fixed(products, strongest_of(products, energies, directions, rank), "gram", rank, name, exponent)
         values = energies.sqrt() * 2.0**exponent
         return replace(whole, capped=wanted > most, rank_wanted=wanted if wanted > most else None, spectrum=values)
-    projection, count = found
+    projection, count = above_cut
     if count > most:
         goal = Goal(products.total, None, most)
         projection, method = _find(products, goal, seed, name)
@@ -259,10 +259,3 @@ def _lost(products: Products, projection: Projection, total: float, captured: fl
     matrix = products.delta if products.tall else products.delta.T
     parts = zip(torch.split(matrix, 1024), torch.split(scaled, 1024), strict=True)
     return sum(squared_norm(part - columns @ projection.right) for part, columns in parts)
-
-
-def _signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip pairs of columns so that the largest entry of each left one by magnitude (ties: first) is positive."""
-    largest = left.abs().argmax(dim=0, keepdim=True) if left.numel() else left.new_zeros(1, 0, dtype=torch.long)
-    signs = left.gather(0, largest).sign()
-    return (left * signs).contiguous(), right * signs
