@@ -84,7 +84,7 @@ def bridge(dtype: torch.dtype, elements: int, tune: bool) -> list[Timing]:
     if a.element_size() == 1:
         one, two, three, inverse = (torch.tensor([s], device="cuda") for s in (2e-4, 2.1e-4, 1.9e-4, 1 / 2e-3))
         scales = one, two, three
-    operands = [blend.Operand(x, s) for x, s in zip((a, b, c), scales or (None,) * 3, strict=True)]
+    operands = [blend.KernelOperand(x, s) for x, s in zip((a, b, c), scales or (None,) * 3, strict=True)]
 
     def fused(**options: object) -> Callable[[], object]:
         return lambda: blend.blend(BRIDGE, operands, [MULTIPLIER], out, inverse_scale=inverse, **options)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.outputs import Target, is_file_name
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.quant import register
-from mergetool.quant.quantiser import Entry
+from mergetool.quant.quantiser import TensorEntry
 
 if TYPE_CHECKING:
     from benchmarks.values import Block, Delta
@@ -169,9 +169,9 @@ def _scale(tensor: str, spec: Spec) -> float:
     return 0.1 / 448 * (1 + crc32(f"{tensor} {seed}".encode()) % 64 / 256)
 
 
-def _constants(stored: Mapping[str, Stored], spec: Spec) -> dict[str, tuple[Entry, bytes]]:
+def _constants(stored: Mapping[str, Stored], spec: Spec) -> dict[str, tuple[TensorEntry, bytes]]:
     """Scales and markers by name, each with what the header says of it."""
-    constants: dict[str, tuple[Entry, bytes]] = {}
+    constants: dict[str, tuple[TensorEntry, bytes]] = {}
     for name, (_, shape, parts) in stored.items():
         if spec.scaled and _is_scaled([part for part, _ in parts]):
             quantiser, layer = register.quantiser("fp8-scaled"), name.removesuffix(".weight")

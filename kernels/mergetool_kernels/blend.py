@@ -57,7 +57,7 @@ Branch = Literal["native", "integer", "interpreter"]
 
 
 @dataclass(frozen=True, slots=True)
-class Operand:
+class KernelOperand:
     """One stored input of n elements: a contiguous tensor, and the scales it is multiplied by when it is read.
 
     ``scales`` is float32: [1] for the whole tensor; [rows] or [rows, ceil(columns / block)] for rows of ``columns``
@@ -221,14 +221,14 @@ def native_formats(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def fits(program: Sequence[tuple[int, int, int]], operands: Sequence[Operand]) -> bool:
+def fits(program: Sequence[tuple[int, int, int]], operands: Sequence[KernelOperand]) -> bool:
     """Whether one launch can take this program."""
     return len(operands) <= INPUTS and max(register for _, register, _ in program) < REGISTERS
 
 
 def blend(
     program: Sequence[tuple[int, int, int]],
-    operands: Sequence[Operand],
+    operands: Sequence[KernelOperand],
     factors: Sequence[float],
     out: Tensor,
     *,
@@ -305,7 +305,7 @@ def blend(
     return LaunchResult(counts, sums, branch)
 
 
-def _scaling(operand: Operand) -> int:
+def _scaling(operand: KernelOperand) -> int:
     if operand.scales is None:
         return 0
     return 1 if operand.scales.numel() == 1 else 3 if operand.block else 2

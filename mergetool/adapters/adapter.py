@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["lora", "loha", "lokr", "full"]
+ChangeKind = Literal["lora", "loha", "lokr", "full"]
 """A product of two factors; LoHa, the element-wise product of two such; LoKr, a Kronecker product; a whole difference."""
 
 
@@ -21,7 +21,7 @@ class Adapter:
     """
 
     module: str
-    kind: Kind
+    kind: ChangeKind
     tensors: Mapping[str, str]
     shape: tuple[int, ...]
     rank: int | None

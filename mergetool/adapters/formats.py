@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mergetool.adapters.adapter import Kind
+from mergetool.adapters.adapter import ChangeKind
 from mergetool.arch.anatomy import Family
 from mergetool.arch.prefixes import INSERTED, WRAPPERS
 
@@ -27,7 +27,7 @@ NATIVE = ("diffusion_model.", "lora_unet_")
 _CHECKPOINT = "model.diffusion_model."
 """What stands before a model's own names in whole checkpoints of families that are read under raw names."""
 
-_PRODUCTS: frozenset[Kind] = frozenset({"lora", "loha", "lokr"})
+_PRODUCTS: frozenset[ChangeKind] = frozenset({"lora", "loha", "lokr"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class LoraFormat:
     layout: Literal["diffusers", "comfyui"] | None
     flat: bool = False
     alpha: Literal["none", "where needed", "always", "config"] = "always"
-    kinds: frozenset[Kind] = frozenset()
+    kinds: frozenset[ChangeKind] = frozenset()
     dora: str | None = ".dora_scale"
     looks_up: Literal["diffusers", "comfyui"] | None = None
     has_own_prefix: bool = False
@@ -60,7 +60,7 @@ class LoraFormat:
         """Whether it is a folder with a config."""
         return self.alpha == "config"
 
-    def carries(self, kind: Kind, roles: frozenset[str]) -> bool:
+    def carries(self, kind: ChangeKind, roles: frozenset[str]) -> bool:
         """Whether it can hold a module of that ``kind`` with tensors of these ``roles``."""
         if kind == "lora" and "mid" not in roles:
             return "dora_scale" not in roles or self.dora is not None
@@ -70,7 +70,7 @@ class LoraFormat:
         """A module's name with what stands before it; `bare` is how it comes."""
         return self.prefix + (name.replace(".", "_") if self.flat else name)
 
-    def key(self, name: str, kind: Kind, role: str) -> str:
+    def key(self, name: str, kind: ChangeKind, role: str) -> str:
         """The name of one tensor of a module."""
         return self.module(name) + self._ending(kind, role)
 
@@ -82,7 +82,7 @@ class LoraFormat:
         """
         return self.key(name, "lora", "down"), self.key(name, "lora", "up")
 
-    def _ending(self, kind: Kind, role: str) -> str:
+    def _ending(self, kind: ChangeKind, role: str) -> str:
         if role == "alpha":
             return ".alpha"
         if kind == "lora":
@@ -175,6 +175,6 @@ def module_name(parameter: str) -> str:
     return bare(parameter).removesuffix(".weight").removesuffix(".bias")
 
 
-def carrying(kind: Kind, roles: frozenset[str]) -> list[KeyFormat]:
+def carrying(kind: ChangeKind, roles: frozenset[str]) -> list[KeyFormat]:
     """The formats that can hold such a module."""
     return [name for name, form in FORMATS.items() if form.carries(kind, roles)]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from mergetool.adapters import alphas
-from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
+from mergetool.adapters.adapter import Adapter, Change, ChangeKind, is_by_columns
 from mergetool.adapters.alphas import Alphas
 from mergetool.adapters.formats import FORMATS
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
@@ -209,7 +209,7 @@ class _Reading:
             Adapter(module, "full", {role: roles.pop(role)}, (), None) for role in ("diff_b", "diff") if role in roles
         ]
         bias = roles.pop("up_bias", None)
-        kinds: list[Kind] = ["lokr"] if any(".lokr_" in key for key in roles.values()) else []
+        kinds: list[ChangeKind] = ["lokr"] if any(".lokr_" in key for key in roles.values()) else []
         if any(".hada_" in key for key in roles.values()):
             kinds.append("loha")
         if roles.keys() & {"up", "down", "mid"}:
@@ -224,7 +224,7 @@ class _Reading:
             self.unmatched += [(key, "no factors beside it") for key in roles.values()]
         return [self._shaped(adapter) for adapter in found]
 
-    def _product(self, module: str, kind: Kind, roles: dict[str, str]) -> Adapter:
+    def _product(self, module: str, kind: ChangeKind, roles: dict[str, str]) -> Adapter:
         alpha = roles.pop("alpha", None)
         rank = self._rank(module, kind, roles)
         value = alphas.read(self.checkpoint, alpha) if alpha else self.stated.alpha(module, rank)
@@ -235,7 +235,7 @@ class _Reading:
             self.warnings.append(f"{module} states no alpha, where such files do: its scale is taken as 1")
         return Adapter(module, kind, roles, (), rank, scale, value is not None)
 
-    def _rank(self, module: str, kind: Kind, roles: Mapping[str, str]) -> int | None:
+    def _rank(self, module: str, kind: ChangeKind, roles: Mapping[str, str]) -> int | None:
         """The inner width; raises DataError where factors are missing or do not fit together."""
         wanted: Sequence[tuple[str, ...]] = [("up", "down")]
         if kind == "loha":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergetool.adapters.adapter import Adapter, Change, Kind, is_by_columns
+from mergetool.adapters.adapter import Adapter, Change, ChangeKind, is_by_columns
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
@@ -22,7 +22,7 @@ ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
 class StoredModule:
     """``tensors`` are those of an adapter by role: ``up`` [out, rank] and ``down`` [rank, in] of a LoRA. ``scale`` multiplies the product."""
 
-    kind: Kind
+    kind: ChangeKind
     tensors: Mapping[str, Tensor]
     rank: int | None
     scale: float

@@ -11,7 +11,7 @@ from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
 from mergetool.errors import DataError
 
-Number = TypeVar("Number", int, float)
+_Number = TypeVar("_Number", int, float)
 
 CONFIG = "adapter_config.json"
 
@@ -50,7 +50,7 @@ def config(file: LoraFile, modules: Mapping[str, StoredModule]) -> bytes:
     return (json.dumps(found, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _most(found: Mapping[str, Number]) -> Number:
+def _most(found: Mapping[str, _Number]) -> _Number:
     return Counter(found.values()).most_common(1)[0][0]
 
 

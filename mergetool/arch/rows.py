@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mergetool.arch.table import Match, Spot
 
-Size = Callable[[str, int], int | None]
+SizeOf = Callable[[str, int], int | None]
 """The length of a dimension of a module's weight, None where that is not known."""
 
 
@@ -14,7 +14,7 @@ class IndivisibleError(ValueError):
     """Rows do not divide; the message says what was wanted of them."""
 
 
-def divide(match: Match, rows: int, columns: int | None, size: Size, *, equally: bool = False) -> list[int]:
+def divide(match: Match, rows: int, columns: int | None, size: SizeOf, *, equally: bool = False) -> list[int]:
     """The rows of each piece of a fused tensor of ``rows`` rows; ``columns`` are those of its weight.
 
     ``size`` looks into the model. With ``equally`` a piece whose size it does not know has the same share as others. Raises IndivisibleError.
@@ -41,7 +41,7 @@ def divide(match: Match, rows: int, columns: int | None, size: Size, *, equally:
     return counts
 
 
-def sizes(shapes: Mapping[str, tuple[int, ...]]) -> Size:
+def sizes(shapes: Mapping[str, tuple[int, ...]]) -> SizeOf:
     """Dimensions of weights among ``shapes``, by canonical name; of a block that lost one, those of the first blocks of its stack."""
 
     def size(module: str, axis: int) -> int | None:

@@ -15,7 +15,7 @@ from mergetool.arch.anatomy import is_number, natural_key
 BLOCK = "{i}"
 LEAVES = ("weight", "bias")
 _PIECE = re.compile(r"(.+)\[(\d)\]")
-Size = str | int
+Dimension = str | int
 """A number, or the name of one of a model's sizes, as ``dim`` and ``4*dim``."""
 
 
@@ -35,7 +35,7 @@ class Named:
     groups: tuple[str, ...] = ()
     inside: tuple[Named, ...] = ()
     diffusers: str | None = None
-    shape: tuple[Size, ...] | None = None
+    shape: tuple[Dimension, ...] | None = None
     bias: bool = False
     rows: str | None = None
     heads: str | None = None
@@ -220,7 +220,7 @@ def _walk(
         yield from _walk(node.after[BLOCK], components, at + 1, (*numbers, components[at]))
 
 
-def size_of(size: Size, sizes: Mapping[str, int]) -> int | None:
+def size_of(size: Dimension, sizes: Mapping[str, int]) -> int | None:
     """A row's or column's count from the sizes of a model; None where the model has no such size."""
     if isinstance(size, int):
         return size

@@ -130,11 +130,13 @@ def _arc(product: float, first: float, second: float, t: float) -> tuple[float, 
     return math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine
 
 
-Matrix = list[list[float]]
+_Matrix = list[list[float]]
 Vector = list[float]
 
 
-def _on_sphere(tensors: Sequence[Tensor], weights: Sequence[float], mean: Callable[[Matrix, Vector], Vector]) -> Tensor:
+def _on_sphere(
+    tensors: Sequence[Tensor], weights: Sequence[float], mean: Callable[[_Matrix, Vector], Vector]
+) -> Tensor:
     """The weighted mean of the norms in a mean direction, which ``mean`` gives as a combination of the unit vectors.
 
     ``mean`` is told the cosines of all pairs of arguments that are not zero, and their weights. A mean without direction leaves
@@ -153,21 +155,21 @@ def _on_sphere(tensors: Sequence[Tensor], weights: Sequence[float], mean: Callab
     return combination(tensors, [size * factors[k] / norms[k] if k in factors else 0.0 for k in range(len(tensors))])
 
 
-def _unit(cosines: Matrix, vector: Vector) -> Vector | None:
+def _unit(cosines: _Matrix, vector: Vector) -> Vector | None:
     """The combination of unit vectors scaled to length 1; None where it is too short to have a direction."""
     length = _length(cosines, vector)
     return None if length <= STRAIGHT * sum(map(abs, vector)) else [value / length for value in vector]
 
 
-def _length(cosines: Matrix, vector: Vector) -> float:
+def _length(cosines: _Matrix, vector: Vector) -> float:
     return math.sqrt(max(0.0, sum(x * value for x, value in zip(vector, _times(cosines, vector), strict=True))))
 
 
-def _times(cosines: Matrix, vector: Vector) -> Vector:
+def _times(cosines: _Matrix, vector: Vector) -> Vector:
     return [sum(x * y for x, y in zip(row, vector, strict=True)) for row in cosines]
 
 
-def _karcher(cosines: Matrix, weights: Vector, iterations: int, tolerance: float) -> Vector:
+def _karcher(cosines: _Matrix, weights: Vector, iterations: int, tolerance: float) -> Vector:
     """The mean on the sphere of unit vectors, as a combination of them."""
     whole = sum(weights) or 1.0
     shares = [weight / whole for weight in weights]

@@ -111,12 +111,12 @@ class CudaOps:
             base = program.pop()[2]
             if not any(step[0] == blend.LOAD.value and step[2] == base for step in program):
                 program.insert(0, (blend.LOAD.value, 0, base))  # the kernel notes it, and the program goes over it
-        operands = [blend.Operand(values) for values in self._operands]
+        operands = [blend.KernelOperand(values) for values in self._operands]
         if register or not blend.fits(program, operands):
-            program, operands = [(blend.LOAD.value, 0, 0)], [blend.Operand(self._values(register))]
+            program, operands = [(blend.LOAD.value, 0, 0)], [blend.KernelOperand(self._values(register))]
             if base is not None:
                 program.insert(0, (blend.LOAD.value, 0, 1))
-                operands.append(blend.Operand(self._operands[base]))
+                operands.append(blend.KernelOperand(self._operands[base]))
                 base = 1
         pinned, on_device = self._buffer(-1, self._operands[0].numel() * dtype.itemsize)
         with torch.cuda.stream(self.stream):

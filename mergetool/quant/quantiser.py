@@ -19,7 +19,7 @@ from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, rounded_up
 
 PIECE_ROWS = TILE_ROWS
 
-Entry = tuple[str, DType, tuple[int, ...]]
+TensorEntry = tuple[str, DType, tuple[int, ...]]
 
 
 class Round(Protocol):
@@ -58,7 +58,7 @@ class Quantiser(ABC):
         """The shape of the values stored for a weight of ``shape``."""
         return rounded_up(shape[0], self.multiple), rounded_up(shape[1], self.multiple)
 
-    def entries(self, layer: str, shape: tuple[int, int]) -> list[Entry]:
+    def entries(self, layer: str, shape: tuple[int, int]) -> list[TensorEntry]:
         """Name, dtype and shape of every tensor that ``layer``'s weight becomes."""
         padded = self.padded(shape)
         marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self.marker()),))
@@ -85,7 +85,7 @@ class Quantiser(ABC):
         """The codes, and the scales of rows or blocks where there are some, of consecutive rows [rows, padded columns]."""
 
     @abstractmethod
-    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+    def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
         """Leaf, dtype and shape of what `encode` gives, whole."""
 
     @property

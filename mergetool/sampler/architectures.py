@@ -15,7 +15,7 @@ from mergetool.errors import DataError
 IGNORED = frozenset({"lm_head.weight", "rotary_emb.inv_freq", "rope_freqs.weight"})
 """What files of a text encoder hold beside it, and nothing reads: the head of the whole language model, tables that are computed."""
 
-Shapes = dict[str, tuple[int, ...]]
+ComponentShapes = dict[str, tuple[int, ...]]
 
 # llama.cpp's names in a GGUF, component by component; q and k of Qwen3 are stored as they are.
 _LLAMA_CPP = {
@@ -87,21 +87,21 @@ class Qwen3:
             attention_bias=bool(config.get("attention_bias")),
         )
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> ComponentShapes:
         """Every tensor of transformers' Qwen3Model."""
         width, q, kv = (
             self.hidden_size,
             *(n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads)),
         )
         matrices = {"q_proj": (q, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, q)}
-        layer: Shapes = {f"self_attn.{name}.weight": shape for name, shape in matrices.items()}
+        layer: ComponentShapes = {f"self_attn.{name}.weight": shape for name, shape in matrices.items()}
         if self.attention_bias:
             layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in matrices.items()}
         layer |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
         layer |= {f"mlp.{name}_proj.weight": (self.intermediate_size, width) for name in ("gate", "up")}
         layer |= {"mlp.down_proj.weight": (width, self.intermediate_size)}
         layer |= {f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
-        whole: Shapes = {"embed_tokens.weight": (self.vocab_size, width), "norm.weight": (width,)}
+        whole: ComponentShapes = {"embed_tokens.weight": (self.vocab_size, width), "norm.weight": (width,)}
         return whole | {f"layers.{i}.{name}": s for i in range(self.num_hidden_layers) for name, s in layer.items()}
 
 
@@ -149,10 +149,10 @@ class Vae:
         """Pixels a side of one latent."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> ComponentShapes:
         """Every tensor of diffusers' AutoencoderKL."""
         widths, latent = self.block_out_channels, self.latent_channels
-        shapes: Shapes = {}
+        shapes: ComponentShapes = {}
         shapes |= _convolution("encoder.conv_in", self.in_channels, widths[0])
         shapes |= self._blocks("encoder.down_blocks", widths, self.layers_per_block, "downsamplers")
         shapes |= self._ends("encoder", widths[-1], widths[-1], 2 * latent)
@@ -165,8 +165,8 @@ class Vae:
             shapes |= _convolution("post_quant_conv", latent, latent, 1)
         return shapes
 
-    def _blocks(self, name: str, widths: tuple[int, ...], layers: int, sampler: str) -> Shapes:
-        shapes: Shapes = {}
+    def _blocks(self, name: str, widths: tuple[int, ...], layers: int, sampler: str) -> ComponentShapes:
+        shapes: ComponentShapes = {}
         before = widths[0]
         for i, width in enumerate(widths):
             for layer in range(layers):
@@ -176,7 +176,7 @@ class Vae:
                 shapes |= _convolution(f"{name}.{i}.{sampler}.0.conv", width, width)
         return shapes
 
-    def _ends(self, half: str, middle: int, last: int, out: int) -> Shapes:
+    def _ends(self, half: str, middle: int, last: int, out: int) -> ComponentShapes:
         shapes = _residual(f"{half}.mid_block.resnets.0", middle, middle) | _residual(
             f"{half}.mid_block.resnets.1", middle, middle
         )
@@ -217,15 +217,15 @@ _LATENT_DIFFUSION = (
 )
 
 
-def _convolution(name: str, before: int, width: int, side: int = 3) -> Shapes:
+def _convolution(name: str, before: int, width: int, side: int = 3) -> ComponentShapes:
     return {f"{name}.weight": (width, before, side, side), f"{name}.bias": (width,)}
 
 
-def _norm(name: str, width: int) -> Shapes:
+def _norm(name: str, width: int) -> ComponentShapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _residual(name: str, before: int, width: int) -> Shapes:
+def _residual(name: str, before: int, width: int) -> ComponentShapes:
     shapes = _norm(f"{name}.norm1", before) | _convolution(f"{name}.conv1", before, width)
     shapes |= _norm(f"{name}.norm2", width) | _convolution(f"{name}.conv2", width, width)
     return shapes if before == width else shapes | _convolution(f"{name}.conv_shortcut", before, width, 1)

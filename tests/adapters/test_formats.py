@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 
-from mergetool.adapters.adapter import Kind
+from mergetool.adapters.adapter import ChangeKind
 from mergetool.adapters.formats import FORMATS, KEY_FORMATS, LoraFormat, carrying
 from mergetool.adapters.keys import Spelled, take_apart
 
-ROLES: dict[Kind, tuple[str, ...]] = {
+ROLES: dict[ChangeKind, tuple[str, ...]] = {
     "lora": ("down", "up", "mid", "dora_scale", "alpha"),
     "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "dora_scale", "alpha"),
     "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "dora_scale", "alpha"),
@@ -20,7 +20,7 @@ ROLES: dict[Kind, tuple[str, ...]] = {
 MODULE = "layers.0.attention.to_q"
 
 
-def carried(form: LoraFormat) -> Iterator[tuple[Kind, str]]:
+def carried(form: LoraFormat) -> Iterator[tuple[ChangeKind, str]]:
     for kind, roles in ROLES.items():
         yield from ((kind, role) for role in roles if form.carries(kind, frozenset({role})))
 
@@ -39,8 +39,8 @@ def test_every_format_that_can_be_asked_for_has_a_row() -> None:
     assert tuple(FORMATS) == KEY_FORMATS
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_every_kind_of_change_can_be_written_in_some_format(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", get_args(ChangeKind))
+def test_every_kind_of_change_can_be_written_in_some_format(kind: ChangeKind) -> None:
     assert carrying(kind, frozenset(ROLES[kind]))
 
 

@@ -32,7 +32,9 @@ def bridge(dtype: torch.dtype) -> Bridge:
 def by_kernel(given: Bridge) -> tuple[bytes, list[float]]:
     stored = torch.empty_like(given.a)
     scales = given.scales or (None,) * 3
-    operands = [blend.Operand(part, scale) for part, scale in zip((given.a, given.b, given.c), scales, strict=True)]
+    operands = [
+        blend.KernelOperand(part, scale) for part, scale in zip((given.a, given.b, given.c), scales, strict=True)
+    ]
     with np.errstate(over="ignore", invalid="ignore"):
         found = blend.blend(BRIDGE, operands, [MULTIPLIER], stored, inverse_scale=given.inverse, base=0)
     assert found.counts is not None

@@ -197,5 +197,5 @@ def test_tensors_past_two_to_the_31_elements_are_whole() -> None:
         torch.arange(count, device="cuda", dtype=torch.int64).remainder_(97).to(torch.uint8).view(torch.float8_e4m3fn)
     )
     out = torch.empty(count, dtype=torch.float8_e4m3fn, device="cuda")
-    blend.blend([(0, 0, 0)], [blend.Operand(values)], [], out)
+    blend.blend([(0, 0, 0)], [blend.KernelOperand(values)], [], out)
     assert torch.equal(out.view(torch.uint8), values.view(torch.uint8))

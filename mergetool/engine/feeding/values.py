@@ -24,7 +24,7 @@ from mergetool.recipe.steps import COPY, Window
 Reader = Literal["auto", "mmap", "pread"]
 """How a run reads its files: what suits them, windows on a mapping, or positioned reads."""
 
-Place = tuple[Readable, int, int]
+FilePlace = tuple[Readable, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Fetched:
     window: Window
     start: int
     count: int
-    places: tuple[Place, ...]
+    places: tuple[FilePlace, ...]
     raw: tuple[memoryview, ...]
 
     @property
@@ -122,7 +122,7 @@ class ValueReader:
         return view
 
     @staticmethod
-    def _places(checkpoint: Checkpoint, window: Window, start: int, count: int) -> tuple[Place, ...]:
+    def _places(checkpoint: Checkpoint, window: Window, start: int, count: int) -> tuple[FilePlace, ...]:
         encoding = window.encoding
         if encoding is None:
             file, base = checkpoint.locate(window.tensor)

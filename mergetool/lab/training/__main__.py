@@ -81,9 +81,9 @@ class Stages:
             {"hollow": True},
             {"striped": True, "hollow": True},
         )
-        drawn = [flow.Pictures.draw(DATA // 4, seed + i, **kind) for i, kind in enumerate(kinds)]
+        drawn = [flow.PictureSet.draw(DATA // 4, seed + i, **kind) for i, kind in enumerate(kinds)]
         pixels = torch.cat([torch.from_numpy(part.pixels) for part in drawn]).numpy()
-        pictures = flow.Pictures(pixels, [prompt for part in drawn for prompt in part.prompts])
+        pictures = flow.PictureSet(pixels, [prompt for part in drawn for prompt in part.prompts])
         with self.recorded("vae", steps=steps, seed=seed):
             vae = vae_training.train(pictures, steps=steps, seed=seed, report=self.report)
         vae.to(torch.bfloat16).save_pretrained(self.folder / "vae")
@@ -171,7 +171,7 @@ class Stages:
         seed: int,
         **style: bool,
     ) -> None:
-        pictures = flow.Pictures.draw(DATA, seed, **style)
+        pictures = flow.PictureSet.draw(DATA, seed, **style)
         latents = flow.encode(pipeline.vae, pictures)
         generator = torch.Generator().manual_seed(seed)
         joint = pipeline.text_encoder in modules

@@ -28,14 +28,14 @@ DROPPED = 0.1
 
 
 @dataclass
-class Pictures:
+class PictureSet:
     """Drawn pictures uint8 [n, 64, 64, 3] and their prompts."""
 
     pixels: np.ndarray
     prompts: list[str]
 
     @classmethod
-    def draw(cls, count: int, seed: int, *, striped: bool = False, hollow: bool = False) -> Pictures:
+    def draw(cls, count: int, seed: int, *, striped: bool = False, hollow: bool = False) -> PictureSet:
         generator = np.random.default_rng(seed)
         scenes = [SCENES[i] for i in generator.integers(len(SCENES), size=count)]
         drawn = [render(scene, Placing.random(generator), striped=striped, hollow=hollow) for scene in scenes]
@@ -47,7 +47,7 @@ class Pictures:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Pictures) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: PictureSet) -> Tensor:
     """Scaled latents float32 [n, 16, 16, 16]: the means of the posterior."""
     parts = [
         vae.encode(pictures.tensor(slice(i, i + 128))).latent_dist.mean for i in range(0, len(pictures.prompts), 128)

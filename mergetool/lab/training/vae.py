@@ -16,7 +16,7 @@ KL_WEIGHT = 2e-6
 
 
 def train(
-    pictures: flow.Pictures, *, steps: int, seed: int, report: Callable[[int, float, float], None]
+    pictures: flow.PictureSet, *, steps: int, seed: int, report: Callable[[int, float, float], None]
 ) -> AutoencoderKL:
     """A VAE whose scaled latents have mean 0 and standard deviation 1 over the pictures."""
     torch.manual_seed(seed)

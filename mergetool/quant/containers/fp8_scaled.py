@@ -18,7 +18,7 @@ import numpy as np
 from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, F32, DType
 from mergetool.quant.encoding import SCALE_DTYPES, Encoding, Floats, Layer, Octets, Span, beside, column_factor, floats
 from mergetool.quant.fp8 import spacing, widen
-from mergetool.quant.quantiser import Entry, Quantiser, Round, positive
+from mergetool.quant.quantiser import Quantiser, Round, TensorEntry, positive
 from mergetool.quant.spellings import SCALE, in_comfyui, leaf_of
 
 FORMATS = {"float8_e4m3fn": F8_E4M3, "float8_e5m2": F8_E5M2}
@@ -180,7 +180,7 @@ class ScaledFp8Quantiser(Quantiser):
         """Codes [rows, columns]."""
         return (round_to(values, F8_E4M3, np.float32(1) / scale),)  # amax / scale may come out an ulp above 448
 
-    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+    def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
         return [("weight", F8_E4M3, padded)]
 
     @property

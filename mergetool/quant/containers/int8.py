@@ -28,7 +28,7 @@ from mergetool.quant.encoding import (
     column_factor,
     floats,
 )
-from mergetool.quant.quantiser import Entry, Quantiser, Round
+from mergetool.quant.quantiser import Quantiser, Round, TensorEntry
 
 I8 = BY_CODE["I8"]
 GROUP_SIZES = (4, 16, 64, 256, 1024, 4096)
@@ -138,7 +138,7 @@ class Int8Quantiser(Quantiser):
         np.clip(codes, -128, 127, out=codes)
         return codes.astype(np.int8).view(np.uint8), scales.view(np.uint8)
 
-    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+    def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
         return [("weight", I8, padded), ("weight_scale", F32, (padded[0], 1))]
 
 

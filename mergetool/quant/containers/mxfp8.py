@@ -18,7 +18,7 @@ from mergetool.quant import block_scales
 from mergetool.quant.block_scales import tiled
 from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, Span, beside, column_factor, rounded_up
 from mergetool.quant.fp8 import spacing, widen
-from mergetool.quant.quantiser import Entry, Quantiser, Round
+from mergetool.quant.quantiser import Quantiser, Round, TensorEntry
 
 U8, E8M0 = BY_CODE["U8"], BY_CODE["F8_E8M0"]
 BLOCK = 32
@@ -126,7 +126,7 @@ class Mxfp8Quantiser(Quantiser):
         scaled = blocks / power_of_two(scales)[:, :, None]
         return round_to(scaled.reshape(values.shape), F8_E4M3), tiled(scales)
 
-    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+    def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
         rows, columns = padded
         return [
             ("weight", F8_E4M3, padded),

@@ -19,7 +19,7 @@ from mergetool.quant import block_scales
 from mergetool.quant.block_scales import tiled
 from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, Span, beside, column_factor, rounded_up
 from mergetool.quant.fp8 import narrow, round_to_bits, widen
-from mergetool.quant.quantiser import Entry, Quantiser, Round, positive
+from mergetool.quant.quantiser import Quantiser, Round, TensorEntry, positive
 
 U8, F4 = BY_CODE["U8"], BY_CODE["F4"]
 BLOCK = 16
@@ -165,7 +165,7 @@ class Nvfp4Quantiser(Quantiser):
         codes = codes.reshape(len(values), -1, 2)
         return (codes[:, :, 0] << 4 | codes[:, :, 1]).astype(np.uint8, copy=False), tiled(scales)
 
-    def _stored(self, padded: tuple[int, int]) -> list[Entry]:
+    def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
         rows, columns = padded
         scales = block_scales.stored_shape(rows, columns // BLOCK)
         return [("weight", U8, (rows, columns // 2)), ("weight_scale", F8_E4M3, scales)]
