@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scipy import stats
 
 from mergetool.verification import images
 from training import models
+from training.claims import __main__ as command
 from training.claims import bench as benches
 from training.claims import drawings, tables
 from training.claims.bench import Bench
@@ -138,15 +140,16 @@ def test_a_member_that_changed_is_drawn_again_with_all_that_is_made_of_it(
 ) -> None:
     members = tmp_path / "members"
     shutil.copytree(family, members)
-    rows = [Drawing(Mix("base"), WAY), Drawing(carried("mean_turbo", {"hollow - deturbo": 2.0}), WAY)]
+    base = Drawing(Mix("base"), WAY)
+    refined = dataclasses.replace(base, second=(0.3, "comfyui"))
+    rows = [base, refined, Drawing(carried("mean_turbo", {"hollow - deturbo": 2.0}), WAY)]
     made = bench(members, tmp_path)
     for row in rows:
         made.measure(row)
     monkeypatch.setattr(benches, "_digest", benches._digest.__wrapped__)
     shutil.copytree(family / "alkahest", members / "turbo", dirs_exist_ok=True)
     known = [bench(members, tmp_path).readings(row) for row in rows]
-    assert known[0] is not None
-    assert known[1] is None
+    assert [readings is None for readings in known] == [False, True, True]
 
 
 def test_a_delta_on_a_merge_keeps_the_refiners_of_the_merge(family: Path, tmp_path: Path) -> None:
@@ -236,6 +239,51 @@ def test_verify_refuses_noise_and_a_drift_and_lost_prompts_and_nothing_else() ->
     assert refusals(looked(drawn, np.arange(80) < 30, still), [parent])["adherence"] == 1.0
     assert refusals(looked(drawn, right, ~still), [parent])["drift"] == 1.0
     assert refusals(looked(drawn, right, ~still), [looked(drawn, right, ~still)])["any"] == 0.0
+
+
+# ---- the whole
+
+CARRIED = {"alkahest": 1.0, "turbo": 0.5}
+
+
+def invented(bench: Bench, drawing: Drawing) -> None:
+    """Readings in which alkahest carries every delta, turbo half as often, and every other carrier loses them; base draws the rest."""
+    share = CARRIED.get(drawing.mix.names[0], 0.0) if "-" in drawing.mix.expression else 0.95
+    pictures = np.arange(bench.count)
+    right = (pictures % 2 * 10 + pictures // 2 < 20 * share).tolist()  # half of them are every other one
+    values = {
+        name: "".join("01"[bit] for bit in right) for name in ("adherent", "figures", "relation", *drawings.DELTAS)
+    }
+    number = [0.1] * bench.count
+    values |= {"structural distance": number, "colour distance": number} if drawing.beside else {}
+    values |= {name: [0.7] * bench.count for name in benches.MEASURES} if drawing.measured else {}
+    entry = {"inputs": bench._inputs(drawing), "reader": benches.READER, "readings": values}
+    bench.stored[drawing.name] = entry | dict.fromkeys(("commit", "machine", "versions", "device"), "here")
+    bench._save()
+
+
+def test_one_command_measures_everything_once_and_writes_every_table(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Bench, "measure", invented)
+    monkeypatch.setattr("training.claims.verdicts.RUNS", 3)
+    monkeypatch.setattr(command.Clock, "listen", lambda clock: None)
+    arguments = ["--members", str(family), "--state", str(tmp_path), "--quick"]
+    command.main([*arguments, "--minutes", "0"])
+    assert not (tmp_path / "quick.md").exists()
+    command.main(arguments)
+    text = (tmp_path / "quick.md").read_text()
+    assert re.findall("<!-- table: (.*) -->", text) == ["claims", *command.TABLES]
+    assert (
+        "needed for the delta `striped - base` is **shown**: alkahest draws 100.0 % [100, 100] at 0.5, turbo 50.0 %"
+        in text
+    )
+    assert "needed for both deltas at once is **shown**" in text
+    assert "| `0.5*base + 0.5*turbo`, refiners of turbo | 95.0 %" in text
+    capsys.readouterr()
+    command.main(arguments)
+    assert "0 minutes of one core are left" in capsys.readouterr().out
+    assert (tmp_path / "quick.md").read_text() == text
 
 
 # ---- pages

@@ -224,8 +224,7 @@ def _begins(drawing: Drawing) -> bool:
 
 
 def _guess(drawing: Drawing, count: int) -> float:
-    tokens = drawing.size[0] * drawing.size[1] / 64**2
-    return count * tokens * (drawing.evaluations * EVALUATION + AROUND)
+    return count * (drawing.evaluations * EVALUATION + AROUND)  # every size has 64 tokens, some of them filled in
 
 
 def _read(made: Pictures, wanted: Sequence[Scene]) -> dict[str, str]:

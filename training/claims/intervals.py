@@ -19,7 +19,7 @@ Curve = Mapping[float, NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over pictures with the ends of its 95 % bootstrap interval."""
+    """A mean over pictures with the ends of its 95 % bootstrap interval, which has no width where all pictures agree."""
 
     mean: float
     low: float

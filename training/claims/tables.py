@@ -187,14 +187,18 @@ class Tables:
         return f"{text}\n\n{said}"
 
     def wrong(self) -> str:
-        rows = []
+        rows: list[Line] = []
         for delta, character in drawings.WRONG.items():
-            for shown in (DELTAS[character], delta):
-                curve = drawings.curve("alkahest", shown).values()
-                cells = [f"{share(self.right(row, character))}, {100 * self.right(row).mean():.0f}" for row in curve]
-                rows.append([f"`{shown}`", character, *cells])
+            right = DELTAS[character]
+            shown = {name: list(drawings.curve("alkahest", name).values()) for name in (right, delta)}
+            arrived = {name: [self.right(row, character) for row in curve] for name, curve in shown.items()}
+            for name, curve in shown.items():
+                line = [f"`{name}`", character, *map(share, arrived[name])]
+                rows += [line, [f"`{name}`", "or not", *(share(self.right(row)) for row in curve)]]
+            less = [points(difference(*pair)) for pair in zip(arrived[delta], arrived[right], strict=True)]
+            rows.append([f"`{delta}` less `{right}`", character, *less])
         unique = list(dict.fromkeys(map(tuple, rows)))
-        return table(["alkahest + m * ...", "character", *(f"m = {scale:g}" for scale in drawings.MULTIPLIERS)], unique)
+        return table(["alkahest + m * ...", "adherent and", *(f"m = {m:g}" for m in drawings.MULTIPLIERS)], unique)
 
     def two_stages(self) -> str:
         columns = {prompts: drawings.stages(prompts) for prompts in drawings.STAGE_PROMPTS}
@@ -205,19 +209,15 @@ class Tables:
                 shown, base, turbo = (self.right(rows_of[key]) for key in (label, "base alone", "turbo alone"))
                 cells.append(share(shown))
                 cells += [points(difference(shown, other)) for other in (base, turbo)]
-            far = (
-                [
-                    np.concatenate([self.read(c[label])[key] for c in columns.values()])
-                    for key in ("structural distance", "colour distance")
-                ]
-                if drawing.second
-                else []
-            )
+            distances = ["", ""]
+            if drawing.second:
+                read = [self.read(column[label]) for column in columns.values()]
+                keys = ("structural distance", "colour distance")
+                distances = [f"{np.mean([one[key] for one in read]):.3f}" for key in keys]
             start = f"{drawing.refinement.levels()[0]:.3f}" if drawing.second else "1"
-            evaluations = f"{drawing.way.steps} × {2 if drawing.way.guidance else 1}{f' + {drawing.evaluations}' if drawing.second else ''}"
-            rows.append(
-                [label, evaluations, start, *cells, *([f"{np.mean(values):.3f}" for values in far] or ["", ""])]
-            )
+            evaluations = f"{drawing.way.steps} × {2 if drawing.way.guidance else 1}"
+            evaluations += f" + {drawing.evaluations}" if drawing.second else ""
+            rows.append([label, evaluations, start, *cells, *distances])
         head = [cell for prompts in columns for cell in (prompts, "less base", "less turbo")]
         return table(
             ["pictures of", "evaluations", "start sigma", *head, "structural distance", "colour distance"], rows
