@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +34,9 @@ class Alphas:
     rank_stabilised: bool = False
 
     def alpha(self, module: str, rank: int | None) -> float | None:
-        """The alpha of a module, None where nothing is said. PEFT's patterns are ends of names, or regular expressions for them."""
+        """The alpha of a module, None where nothing is said: of PEFT's patterns, which are ends of names or with ``^`` whole ones, the first."""
         for pattern, alpha in self.by_module.items():
-            if module == pattern or module.endswith("." + pattern):
+            if module == pattern.removeprefix("^") or module.endswith("." + pattern):
                 return alpha
         return self.everywhere
 
@@ -89,7 +88,7 @@ def _alphas(raw: bytes, source: str) -> Alphas:
     plain = {name.removeprefix("transformer."): value for name, value in config.items()}
     pattern = plain.get("alpha_pattern")
     by_module = {
-        re.sub(r"^\^|\$$", "", name).replace("\\.", "."): float(value)
+        name.removesuffix("$").replace("\\.", "."): float(value)
         for name, value in (pattern.items() if isinstance(pattern, dict) else ())
         if _is_number(value)
     }

@@ -74,7 +74,7 @@ def convert(
     tensors: dict[str, Tensor] = {}
     for part, one in modules.items():
         tensors |= _spelled(part, one, form, done)
-    if key_format == "default":
+    if key_format == "default" and file.family.lora_alphas:
         tensors = lora_output.with_alphas_everywhere(tensors)
     if not tensors:
         raise DataError(f'"{file.name}" changes nothing: all its factors are zero; there is nothing to write.')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 from mergetool.adapters.alphas import HEADER
@@ -34,7 +34,7 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: value for module, value in ranks.items() if value != rank}
+    others = {_pattern(module, ranks): value for module, value in ranks.items() if value != rank}
     config = {
         "r": rank,
         "lora_alpha": rank,
@@ -43,6 +43,11 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         "target_modules": list(ranks),
     }
     return {HEADER: json.dumps({OWN + key: value for key, value in config.items()}, sort_keys=True)}
+
+
+def _pattern(module: str, modules: Collection[str]) -> str:
+    """A module as PEFT finds it, by the end of its name: marked as a whole name where others end alike, as Flux's ``proj_out``."""
+    return f"^{module}" if any(other.endswith(f".{module}") for other in modules) else module
 
 
 @lru_cache(maxsize=4)
@@ -57,6 +62,8 @@ def _downs(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     if found is None or found[0].loader is None:
         return ()
     loader = LOADERS[found[0].loader]
+    if not loader.takes_header(keys):
+        return ()
     known = {found[0].stored_name(part, "diffusers").removesuffix(".weight") for part in found[1]}
     try:
         modules = loader.modules(keys, loader.releases[-1])

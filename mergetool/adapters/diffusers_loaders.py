@@ -12,17 +12,22 @@ from mergetool.adapters import flux_in_diffusers, in_diffusers
 class DiffusersLoader:
     """A class, in the ``releases`` that the tests run, oldest first; nothing is said of any other.
 
-    ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count.
+    ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count,
+    ``takes_header`` whether a file with these keys may state ranks and scales in its header.
     """
 
     releases: tuple[str, ...]
     modules: Callable[[Collection[str], str], dict[str, set[str]]]
     alphas_are_read: Callable[[Collection[str], str], bool]
+    takes_header: Callable[[Collection[str]], bool] = lambda keys: True
 
 
 LOADERS: Mapping[str, DiffusersLoader] = {
     "ZImageLoraLoaderMixin": DiffusersLoader(in_diffusers.RELEASES, in_diffusers.modules, in_diffusers.alphas_are_read),
     "FluxLoraLoaderMixin": DiffusersLoader(
-        flux_in_diffusers.RELEASES, flux_in_diffusers.modules, flux_in_diffusers.alphas_are_read
+        flux_in_diffusers.RELEASES,
+        flux_in_diffusers.modules,
+        flux_in_diffusers.alphas_are_read,
+        flux_in_diffusers.takes_header,
     ),
 }

@@ -55,7 +55,10 @@ def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[
     """
     kept = [key for key in keys if "dora_scale" not in key]
     if any(".lora_down.weight" in key for key in kept):
-        return _with_down(kept)
+        found = _with_down(kept)
+        if not found and not any(_LOST.match(_flat(key)) for key in kept):
+            raise Rejected("no key is left that it knows")
+        return found
     if any("processor" in key for key in kept):
         return _xlabs(kept)
     if any("base_model" in key for key in kept):
@@ -68,6 +71,11 @@ def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[
 def alphas_are_read(keys: Collection[str], release: str = RELEASES[0]) -> bool:
     """Whether ``.alpha`` tensors count; not beside ``lora_down`` and ``lora_up`` under diffusers' own names."""
     return not (any(".lora_down.weight" in key for key in keys) and any(key.startswith("transformer.") for key in keys))
+
+
+def takes_header(keys: Collection[str]) -> bool:
+    """Whether ranks and scales may stand in the header; alphas that are not multiplied into the factors must then be away."""
+    return any(".lora_down.weight" in key for key in keys) or not any("alpha" in key for key in keys)
 
 
 def _own(keys: Iterable[str]) -> dict[str, set[str]]:

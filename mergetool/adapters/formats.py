@@ -157,7 +157,9 @@ FORMATS: Mapping[KeyFormat, LoraFormat] = {
 def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
     """A format as it is for LoRAs of ``family``."""
     chosen = FORMATS[key_format]
-    return replace(chosen, prefix=family.lora_prefix) if key_format == "default" else chosen
+    if key_format != "default":
+        return chosen
+    return replace(chosen, prefix=family.lora_prefix, alpha=chosen.alpha if family.lora_alphas else "none")
 
 
 def factors_of(family: Family, part: str) -> tuple[str, str]:

@@ -127,7 +127,7 @@ def _flat_names(module: str) -> Iterator[str]:
 
 
 def _module(part: str) -> str:
-    return part.removesuffix(".weight").removesuffix(".scale")
+    return part.removesuffix(".weight") if part.endswith(".weight") else part.removesuffix(".scale")
 
 
 def naming(spelled: Mapping[str, Spelled]) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change
+from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.diffusers_loaders import LOADERS, DiffusersLoader
 from mergetool.adapters.formats import FORMATS, NATIVE
 from mergetool.adapters.in_diffusers import Rejected
@@ -81,6 +82,8 @@ def loading_of(path: Path, family: Family) -> list[Loading]:
 def _in_diffusers(file: LoraFile, loader: DiffusersLoader, release: str) -> Loading:
     try:
         layers = loader.modules(file.checkpoint.tensors, release)
+        if HEADER in file.checkpoint.metadata and not loader.takes_header(file.checkpoint.tensors):
+            raise Rejected("scales stand both in the header and in alphas")
     except Rejected as reason:
         return _rejected(file, release, str(reason))
     names = {_module(file, part) for part in file.changes}

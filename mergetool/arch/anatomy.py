@@ -148,6 +148,9 @@ class Family(ABC):
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
     loader: str | None = None  # diffusers' class that loads its LoRAs, where what that does is known and tested
     lora_prefix = "diffusion_model."  # what stands before diffusers' module names in files that diffusers and ComfyUI both load whole
+    lora_alphas = (
+        True  # whether such files may hold alphas: diffusers takes that of one module for others whose names end alike
+    )
     in_comfyui: frozenset[str] = (
         frozenset()
     )  # prefixes before which ComfyUI knows diffusers' names; its own have two in every family

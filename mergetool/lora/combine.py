@@ -123,8 +123,8 @@ def combine(
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
     if gathering.family is not GENERIC:  # whose names are as the first file spells them
-        tensors = lora_output.with_alphas_everywhere(joined(tensors, gathering.family))
-    lora_output.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
+        tensors = joined(tensors, gathering.family)
+        tensors = lora_output.with_alphas_everywhere(tensors) if gathering.family.lora_alphas else tensors
     return Combined(done, empty)
 
 

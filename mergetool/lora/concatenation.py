@@ -69,7 +69,7 @@ def concatenated(module: GatheredModule, dtype: torch.dtype) -> WrittenSum:
     if norm == 0:
         m, n = module.matrix
         return WrittenSum(LowRank(torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype)), 1.0, 0.0, 0.0)
-    scale = _common(parts, norms)
+    scale = 1.0 if module.keys.no_alpha else _common(parts, norms)
     ups = [_folded(part.factors.up, part.weight / scale) for part in parts]
     _check(module, dtype, ups)
     errors = [part.error for part in parts]

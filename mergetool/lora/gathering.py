@@ -48,12 +48,14 @@ class Addend:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The names of a module's tensors in the output; ``always_alpha`` where the spelling is one that has an alpha everywhere."""
+    """The names of a module's tensors in the output; ``always_alpha`` where the spelling is one that has an alpha everywhere, ``no_alpha`` where it
+    has none anywhere."""
 
     down: str
     up: str
     alpha: str
     always_alpha: bool = False
+    no_alpha: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,7 @@ def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
     if family is not GENERIC:
         form, module = format_for(family), bare(family.lora_module(part))
-        return Keys(*form.factors(module), form.key(module, "lora", "alpha"))
+        return Keys(*form.factors(module), form.key(module, "lora", "alpha"), no_alpha=not family.lora_alphas)
     adapter = addends[0].change.adapter
     ends = [FORMATS["kohya"].down, FORMATS["kohya"].up]
     if adapter.kind == "lora":

@@ -132,6 +132,7 @@ class Flux(KnownFamily):
     precise = frozenset({"norm", "embedder", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
     lora_prefix = "transformer."
+    lora_alphas = False  # proj_out is a module, and the end of the names of others
     in_comfyui = frozenset({"transformer.", "lycoris_", "lora_transformer_", ""})
     loader = "FluxLoraLoaderMixin"
     # the other names of double blocks are also those of Qwen-Image's and SD3's blocks in diffusers

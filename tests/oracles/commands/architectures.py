@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import comfy.ops
+import comfy.utils
 import torch
 
 
@@ -16,4 +17,13 @@ def architecture(module: str, model: str, config: dict[str, Any]) -> dict[str, A
     return {"tensors": {name: list(tensor.shape) for name, tensor in made.state_dict().items()}}
 
 
-COMMANDS = {"architecture": architecture}
+def diffusers_names(function: str, config: dict[str, Any]) -> dict[str, Any]:
+    """``names``: diffusers' name of a tensor -> ComfyUI's by a ``function`` of ``comfy.utils``, first row and rows (None: all), and whether halves are swapped."""
+    found: dict[str, list[Any]] = {}
+    for theirs, target in getattr(comfy.utils, function)(config).items():
+        name, place, *swap = target if isinstance(target, tuple) else (target, None)
+        found[theirs] = [name, *((None, None) if place is None else place[1:]), bool(swap)]
+    return {"names": found}
+
+
+COMMANDS = {"architecture": architecture, "diffusers_names": diffusers_names}
