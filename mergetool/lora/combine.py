@@ -125,6 +125,7 @@ def combine(
     if gathering.family is not GENERIC:  # whose names are as the first file spells them
         tensors = joined(tensors, gathering.family)
         tensors = lora_output.with_alphas_everywhere(tensors) if gathering.family.lora_alphas else tensors
+    lora_output.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
 
 
