@@ -99,7 +99,7 @@ def check_change(
 
 
 _WAY_OUT = (
-    "give both files in one layout (`mergetool convert` with `layout` knows those of Z-Image; of another family take the file that is in the "
+    "give both files in one layout (`mergetool convert` with `layout` knows those of Z-Image and Flux.1; of another family take the file that is in the "
     "same layout, ComfyUI's or diffusers')"
 )
 

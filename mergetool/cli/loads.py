@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergetool.arch.families import FAMILIES
 from mergetool.cli import console
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def print_all(loadings: Sequence[Loading], *, verbose: bool) -> None:
     for loading in loadings:
         _print(loading, verbose=verbose)
     if not loadings:
-        console.heading("loads", "not known: of no model but Z-Image is it known here which names programs look up")
+        known = console.listed([family.name for family in FAMILIES if family.loader])
+        console.heading("loads", f"not known: which names programs look up is known of these families only: {known}")
 
 
 def _print(loading: Loading, *, verbose: bool) -> None:

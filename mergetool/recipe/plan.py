@@ -400,5 +400,5 @@ class _Planner:
         chosen = [part for part in self.first.anatomy.parts.values() if self.is_quantised([part])]
         share = sum(part.numel for part in chosen) / sum(part.numel for part in self.first.anatomy.parts.values())
         follows = any(part.encoding is not None and part.encoding.quant for part in chosen)
-        which = f"the weights that {self.first.name} has quantised" if follows else quantised.POLICY
+        which = f"the weights that {self.first.name} has quantised" if follows else quantised.policy(self.family)
         return f"{self.quantiser.quant}: {which}, {100 * share:.1f} % of the parameters; the rest keeps its dtype"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from math import prod
 
-from mergetool.arch import Anatomy, Part
+from mergetool.arch import Anatomy, Family, Part
 from mergetool.checkpoint.dtypes import BY_CODE, F32
 from mergetool.errors import UsageError
 from mergetool.quant.quantiser import Quantiser
@@ -18,7 +18,14 @@ from mergetool.quant.spellings import in_comfyui, leaf_of
 from mergetool.recipe.steps import COPY, Input, OutputTensor, Step, Window
 
 SMALLEST_SIDE = 64
-POLICY = f"matrices of attention and feed-forward with sides of at least {SMALLEST_SIDE}, refiners apart"
+_IN_WORDS = {"ffn": "feed-forward", "double": "double blocks", "single": "single blocks", "refiner": "refiners"}
+
+
+def policy(family: Family) -> str:
+    """Which weights of ``family`` are quantised, in words."""
+    groups = " and ".join(_IN_WORDS.get(group, group) for group in sorted(family.quantised))
+    apart = f", {_IN_WORDS.get(family.kept, family.kept)} apart" if family.kept else ""
+    return f"matrices of {groups} with sides of at least {SMALLEST_SIDE}{apart}"
 
 
 def is_quantised(
@@ -46,7 +53,7 @@ def is_quantised(
 
     if not any(chosen([part]) for part in anatomy.parts.values()):
         raise UsageError(
-            f"`quant={quantiser.quant}` would quantise no tensor: it takes {POLICY}; leave `quant` out, or choose an FP8 dtype with `dtype`."
+            f"`quant={quantiser.quant}` would quantise no tensor: it takes {policy(anatomy.family)}; leave `quant` out, or choose an FP8 dtype with `dtype`."
         )
     return chosen
 
