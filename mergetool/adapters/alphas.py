@@ -84,8 +84,8 @@ def _alphas(raw: bytes, source: str) -> Alphas:
         raise DataError(f'"{source}" has {error}; get the file again.') from None
     if not isinstance(config, dict):
         raise DataError(f'"{source}" is not a JSON object; get the file again.')
-    # diffusers writes "transformer.lora_alpha" for every component in one object
-    plain = {name.removeprefix("transformer."): value for name, value in config.items()}
+    # diffusers writes "transformer.lora_alpha" or "unet.lora_alpha" for every component in one object
+    plain = {name.removeprefix("transformer.").removeprefix("unet."): value for name, value in config.items()}
     pattern = plain.get("alpha_pattern")
     by_module = {
         name.removesuffix("$").replace("\\.", "."): float(value)

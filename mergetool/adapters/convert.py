@@ -195,9 +195,7 @@ def _spelled(part: str, found: StoredModule, form: LoraFormat, done: Converted) 
                 done.rounded[part] = error
     name = module_name(part)
     tensors = {form.key(name, found.kind, role): tensor for role, tensor in _ordered(found, form)}
-    if (form.alpha == "always" and found.rank is not None) or (
-        form.alpha == "where needed" and found.rank is not None and scale != 1
-    ):
+    if found.rank is not None and (form.alpha == "always" or (form.alpha in ("where needed", "none") and scale != 1)):
         tensors[form.key(name, found.kind, "alpha")] = _alpha(scale, found.rank)
     return tensors
 

@@ -19,8 +19,8 @@ from mergetool.adapters.origin import family_of
 from mergetool.arch.families import FAMILIES
 
 _OTHERS = {(width,) for family in FAMILIES if family.lookalike for width in family.lookalike.widths}
-OWN = "transformer."
-"""What diffusers puts before the names of a pipeline's transformer, of whatever family."""
+OWN = {f"{family.component}." for family in FAMILIES}
+"""What diffusers puts before the names of a pipeline's transformer, of whatever family, or of its UNet."""
 
 
 def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -29,8 +29,8 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
-    downs = _downs(tuple(shapes))
-    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs if not down.startswith(OWN)):
+    component, downs = _downs(tuple(shapes))
+    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs if not down.startswith(component)):
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -42,7 +42,7 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         "alpha_pattern": others,
         "target_modules": list(ranks),
     }
-    return {HEADER: json.dumps({OWN + key: value for key, value in config.items()}, sort_keys=True)}
+    return {HEADER: json.dumps({component + key: value for key, value in config.items()}, sort_keys=True)}
 
 
 def _pattern(module: str, modules: Collection[str]) -> str:
@@ -51,24 +51,27 @@ def _pattern(module: str, modules: Collection[str]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _downs(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Modules by their names in diffusers, each with the key of its ``down``; none where one of them is not known, or is no LoRA."""
+def _downs(keys: tuple[str, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """What diffusers calls the component, and its modules by their names there, each with the key of its ``down``; none where one of them is not known, or
+    is no LoRA, or where an alpha stands beside them that excludes a header."""
     spelled = {key: one for key in keys if isinstance(one := take_apart(key), Spelled)}
     if len(spelled) < len(keys) or any(".lokr_" in key or ".hada_" in key for key in keys):
-        return ()
-    if all(one.prefix == OWN and one.role in ("up", "down") for one in spelled.values()):
-        return tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
+        return "", ()
+    prefixes = {one.prefix for one in spelled.values()}
+    if len(prefixes) == 1 and prefixes <= OWN and all(one.role in ("up", "down") for one in spelled.values()):
+        return prefixes.pop(), tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
     found = family_of(spelled)
     if found is None or found[0].loader is None:
-        return ()
+        return "", ()
     loader = LOADERS[found[0].loader]
     if not loader.takes_header(keys):
-        return ()
+        return "", ()
     known = {found[0].stored_name(part, "diffusers").removesuffix(".weight") for part in found[1]}
     try:
         modules = loader.modules(keys, loader.releases[-1])
     except Rejected:
-        return ()
+        return "", ()
     if not modules.keys() <= known:
-        return ()
-    return tuple((name, key) for name, held in modules.items() for key in sorted(held) if spelled[key].role == "down")
+        return "", ()
+    downs = ((name, key) for name, held in modules.items() for key in sorted(held) if spelled[key].role == "down")
+    return f"{found[0].component}.", tuple(downs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from mergetool.adapters import flux_in_diffusers, in_diffusers
+from mergetool.adapters import flux_in_diffusers, in_diffusers, unet_in_diffusers
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +14,16 @@ class DiffusersLoader:
 
     ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count,
     ``takes_header`` whether a file with these keys may state ranks and scales in its header.
+    ``alphas_given`` which alpha every module gets where they do, of those that the modules have, in the file's order. A loader that ``multiplies_alphas``
+    puts them into the factors; of another they become the config, beside which a header's is an error.
     """
 
     releases: tuple[str, ...]
     modules: Callable[[Collection[str], str], dict[str, set[str]]]
     alphas_are_read: Callable[[Collection[str], str], bool]
     takes_header: Callable[[Collection[str]], bool] = lambda keys: True
+    alphas_given: Callable[[Mapping[str, float | None]], dict[str, float | None]] = dict
+    multiplies_alphas: bool = True
 
 
 LOADERS: Mapping[str, DiffusersLoader] = {
@@ -29,5 +33,13 @@ LOADERS: Mapping[str, DiffusersLoader] = {
         flux_in_diffusers.modules,
         flux_in_diffusers.alphas_are_read,
         flux_in_diffusers.takes_header,
+    ),
+    "StableDiffusionXLLoraLoaderMixin": DiffusersLoader(
+        in_diffusers.RELEASES,
+        unet_in_diffusers.modules,
+        lambda keys, release: True,
+        unet_in_diffusers.takes_header,
+        unet_in_diffusers.alphas_given,
+        multiplies_alphas=False,
     ),
 }

@@ -21,8 +21,6 @@ DOTTED = WRAPPERS | INSERTED | {"base_model", "lora_unet"}
 """Components that programs put before a module's dotted name; several may stand before each other, or the same one twice."""
 FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
 """What stands before a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
-NATIVE = ("diffusion_model.", "lora_unet_")
-"""Prefixes before which ComfyUI knows its own names, in every family."""
 
 _CHECKPOINT = "model.diffusion_model."
 """What stands before a model's own names in whole checkpoints of families that are read under raw names."""
@@ -157,14 +155,21 @@ FORMATS: Mapping[KeyFormat, LoraFormat] = {
 def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
     """A format as it is for LoRAs of ``family``."""
     chosen = FORMATS[key_format]
+    if key_format == "diffusers":
+        return replace(chosen, prefix=f"{family.component}.")
     if key_format != "default":
         return chosen
+    if family.lora_prefix in FLAT:
+        chosen = replace(FORMATS["kohya"], summary=chosen.summary)
     return replace(chosen, prefix=family.lora_prefix, alpha=chosen.alpha if family.lora_alphas else "none")
 
 
 def factors_of(family: Family, part: str) -> tuple[str, str]:
-    """The names of a part's factors in the default format: down and up."""
-    return format_for(family).factors(bare(family.lora_module(part)))
+    """The names of a part's factors in the default format: down and up. Raises ValueError for what is no module's weight."""
+    form, module = format_for(family), family.lora_module(part)
+    if form.flat:
+        module = family.stored_name(part, form.layout_of(family)).removesuffix(".weight")
+    return form.factors(bare(module))
 
 
 def bare(name: str) -> str:

@@ -13,12 +13,13 @@ from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.diffusers_loaders import LOADERS, DiffusersLoader
-from mergetool.adapters.formats import FORMATS, NATIVE
+from mergetool.adapters.formats import FORMATS
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.lora_file import LoraFile, open_lora
-from mergetool.arch import Family
+from mergetool.arch.anatomy import NATIVE, Family
 from mergetool.arch.generic import GENERIC
+from mergetool.checkpoint.names import quoted
 
 LoadVerdict = Literal["whole", "partly", "not at all"]
 
@@ -86,6 +87,9 @@ def _in_diffusers(file: LoraFile, loader: DiffusersLoader, release: str) -> Load
             raise Rejected("scales stand both in the header and in alphas")
     except Rejected as reason:
         return _rejected(file, release, str(reason))
+    alpha = next((key for key in file.checkpoint.tensors if key.endswith(".alpha")), None)
+    if alpha and not loader.multiplies_alphas and alphas.HEADER in file.checkpoint.metadata:
+        return _rejected(file, release, f"{quoted(alpha)} stands beside a config in the header")
     names = {_module(file, part) for part in file.changes}
     if layers and not names & layers.keys():
         return _rejected(file, release, f'it finds no module "{next(iter(layers))}"')
@@ -130,17 +134,23 @@ def _factors(file: LoraFile, loader: DiffusersLoader, layers: dict[str, set[str]
     ranks = {module: adapters[module].rank for module in layers if module in adapters}
     header = alphas.in_header(file.checkpoint.metadata, file.name)
     reads_alphas = loader.alphas_are_read(tensors, release)
+    own = {
+        module: one.scale * one.rank if reads_alphas and one.rank and f"{one.module}.alpha" in tensors else None
+        for module, one in adapters.items()
+    }
+    given = loader.alphas_given(own)
     found = {}
     for module, rank in ranks.items():
         adapter = adapters[module]
         if not rank or not first or adapter.kind != "lora" or not adapter.scale:
             found[module] = 1.0
             continue
-        scale = adapter.scale if reads_alphas and f"{adapter.module}.alpha" in tensors else 1.0
+        alpha = given[module]
+        scale = 1.0 if alpha is None else alpha / rank
         if header is not None:
             stated = header.alpha(module, rank)
             scale *= header.scale(_PEFT_ALPHA if stated is None else stated, rank)
-        elif release in _FIRST_RANK:
+        elif release in _FIRST_RANK and (alpha is None or loader.multiplies_alphas):
             scale *= first / rank
         found[module] = scale / adapter.scale
     return found
@@ -187,11 +197,7 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
         return f'the prefix "{spelled.prefix}" is not mapped'
     if part in family.vectors:
         return "pad tokens are taken without being applied"
-    own, native = (family.stored_name(part, layout) for layout in ("diffusers", "comfyui"))
-    aliases = [name for name, held in family.aliases([part]).items() if part in held]
-    theirs = [own, *(name for name in aliases if name.split(".")[0] == part.split(".")[0])]
-    ours = [native, *(name for name in aliases if name not in theirs)]
-    known = [*(ours if spelled.prefix in NATIVE else ()), *(theirs if spelled.prefix in family.in_comfyui else ())]
+    known = family.modules_in_comfyui(part, spelled.prefix)
     modules = (name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale") for name in known)
     if spelled.module not in [name.replace(".", "_") if spelled.is_flat else name for name in modules]:
         which = "diffusers' names" if spelled.prefix in NATIVE else "ComfyUI's own names"

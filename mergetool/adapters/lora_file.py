@@ -13,7 +13,7 @@ from typing import NoReturn, Self
 from mergetool.adapters import alphas
 from mergetool.adapters.adapter import Adapter, Change, ChangeKind, is_by_columns
 from mergetool.adapters.alphas import Alphas
-from mergetool.adapters.formats import FORMATS
+from mergetool.adapters.formats import FLAT, FORMATS
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
 from mergetool.adapters.origin import family_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
@@ -151,7 +151,7 @@ class _Reading:
             if not parts:
                 self._set_aside(roles.values(), "no such module")
                 continue
-            for adapter in self._adapters(prefix + module, roles):
+            for adapter in self._adapters(prefix + module, roles, self._in_configs(prefix, module, parts)):
                 for change in self._changes(adapter, parts):
                     changes.setdefault(change.part, []).append(change)
         self._remark(changes)
@@ -203,7 +203,13 @@ class _Reading:
             else:
                 self.unmatched.append((key, reason))
 
-    def _adapters(self, module: str, roles: dict[str, str]) -> list[Adapter]:
+    def _in_configs(self, prefix: str, module: str, parts: Sequence[str]) -> str:
+        """What a config or a header calls a module: as the file does, or as diffusers does where the file has underscores for dots."""
+        if not prefix.startswith(FLAT) or "diffusers" not in self.family.layouts:
+            return prefix + module
+        return self.family.stored_name(parts[0], "diffusers").removesuffix(".weight")
+
+    def _adapters(self, module: str, roles: dict[str, str], in_configs: str) -> list[Adapter]:
         """The adapters of one module: that of its weight, and a whole difference of its bias."""
         found = [
             Adapter(module, "full", {role: roles.pop(role)}, (), None) for role in ("diff_b", "diff") if role in roles
@@ -217,17 +223,17 @@ class _Reading:
         if len(kinds) > 1:
             self._refuse(module, "has factors of two kinds", "one")
         if kinds:
-            found.append(self._product(module, kinds[0], roles))
+            found.append(self._product(module, kinds[0], roles, in_configs))
             if bias is not None:  # PEFT scales it with the product
                 found.append(Adapter(module, "full", {"diff_b": bias}, (), None, found[-1].scale))
         elif roles.keys() - {"alpha"} or (roles and not found):
             self.unmatched += [(key, "no factors beside it") for key in roles.values()]
         return [self._shaped(adapter) for adapter in found]
 
-    def _product(self, module: str, kind: ChangeKind, roles: dict[str, str]) -> Adapter:
+    def _product(self, module: str, kind: ChangeKind, roles: dict[str, str], in_configs: str) -> Adapter:
         alpha = roles.pop("alpha", None)
         rank = self._rank(module, kind, roles)
-        value = alphas.read(self.checkpoint, alpha) if alpha else self.stated.alpha(module, rank)
+        value = alphas.read(self.checkpoint, alpha) if alpha else self.stated.alpha(in_configs, rank)
         scale = 1.0
         if value is not None and rank is not None:
             scale = self.stated.scale(value, rank) if alpha is None else value / rank

@@ -1,6 +1,6 @@
 """What a tensor name means: families, layouts, parts and groups. Reads headers only, never tensor data."""
 
-from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Preset, Slice, block_of, describe
+from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Preset, Slice, describe
 from mergetool.arch.patterns import select
 from mergetool.arch.prefixes import bundled
 from mergetool.arch.recognition import recognise
@@ -13,7 +13,6 @@ __all__ = [
     "Part",
     "Preset",
     "Slice",
-    "block_of",
     "bundled",
     "describe",
     "recognise",

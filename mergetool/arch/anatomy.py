@@ -106,6 +106,10 @@ class Preset:
     settings: tuple[str, ...]
 
 
+NATIVE = ("diffusion_model.", "lora_unet_")
+"""Prefixes of LoRAs' keys behind which ComfyUI knows its own names, in every family."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lookalike:
     """A family whose LoRAs have the names of another's: told by the ``widths`` of its main stream, not ``own``, and by words in the header.
@@ -141,13 +145,16 @@ class Family(ABC):
     precise: frozenset[str] = frozenset(
         {"refiner", "norm", "adaln", "embedder", "pad", "final"}
     )  # those whose never are
+    unquantised: frozenset[str] = frozenset()  # parts that never are, since programs read a size off their stored shape
     quantised_layout: str | None = None  # the layout that a quantised file must have
     presets: tuple[Preset, ...] = ()
     overflows_fp16 = False  # whether activations are known to leave fp16's range
     gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
     loader: str | None = None  # diffusers' class that loads its LoRAs, where what that does is known and tested
-    lora_prefix = "diffusion_model."  # what stands before diffusers' module names in files that diffusers and ComfyUI both load whole
+    component = "transformer"  # what diffusers' pipelines call the model, and its LoRAs put before names
+    lora_prefix = "diffusion_model."  # what stands before names in files that diffusers and ComfyUI both load whole: diffusers' own, and kohya-type
+    # trainers' behind "lora_unet_"
     lora_alphas = (
         True  # whether such files may hold alphas: diffusers takes that of one module for others whose names end alike
     )
@@ -207,6 +214,14 @@ class Family(ABC):
         """Other names that LoRAs give modules of ``parts``, or some of their rows: module -> parts in row order."""
         return {}
 
+    def modules_in_comfyui(self, part: str, prefix: str) -> list[str]:
+        """The modules by which ComfyUI knows ``part`` behind a LoRA's ``prefix``: its own names behind two, diffusers' behind ``in_comfyui``."""
+        own, native = (self.stored_name(part, layout) for layout in ("diffusers", "comfyui"))
+        aliases = [name for name, held in self.aliases([part]).items() if part in held]
+        theirs = [own, *(name for name in aliases if name.split(".")[0] == part.split(".")[0])]
+        ours = [native, *(name for name in aliases if name not in theirs)]
+        return [*(ours if prefix in NATIVE else ()), *(theirs if prefix in self.in_comfyui else ())]
+
     def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
         """How many of the ``rows`` that a LoRA changes of a fused tensor are of each of its ``parts``, in row order, as far as no model is needed.
 
@@ -222,6 +237,17 @@ class Family(ABC):
         present = {group for part in anatomy.parts.values() for group in self.groups(part.name, part.shape)}
         known = [group for group in self.group_order if group in present]
         return (*known, *sorted(present.difference(known), key=natural_key))
+
+    def block_of(self, part: str) -> tuple[str, int] | None:
+        """The stack and the number of the block that a part is in, by its first numbered component; None where it has none.
+
+        Example: ``layers.3.attention.to_q.weight`` gives ``("layers", 3)``.
+        """
+        components = part.split(".")
+        for i, component in enumerate(components[:-1]):
+            if i and is_number(component) and len(component) <= 9:
+                return ".".join(components[:i]), int(component)
+        return None
 
     def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether ``tensors``, under the model's own names, are one of this family's."""
@@ -316,18 +342,6 @@ def _size(name: str, parts: Iterable[Part]) -> GroupSize:
         parameters=sum(part.numel for part in chosen),
         nbytes=sum(part.nbytes for part in chosen),
     )
-
-
-def block_of(part: str) -> tuple[str, int] | None:
-    """The stack and the number of the block that a part is in, by its first numbered component; None where it has none.
-
-    Example: ``layers.3.attention.to_q.weight`` gives ``("layers", 3)``.
-    """
-    components = part.split(".")
-    for i, component in enumerate(components[:-1]):
-        if i and is_number(component) and len(component) <= 9:
-            return ".".join(components[:i]), int(component)
-    return None
 
 
 def is_number(component: str) -> bool:

@@ -126,13 +126,14 @@ def _by_group_within(pattern: str, anatomy: Anatomy) -> frozenset[str]:
 
 
 def _blocks(stack: str, anatomy: Anatomy) -> dict[int, list[str]]:
-    """The numbered components right under the path ``stack``, each with the parts beneath it."""
+    """The numbered components right under the path ``stack`` of any layout, each with the parts beneath it."""
     blocks: dict[int, list[str]] = {}
-    for name in anatomy.parts:
-        if name.startswith(f"{stack}."):
-            number = name[len(stack) + 1 :].split(".", 1)[0]
-            if is_number(number) and len(number) <= 9:
-                blocks.setdefault(int(number), []).append(name)
+    for part in anatomy.parts:
+        for name in {part, *_layouts(part, anatomy)}:
+            if name.startswith(f"{stack}."):
+                number = name[len(stack) + 1 :].split(".", 1)[0]
+                if is_number(number) and len(number) <= 9:
+                    blocks.setdefault(int(number), []).append(part)
     return blocks
 
 
@@ -147,9 +148,12 @@ def _by_name(matches: Callable[[str], bool], anatomy: Anatomy) -> frozenset[str]
 
 
 def _spellings(part: str, anatomy: Anatomy) -> set[str]:
-    family = anatomy.family
-    layouts = {family.stored_name(part, layout) for layout in family.layouts}
-    return {part, anatomy.parts[part].stored.tensor, *layouts}
+    return {part, anatomy.parts[part].stored.tensor, *_layouts(part, anatomy)}
+
+
+def _layouts(part: str, anatomy: Anatomy) -> set[str]:
+    """The tensor that holds a part in each layout."""
+    return {anatomy.family.stored_name(part, layout) for layout in anatomy.family.layouts}
 
 
 def _nothing_matched(pattern: str, anatomy: Anatomy) -> str:

@@ -12,7 +12,7 @@ from math import prod
 from mergetool import models
 from mergetool.adapters import unmatched
 from mergetool.adapters.adapter import Change
-from mergetool.adapters.formats import FORMATS, bare, format_for
+from mergetool.adapters.formats import FORMATS, bare, factors_of, format_for
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.sources import source_of
@@ -265,8 +265,8 @@ def holding(stored: Iterable[DType]) -> DType:
 def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
     if family is not GENERIC:
-        form, module = format_for(family), bare(family.lora_module(part))
-        return Keys(*form.factors(module), form.key(module, "lora", "alpha"), no_alpha=not family.lora_alphas)
+        alpha = format_for(family).key(bare(family.lora_module(part)), "lora", "alpha")
+        return Keys(*factors_of(family, part), alpha, no_alpha=not family.lora_alphas)
     adapter = addends[0].change.adapter
     ends = [FORMATS["kohya"].down, FORMATS["kohya"].up]
     if adapter.kind == "lora":

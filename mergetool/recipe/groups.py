@@ -37,7 +37,7 @@ def resolve(settings: Sequence[Setting], anatomy: Anatomy) -> dict[str, Fraction
     for pattern, multiplier in expand(settings, anatomy.family):
         (names,) = arch.select([pattern], anatomy).values()
         if isinstance(multiplier, Gradient):
-            chosen |= _along(multiplier, pattern, names)
+            chosen |= _along(multiplier, pattern, names, anatomy.family)
         else:
             chosen |= dict.fromkeys(names, multiplier)
     return chosen
@@ -57,8 +57,8 @@ def _preset(name: str, family: Family) -> tuple[str, ...]:
     raise UsageError(f"the {family.name} family has no preset {quoted(name)}; {hint} ({listed}).")
 
 
-def _along(gradient: Gradient, pattern: str, names: Collection[str]) -> Mapping[str, Fraction]:
-    blocks = {name: arch.block_of(name) for name in sorted(names)}
+def _along(gradient: Gradient, pattern: str, names: Collection[str], family: Family) -> Mapping[str, Fraction]:
+    blocks = {name: family.block_of(name) for name in sorted(names)}
     outside = [name for name, block in blocks.items() if block is None]
     if outside:
         raise PatternError(

@@ -42,7 +42,7 @@ def is_quantised(
     def chosen(parts: Sequence[Part]) -> bool:
         if not all(part.name.endswith(".weight") and len(part.shape) == 2 and part.dtype.blendable for part in parts):
             return False
-        if any(part.name in apart for part in parts):
+        if any(part.name in apart or part.name in anatomy.family.unquantised for part in parts):
             return False
         if follows:
             return any(part.encoding is not None for part in parts)

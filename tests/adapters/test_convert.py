@@ -401,7 +401,6 @@ FOREIGN = {
     "Wan, ComfyUI's names": ("diffusion_model.", "blocks.0.self_attn.q", {"comfyui", "kohya"}),
     "Wan, diffusers' names": ("diffusion_model.", "blocks.0.attn1.to_q", set()),
     "SD3, ComfyUI's names": ("diffusion_model.", "joint_blocks.0.x_block.attn.qkv", {"comfyui", "kohya"}),
-    "SDXL, diffusers' names": ("unet.", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", set()),
     "SDXL, underscored, a text encoder": ("lora_te1_", "text_model_encoder_layers_0_mlp_fc1", set()),
     "PEFT": ("base_model.model.", "transformer_blocks.0.attn.to_q", {"peft"}),
     "no prefix": ("", "transformer_blocks.0.attn.to_q", set()),

@@ -260,7 +260,7 @@ def test_names_of_the_model_itself_may_have_a_prefix(tmp_path: Path) -> None:
 
 
 def test_text_encoders_of_an_unknown_model_are_counted_among_its_modules(tmp_path: Path) -> None:
-    names = ("lora_unet_input_blocks_4_1_proj_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    names = ("lora_unet_joint_blocks_0_x_block_attn_proj", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
     save_file(
         {f"{name}{end}": random(4, 4, seed=1) for name in names for end in (DOWN, UP)}, tmp_path / "lora.safetensors"
     )

@@ -223,7 +223,7 @@ def test_a_group_that_nothing_is_in_is_an_error(tmp_path: Path) -> None:
 
 def test_a_convolution_keeps_its_kernel_and_a_generic_model_its_spelling(tmp_path: Path) -> None:
     down, up = random(4, 6, 3, 3, seed=1), random(8, 4, 1, 1, seed=2)
-    name = "lora_unet_down_blocks_0_resnets_1_conv1"
+    name = "lora_unet_stem_blocks_0_resnets_1_conv1"
     save_file(
         {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)},
         tmp_path / "conv.safetensors",

@@ -50,7 +50,9 @@ def unlike(theirs: Values, ours: Values, allowed: Values | None = None) -> list[
     return sorted(found)
 
 
-def misloaded(comfyui: ComfyUI, model: Path, expected: Values, allowed: Values | None = None) -> list[str]:
+def misloaded(
+    comfyui: ComfyUI, model: Path, expected: Values, allowed: Values | None = None, *, config: str = "ZImage"
+) -> list[str]:
     """How ComfyUI's model differs from ``expected`` after loading a file, in its names, class and values."""
     answer = comfyui.ask("load", model=model)
     out = model.with_name(f"{model.stem}-comfyui.safetensors")
@@ -58,7 +60,7 @@ def misloaded(comfyui: ComfyUI, model: Path, expected: Values, allowed: Values |
     found = [f"{name} is missing" for name in answer["missing"]] + [
         f"{name} is unexpected" for name in answer["unexpected"]
     ]
-    if answer["config"] != "ZImage":
+    if answer["config"] != config:
         found.append(f"the model is taken for {answer['config']}")
     return found + answer["log"] + unlike(read(out), expected, allowed)
 

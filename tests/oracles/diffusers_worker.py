@@ -1,4 +1,4 @@
-"""The process that one release of diffusers runs in: loads LoRAs onto a transformer of zeros, so that fusing leaves their change."""
+"""The process that one release of diffusers runs in: loads LoRAs onto a transformer or a UNet of zeros, so that fusing leaves their change."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def load(lora: str, name: str, out: str, pipeline: str, model: str, config: dict
 
 
 def components(pipeline: Any, transformer: Any) -> dict[str, Any]:
-    """A pipeline's arguments: nothing but the transformer."""
+    """A pipeline's arguments: nothing but the transformer, or the UNet."""
     wanted = inspect.signature(pipeline.__init__).parameters
     return {
-        name: transformer if name == "transformer" else None
+        name: transformer if name in ("transformer", "unet") else None
         for name, parameter in wanted.items()
         if name != "self" and parameter.default is inspect.Parameter.empty
     }

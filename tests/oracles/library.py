@@ -51,10 +51,10 @@ def load(root: Path) -> None:
 
 
 def allow_small() -> None:
-    """Lets ComfyUI take Z-Image of any size: widths and numbers of blocks from the file, the rest as it sets it at width 3840.
+    """Lets ComfyUI take Z-Image and SDXL of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
 
-    ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. At widths
-    2304 and 3840 nothing is changed.
+    ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. SDXL is a table's
+    row of widths and depths. At the published widths nothing is changed.
     """
     import comfy.ldm.lumina.model as lumina
     import comfy.model_detection as detection
@@ -69,17 +69,24 @@ def allow_small() -> None:
         return found
 
     matches = supported.ZImage.matches.__func__
+    any_unet = supported.SDXL.matches.__func__
 
     def is_z_image(cls: Any, config: dict[str, Any], *args: Any, **how: Any) -> bool:
         if cls is supported.ZImage:
             config = {**config, "dim": 2304 if config.get("dim") == 2304 else 3840}
         return bool(matches(cls, config, *args, **how))
 
+    def is_sdxl(cls: Any, config: dict[str, Any], *args: Any, **how: Any) -> bool:
+        if cls is supported.SDXL and config.get("model_channels") != 320:
+            config = {**config, **{key: cls.unet_config[key] for key in ("model_channels", "transformer_depth")}}
+        return bool(any_unet(cls, config, *args, **how))
+
     def embed(hidden: int, output_size: int | None = None, **how: Any) -> Any:
         return embedder(1024, output_size=min(output_size, hidden) if output_size else None, **how)
 
     detection.detect_unet_config = detect
     supported.ZImage.matches = classmethod(is_z_image)
+    supported.SDXL.matches = classmethod(is_sdxl)
     lumina.TimestepEmbedder = embed
 
 

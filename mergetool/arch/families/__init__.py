@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 from mergetool.arch.anatomy import Family
 from mergetool.arch.families.flux import FLUX
+from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[Family, ...] = (Z_IMAGE, FLUX)
+FAMILIES: tuple[Family, ...] = (Z_IMAGE, FLUX, SDXL_UNET)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

@@ -1,4 +1,4 @@
-"""The tensors that ComfyUI's own model classes have."""
+"""The tensors that ComfyUI's own model classes have, and what it calls those of diffusers'."""
 
 from __future__ import annotations
 

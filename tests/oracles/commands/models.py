@@ -113,9 +113,15 @@ def recognise(shapes: dict[str, list[int]]) -> dict[str, Any]:
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     bare = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors
     config = comfy.model_detection.model_config_from_unet(bare, "")
-    if config is None:
-        bare = comfy.model_detection.convert_diffusers_mmdit(bare, "")
-        config = comfy.model_detection.model_config_from_unet(bare, "")
+    if config is None:  # diffusers' names, as load_diffusion_model looks for them
+        renamed = comfy.model_detection.convert_diffusers_mmdit(bare, "")
+        if renamed is None:
+            config = comfy.model_detection.model_config_from_diffusers_unet(bare)
+            names = comfy.utils.unet_to_diffusers(config.unet_config)
+            renamed = {names[name]: tensor for name, tensor in bare.items()}
+        else:
+            config = comfy.model_detection.model_config_from_unet(renamed, "")
+        bare = renamed
     config.set_inference_dtype(torch.bfloat16, None)
     inner = config.get_model(bare, "", device="meta").diffusion_model
     met = inner.load_state_dict(bare, strict=False, assign=True)
