@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mergetool.adapters.reading import open_lora
 from safetensors.torch import load_file, save_file
 
 from mergetool.adapters.loaders import Loading, loading
+from mergetool.adapters.lora_file import open_lora
 from mergetool.arch import recognise
 from mergetool.arch.families.flux import DEV, FLUX
 from tests.adapters.flux import DIFFUSERS, SMALL, SPELLINGS
