@@ -54,18 +54,43 @@ def fused(own: Tensors) -> Tensors:
     return found
 
 
+def as_comfyui_names(own: Tensors, comfyui: ComfyUI) -> Tensors:
+    """A Flux.1 under diffusers' names in ComfyUI's layout, as ComfyUI's own map says: rows of fused tensors in order, halves swapped."""
+    config = {"depth": 1, "depth_single_blocks": 2, "hidden_size": 96}
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for theirs, (name, first, _, swapped) in comfyui.ask(
+        "diffusers_names", function="flux_to_diffusers", config=config
+    )["names"].items():
+        if theirs in own:
+            tensor = torch.cat(own[theirs].chunk(2)[::-1]) if swapped else own[theirs]
+            pieces.setdefault(name, []).append((first or 0, tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(held, key=lambda piece: piece[0])])
+        for name, held in pieces.items()
+    }
+
+
 class Files:
     """The three models A, B and C of a family, written under any prefix and layout."""
 
-    def __init__(self, folder: Path, family: str, names: Layouts) -> None:
+    def __init__(self, folder: Path, family: str, names: Layouts, comfyui: ComfyUI) -> None:
         self.folder = folder
         self.tensors: dict[tuple[str, str], Tensors] = {}
         for seed, model in enumerate("abc"):
             own = values(names.diffusers, seed)
             self.tensors[model, "diffusers"] = own
-            self.tensors[model, "comfyui"] = fused(own) if family == "Z-Image" else values(names.comfyui, seed)
-            if family in ONE_LAYOUT:
-                self.tensors[model, "comfyui"] = own
+            self.tensors[model, "comfyui"] = self._in_comfyui(family, own, names, seed, comfyui)
+
+    @staticmethod
+    def _in_comfyui(family: str, own: Tensors, names: Layouts, seed: int, comfyui: ComfyUI) -> Tensors:
+        """The same model in ComfyUI's layout; of a family that is not known by name, another of the same seed."""
+        if family in ONE_LAYOUT:
+            return own
+        if family == "Z-Image":
+            return fused(own)
+        tensors = as_comfyui_names(own, comfyui) if family == "Flux.1" else values(names.comfyui, seed)
+        assert tensors.keys() == names.comfyui.keys()
+        return tensors
 
     def file(self, model: str, layout: str, prefix: str) -> Path:
         path = self.folder / f"{model}-{layout}-{PREFIXES.index(prefix)}.safetensors"
@@ -101,11 +126,11 @@ def merged(files: Files, layout: str, prefix: str, others: str, second: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pair_of_files_is_merged_right_or_refused(family: str, comfyui: ComfyUI, tmp_path: Path) -> None:
     names = layouts(comfyui, family)
-    files = Files(tmp_path, family, names)
+    files = Files(tmp_path, family, names, comfyui)
     count = {"right": 0, "refused": 0}
     for (layout, others), (at, prefix) in product(product(LAYOUTS, LAYOUTS), enumerate(PREFIXES)):
         outcome = merged(files, layout, prefix, others, PREFIXES[(at + 1) % len(PREFIXES)])
-        meet = layout == others or family in (*ONE_LAYOUT, "Z-Image")
+        meet = layout == others or family in (*ONE_LAYOUT, "Z-Image", "Flux.1")
         assert outcome == ("right" if meet else "refused"), (layout, prefix, others)
         count[outcome] += 1
     print(f"{family}: {count}, {100 * names.in_common:.0f} % of the parameters have one name in both layouts")
