@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from mergetool.arch.anatomy import Anatomy, Part
+from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 
@@ -99,8 +100,8 @@ def check_change(
 
 
 _WAY_OUT = (
-    "give both files in one layout (`mergetool convert` with `layout` knows those of Z-Image and Flux.1; of another family take the file that is in the "
-    "same layout, ComfyUI's or diffusers')"
+    f"give both files in one layout (`mergetool convert` with `layout` knows those of {', '.join(family.name for family in FAMILIES)}; "
+    "of another family take the file that is in the same layout, ComfyUI's or diffusers')"
 )
 
 

@@ -34,7 +34,7 @@ app = typer.Typer(
         }
     ),
     help="Merge diffusion-transformer checkpoints and take difference LoRAs, streaming: 12 GB models in half a GB of "
-    "memory. Z-Image and Flux.1 by name; other architectures merge by their tensor names.",
+    "memory. Z-Image, Flux.1 and SDXL by name; other architectures merge by their tensor names.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,

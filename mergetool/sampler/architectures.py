@@ -1,4 +1,4 @@
-"""What the two parts beside a Z-Image transformer are made of: the names and shapes of their tensors, from their configs.
+"""What the two parts beside a transformer are made of: the names and shapes of their tensors, from their configs.
 
 Qwen3 as transformers has it (Qwen3Model), AutoencoderKL as diffusers has it; the names of other programs are put into theirs.
 """
@@ -73,7 +73,7 @@ class Qwen3:
         kind = config.get("model_type")
         if kind != "qwen3":
             raise DataError(
-                f'"{path}" is not a readable text encoder for Z-Image: its config.json is of {_said(kind)}, where qwen3 is wanted; '
+                f'"{path}" is not a readable text encoder: its config.json is of {_said(kind)}, where qwen3 is wanted; '
                 "name the model's own with `text_encoder`."
             )
         return cls(
@@ -126,7 +126,7 @@ class Vae:
         if kind != "AutoencoderKL":
             tiny = kind == "AutoencoderTiny"
             raise DataError(
-                f'"{path}" is not a readable VAE for Z-Image: its config.json is of {_said(kind)}, where AutoencoderKL is wanted; '
+                f'"{path}" is not a readable VAE: its config.json is of {_said(kind)}, where AutoencoderKL is wanted; '
                 f"{'a tiny autoencoder makes previews only: ' if tiny else ''}name the model's own with `vae`."
             )
         widths = config.get("block_out_channels")

@@ -46,12 +46,12 @@ _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": Fals
 def load_transformer(
     model: str, *, dtype: torch.dtype, device: str, loras: Sequence[WeightedLora] = ()
 ) -> ZImageTransformer2DModel:
-    """Load a MODEL's Z-Image transformer, with LoRAs added to its weights.
+    """Load a MODEL's transformer, with LoRAs added to its weights.
 
     It may be of any layout, prefix and float dtype, or an expression.
 
     Weights are read part by part straight into their place, so memory is the model at ``dtype``. A DoRA's change is that of the stored
-    weights. Raises what opening them raises, and FamilyError for a model that is not Z-Image or whose tensors are
+    weights. Raises what opening them raises, and FamilyError for a model of a family that is not drawn, or whose tensors are
     not all there, and DataError for a LoRA with keys that change nothing in it.
     """
     from diffusers import ZImageTransformer2DModel

@@ -28,7 +28,7 @@ from mergetool.recipe.steps import Input
 from mergetool.sampler import architectures
 
 CONFIGS = Path(__file__).parent / "configs"
-"""The configs of the real Z-Image's text encoder and VAE, for single files without one."""
+"""The configs of the published text encoder and VAE, for single files without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Components:
     """The places of the parts beside the transformer.
 
     They are folders as diffusers and transformers save them, or single files of the text encoder and the VAE. A single file is read with
-    the config.json beside it, else with that of the real Z-Image's.
+    the config.json beside it, else with the published one's.
     """
 
     text_encoder: Path
@@ -215,7 +215,7 @@ def _checked(
     names, kind = weights.names, "VAE" if part == "vae" else "text encoder"
     bundled = config_folder(path, part).parent == CONFIGS
     way_out = (
-        "there is no config.json beside it, so it is taken for the real Z-Image's: put its own there, or name another"
+        "there is no config.json beside it, so it is taken for the published one: put its own there, or name another"
         if bundled
         else "get all of its files again, or those of the model's own repository"
     )
@@ -252,7 +252,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def check_model(model: str, loras: Sequence[WeightedLora], components: Components, size: tuple[int, int]) -> None:
-    """Raises FamilyError for a model that is no whole Z-Image transformer.
+    """Raises FamilyError for a model that is no whole transformer of a family that is drawn.
 
     Raises DataError for a LoRA that does not change it and for a text encoder or VAE of other widths, and UsageError for a ``size``,
     (width, height), that the model has no positions for.
@@ -286,7 +286,7 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
 
 
 def transformer_config(opened: Input) -> Mapping[str, Any]:
-    """The config of a Z-Image transformer: that beside it, else what its shapes show. Raises FamilyError."""
+    """The config of a transformer: that beside it, else what its shapes show. Raises FamilyError."""
     stored, anatomy = opened.checkpoint.config, opened.anatomy
     drawn = {family.transformer: family.name for family in FAMILIES if family.transformer}
     if stored is not None and stored.get("_class_name") in drawn:
@@ -330,7 +330,7 @@ def lacking(model: str, missing: Sequence[str], extra: Sequence[str]) -> str:
     count = len(missing) + len(extra) - 1
     return (
         f"{model} {fault}{f' and {count} more' if count else ''} "
-        f"{'that' if missing else 'which'} a Z-Image transformer {'needs' if missing else 'does not know'}; "
+        f"{'that its architecture needs' if missing else 'which its architecture does not know'}; "
         "it cannot be sampled."
     )
 

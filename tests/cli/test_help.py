@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mergetool import __version__
+from mergetool.arch.families import FAMILIES
 from mergetool.cli.epilogs import fitted
 from mergetool.cli.main import app
 from tests.faces.walk import CLI, commands
@@ -106,3 +107,9 @@ def test_registered_models_are_completed(tmp_path: Path) -> None:
 )
 def test_groups_words_and_commands_are_completed(words: tuple[str, ...], offered: str) -> None:
     assert completed(*words) == [offered]
+
+
+def test_the_help_names_every_family_that_is_known() -> None:
+    told = " ".join(shown("--help").split())
+    *others, last = (family.name for family in FAMILIES)
+    assert f"{', '.join(others)} and {last} by name" in told

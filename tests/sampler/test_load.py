@@ -178,7 +178,7 @@ def test_a_text_encoder_of_one_file_writes_what_its_folder_does(base: Path, tmp_
 
 def test_a_text_encoder_of_one_file_without_its_config_is_taken_for_the_real_one(base: Path, tmp_path: Path) -> None:
     shutil.copy(base / "text_encoder" / "model.safetensors", tmp_path / "qwen.safetensors")
-    with pytest.raises(DataError, match=r"no config\.json beside it, so it is taken for the real Z-Image's"):
+    with pytest.raises(DataError, match=r"no config\.json beside it, so it is taken for the published one"):
         load_text_encoder(
             Components(tmp_path / "qwen.safetensors", base / "tokenizer", base / "vae"), dtype=torch.float32
         )

@@ -168,7 +168,7 @@ def test_a_block_that_lacks_a_tensor_is_seen_in_the_header(pipeline: Path) -> No
     weights = load_file(path)
     del weights["layers.3.attention.to_q.weight"]
     save_file(weights, path)
-    with pytest.raises(DataError, match=r'lacks "layers\.3\.attention\.to_q\.weight" that a Z-Image transformer needs'):
+    with pytest.raises(DataError, match=r'lacks "layers\.3\.attention\.to_q\.weight" that its architecture needs'):
         load_transformer(str(pipeline), dtype=torch.float32, device="cpu")
 
 
