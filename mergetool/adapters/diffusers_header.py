@@ -16,9 +16,9 @@ from mergetool.adapters.diffusers_loaders import LOADERS
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.origin import family_of
+from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families import FAMILIES
 
-_OTHERS = {(width,) for family in FAMILIES if family.lookalike for width in family.lookalike.widths}
 OWN = {f"{family.component}." for family in FAMILIES}
 """What diffusers puts before the names of a pipeline's transformer, of whatever family, or of its UNet."""
 
@@ -29,8 +29,8 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
-    component, downs = _downs(tuple(shapes))
-    if not downs or any(shapes[down][1:] in _OTHERS for _, down in downs if not down.startswith(component)):
+    component, other, downs = _downs(tuple(shapes))
+    if not downs or (other and any(_is_of(other, module, shapes[down]) for module, down in downs)):
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -45,33 +45,38 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return {HEADER: json.dumps({component + key: value for key, value in config.items()}, sort_keys=True)}
 
 
+def _is_of(other: Lookalike, module: str, down: tuple[int, ...]) -> bool:
+    """Whether a module that reads the main stream has the width of the lookalike; others have such widths in the family too."""
+    return module.endswith(other.reading) and down[1:] in {(width,) for width in other.widths}
+
+
 def _pattern(module: str, modules: Collection[str]) -> str:
     """A module as PEFT finds it, by the end of its name: marked as a whole name where others end alike, as Flux's ``proj_out``."""
     return f"^{module}" if any(other.endswith(f".{module}") for other in modules) else module
 
 
 @lru_cache(maxsize=4)
-def _downs(keys: tuple[str, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """What diffusers calls the component, and its modules by their names there, each with the key of its ``down``; none where one of them is not known, or
-    is no LoRA, or where an alpha stands beside them that excludes a header."""
+def _downs(keys: tuple[str, ...]) -> tuple[str, Lookalike | None, tuple[tuple[str, str], ...]]:
+    """What diffusers calls the component, whose LoRAs may have the same names, and its modules by their names there, each with the key of its ``down``; none where one of
+    them is not known, or is no LoRA, or where an alpha stands beside them that excludes a header."""
     spelled = {key: one for key in keys if isinstance(one := take_apart(key), Spelled)}
     if len(spelled) < len(keys) or any(".lokr_" in key or ".hada_" in key for key in keys):
-        return "", ()
+        return "", None, ()
     prefixes = {one.prefix for one in spelled.values()}
     if len(prefixes) == 1 and prefixes <= OWN and all(one.role in ("up", "down") for one in spelled.values()):
-        return prefixes.pop(), tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
+        return prefixes.pop(), None, tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
     found = family_of(spelled)
     if found is None or found[0].loader is None:
-        return "", ()
+        return "", None, ()
     loader = LOADERS[found[0].loader]
     if not loader.takes_header(keys):
-        return "", ()
+        return "", None, ()
     known = {found[0].stored_name(part, "diffusers").removesuffix(".weight") for part in found[1]}
     try:
         modules = loader.modules(keys, loader.releases[-1])
     except Rejected:
-        return "", ()
+        return "", None, ()
     if not modules.keys() <= known:
-        return "", ()
+        return "", None, ()
     downs = ((name, key) for name, held in modules.items() for key in sorted(held) if spelled[key].role == "down")
-    return f"{found[0].component}.", tuple(downs)
+    return f"{found[0].component}.", found[0].lookalike, tuple(downs)

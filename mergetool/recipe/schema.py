@@ -81,10 +81,10 @@ def _refusing(row: Row) -> Any:
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
-            row.value(value)
+            taken = row.value(value)
         except UsageError as error:
             raise PydanticCustomError("option", "{sentence}", {"sentence": str(error)}) from None
-        return handler(value)
+        return handler(taken if isinstance(row.option.kind, kinds.Choice) else value)
 
     return WrapValidator(check)
 

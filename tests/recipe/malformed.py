@@ -147,7 +147,7 @@ MALFORMED: list[tuple[str, str, str]] = [
     ("an unknown dtype", "+merge: a\ndtype: §qqq", "one of bf16"),
     ("a dtype that is a number", "+merge: a\ndtype: §16", "bf16"),
     ("a dtype that is empty text", "+merge: a\ndtype: §''", "bf16"),
-    ("a misspelt container", "+merge: a\nquant: §fp8_scaled", "one of fp8-scaled"),
+    ("a misspelt container", "+merge: a\nquant: §fp8_scald", "one of fp8-scaled"),
     ("a misspelt layout", "+merge: a\nlayout: §comfy", "one of comfyui"),
     ("a misspelt rounding", "+merge: a\nrounding: §stochastc", "one of nearest"),
     ("a container for a LoRA", "diff: {base: lab.base, variant: lab.turbo, dtype: §fp8_e4m3}", "fp32"),

@@ -117,6 +117,11 @@ def test_options_are_those_of_the_command_line() -> None:
     assert (found.dtype, found.rounding, found.seed, found.layout) == ("fp8_e4m3", "stochastic", 3, "diffusers")
 
 
+def test_words_are_taken_in_capitals_and_with_either_dash() -> None:
+    (output,) = file.read(b"models: {a: lab.base}\nmerge: a\nquant: FP8_scaled\n", Path("r.yaml")).outputs
+    assert options_of(MergeOptions, output, {"a": "lab.base"}).quant == "fp8-scaled"
+
+
 def test_the_published_schema_is_current() -> None:
     """Written by `mergetool merge --schema`."""
     assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == schema.json_schema()
