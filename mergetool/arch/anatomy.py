@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar
 
-from mergetool.arch.prefixes import Names, spelled
+from mergetool.arch.prefixes import spelled
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
@@ -248,26 +248,6 @@ class Family(ABC):
             if i and is_number(component) and len(component) <= 9:
                 return ".".join(components[:i]), int(component)
         return None
-
-    def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether ``tensors``, under the model's own names, are one of this family's."""
-        return False
-
-    def read(
-        self,
-        names: Names,
-        tensors: Mapping[str, TensorInfo],
-        encodings: Mapping[str, Encoding],
-        outside: Mapping[str, Part],
-        *,
-        source: str,
-    ) -> Anatomy:
-        """The parts of a model that the family `shows`, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
-
-        Missing and extra tensors are no error here: what to do about them is a merge's policy. Raises FamilyError where a tensor cannot be split, or two
-        hold the same part.
-        """
-        raise NotImplementedError
 
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
         """The parts of a model of the family with ``depth`` blocks in every stack, as far as ``modules`` of a LoRA need them; none where

@@ -106,7 +106,7 @@ class KnownFamily(Family):
         return next((signature.layout for signature in self.signatures if signature.fits(shapes)), None)
 
     def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Told by the `Signature` of one of its layouts."""
+        """Whether ``tensors``, under the model's own names, are one of this family's, by the `Signature` of one of its layouts."""
         return self.layout_of({name: info.shape for name, info in tensors.items()}) is not None
 
     def read(
@@ -118,7 +118,11 @@ class KnownFamily(Family):
         *,
         source: str,
     ) -> Anatomy:
-        """See `Family.read`. Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell."""
+        """The parts of a model that the family `shows`, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
+
+        Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell. Missing and extra tensors are no error
+        here: what to do about them is a merge's policy. Raises FamilyError where a tensor cannot be split, or two hold the same part.
+        """
         layout = self.layout_of({name: info.shape for name, info in tensors.items()}) or self.layouts[0]
         encodings = self._unpadded(tensors, encodings, layout, source=source)
         tensors = {

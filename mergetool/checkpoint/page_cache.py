@@ -37,8 +37,7 @@ class CachedBefore:
     def let_go_behind(self, fd: int, offset: int, size: int) -> None:
         """Let go of what lies before bytes that were just used: of the block before each that they end, which no other thread is still busy with."""
         first, last = max(0, offset // BLOCK - 1), (offset + size) // BLOCK - 1
-        if ends_block(offset, size):
-            self.let_go(fd, first * BLOCK, (last - first) * BLOCK)
+        self.let_go(fd, first * BLOCK, (last - first) * BLOCK)
 
     def _others(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """``[offset, end)`` without the blocks that were there before, in as few pieces as possible."""

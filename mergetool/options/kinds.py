@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,15 +26,15 @@ MOST = 2**31 - 1
 """The largest count that any option takes."""
 
 
-class Kind:
+class Kind(ABC):
     """The kind of an option's value; ``metavar`` stands for it in a line of help, ``many`` that it can be given more than once."""
 
     metavar = "TEXT"
     many = False
 
+    @abstractmethod
     def value(self, given: Any) -> Any:
         """The form in which the library sees ``given``. Raises ValueError with what is wanted, or UsageError with a sentence."""
-        raise NotImplementedError
 
     def recorded(self, value: Any) -> Any:
         """A value in its one form as JSON has it, and `value` takes it."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergetool.arch.anatomy import Family
 from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.families.z_image import Z_IMAGE
+from mergetool.arch.known import KnownFamily
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[Family, ...] = (Z_IMAGE, FLUX, SDXL_UNET)
+FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET)
 """Every family that is known by name; of two that would take a file the first does."""
 
 
-def shown_by(tensors: Mapping[str, TensorInfo]) -> Family | None:
+def shown_by(tensors: Mapping[str, TensorInfo]) -> KnownFamily | None:
     """The family that ``tensors``, under the model's own names, are of; None where none is known."""
     return next((family for family in FAMILIES if family.shows(tensors)), None)
