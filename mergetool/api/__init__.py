@@ -1,4 +1,4 @@
-"""The commands as functions: ``mergetool.merge``, ``diff``, ``compare``, ``sample``, ``verify``, ``replay`` and ``Recipe``.
+"""The commands as functions: ``mergetool.merge``, ``mergetool.diff`` and the rest.
 
     import mergetool
 

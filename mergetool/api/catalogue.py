@@ -1,4 +1,4 @@
-"""What there is: a model's file, the names of models, and the merge methods."""
+"""Describe a model's file, keep the names of models, and list the merge methods."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RemoveModel(Request):
 
 
 def run_inspect(asked: Inspect, events: Events) -> Mapping[str, str]:
-    """Open a model; `Events.done` is told of it, and of the SHA-256 of its files by their names, where they are asked for."""
+    """Open a model and show it through `Events.done`. Returns the SHA-256 of its files by name, where asked for."""
     from mergetool import models
 
     with models.open_model(asked.model, names_only=True) as opened:
@@ -83,7 +83,10 @@ def find_methods(asked: FindMethods) -> tuple[Sequence[Method], Sequence[str]]:
 
 
 def list_models() -> list[tuple[str, str, str]]:
-    """Name, place and origin of every model that has a name: registered, of the catalogue, embedded."""
+    """List the name, place and origin of every model that has a name.
+
+    An origin is registered, of the catalogue, or embedded.
+    """
     from mergetool import models
 
     entries = [(entry.name, entry.path, str(entry.origin)) for entry in models.listing()]

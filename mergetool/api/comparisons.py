@@ -1,4 +1,4 @@
-"""How far apart two models are, and by which multiplier to add their difference."""
+"""Measure how far apart two models are, and advise a multiplier for their difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of models that are expressions: what a sample of them says, and what became of values that their dtype cannot hold."""
+"""Findings about models that are expressions, before and after they are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def told(inputs: Iterable[Input], events: Events) -> Iterator[None]:
-    """Tell what a merge would be told of each of ``inputs`` that is one, before the block; after it what was capped in them.
+    """Report a sample of each expression before the block, and capped values after it.
+
+    Of ``inputs`` those that are expressions count.
 
     Nothing is refused for it: no merge is written, and to look at one is how its findings are judged.
     """

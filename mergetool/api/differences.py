@@ -1,4 +1,4 @@
-"""What two models differ by, as a LoRA."""
+"""The difference of two models as a LoRA."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Diff(Request, DiffOptions, DiffRunOptions):
 
     @property
     def name(self) -> str:
-        """``output``, or what it is by default."""
+        """``output``, or the default name."""
         if self.output is not None:
             return os.fspath(self.output)
         from mergetool.checkpoint.stamp import display_names
@@ -87,7 +87,7 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """A difference before it is taken: what is paired, how, and where it goes."""
+    """A difference before it is taken: its pairs, its options and its target."""
 
     pairing: Pairing
     options: DiffOptions
@@ -127,7 +127,10 @@ def _named(options: DiffOptions, events: Events, target: Target) -> DiffOptions:
 
 
 def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
-    """Take one difference, and bake it where that is asked for: the only place where that is done. Raises what `run_diff` says."""
+    """Take one difference, and bake it where the options say so.
+
+    Every face comes through here. Raises what `run_diff` says.
+    """
     from mergetool.adapters.loaders import loading_of
     from mergetool.difference import memory, on_device
     from mergetool.difference.diff_files import DiffFiles

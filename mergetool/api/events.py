@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: every face shows it in its own way, and a call from Python shows a bar, or nothing."""
+"""The events of a run. Every face shows them in its own way; a call from Python shows a bar, or nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Events:
     """
 
     def note(self, text: str) -> None:
-        """A sentence on what was asked: a name that was completed, an option without effect."""
+        """Called with a sentence on the request: a completed name, an option without effect."""
 
     def survey(self, tasks: Sequence[Any]) -> None:
         """The outputs of a recipe, before the first is begun."""
@@ -71,10 +71,10 @@ class Events:
         """Called with each finding of the preflight."""
 
     def checked(self, checked: Preflight) -> None:
-        """All of what was measured before the run."""
+        """Called with all measurements of the preflight."""
 
     def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
-        """A block in which `Advance` is told what is done; it ``publishes`` where its end is the end of the work."""
+        """Open a block in which `Advance` counts finished work. With ``publishes`` its end is the end of the run."""
         return nullcontext(_nothing)
 
     def done(self, plan: Any, result: Any) -> None:
@@ -83,12 +83,12 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Table):
-    """The base of what the API is asked: a table of options, and how its caller sees how far it is."""
+    """The base of the API's requests: a table of options, and the caller's choice of progress."""
 
     progress: Progress = False
 
     def check(self) -> None:
-        """Raises ExpressionError for a model that is meant as a merge and is none, before any file is opened."""
+        """Raise ExpressionError for a broken expression, before any file is opened."""
         super().check()
         for row in rows(type(self)).values():
             if isinstance(row.option.kind, ModelName | Models) and not row.option.kind.stored:
@@ -117,13 +117,13 @@ class Called(Events):
         warnings.warn(text, stacklevel=4)  # the line that called the function
 
     def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
-        """A bar where one is wanted."""
+        """A bar, where the caller chose one."""
         return counting(word, total, self._shown, unit)
 
 
 @contextmanager
 def counting(word: str, total: int, progress: Progress, unit: str = "B") -> Iterator[Advance]:
-    """A function to call with what was done since the last call."""
+    """Give a function to call with the work done since the last call."""
     done = 0
     with reporting(word, progress, unit) as report:
 
@@ -137,7 +137,7 @@ def counting(word: str, total: int, progress: Progress, unit: str = "B") -> Iter
 
 @contextmanager
 def reporting(word: str, progress: Progress, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with what is done and the total."""
+    """Give a function to call with the work done and the total."""
     if progress is False:
         yield lambda done, total: None
     elif progress is True:

@@ -1,4 +1,4 @@
-"""Requests as functions: ``mergetool.merge(...)`` takes what `Merge` takes, makes one, and runs it."""
+"""Requests as functions: ``mergetool.merge(...)`` makes a `Merge` and runs it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def called(request: Callable[P, Asked], run: Callable[[Asked, Events], R], name:
 def method(
     request: Callable[P, Asked], run: Callable[[Any, Asked, Events], R], described: Callable[..., R]
 ) -> Callable[Concatenate[Any, P], R]:
-    """`called` for a method, whose object ``run`` takes first; its docstring is that of ``described``."""
+    """Do as `called` for a method, whose object ``run`` takes first. The docstring is that of ``described``."""
 
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return called(request, lambda asked, events: run(self, asked, events), "make")(*args, **kwargs)

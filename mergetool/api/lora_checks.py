@@ -1,4 +1,4 @@
-"""What is in a LoRA, and what it does: `lora_inspect`, `lora_verify` and `lora_interference`."""
+"""Look into LoRAs: `lora_inspect`, `lora_verify` and `lora_interference`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs made of others: `lora_resize`, `lora_merge`, `lora_orthogonal`, `lora_common` and `lora_convert`."""
+"""LoRAs made of others: `lora_resize`, `lora_merge`, `lora_common` and the rest."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
 
 @dataclass(frozen=True)
 class LoraCommon(Request, SumOptions, SumRunOptions):
-    """A request for what two LoRAs have in common."""
+    """A request for the directions that two LoRAs share."""
 
     first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A", stored=True), argument=True)]
     second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B", stored=True), argument=True)]
@@ -105,7 +105,7 @@ class LoraConvert(Request, LookUpOptions, UnmatchedOptions, WriteOptions):
 
 @dataclass(frozen=True, slots=True)
 class SumPlan:
-    """A LoRA that is going to be made of others: what each module adds up to, and the word for what is done."""
+    """The plan of a LoRA made of others: the sum for each module, and a word for the operation."""
 
     command: str
     gathering: Gathering
@@ -163,7 +163,7 @@ def run_lora_orthogonal(asked: LoraOrthogonal, events: Events) -> Summed:
 
 
 def run_lora_common(asked: LoraCommon, events: Events) -> Summed:
-    """Take what two LoRAs have in common: the directions that both write to and both read. Raises MergetoolError."""
+    """Keep the directions that two LoRAs both write to and both read. Raises MergetoolError."""
     from mergetool.lora import operations
 
     return _sum("common", _both(asked), asked, events, prepare=operations.both, derive=operations.common)

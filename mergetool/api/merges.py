@@ -1,4 +1,4 @@
-"""Merges by expression: `merge`, and the two that are merges of one model, `convert` and `bake`."""
+"""Merges by expression: `merge`, and two that change one model, `convert` and `bake`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge that was written to ``output``, or with ``dry_run`` would be; ``outcome`` is None then, and ``output`` may be.
+    """A merge at ``output``, or planned for it with ``dry_run``.
+
+    A dry run has no ``outcome``, and may have no ``output``.
 
     ``tensors`` maps what was done ("merged", "protected: refiner", ...) to the output tensors that it was done to, ``left_out`` a name to why it is not
     in the output; ``warnings`` are what a user should know. ``outcome`` has what became of the delta in rounding, what was capped, and of a conversion
@@ -121,14 +123,14 @@ class Merged:
 
     @property
     def path(self) -> Path:
-        """``output`` of what was written."""
+        """The ``output`` of a merge that was written."""
         assert self.output is not None
         return self.output
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A merge before it is run: its plan, where it goes, and in which context its errors are told."""
+    """A merge before it runs: its plan, its target, and the context of its errors."""
 
     plan: Plan
     target: Target | None
@@ -160,7 +162,11 @@ def run_bake(asked: Bake, events: Events) -> Merged:
 
 
 def run_convert(asked: Convert, events: Events) -> Merged:
-    """Write a model in another form; the outcome has what that cost every tensor. Raises what `merge` raises."""
+    """Write a model in another form.
+
+    The outcome has the error that this cost each tensor. The outcome has the error that this cost each tensor. Raises
+    what `merge` raises.
+    """
     from mergetool.recipe.argument import expression_of
 
     options = MergeOptions(**values(part(ContainerOptions, asked)))

@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The pictures that `Events.done` is told of.
+    """The pictures that `Events.done` receives.
 
     There is a row for each prompt and seed, with the files they were written to, and how long that took.
     """
@@ -58,7 +58,7 @@ class Drawn:
 
 
 def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) -> list[Picture]:
-    """Make pictures with one model, or refine them with a second one: of every prompt with every seed, in that order.
+    """Make a picture of every prompt with every seed, in that order, by one model or two stages.
 
     With a ``refiner`` each picture is the last stage's, one for each ``strength``. They are written where there is an ``output``, with ``always_writes`` to its
     default without one. The same seed gives the same picture. What was asked for and has no effect is noted. Raises MergetoolError.

@@ -1,4 +1,4 @@
-"""Recipe files: each output that is not there as it would be written now is made, by what makes one without a recipe."""
+"""Recipe files: make each output that is absent or out of date. The runners are those of single commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Make(Request, MergeRunOptions):
 
 @dataclass(frozen=True)
 class MadeOutput:
-    """One output of a recipe: ``state`` is what was there before ("absent", "current" or "outdated").
+    """One output of a recipe; ``state`` was "absent", "current" or "outdated" before the run.
 
     ``merged`` is set where a merge was made, ``extraction`` where a LoRA was, neither where it was current and stayed; ``verification``
     where the recipe asks for one.

@@ -1,1 +1,1 @@
-"""A difference of two models as factors: which parts, what of it, and the files it is written to."""
+"""A difference of two models as factors: its parts, its ranks and its files."""

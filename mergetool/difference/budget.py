@@ -27,7 +27,9 @@ LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """One matrix: its factors' names and its shape [m, n], and its strongest ``energies`` (squared singular values), falling.
+    """One matrix: its factors' names, its shape [m, n] and its strongest ``energies``.
+
+    Energies are squared singular values, falling.
 
     ``kernel`` is that of a convolution, of whose columns n it is a factor.
     """
@@ -65,7 +67,7 @@ def file_size(spectra: Sequence[Spectrum], ranks: Sequence[int], dtype: DType, m
 
 
 def ranks_for(spectra: Sequence[Spectrum], budget: int, dtype: DType, metadata: Mapping[str, str]) -> list[int]:
-    """The rank of every matrix, 0 included, so that the file has at most ``budget`` bytes and the least error.
+    """Choose every rank, 0 included, for the least error in a file of ``budget`` bytes.
 
     Raises UsageError when not even one direction fits.
     """

@@ -46,7 +46,10 @@ class DeltaReader:
         self._scratch = torch.empty(CHUNK, dtype=torch.float32)
 
     def read(self, pair: Pair, buffers: Buffers) -> Dense:
-        """The difference of ``pair``, each element one float32 subtraction of exactly widened values; of a LoRA its change."""
+        """Read the difference of ``pair``; of a LoRA, its change.
+
+        Each element is one float32 subtraction of exactly widened values.
+        """
         count, shape = pair.base.numel, pair.shape
         energy = 0.0
         for start in range(0, count, CHUNK):

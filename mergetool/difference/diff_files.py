@@ -1,4 +1,4 @@
-"""Where a difference goes: the LoRA, and what is asked for beside it."""
+"""The files of a difference: the LoRA, and those beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DiffFiles:
 
     @classmethod
     def checked(cls, lora: Path | Target, options: DiffOptions, pairing: Pairing, *, overwrite: bool) -> DiffFiles:
-        """The files, after refusing what could not be written: the headers are known only when all ranks are.
+        """Check that all files can be written, before any work. Headers are known only when all ranks are.
 
         A file of directions that is there is added to. Raises UsageError for two of one name, and what `output.check` raises.
         """
@@ -53,6 +53,6 @@ class DiffFiles:
         return cls(lora_target(lora), beside.get("spectra"), beside.get("full"), beside.get("checkpoint"))
 
     def baked(self, base: str, *, has_full: bool) -> str:
-        """The expression of the checkpoint: ``base`` with what was stored added."""
+        """The expression of the checkpoint: ``base`` with the stored factors added."""
         stored = [self.lora, self.full] if has_full and self.full is not None else [self.lora]
         return with_loras(base, [(str(one.path.absolute()), Fraction(1)) for one in stored])

@@ -1,4 +1,6 @@
-"""The strongest directions of a difference, found once: what every rank, rule and budget up to their number is chosen from.
+"""The strongest directions of a difference, found once, used for any rank, rule or budget.
+
+A search serves every choice up to its number.
 
 Only the shorter side's vectors are kept, in bf16, a third of what a LoRA of the same ranks takes. Rounding them tilts a direction by
 1e-3, which moves 1e-6 of its energy to the outside; whoever uses them projects the delta onto them again in float32, and refines them
@@ -32,7 +34,7 @@ def rule_of(options: DiffOptions) -> Rule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
-    """What is known of one delta [m, n]: ``rows`` bf16 [k, min(m, n)], strongest first, and its singular values.
+    """Known directions of one delta [m, n]: ``rows`` bf16 [k, min(m, n)] and singular values. The strongest come first.
 
     ``values`` [j] float32, falling, are the first j = k singular values, or all min(m, n) of them; ``total`` the whole energy.
     ``complete`` says that there are no more than k directions that are not zero.
@@ -62,7 +64,7 @@ class Directions:
 
     @classmethod
     def of(cls, found: Decomposition, asked: int) -> Directions:
-        """Those of a decomposition that was asked for ``asked`` directions (0: for as many as its rule wanted)."""
+        """Keep the directions of a decomposition that sought ``asked`` of them. 0 is as many as its rule wanted."""
         short = min(found.left.shape[0], found.right.shape[1])
         tall = found.left.shape[0] >= found.right.shape[1]
         rows = found.right if tall else found.left.T
@@ -72,7 +74,7 @@ class Directions:
 
 
 def find(name: str, delta: Dense, options: DiffOptions, most: int) -> Directions:
-    """Search for the ``most`` strongest directions of ``delta``, or with 0 for those that the rule keeps."""
+    """Search for the ``most`` strongest directions of ``delta``. With 0 search for those that the rule keeps."""
     rule, short, spectrum = rule_of(options), delta.width, None
     strongest = partial(delta.strongest, name=name, rule=rule, seed=options.seed)
     if rule.needs_all and not options.rank and not options.budget:
@@ -85,7 +87,10 @@ def find(name: str, delta: Dense, options: DiffOptions, most: int) -> Directions
 
 
 def suffice(known: Directions, options: DiffOptions, shape: tuple[int, ...]) -> bool:
-    """True when ``known`` decides what ``options`` keep of a delta of ``shape``, without another search."""
+    """Whether ``known`` directions decide what ``options`` keep, without another search.
+
+    The delta has the given ``shape``.
+    """
     short = min(shape)
     cap = min(options.rank or options.cap or short, short)
     if options.rank:
@@ -108,7 +113,9 @@ def from_directions(
     rule: Rule,
     rank: int | None = None,
 ) -> Decomposition:
-    """What ``options`` keep of ``delta``, by a float32 projection onto ``known``, or by a search where that is not enough.
+    """Decompose ``delta`` by a float32 projection onto ``known``, or by a search.
+
+    ``known`` directions may not be enough for ``options``.
 
     Ranks are chosen by ``rule``, or are a budget's choice.
     """

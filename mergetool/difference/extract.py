@@ -1,4 +1,4 @@
-"""A difference LoRA: variant - base, or what two variants share, as low-rank factors, one matrix at a time.
+"""Extract a difference LoRA, one matrix at a time: variant - base, or a set of two variants.
 
 While matrices are decomposed, one a core, the next one is read; so memory is a few matrices and the factors themselves
 (`difference.memory`; the factors are 400 MB for all of Z-Image at rank 64 in bf16).
@@ -41,7 +41,9 @@ from mergetool.recipe.provenance import NOT_FULL, files_of, names_of
 
 @dataclass
 class Extraction:
-    """What a run found: ``layers`` in file order, what was stored ``whole``, and the energy of what was not decomposed, by reason.
+    """The result of a run: ``layers`` in file order, ``whole`` tensors, and lost energies.
+
+    The energy of parts that were not decomposed is by reason.
 
     With a second variant that energy is of the first one's delta. ``searched`` are the names of the matrices whose directions had to be searched for, where a side file of spectra was used.
     """
@@ -67,7 +69,7 @@ def open_diff(
     skip_unmatched: bool = False,
     inputs: Inputs | None = None,
 ) -> Iterator[Pairing]:
-    """The pairing of two models by name or path; they are closed at the end of the ``with`` block, but for those of ``inputs``.
+    """Pair two models by name or path. They are closed at the end of the ``with`` block, except those of ``inputs``.
 
     Both variants may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
     error, or with ``skip_unmatched`` listed. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
@@ -95,7 +97,7 @@ def extract(
     memory: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
-    """Decompose every matrix of ``pairing`` and publish the factors at ``output``: a whole file, or none.
+    """Decompose every matrix of ``pairing``, and publish the factors, whole or not at all. They go to ``output``.
 
     Factors are named by `formats.factors_of`. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
     that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
@@ -155,7 +157,10 @@ def _solved(
 
 
 def on_the_cpu(options: DiffOptions, pairing: Pairing | None = None) -> str:
-    """What of these options, and of a pairing, only the CPU's path can do; empty when a device can do some of it."""
+    """Name the options, or traits of a pairing, that need the CPU's path.
+
+    The text is empty when a device can do the work.
+    """
     if pairing is not None and not any(pair.is_plain for pair in pairing.decomposed):
         return "`variant2`" if pairing.second else "what is not two plain float tensors"
     if options.budget:
@@ -233,7 +238,7 @@ _CHOOSE_RANKS = ("rank", "budget", "rule", "rank_thresh", "rank_max")
 
 
 def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
-    """Provenance: what was subtracted from what, and how; no path, host or time."""
+    """The provenance of a difference: its models and its options, no path, host or time."""
     models_ = pairing.inputs
     names = names_of(models_)
     always = {"dtype": options.dtype, "min_dim": options.min_dim, "seed": options.seed}

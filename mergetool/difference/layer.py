@@ -1,4 +1,4 @@
-"""What becomes of one matrix of a difference."""
+"""The result of one matrix of a difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergetool.lowrank.promise import energy_of
 
 @dataclass(frozen=True, slots=True)
 class ExtractedLayer:
-    """What became of one matrix.
+    """One matrix as it was extracted.
 
     ``energy`` is the share of its squared Frobenius norm ``total`` that the kept singular values hold, before they are
     rounded; ``residual`` is the Frobenius norm of delta minus the *stored* pair's product, over the delta's.
@@ -81,5 +81,5 @@ class Result:
 
     @classmethod
     def nothing(cls, pair: Pair, total: float) -> Result:
-        """The result of ``pair``, whose difference has the energy ``total``, where no direction of it is kept."""
+        """The result of ``pair`` where no direction is kept. Its difference has the energy ``total``."""
         return cls(ExtractedLayer(pair.name, pair.groups, pair.shape, 0, total, 0.0, 1.0, False, None, "none"), {})

@@ -1,4 +1,4 @@
-"""How much memory a difference may come to take: upper bounds, from shapes alone.
+"""Upper bounds on the memory of a difference, from shapes alone.
 
 Ranks are known only when matrices are decomposed, so that every matrix is counted at the largest rank that its options allow. Numbers of bytes are of
 arrays that live at the same time; a test holds that runs stay below them.
@@ -67,7 +67,10 @@ def _of_pair(pair: Pair, rank: int, options: DiffOptions) -> int:
 
 
 def of_dense(m: int, n: int, rank: int, *, searched: bool, has_delta: bool = False) -> int:
-    """A truncated decomposition of a matrix [m, n]: the basis of its search, or its whole spectrum; then the directions, in float64."""
+    """Bytes for a truncated decomposition of a matrix [m, n].
+
+    Its search's basis, or the whole spectrum, counts, then the directions in float64.
+    """
     short, long, exact = min(m, n), max(m, n), 4 if fast_bfloat16() else 8
     limit = int(LARGEST_BASIS * short)
     basis = min(limit, _GROWTH * rank + _LEAST_BASIS) if searched else 0

@@ -1,4 +1,4 @@
-"""A difference on a device: pairs of one shape are uploaded together, subtracted there and decomposed there.
+"""A difference on a device: upload pairs of one shape, subtract and decompose them there.
 
 While one batch is read, others are decomposed, each on a stream of its own; only factors come back. A matrix too large for
 the device's memory is decomposed on the CPU.
@@ -49,12 +49,12 @@ _ALIGNED = 512
 
 
 def of(chosen: devices.Device) -> torch.device | None:
-    """Where a chosen device decomposes: the first of its GPUs, None for the CPU's own path."""
+    """The device on which to decompose: the first GPU, None for the CPU's own path."""
     return torch.device(chosen.names[0]) if chosen.is_gpu else None
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of device memory that a run may use where nobody says: four fifths of what is free."""
+    """Bytes of device memory that a run takes by default: four fifths of the free ones."""
     if device.type != "cuda":
         return 4 << 30
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, from an earlier run
@@ -63,7 +63,7 @@ def free_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pairs of one shape and their place in a buffer of raw bytes: ``places[i]`` are where base and variant start."""
+    """Pairs of one shape and their place in a buffer of raw bytes. ``places[i]`` are the starts of base and variant."""
 
     pairs: tuple[Pair, ...]
     places: tuple[tuple[int, int], ...]
@@ -71,7 +71,10 @@ class Batch:
 
 
 def in_batches(pairs: Sequence[Pair], memory: int) -> list[Batch]:
-    """``pairs`` by shape, in the order in which their batches fill, each within a share of ``memory`` bytes, or one pair."""
+    """Sort ``pairs`` into batches by shape, each within ``memory`` bytes, or one pair.
+
+    They come in the order in which batches fill.
+    """
     waiting: dict[tuple[int, ...], list[Pair]] = {}
     batches = []
     for pair in pairs:
@@ -101,7 +104,10 @@ def _aligned(offset: int) -> int:
 
 @dataclass
 class Uploads:
-    """Batches on their way to a device, through ``WORKERS`` + 1 buffers there, each of the largest batch's size."""
+    """Batches on their way to a device, through ``WORKERS`` + 1 buffers there.
+
+    Each buffer has the largest batch's size.
+    """
 
     pairing: Pairing
     batches: Sequence[Batch]
@@ -110,7 +116,7 @@ class Uploads:
     _free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=queue.SimpleQueue)
 
     def run(self) -> Generator[Upload, None, None]:
-        """Every batch as soon as a buffer is free for it; whoever takes one has to `Upload.release` it."""
+        """Every batch as soon as a buffer is free for it. The taker has to `Upload.release` it."""
         size = max(batch.size for batch in self.batches)
         with Uploader(self.device, self.threads) as uploader:
             for _ in range(min(WORKERS + 1, len(self.batches))):
@@ -151,7 +157,7 @@ class Upload:
         return first, second
 
     def release(self, stream: torch.cuda.Stream | None) -> None:
-        """Give the buffer back; it is written to only after what ``stream`` has been given so far."""
+        """Give the buffer back. It is overwritten only after ``stream`` has done its work so far."""
         event = None
         if stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -160,7 +166,7 @@ class Upload:
 
 
 class Solver:
-    """Turns uploads into results; ``alone`` is what to do with a pair that the device has no memory for."""
+    """Turns uploads into results. ``alone`` handles a pair that the device has no memory for."""
 
     def __init__(self, pairing: Pairing, options: DiffOptions, alone: Callable[[Pair], Solved]) -> None:
         self._options = options
@@ -238,7 +244,7 @@ class Solver:
 
 
 def subtract(base: Tensor, variant: Tensor, *, out: Tensor) -> None:
-    """``out`` = variant - base, float32: one subtraction of exactly widened values (float64 ones are rounded first)."""
+    """``out`` = variant - base, one float32 subtraction of exactly widened values. Float64 values are rounded first."""
     out.copy_(variant)
     # Promotion widens these by itself, without a copy; FP8 it refuses, and float64 it would not round.
     direct = base.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -252,7 +258,7 @@ def solve_all(
     memory: int,
     alone: Callable[[Pair], Solved],
 ) -> Iterator[Solved]:
-    """Every plain matrix to decompose with its result, batch by batch, using about ``memory`` bytes of the device's.
+    """Decompose every plain matrix, batch by batch, in about ``memory`` bytes of the device.
 
     Raises what reading and decomposing raise.
     """

@@ -1,4 +1,6 @@
-"""What is decomposed for a pair: the delta of one variant, or what the deltas of two have in common, their union, or one's part orthogonal to the other.
+"""The matrix to decompose for a pair: one delta, or the common part, union or rest of two.
+
+The rest is one's part orthogonal to the other.
 
 A delta of two checkpoints is dense. That of a LoRA is its change, kept as two factors where it has them, so that the singular
 values come from the QR of the factors and no m x n matrix is made.
@@ -31,7 +33,10 @@ Operand = Dense | LowRank
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """What of a pair is stored. ``energies`` are the squared Frobenius norms of the variants' deltas, ``shared`` that of their common part."""
+    """The matrix of a pair that is stored.
+
+    ``energies`` are the squared Frobenius norms of the variants' deltas, ``shared`` that of their common part.
+    """
 
     delta: Operand
     energies: tuple[float, ...]
@@ -74,7 +79,7 @@ class OperandReader:
 
 
 def room_for(pairs: Sequence[Pair], models: Sequence[Input]) -> list[Buffers]:
-    """Buffers for the largest delta of each of ``models`` that is read densely; most of a LoRA's are not."""
+    """Buffers for the largest delta of each of ``models`` that is read densely. Most of a LoRA's are not."""
     return [Buffers(elements) for elements in largest_dense(pairs, models)]
 
 
@@ -90,7 +95,9 @@ def largest_dense(pairs: Sequence[Pair], models: Sequence[Input]) -> list[int]:
 
 
 def subject(pair: Pair, operands: Sequence[Operand], options: DiffOptions) -> Subject:
-    """What is stored of a pair: its only delta, or the common part, union or orthogonal part of two, as `lowrank.sets` defines them.
+    """Find the matrix to store of a pair: its only delta, or a combination of two.
+
+    `lowrank.sets` defines the common part, union and orthogonal part.
 
     Dense deltas are first truncated for the common part, as ``options`` say; the others are of the whole ones.
     """
@@ -142,7 +149,7 @@ def values(operand: Operand) -> Tensor | LowRank:
 
 
 def as_operand(delta: Tensor | LowRank) -> Operand:
-    """What `lowrank.sets` made of deltas, as it is decomposed: a matrix in float32."""
+    """A result of `lowrank.sets` as a matrix to decompose, in float32."""
     return delta if isinstance(delta, LowRank) else Dense.of(delta)
 
 

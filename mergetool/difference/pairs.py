@@ -1,4 +1,6 @@
-"""Two checkpoints, or a checkpoint and LoRAs, side by side: which parameters become low-rank factors, and why the others do not.
+"""Pair the parameters of a checkpoint with those of another, or of LoRAs.
+
+Pairs say which become factors, and why others do not.
 
 Policy, for every part (a parameter under its canonical name) of base and variant:
 
@@ -53,7 +55,7 @@ class Pair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As a matrix: [out, in], [out, in * kh * kw] of a convolution, [1, n] of a vector."""
+        """The shape as a matrix. It is [out, in], [out, in * kh * kw] of a convolution, [1, n] of a vector."""
         shape = self.base.shape
         return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
 
@@ -65,7 +67,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Everything two models have in common, in the variant's file order, and what only one of them has."""
+    """The common parameters of two models, in the variant's file order, and the unmatched rest."""
 
     base: Input
     variant: Input
@@ -95,11 +97,11 @@ class Pairing:
         return sum(map(self.nbytes, self.pairs))
 
     def bytes_to_read(self, options: DiffOptions) -> int:
-        """Bytes that a run moves: a budget reads the matrices once to find directions and once to use them."""
+        """Bytes that a run moves. A budget reads the matrices once to find directions and once to use them."""
         return self.bytes_read + (sum(map(self.nbytes, self.decomposed)) if options.budget else 0)
 
     def nbytes(self, pair: Pair) -> int:
-        """Bytes that are read for ``pair``; of a LoRA those of float32 factors' product, as a measure of the work."""
+        """Bytes to read for ``pair``. For a LoRA they measure the work: those of its product in float32."""
         total = 0
         for model, part in zip(self.variants, (pair.variant, pair.second), strict=False):
             assert part is not None

@@ -1,4 +1,4 @@
-"""Extraction from directions that are found first and chosen from afterwards: for a budget, and with a side file of spectra.
+"""Extraction by directions: find them first, then choose, for a budget or a file of spectra.
 
 With a side file the directions of a matrix are found, or taken from it, and used at once: one pass over the models. A budget
 has to see every spectrum before it can choose: one pass finds directions, another projects onto those that were chosen. Between the
@@ -37,7 +37,7 @@ T = TypeVar("T")
 def stored_result(
     pair: Pair, options: DiffOptions, family: Family, decompose: Callable[[Rule], Decomposition]
 ) -> Result:
-    """The factors of ``pair`` as they are stored, which meet the threshold themselves where the dtype lets them."""
+    """Store the factors of ``pair``. The stored ones meet the threshold themselves where the dtype lets them."""
     rule: Rule | None = rule_of(options)
     for _ in range(ATTEMPTS):
         if rule is None:
@@ -50,7 +50,10 @@ def stored_result(
 
 
 def with_spectra(stream: DeltaStream, options: DiffOptions, side: SideFile) -> Iterator[Solved]:
-    """Every pair, ranks chosen by rule or fixed, from directions in ``side``, where those that were missing are added."""
+    """Every pair from directions in ``side``, ranks chosen by rule or fixed.
+
+    Missing directions are added to ``side``.
+    """
     family = stream.pairing.base.anatomy.family
 
     def work(pair: Pair, operand: Operand) -> Result:
@@ -66,7 +69,7 @@ def with_spectra(stream: DeltaStream, options: DiffOptions, side: SideFile) -> I
 
 @dataclass
 class WithinBudget:
-    """Every pair with the ranks that give the least total error in a file of ``options.budget_bytes``.
+    """Every pair, with ranks of least total error in a file of ``options.budget_bytes``.
 
     ``metadata`` is the file's. Directions are looked for until of no matrix all that are known are kept: only those matrices are
     read again, for twice as many, so that the last pass chooses as if every spectrum were known to its end.

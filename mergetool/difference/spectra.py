@@ -1,4 +1,4 @@
-"""The side file of an extraction: spectra and directions of two models' difference, so that the next one need not search.
+"""The file of spectra and directions of a difference, which spares the next run its search.
 
 A safetensors file with, for each matrix by its canonical name, ``NAME.values`` [j] float32 (singular values, falling) and
 ``NAME.rows`` [k, min(m, n)] bf16 (directions of the shorter side, strongest first); see ``directions.Directions``. Its metadata names
@@ -34,7 +34,7 @@ FORMAT = 1
 
 @dataclass
 class SideFile:
-    """What is ``known`` by canonical name; ``kept`` says that it is written to ``path`` when something was added."""
+    """Directions ``known`` by canonical name. With ``kept`` additions are written to ``path``."""
 
     path: Path | None = None
     known: dict[str, Directions] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class SideFile:
         return self.path is not None
 
     def add(self, name: str, found: Directions) -> Directions:
-        """Put ``found`` in the place of what was known of ``name``, and return it."""
+        """Replace the known directions of ``name`` by ``found``, and return them."""
         with self._lock:
             self.known[name] = found
             self.added.add(name)

@@ -1,4 +1,4 @@
-"""Every matrix of a difference read once, in order, while those before it are worked on, one a core."""
+"""Read every matrix of a difference once, in order, while cores work on those before it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class DeltaStream:
-    """The deltas of a ``pairing``, read once and in order by one thread, while ``threads`` work on one each, torch's own threads off.
+    """The deltas of a ``pairing``: one thread reads them in order, ``threads`` work on one each.
+
+    Torch's own threads are off.
 
     No matrix waits for the serial part of another, nothing spins, and the bytes do not depend on the number of threads.
     """
@@ -39,7 +41,9 @@ class DeltaStream:
     def solved(
         self, pairs: Sequence[Pair], options: DiffOptions, work: Callable[[Pair, Operand], T]
     ) -> Iterator[tuple[Pair, float, T | Whole | None]]:
-        """Every one of ``pairs`` with its energy, and what ``work`` makes of its difference, unless that is zero or not finite.
+        """Each of ``pairs`` with its energy and the result of ``work`` on its difference.
+
+        There is no result where the difference is zero or not finite.
 
         What is stored whole is not worked on. With two variants the difference is what `operands.subject` says, and the energy where
         that is zero the first one's.
@@ -63,7 +67,7 @@ class DeltaStream:
     def each(
         self, pairs: Sequence[Pair], work: Callable[[Pair, Sequence[Operand]], U]
     ) -> Iterator[tuple[Pair, float | U]]:
-        """Every one of ``pairs`` with what ``work`` makes of its variants' deltas; of a pair that is only measured its energy."""
+        """Each of ``pairs`` with the result of ``work`` on its deltas. A pair that is only measured has its energy."""
         files = [file for model in self.pairing.inputs for file in model.checkpoint.files]
         # Positioned reads into a buffer that is reused are half again as fast here as windows, which pay for new pages.
         deltas = OperandReader(self.pairing, ValueReader(files, self.reader, buffered=True))

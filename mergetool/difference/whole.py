@@ -24,7 +24,10 @@ from mergetool.lowrank.norms import squared_norm
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whole:
-    """One difference as it is stored: ``values`` [shape of the part]; ``energy`` of the difference, ``residual`` of its rounding."""
+    """One difference, stored whole: ``values`` [shape of the part].
+
+    ``energy`` is of the difference, ``residual`` of its rounding.
+    """
 
     name: str
     values: Tensor
@@ -46,7 +49,10 @@ def whole(pair: Pair, delta: Operand, energy: float, dtype: torch.dtype) -> Whol
 
 
 def tensors(found: Mapping[str, Whole], model: Anatomy) -> dict[str, Tensor]:
-    """The file's tensors, in the family's order, by ComfyUI's names; rows of a fused tensor that are not in ``found`` are zeros."""
+    """The file's tensors, in the family's order, by ComfyUI's names.
+
+    Rows of a fused tensor that are not in ``found`` are zeros.
+    """
     family = model.family
     layout = "comfyui" if "comfyui" in family.layouts else family.layouts[0]
     stored = family.held(model.parts, layout)

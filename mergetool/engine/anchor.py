@@ -1,4 +1,7 @@
-"""Which model a merge changes, where its expression leaves that open: asked for only if the answer changes a byte."""
+"""Choose the model that a merge changes, where the expression leaves it open.
+
+The user is asked only if the answer changes a byte.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ PIECE = 16 << 20
 
 
 def chosen(expression: Expression, plan_from: Callable[[str], Plan]) -> Plan:
-    """The plan of ``expression`` around its anchor; ``plan_from`` plans it around one that is named.
+    """Plan ``expression`` around its anchor. ``plan_from`` plans it around a model of a given name.
 
     Of several anchors the first is taken where the output's tensors are the same with each, byte for byte. Raises UsageError where
     they are not, and what planning raises.

@@ -1,4 +1,4 @@
-"""Several plans in one pass: their jobs over the same elements side by side, so that every input byte is read once.
+"""Run the jobs of several plans side by side, so that every input byte is read once.
 
 A part goes by its canonical name, wherever the plans store it: its chunks are the same in all plans of a pass, and what several
 plans read of it is fetched once for all. What only one of the plans does is a bundle of its own.
@@ -41,7 +41,7 @@ class Operands:
 
     @classmethod
     def of(cls, steps: Sequence[tuple[Plan, Step]]) -> Operands:
-        """Those of the steps that several plans, or one, have for a part."""
+        """The windows that the steps for one part read, in one plan or several."""
         windows: list[tuple[Checkpoint, Window]] = []
         places: dict[object, int] = {}
         columns = []
@@ -83,7 +83,7 @@ class Bundle:
 
     @property
     def phase(self) -> int | None:
-        """The phase of those of its jobs that have one."""
+        """The phase of its jobs, None where none has one."""
         return next((job.phase for _, job in self.jobs if job.phase is not None), None)
 
     @property
@@ -197,7 +197,7 @@ def pieces(work: Work) -> Iterator[Work]:
 
 
 def bytes_read(plans: Sequence[Plan]) -> int:
-    """Tensor bytes that one pass reads, those that several plans need once."""
+    """Count the tensor bytes that one pass reads, shared ones once."""
     operands: dict[int, tuple[Operands, int]] = {}
     for unit in bundles(plans):
         if isinstance(unit, Bundle):

@@ -1,4 +1,4 @@
-"""A merge that is read instead of written: the file that it would be, whose bytes are computed when they are asked for.
+"""A merge that is read instead of written: its file's bytes are computed on demand.
 
 Every byte is the one that `engine.merge` would write, since the same workers make it: of any range of plain elements just that range, of decoded rows
 and of what a merge method makes whole pieces, of which the last ones are kept.
@@ -31,7 +31,7 @@ from mergetool.recipe.steps import OutputTensor, Step
 
 
 class ComputedCheckpoint(Checkpoint):
-    """The checkpoint that ``plan`` would be written as, computed while it is read; ``name`` is what errors call it.
+    """The checkpoint that ``plan`` would write, computed while it is read. Errors call it ``name``.
 
     It has no config.json, as a single file has none. Reading raises what merging does: NonFiniteError, and what reading the operands raises.
     """
@@ -44,12 +44,12 @@ class ComputedCheckpoint(Checkpoint):
 
     @property
     def memory(self) -> int:  # type: ignore[override]
-        """Bytes that computing takes, those of computed operands among them."""
+        """Bytes of memory for the computation, computed operands included."""
         return memory_needed(self.plan) + self._file.kept
 
     @property
     def capped(self) -> tuple[str, ...]:
-        """The tensors of which elements that were read so far are beyond an FP8 dtype's range and became its largest value."""
+        """Tensors in which values beyond an FP8 dtype's range became its largest. Only elements read so far count."""
         return self._file.capped
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which processor does the arithmetic, and how much of its memory: the CPU, or CUDA GPUs through Triton."""
+"""Choose the processor for the arithmetic, and its memory. It is the CPU, or CUDA GPUs through Triton."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ WORTH_STARTING = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """``names`` are torch device names, none for the CPU; ``memory`` is the most bytes to take of each, 0: four fifths of
-    what is free."""
+    """Torch devices by ``names``, none for the CPU, and the ``memory`` to take of each.
+
+    ``memory`` is in bytes, at most; 0 is four fifths of the free memory.
+    """
 
     names: tuple[str, ...] = ()
     memory: int = 0

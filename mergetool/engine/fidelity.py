@@ -1,4 +1,4 @@
-"""How far what was stored lies from what was computed, tensor by tensor."""
+"""The distance of stored values from computed ones, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergetool.quant.fp8 import widen
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Sums over elements, in float64: ``energy`` of the squares of the values, ``error`` of the squares of what storing changed.
+    """Sums over elements in float64: ``energy`` of squared values, ``error`` of squared changes.
 
     ``worst`` is the largest change of one element.
     """
@@ -27,7 +27,7 @@ class Fidelity:
 
     @property
     def relative(self) -> float:
-        """The Frobenius norm of the change over that of the values; 0 where nothing changed."""
+        """The Frobenius norm of the change over that of the values; 0 without a change."""
         if not self.error:
             return 0.0
         return math.sqrt(self.error / self.energy) if self.energy else math.inf
@@ -45,7 +45,10 @@ class Fidelity:
 
     @classmethod
     def of(cls, values: Floats, stored: Floats) -> Fidelity:
-        """The figures of ``values`` and what they are read as again, of one shape; NaN and infinities that were kept count for nothing."""
+        """Compare ``values`` with the values read back, of one shape.
+
+        NaN and infinities that were kept count for nothing.
+        """
         with np.errstate(invalid="ignore", over="ignore"):
             change = np.nan_to_num(stored.reshape(-1) - values.reshape(-1), nan=0, posinf=0, neginf=0)
         signal = np.nan_to_num(values.reshape(-1), nan=0, posinf=0, neginf=0)
@@ -53,7 +56,7 @@ class Fidelity:
 
     @classmethod
     def total(cls, parts: Iterable[Fidelity]) -> Fidelity:
-        """The figures of several parts together, whatever their order."""
+        """Add the figures of several parts, in any order."""
         figures = list(parts)
         return cls(
             math.fsum(part.energy for part in figures),

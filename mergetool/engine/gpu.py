@@ -1,4 +1,4 @@
-"""Merge on a GPU: reading, copying in, arithmetic, copying out and writing, each going on while the others do.
+"""Merge on a GPU: read, copy in, compute, copy out and write, all at the same time.
 
 Many threads read (and wait for the disk), one launches: Python's lock lets only one thread of a process act at a time, and
 with sixteen that each did a whole job, an H100 was fed at 15 GB/s where its readers alone reach 29.
@@ -144,7 +144,7 @@ class Driver:
         self._ring = Ring(room.ring)
 
     def work(self) -> None:
-        """Do jobs until there are none left, or the run stops; raises DeviceError when the GPU fails."""
+        """Do jobs until none is left or the run stops. Raises DeviceError when the GPU fails."""
         try:
             memory = self._allocate()
             if memory is None:

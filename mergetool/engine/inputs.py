@@ -1,4 +1,4 @@
-"""The one opener of models: whatever a MODEL argument is, read from its files or computed by its expression, as an `Input`."""
+"""The one opener of models: any MODEL argument becomes an `Input`, read or computed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ class Inputs:
         return self._loras[key]
 
     def change_or_model(self, name: str, first: Input) -> Input:
-        """What stands for a difference to ``first``: a model, or a LoRA on it, which its keys tell. Raises what `model` and `lora` raise."""
+        """Open the other side of a difference to ``first``: a model, or a LoRA on it.
+
+        Its keys tell which. Raises what `model` and `lora` raise.
+        """
         if self._expression_of(name) is None and is_lora(models.resolve(name).path):
             return self.lora(name, first)
         return self.model(name)
@@ -114,7 +117,12 @@ class Inputs:
 
 
 def contents_of(inputs: Iterable[Input], prints: Mapping[str, str]) -> dict[str, str]:
-    """What orders ``inputs`` in an expression, by their names: the ``prints`` of files, and what is computed of which contents."""
+    """Map each input's name to its contents, as text.
+
+    A file's is its print in ``prints``; an expression is written over those.
+
+    Expressions order their operands by it.
+    """
     contents = dict(prints)
     for model in inputs:
         if model.plan is not None:
@@ -130,7 +138,9 @@ def opened(name: str, *, fingerprints: bool = True) -> Iterator[Input]:
 
 
 def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
-    """Open and recognise a MODEL: a name, a path, an address, or an expression, whose tensors are computed when they are read.
+    """Open and recognise a MODEL: a name, path, address or expression.
+
+    An expression's tensors are computed when they are read.
 
     Only headers and markers are read, of an expression's models a few megabytes too. Raises InputMissing, DataError and UsageError, ExpressionError for
     an expression, and DataError for quantised weights that are not read unless ``names_only`` says that only names and stored shapes matter.

@@ -37,7 +37,7 @@ BASE_MEMORY = 220_000_000
 def open_merge(
     text: str, options: MergeOptions | None = None, *, fingerprints: bool = True, skip_unmatched: bool = False
 ) -> Iterator[Plan]:
-    """The plan of the merge that ``text`` describes; its inputs are closed at the end of the ``with`` block.
+    """Plan the merge that ``text`` describes. Its inputs are closed at the end of the ``with`` block.
 
     What a LoRA has for no tensor of the anchor is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
     DataError and their kin: every failure that needs no tensor data happens here.
@@ -51,7 +51,7 @@ def open_merge(
 def open_merges(
     items: Sequence[tuple[str, MergeOptions]], *, fingerprints: bool = True, skip_unmatched: bool = False
 ) -> Iterator[list[Plan]]:
-    """The plans of several merges, for `run_merges`: one for each expression with its options, in their order.
+    """Plan several merges for `run_merges`, one for each expression with its options, in order.
 
     A model that several of them name is opened, and its fingerprint taken, once, and is the same checkpoint in all plans. The rest is as
     for `open_merge`.
@@ -118,7 +118,9 @@ def run_merges(
     resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Run ``plans`` of one `open_merges` and publish ``outputs[i]`` of ``plans[i]``: all of them complete, or none.
+    """Run ``plans`` of one `open_merges` and publish all ``outputs``, each complete, or none.
+
+    ``outputs[i]`` belongs to ``plans[i]``.
 
     Every output is the same, byte for byte, as `run_merge` of its plan alone makes it. When a plan fails none is published. Each is as
     for `run_merge`, and raises what that does, and UsageError for outputs of one path, or for several that are to be resumed.
@@ -185,7 +187,10 @@ def run_merges(
 
 
 def bytes_moved(plans: Sequence[Plan], device: Device = CPU) -> int:
-    """Bytes that `run_merges` reads and writes, for a progress bar: what several plans of a pass read counts once."""
+    """Count the bytes that `run_merges` reads and writes, for a progress bar.
+
+    Bytes that plans of a pass share count once.
+    """
     read = sum(bytes_read([plans[i] for i in together]) for together in passes(plans, device))
     return read + sum(plan.header.data_size for plan in plans)
 
@@ -239,7 +244,7 @@ def _say_what_is_kept(
 
 
 def config_files(plan: Plan) -> Mapping[str, bytes]:
-    """The config.json that a folder output needs to be loaded: an input's own, else one derived from the shapes.
+    """Find the config.json that a folder output needs. It is an input's own, else derived from the shapes.
 
     There is none where the tensors have ComfyUI's names: diffusers would take it for a promise, and load random weights in their place.
     """

@@ -44,7 +44,10 @@ class Job:
 
     @property
     def capacity(self) -> int:
-        """Elements that the CPU makes room for: a job that is larger than `CHUNK` it does in pieces, unless it is of whole rows."""
+        """Elements that the CPU makes room for.
+
+        It does a job larger than `CHUNK` in pieces, unless the job is of whole rows.
+        """
         return self.count if self.phase is not None or self.is_of_rows else min(self.count, CHUNK)
 
     @property

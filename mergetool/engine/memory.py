@@ -1,4 +1,4 @@
-"""How much memory a run takes, and how many threads that allows."""
+"""The memory that a run takes, and the number of threads that this allows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def memory_needed(plan: Plan, threads: int | None = None, device: Device = CPU) 
 
 
 def memory_of(plans: Sequence[Plan], threads: int | None = None, device: Device = CPU) -> int:
-    """The same for several plans that are run in as few passes as possible: what the largest pass allocates, and models that are computed."""
+    """Bytes that several plans allocate in as few passes as possible.
+
+    The largest pass counts, and every model that is computed.
+    """
     computed = {id(model.checkpoint): model.checkpoint.memory for plan in plans for model in plan.inputs}
     return sum(computed.values()) + max(
         (

@@ -1,4 +1,4 @@
-"""What a merge did to the anchor, by tensor and by group."""
+"""The movement of the anchor in a merge, by tensor and by group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much rounding noise a quantised model carries, measured on a sample of its own codes."""
+"""The rounding noise in a quantised model, measured on a sample of its own codes."""
 
 from __future__ import annotations
 

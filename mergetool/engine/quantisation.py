@@ -1,4 +1,4 @@
-"""Quantised output: a weight is collected in float32, then encoded piece by piece while the next one is collected.
+"""Quantised output: collect a weight in float32, then encode it while the next is collected.
 
 A tensor's scale depends on its largest value, so nothing can be encoded before all of it is known. Its float32 values wait in a buffer, the
 largest weight's size, rather than being computed twice: for scaled FP8 that would decode every input twice. Threads pass through the phases of
@@ -39,7 +39,10 @@ class Piece:
 
 
 def pieces(tensor: OutputTensor, elements: int) -> list[Piece]:
-    """A quantised tensor in pieces of about ``elements``: whole tiles of rows, the last one with the padding."""
+    """Cut a quantised tensor into pieces of about ``elements``.
+
+    Each is of whole tiles of rows; the last has the padding.
+    """
     rows, (stored, columns) = tensor.shape[0], padded(tensor)
     height = max(1, elements // columns // PIECE_ROWS) * PIECE_ROWS
     return [Piece(tensor, row, min(height, rows - row), min(height, stored - row)) for row in range(0, rows, height)]
@@ -126,7 +129,7 @@ class Weights:
         return self.room(piece.tensor, piece.row * columns, piece.rows * columns).reshape(piece.rows, columns)
 
     def scale(self, tensor: OutputTensor) -> np.float32:
-        """The tensor's scale: by its largest value, or the one of least squared error where that was searched for."""
+        """The tensor's scale: by its largest value, or of least squared error after a search."""
         scale = quantiser_of(tensor).scale(np.float32(self._amax[tensor.name]))
         searched = self._errors.get(tensor.name)
         if not searched:
@@ -148,7 +151,7 @@ class Weights:
             self._errors.setdefault(tensor.name, {})[piece.row] = errors
 
     def search_gain(self) -> float | None:
-        """The squared error of all searched weights over that of their amax scales; None where nothing was searched."""
+        """The squared error of searched weights over that of amax scales; None without a search."""
         best = by_amax = 0.0
         for searched in self._errors.values():
             sums = [math.fsum(errors) for errors in zip(*searched.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""What the workers of a run share, and what a run has to say at its end."""
+"""The state that the workers of a run share, and the outcome at its end."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Run:
         return (window.encoding for tensor in self.plan.tensors for step in tensor.steps for window in step.windows)
 
     def measures(self, job: Job | Quantise) -> bool:
-        """Whether what the delta did is measured on this job."""
+        """Whether this job measures the delta's effect."""
         return self.measure == "all" or (self.measure == "sample" and job.sampled)
 
     def note(self, counts: dict[str, int], tensor: str, count: int) -> None:
@@ -114,12 +114,12 @@ class Run:
             counts[tensor] = counts.get(tensor, 0) + count
 
     def moved(self, tensor: str, part: str, movement: Movement) -> None:
-        """Note what became of some elements of the anchor's ``part`` in a quantised tensor."""
+        """Note the movement of some elements of the anchor's ``part`` in a quantised tensor."""
         with self.lock:
             self.movements.setdefault((tensor, part), []).append(movement)
 
     def compare(self, tensor: str, values: Floats, stored: Floats | None) -> None:
-        """Note what storing changed in some elements of a tensor."""
+        """Note the error of storing some elements of a tensor."""
         if stored is not None:
             fidelity = Fidelity.of(values, stored)
             with self.lock:

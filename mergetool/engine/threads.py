@@ -1,4 +1,4 @@
-"""How many threads a run uses without another wish, and torch inside each of them."""
+"""The number of threads of a run by default, and torch's threads inside each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def default_threads() -> int:
 
 
 def asked(threads: int | None) -> int:
-    """``threads``, or as many as there are processors where nothing is asked. Raises UsageError for fewer than 1 or more than 256."""
+    """``threads``, or one for each processor by default. Raises UsageError for fewer than 1 or more than 256."""
     if threads is None:
         return default_threads()
     if not 1 <= threads <= MOST:
@@ -30,7 +30,9 @@ def asked(threads: int | None) -> int:
 
 
 class TorchThreads:
-    """Within the block torch computes on one thread in every thread that says `one`; threads that come after it have as many as before.
+    """Keeps torch to one thread in every thread that calls `one`, within the block.
+
+    Threads that come after it have as many as before.
 
     For a pass that may have no need of torch, which takes a second to import: it is imported by the first `one`.
     """

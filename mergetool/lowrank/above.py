@@ -1,4 +1,4 @@
-"""All directions of one delta whose singular values exceed a cut, with a certificate that none was missed.
+"""All directions of one delta above a cut, with a certificate that none was missed.
 
 A Krylov search proposes directions Q; a float32 projection A Q = U diag(s) V^T gives values that are never above the true ones
 (Cauchy interlacing), so as many as exceed the cut exist. That there are no more follows from Haynsworth's law of inertia for
@@ -40,7 +40,7 @@ Cut = Callable[[float], float]
 def strongest_above(
     products: Products, cut: Cut, most: int, generator: torch.Generator
 ) -> tuple[Projection, int] | None:
-    """Directions of the delta and how many of them, the first, are above ``cut``: all that there are.
+    """Find every direction of the delta above ``cut``, and how many of the first these are.
 
     That number is ``most`` + 1 where there are more than ``most``, and the directions are then not to be used. None where only the
     whole spectrum can tell: more than a share ``LARGEST_BASIS`` of it is above, or the cut lies in, or just above, a flat tail.
@@ -65,7 +65,10 @@ def strongest_above(
 
 
 def above(products: Products, rows: Tensor, cut: Cut, generator: torch.Generator) -> tuple[Projection, int] | None:
-    """As `strongest_above`, from orthonormal ``rows`` [k, short] float64 found before; None also where they are too few."""
+    """Do as `strongest_above`, from orthonormal ``rows`` [k, short] float64 found before.
+
+    None also where they are too few.
+    """
     return _attempt(products, rows, cut, generator)
 
 

@@ -1,4 +1,7 @@
-"""The two factors that a decomposition is stored as: balanced, rounded once, the second fitted to the first; one, or many at once."""
+"""The stored factors of a decomposition: balanced, rounded, the second fitted to the first.
+
+One decomposition, or many at once.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,9 @@ def stored_residual(decomposition: Decomposition, stored: LowRank) -> float:
 
 
 def balanced_batch(decompositions: Sequence[Decomposition], dtype: torch.dtype) -> list[tuple[LowRank, float]]:
-    """What `balanced` and `stored_residual` are, on the CPU, for decompositions of deltas of one shape, worked out on their device.
+    """Store decompositions of deltas of one shape, as `balanced` does, on their device.
+
+    Returns each pair, on the CPU, with its `stored_residual`.
 
     Raises NonFiniteError when a value does not fit ``dtype``.
     """

@@ -1,4 +1,6 @@
-"""The truncated decomposition of many deltas of one shape at once, on any device: what ``svd.decompose`` is on the CPU.
+"""Truncated decompositions of many deltas of one shape, on any device.
+
+It does the work of ``svd.decompose`` on the CPU.
 
     decompositions = decompose_batch(deltas, names, rule=Rule(threshold=0.995), rank_max=64)
 
@@ -106,7 +108,10 @@ class _Ieee:
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Float32 products without TF32, and BF16 products without BF16 partial sums, whatever the caller has set."""
+    """Compute exact float32 products inside the block, against any setting of the caller.
+
+    There is no TF32, and BF16 products have no BF16 partial sums.
+    """
     matmul = torch.backends.cuda.matmul
     with _Ieee.lock:
         if _Ieee.users == 0:

@@ -1,4 +1,4 @@
-"""The strongest directions of one matrix, however they were found, with a certificate of the energy they hold."""
+"""The strongest directions of one matrix, with a certificate of the energy they hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Algorithm = Literal["zero", "krylov", "subspace", "gram", "stored", "factors"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decomposition:
-    """The strongest directions of a delta [m, n]: ``left @ diag(singular_values) @ right`` approximates it.
+    """The strongest directions of a delta [m, n]: ``left @ diag(singular_values) @ right``.
 
     ``left`` [m, r] and ``right`` [r, n] are float32 with orthonormal columns and rows, ``singular_values`` [r] float64,
     falling. The largest entry of each left vector by magnitude is positive (ties: the first). Energies are squared
@@ -41,7 +41,7 @@ class Decomposition:
 
     @property
     def rank(self) -> int:
-        """How many directions there are."""
+        """The number of directions."""
         return len(self.singular_values)
 
     @property
@@ -51,7 +51,10 @@ class Decomposition:
 
 
 def exact_decomposition(left: Tensor, values: Tensor, right: Tensor, rank: int, *, name: str) -> Decomposition:
-    """The first ``rank`` directions of ``left`` [m, >= rank] and ``right`` [>= rank, n], of a matrix with all of ``values``."""
+    """The first ``rank`` directions of a matrix whose singular values are all in ``values``.
+
+    ``left`` is [m, >= rank], ``right`` [>= rank, n].
+    """
     left, right = signed(left[:, :rank], right[:rank])
     energies = values.square()
     return Decomposition(
@@ -70,7 +73,10 @@ def exact_decomposition(left: Tensor, values: Tensor, right: Tensor, rank: int, 
 
 
 def signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions with the signs that a `Decomposition` promises: the largest entry of each left vector (ties: the first) is positive."""
+    """Give directions the signs that a `Decomposition` promises.
+
+    The largest entry of each left vector (ties: the first) becomes positive.
+    """
     if not left.numel():
         return left, right
     largest = left.abs().argmax(dim=0, keepdim=True)
@@ -79,7 +85,7 @@ def signed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def zero_decomposition(delta: Tensor, name: str) -> Decomposition:
-    """What a delta of zeros, or without elements, decomposes into."""
+    """The decomposition of a delta of zeros, or without elements."""
     m, n = delta.shape
     empty = torch.empty(0, dtype=torch.float64)
     return Decomposition(

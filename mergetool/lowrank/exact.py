@@ -32,7 +32,9 @@ STEPS = 40
 
 
 def strongest_rows(matrix: Tensor, most: int, share: float) -> Tensor:
-    """Orthonormal directions [k, min(m, n)], float64, of the shorter side of ``matrix`` [m, n] that hold the most energy, falling.
+    """Find the directions of ``matrix`` [m, n] that hold the most energy, on its shorter side.
+
+    They are orthonormal, [k, min(m, n)] float64, strongest first.
 
     The fewest that hold ``share`` of the squared Frobenius norm, at most ``most``. The angle to the true ones is 1e-9 or less where the
     energies of the last one kept and the next differ by 1e-6 of it; of equal energies any directions in their space are right. The

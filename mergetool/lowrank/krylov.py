@@ -49,7 +49,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Products:
-    """Matrix products with one delta [m, n], seen as a tall matrix A [long, short] whichever way it lies.
+    """Matrix products with one delta [m, n], seen as a tall matrix A [long, short].
 
     ``delta`` is float32 and contiguous, ``sketch`` the same matrix in the dtype of the cheap products, ``total`` its
     squared Frobenius norm. ``passes`` counts the products, each of which reads the matrix once; ``small`` is the dtype
@@ -89,7 +89,7 @@ class Products:
         return linear(self.delta, exact) if self.tall else linear(exact, self.delta.T).T
 
     def back(self, columns: Tensor) -> Tensor:
-        """columns^T @ A [b, short] in float64 from a float32 product, for float32 ``columns`` [long, b]."""
+        """columns^T @ A [b, short] in float64, by a float32 product with ``columns`` [long, b]."""
         return self._back(self.delta, columns).double()
 
     def cheap_image(self, rows: Tensor) -> Tensor:
@@ -97,12 +97,15 @@ class Products:
         return self._forward(self.sketch, rows.to(self.sketch.dtype))
 
     def cheap_back(self, columns: Tensor) -> Tensor:
-        """columns^T @ A [b, short] in ``small``, from one cheap product; fewer ``columns`` [k, b] meet A's first k rows."""
+        """columns^T @ A [b, short] in ``small``, by one cheap product.
+
+        Fewer ``columns`` [k, b] meet A's first k rows.
+        """
         return self._back(self.sketch, columns.to(self.sketch.dtype)).to(self.small)
 
 
 def orthonormal_rows(rows: Tensor, *, cutoff: float = 1e-14, rounds: int = 2) -> Tensor:
-    """An orthonormal basis [r, n] of the row space of ``rows`` [b, n], strongest direction first, in their dtype.
+    """An orthonormal basis [r, n] of the row space of ``rows`` [b, n], strongest first. It keeps their dtype.
 
     From the eigenvectors of the Gram matrix (SVQB, Stathopoulos & Wu 2002): directions whose energy is below
     ``cutoff`` times the strongest (in float32, 1e-6 times) are left out, so a rank-deficient block is no special case.
@@ -118,7 +121,7 @@ def orthonormal_rows(rows: Tensor, *, cutoff: float = 1e-14, rounds: int = 2) ->
 
 
 class BlockKrylov:
-    """An orthonormal basis over the short side that grows block by block, and A^T A projected onto it.
+    """An orthonormal basis that grows block by block, and A^T A projected onto it. It is of the short side.
 
     ``expand`` adds directions; ``energies`` are the squared singular values the basis knows of, largest first
     (Ritz values: never above the true ones, but for the rounding of the cheap products); ``strongest`` gives
@@ -167,7 +170,7 @@ class BlockKrylov:
         return products.cheap_back(self._gaussian(products.long, width))
 
     def expand(self, width: int, fresh: int = 0) -> None:
-        """Add up to ``width`` directions, ``fresh`` of them random, and renew ``energies``: two cheap passes.
+        """Add up to ``width`` directions, ``fresh`` of them random, by two cheap passes. ``energies`` are renewed.
 
         One brings the candidates, the other their images, from which the energies follow: the last block needs no third.
         """

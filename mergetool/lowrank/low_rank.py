@@ -1,4 +1,4 @@
-"""A matrix as the product of two factors, and what can be known of it without multiplying them.
+"""A matrix as the product of two factors, examined without multiplying them.
 
     merged = LowRank.sum([(0.8, style), (-0.3, detail)])
     strongest = merged.truncated(64, name="layers.3.feed_forward.w1.weight")
@@ -26,7 +26,10 @@ RankOf = Callable[[Tensor], int]
 
 
 class ThinSvd(NamedTuple):
-    """A singular value decomposition, float64: ``left`` [m, k] and ``right`` [k, n] orthonormal, ``values`` falling."""
+    """A thin singular value decomposition in float64, ``values`` falling.
+
+    ``left`` [m, k] has orthonormal columns, ``right`` [k, n] orthonormal rows.
+    """
 
     left: Tensor
     values: Tensor
@@ -72,7 +75,9 @@ class LowRank:
 
     @classmethod
     def sum(cls, terms: Sequence[tuple[float, LowRank]]) -> LowRank:
-        """The sum of at least one matrix of one shape, each times its weight: factors side by side, widths added.
+        """Add matrices of one shape, each times its weight: factors side by side, widths added.
+
+        There has to be at least one.
 
         Terms of weight 0 are left out.
         """
@@ -122,12 +127,18 @@ class LowRank:
         return self.up[first : first + count].double() @ self.down.double()
 
     def inner(self, other: LowRank) -> float:
-        """The sum of the products of equal elements, <up down, up' down'> = <up^T up', down down'^T>: r x r' values."""
+        """The inner product: the sum of the products of equal elements.
+
+        <up down, up' down'> = <up^T up', down down'^T>, of r x r' values.
+        """
         mine, theirs = self.wide(), other.wide()
         return float(((mine.up.T @ theirs.up) * (mine.down @ theirs.down.T)).sum())
 
     def norm(self) -> float:
-        """The Frobenius norm, by the core: right to 1e-16 of the terms' norms even where they cancel, unlike sqrt(energy)."""
+        """The Frobenius norm, by the core.
+
+        It is right to 1e-16 of the terms' norms even where they cancel, unlike sqrt(energy).
+        """
         return float(torch.linalg.matrix_norm(self._core()[0]))
 
     def spectrum(self) -> Tensor:
@@ -135,7 +146,9 @@ class LowRank:
         return self._sound(torch.linalg.svdvals(self._core()[0]))
 
     def svd(self, rank: int | RankOf | None = None) -> ThinSvd:
-        """All its singular values, rounding noise among them, and the vectors of the first ``rank``: by default of all.
+        """All singular values, rounding noise included, and the vectors of the first ``rank``.
+
+        Without ``rank`` all vectors.
 
         ``rank`` may be chosen from those values that are not noise.
         """
@@ -148,7 +161,9 @@ class LowRank:
         return ThinSvd(_times_q(of_up, left[:, :kept], m), values, _times_q(of_down, right[:kept].T, n).T)
 
     def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
-        """Its ``rank`` strongest directions (fewer where it has no more), the closest matrix of that rank there is.
+        """The ``rank`` strongest directions: the closest matrix of that rank.
+
+        They are fewer where the matrix has no more.
 
         ``rank`` may be chosen from the spectrum. Vectors are rounded to float32 once, at the end. ``total_energy`` and ``lost_energy`` are
         those of the whole spectrum, not of a capped one.
@@ -170,12 +185,15 @@ class LowRank:
 
 
 def chosen(rank: int | RankOf, values: Tensor) -> int:
-    """How many of the singular values ``values`` to keep."""
+    """The number of singular values ``values`` to keep."""
     return min(rank if isinstance(rank, int) else rank(values), len(values))
 
 
 def sound(values: Tensor, scale: float, size: int) -> Tensor:
-    """The falling singular values above the rounding noise of float64: 2^-52 ``size`` times the ``scale`` of what they came from."""
+    """Keep the falling singular values above float64's rounding noise.
+
+    The noise is 2^-52 times ``size`` times ``scale``, the largest value that they were computed from.
+    """
     return values[: int((values > scale * size * _EPSILON).sum())]
 
 

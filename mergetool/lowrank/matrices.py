@@ -25,7 +25,7 @@ ROWS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kronecker:
-    """``scale * first (x) second``, float64: row a * c + b and column i * d + j hold first[a, i] * second[b, j]."""
+    """``scale * first (x) second`` in float64. Row a * c + b and column i * d + j hold first[a, i] * second[b, j]."""
 
     first: Tensor
     second: Tensor
@@ -80,7 +80,9 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A float32 ``matrix`` [m, n] and its ``energy``, the squared Frobenius norm, which is not finite where a value is not.
+    """A float32 ``matrix`` [m, n] and its ``energy``, the squared Frobenius norm.
+
+    The energy is not finite where a value is not.
 
     ``sketch`` is the same in bfloat16 where whoever made it has that, for cheap products.
     """
@@ -121,7 +123,7 @@ class Dense:
         rows: Tensor | None = None,
         complete: bool = False,
     ) -> Decomposition:
-        """`svd.decompose` with what is known here."""
+        """Do `svd.decompose`, with the energy and sketch at hand."""
         return decompose(
             self.matrix,
             name=name,
@@ -140,7 +142,7 @@ class Dense:
         return self.strongest(name="", rule=Rule(threshold=1.0)).singular_values
 
     def truncated(self, rank: int | RankOf, *, name: str) -> Decomposition:
-        """`svd.decompose`: within about 0.1 % of the energy of the best of that rank, the energy certified."""
+        """Do `svd.decompose`: within about 0.1 % of the best energy of that rank, certified."""
         if not isinstance(rank, int):
             rank = rank(self.spectrum())
         if rank == 0:  # which `decompose` would take for a rank to be chosen

@@ -10,7 +10,7 @@ _SAFE = (1e-30, 1e30)
 
 
 def squared_norm(matrix: Tensor) -> float:
-    """Squared Frobenius norm, right to 1e-9: float32 sums over runs of 256 values, float64 over the runs.
+    """The squared Frobenius norm, right to 1e-9. Float32 sums run over 256 values, float64 over the runs.
 
     One float32 sum over 4e7 values, as torch.linalg.vector_norm does it, is 0.5 % too low.
     """

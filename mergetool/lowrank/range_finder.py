@@ -1,4 +1,6 @@
-"""Which directions of a delta to keep: search cheaply, then certify with one float32 projection.
+"""Choose the directions of a delta to keep: a cheap search, then one float32 projection.
+
+The projection certifies the choice.
 
 Everything works on a matrix whose largest value is near 1 (see lowrank.svd), with energies = squared singular values.
 """
@@ -37,14 +39,14 @@ _POLISHES = 4  # float32 power steps at most; each costs two products, and the f
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Reach energy ``target`` with as few directions as possible, at most ``most``; no target: exactly ``most``."""
+    """Reach energy ``target`` with the fewest directions, at most ``most``. Without a target: exactly ``most``."""
 
     total: float
     target: float | None
     most: int
 
     def fewest(self, energies: Tensor) -> int | None:
-        """How many of the falling ``energies`` [k] reach the target, None if all ``most`` do not."""
+        """The fewest of the falling ``energies`` [k] that reach the target. None if all ``most`` do not."""
         if self.target is None:
             return None
         reached = (energies[: self.most].cumsum(0) >= self.target).nonzero()
@@ -69,7 +71,7 @@ class Projection:
 
 
 def project(products: Products, rows: Tensor) -> Projection:
-    """The exact singular value decomposition of A rows^T rows, for orthonormal float64 ``rows`` [k, short]."""
+    """The exact singular value decomposition of A rows^T rows. ``rows`` [k, short] are orthonormal, float64."""
     image = products.image(rows)
     exact = image.double()
     energies, turn = torch.linalg.eigh(exact.T @ exact)
@@ -197,7 +199,9 @@ class Search:
 
 
 def certify(products: Products, rows: Tensor, goal: Goal, doubt: float) -> Projection:
-    """Project onto ``rows``, and refine them by float32 power steps where the cheap products were too coarse.
+    """Project onto ``rows``, and refine them by float32 power steps where they are too coarse.
+
+    The cheap products made them so.
 
     That is where one direction fewer would miss the target by less energy than the rows may be missing (at first
     ``doubt``), and where so little is left outside that the error of the cheap products shows in it. Returns all
@@ -241,7 +245,9 @@ def whole_spectrum(products: Products, goal: Goal) -> Projection:
 
 
 def spectrum(products: Products) -> tuple[Tensor, Tensor]:
-    """All squared singular values [short], falling, float64, and their directions [short, short] as rows, from the Gram matrix.
+    """All squared singular values and their directions, from the Gram matrix.
+
+    Values are [short] float64, falling; directions are the rows of [short, short].
 
     On the device of the delta. An error of 2^-52 of the largest energy is one of 1.5e-8 of the largest singular value.
     """
@@ -256,7 +262,7 @@ def spectrum(products: Products) -> tuple[Tensor, Tensor]:
 
 
 def strongest_of(products: Products, energies: Tensor, rows: Tensor, rank: int) -> Projection:
-    """The projection onto the first ``rank`` of ``rows``, fewer where ``energies`` are rounding noise."""
+    """The projection onto the first ``rank`` of ``rows``. They are fewer where ``energies`` are rounding noise."""
     rows = rows[: min(rank, int((energies > energies[0] * ZERO**2).sum()))]
     image = products.image(rows)
     energies, order = image.double().square().sum(0).sort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""How many singular values of a difference to keep: one definition for each rule.
+"""The rules that choose a rank from singular values, each defined once.
 
 s_1 >= s_2 >= ... are the singular values of one matrix of the difference, all of them, before anything is rounded; t is
 ``rank_thresh``. Ranks are at least 1, except that ``abs`` may keep nothing.
@@ -63,7 +63,7 @@ class Rule:
         return self.threshold * largest if self.name == "ratio" else self.threshold
 
     def rank(self, energies: Float64, total: float | None = None) -> int | None:
-        """How many to keep, from the squared singular values [k], falling.
+        """Choose a rank from the squared singular values [k], falling.
 
         ``total`` is the energy of the whole matrix where ``energies`` are only the strongest of it, whose rank may then be None:
         too few are known. Raises ValueError where the rule needs all of them.

@@ -1,4 +1,4 @@
-"""What two deltas of one matrix share, what each has alone, and how much they get in each other's way.
+"""Set operations on two deltas of one matrix: common, unique, union, and interference.
 
 Deltas [m, n] are dense tensors, or `LowRank` pairs, whose product is never formed. With thin singular value
 decompositions ``Di = Ui Si Vi^T`` the singular value decomposition ``U1^T U2 = X cos(theta) Y^T`` pairs the directions of
@@ -47,7 +47,7 @@ Delta = Tensor | LowRank
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """How far two deltas act on the same thing. All numbers are of D1 with respect to D2.
+    """The degree to which two deltas act on the same thing. All numbers are of D1 with respect to D2.
 
     ``cosine`` is <D1, D2> / (||D1|| ||D2||), from -1 to 1. ``column_share`` is the share of D1's energy that lies in D2's column
     space, ``||U2 U2^T D1||^2 / ||D1||^2``: outputs that both write to. ``row_share`` is that in D2's row space: inputs that both
@@ -65,7 +65,7 @@ class Interference:
 
 
 def directions(delta: Delta) -> ThinSvd:
-    """The thin singular value decomposition without what is `NEGLIGIBLE`.
+    """The thin singular value decomposition without `NEGLIGIBLE` values.
 
     Of a pair by QR of its factors: O((m + n) r^2). Of a dense delta whole: O(m n min(m, n)), so give a large one truncated.
     """
@@ -78,7 +78,9 @@ def directions(delta: Delta) -> ThinSvd:
 
 
 def common(first: Delta, second: Delta) -> LowRank:
-    """The part that both deltas have, as the module's head defines it; float64, without a column where only rounding noise is left.
+    """The part that both deltas have, as the module's head defines it, in float64.
+
+    It has no column where only rounding noise is left.
 
     Example: of ``K + A`` and ``K + B`` it is K where the three lie in orthogonal subspaces. Raises ValueError for deltas of different
     shapes.
@@ -99,12 +101,12 @@ def common(first: Delta, second: Delta) -> LowRank:
 
 
 def unique(delta: Delta, shared: Delta) -> Delta:
-    """``delta - shared``: what a delta has alone, ``shared`` being what `common` found. A pair if both are."""
+    """``delta - shared``: the part of a delta beside the `common` one. A pair if both are."""
     return combined([(1.0, delta), (-1.0, shared)])
 
 
 def union(first: Delta, second: Delta, weights: tuple[float, float] = (1.0, 1.0)) -> Delta:
-    """``common + w1 unique_1 + w2 unique_2``: both deltas, what they share only once. A pair if both are."""
+    """``common + w1 unique_1 + w2 unique_2``: both deltas, their common part once. A pair if both are."""
     return united(first, second, common(first, second), weights)
 
 
@@ -114,7 +116,7 @@ def united(first: Delta, second: Delta, shared: Delta, weights: tuple[float, flo
 
 
 def orthogonal_part(delta: Delta, other: Delta) -> Delta:
-    """``D1 - <D1, D2> / <D2, D2> D2``: ``delta`` without its component along ``other``; <result, other> is 0.
+    """``delta`` without its component along ``other``. D1 - <D1, D2> / <D2, D2> D2, so that <result, other> is 0.
 
     ``delta`` itself where ``other`` is zero. A pair if both are.
     """
@@ -122,14 +124,14 @@ def orthogonal_part(delta: Delta, other: Delta) -> Delta:
 
 
 def along(delta: Delta, other: Delta) -> float:
-    """How often ``other`` is in ``delta``: <D1, D2> / <D2, D2>, 0 where ``other`` is zero."""
+    """The multiple of ``other`` in ``delta``: <D1, D2> / <D2, D2>, 0 where ``other`` is zero."""
     _check_shapes(delta, other)
     energy = inner(other, other)
     return inner(delta, other) / energy if energy > 0 else 0.0
 
 
 def combined(terms: Sequence[tuple[float, Delta]]) -> Delta:
-    """The weighted sum of deltas of one shape, float64; of pairs the pair of their factors side by side, exactly.
+    """The weighted sum of deltas of one shape, in float64. Pairs give the pair of their factors side by side, exactly.
 
     Terms of weight 0 are left out. Raises ValueError for deltas of different shapes.
     """
@@ -146,7 +148,7 @@ def combined(terms: Sequence[tuple[float, Delta]]) -> Delta:
 
 
 def inner(first: Delta, second: Delta) -> float:
-    """The inner product <D1, D2> = sum of D1 * D2; of pairs as trace((up1^T up2) (down2 down1^T))."""
+    """The inner product <D1, D2>, the sum of D1 * D2. Of pairs it is trace((up1^T up2) (down2 down1^T))."""
     if isinstance(first, LowRank):
         if isinstance(second, LowRank):
             return first.inner(second)
@@ -156,7 +158,7 @@ def inner(first: Delta, second: Delta) -> float:
 
 
 def interference(first: Delta, second: Delta, *, signs: bool = False) -> Interference:
-    """How much ``first`` acts on what ``second`` acts on; see `Interference`.
+    """Measure how much ``first`` acts on the same things as ``second``; see `Interference`.
 
     ``signs`` asks for ``opposing``, which needs every element: of two pairs by `_TILE_ROWS` rows at a time, O(m n (r1 + r2)). Raises ValueError for
     deltas of different shapes.

@@ -1,4 +1,4 @@
-"""The truncated singular value decomposition of one delta matrix, with a certificate of what it holds.
+"""The truncated singular value decomposition of one delta, with a certificate of its energy.
 
     strongest = decompose(delta, name="layers.3.feed_forward.w1.weight", rule=Rule(threshold=0.995), rank_max=64)
     stored = balanced(strongest, torch.bfloat16)
@@ -99,7 +99,10 @@ def decompose(
 
 
 def goal_for(shape: Sequence[int], total: float, rank: int, rule: Rule, rank_max: int) -> Goal:
-    """What a rank or a share of the energy ask of a delta of ``shape`` with the energy ``total``. Raises ValueError for other rules."""
+    """The goal that a rank or a share of the energy sets for a delta of ``shape``.
+
+    The delta's energy is ``total``. Raises ValueError for other rules.
+    """
     short = min(shape)
     if not rank and rule.share is None:
         raise ValueError(f"the rule {rule.name} is not about energy")
@@ -110,7 +113,7 @@ def goal_for(shape: Sequence[int], total: float, rank: int, rule: Rule, rank_max
 def conclude(
     products: Products, projection: Projection, method: Algorithm, goal: Goal, name: str, exponent: int
 ) -> Decomposition:
-    """The decomposition that ``projection`` is for ``goal``, of a delta that was scaled by 2^-``exponent``.
+    """Make ``projection`` a decomposition for ``goal``. The delta was scaled by 2^-``exponent``.
 
     The energies of the projection are on the CPU, its vectors on any device.
     """
@@ -220,7 +223,9 @@ def named_seed(seed: int, name: str) -> int:
 
 
 def safe_exponent(delta: Tensor, energy: float, name: str) -> int | None:
-    """The power of two at the delta's largest magnitude, 0 if products are safe as they are; None for all zero.
+    """The power of two at the delta's largest magnitude, to scale by.
+
+    0 if products are safe as they are; None for all zero.
 
     Raises NonFiniteError for NaN or infinity.
     """
@@ -246,7 +251,10 @@ def safe_exponent(delta: Tensor, energy: float, name: str) -> int | None:
 
 
 def scaled_by(delta: Tensor, exponent: int) -> Tensor:
-    """The delta with its largest magnitude near 1, exactly: two steps, since 2^-exponent may not be a float32."""
+    """Scale the delta exactly, so that its largest magnitude is near 1.
+
+    It takes two steps, since 2^-exponent may not be a float32.
+    """
     half = -exponent // 2
     return delta * 2.0**half * 2.0 ** (-exponent - half)
 

@@ -1,4 +1,4 @@
-"""What the singular values that were not computed must look like, from the energy they hold together.
+"""Bounds on singular values that were not computed, from the energy they hold together.
 
 All energies are squared singular values; "rank for an energy" is the fewest largest singular values whose
 squares add up to it.
@@ -23,7 +23,9 @@ def noise_edge(short: int, long: int) -> float:
 
 
 def noise_count(share: float, short: int, long: int) -> float:
-    """How many of the strongest singular values of a noise matrix [long, short] hold ``share`` of its energy.
+    """The number of singular values of a noise matrix that hold ``share`` of its energy.
+
+    They are the strongest of a matrix [long, short].
 
     From the Marchenko-Pastur density with beta = short / long and lambda = 1 + beta + 2 sqrt(beta) cos(phi):
     the energy above phi is (phi - sin(phi) cos(phi)) / pi, the count the integral of
@@ -55,7 +57,7 @@ def _power_law_rank(last: float, known: int, rest: float, need: float, short: in
 def rank_for_energy(
     energies: np.ndarray[tuple[int], np.dtype[np.float64]], total: float, target: float, shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Lower bound and best estimate of the rank that holds ``target`` of a matrix whose energy is ``total``.
+    """Bound and estimate the rank that holds ``target`` of a matrix's energy ``total``. The bound is from below.
 
     ``energies`` are its largest squared singular values, falling, which together hold less than ``target``.
     The bound is exact when they are: no later value exceeds the last known one. The estimate takes the rest

@@ -1,4 +1,4 @@
-"""The names of the rules that choose a rank, and what a threshold can be under each; `rules` defines them."""
+"""The names of the rules that choose a rank, and the thresholds of each. `rules` defines them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def share_of(rule: RuleName, threshold: float) -> float | None:
 
 
 def require_threshold(rule: RuleName, threshold: float | None) -> None:
-    """Raises UsageError for a ``threshold`` that the ``rule`` cannot mean, one too many or one too few; None is no threshold."""
+    """Raise UsageError for a ``threshold`` that does not suit the ``rule``.
+
+    It can be missing (None), superfluous, or out of range.
+    """
     if rule == "knee" and threshold is not None:
         raise UsageError("`rule=knee` has no threshold; leave out `rank_thresh`.")
     if rule in ("ratio", "abs") and threshold is None:

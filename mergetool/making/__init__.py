@@ -1,1 +1,1 @@
-"""From the outputs that a recipe file asks for to files: which of them are up to date, and the others in as few passes as possible."""
+"""Make a recipe's outputs: skip those that are up to date, make the others in few passes."""

@@ -1,4 +1,4 @@
-"""How the merges of a recipe are verified when they are made."""
+"""Verify the merges of a recipe as they are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which outputs of a recipe are made together: an output after those that it uses, and merges of the same models in one pass."""
+"""Group the outputs of a recipe into passes.
+
+An output comes after those that it uses; merges of the same models share a pass.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mergetool.recipe.schema import MergeOutput
 def passes(
     outputs: Sequence[RecipeOutput], place: Callable[[RecipeOutput], frozenset[str]]
 ) -> list[list[RecipeOutput]]:
-    """Put the outputs into passes, each after those that it uses.
+    """Put the outputs into passes, each after the outputs that it uses.
 
     Merges that can be made at the same time, have a model in common and are sharded alike are one pass; ``place`` gives the models of an
     output. A LoRA is a pass of its own.

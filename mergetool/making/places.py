@@ -1,4 +1,4 @@
-"""Where the models and outputs of a recipe are on this disk, and what an error about one of them has to do with the file."""
+"""Find a recipe's models and outputs on this disk, and put places in the file into errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class Places:
         return Target(self.folder / output.file, "folder" if output.is_folder else "file")
 
     def model(self, used: RecipeOutput | RecipeModel) -> str:
-        """The MODEL argument for a name: a relative path counts from the recipe's folder, unless it is a registered name."""
+        """The MODEL argument for a name.
+
+        A relative path counts from the recipe's folder, unless it is a registered name.
+        """
         if isinstance(used, RecipeOutput):
             return str(self.path(used))
         meaning = used.meaning
@@ -54,7 +57,7 @@ class Places:
         return meaning if not (place.exists() or "/" in meaning or "." in meaning) else str(place)
 
     def names(self, output: RecipeOutput) -> dict[str, str]:
-        """The MODEL arguments of all names that an output uses, and of its models that are expressions."""
+        """The MODEL arguments for all names that an output uses, those in its expressions included."""
         names = {name: self.model(used) for name, used in output.uses.items()}
         return names | {text: self._written(text, names) for text in output.computed}
 
@@ -70,7 +73,10 @@ class Places:
 
     @contextmanager
     def located(self, *outputs: RecipeOutput) -> Iterator[None]:
-        """Put the place in the recipe in front of an error's sentence: of the model or pattern that it names, else of the output."""
+        """Put the place in the recipe in front of an error.
+
+        It is the place of the model or pattern at fault, else of the output.
+        """
         try:
             yield
         except MergetoolError as error:

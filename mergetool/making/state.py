@@ -1,4 +1,4 @@
-"""Whether an output is there already, as it would be written now: the whole header, and so recipe, inputs, version and layout."""
+"""Decide whether an output is up to date, by its whole header. The header holds recipe, inputs, version and layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """``absent``; ``current``: what would be written is there; ``outdated``: something else is there, and ``why`` says what."""
+    """``absent``, ``current``, or ``outdated`` with the reason in ``why``.
+
+    A current output is as it would be written now.
+    """
 
     kind: Literal["absent", "current", "outdated"]
     why: str = ""
@@ -57,7 +60,7 @@ def of_merge(plan: Plan, target: Target, shard_size: int | None) -> State:
 
 
 def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
-    """The state of a LoRA: its ranks, and so its header, are known only when it is made, but its recipe and inputs are.
+    """Find the state of a LoRA by its recipe and inputs. Its ranks, and so its header, are known only when it is made.
 
     The file of whole differences has to say the same, and the checkpoint to be what both make of the base; directions decide nothing.
     """

@@ -1,4 +1,4 @@
-"""A recipe's outputs before they are made: which there are, in which passes, and each pass opened.
+"""A recipe's outputs before they are made: their order, their passes, and each pass opened.
 
 All outputs are surveyed before the first is begun, so that what can be known to fail fails before any work.
 """
@@ -37,7 +37,7 @@ from mergetool.recipe.schema import LoraOutput, MergeOutput
 
 @dataclass(frozen=True)
 class Task:
-    """One output: where it goes, what is there, and what makes it: None where an output that it uses has to be made first."""
+    """One output: its target, its state and its plan. The plan is None while an output that it uses is missing."""
 
     output: RecipeOutput
     target: Target
@@ -91,7 +91,7 @@ def places_for(recipe: RecipeFile, name: str | os.PathLike[str] | None) -> Place
 
 @dataclass
 class Survey:
-    """Every pass of a recipe, with the state of each output; models stay open, and each is opened and fingerprinted once."""
+    """Every pass of a recipe, with the state of each output. Models stay open; each is opened and fingerprinted once."""
 
     places: Places
     inputs: Inputs
@@ -105,7 +105,7 @@ class Survey:
         return [task for tasks in self.passes for task in tasks]
 
     def planned(self, tasks: Sequence[Task]) -> list[tuple[Task, Plan]]:
-        """The merges of a pass with their plans; what waited for other outputs is planned now."""
+        """The merges of a pass with their plans. Merges that waited for other outputs are planned now."""
         waiting = [task.output for task in tasks if task.is_merge and task.waits and id(task.output) not in self.late]
         self.late |= zip(map(id, waiting), self._plans(waiting), strict=True)
         return [
@@ -115,7 +115,7 @@ class Survey:
         ]
 
     def paired(self, task: Task) -> tuple[Pairing, DiffOptions]:
-        """A difference with its options; what waited for other outputs is opened now."""
+        """A difference with its options. A difference that waited for other outputs is opened now."""
         return task.opened if isinstance(task.opened, tuple) else self._pairing(task.output)
 
     def check_files(self, *, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Merge methods: what an expression can call, one family a module.
+"""Merge methods: the functions of an expression, one family a module.
 
 A method is a pure function of whole parameters (tensors of one shape), of the site they belong to, and of its own
 parameters. It registers itself with ``registry.method``, or ``registry.affine`` where it is a weighted sum.

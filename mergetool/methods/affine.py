@@ -1,4 +1,4 @@
-"""Methods that are a sum of their arguments with fixed factors: they become part of the expression's own arithmetic."""
+"""Methods that sum their arguments with fixed factors, in the expression's own arithmetic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def linear(
 def add_difference(
     count: int, *, alpha: Annotated[Fraction, Range(text="what the difference is multiplied by")] = Fraction(1)
 ) -> Sequence[Fraction]:
-    """Add to one model what another one has over a third.
+    """Add to one model the difference of two others.
 
     Formula: x1 + alpha * (x2 - x3)
     Source: "add difference" of the AUTOMATIC1111 checkpoint merger

@@ -1,4 +1,4 @@
-"""Methods that look at how far differences agree, element by element, before they add them up."""
+"""Methods that weigh differences by their agreement, element by element, and add them up."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def dropout(
     ] = "independent",
     seed: Seed = 0,
 ) -> Tensor:
-    """Drop elements of each difference at random, and average what is left. The average makes up for what was dropped.
+    """Drop elements of each difference at random, and average the rest. The average makes up for what was dropped.
 
     Formula: sum(m_k*d_k) / max(1, sum(m_k)) / P, P the probability that any is left: 1 - (1-density)^n independent, density exclusive
     Source: dropout of sd-mecha, after arXiv 2311.03099

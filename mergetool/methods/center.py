@@ -1,4 +1,4 @@
-"""Methods that find the middle of several models, or of several differences: each parameter is one point."""
+"""Methods that find the middle of models or differences, each parameter as one point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that go from one model towards another by an amount of its own for every element, row or column."""
+"""Methods that go from model to model by an amount for every element, row or column."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def train_difference(
     *,
     alpha: Annotated[float, Range(text="what the difference is multiplied by")] = 1.0,
 ) -> Tensor:
-    """Add what the second model learned over the third. More is added where the first lies far from the second.
+    """Add the second model's training beyond the third. More is added where the first lies far from the second.
 
     Formula: x1 + 1.8 * alpha * m * (x2 - x3) with m = abs(x1-x2) / (abs(x1-x2) + abs(x2-x3)), 0 where both are 0
     Source: trainDifference of SuperMerger; sd-mecha's train_difference_mask times the difference
@@ -100,7 +100,7 @@ def train_difference(
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 1.1)
 def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
-    """Take the elements of the second that matter most: those that changed much, in rows whose distribution changed much.
+    """Take the second model's elements that changed most, in the rows whose distribution changed.
 
     Formula: x2 where i >= median(i) + 1.5 * (q3(i) - q1(i)), else x1; i = abs(x2-x1) * KL(softmax(x2) || softmax(x1)) over rows, quartiles of the whole parameter
     Source: Arcee Fusion of mergekit

@@ -1,4 +1,4 @@
-"""The register of merge methods, and what one says about itself.
+"""The register of merge methods, and the description of each.
 
     @method(takes="deltas")
     def halves(tensors: Sequence[Tensor], site: Site, *, share: Share = 0.5) -> Tensor:
@@ -57,13 +57,16 @@ class Site:
     part: str
 
     def key(self, seed: int, argument: int = 0) -> int:
-        """The 64-bit key of the random numbers for one argument of a method here: no two parameters, nor arguments, share it."""
+        """The 64-bit key of the random numbers for one argument of a method here.
+
+        No two parameters, nor arguments, share it.
+        """
         return stream_key(seed, f"{self.part}\0{argument}")
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The bounds of a number, both included, and what it is."""
+    """The bounds of a number, both included, and its meaning."""
 
     low: float = -float("inf")
     high: float = float("inf")
@@ -79,7 +82,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a method: ``kind`` is float, int, bool, str (one of ``choices``) or tuple (numbers, one an argument)."""
+    """One parameter of a method.
+
+    ``kind`` is float, int, bool, str (one of ``choices``) or tuple (numbers, one an argument).
+    """
 
     name: str
     kind: type
@@ -160,7 +166,7 @@ class Method:
 
     @property
     def signature(self) -> str:
-        """As it is called: ``ties(delta1, delta2, ..., density=0.2)``."""
+        """The method with its parameters: ``ties(delta1, delta2, ..., density=0.2)``."""
         noun = {"models": "model", "deltas": "delta", "any": "x"}[self.takes]
         shown = [f"{noun}{i + 1}" if self.most != 1 else noun for i in range(self.least)]
         shown += ["..."] if self.most is None else [f"{noun}{i + 1}" for i in range(self.least, self.most)]
@@ -272,7 +278,7 @@ def _parameter(given: inspect.Parameter, hint: Any) -> Parameter:
 
 
 def methods() -> Mapping[str, Method]:
-    """Every method by name, those of installed packages too. Raises UsageError where one of these cannot be loaded."""
+    """Every method by name, with those of installed packages. Raises UsageError where one of these cannot be loaded."""
     listed, errors = listing()
     if errors:
         raise UsageError(errors[0])

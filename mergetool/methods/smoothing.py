@@ -1,4 +1,4 @@
-"""Methods that look at a parameter as at a picture: neighbours, and low and high frequencies."""
+"""Methods that treat a parameter as a picture, with neighbours and frequencies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def smooth_add_difference(
     *,
     alpha: Annotated[float, Range(text="what the smoothed difference is multiplied by")] = 1.0,
 ) -> Tensor:
-    """Add the difference of two models, without what stands alone, to a third.
+    """Add the difference of two models, without lone elements, to a third.
 
     Formula: x1 + alpha * G(M(x2 - x3)); M the median of every element and its neighbours, 3 along each dimension; G a Gaussian of deviation 1, 9 values along each dimension in turn
     Source: smoothAdd of SuperMerger

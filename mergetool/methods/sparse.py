@@ -1,4 +1,4 @@
-"""Methods that thin out each difference before they add them up, with or without an election of signs."""
+"""Methods that thin out each difference, then add them up, with or without elected signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merge methods keep of a difference: its largest elements, those without the very largest, or some at random.
+"""Thin out a difference: keep its largest elements, all but the largest few, or random ones.
 
 Everything works in place, and multiplies by 0 what it drops, so that what is not finite stays so.
 """
@@ -50,7 +50,10 @@ def keep(delta: Tensor, mask: Tensor) -> None:
 
 
 def trim(delta: Tensor, density: float) -> None:
-    """Keep the share of the elements that is largest by magnitude, exactly so many; of equal ones the first."""
+    """Keep the share ``density`` of elements that is largest by magnitude.
+
+    Exactly so many stay; of equal ones the first.
+    """
     if density < 1:
         keep(delta, largest(delta, count(density, delta.numel()), magnitude=True))
 

@@ -1,1 +1,1 @@
-"""The arithmetic contract and its implementations: cpu.py (torch, or compiled) and cuda.py (Triton)."""
+"""The arithmetic contract and its implementations. cpu.py uses torch, or compiled code; cuda.py uses Triton."""

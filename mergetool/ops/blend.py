@@ -1,4 +1,4 @@
-"""A whole program in one pass on the CPU, from stored elements to stored elements, for what is ordinary."""
+"""A whole program in one pass on the CPU, from stored elements to stored elements. It does the ordinary cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergetool_kernels import compiled
 
 
 class Blended(NamedTuple):
-    """A program's result as it is stored, with what was measured of it.
+    """A program's result as stored, with its measurements.
 
     That is its largest magnitude before storing, and what it did to the anchor where that was asked for.
     """

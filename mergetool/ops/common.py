@@ -1,4 +1,4 @@
-"""Several programs over the same elements: what they compute alike is computed once.
+"""Several programs over the same elements: compute their common values once.
 
 A sweep ``a + m * (b - c)`` over m takes the same difference for every m. Such a value becomes an operand more, which is kept in
 float32 while the programs run one after the other; each still goes through its own operations in its own order, so its result is,
@@ -44,7 +44,7 @@ class Shared:
 
 
 def share(programs: Sequence[Program], operands: int, costly: Collection[int] = ()) -> Shared:
-    """Find what several steps of ``programs`` need, to compute it once.
+    """Find the values that several steps of ``programs`` need, to compute them once.
 
     The programs load ``operands`` common operands. An operand is not worth keeping, since widening it again costs what copying it would,
     unless it is one of the ``costly`` ones.

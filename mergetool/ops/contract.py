@@ -1,4 +1,4 @@
-"""What the engine may ask of an implementation of the merge arithmetic.
+"""The contract of the merge arithmetic, for every implementation.
 
 An implementation works on one chunk of at most ``capacity`` elements at a time and keeps ``registers`` float32
 vectors. Every operation is one IEEE float32 operation per element, rounded to nearest even and never contracted with
@@ -20,7 +20,7 @@ class Ops(Protocol):
     """Float32 registers over one chunk of elements."""
 
     def load(self, register: int, raw: memoryview, dtype: DType) -> None:
-        """Set a register from the stored little-endian bytes of a chunk; its length becomes the chunk's."""
+        """Set a register from a chunk's stored little-endian bytes. The register's length becomes the chunk's."""
 
     def scale(self, register: int, factor: float) -> None:
         """Multiply a register by a float32 number."""

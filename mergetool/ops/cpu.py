@@ -104,7 +104,7 @@ class CpuOps:
 
     @contextmanager
     def writing(self, register: int, out: Floats) -> Iterator[None]:
-        """Make the register's elements those of ``out`` inside the ``with`` block.
+        """Let the register share its memory with ``out`` inside the ``with`` block.
 
         No others can be loaded there.
         """

@@ -1,4 +1,4 @@
-"""Rounding on CPU: float32 values to an output dtype in each of the three ways that ``ops.rounding`` defines.
+"""Rounding on the CPU: float32 to an output dtype in the ways that ``ops.rounding`` defines.
 
 numpy where unsigned integers are needed, torch for its conversions. Everything runs in place on buffers that stay in
 the cache; 0.1 ns an element a pass here (AMD EPYC 9004). Stochastic rounding is about 20 passes, most of them for the bits.
@@ -46,7 +46,7 @@ class Scratch:
 
 
 def nearest(values: Tensor, stored: Tensor, dtype: DType, *, safe: bool = False) -> int:
-    """Round float32 ``values`` to nearest even into ``stored``; returns how many were beyond the range.
+    """Round float32 ``values`` to nearest even into ``stored``. Returns how many were beyond the range.
 
     ``safe`` says that none is near its end, which saves a look at each.
     """
@@ -63,7 +63,7 @@ def nearest(values: Tensor, stored: Tensor, dtype: DType, *, safe: bool = False)
 def stochastic(
     values: Tensor, stored: Tensor, dtype: DType, rounding: Stochastic, scratch: Scratch, *, safe: bool = False
 ) -> int:
-    """Round float32 ``values`` stochastically into ``stored``; returns how many were beyond the range.
+    """Round float32 ``values`` stochastically into ``stored``. Returns how many were beyond the range.
 
     ``safe`` says that none is near its end, which saves a look at each.
     """
@@ -89,7 +89,9 @@ def stochastic(
 
 
 def error_feedback(values: Tensor, stored: Tensor, dtype: DType, rounding: ErrorFeedback) -> int:
-    """Round float32 ``values``, whole rows of them, with error feedback into ``stored``; returns how many were beyond.
+    """Round float32 ``values``, in whole rows, with error feedback into ``stored``.
+
+    Returns how many were beyond the range.
 
     Rows are independent, so a column of all rows is rounded at a time: 4 short operations, 5 us a column and 6 ns an
     element of 1092 rows of 3840 (AMD EPYC 9004). Needs ``4 + itemsize`` bytes an element while it runs.

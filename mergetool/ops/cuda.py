@@ -1,4 +1,4 @@
-"""The merge arithmetic on a CUDA GPU: the instructions of a chunk are recorded, and one fused kernel runs them.
+"""The merge arithmetic on a CUDA GPU: record a chunk's instructions, run one fused kernel.
 
 The kernel reads each stored byte once and writes each result once (see ``mergetool_kernels.blend``). Bytes cross to the
 device through pinned memory, on a stream of this instance's own, so instances in several threads overlap their copies
@@ -22,7 +22,7 @@ _LEAST, _MOST = 1e-30, 1e30
 
 
 class CudaOps:
-    """The ``Ops`` contract over one chunk in device memory; ``device`` "cpu" runs under Triton's interpreter.
+    """The ``Ops`` contract over one chunk in device memory. ``device`` "cpu" runs under Triton's interpreter.
 
     Holds two buffers an operand and two for the result, ``capacity`` elements each, one pinned and one on the device. A
     chunk begins with a load into register 0. Error feedback, which goes element by element, is left to the CPU. Raises
@@ -104,7 +104,7 @@ class CudaOps:
         return self.collect()
 
     def launch(self, register: int, dtype: DType, rounding: Nearest | Stochastic, first: int | None = None) -> None:
-        """Start what ``store`` does and return at once; `collect` waits for it."""
+        """Start a ``store`` and return at once; `collect` waits for it."""
         self._rounding = rounding
         program, base = list(self._program), None
         if first is not None:
@@ -139,7 +139,7 @@ class CudaOps:
         self.branches.add(result.branch)
 
     def collect(self) -> tuple[memoryview, int]:
-        """Wait for what `launch` stored, and count the elements beyond the range."""
+        """Wait for `launch`. Returns the stored bytes and the number of elements beyond the range."""
         if self._done is not None:
             self._done.synchronize()
         counts, sums = self._figures

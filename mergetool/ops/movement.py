@@ -1,4 +1,4 @@
-"""What a merge did to the anchor's elements, and how much of that the output's rounding let through."""
+"""The movement of the anchor's elements in a merge, and the share that rounding let through."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Movement:
 
     @property
     def projection(self) -> float:
-        """The share of the delta that came through: that of the stored delta along the wanted one; 1 where none was."""
+        """The share of the delta that was stored, along the wanted delta; 1 without a delta."""
         return self.kept_energy / self.delta_energy if self.delta_energy else 1.0
 
     def record(self) -> dict[str, int | float]:

@@ -1,4 +1,6 @@
-"""Sums, dot products and selections over whole tensors, the same on every device and any number of threads.
+"""Sums, dot products and selections over whole tensors, the same on every device.
+
+The number of threads changes nothing either.
 
 Products of float32 are exact in float64. They are added by halving, element by element, so that no library's order of
 summation, which differs between devices and versions, can show; what a merge method multiplies by is then the same number
@@ -82,7 +84,7 @@ def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """The sum of factor times tensor, in order, two roundings a term; in place of the tensors, which it overwrites."""
+    """The sum of factor times tensor, in order, with two roundings a term. It overwrites the tensors."""
     result = tensors[0].mul_(factors[0])
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
         result.add_(tensor.mul_(factor))
@@ -171,7 +173,7 @@ def _pieces(flat: Tensor, magnitude: bool) -> Iterator[Tensor]:
 
 
 def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
-    """A mask of exactly ``count`` elements: those that are largest.
+    """Mask the ``count`` largest elements.
 
     They are largest by value or by magnitude; of equal ones the first count. It has the shape of ``values``.
 
@@ -199,7 +201,9 @@ def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
 
 
 def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device, start: int = 0) -> Tensor:
-    """Random numbers in [0, 1), multiples of 2**-24, float32: those of a counter, which depend on the key and the place alone.
+    """Random float32 in [0, 1), multiples of 2**-24, that depend on the key and the place alone.
+
+    They are those of a counter.
 
     The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
     """

@@ -1,4 +1,4 @@
-"""How a float32 result becomes an element of the output dtype: to nearest, stochastically, or with error feedback.
+"""Round float32 to the output dtype: to nearest, stochastically, or with error feedback.
 
 Stochastic rounding takes 32 random bits an element from a counter: they depend on the seed, the tensor's name and the
 element's index alone, so the bytes are the same on any number of threads, in any chunks and on any device.
@@ -21,7 +21,9 @@ MODES: tuple[Mode, ...] = ("nearest", "stochastic", "error-feedback")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A binary floating-point format: stored bits of the mantissa, and the exponent of the smallest normal number.
+    """A binary floating-point format: stored mantissa bits, and its smallest normal exponent.
+
+    That is the exponent of the smallest normal number.
 
     The spacing of its numbers around v is ``2 ** (max(floor(log2(abs(v))), smallest) - mantissa)``.
     """

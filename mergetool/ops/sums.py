@@ -1,4 +1,4 @@
-"""Sums over models side by side, as a comparison wants them: compiled where that was built, with numpy elsewhere."""
+"""Sums over models side by side, for a comparison: compiled where possible, else numpy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAFE = 1e-30, 1e30  # outside, squares of float32 may have vanished or overflow
 
 
 def is_read(stored: Stored) -> bool:
-    """Whether `side_by_side` takes such elements as they are stored; others must be made float32 before."""
+    """Whether `side_by_side` takes elements as they are stored. Others must be made float32 before."""
     return (stored.dtype is F32 and stored.factor == 1) or kind_of(stored.dtype) is not None
 
 

@@ -1,4 +1,4 @@
-"""The one table of options: every row has a name, a kind, a default and a line of help, and every face is made from it.
+"""The one table of options: name, kind, default and help of each, for every face.
 
 A row is a field of a dataclass, ``rank_max: Annotated[int | None, Option("...", Whole())] = None``. Groups of rows stand here
 (`merging`, `differences`, `running`); a request of the API is a class that has them as its bases. The command line makes its options

@@ -1,4 +1,4 @@
-"""What decides the bytes of a LoRA that is made of others."""
+"""The options that decide the bytes of a LoRA made of others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SelectionOptions(BudgetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LookUpOptions(Table):
-    """The options for where names are looked up."""
+    """The options for the model among whose parts names are looked up."""
 
     model: Annotated[
         str | None,
@@ -93,7 +93,7 @@ class SumOptions(SelectionOptions, LookUpOptions):
 
     @property
     def stored(self) -> DType | None:
-        """The dtype of the stored factors; None for what each came in."""
+        """The dtype of the stored factors; None keeps each factor's own."""
         return None if self.dtype is None else FACTORS[self.dtype]
 
 

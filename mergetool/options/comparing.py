@@ -1,4 +1,4 @@
-"""What a comparison of two models measures, and what it is held against."""
+"""The options of a comparison: its measurements, its reference, its conditions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _CONDITION = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """``metric`` of ``group``, of all parts without one, above or below ``limit``: what must not be."""
+    """A ``metric`` of ``group`` above or below ``limit``; a comparison fails where it holds.
+
+    Without a ``group`` it is of all parts.
+    """
 
     group: str | None
     metric: str

@@ -1,4 +1,4 @@
-"""What decides the bytes of a difference LoRA besides its models."""
+"""The options that decide the bytes of a difference LoRA, besides its models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class BudgetOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class SecondOptions(Table):
-    """The options for what is taken of two differences."""
+    """The options for a difference with a second variant."""
 
     variant2: Annotated[
         str | os.PathLike[str] | None,
@@ -122,7 +122,7 @@ class FileOptions(Table):
 
     @property
     def beside(self) -> dict[str, str]:
-        """The files that are asked for beside the LoRA, by the options' names."""
+        """The files to write beside the LoRA, by the options' names."""
         places = {name: getattr(self, name) for name in ("spectra", "full", "checkpoint")}
         return {name: os.fspath(place) for name, place in places.items() if place is not None}
 
@@ -184,7 +184,7 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
 
     @property
     def share(self) -> float | None:
-        """The share of each matrix's energy that has to be kept; None where ranks are chosen otherwise."""
+        """The share of each matrix's energy to keep; None where ranks are chosen otherwise."""
         return None if self.rank or self.budget else share_of(self.rule, self.threshold)
 
     def check(self) -> None:

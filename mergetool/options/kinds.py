@@ -1,4 +1,4 @@
-"""What the value of an option can be: how it is checked, and how it is read from text.
+"""The kinds of values: how an option's value is checked, and how it is read from text.
 
 ``value`` takes what a program gives, or text, and returns the one form in which the library sees it. Raises ValueError, whose text says what is
 wanted, in words that follow "has to be".
@@ -27,7 +27,10 @@ MOST = 2**31 - 1
 
 
 class Kind(ABC):
-    """The kind of an option's value; ``metavar`` stands for it in a line of help, ``many`` that it can be given more than once."""
+    """The kind of an option's value.
+
+    ``metavar`` stands for it in a line of help; ``many`` lets it be given more than once.
+    """
 
     metavar = "TEXT"
     many = False
@@ -41,7 +44,7 @@ class Kind(ABC):
         return list(value) if isinstance(value, tuple) else value
 
     def read(self, text: str | Sequence[str]) -> Any:
-        """`value` of what was typed: one text, or a list of them where there can be ``many``."""
+        """The `value` of typed text: one text, or a list of them where there can be ``many``."""
         return self.value(text)
 
 
@@ -59,7 +62,7 @@ class Flag(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class String(Kind):
-    """Any text but an empty one, of which ``metavar`` says what it is; ``empty`` allows that too."""
+    """Any text but an empty one, unless ``empty`` allows it. ``metavar`` describes it."""
 
     metavar: str = "TEXT"
     empty: bool = False
@@ -72,7 +75,10 @@ class String(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelName(String):
-    """A model: a registered name, a path, an address, ``lab.NAME``, or an expression of those unless it has to be ``stored``."""
+    """A model: a registered name, a path, an address, ``lab.NAME``, or an expression of those.
+
+    A ``stored`` one cannot be an expression.
+    """
 
     metavar: str = "MODEL"
     stored: bool = False
@@ -83,7 +89,7 @@ class ModelName(String):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class File(Kind):
-    """A path of a file or folder; ``ending`` is that of a file to be written."""
+    """A path of a file or folder; a file to write has the given ``ending``."""
 
     metavar: str = "PATH"
 
@@ -97,7 +103,7 @@ class File(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OutputPath(Kind):
-    """The name of what is written, as it was typed: a slash at its end says folder."""
+    """The name of an output, as typed: a slash at its end makes it a folder."""
 
     metavar: str = "OUT"
 
@@ -114,7 +120,10 @@ def _folded(word: str) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Choice(Kind):
-    """One of some words, in capitals or not, with ``-`` or ``_``; ``known`` is a function where a register knows them."""
+    """One of some words, in capitals or not, with ``-`` or ``_``.
+
+    ``known`` is a function where a register knows them.
+    """
 
     known: tuple[str, ...] | Callable[[], Sequence[str]]
     metavar: str = "WORD"
@@ -171,7 +180,7 @@ class Integer(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Number(Kind):
-    """A finite number: above ``above``, at least ``least``, at most ``most`` where they are given."""
+    """A finite number: above ``above``, at least ``least``, at most ``most``. Each bound is optional."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -262,7 +271,7 @@ class Models(Patterns):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Settings(Kind):
-    """Multipliers by group: a mapping, or texts such as ``layers=linear(0.2,1)``; a later one wins."""
+    """Multipliers by group: a mapping, or texts like ``layers=linear(0.2,1)``; the last wins."""
 
     metavar: str = "GROUP=MULT"
     many = True
@@ -301,7 +310,7 @@ class NamedModels(Kind):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loras(Kind):
-    """LoRAs with their strengths: a mapping of paths to numbers, or texts such as ``style.safetensors:0.8``."""
+    """LoRAs with strengths: a mapping of paths to numbers, or ``style.safetensors:0.8``."""
 
     metavar: str = "LORA[:STRENGTH]"
     many = True
@@ -355,7 +364,9 @@ def with_strengths(texts: Sequence[str]) -> list[tuple[str, Fraction]]:
 
 
 def with_strength(text: str) -> tuple[str, Fraction]:
-    """The path and the strength of ``LORA[:STRENGTH]``; a colon is part of the path unless a number follows, or a file of the whole name exists.
+    """The path and the strength of ``LORA[:STRENGTH]``.
+
+    A colon is part of the path unless a number follows, or where a file of the whole name exists.
 
     Example: ``style.safetensors:-0.3`` gives ``("style.safetensors", Fraction(-3, 10))``. Raises UsageError for a strength that is
     not finite or no number, and where both readings name a file.

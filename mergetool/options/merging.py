@@ -1,4 +1,4 @@
-"""What decides the bytes of a merge besides its expression."""
+"""The options that decide the bytes of a merge, besides its expression."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ContainerOptions(Table):
 
     @property
     def stored(self) -> DType | None:
-        """The dtype that was asked for."""
+        """The dtype for the output, if chosen."""
         return dtypes.output_dtype(self.dtype)
 
 

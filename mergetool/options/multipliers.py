@@ -23,7 +23,9 @@ _GRADIENT = re.compile(r"(?P<shape>[A-Za-z]+)\s*\((?P<first>[^(),]*),(?P<last>[^
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """A multiplier over depth: block number n of a stack whose selected blocks are numbered n0 to n1 lies at x = (n - n0) / (n1 - n0).
+    """A multiplier over depth: it runs along a stack's blocks from ``first`` to ``last``.
+
+    Block number n of a stack whose selected blocks are numbered n0 to n1 lies at x = (n - n0) / (n1 - n0).
 
     ============  =======================================  ==========================
     ``linear``    first + (last - first) * x               a straight line
@@ -59,7 +61,7 @@ Setting = tuple[str, Multiplier]
 
 
 def parse_setting(text: str) -> Setting:
-    """The setting that ``text`` spells: ``GROUP=MULT``, ``GROUP=linear(0.2,1)``, ``preset:NAME`` or ``preset:NAME=MULT``.
+    """Read ``GROUP=MULT``, ``GROUP=linear(0.2,1)``, ``preset:NAME`` or ``preset:NAME=MULT``.
 
     Example: ``layers=linear(0.2,1)`` gives ``("layers", Gradient("linear", Fraction(1, 5), Fraction(1)))``. Raises UsageError.
     """
@@ -104,7 +106,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def number(value: Fraction) -> str:
-    """An exact factor as text that reads back to the same fraction: decimal where finite, else ``p/q``."""
+    """An exact factor as text that reads back the same: decimal where finite, else ``p/q``."""
     if value.denominator == 1:
         return str(value.numerator)
     rest = value.denominator

@@ -1,4 +1,4 @@
-"""What is asked of the sampler: its two stages, the parts beside them, prompts, seeds and sizes."""
+"""The options of the sampler: two stages, the parts beside them, prompts, seeds and sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOST_SEEDS = 10_000
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Guidance(Number):
-    """Guidance as diffusers counts it, from 0; what is below it is a matter of ``cfg``."""
+    """Guidance as diffusers counts it, from 0. Smaller scales are a matter of ``cfg``."""
 
     least: float = 0
     most: float = 1e4

@@ -1,4 +1,4 @@
-"""How something is run: none of these options changes a byte of what is made."""
+"""The options of a run: none of them changes a byte of an output."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class WriteOptions(OverwriteOptions):
 
 
 def require_output(output: object, *, dry_run: bool) -> None:
-    """Raises UsageError where no output is named and something is to be written."""
+    """Raise UsageError where a run has to write and no output has a name."""
     if output is None and not dry_run:
         raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ShardOptions(Table):
-    """Into how many files a model is written."""
+    """The options for the number of files of a model."""
 
     shard_size: Annotated[
         int | str | None, Option(help="Write a folder of shards no larger than this, as in 5GB.", kind=Size())

@@ -1,4 +1,4 @@
-"""What the sampler knows by name: samplers, schedulers, meanings of strength, presets."""
+"""The sampler's words: samplers, schedulers, meanings of strength, presets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ MODEL_SHIFT = 3.0
 
 @dataclass(frozen=True, slots=True)
 class StagePreset:
-    """Settings of a stage that belong together; ``cfg`` as ComfyUI counts it, ``shift`` None for the model's own."""
+    """Settings of a stage that belong together.
+
+    ``cfg`` counts as in ComfyUI; a ``shift`` of None is the model's own.
+    """
 
     steps: int
     cfg: float

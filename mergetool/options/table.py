@@ -1,4 +1,7 @@
-"""Rows of the table, the base of the dataclasses whose fields they are, and how a face spells an option in a sentence."""
+"""The rows of the table of options, the dataclasses that hold them, and their spelling.
+
+Every face spells an option in its own way in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Row:
-    """One option of a class of options: its name, its default (``dataclasses.MISSING`` for none), and what `Option` says."""
+    """One option of a class: its name, its default and its `Option`. ``dataclasses.MISSING`` stands for no default."""
 
     name: str
     initial: Any
@@ -70,7 +73,7 @@ class Row:
             raise sentence(self.name, given, str(wanted)) from None
 
     def read(self, typed: Any) -> Any:
-        """`value` of what was typed. Raises UsageError."""
+        """The `value` of typed text. Raises UsageError."""
         try:
             return self.option.kind.read(typed)
         except ValueError as wanted:
@@ -78,7 +81,10 @@ class Row:
 
 
 class Table:
-    """The base of a dataclass whose fields are rows: each value is checked and brought to its one form when an instance is made."""
+    """The base of a dataclass of rows.
+
+    It checks each value, and brings it to its one form, when an instance is made.
+    """
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that is not what its option takes, and for values that contradict each other."""
@@ -87,11 +93,14 @@ class Table:
         self.check()
 
     def check(self) -> None:
-        """Raises UsageError for values that contradict each other; every class of options adds its own to its bases'."""
+        """Raise UsageError for values that contradict each other.
+
+        Every class of options adds its own checks to its bases'.
+        """
 
 
 def rows(table: Any) -> Mapping[str, Row]:
-    """The rows of a dataclass by their names: its own, then those of each of its bases, in the order of both."""
+    """The rows of a dataclass by name: its own, then those of each base, in the order of both."""
     return _rows(table)
 
 
@@ -114,7 +123,7 @@ def _rows(table: Any) -> Mapping[str, Row]:
 
 
 def named(name: str, table: type = Table) -> Row | None:
-    """The row of that name in one of the tables that are loaded; spelling is the same in all that have it."""
+    """The row of that name in a loaded table. All tables spell a name alike."""
     if name in rows(table):
         return rows(table)[name]
     below: list[type] = type.__subclasses__(table)
@@ -171,7 +180,7 @@ def first_named(text: str, known: Mapping[str, Row]) -> Row | None:
 
 
 def refuse_together(given: Mapping[str, bool], why: str) -> None:
-    """Raises UsageError where more than one of ``given`` options is there; ``why`` ends the sentence."""
+    """Raise UsageError where more than one of the ``given`` options is set. ``why`` ends the sentence."""
     there = [f"`{name}`" for name, is_there in given.items() if is_there]
     if len(there) > 1:
         raise UsageError(f"{' and '.join(there)} contradict each other; {why}.")

@@ -1,4 +1,4 @@
-"""How a result is verified: to which depth its bytes, and by which pictures."""
+"""The options of a verification: its depth, and its pictures."""
 
 from __future__ import annotations
 

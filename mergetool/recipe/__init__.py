@@ -1,1 +1,1 @@
-"""From the text of a merge to a complete plan: expression (text to typed graph) and plan (graph and headers)."""
+"""A merge from text to plan: the text becomes a typed graph; with headers, a plan."""

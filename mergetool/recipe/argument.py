@@ -1,4 +1,7 @@
-"""A MODEL argument: a name, a path, an address, or an expression, which is told from those by the rules of merges."""
+"""A MODEL argument: a name, a path, an address, or an expression.
+
+The rules of merges tell an expression from the others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _MINUS = re.compile(r"\s-\s")
 
 
 def expression_of(text: str) -> Expression | None:
-    """The merge that a MODEL argument is; None for a name, a path or an address, whether it leads anywhere or not.
+    """Read a MODEL argument as a merge. None for a name, path or address, whether it exists or not.
 
     What exists under the text as it stands is that. Raises ExpressionError for a text that can only be meant as a merge and is none.
     """
@@ -39,7 +42,10 @@ def _is_there(text: str) -> bool:
 
 
 def is_meant(text: str) -> bool:
-    """Whether what can be read as operations is one, and not the path of nothing: ``z-imag``, ``old - model (1).safetensors``."""
+    """Whether a text with operators is a merge, not a mistyped path.
+
+    Examples of paths: ``z-imag``, ``old - model (1).safetensors``.
+    """
     if _SPACED.search(text) or "'" in text or '"' in text:
         return True
     is_file = text.strip().lower().endswith(models.FILE_SUFFIXES)
@@ -48,6 +54,9 @@ def is_meant(text: str) -> bool:
 
 
 def anchor_of(text: str) -> str:
-    """The model whose folder stands for a MODEL argument's: itself, of an expression the first that it may be a change of."""
+    """The model whose folder stands for a MODEL argument's.
+
+    That is the model itself, or an expression's first possible anchor.
+    """
     expression = expression_of(text)
     return text if expression is None else anchor_of(expression.anchor)

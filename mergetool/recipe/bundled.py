@@ -1,4 +1,4 @@
-"""What becomes of the tensors that a file bundles with its model: the option ``bundled``.
+"""The option ``bundled``: keep, drop or merge the tensors beside the model in a file.
 
 * ``keep``: those of the anchor are copied bit for bit, whatever dtype or container the model gets; GGUF blocks, which a safetensors file cannot hold,
   become BF16;

@@ -1,4 +1,6 @@
-"""Method calls in expressions: ``ties(a - base, b - base, density=0.2)``, read and checked against the register of methods.
+"""Read method calls in expressions, and check them. An example is ``ties(a - base, b - base, density=0.2)``.
+
+The register of methods says which calls are right.
 
 A method of differences also takes models and the one that they are compared with: ``ties(a, b, base=c, density=0.2)`` means
 ``c + ties(a - c, b - c, density=0.2)``.

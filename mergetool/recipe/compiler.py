@@ -1,4 +1,4 @@
-"""From an expression's normal form to the program that an engine runs on one tensor."""
+"""Compile an expression's normal form to the program that an engine runs on one tensor."""
 
 from __future__ import annotations
 

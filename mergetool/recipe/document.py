@@ -1,4 +1,4 @@
-"""The text of a recipe file as a tree of values that know where they stand: YAML, of which only data is let through.
+"""The text of a recipe file as a tree of values with places. It is YAML of which only data is accepted.
 
 PyYAML reads the characters and gives the events; nothing else of it is used, so no tag can make an object and no number is read by
 YAML 1.1's rules. A plain ``yes``, ``on``, ``1:30`` or ``0x10`` is text here; ``true``, ``false``, ``null`` and decimal numbers are what they
@@ -36,7 +36,7 @@ _WORDS: dict[str, Scalar] = {"": None, "~": None, "null": None, "true": True, "f
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A character of a recipe file, counted from 1 as editors do; prints as ``FILE:LINE:COLUMN``."""
+    """A character of a recipe file, counted from 1 as editors do. It prints as ``FILE:LINE:COLUMN``."""
 
     source: str
     line: int
@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value and its place: a scalar, a list of nodes, or a mapping of texts to nodes whose keys have places too.
+    """A value and its place: a scalar, a list of nodes, or a mapping of texts to nodes. Keys have places too.
 
     ``typed`` is a number as it was typed. ``places`` are those of a text's characters, for as many as are known.
     """

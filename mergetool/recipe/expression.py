@@ -90,7 +90,10 @@ class Expression:
         return replace(self, arithmetic=canonical(self.graph, contents))
 
     def as_written(self, first: str) -> Expression:
-        """The expression of an output that records no anchor: ``first`` of its inputs is it, and the text's order counts."""
+        """The expression of an output that records no anchor: ``first`` of its inputs is it. The text's order counts.
+
+        ``first`` is one of its inputs.
+        """
         return replace(self, anchors=(first,), arithmetic=self.graph, records_anchor=False)
 
     def render(self, names: Mapping[str, str]) -> str:
@@ -99,7 +102,7 @@ class Expression:
 
 
 def parse(text: str, known: Collection[str] = ()) -> Expression:
-    """Read ``text`` as a merge; ``known`` are the registered names, for the advice to quote ``z-image``.
+    """Read ``text`` as a merge. ``known`` are the registered names, for the advice to quote ``z-image``.
 
     Example: ``parse("a + 20*(b - c)").graph`` prints as ``a + 20*(b - c)``.
 

@@ -1,4 +1,4 @@
-"""A recipe file: from its bytes to the outputs it asks for, each with its variables put in, before any model is opened.
+"""A recipe file, from bytes to outputs with variables put in, before any model is opened.
 
     recipe = load(Path("bridge.yaml"), ["m=20"])
     for output in recipe.outputs:
@@ -106,7 +106,7 @@ class RecipeModel:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe file that was read: its models, and what it asks for, every output after those that it uses."""
+    """A recipe file as read: its models and its outputs, each output after those that it uses."""
 
     path: Path
     models: Mapping[str, RecipeModel]
@@ -136,7 +136,7 @@ def read(raw: bytes, path: Path, settings: Sequence[str] = ()) -> RecipeFile:
 
 
 def options_of(table: type[T], output: RecipeOutput, names: Mapping[str, str]) -> T:
-    """The options of an output that belong to ``table``; ``names`` are the MODEL arguments that its names stand for.
+    """The options of an output that belong to ``table``. ``names`` maps its names to MODEL arguments.
 
     Raises RecipeError, at the key that is wrong.
     """

@@ -34,7 +34,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The change that a LoRA makes, by the name or path it was given: of degree 0, like a difference of models."""
+    """The change that a LoRA makes, by its name or path. Its degree is 0, like a difference of models."""
 
     name: str
 
@@ -95,7 +95,7 @@ class Sum:
                     yield from argument.calls()
 
     def without(self, loras: Collection[str]) -> Sum:
-        """The sum with the LoRAs of these names taken for zero; so is a method call of which nothing else is left."""
+        """The sum with these LoRAs taken for zero. A method call of which nothing else is left is zero too."""
         kept = []
         for term in self.terms:
             operand = term.operand
@@ -154,7 +154,10 @@ def add(left: Sum, right: Sum) -> Sum:
 
 
 def normal(value: Sum) -> Sum:
-    """``value`` with repeated operands added up and opposite ones paired; a model that it begins with in parentheses is no operand of its own."""
+    """Add up repeated operands of ``value`` and pair opposite ones.
+
+    A model in parentheses at its beginning is no operand of its own.
+    """
     terms = _collect(value.terms)
     while terms and terms[0].factor == 1 and isinstance(terms[0].operand, Sum) and terms[0].operand.degree() != 0:
         terms = _collect(terms[0].operand.terms + terms[1:])
@@ -201,7 +204,7 @@ def _pair(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 
 def own_factors(value: Sum, factor: Fraction = Fraction(1)) -> dict[str, Fraction]:
-    """The factor of every model outside differences, in the order of the terms; a method counts as its first argument.
+    """The factor of every model outside differences, in the order of the terms. A method counts as its first argument.
 
     Example: 1 of ``a`` alone in ``a + 20*(b - c)``; 1 of ``a``, 1 of ``b`` and -1 of ``c`` in ``a + b - c``.
     """

@@ -1,4 +1,4 @@
-"""Multipliers by group, resolved against a model: that of a part is that of the last setting that selects it."""
+"""Multipliers by group, resolved against a model. The last setting that selects a part decides its multiplier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mergetool.options.multipliers import PRESET, Gradient, Setting, parse_setti
 
 
 def expand(settings: Sequence[Setting], family: Family) -> tuple[Setting, ...]:
-    """``settings`` with every preset replaced by what it stands for. Raises UsageError for a preset the family does not have."""
+    """Replace every preset in ``settings`` by its own settings.
+
+    Raises UsageError for a preset the family does not have.
+    """
     expanded: list[Setting] = []
     for pattern, multiplier in settings:
         if not pattern.startswith(PRESET):

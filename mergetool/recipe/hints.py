@@ -1,4 +1,7 @@
-"""Slips that people make in expressions, and the text that was meant: a path without quotes, a decimal comma, a per cent sign, a factor without ``*``."""
+"""Recognise slips in expressions, and suggest the right text.
+
+Slips are a path without quotes, a decimal comma, a per cent sign, a factor without ``*``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which of the anchor's metadata travels into the output: all of it but what would be false there, and what is ours.
+"""Choose the metadata of the anchor that travel into the output.
+
+All do that stay true, except mergetool's own, which are written anew.
 
 Configs, licences and model specs are needed to load and to pass on what was made of a model. Nothing that is left out is left out in silence.
 """
@@ -54,7 +56,7 @@ def travelling(first: Input, outputs: Collection[str], *, changed: bool) -> tupl
 
 
 def disagreements(inputs: Sequence[Input], carried: Mapping[str, str]) -> list[str]:
-    """Warn of models whose metadata contradict those that travel, or have another licence."""
+    """Warn of models whose metadata contradict ``carried``, or have another licence."""
     first, sentences = inputs[0], []
     for model in (model for model in inputs[1:] if not model.is_lora):
         theirs = model.checkpoint.metadata

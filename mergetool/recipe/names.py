@@ -1,4 +1,4 @@
-"""The names in an expression of a recipe: where each stands, what it stands for, and where an error is in the file.
+"""Resolve the names in a recipe's expression, and trace errors back to the file.
 
 A name is a variable, a model of the recipe, an earlier output, or ``lab.NAME``. Variables are put in as the numbers that were typed
 before the expression is read, so ``0.1*m`` is exact; the rest of the text stays as it is, so that a column in an error of
@@ -43,7 +43,7 @@ class Variable:
 
 
 def names_in(text: str) -> list[Name]:
-    """Every name of an expression, in its order; none of a text that is no expression, which `parse` then says."""
+    """List every name of an expression, in order. The list is empty for a broken expression, which `parse` reports."""
     try:
         source = one_line(text)
         begin = len(source) - len(source.lstrip())
@@ -119,7 +119,7 @@ def replaced(text: str, by: Mapping[Name, str]) -> Replaced:
 
 
 def with_variables(node: Node, variables: Mapping[str, Variable]) -> Replaced:
-    """The text of an expression's node with every variable put in: a number as it is, a text as the model it names."""
+    """Put every variable into an expression's text: numbers as typed, texts as models."""
     assert isinstance(node.value, str)
     by = {}
     for name in names_in(node.value):

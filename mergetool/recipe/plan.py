@@ -1,4 +1,4 @@
-"""A merge resolved against real headers: what happens to every tensor, before any tensor is read.
+"""A merge resolved against real headers: every tensor's fate, before any tensor is read.
 
 Policy, for every part (a parameter under its canonical name) of the anchor:
 
@@ -71,7 +71,7 @@ class Plan:
         return max((s.program.registers for t in self.tensors for s in t.steps if s.program), default=1)
 
     def remarks(self) -> list[str]:
-        """What another operation that reads the result should know: the warnings, and what is not in it."""
+        """Remarks for an operation that reads the result: the warnings, and the missing tensors."""
         left = [f"{len(self.left_out)} left out, {name} ({reason})" for name, reason in self.left_out[:1]]
         return [*self.warnings, *left]
 
@@ -93,7 +93,9 @@ def plan_merge(
     fingerprints: Mapping[str, str] | None = None,
     noise: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
-    """Resolve ``expression`` against the opened ``inputs`` (the anchor in front; that of ``keep_from`` may come last).
+    """Resolve ``expression`` against the opened ``inputs``.
+
+    The anchor is in front; the model of ``keep_from`` may come last.
 
     ``fingerprints`` maps input names to content fingerprints for the metadata; without them a placeholder of the same
     length is planned. ``noise`` maps the names of quantised inputs to the share of rounding noise in their weights, for

@@ -1,4 +1,4 @@
-"""What a merge writes about itself into its output: enough to do it again, nothing about where or when it was done."""
+"""The record of a merge in its output: enough to repeat it, without paths, hosts or times."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64
 def metadata(
     expression: Expression, inputs: Sequence[Input], options: MergeOptions, fingerprints: Mapping[str, str]
 ) -> dict[str, str]:
-    """The ``__metadata__`` of a merge: recipe, inputs with their content fingerprints, and version.
+    """Make the ``__metadata__`` of a merge: recipe, version, and inputs with fingerprints.
 
     Names are written by `names_of`, so that no path is published; ``fingerprints`` are those of the files.
     """
@@ -51,7 +51,10 @@ def metadata(
 
 
 def names_of(inputs: Iterable[Input]) -> dict[str, str]:
-    """How each of ``inputs`` is written in a record: a file by `display_names`, a model that is an expression as that, over those names."""
+    """Choose the name of each of ``inputs`` in a record.
+
+    A file gets its `display_names`, an expression is written over those names.
+    """
     leaves, computed = [], []
     waiting = list(inputs)
     for model in waiting:
@@ -68,7 +71,10 @@ def names_of(inputs: Iterable[Input]) -> dict[str, str]:
 
 
 def files_of(inputs: Iterable[Input], fingerprint: Callable[[Input], str]) -> list[tuple[str, str]]:
-    """The display name and the fingerprint of every file that ``inputs`` are made of, each once; those of expressions last, by name."""
+    """List the display name and fingerprint of every file behind ``inputs``, each once.
+
+    Files of expressions come last, by name.
+    """
     inputs = list(inputs)
     names = names_of(inputs)
     leaves = {model.name: model for model in inputs if model.plan is None}
@@ -135,7 +141,7 @@ def _text(value: object) -> str:
 
 
 def changes(stored: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
-    """Name what would be written otherwise now in an output's metadata.
+    """Name the differences between an output's ``stored`` and ``planned`` metadata.
 
     Version, inputs and recipe are each put in words.
 

@@ -1,4 +1,4 @@
-"""Which weights of an output are quantised, and when a quantised weight can be copied as it is.
+"""Choose the weights of an output to quantise, and those to copy as they are quantised.
 
 With ``quant`` these become quantised: where the anchor's file is in a container that can be written, the weights that it has
 quantised; else the matrices of attention and feed-forward with both sides of at least 64, outside the refiners. Everything else stays in high precision:
@@ -22,7 +22,7 @@ _IN_WORDS = {"ffn": "feed-forward", "double": "double blocks", "single": "single
 
 
 def policy(family: Family) -> str:
-    """Which weights of ``family`` are quantised, in words."""
+    """Say in words which weights of ``family`` are quantised."""
     groups = " and ".join(_IN_WORDS.get(group, group) for group in sorted(family.quantised))
     apart = f", {_IN_WORDS.get(family.kept, family.kept)} apart" if family.kept else ""
     return f"matrices of {groups} with sides of at least {SMALLEST_SIDE}{apart}"
@@ -59,7 +59,7 @@ def is_quantised(
 
 
 def layout_of(anatomy: Anatomy, wanted: str | None) -> str | None:
-    """The layout of a quantised output, None for the anchor's own; raises UsageError for one it cannot have."""
+    """The layout of a quantised output, None for the anchor's own. Raises UsageError for an impossible one."""
     needed = anatomy.family.quantised_layout
     if needed is None:
         return wanted
@@ -78,7 +78,9 @@ def rounded_to(stored: str) -> str:
 def copied(
     name: str, parts: Sequence[Part], steps: Sequence[Step], inputs: Sequence[Input], quantiser: Quantiser
 ) -> list[OutputTensor] | None:
-    """The stored tensors of an untouched weight under its output name, scales and all; None where it has to be written anew.
+    """The stored tensors of an untouched weight under its output name, scales included.
+
+    None where the weight has to be written anew.
 
     It is untouched when every part of it is kept, from one model, whose file has exactly these parts in one weight of the output's container.
     """

@@ -25,7 +25,7 @@ _BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 def quote(name: str) -> str:
-    """A model name as it must be written in an expression: bare where that can be read back, else in quotes."""
+    """Write a model name for an expression: bare where that reads back the same, else in quotes."""
     if _BARE_NAME.fullmatch(name) and not any(keyword.iskeyword(part) for part in name.split(".")):
         return name
     return in_quotes(name)
@@ -56,7 +56,7 @@ def one_line(text: str) -> str:
 
 
 def syntax_tree(text: str) -> ast.Expression:
-    """The tree of Python's grammar for an expression; what is in quotes are the names themselves.
+    """Parse an expression by Python's grammar. Texts in quotes are names.
 
     Places in the tree are those of ``text`` in UTF-8. Raises ExpressionError for quotes that do not close or stand side by side, and what
     `ast.parse` raises.

@@ -1,4 +1,4 @@
-"""What may stand in a recipe file: the keys, their types and what they mean, as pydantic models and as a JSON schema.
+"""The keys of a recipe file, their types and meanings, as pydantic models and a JSON schema.
 
 The keys of an output are made from the rows of the table of options: a row says its key, its type, its default and what it does, and refuses a value
 with the sentence of every face. `docs/recipes.md` has them with examples. Texts in an output may hold ``{NAME}`` for the value of a
@@ -115,7 +115,7 @@ def _of(*tables: type[Table]) -> Any:
 
 
 class PicturesSpec(_of(LookOptions)):  # type: ignore[misc]
-    """The look of `mergetool verify` at an output; its defaults stand for what is left out."""
+    """The look of `mergetool verify` at an output; missing keys take its defaults."""
 
 
 class DiffSpec(_of(DiffOptions)):  # type: ignore[misc]
@@ -178,7 +178,7 @@ class OneLora(Heading, LoraOutput):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors: what it accepts has the right keys and types, no more."""
+    """The JSON schema of a recipe file, for editors. It checks keys and types only."""
     from pydantic.json_schema import models_json_schema
 
     kinds = (OneMerge, SeveralOutputs, OneLora)

@@ -1,4 +1,4 @@
-"""LoRAs that are added in one sum as one operand: their factors side by side make one product instead of several."""
+"""The LoRAs of one sum as one operand: factors side by side make one product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is made of: the inputs, where their elements are, and the steps that fill each output tensor."""
+"""The pieces of a plan: inputs, places of their elements, and steps that fill tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COPY = Program((Load(0, 0),))
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One model of the expression: its name there, its checkpoint and what the tensor names in it mean.
+    """One model of the expression: its name there, its checkpoint and its anatomy.
 
     A LoRA's anatomy has the parts that it changes, with the change as their values. ``unmatched`` names what of it changes
     none, with the reason; ``remarks`` are what to warn of. A model that is an expression has the ``plan`` that computes it.

@@ -1,4 +1,7 @@
-"""Nodes of a recipe against the schema: the model they fill, or one sentence with the place of what is wrong."""
+"""Check nodes of a recipe against the schema.
+
+The result is the model they fill, or one sentence with the place of the error.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def as_keys(sentence: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean "..."`` with the known name that is nearest, or what there is when none is near."""
+    """``; did you mean "..."`` with the nearest known name, or a list when none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:

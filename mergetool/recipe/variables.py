@@ -1,4 +1,4 @@
-"""Variables of a recipe: their values, their combinations in a sweep, and ``{NAME}`` in the texts of an output."""
+"""Variables of a recipe: values, sweeps, and ``{NAME}`` in texts of an output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def from_option(text: str) -> tuple[str, Variable]:
 
 @dataclass(frozen=True, slots=True)
 class Variables:
-    """The variables that have one value, and those that a sweep gives several."""
+    """The variables with one value, and those with several values in a sweep."""
 
     single: Mapping[str, Variable]
     swept: Mapping[str, Sequence[Variable]]
@@ -66,7 +66,7 @@ def names_in_braces(node: Node) -> Iterator[str]:
 
 
 def filled(node: Node, variables: Mapping[str, Variable]) -> Node:
-    """``node`` with the values of the variables in its texts; a text that is one ``{NAME}`` alone becomes the value itself.
+    """Fill the variables in the texts of ``node``. A text that is ``{NAME}`` alone becomes the value itself.
 
     Raises RecipeError at the first name that is no variable.
     """

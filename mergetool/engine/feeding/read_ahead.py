@@ -1,4 +1,4 @@
-"""Reading files into the page cache before they are asked for, while the program does something else."""
+"""Read files into the page cache before they are needed, while the program does other work."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ The same took 12.5 s with one and 10.3 to 11.9 with two, reading alone 8.7."""
 
 
 def give_way() -> None:
-    """Threads that compute beside a `ReadAhead` begin with this: a thread that reads then has a core as soon as its bytes are there, and not only
-    when a computing one's slice is over, during which the disk would wait. Only Linux has a niceness for each thread. It is a hint that never fails.
+    """Lower this thread's priority, so that reading threads get a core at once.
+
+    Call it first in threads that compute beside a `ReadAhead`; else the disk waits until a computing thread's slice is
+    over. Only Linux has a niceness for each thread. It is a hint that never fails.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
@@ -35,7 +37,7 @@ def give_way() -> None:
 
 
 class ReadAhead:
-    """Reads files, piece by piece in turn, from threads of its own, until all is read or the ``with`` block is left.
+    """Reads files in threads of its own, piece by piece in turn. It ends when all is read or the ``with`` block ends.
 
     It never is more than ``room`` bytes ahead of what was `used`, so that nothing that is still to be used is pushed out of memory. It is
     a hint: what cannot be read is left to whoever needs it, and tells of it.

@@ -11,7 +11,7 @@ ALIGNMENT = 16
 
 
 def aligned(size: int) -> int:
-    """``size`` bytes and what is missing to a multiple of `ALIGNMENT`."""
+    """Round ``size`` up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -25,7 +25,7 @@ class Region:
 
 
 class Ring:
-    """Which bytes of a buffer of ``capacity`` are free; regions are taken by one thread and given back by any.
+    """Keeps track of the free bytes in a buffer of ``capacity``. One thread takes regions, any thread gives them back.
 
     Small regions cost what they are large: of a model's tensors half are vectors, and with room for six jobs of the largest size three
     were vectors at times, and too little was being read.
@@ -37,7 +37,7 @@ class Ring:
         self._changed = threading.Condition()
 
     def take(self, size: int, *, wait: bool = False) -> Region | None:
-        """A region of at least ``size`` bytes; None when there is no room for it now, unless it is to ``wait``.
+        """Take a region of at least ``size`` bytes. None when there is no room now, unless ``wait`` is set.
 
         Raises ValueError for what is larger than the buffer.
         """

@@ -1,4 +1,4 @@
-"""File bytes to a device: several threads read into page-locked buffers, from which one stream copies.
+"""File bytes to a device: threads read into page-locked buffers, one stream copies.
 
 On the CPU as a "device" the same happens without streams, so that everything above can run and be tested there.
 """
@@ -52,7 +52,10 @@ class Uploader:
             self._stream.synchronize()
 
     def upload(self, file: Readable, offset: int, target: Tensor) -> list[Arrival]:
-        """Start filling ``target``, contiguous uint8 on the device, with the bytes of ``file`` at ``offset``; `finish` waits for it."""
+        """Start filling ``target`` with the bytes of ``file`` at ``offset``; `finish` waits for it.
+
+        ``target`` is contiguous uint8 on the device.
+        """
         size = target.numel()
         return [
             self._pool.submit(self._copy, file, offset + start, target[start : min(start + PIECE, size)])
@@ -66,7 +69,10 @@ class Uploader:
 
     @staticmethod
     def finish(arrivals: Sequence[Arrival], before: torch.cuda.Stream | None) -> None:
-        """Return when they are read; what the stream ``before`` is given from now on sees them. Raises what ``Readable.read_into`` raises."""
+        """Return when all bytes are read.
+
+        Work that the stream ``before`` gets from now on sees them. Raises what ``Readable.read_into`` raises.
+        """
         for arrival in arrivals:
             copied = arrival.result()
             if before is not None and copied is not None:

@@ -1,4 +1,4 @@
-"""The elements of windows, wherever their bytes lie: windows on a mapping, or positioned reads into a worker's own buffers.
+"""The elements of windows, by views of a mapping or by positioned reads.
 
 Both give the same bytes. Windows save a copy; positioned reads work everywhere, and on network file systems are the
 only safe way, since a file cut short under a mapping ends the process.
@@ -29,7 +29,7 @@ FilePlace = tuple[Readable, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """``count`` elements in reach from ``start`` of a window on: ``raw`` are the stored bytes, from ``places``."""
+    """``count`` elements of a window from ``start`` on. ``raw`` are the stored bytes, taken from ``places``."""
 
     window: Window
     start: int
@@ -39,7 +39,7 @@ class Fetched:
 
     @property
     def dtype(self) -> DType:
-        """What the elements are, or are decoded to."""
+        """The dtype of the elements, decoded where they are quantised."""
         return self.window.dtype
 
     @property
@@ -49,7 +49,7 @@ class Fetched:
 
     @property
     def stored(self) -> Stored | None:
-        """The elements as they are stored, with the scale that they have in common; None where they must be decoded."""
+        """The elements as stored, with their common scale; None where they must be decoded."""
         encoding = self.window.encoding
         if encoding is None:
             return Stored(self.raw[0], self.dtype)
@@ -98,7 +98,10 @@ class ValueReader:
         self._buffers: dict[int, bytearray] = {}
 
     def fetch(self, slot: int, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Fetched:
-        """Elements ``[start, start + count)`` of a window; valid until `release`, or the next fetch into the same slot."""
+        """Fetch elements ``[start, start + count)`` of a window.
+
+        They stay valid until `release` or the next fetch into the same slot.
+        """
         places = self._places(checkpoint, window, start, count)
         raw = tuple(self._bytes(_SPANS * slot + i, *place) for i, place in enumerate(places))
         return Fetched(window, start, count, places, raw)
