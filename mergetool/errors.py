@@ -1,4 +1,4 @@
-"""Every error mergetool raises on purpose, and the exit code each becomes on the command line.
+"""Every error that mergetool raises on purpose, and its exit code on the command line.
 
     MergetoolError
     ├── CheckFailed        1    a check said no
@@ -29,7 +29,7 @@ import re
 
 
 class MergetoolError(Exception):
-    """Root of every error raised on purpose; ``exit_code`` is what the command line returns.
+    """Root of every error raised on purpose; the command line returns its ``exit_code``.
 
     Its text is one line: line breaks, tabs and other controls, which names can hold, are written as escapes.
     """
@@ -61,11 +61,11 @@ class PatternError(UsageError):
 
 
 class RecipeError(UsageError):
-    """A recipe file that cannot be read or asks for what there is not; says the line and column."""
+    """A recipe file that cannot be read, or asks for the impossible; it gives line and column."""
 
 
 class DataError(MergetoolError):
-    """An input's bytes are not what they should be."""
+    """An input with broken or unexpected bytes."""
 
     exit_code = 65
 
@@ -83,7 +83,7 @@ class FamilyError(DataError):
 
 
 class LineageError(FamilyError):
-    """Models that fit each other and do not belong together; the option ``force`` merges them anyway."""
+    """Models that fit but do not belong together; the option ``force`` merges them anyway."""
 
 
 class NonFiniteError(DataError):

@@ -1,4 +1,6 @@
-"""What a MODEL argument means: an embedded model, a registered name, a path, or an address on the Hugging Face Hub.
+"""Resolve a MODEL argument: an embedded model, a registered name, a path, or a Hub address.
+
+The Hub is that of Hugging Face.
 
 Names are looked up in ``mergetool.toml`` of the working folder, then in the user's ``models.toml``, then in the
 built-in catalogue. Both files have one section::
@@ -65,7 +67,7 @@ class ResolvedModel:
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """An open checkpoint and what its tensor names mean; closes the checkpoint as a context manager.
+    """An open checkpoint with its anatomy. It closes the checkpoint as a context manager.
 
     ``notes`` say what is odd about its quantised weights, in words that follow its name; ``refused`` is the sentence that says why its values
     are not read, None for a file that is read.
@@ -87,7 +89,9 @@ class OpenedModel:
 
 
 def resolve(model: str) -> ResolvedModel:
-    """Where ``model`` leads: ``lab.NAME``, else a registered name, else an ``hf://`` address or its web page, else a path.
+    """Find where ``model`` leads: ``lab.NAME``, a registered name, an address, or a path.
+
+    They are tried in this order; an address is ``hf://`` or the model's web page.
 
     A path may be copied with its quotes or as a ``file://`` address, and begin with ``~``; one that exists as it stands is itself. A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
     nearest name when a name is unknown, UsageError for a malformed address, DataError for an unreadable names file.
@@ -101,7 +105,7 @@ def resolve(model: str) -> ResolvedModel:
 
 
 def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
-    """Resolve, open and recognise ``model``, whatever container it is in; only headers and markers are read.
+    """Resolve, open and recognise ``model``, in any container. Only headers and markers are read.
 
     Raises what `resolve`, `Checkpoint.open` and `arch.recognise` raise, and DataError for quantised weights that are not
     read (see `quant.weights`) unless ``names_only`` says that only names and stored shapes matter.
@@ -115,7 +119,7 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
 
 
 def recognised(name: str, checkpoint: Checkpoint, *, names_only: bool = False) -> OpenedModel:
-    """What an open checkpoint holds. Raises what `open_model` says of its content."""
+    """Recognise an open checkpoint. Raises what `open_model` says of its content."""
     # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
     from mergetool.arch import bundled, recognise
     from mergetool.quant.weights import Quantised, quantised
@@ -137,7 +141,9 @@ def listing() -> tuple[Registered, ...]:
 
 
 def add(name: str, path: str, scope: Scope = "user") -> None:
-    """Let ``name`` stand for ``path``: in the user's config folder, or with scope "here" in ``./mergetool.toml``.
+    """Let ``name`` stand for ``path``, for this user, or for this folder with scope "here".
+
+    The first is written in the user's config folder, the second in ``./mergetool.toml``.
 
     A name that is taken there gets the new meaning. The user's names keep absolute paths. Raises UsageError for
     a name that could be a path, InputMissing when there is nothing at the path, OutputError when the names cannot

@@ -1,1 +1,4 @@
-"""Kernels and their launchers, Triton's for GPUs and compiled ones for the processor; imports torch, triton and numpy only, nothing of mergetool."""
+"""Kernels and their launchers: Triton's for GPUs, compiled ones for the processor.
+
+They import torch, triton and numpy only, nothing of mergetool.
+"""

@@ -1,4 +1,4 @@
-"""The fused merge kernel: stored elements of several models in, float32 arithmetic, stored elements out.
+"""The fused merge kernel: stored elements in, float32 arithmetic, stored elements out. It reads several models.
 
 Each byte is read once and written once. The arithmetic is a short program over float32 registers that is unrolled when
 the kernel is compiled, one IEEE operation an instruction, never contracted (``enable_fp_fusion=False``), so the bytes
@@ -58,7 +58,9 @@ Branch = Literal["native", "integer", "interpreter"]
 
 @dataclass(frozen=True, slots=True)
 class KernelOperand:
-    """One stored input of n elements: a contiguous tensor, and the scales it is multiplied by when it is read.
+    """One stored input of n elements: a contiguous tensor and its scales.
+
+    Values are multiplied by the scales when they are read.
 
     ``scales`` is float32: [1] for the whole tensor; [rows] or [rows, ceil(columns / block)] for rows of ``columns``
     elements, where the operand begins at a row. None: stored values are the values.
@@ -72,7 +74,7 @@ class KernelOperand:
 
 @dataclass(frozen=True, slots=True)
 class LaunchResult:
-    """What a launch leaves on the device, besides the output.
+    """The results of a launch on the device, besides the output.
 
     ``counts`` [blocks, 5] int32 and ``sums`` [blocks, 2] float64 hold a row for every block of elements; sum over
     them. They are None unless they were asked for; without a base only the first two counts are more than 0.
@@ -129,7 +131,10 @@ def blend_kernel(
     BASE: tl.constexpr, COUNT: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``out[i] = encode(program(values[:][i]))`` for ``i < n``; each block has TILES tiles, and a row of counts and sums."""
+    """``out[i] = encode(program(values[:][i]))`` for ``i < n``.
+
+    Each block has TILES tiles, and a row of counts and sums.
+    """
     lane = tl.arange(0, BLOCK)
     block = tl.program_id(0).to(tl.int64)
     tally = tl.zeros((BLOCK,), tl.int32)  # five counts of at most TILES, six bits each
@@ -243,7 +248,7 @@ def blend(
     warps: int | None = None,
     tiles: int | None = None,
 ) -> LaunchResult:
-    """Run ``program`` over the ``operands`` and store its register 0 in ``out``, all of n elements on one device.
+    """Run ``program`` over the ``operands``, and store its register 0 in ``out``. All are of n elements on one device.
 
     ``program`` is a sequence of (operation, register, argument): LOAD an operand, SCALE by ``factors[argument]``
     (rounded to float32), ADD or SUBTRACT another register. ``out`` may be BF16, FP16, float32, e4m3 or e5m2; its values

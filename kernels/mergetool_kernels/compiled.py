@@ -1,4 +1,4 @@
-"""Kernels for the processor, compiled from C when the package is installed; imports neither torch nor triton.
+"""Kernels for the processor, compiled from C at installation. They import neither torch nor triton.
 
 sums([(raw, BFLOAT16, 1), (other, BFLOAT16, 1)], count)     [of base, of variant, of their delta, 0.0, 0.0, 0.0]
 blend([(LOAD, 0, 0), (LOAD, 1, 1), (SCALE, 1, 0), (ADD, 0, 1)], [0.5], [(raw, BFLOAT16, 1), (other, FLOAT16, 1)], count, out, BFLOAT16)
@@ -29,7 +29,7 @@ CompiledStep = tuple[int, int, int]
 
 
 class MovementSums(NamedTuple):
-    """What a merge did to its first model, in the order of `mergetool.ops.movement.Movement`."""
+    """The movement of the first model, in the order of `mergetool.ops.movement.Movement`."""
 
     moved: int
     eaten: int
@@ -39,7 +39,12 @@ class MovementSums(NamedTuple):
 
 
 class BlendResult(NamedTuple):
-    """What `blend` found: whether all is ordinary, the largest magnitude before rounding, and what became of a first model."""
+    """The findings of `blend`: ordinary or not, the largest magnitude, the movement.
+
+    The magnitude is before rounding; the movement is the first model's.
+
+    The magnitude is before rounding.
+    """
 
     is_ordinary: bool
     largest: float
@@ -59,7 +64,9 @@ def is_available() -> bool:
 
 
 def sums(models: Sequence[StoredElements | None], count: int) -> list[float]:
-    """Six sums over ``count`` elements, of base, variant, and if there are any what the delta is added to, and a reference with its base.
+    """Six sums over ``count`` elements of up to five models side by side.
+
+    The models are base, variant, the one that the delta is added to, and a reference with its base.
 
     They are: of the squares of base, variant, delta = variant - base, of what it is added to, of the reference delta, and of delta *
     reference delta. Deltas are float32; products are added up in float32 by runs of 1024, and those, like runs whose squares leave float32,
@@ -83,7 +90,7 @@ def blend(
     saturating: bool = False,
     stochastic: tuple[int, int] | None = None,
 ) -> BlendResult:
-    """Run a program over ``count`` elements of the operands and round register 0 to nearest even into ``out``, as elements of ``kind``.
+    """Run a program over ``count`` elements, and round register 0 into ``out`` as ``kind``. It rounds to nearest even.
 
     ``stochastic`` is a 64-bit key and the number of the first element, by whose random bits it is rounded instead, see
     `mergetool.ops.rounding.Stochastic`.
@@ -117,8 +124,10 @@ def blend(
 def moves(
     result: memoryview, first: memoryview, came: memoryview, alone: memoryview, kind: int, scale: float
 ) -> MovementSums | None:
-    """What storing did to a weight that is quantised with one scale: its ``result`` and the ``first`` model's elements, both float32, and the
-    codes of ``kind`` that each is stored as. Half a unit is of the first model's code.
+    """Measure the effect of storing a weight that is quantised with one scale.
+
+    Given are its ``result`` and the ``first`` model's elements, both float32, and the codes of ``kind`` that each is
+    stored as. Half a unit is of the first model's code.
 
     Sums are in float64. None when an element is not finite. The interpreter's lock is free meanwhile. Raises ValueError for lengths that do not
     fit, RuntimeError where `is_available` is False.

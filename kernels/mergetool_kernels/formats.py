@@ -87,7 +87,7 @@ def mix(x):
 
 @triton.jit
 def uniform_bits(index, key0, key1):
-    """32 random bits for each int64 element index, a pure function of it and the two 32-bit halves of a key."""
+    """32 random bits for each int64 element index, by the index and a key alone. The key comes in two 32-bit halves."""
     low = index.to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     k0 = key0.to(tl.uint32)
@@ -112,7 +112,10 @@ def largest(KIND: tl.constexpr):
 
 @triton.jit
 def spacing(value, KIND: tl.constexpr, SHIFT: tl.constexpr):
-    """The distance between neighbours of the stored type at |value| (among its subnormals: theirs), times 2^SHIFT."""
+    """The distance between neighbours of the stored type at |value|, times 2^SHIFT.
+
+    Among its subnormals it is theirs.
+    """
     if KIND == E4M3:
         least = 2.0**-6
         scale = 2.0 ** (SHIFT - 3)
@@ -174,7 +177,7 @@ def _fp8(value, KIND: tl.constexpr):
 
 @triton.jit
 def encode(value, random, KIND: tl.constexpr, ROUNDING: tl.constexpr, NATIVE: tl.constexpr):
-    """Stored bits of float32 values; ``random`` is looked at only when rounding is STOCHASTIC."""
+    """The stored bits of float32 values; only STOCHASTIC rounding uses ``random``."""
     if ROUNDING == STOCHASTIC and KIND != F32:
         value = _stochastic(value, random, KIND)
     if KIND == F32:

@@ -1,1 +1,1 @@
-"""LoRA files, both ways: what one adds to a model, and how one is written for another program."""
+"""LoRA files, both ways: read the change to a model, and write it for any program."""

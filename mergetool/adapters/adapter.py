@@ -1,4 +1,4 @@
-"""What a LoRA file states for one module, and what that does to one part of a model."""
+"""A LoRA file's statement for one module, and the change to one part of a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Adapter:
 
 
 def is_by_columns(key: str, magnitudes: tuple[int, ...], rows: int) -> bool:
-    """Whether a DoRA's magnitudes, of this shape, are those of input channels and not of the ``rows`` of its change.
+    """Whether a DoRA's magnitudes are those of input channels, by their shape.
+
+    Else they are those of the ``rows`` of its change.
 
     [1, in] is; [out], [out, 1] and whatever PEFT calls a magnitude vector are of rows.
     """
@@ -39,7 +41,7 @@ def is_by_columns(key: str, magnitudes: tuple[int, ...], rows: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Rows ``[row, row + rows)`` of an adapter's change, which are added to the part ``part`` (its canonical name)."""
+    """Rows ``[row, row + rows)`` of an adapter's change, to add to ``part``. ``part`` is a canonical name."""
 
     adapter: Adapter
     part: str

@@ -1,4 +1,4 @@
-"""Alphas that are not tensors beside the factors: PEFT's adapter_config.json, and JSON in the header that diffusers writes."""
+"""Alphas outside the tensors: PEFT's adapter_config.json, and JSON in diffusers' headers."""
 
 from __future__ import annotations
 
@@ -27,26 +27,32 @@ MAX_CONFIG = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Alphas:
-    """What a config says: one alpha for all, others by module, and whether the root of the rank divides it (rsLoRA)."""
+    """The alphas of a config: one for all, others by module, and whether rsLoRA applies.
+
+    In rsLoRA the root of the rank divides them.
+    """
 
     everywhere: float | None = None
     by_module: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
 
     def alpha(self, module: str, rank: int | None) -> float | None:
-        """The alpha of a module, None where nothing is said: of PEFT's patterns, which are ends of names or with ``^`` whole ones, the first."""
+        """The alpha of a module; None without a statement.
+
+        Of PEFT's patterns the first counts; they are ends of names, or with ``^`` whole ones.
+        """
         for pattern, alpha in self.by_module.items():
             if module == pattern.removeprefix("^") or module.endswith("." + pattern):
                 return alpha
         return self.everywhere
 
     def scale(self, alpha: float, rank: int) -> float:
-        """What multiplies the product of the factors."""
+        """The factor of the product of ``up`` and ``down``."""
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
 
 def stated(file: Path, metadata: Mapping[str, str]) -> Alphas:
-    """What the config beside ``file`` says, or else its header. Raises DataError for JSON that cannot be read."""
+    """The alphas of the config beside ``file``, else of its header. Raises DataError for JSON that cannot be read."""
     beside = file.parent / CONFIG
     if file.name == "adapter_model.safetensors" and os.path.lexists(beside):
         with InputFile.open(beside) as config:
@@ -57,7 +63,7 @@ def stated(file: Path, metadata: Mapping[str, str]) -> Alphas:
 
 
 def in_header(metadata: Mapping[str, str], source: str) -> Alphas | None:
-    """What a header says; None where it says nothing. Raises DataError for JSON that cannot be read."""
+    """The alphas of a header; None where it has none. Raises DataError for JSON that cannot be read."""
     text = metadata.get(HEADER)
     return _alphas(text.encode(), f"{source}: {HEADER}") if text else None
 

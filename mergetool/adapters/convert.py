@@ -32,8 +32,11 @@ NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
 
 @dataclass
 class Converted:
-    """What was done: modules and tensors written, modules whose ``up`` was rounded again with its relative error, those left out since
-    they change nothing, and keys that were left out: those of text encoders and, with ``skip_unmatched``, those that mean nothing."""
+    """The result of a conversion: modules and tensors written, rounded, and left out.
+
+    Modules whose ``up`` was rounded again have its relative error. Left out are modules that change nothing, keys of
+    text encoders and, with ``skip_unmatched``, keys that mean nothing.
+    """
 
     modules: int = 0
     tensors: int = 0
@@ -43,7 +46,7 @@ class Converted:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every value of every change is what it was."""
+        """Whether every value of every change stayed the same."""
         return not self.rounded and not self.unmatched
 
 
@@ -56,7 +59,9 @@ def convert(
     skip_unmatched: bool = False,
     names_known: bool = False,
 ) -> Converted:
-    """Write ``file`` in another format: a whole file (for ``peft`` a whole folder), or none; without an ``output`` see what would be written.
+    """Write ``file`` in another format, whole or not at all.
+
+    The ``peft`` format is a folder. Without an ``output`` nothing is written, and the result tells the outcome.
 
     ``names_known`` says that it was opened with the anatomy of its model, so that underscored names of any family are understood.
     Raises DataError for what the format cannot carry, for parts that are changed twice and, unless ``skip_unmatched``, for keys that are

@@ -1,4 +1,4 @@
-"""What is in a LoRA file: ranks, alphas and dtypes, the parts it changes by group, and how much it changes each."""
+"""Describe a LoRA file: ranks, alphas, dtypes, and the changed parts by group. Each part has the size of its change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DENSE_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class ChangedPart:
-    """One part that a file changes: its groups, the kind of change, rank, scale, and the Frobenius norm of the change.
+    """One part that a file changes: groups, kind, rank, scale, and the change's norm. It is the Frobenius norm.
 
     A DoRA's norm is that of its product, since the rest depends on the weight.
     """
@@ -34,8 +34,11 @@ class ChangedPart:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """``targets`` in the order of the family, ``alphas`` the values that are stated (None: of modules that state none) and ``dtypes`` the
-    stored types of the factors, each with its count. ``non_finite`` are tensors with NaN or infinity, of the whole file."""
+    """The contents of a file: ``targets`` in the family's order, ``alphas``, ``dtypes``.
+
+    Alphas are the stated values (None: of modules that state none), dtypes the stored types of the factors, each with
+    its count. ``non_finite`` are tensors with NaN or infinity, of the whole file.
+    """
 
     targets: tuple[ChangedPart, ...]
     alphas: dict[float | None, int]
@@ -92,7 +95,7 @@ def _squares(file: LoraFile, change: Change) -> float:
 
 
 def by_block(targets: Sequence[ChangedPart]) -> Iterator[tuple[str, list[ChangedPart]]]:
-    """Targets by the block that they are in: ``layers.3``, ``noise_refiner.0``, or the first component of a name outside the blocks."""
+    """Group targets by block: ``layers.3``, ``noise_refiner.0``, or a first component elsewhere."""
     blocks: dict[str, list[ChangedPart]] = {}
     for target in targets:
         blocks.setdefault(block_of(target.part), []).append(target)

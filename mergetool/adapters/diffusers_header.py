@@ -1,4 +1,6 @@
-"""The header entry from which every release of diffusers takes the ranks and scales of a LoRA, as its own ``save_lora_weights`` writes it.
+"""The header entry with a LoRA's ranks and scales, which every diffusers release reads.
+
+Its own ``save_lora_weights`` writes it so.
 
 Without it releases before 0.40 give every module the alpha of the first module's rank, so that a LoRA of mixed ranks is loaded at scales
 of rank / rank instead of 1.
@@ -24,8 +26,9 @@ OWN = {f"{family.component}." for family in FAMILIES}
 
 
 def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The entry for a file of these tensors; empty for one that is no LoRA of modules whose names in diffusers are known. Those of a
-    lookalike have others there.
+    """The entry for a file of these tensors; empty where diffusers' names are unknown.
+
+    It is empty for a file that is no LoRA as well. Those of a lookalike have others there.
 
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """

@@ -1,4 +1,7 @@
-"""What diffusers' classes that load LoRAs make of a file's keys, by the name of the class that a family's pipelines have."""
+"""The classes of diffusers that load LoRAs, by name, and their treatment of keys.
+
+A family's pipelines have the name of the class.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from mergetool.adapters import flux_in_diffusers, in_diffusers, unet_in_diffuser
 
 @dataclass(frozen=True, slots=True)
 class DiffusersLoader:
-    """A class, in the ``releases`` that the tests run, oldest first; nothing is said of any other.
+    """A class of diffusers, in the ``releases`` that the tests run, oldest first.
 
     ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count,
     ``takes_header`` whether a file with these keys may state ranks and scales in its header.

@@ -36,7 +36,7 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class WeightRows:
-    """The values of one part of a model, whatever it is stored as."""
+    """The values of one part of a model, in any storage."""
 
     checkpoint: Checkpoint
     part: Part
@@ -52,7 +52,9 @@ class WeightRows:
 
 
 class ColumnNorms:
-    """The norms of the input channels of W + S over all rows of a module, computed once, by whoever asks first.
+    """The norms of the input channels of W + S over all rows of a module, computed once.
+
+    The first who asks computes them.
 
     ``pieces`` are the parts that the module holds: one, or q, k and v of a fused one.
     """
@@ -100,7 +102,7 @@ class DoraRows(Encoding):
 
     @property
     def tile_rows(self) -> int:
-        """Those of the product."""
+        """The rows of a tile of the product."""
         return self.change.tile_rows
 
     def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
@@ -130,7 +132,9 @@ class DoraRows(Encoding):
 def dora_rows(
     file: LoraFile, model: Checkpoint, parts: Sequence[tuple[Change, Part]], product: Callable[[Change, Part], Encoding]
 ) -> dict[str, DoraRows]:
-    """The changes of one DoRA adapter by part; ``parts`` are all that its module holds, ``product`` makes the rows of S.
+    """The changes of one DoRA adapter by part.
+
+    ``parts`` are all that its module holds, ``product`` makes the rows of S.
 
     Raises DataError for magnitudes that are neither one a row nor one an input channel, NonFiniteError for NaN among them.
     """

@@ -1,4 +1,4 @@
-"""What ComfyUI's formula for a DoRA by rows makes of a model, beside that of training.
+"""The result of ComfyUI's DoRA formula on a model, beside that of training.
 
 Training (the paper, PEFT, LyCORIS) divides a row of W + S by its own norm, ComfyUI 0.30 (``comfy/weight_adapter/base.py``) by that of the
 row of W alone. Of a DoRA by input channels both say the same.
@@ -20,8 +20,11 @@ from mergetool.checkpoint.reader import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """``parts`` that a DoRA changes by rows; ``share`` is the Frobenius norm of what ComfyUI makes of all of them minus what training made,
-    over the norm of the change that training made; ``largest`` the same of the part where it is largest, ``part``."""
+    """The distance of ComfyUI's DoRA from training's, over ``parts`` that it changes by rows.
+
+    ``share`` is the Frobenius norm of ComfyUI's change minus training's, over the norm of training's; ``largest`` is
+    the largest share of one part, ``part``.
+    """
 
     parts: int
     share: float
@@ -30,7 +33,7 @@ class Difference:
 
 
 def difference(file: LoraFile, model: Anatomy, checkpoint: Checkpoint) -> Difference | None:
-    """How far ComfyUI's weights are from the trainer's, at strength 1; None where no part is changed by rows.
+    """Measure how far ComfyUI's weights are from the trainer's, at strength 1. None where no part is changed by rows.
 
     Reads the parts in question of ``checkpoint``. Raises what `dora_rows` raises.
     """

@@ -1,4 +1,4 @@
-"""What becomes of a LoRA's keys in diffusers' ``FluxLoraLoaderMixin``: the modules that it makes of them, or why it rejects the file.
+"""The treatment of a LoRA's keys in diffusers' ``FluxLoraLoaderMixin``. It makes modules of them, or rejects the file.
 
 It takes a file with one ``.lora_down.weight`` for sd-scripts' (or OneTrainer's, or its own in old spelling), one with "processor" for xlabs', and of any other
 what stands under ``transformer.``. Blocks are counted as in the published model, 19 and 38.
@@ -49,7 +49,7 @@ _XLABS = re.compile(
 
 
 def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[str]]:
-    """The modules that get a layer, under the names that are then looked up in the model, each with the keys it is made of.
+    """The modules that get a layer, each with its keys. They go by the names that are then looked up in the model.
 
     Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release``, one of `RELEASES`, raises an error.
     """
@@ -69,12 +69,15 @@ def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[
 
 
 def alphas_are_read(keys: Collection[str], release: str = RELEASES[0]) -> bool:
-    """Whether ``.alpha`` tensors count; not beside ``lora_down`` and ``lora_up`` under diffusers' own names."""
+    """Whether ``.alpha`` tensors count. They do not beside ``lora_down`` and ``lora_up`` under diffusers' own names."""
     return not (any(".lora_down.weight" in key for key in keys) and any(key.startswith("transformer.") for key in keys))
 
 
 def takes_header(keys: Collection[str]) -> bool:
-    """Whether ranks and scales may stand in the header; alphas that are not multiplied into the factors must then be away."""
+    """Whether ranks and scales may stand in the header.
+
+    Alphas that are not multiplied into the factors must then be away.
+    """
     return any(".lora_down.weight" in key for key in keys) or not any("alpha" in key for key in keys)
 
 

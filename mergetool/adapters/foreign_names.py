@@ -1,4 +1,6 @@
-"""Which formats a LoRA of a model whose names are in no table can be written in: those whose program is known to look up its modules' names.
+"""The formats for a LoRA of an unknown model: those whose program looks up its names.
+
+Unknown models have their names in no table.
 
 Programs give one model's modules different names, and of such a model no map between them is known here. So names are kept: those
 under ``transformer.`` are diffusers' own, and ComfyUI looks its own up under ``diffusion_model.`` and, with underscores, ``lora_unet_``.
@@ -31,7 +33,7 @@ _PREFIXES = {
 
 
 def require_known(file: LoraFile, key_format: KeyFormat) -> None:
-    """Raises DataError where the names of ``file`` are not known to be among those that the format's program loads."""
+    """Raise DataError where the format's program may not load the names of ``file``."""
     if file.family is not GENERIC or _is_known(file, key_format):
         return
     others = " or ".join(f"`key_format={other}`" for other in KEY_FORMATS if _is_known(file, other))

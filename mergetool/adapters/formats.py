@@ -1,4 +1,4 @@
-"""The formats that LoRAs are written in, one row each, and the prefixes that all formats put before the names of modules.
+"""The table of formats for writing LoRAs, and the prefixes of module names.
 
 What ends a key is in `arch.lora_keys`, which tells a LoRA from a model as well; whose names a family's modules have is the family's (`lora_prefix`,
 `flat_layout`, `in_comfyui`). A new format is a row of `FORMATS`, and a row of each of the other two where it brings an end or a prefix that no other has.
@@ -30,7 +30,9 @@ _PRODUCTS: frozenset[ChangeKind] = frozenset({"lora", "loha", "lokr"})
 
 @dataclass(frozen=True, slots=True)
 class LoraFormat:
-    """How a module is written: what stands before and behind its name, where its alpha goes, and what cannot be said.
+    """The spelling of a module: the text before and behind its name, and the place of its alpha.
+
+    Some formats cannot express everything.
 
     ``summary`` is one line for users. ``layout`` says whose names modules have, ComfyUI's with q, k and v as one; None for those that the trainers
     of the family write. ``flat`` writes underscores for dots. An ``alpha`` is written ``always``, ``where needed``: for a scale that cannot be
@@ -65,7 +67,7 @@ class LoraFormat:
         return kind in self.kinds
 
     def module(self, name: str) -> str:
-        """A module's name with what stands before it; `bare` is how it comes."""
+        """A module's name with its prefix; `bare` gives it as it comes."""
         return self.prefix + (name.replace(".", "_") if self.flat else name)
 
     def key(self, name: str, kind: ChangeKind, role: str) -> str:
@@ -173,7 +175,7 @@ def factors_of(family: Family, part: str) -> tuple[str, str]:
 
 
 def bare(name: str) -> str:
-    """The name of a module or tensor without what stands before it in a checkpoint, as loaders look it up."""
+    """A name without the prefix of a checkpoint, as loaders look it up. It is of a module or tensor."""
     return name.removeprefix(_CHECKPOINT).removeprefix("diffusion_model.")
 
 

@@ -1,4 +1,4 @@
-"""The parts of a fused tensor, as q, k and v of a block, as one pair of factors, and apart again.
+"""Join the parts of a fused tensor to one pair of factors, and take them apart. Such parts are q, k and v of a block.
 
 Apart, ``up`` [3d, r] is cut into three and all keep ``down``; block-diagonal factors, which only `together` makes, lose the columns that
 are zero for them. Together, three of one ``down`` are put under each other again, and others become block-diagonal:
@@ -21,7 +21,9 @@ from mergetool.arch import Family
 
 
 def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple[StoredModule, float]:
-    """The parts in row order (None for one that is not changed) as one, and the relative error of what was rounded.
+    """Join parts in row order to one module.
+
+    Returns it with the relative error of rounding. A part is None where it is not changed.
 
     ``rows`` is how many each has. Scales that differ are folded into ``up``: all but the first one's.
     """
@@ -52,7 +54,10 @@ def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple
 
 
 def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """LoRAs of the default format, with parts that diffusers stores as one tensor put together: programs know no module that is a part alone."""
+    """Join LoRAs of parts that diffusers stores as one tensor.
+
+    Programs know no module that is a part alone. The format is the default one.
+    """
     joined: dict[str, Tensor] = {}
     done: set[str] = set()
     form = format_for(family)
@@ -92,14 +97,20 @@ def _of(tensors: Mapping[str, Tensor], part: str, family: Family) -> StoredModul
 
 
 def rows_of(family: Family, part: str, held: StoredModule | None, like: StoredModule) -> int:
-    """The rows of a part of a fused tensor: of its own factors, as the table says from the columns of another's, else as many as that has."""
+    """The rows of a part of a fused tensor.
+
+    They are those of its own factors, as the table says from the columns of another's, else as many as that has.
+    """
     if held is not None:
         return len(held.up)
     return family.rows_by_columns(part, like.down.shape[1]) or len(like.up)
 
 
 def apart(module: StoredModule, slices: Sequence[StoredModule]) -> list[StoredModule | None]:
-    """``slices`` of a fused LoRA's rows, each without the columns that are another's; None for one that nothing is left of."""
+    """Cut a fused LoRA into ``slices`` of its rows, each without foreign columns.
+
+    Foreign columns are another slice's. None stands for a slice of which nothing is left.
+    """
     if not module.is_plain or len(slices) < 2:
         return list(slices)
     used = torch.stack([part.up.float().ne(0).any(dim=0) for part in slices])

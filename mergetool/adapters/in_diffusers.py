@@ -1,5 +1,7 @@
-"""What becomes of a LoRA's keys in ``ZImageLoraLoaderMixin`` of several releases of diffusers: the modules that it makes of them, or why it
-rejects the file."""
+"""The treatment of a LoRA's keys in ``ZImageLoraLoaderMixin`` of several diffusers releases.
+
+It makes modules of them, or rejects the file.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class Rejected(Exception):
 
 
 def modules(keys: Collection[str], release: str = NEWEST) -> dict[str, set[str]]:
-    """The modules that get a layer, under the names that are then looked up in the model, each with the keys it is made of.
+    """The modules that get a layer, each with its keys. They go by the names that are then looked up in the model.
 
     Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release``, one of `RELEASES`, raises an error.
     """
@@ -62,13 +64,13 @@ def modules(keys: Collection[str], release: str = NEWEST) -> dict[str, set[str]]
 
 
 def goes_through_conversion(keys: Iterable[str]) -> bool:
-    """Whether the file is taken for one of another program, whose alphas are multiplied into the factors."""
+    """Whether the file is taken for another program's. Its alphas are then multiplied into the factors."""
     starts = ("lora_unet_", "diffusion_model.")
     return any(key.endswith(".alpha") or key.startswith(starts) or "default." in key for key in keys)
 
 
 def alphas_are_read(keys: Collection[str], release: str) -> bool:
-    """Whether ``.alpha`` tensors count; 0.36 drops those that stand beside ``lora_A`` and ``lora_B``."""
+    """Whether ``.alpha`` tensors count. 0.36 drops those that stand beside ``lora_A`` and ``lora_B``."""
     return release != "0.36" or any(".lora_down.weight" in key for key in keys)
 
 

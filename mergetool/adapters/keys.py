@@ -1,4 +1,4 @@
-"""The spellings of LoRA keys: what stands before a module's name, what behind it, and how the module itself is written."""
+"""The spellings of LoRA keys: prefix, module name and suffix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _XLABS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
-    """A key taken apart: prefix, module as spelled, suffix, the kind of adapter that has it, and the role that the suffix names, None where
-    the kind is known and not read."""
+    """A key taken apart: prefix, module as spelled, suffix, kind and role.
+
+    The kind is that of the adapter, the role that of the tensor; it is None where the kind is known and not read.
+    """
 
     prefix: str
     module: str
@@ -107,7 +109,7 @@ class Modules:
             self._flat[flat] = held if self._flat.get(flat, held) == held else None
 
     def find(self, spelled: Spelled) -> tuple[str, ...]:
-        """The parts of a key's module; empty where the model has none, or two of that name without dots."""
+        """The parts of a key's module. Empty where the model has none, or two of that name without dots."""
         if not spelled.is_flat:
             return self._dotted.get(spelled.module, ())
         return next((held for name in _flat_names(spelled.module) if (held := self._flat.get(name))), ())
@@ -131,7 +133,7 @@ def _module(part: str) -> str:
 
 
 def naming(spelled: Mapping[str, Spelled]) -> str:
-    """The dialect of a file in words: its prefixes and the ends of its keys, as they are spelled."""
+    """The dialect of a file in words: its prefixes and the ends of its keys. They are as spelled."""
     prefixes = dict.fromkeys(one.prefix or "bare" for one in spelled.values())
     suffixes = dict.fromkeys(one.suffix for one in spelled.values() if one.role not in ("alpha", "dora_scale"))
     return f"{' and '.join(prefixes)} ({', '.join(sorted(suffixes))})"

@@ -1,4 +1,4 @@
-"""Who loads a LoRA file: what named releases of diffusers and ComfyUI make of each spelling.
+"""The programs that load a LoRA file: diffusers and ComfyUI, release by release. Each spelling counts by itself.
 
 The tests run all of them on every spelling (docs/lora-dialects.md). Of other families nothing is said, since their loaders have maps of their own.
 """
@@ -28,7 +28,9 @@ COMFYUI = "0.30"
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What some releases of a program make of a file: the parts of the model that they change as it means, and why not the others.
+    """The treatment of a file by some releases: the parts they load, and why not others.
+
+    A part is loaded where they change it as the file means it.
 
     ``error`` is what makes them reject the file, where they do. What is dropped otherwise is dropped in silence, or with a line in a log.
     """
@@ -54,7 +56,9 @@ class Loading:
 
 
 def loading(file: LoraFile) -> list[Loading]:
-    """What the releases of diffusers, newest first, and ComfyUI do with a LoRA; those that do the same are one entry.
+    """The treatment of a LoRA by diffusers' releases, newest first, and ComfyUI.
+
+    Releases that do the same are one entry.
 
     An empty list for a family of which that is not known.
     """
@@ -73,7 +77,7 @@ def loading(file: LoraFile) -> list[Loading]:
 
 
 def loading_of(path: Path, family: Family) -> list[Loading]:
-    """`loading` of the file that was just written for a model of ``family``; nothing where its names are only looks."""
+    """The `loading` of the file just written for a model of ``family``. Nothing where its names are only looks."""
     if family is GENERIC:
         return []
     with open_lora(path) as written:

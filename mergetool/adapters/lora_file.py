@@ -80,7 +80,7 @@ def open_lora(path: str | Path, *, name: str | None = None, anatomy: Anatomy | N
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether most keys of the file at ``path`` are a LoRA's, or it is a folder as PEFT saves one; no tensor is read.
+    """Whether most keys of the file at ``path`` are a LoRA's. A folder as PEFT saves one counts too. No tensor is read.
 
     False for what cannot be opened, which opening it as a model explains.
     """

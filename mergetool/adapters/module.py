@@ -1,4 +1,4 @@
-"""One module of a LoRA as it is stored: its tensors by role, in their own dtypes, and the scale."""
+"""One module of a LoRA as stored: its tensors by role, in their own dtypes, and the scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
 
 @dataclass(frozen=True, slots=True)
 class StoredModule:
-    """``tensors`` are those of an adapter by role: ``up`` [out, rank] and ``down`` [rank, in] of a LoRA. ``scale`` multiplies the product."""
+    """The ``tensors`` of an adapter by role.
+
+    Of a LoRA they are ``up`` [out, rank] and ``down`` [rank, in]. ``scale`` multiplies the product.
+    """
 
     kind: ChangeKind
     tensors: Mapping[str, Tensor]
@@ -50,7 +53,7 @@ class StoredModule:
 
     @property
     def what(self) -> str:
-        """In words, for messages."""
+        """The module in words, for messages."""
         if self.kind == "lora":
             return "a DoRA" if "dora_scale" in self.tensors else "a LoCon" if "mid" in self.tensors else "a LoRA"
         return {"full": "a whole difference", "loha": "a LoHa", "lokr": "a LoKr"}[self.kind]
@@ -93,7 +96,10 @@ def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
 
 
 def rows(module: StoredModule, change: Change) -> StoredModule | None:
-    """The module of one part of a fused one, bit for bit; None where its factors have no rows to take: a LoKr, a DoRA by columns."""
+    """The module of one part of a fused one, bit for bit.
+
+    None where its factors have no rows to take: a LoKr, a DoRA by columns.
+    """
     if module.kind not in ROWS or any(role.startswith(("t1", "t2", "mid")) for role in module.tensors):
         return None
     taken = slice(change.row, change.row + change.rows)

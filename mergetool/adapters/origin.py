@@ -1,4 +1,4 @@
-"""Which model a LoRA file is for and what wrote it, as far as its names, its shapes and its header tell."""
+"""The model and the writer of a LoRA file, as far as names, shapes and header tell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.archi
 
 
 def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None:
-    """The known family that most modules of ``spelled`` are of, and its parts as deep as they go; None where there is none."""
+    """The known family of most modules of ``spelled``, and its parts, deep enough for them.
+
+    None where there is none.
+    """
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
     for family in FAMILIES:
@@ -32,7 +35,11 @@ def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None
 def is_lookalike(
     other: Lookalike, spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> bool:
-    """Whether a file is for the family that has the same names: by its width, by a fused module of other proportions (fewer heads have keys), and where shapes leave it open by its header."""
+    """Whether a file is for the other family of the same names.
+
+    Its width tells, or a fused module of other proportions (fewer heads have keys), or, where shapes leave it open,
+    its header.
+    """
     widths = set()
     for name, kind, factors in _reading_modules(other, spelled):
         rows, columns = _matrix(kind, {role: tensors[key].shape for role, key in factors.items()})
@@ -81,7 +88,7 @@ def _depth(spelled: Spelled) -> int:
 
 
 def trainer(metadata: Mapping[str, str]) -> str | None:
-    """What wrote a file, by what it says of itself."""
+    """The program that wrote a file, by its header."""
     if "mergetool.version" in metadata:
         return "mergetool"
     try:

@@ -25,7 +25,7 @@ _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
 def check(
     output: str | os.PathLike[str] | Target, inputs: Sequence[InputFile], *, overwrite: bool, folder: bool = False
 ) -> Target:
-    """What ``output`` is written as, after refusing what could not be written, before the work whose result goes there.
+    """Choose the target of ``output``, and refuse impossible ones before the work.
 
     Raises what `outputs.lora_target` raises; OutputError for a folder that is not there, an existing file without ``overwrite`` or an
     input; BusyError.
@@ -70,7 +70,9 @@ def write(
 
 
 def with_alphas_everywhere(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoRAs of the default format, as they are if none of them needs an ``.alpha`` or has a ``.lora_mid``, else all with an alpha.
+    """Give every LoRA an alpha if any needs an ``.alpha`` or has a ``.lora_mid``.
+
+    They are of the default format; else they stay as they are.
 
     Then the factors' names end in ``.lora_down.weight`` and ``.lora_up.weight``: diffusers 0.36 reads alphas only beside these, and
     only where every module has one, and ComfyUI reads a ``.lora_mid.weight`` only beside these. Later releases read both.

@@ -1,4 +1,4 @@
-"""The folder that PEFT saves an adapter to: adapter_model.safetensors, and adapter_config.json with ranks and alphas."""
+"""The folder of a PEFT adapter: adapter_model.safetensors and adapter_config.json. The latter has ranks and alphas."""
 
 from __future__ import annotations
 

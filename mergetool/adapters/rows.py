@@ -1,4 +1,7 @@
-"""What LoRAs add to a part, row by row: through the same interface as the rows of a quantised weight."""
+"""The changes of LoRAs to a part, row by row, through the interface of quantised rows.
+
+Those are the rows of a quantised weight.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ class ChangeRows(Encoding):
 
 @dataclass(frozen=True, eq=False)
 class StackedRows(Encoding):
-    """The rows of a sum of products with strengths, computed as one: the factors side by side, the strengths in ``up``."""
+    """The rows of a sum of products, as one: factors side by side, strengths in ``up``."""
 
     items: tuple[tuple[Fraction, ChangeRows], ...]
 
@@ -89,7 +92,9 @@ class StackedRows(Encoding):
         return TILE_ROWS
 
     def factors(self) -> tuple[Floats, Floats]:
-        """``up`` [all rows, ranks], every strength and scale multiplied in in float64 and rounded once, and ``down`` [ranks, columns].
+        """``up`` [all rows, ranks] with every strength and scale, and ``down`` [ranks, columns].
+
+        They are multiplied in float64 and rounded once.
 
         Kept for the few parts that are in use. Raises NonFiniteError for a factor with NaN or infinity.
         """

@@ -1,4 +1,4 @@
-"""What a LoRA file adds to one matrix, as something whose singular values can be had (`lowrank.matrices`)."""
+"""A LoRA file's change to one matrix, with its singular values (`lowrank.matrices`)."""
 
 from __future__ import annotations
 

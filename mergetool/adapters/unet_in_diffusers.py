@@ -1,4 +1,6 @@
-"""What becomes of a LoRA's keys in diffusers' ``StableDiffusionXLLoraLoaderMixin``: the modules that it makes of them, or why it rejects the file.
+"""The treatment of a LoRA's keys in diffusers' ``StableDiffusionXLLoraLoaderMixin``.
+
+It makes modules of them, or rejects the file.
 
 A file of which all keys begin as kohya-type trainers' do is converted, its alphas become the adapter's config; of any other it takes what stands under ``unet.``.
 """
@@ -33,7 +35,7 @@ _OLD_ENDS = {
 
 
 def modules(keys: Collection[str], release: str) -> dict[str, set[str]]:
-    """The modules that get a layer, under the names that are then looked up in the model, each with the keys it is made of.
+    """The modules that get a layer, each with its keys. They go by the names that are then looked up in the model.
 
     Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release`` raises an error.
     """
@@ -61,7 +63,7 @@ def takes_header(keys: Collection[str]) -> bool:
 
 
 def alphas_given(own: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The alpha that each module of a converted file gets; ``own`` are those in the file, in its order.
+    """The alpha that each module of a converted file gets. ``own`` are those in the file, in its order.
 
     One alpha stands for all. Where there are several the commonest does, and the others are patterns, which are not found for the projections of attentions.
     """

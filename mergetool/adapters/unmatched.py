@@ -1,4 +1,4 @@
-"""Whether a LoRA file is for a model: what of it met no part, and when that is an error."""
+"""Check that a LoRA file fits a model: list keys without a part, and refuse too many."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ LARGE_SHARE = 0.1
 
 
 def require_match(file: LoraFile, model: str, *, skip_unmatched: bool) -> None:
-    """Raise DataError for a file that changes nothing in ``model`` (its name), and for one of whose keys some do, unless those are to be
-    skipped. Keys of text encoders are for another model and are no error."""
+    """Raise DataError for a LoRA that does not fit ``model``, or fits only in part.
+
+    ``model`` is a name. A file that fits in part is accepted if its other keys are to be skipped. Keys of text
+    encoders are for another model and are no error.
+    """
     if not file.changes:
         raise DataError(_nothing(file, model))
     if file.unmatched and not skip_unmatched:
@@ -29,7 +32,7 @@ def left_aside(file: LoraFile) -> tuple[tuple[str, str], ...]:
 
 
 def remarks(file: LoraFile) -> tuple[str, ...]:
-    """What to warn of where the file is used in spite of keys that change nothing."""
+    """Warn of a file whose keys change nothing, where it is used all the same."""
     found = []
     count, total = len(file.unmatched), len(file.checkpoint.tensors) - len(file.text_encoder)
     if count >= LARGE_SHARE * total and count:

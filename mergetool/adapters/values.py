@@ -15,7 +15,7 @@ from mergetool.quant.encoding import Floats, floats
 
 
 def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Floats, Floats] | None:
-    """``up`` [rows, rank] and ``down`` [rank, columns], whose product is the change; None where it is not such a product.
+    """The change as ``up`` [rows, rank] times ``down`` [rank, columns]; None for other kinds.
 
     With ``scaled`` the scale is in ``up``: multiplied in float64, rounded once. A convolution's columns are its in * kh * kw.
     """
@@ -31,7 +31,10 @@ def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Fl
 
 
 def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats:
-    """Rows ``[first, first + count)`` of what is added to a part, [count, columns], of any kind but DoRA's magnitudes."""
+    """Rows ``[first, first + count)`` of a change, [count, columns], DoRA's magnitudes aside.
+
+    The change is of any other kind.
+    """
     adapter, row = change.adapter, change.row + first
     match adapter.kind:
         case "lora":

@@ -1,4 +1,4 @@
-"""What a tensor name means: families, layouts, parts and groups. Reads headers only, never tensor data."""
+"""The meaning of tensor names: families, layouts, parts and groups. Reads headers only, never tensor data."""
 
 from mergetool.arch.anatomy import Anatomy, Description, Family, GroupSize, Part, Preset, Slice, describe
 from mergetool.arch.patterns import select

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensor names mean: parts, where each is stored, and the family that names them."""
+"""A checkpoint's anatomy: its parts, their places in the file, and the family."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What one file's tensor names mean; made by ``recognise``.
+    """The meaning of one file's tensor names; made by ``recognise``.
 
     ``prefix`` stands before every model tensor in the file; of several it is what they have in common. ``parts`` maps canonical
     names to parts, in file order. ``outside`` maps the stored tensors that are not of the model, a bundled VAE or text encoder, to
@@ -77,7 +77,7 @@ class Anatomy:
     sides: tuple[str, ...] = ()
 
     def stored_parts(self) -> dict[str, tuple[str, ...]]:
-        """Stored tensor name -> the parts it holds in row order; tensors in file order, prefix included."""
+        """Stored tensor name -> its parts in row order. Tensors are in file order, prefix included."""
         rows: dict[str, list[Part]] = {}
         for part in self.parts.values():
             rows.setdefault(part.stored.tensor, []).append(part)
@@ -87,8 +87,9 @@ class Anatomy:
         }
 
     def outputs(self, layout: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Stored tensors of ``layout`` in canonical order, without prefix, each with the parts it holds; parts that the model never
-        reads are in none.
+        """Stored tensors of ``layout`` in canonical order, each with its parts.
+
+        Names have no prefix; parts that the model never reads are in none.
 
         Raises UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
         """
@@ -100,7 +101,7 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``preset:NAME``: the ``settings`` it stands for, each as ``multipliers`` takes it, in order."""
+    """``preset:NAME`` and its ``settings``, in order, each as ``multipliers`` takes it."""
 
     name: str
     settings: tuple[str, ...]
@@ -112,7 +113,9 @@ NATIVE = ("diffusion_model.", "lora_unet_")
 
 @dataclass(frozen=True, slots=True)
 class Lookalike:
-    """A family whose LoRAs have the names of another's: told by the ``widths`` of its main stream, not ``own``, and by words in the header.
+    """A family whose LoRAs have the same names as another's.
+
+    Its LoRAs are told by the ``widths`` of its main stream, not ``own``, and by words in the header.
 
     ``reading`` are the ends of modules that read the main stream; ``fused`` is one that has not ``ratio`` times as many rows as columns there.
     """
@@ -185,7 +188,7 @@ class Family(ABC):
         """Sort key of a part in the canonical order of the family; a total order on names."""
 
     def outputs(self, parts: Iterable[str], layout: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Stored tensors of ``layout`` in canonical order, each with the parts it holds in row order.
+        """Stored tensors of ``layout`` in canonical order, each with its parts in row order.
 
         Every part appears exactly once, and the result does not depend on the order of ``parts``. Raises
         UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
@@ -193,7 +196,9 @@ class Family(ABC):
         return list(self.held(parts, layout).items())
 
     def held(self, parts: Iterable[str], layout: str) -> dict[str, tuple[str, ...]]:
-        """Stored tensors of ``layout`` that hold any of ``parts``, in canonical order, each with those that it holds in row order.
+        """Stored tensors of ``layout`` that hold any of ``parts``, in canonical order.
+
+        Each comes with those that it holds, in row order.
 
         Raises UsageError for a layout the family does not have.
         """
@@ -203,7 +208,10 @@ class Family(ABC):
         return {tensor: tuple(names) for tensor, names in stored.items()}
 
     def pieces(self, part: str, layout: str) -> tuple[str, ...]:
-        """The parts, in row order, of the tensor that holds ``part`` in ``layout``: itself alone, where it is not fused."""
+        """The parts, in row order, of the tensor that holds ``part`` in ``layout``.
+
+        It is ``part`` alone where it is not fused.
+        """
         return (part,)
 
     def rows_by_columns(self, part: str, columns: int) -> int | None:
@@ -211,11 +219,17 @@ class Family(ABC):
         return None
 
     def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Other names that LoRAs give modules of ``parts``, or some of their rows: module -> parts in row order."""
+        """Other names of modules of ``parts`` in LoRAs: module -> parts in row order.
+
+        A module may also be some of a part's rows.
+        """
         return {}
 
     def modules_in_comfyui(self, part: str, prefix: str) -> list[str]:
-        """The modules by which ComfyUI knows ``part`` behind a LoRA's ``prefix``: its own names behind two, diffusers' behind ``in_comfyui``."""
+        """ComfyUI's module names for ``part`` behind a LoRA's ``prefix``.
+
+        They are its own names behind two prefixes, diffusers' behind ``in_comfyui``.
+        """
         own, native = (self.stored_name(part, layout) for layout in ("diffusers", "comfyui"))
         aliases = [name for name, held in self.aliases([part]).items() if part in held]
         theirs = [own, *(name for name in aliases if name.split(".")[0] == part.split(".")[0])]
@@ -223,7 +237,9 @@ class Family(ABC):
         return [*(ours if prefix in NATIVE else ()), *(theirs if prefix in self.in_comfyui else ())]
 
     def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
-        """How many of the ``rows`` that a LoRA changes of a fused tensor are of each of its ``parts``, in row order, as far as no model is needed.
+        """Divide a LoRA's ``rows`` of a fused tensor among its ``parts``, in row order.
+
+        This works as far as no model is needed.
 
         Raises ValueError, saying what was wanted, where they do not come out.
         """
@@ -233,13 +249,13 @@ class Family(ABC):
         return [share] * len(parts)
 
     def group_names(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """The groups that hold at least one part of ``anatomy``, in the family's order, others by name."""
+        """The groups with a part of ``anatomy``: the family's in its order, others by name."""
         present = {group for part in anatomy.parts.values() for group in self.groups(part.name, part.shape)}
         known = [group for group in self.group_order if group in present]
         return (*known, *sorted(present.difference(known), key=natural_key))
 
     def block_of(self, part: str) -> tuple[str, int] | None:
-        """The stack and the number of the block that a part is in, by its first numbered component; None where it has none.
+        """The stack and number of a part's block, by its first numbered component; None without one.
 
         Example: ``layers.3.attention.to_q.weight`` gives ``("layers", 3)``.
         """
@@ -250,8 +266,10 @@ class Family(ABC):
         return None
 
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
-        """The parts of a model of the family with ``depth`` blocks in every stack, as far as ``modules`` of a LoRA need them; none where
-        the family does not say."""
+        """The parts of a model with ``depth`` blocks a stack, as far as ``modules`` need them.
+
+        There are none where the family does not say.
+        """
         return []
 
     def fp16_witness(self, anatomy: Anatomy) -> str | None:
@@ -281,7 +299,7 @@ class Family(ABC):
 
 @dataclass(frozen=True, slots=True)
 class GroupSize:
-    """How much of a file a group is: stored tensors it touches, parameters, bytes."""
+    """The size of a group in a file: stored tensors it touches, parameters, bytes."""
 
     name: str
     tensors: int
@@ -298,7 +316,7 @@ class Description:
 
 
 def describe(anatomy: Anatomy) -> Description:
-    """Sizes of the model (what is outside it not counted) and of each group it has.
+    """Measure the model and each of its groups, without the tensors outside the model.
 
     A tensor counts once for a group however many of its parts are in it: the fused ``qkv`` is one tensor of
     ``attention`` and one of ``q``; of its parameters only the q rows count for ``q``.

@@ -1,4 +1,6 @@
-"""What a file holds beside its diffusion model: VAE, text encoders, EMA weights, noise schedules, and flags that say how to sample it.
+"""Recognise tensors beside the diffusion model in a file.
+
+They are VAE, text encoders, EMA weights, noise schedules, and flags that say how to sample the model.
 
 One table for every family; `arch.prefixes` applies it. Names are compared component by component. A file that holds nothing else, such as a
 VAE of its own, bundles nothing: what it holds is then the model.
@@ -37,5 +39,8 @@ _NAMES: Mapping[str, BundledKind] = {
 
 
 def kind_of(name: str) -> BundledKind | None:
-    """What the tensor ``name``, without wrappers before it, is bundled as by its name alone; None for one of the model."""
+    """The kind of a bundled tensor by its ``name`` alone; None for one of the model.
+
+    The name has no wrappers before it.
+    """
     return _NAMES.get(name) or _TOP.get(name.partition(".")[0])

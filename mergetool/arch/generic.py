@@ -21,7 +21,7 @@ _DERIVED = ("matrix", "norm", "bias", "attention", "ffn")
 
 
 class Generic(Family):
-    """Any architecture, whose tensors keep the names they have, and groups read off the names and shapes.
+    """Any architecture: tensors keep their names, and names and shapes give the groups.
 
     Groups: each top-level path component (``double_blocks``); ``matrix`` (two or more dimensions), ``norm``
     (1-D ``weight`` or ``scale``), ``bias``; ``attention`` and ``ffn`` for tensors under a component of such
@@ -57,7 +57,7 @@ class Generic(Family):
         return part
 
     def check_layout(self, layout: str) -> None:
-        """Raise UsageError for a layout other than ``plain``: what the names mean in another one is not known."""
+        """Raise UsageError for a layout other than ``plain``. The names' meaning in another one is not known."""
         if layout not in self.layouts:
             raise UsageError(
                 f'mergetool knows no layout "{layout}" of this model, whose family it does not know; it keeps the names that its '
@@ -75,7 +75,7 @@ GENERIC = Generic()
 def anatomy_of(
     names: Names, tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], outside: Mapping[str, Part]
 ) -> Anatomy:
-    """Every tensor of the model as a part, under its own name; markers and scales of quantised weights beside.
+    """Make every tensor of the model a part, under its own name. Markers and scales of quantised weights stay beside.
 
     ``tensors`` and ``encodings`` are under the model's own names too. A norm's ``scale`` is the part ``weight``: programs read either.
     """

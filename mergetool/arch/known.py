@@ -1,4 +1,4 @@
-"""A family whose names are data: a table that this engine reads, and what shows such a model in a header."""
+"""The engine of families with data: it reads their tables and recognises their models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ Like = tuple[int | None, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What shows a model of a family in ``layout``: tensors that it ``has``, of such shapes, and none of those that it ``lacks``."""
+    """The signs of a model in ``layout``: tensors that it ``has``, and some that it ``lacks``.
+
+    Shapes count.
+    """
 
     layout: str
     has: Mapping[str, Like]
@@ -38,7 +41,7 @@ class Signature:
 
 
 class KnownFamily(Family):
-    """A family that a table describes; a subclass is its data, and what no table can say.
+    """A family that a table describes; a subclass is its data, and its few special cases.
 
     ``names`` are its modules in canonical order, ``signatures`` what shows it. ``measures`` are the model's sizes by the tensor and dimension that
     shows each, and `derived` are those that follow from them; with these the shapes of the table are a model's.
@@ -53,7 +56,7 @@ class KnownFamily(Family):
 
     @cached_property
     def table(self) -> NameTable:
-        """The table, ready to be asked."""
+        """The table, ready for use."""
         return NameTable(self.names, self.layouts)
 
     # -- names ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,10 @@ class KnownFamily(Family):
         return next((signature.layout for signature in self.signatures if signature.fits(shapes)), None)
 
     def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether ``tensors``, under the model's own names, are one of this family's, by the `Signature` of one of its layouts."""
+        """Whether ``tensors`` are of this family, by the `Signature` of one of its layouts.
+
+        They go by the model's own names.
+        """
         return self.layout_of({name: info.shape for name, info in tensors.items()}) is not None
 
     def read(
@@ -118,7 +124,9 @@ class KnownFamily(Family):
         *,
         source: str,
     ) -> Anatomy:
-        """The parts of a model that the family `shows`, whichever layout its names are in; ``tensors`` and ``encodings`` are under its own names.
+        """Read the parts of a model that the family `shows`, in any of its layouts.
+
+        ``tensors`` and ``encodings`` are under the model's own names.
 
         Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell. Missing and extra tensors are no error
         here: what to do about them is a merge's policy. Raises FamilyError where a tensor cannot be split, or two hold the same part.
@@ -215,7 +223,10 @@ class KnownFamily(Family):
         return parts
 
     def measured(self, shapes: Shapes) -> dict[str, int] | None:
-        """The sizes of a model whose parts have ``shapes``; None where a tensor that shows one is missing. What `optional` names may be."""
+        """The sizes of a model by the ``shapes`` of its parts.
+
+        None where a tensor that shows one is missing. What `optional` names may be.
+        """
         found: dict[str, int] = {}
         for size, (name, axis) in self.measures.items():
             shape = shapes.get(name, ())
@@ -229,7 +240,7 @@ class KnownFamily(Family):
         return self.derived(found)
 
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
-        """The parts of a model with ``depth`` blocks in every stack and all that a model of the family may have."""
+        """The parts of a model with ``depth`` blocks in every stack, optional ones included."""
         depths = {
             ".".join(spot.path[:i]): depth for spot in self.table.spots for i, c in enumerate(spot.path) if c == BLOCK
         }

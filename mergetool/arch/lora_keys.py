@@ -1,4 +1,4 @@
-"""The ends of LoRA keys: the one table that tells a LoRA file from a model, and takes its keys apart.
+"""The table of the ends of LoRA keys. It tells a LoRA file from a model, and takes its keys apart.
 
 A row is a regular expression for the end of a key, the kind of adapter that has such keys, and the tensor's role in it: None for
 kinds that are known and not read. The spellings are those that PEFT, diffusers, kohya-type trainers, LyCORIS, ComfyUI, OneTrainer,
@@ -62,8 +62,10 @@ _COMMON = re.compile(r"\.(?:alpha|rescale|on_input|[ab][12]\.weight|(?:query|key
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of a LoRA key: how it is spelled, the kind of adapter (empty for one that every kind may have), and the tensor's role in it,
-    None where such adapters are known and not read."""
+    """The end of a LoRA key: its spelling, its kind of adapter, and its tensor's role.
+
+    The kind is empty where every kind may have it; the role is None where such adapters are known and not read.
+    """
 
     suffix: str
     kind: str

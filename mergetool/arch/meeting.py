@@ -1,4 +1,4 @@
-"""Whether two models meet: whether what they hold lies under the same names.
+"""Check that two models meet: their parameters lie under the same names.
 
 Parts that do not meet are not merged, so a merge of two files in different layouts would be a copy. Three things are refused:
 
@@ -26,7 +26,7 @@ WORTH_SAYING = 0.01
 
 
 class Recognised(Protocol):
-    """A name and what the file's tensor names mean."""
+    """A name and a file's anatomy."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,9 @@ def check_families(first: Recognised, other: Recognised) -> None:
 
 
 def check(first: Recognised, other: Recognised, chosen: Collection[str] | None = None) -> list[str]:
-    """What of two models does not meet, in words, where it is much; ``chosen`` are the parts of ``first`` that are wanted, None for all.
+    """Compare the parts of two models, and describe large mismatches.
+
+    ``chosen`` are the parts of ``first`` that count, None for all.
 
     A part meets where both models have it as floats. Raises FamilyError for models that do not meet.
     """
@@ -84,7 +86,10 @@ def check(first: Recognised, other: Recognised, chosen: Collection[str] | None =
 def check_change(
     first: Recognised, lora: Recognised, chosen: Collection[str], unmatched: Collection[tuple[str, str]]
 ) -> None:
-    """Raise FamilyError for a LoRA that changes none of the ``chosen`` parts of ``first``; ``unmatched`` are keys that change nothing, with the reason."""
+    """Raise FamilyError for a LoRA that changes none of the ``chosen`` parts of ``first``.
+
+    ``unmatched`` are keys that change nothing, with the reason.
+    """
     if not chosen or not lora.anatomy.parts.keys().isdisjoint(chosen):
         return
     if lora.anatomy.parts:

@@ -1,4 +1,4 @@
-"""Selection patterns: ``protect``, ``exclude``, ``include`` and ``multipliers`` name parts of a model with them."""
+"""Selection patterns, by which ``protect``, ``exclude`` and other options name parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCKS = re.compile(r"(?P<stack>.+)\.(?P<first>[0-9]{1,9})(?:-(?P<last>[0-9]{1,
 
 
 def select(patterns: Iterable[str], anatomy: Anatomy) -> dict[str, frozenset[str]]:
-    """Pattern -> canonical names of the parts it selects; no set is empty, and patterns keep their order.
+    """Pattern -> canonical names of its parts. No set is empty, and patterns keep their order.
 
     A pattern is the first of these that it can be:
 

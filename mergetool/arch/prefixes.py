@@ -1,4 +1,4 @@
-"""What stands before a model's own tensor names: the wrappers of the programs that saved it, and what lies beside it.
+"""Take wrappers of saving programs off tensor names, and tell bundled tensors apart.
 
 One rule for every family. ComfyUI saves a model under ``model.diffusion_model.``, trainers under ``transformer.`` or ``net.``, and
 PyTorch's own wrappers (``torch.compile``, data parallel, FSDP, checkpointing) put components of theirs before a name or into it. Two
@@ -28,7 +28,7 @@ _LEAVES = frozenset({"weight", "bias", "scale"})
 
 @dataclass(frozen=True)
 class Names:
-    """A file's tensor names read: ``own`` maps those of the model to the names it gives them itself, in file order.
+    """The names of a file: ``own`` maps the model's tensors to their own names, in file order.
 
     ``prefix`` stands before all of the model's tensors; of a file that mixes several, what they have in common. ``outside`` lists what
     is not of the model: a bundled VAE or text encoder, an EMA, a schedule.
@@ -40,7 +40,7 @@ class Names:
 
 
 def read(names: Iterable[str], *, source: str) -> Names:
-    """Tell the model's own names apart from what stands before them and from what is not of the model.
+    """Split a file's names into prefix and own name, and set bundled tensors aside.
 
     Raises FamilyError for a file that holds two models, or one under two prefixes of which ComfyUI would load one.
     """
@@ -52,7 +52,9 @@ def read(names: Iterable[str], *, source: str) -> Names:
 
 
 def bundled(names: Iterable[str]) -> dict[str, BundledKind]:
-    """The tensors of a file that are bundled with its model, in the file's order; empty where no model would be left.
+    """The tensors of a file that are bundled with its model, in file order.
+
+    There are none where no model would be left.
 
     Under a prefix that ComfyUI chooses the model is what has the prefix; in other files the table of `arch.bundled` decides.
     """
@@ -60,7 +62,7 @@ def bundled(names: Iterable[str]) -> dict[str, BundledKind]:
 
 
 def check(prefix: str) -> None:
-    """Raise UsageError for a prefix that does not end in a dot: it would run into the first component of every name."""
+    """Raise UsageError for a prefix without a dot at its end. It would run into the first component of every name."""
     if prefix and not prefix.endswith("."):
         raise UsageError(
             f"`prefix` is {quoted(prefix)}, which does not end in a dot; write `prefix={quoted(prefix + '.')}`."
@@ -78,7 +80,7 @@ def own(stored: str) -> str:
 
 
 def spelled(stored: str, prefix: str) -> str:
-    """The name of a tensor without the prefix of its file and without components that PyTorch's wrappers put into it."""
+    """A tensor's name without its file's prefix and without PyTorch's wrappers."""
     return ".".join(c for c in stored.removeprefix(prefix).split(".") if c not in INSERTED)
 
 

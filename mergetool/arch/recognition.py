@@ -1,4 +1,4 @@
-"""From a file's tensor names to its anatomy: which family it is, or why it is not a model at all."""
+"""Recognise a file by its tensor names: its family and anatomy, or no model at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def recognise(
     encodings: Mapping[str, Encoding] = MappingProxyType({}),
     names_only: bool = False,
 ) -> Anatomy:
-    """What the tensor names of a file mean: those of a known family in any of its layouts, else the generic one, under whatever prefix.
+    """Read the names of a file by a known family in any layout, else by the generic one.
+
+    Any prefix may stand before them.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.weights`); ``source`` names
     the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space

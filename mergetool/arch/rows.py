@@ -1,4 +1,4 @@
-"""How the rows of a fused tensor divide into its pieces."""
+"""Divide the rows of a fused tensor into its pieces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SizeOf = Callable[[str, int], int | None]
 
 
 class IndivisibleError(ValueError):
-    """Rows do not divide; the message says what was wanted of them."""
+    """Rows do not divide; the message gives the right numbers."""
 
 
 def divide(match: Match, rows: int, columns: int | None, size: SizeOf, *, equally: bool = False) -> list[int]:
-    """The rows of each piece of a fused tensor of ``rows`` rows; ``columns`` are those of its weight.
+    """The rows of each piece of a fused tensor of ``rows`` rows and ``columns`` columns. They are those of its weight.
 
     ``size`` looks into the model. With ``equally`` a piece whose size it does not know has the same share as others. Raises IndivisibleError.
     """
@@ -42,7 +42,10 @@ def divide(match: Match, rows: int, columns: int | None, size: SizeOf, *, equall
 
 
 def sizes(shapes: Mapping[str, tuple[int, ...]]) -> SizeOf:
-    """Dimensions of weights among ``shapes``, by canonical name; of a block that lost one, those of the first blocks of its stack."""
+    """Dimensions of weights among ``shapes``, by canonical name.
+
+    A block that lost one takes those of the first blocks of its stack.
+    """
 
     def size(module: str, axis: int) -> int | None:
         stack, _, inner = module.partition(".")

@@ -1,4 +1,4 @@
-"""A family's names as a table: what each layout calls every module, which groups it is in, and its shape.
+"""A family's names as a table: every module's name in each layout, its groups, its shape.
 
 Names are compared component by component, the longest row decides, and what stands behind a row's name is carried over: ``x_embedder`` says
 what ``x_embedder.weight`` and ``x_embedder.bias`` are called, and ``layers.1`` is no beginning of ``layers.10``.
@@ -21,7 +21,7 @@ Dimension = str | int
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A module, or a single parameter, under its canonical name, and everything ``inside`` it under names that go on from there.
+    """A module, or a parameter, under its canonical name, with everything ``inside`` it. Names inside go on from there.
 
     ``{i}`` is a block's number. ``comfyui`` and ``diffusers`` are the names in those layouts where they are others; ``qkv[1]`` is the second
     piece, in row order, of a tensor that several rows share. ``groups`` hold whatever is beneath the name. ``shape`` is that of the
@@ -43,8 +43,11 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A row of the table in full: ``path`` its canonical name, ``stored`` that of every layout with the piece that it is there, ``place``
-    and ``end`` where it stands, and ``blocks`` the places of the numbered rows that it is inside."""
+    """A row of the table in full: its canonical ``path``, its names ``stored`` in each layout.
+
+    A stored name comes with its piece of the tensor there. ``place`` and ``end`` are where the row stands, ``blocks``
+    the places of the numbered rows around it.
+    """
 
     named: Named
     path: tuple[str, ...]
@@ -68,8 +71,10 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a name was taken for: the ``spots`` of the longest row, in row order where it is a fused tensor's, the numbers of its blocks, and
-    the components behind it."""
+    """The rows that a name was read as: the ``spots``, the numbers of blocks, and the rest.
+
+    The longest row decides; spots are in row order where it is a fused tensor's. The rest is the components behind it.
+    """
 
     spots: tuple[Spot, ...]
     numbers: tuple[str, ...]
@@ -78,13 +83,13 @@ class Match:
     shared: bool
 
     def name(self, path: Iterable[str]) -> str:
-        """``path`` with these numbers and what stands behind."""
+        """``path`` with these numbers and the components behind."""
         numbers = iter(self.numbers)
         return ".".join((*(next(numbers) if part == BLOCK else part for part in path), *self.rest))
 
 
 class NameTable:
-    """The rows ``names`` of a family that has ``layouts``, found by canonical name or by that of a layout."""
+    """The rows ``names`` of a family, found by canonical name or by a layout's. The family has ``layouts``."""
 
     def __init__(self, names: Iterable[Named], layouts: Iterable[str]) -> None:
         self.layouts = tuple(layouts)
@@ -139,7 +144,10 @@ class NameTable:
         return _find(self._canonical, tuple(part.split(".")))
 
     def read(self, name: str, layout: str) -> Match | None:
-        """The row of a tensor's name in a file of ``layout``: the longest of any layout, of equals that of the file's."""
+        """The row of a tensor's name in a file of ``layout``.
+
+        The longest of any layout decides, of equals that of the file's.
+        """
         components = tuple(name.split("."))
         best = None
         for other in (layout, *(each for each in self.layouts if each != layout)):
@@ -172,7 +180,10 @@ class NameTable:
         return tuple(match.name(spot.path) for spot in self._fused[layout, match.spots[0].stored[layout][0]])
 
     def order(self, part: str) -> tuple[object, ...]:
-        """A total order on names: that of the rows, by number inside a block; what no row says comes behind what is beside it."""
+        """A total order on names: that of the rows, by number inside a block.
+
+        A name in no row comes behind its neighbours in the table.
+        """
         module, _, leaf = part.rpartition(".")
         last = (natural_key(module), LEAVES.index(leaf) if leaf in LEAVES else len(LEAVES), part)
         match = self.find(part)
@@ -221,7 +232,7 @@ def _walk(
 
 
 def size_of(size: Dimension, sizes: Mapping[str, int]) -> int | None:
-    """A row's or column's count from the sizes of a model; None where the model has no such size."""
+    """Count rows or columns by the sizes of a model. None where the model has no such size."""
     if isinstance(size, int):
         return size
     count, _, name = size.rpartition("*")

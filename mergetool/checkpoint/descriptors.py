@@ -1,4 +1,4 @@
-"""Few open files for many: those that nobody uses just now are closed, and opened again when they are wanted.
+"""Few open files for many: idle ones are closed, and opened again on demand.
 
 macOS allows a program 256 open files by default, Linux 1,024, while three models of a few hundred shards are a merge like any other.
 """
@@ -33,7 +33,10 @@ class Pooled(ABC):
 
 
 class Pool:
-    """The open files of one kind: at most the share ``1/part`` of what the system allows the process, but `LEAST`."""
+    """The open files of one kind: a share ``1/part`` of the system's limit for the process.
+
+    It holds `LEAST` files at least.
+    """
 
     def __init__(self, part: int) -> None:
         self._part = part

@@ -1,4 +1,4 @@
-"""The 22 dtype codes of the safetensors format: name, width, and what may be done with them."""
+"""The 22 dtype codes of the safetensors format: name, width and use."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def output_dtype(name: None) -> None: ...
 @overload
 def output_dtype(name: str | None) -> DType | None: ...
 def output_dtype(name: str | None) -> DType | None:
-    """The dtype a user named for an output: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2; None, the anchor's, where none was named.
+    """The output dtype of a name: bf16, fp16, fp32, fp8_e4m3 or fp8_e5m2. Without a name it is None, the anchor's.
 
     Raises UsageError for any other word.
     """

@@ -1,4 +1,4 @@
-"""Writing outputs so that a name never leads to half a file: staged beside the target, published by one rename.
+"""Write outputs so that a name never leads to half a file: stage, then rename once. The stage lies beside the target.
 
 The commit protocol. Whatever fails, at whatever moment, the target is the complete old file or the complete
 new one:
@@ -169,7 +169,7 @@ class StagedFile(_Staged):
         inputs: Sequence[InputFile] = (),
         adopt: Adopt | None = None,
     ) -> StagedFile:
-        """Stage ``size`` zero bytes for ``target``; a link is followed, so that the file it leads to is replaced.
+        """Stage ``size`` zero bytes for ``target``. A link is followed, so that the file it leads to is replaced.
 
         The new file has mode 0666 less the umask, or owner and mode of the file it replaces. Raises
         OutputError when the target may not be written or does not fit, BusyError when another run holds it.
@@ -396,7 +396,7 @@ def _require_own_folder(path: Path) -> Path:
 
 
 def write_file(target: Path, data: bytes, *, overwrite: bool = False, inputs: Sequence[InputFile] = ()) -> None:
-    """Make ``target`` a file of exactly these bytes, whole or not at all; raises as `StagedFile` does."""
+    """Make ``target`` a file of exactly these bytes, whole or not at all. Raises as `StagedFile` does."""
     with StagedFile.create(target, len(data), overwrite=overwrite, inputs=inputs) as staged:
         staged.write(0, memoryview(data))
         staged.publish()

@@ -1,4 +1,6 @@
-"""The GGUF header: names, types and places of tensors, by the layout of ggml's ``gguf.h`` (versions 2 and 3, little-endian).
+"""The GGUF header: names, types and places of tensors.
+
+The layout is ggml's ``gguf.h`` (versions 2 and 3, little-endian).
 
 Quantised tensors appear as bytes, ``U8 [..., bytes of a row]``, with their block type beside them; what the blocks mean is ``quant``'s business.
 Dimensions are stored with the fastest first and given here the usual way round.
@@ -76,7 +78,10 @@ _BLOCKS: Mapping[int, BlockType] = {
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantised GGUF tensor: its block type, the shape of its values, and how many of them a stored row has."""
+    """A quantised GGUF tensor: its block type, its shape, and the values in a stored row.
+
+    The shape is that of the values.
+    """
 
     kind: BlockType
     shape: tuple[int, ...]

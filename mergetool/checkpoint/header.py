@@ -32,7 +32,10 @@ _AGAIN = "download or save it again"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: element type, shape, and its bytes ``[begin, end)`` counted from the start of the data section."""
+    """One tensor: element type, shape, and its bytes ``[begin, end)``.
+
+    Bytes count from the start of the data section.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -94,7 +97,9 @@ class Header:
 
     @classmethod
     def parse(cls, raw: bytes, *, file_size: int, source: str) -> Header:
-        """The header spelled by ``raw``: the 8-byte length and the JSON, exactly the bytes before the data section.
+        """Parse a header from ``raw``, exactly the bytes before the data section.
+
+        These are the 8-byte length and the JSON.
 
         ``source`` names the file in messages. Raises HeaderError for any broken rule of the format.
         """
@@ -116,7 +121,7 @@ class Header:
     def plan(
         cls, entries: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
     ) -> Header:
-        """The header of a file to be written: offsets without holes, the data section at a multiple of 64.
+        """Plan the header of a new file: offsets without holes, data at a multiple of 64.
 
         Wider dtypes come first, so that every tensor lies on a multiple of its element; among equals the order
         of ``entries`` stays. The same entries and metadata give the same bytes. Raises HeaderError for a name

@@ -1,4 +1,7 @@
-"""Models on the Hugging Face Hub: ``hf://ORG/REPO[/FOLDER or FILE][@REVISION]`` becomes a path in its cache."""
+"""Models on the Hugging Face Hub: an ``hf://`` address becomes a path in its cache.
+
+An address is ``hf://ORG/REPO[/FOLDER or FILE][@REVISION]``.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class HubAddress:
 
     @property
     def is_file(self) -> bool:
-        """Told by the suffix, so that nothing has to be asked."""
+        """Whether the address is of a file. Its suffix tells, without the network."""
         return self.inside.lower().endswith((shards.SUFFIX, ".sft", ".gguf", *shards.PICKLES))
 
 

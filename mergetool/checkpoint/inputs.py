@@ -1,4 +1,4 @@
-"""Reading input files: one pinned descriptor each, positioned reads, and windows on a read-only mapping."""
+"""Read input files: one pinned descriptor each, positioned reads, and read-only windows. Windows lie on a mapping."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Readable(Protocol):
         """A view of ``size`` bytes at ``offset``, to be given back with `release`."""
 
     def release(self, offset: int, size: int) -> None:
-        """These bytes, a window or read into a buffer, are no longer needed."""
+        """Tell that these bytes, in a window or a buffer, are no longer needed."""
 
     def will_need(self, offset: int, size: int) -> None:
         """A hint that these bytes will be read."""
@@ -120,7 +120,9 @@ class InputFile(Pooled):
 
     @classmethod
     def open(cls, path: Path) -> InputFile:
-        """The regular file at ``path``, or where a link there leads: users link models into the folders of several programs.
+        """Open the regular file at ``path``, or where a link there leads.
+
+        Users link models into the folders of several programs.
 
         Raises InputMissing when there is no such file or it may not be read, DataError for a folder, FIFO, socket or device.
         """
@@ -212,7 +214,7 @@ class InputFile(Pooled):
         return memoryview(mapping.bytes)[offset : offset + size]
 
     def release(self, offset: int, size: int) -> None:
-        """These bytes, a window or read into a buffer, are no longer needed: the file is streamed, and its pages need not stay.
+        """Let go of these bytes, in a window or a buffer: their pages need not stay. The file is streamed.
 
         The pages of a window are given back, so that the process does not grow with the file. That rounds outwards to whole pages: a page shared
         with a neighbouring window is faulted in again from the page cache, whereas rounding inwards would keep one page per window for ever.
@@ -237,7 +239,10 @@ class InputFile(Pooled):
             system.read_ahead(fd, offset, size)
 
     def bring(self, offset: int, size: int) -> bool:
-        """Read these bytes into the page cache, until they are there; False where that cannot be done. Raises `UNREADABLE`."""
+        """Read these bytes into the page cache.
+
+        Returns when they are there; False where that cannot be done. Raises `UNREADABLE`.
+        """
         with _pool.using(self) as fd:
             return system.bring(fd, offset, size)
 

@@ -1,4 +1,4 @@
-"""What a run had finished when it ended: the journal beside a stage, by which ``resume`` goes on.
+"""The journal beside a stage: the finished tensors of a run, for ``resume`` to go on from.
 
 ``.NAME.mergetool-RANDOM.journal`` is a line of JSON that says what the work depends on, then a line for every finished tensor,
 with its place in the stage and its BLAKE2b. Lines are appended after the data they speak of was synced, about every `INTERVAL`
@@ -32,7 +32,7 @@ RunDigest = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished tensor: the name of its file, where its bytes are in it, and their BLAKE2b in hex."""
+    """A finished tensor: its file's name, its bytes' place, and their BLAKE2b in hex."""
 
     tensor: str
     file: str
@@ -69,7 +69,7 @@ def differs(stage: Path, work: RunDigest) -> str | None:
 
 
 def entries(stage: Path) -> list[Entry]:
-    """The finished tensors of a journal, up to its first damaged line: the last one may have been cut."""
+    """The finished tensors of a journal, up to its first damaged line. The last line may have been cut."""
     finished = []
     for line in _lines(place(stage))[1:]:
         try:
@@ -87,7 +87,7 @@ _FIELDS = {"tensor": str, "file": str, "offset": int, "length": int, "digest": s
 
 
 def holds(file: OutputFile, entry: Entry) -> bool:
-    """Whether the stage still holds what was written: its bytes are read again, and have the digest."""
+    """Whether the stage still holds a tensor's bytes. They are read again and have to have the digest."""
     return file.digest(entry.offset, entry.length) == entry.digest
 
 

@@ -13,7 +13,9 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|clock\$|com[0-9¹²³
 
 
 def quoted(name: str) -> str:
-    """``name`` in double quotes, safe to print: one line, no terminal control, at most about 200 characters.
+    """``name`` in double quotes, safe to print: one line without terminal controls.
+
+    It has about 200 characters at most.
 
     Everything that is not printable (C0, C1, DEL, bidirectional marks, line separators, lone surrogates) is
     written as an escape, so two different names never look the same by an invisible character.

@@ -1,4 +1,4 @@
-"""One file being written under a temporary name, from any thread, until it is finished, abandoned or left."""
+"""One file under a temporary name, written from any thread. It ends finished, abandoned or left."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class OutputFile(Pooled):
                 system.forget(fd, *self._behind.popleft())
 
     def sync(self) -> None:
-        """Return with every byte written so far on stable storage; raises StorageError as `finish` does."""
+        """Return with every byte so far on stable storage. Raises StorageError as `finish` does."""
         with self._writing("syncing") as fd:
             system.fsync(fd)
 

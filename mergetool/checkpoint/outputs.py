@@ -1,4 +1,6 @@
-"""What an output's name says: one file or a folder. Every face that writes a model or a LoRA asks here, and nothing else decides it.
+"""Decide by an output's name whether it is one file or a folder.
+
+Every face that writes a model or a LoRA asks here, and nothing else decides it.
 
 A name that ends in ``.safetensors`` or ``.sft``, in any case, is a file. A folder has a slash at its end, or is asked for in another way: by the
 diffusers layout, by shards. Every other name gets ``.safetensors``, but for endings that say something else.

@@ -1,4 +1,4 @@
-"""What a run leaves in the page cache: what was there before it, and nothing else.
+"""Leave the page cache as a run found it.
 
 A file that is streamed once and stays cached takes a fresh page for every one of its own. On a machine whose host must give that page first (any
 virtual one that reports its free pages) that costs more than the copy: merging three files of 3.3 GB took 8.5 s, 3.9 where pages were let go of
@@ -20,7 +20,9 @@ files of 12.3 GB took 11.2 s with 2 MiB, 7.8 to 8.2 with 8 and 7.9 with 32 or 64
 
 
 class CachedBefore:
-    """Which blocks of a file, of ``size`` bytes, were in the page cache when this process opened it: those of which at least half was.
+    """The blocks of a file that were in the page cache when this process opened it.
+
+    A block counts if at least half of it was there. The file has ``size`` bytes.
 
     Where the system does not say, all were: what the user may have wanted there is not let go of.
     """
@@ -35,7 +37,7 @@ class CachedBefore:
             system.forget(fd, start, end - start)
 
     def let_go_behind(self, fd: int, offset: int, size: int) -> None:
-        """Let go of what lies before bytes that were just used: of the block before each that they end, which no other thread is still busy with."""
+        """Drop the block before each one that these bytes end. No other thread is still busy with it."""
         first, last = max(0, offset // BLOCK - 1), (offset + size) // BLOCK - 1
         self.let_go(fd, first * BLOCK, (last - first) * BLOCK)
 
@@ -61,7 +63,10 @@ _lock = threading.Lock()
 
 
 def cached_before(fd: int, size: int, identity: object) -> CachedBefore:
-    """What was cached of a file before this process read it: one answer while any of those who asked is still there, since reading changes it."""
+    """Look up the blocks of a file in the page cache, before this process reads it.
+
+    All who ask share one answer while any of them is there, since reading changes it.
+    """
     with _lock:
         known = _known.get(identity)
         if known is None:

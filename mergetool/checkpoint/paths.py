@@ -1,4 +1,4 @@
-"""What a path means that a person typed or copied."""
+"""Read a path that a person typed or copied."""
 
 from __future__ import annotations
 

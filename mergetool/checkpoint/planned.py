@@ -1,4 +1,4 @@
-"""The files that a planned output consists of, byte for byte but for the tensors, and whether they are what is there."""
+"""The files of a planned output, byte for byte but for the tensors. They can be compared with the files on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergetool.checkpoint.names import quoted
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file: its ``path``, its first bytes, which of a small file are all of it, and how long it will be."""
+    """One file: its ``path``, its first bytes and its length. The first bytes of a small file are all of it."""
 
     path: Path
     start: bytes
@@ -31,7 +31,9 @@ def planned_files(
     stem: str = shards.STEM,
     single: bool,
 ) -> tuple[PlannedFile, ...]:
-    """The files that `CheckpointWriter.stage` with these arguments writes at ``target``: a ``single`` one, or a folder's.
+    """The files that `CheckpointWriter.stage` would write at ``target`` with these arguments.
+
+    They are a ``single`` one, or a folder's.
 
     Raises UsageError for a shard size that makes too many.
     """
@@ -43,7 +45,7 @@ def planned_files(
 
 
 def first_difference(target: Path, files: tuple[PlannedFile, ...]) -> str:
-    """Say where what is at ``target`` stops being ``files``, apart from tensors.
+    """Say where the file or folder at ``target`` stops being ``files``, apart from tensors.
 
     Empty where it is all of them.
 

@@ -1,4 +1,4 @@
-"""One file of a checkpoint being written, and the progress that a journal keeps of all of them."""
+"""Write one file of a checkpoint, and keep a journal of all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ FLUSH_BLOCK = 8 << 20
 
 
 class PlacedFile:
-    """One safetensors file being written: places tensors, and starts write-back of blocks that are complete."""
+    """A safetensors file in the making: it places tensors and writes complete blocks back.
+
+    Write-back only starts; nobody waits for it.
+    """
 
     def __init__(self, out: OutputFile | StagedFile, header: Header, encoded: bytes) -> None:
         self.header = header
@@ -95,7 +98,7 @@ class JournalKeeper:
         return self.refused is None
 
     def begin(self, staged: StagedFile | StagedFolder, home: Mapping[str, PlacedFile]) -> frozenset[str]:
-        """Read again what an interrupted run had finished, and begin a new journal; the tensors that are right."""
+        """Read an interrupted run's tensors again, and begin a new journal. Returns the names of sound ones."""
         self._home = home
         self._target = staged.target
         with system.explained(staged.target, "reading what was left"):
@@ -119,7 +122,7 @@ class JournalKeeper:
         self.left += sum(self._entries[name].length for name in names)
 
     def wrote(self, name: str, size: int) -> None:
-        """Note that bytes of a tensor were written; now and then syncs what is finished and writes it down."""
+        """Note that bytes of a tensor were written. Now and then it syncs finished tensors and writes them down."""
         nbytes = self._home[name].header.tensors[name].nbytes
         with self._lock:
             self._counts[name] = self._counts.get(name, 0) + size
@@ -146,7 +149,10 @@ class JournalKeeper:
             self.left += sum(entry.length for entry in entries)
 
     def leave(self) -> bool:
-        """Close the journal and let it lie if it speaks of a finished tensor; else, or when that was done before, False."""
+        """Close the journal, and leave it if it speaks of a finished tensor.
+
+        Else it returns False, as it does after a first call.
+        """
         kept, self._journal = self._journal, None
         if kept is not None and self.left:
             kept.close()
@@ -156,7 +162,7 @@ class JournalKeeper:
         return False
 
     def end(self) -> None:
-        """Remove the journal of an output that is published, or whose stage is gone. Nothing after `leave`."""
+        """Remove the journal of an output that is published, or whose stage no longer exists. Nothing after `leave`."""
         kept, self._journal = self._journal, None
         if kept is not None:
             kept.remove()

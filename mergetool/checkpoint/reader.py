@@ -1,4 +1,7 @@
-"""A model's files as named tensors, read in place: a safetensors or GGUF file, or a folder of shards with its index."""
+"""Read a model's files in place, as named tensors.
+
+A model is a safetensors or GGUF file, or a folder of shards with its index.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """The model at ``path``: a safetensors or GGUF file, an ``*.index.json``, or a folder (see `shards.choose`).
+        """Open the model at ``path``: a file, an ``*.index.json``, or a folder (`shards.choose`).
+
+        Files are safetensors or GGUF.
 
         What a file is, its content says, not its name. Links are followed, in folders too; but a shard that an index names is a plain name
         in its folder, and a ``config.json`` that is a link out of it must be a model's. Raises
@@ -140,7 +145,7 @@ class Checkpoint:
             file.check_unchanged()
 
     def locate(self, name: str) -> tuple[Readable, int]:
-        """The file a tensor is in and the absolute offset of its first byte; KeyError for an unknown name."""
+        """Find a tensor's file and the absolute offset of its first byte. KeyError for an unknown name."""
         file, data_start = self._places[name]
         return file, data_start + self.tensors[name].begin
 
@@ -159,7 +164,9 @@ class Checkpoint:
         return file.read(offset + start, wanted)
 
     def fingerprint(self) -> str:
-        """``sample-sha256:HEX`` of names, dtypes, shapes, metadata and samples of every tensor's bytes.
+        """``sample-sha256:HEX`` of the header's facts and of samples of every tensor.
+
+        The facts are names, dtypes, shapes and metadata.
 
         The samples are the first, middle and last 64 KiB; smaller tensors count whole. Of a 12 GB model that
         reads about 55 MB, and any merge, training step or cast shows; an edit between the samples does not,
@@ -186,7 +193,7 @@ class Checkpoint:
         return f"sample-sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
-        """The SHA-256 of every file, in hex, by file name; ``progress`` is told the bytes of each step.
+        """The SHA-256 of every file, in hex, by file name; ``progress`` gets the bytes of each step.
 
         The same as ``sha256sum`` prints, and what model sites show, whole or ("AutoV2") its first 10 digits.
         """

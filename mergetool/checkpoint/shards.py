@@ -1,4 +1,4 @@
-"""Models in several files: which file of a folder to open, the index read and written, and how to split.
+"""Models in several files: choose a folder's file, read and write the index, split tensors.
 
 An index comes from strangers and names files, so every name must be a plain one (`names.why_not_plain`), and
 index and shards must tell the same story both ways.
@@ -78,7 +78,7 @@ class ShardIndex:
 
     @classmethod
     def parse(cls, raw: bytes, *, source: str) -> ShardIndex:
-        """The index spelled by ``raw``; raises ShardIndexError unless it is strict JSON with a usable weight_map."""
+        """Parse an index from ``raw``. Raises ShardIndexError unless it is strict JSON with a usable weight_map."""
         require_index_size(len(raw), source)
         try:
             root = strict_json.loads(raw)
@@ -121,7 +121,9 @@ def require_index_size(size: int, source: str) -> None:
 
 
 def choose(folder: Path) -> Path:
-    """The index or the one weights file that ``folder`` is about: of a diffusers pipeline, its transformer's or U-Net's.
+    """Find the index or the one weights file of ``folder``. Of a diffusers pipeline it is the transformer's or U-Net's.
+
+    A pipeline is a diffusers folder.
 
     Of a repository in Hugging Face's cache it is that of the revision ``main``. Raises what `pick` raises, and UsageError for a pipeline of several
     denoising models.
@@ -150,7 +152,7 @@ def is_pipeline(names: Sequence[str]) -> bool:
 
 
 def denoisers(folders: Iterable[str]) -> list[str]:
-    """Those of a pipeline's ``folders`` that hold a model that denoises."""
+    """Pick the folders of a pipeline that hold a denoising model."""
     return sorted(name for name in folders if re.fullmatch(r"(?:transformer|unet)(?:_\d+)?", name))
 
 
@@ -257,7 +259,10 @@ def folder(
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether ``folder`` looks like one that holds a model: it has a config, an index, or a file with a name that libraries give."""
+    """Whether ``folder`` looks like a model: it has a config, an index, or a usual file name.
+
+    Usual names are those that libraries give.
+    """
     try:
         names = os.listdir(folder)
     except OSError:
@@ -285,7 +290,10 @@ def index_name(stem: str = STEM) -> str:
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
-    """The index of ``shards`` as UTF-8 JSON: tensor names sorted, ``total_size`` in data bytes; no name, no time."""
+    """The index of ``shards`` as UTF-8 JSON, tensor names sorted.
+
+    ``total_size`` is in data bytes; there is no name and no time.
+    """
     weight_map = {name: shard.name for shard in shards for name in shard.header.tensors}
     index: dict[str, Any] = {
         "metadata": {"total_size": sum(shard.header.data_size for shard in shards)},

@@ -1,4 +1,4 @@
-"""The metadata that mergetool gives every file it writes: what made it, and of which inputs."""
+"""The metadata of every file that mergetool writes: its command and its inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from mergetool import __version__
 
 
 def stamp(command: str, recipe: Mapping[str, object], inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The ``__metadata__`` of everything that is written: what made it as ``mergetool.COMMAND``, of which inputs, and the version.
+    """Make the ``__metadata__`` of an output: the recipe, the inputs and the version.
+
+    The recipe stands under ``mergetool.COMMAND``.
 
     ``inputs`` are display names with content fingerprints. ``format`` is what transformers and diffusers look for.
     """
@@ -22,7 +24,9 @@ def stamp(command: str, recipe: Mapping[str, object], inputs: Sequence[tuple[str
 
 
 def display_names(names: Sequence[str]) -> dict[str, str]:
-    """Names fit for publication: a path or address becomes its last component without suffix, made unique.
+    """Shorten names for publication: the last component without suffix, made unique.
+
+    Paths and addresses have such components.
 
     Example: ``["base", "/home/me/x.safetensors"]`` gives ``{"base": "base", "/home/me/x.safetensors": "x"}``.
     """

@@ -1,4 +1,4 @@
-"""JSON as the safetensors library reads it: RFC 8259 to the letter, where Python's own reader is laxer."""
+"""JSON as the safetensors library reads it: RFC 8259 to the letter. Python's own reader is laxer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2
 
 
 def loads(raw: bytes, *, build: Callable[[Pairs], Any] | None = None) -> Any:
-    """The value ``raw`` spells; objects go through ``build``, which gets the name-value pairs in file order.
+    """Parse ``raw``; ``build`` makes objects from name-value pairs in file order.
 
     Without ``build`` objects become dicts. Refuses, with a ValueError whose text completes "the JSON has ...":
     bytes that are not UTF-8, a byte order mark, NaN and Infinity, numbers out of range, lone surrogates, nesting

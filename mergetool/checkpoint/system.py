@@ -1,4 +1,4 @@
-"""The operating-system calls behind every file this package reads or writes, each with a plain fallback.
+"""The operating-system calls behind every file, each with a plain fallback.
 
 Files, folders and inputs call these functions and never ``os`` directly for anything that changes a disk:
 a test can make the Nth call fail, and a system that lacks a call (Windows, macOS, an old kernel) is
@@ -127,7 +127,7 @@ def most_open_files() -> int:
 
 
 def open_input(path: Path) -> int:
-    """A read-only descriptor of exactly this path: no link is followed, and a FIFO does not block."""
+    """Open exactly this path, read-only: no link is followed, and a FIFO does not block. Returns the descriptor."""
     return os.open(path, os.O_RDONLY | _NOFOLLOW | _CLOEXEC | _NONBLOCK | _BINARY)
 
 
@@ -157,7 +157,7 @@ def close(fd: int) -> None:
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read up to len(buffer) bytes at ``offset`` into ``buffer``; the count may be short, 0 is end of file."""
+    """Read up to len(buffer) bytes at ``offset`` into ``buffer``. The count may be short; 0 is end of file."""
     part = buffer[:LARGEST_TRANSFER]
     if hasattr(os, "preadv"):
         return os.preadv(fd, [part], offset)
@@ -177,7 +177,9 @@ def read_ahead(fd: int, offset: int, size: int) -> None:
 
 
 def bring(fd: int, offset: int, size: int) -> bool:
-    """Read bytes into the page cache and nowhere else, until they are there; False at the end of the file and where no call does that.
+    """Read bytes into the page cache and nowhere else.
+
+    Returns when they are there; False at the end of the file, and where no call does that.
 
     A transfer to /dev/null copies nothing and reads as far ahead as the kernel does: 8 GB at 2.4 to 2.7 GB/s for 0.2 s of the processor's time,
     against 2.1 GB/s into buffers. ``posix_fadvise`` only asks for the bytes: a pass that used it instead took 17 to 21 s, without it 14.
@@ -197,7 +199,7 @@ def bring(fd: int, offset: int, size: int) -> bool:
 
 
 def cached(fd: int, offset: int, size: int) -> float | None:
-    """The share of these bytes' pages that is in the page cache; None where the system does not say.
+    """The share of these bytes' pages in the page cache. None where the system does not say.
 
     By cachestat, of which a GB takes 0.15 ms; before Linux 6.5, and where a sandbox forbids it, by mincore, which takes every page of another user's
     file for cached.
@@ -262,7 +264,7 @@ def keep_freed_memory(block: int = 32 << 20, unused: int = 256 << 20) -> None:
 
 
 def advise(address: int, size: int, advice: int) -> None:
-    """``madvise`` with the GIL released (``mmap.madvise`` holds it); OSError ENOSYS where missing."""
+    """Do ``madvise`` with the GIL released; ``mmap.madvise`` holds it. OSError ENOSYS where missing."""
     _native("madvise", address, size, advice)
 
 
@@ -309,7 +311,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> int:
 
 
 def start_write_back(fd: int, offset: int, size: int) -> None:
-    """Start writing these dirty pages to the disk without waiting for them; nothing where missing."""
+    """Start writing these dirty pages to the disk, without waiting. Nothing happens where the call is missing."""
     try:
         _native("sync_file_range", fd, offset, size, SYNC_FILE_RANGE_WRITE)
     except OSError as error:
@@ -333,7 +335,7 @@ def fsync(fd: int) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Return once the folder's names are on stable storage; Windows has no such call and needs none."""
+    """Return once the folder's names are on stable storage. Windows has no such call and needs none."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
@@ -385,7 +387,7 @@ def cut(fd: int) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file over whatever file is at ``target``, in one step."""
+    """Rename a file over any file at ``target``, in one step."""
     os.replace(source, target)
 
 
@@ -421,7 +423,10 @@ def remove_folder(path: Path) -> None:
 
 
 def try_lock(fd: int) -> bool | None:
-    """Take the exclusive lock of an open file: True taken, False held elsewhere, None where locks do not work."""
+    """Try to take the exclusive lock of an open file.
+
+    True taken, False held elsewhere, None where locks do not work.
+    """
     if FCNTL is None:
         return None
     try:
@@ -434,7 +439,7 @@ def try_lock(fd: int) -> bool | None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """A descriptor of a folder with its lock taken, to be closed; None where folders cannot be opened."""
+    """Open a folder and take its lock; the caller closes the descriptor. None where folders cannot be opened."""
     if not hasattr(os, "O_DIRECTORY"):
         return None
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)

@@ -1,4 +1,4 @@
-"""Claiming an output path: what may be written there, who else is writing it, and what dead runs left beside it."""
+"""Claim an output path: check it, lock it, and clear the leftovers of dead runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODEL_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.tx
 
 
 def belongs_to_model_folder(name: str) -> bool:
-    """True for the file names a model folder holds: safetensors, JSON, licence, README and .gitattributes."""
+    """Whether a file name belongs in a model folder. Safetensors, JSON, licence, README and .gitattributes do."""
     return name.endswith((".safetensors", ".json")) or name in _MODEL_NAMES
 
 
@@ -37,7 +37,7 @@ def require_folder(folder: Path) -> None:
 
 
 def resolve_target(target: Path) -> Path:
-    """The path that will be replaced: absolute, with every link followed, its folder proved to exist.
+    """The path to replace: absolute, links followed, its folder proved to exist.
 
     Raises OutputError for a link that leads nowhere and for a missing folder.
     """
@@ -113,13 +113,13 @@ class TargetClaim:
         return claim
 
     def check_replaceable(self) -> None:
-        """Look at what is at the target now, into ``old``; OutputError when it may not be replaced."""
+        """Look at the target now, into ``old``. OutputError when it may not be replaced."""
         self.old = _status(self.path)
         if self.old is not None:
             _require_replaceable(self.path, self.old, self._kind, self._overwrite, self._inputs)
 
     def check_inputs(self) -> None:
-        """DataError when an input is no longer what it was at its opening."""
+        """Raise DataError when an input changed since its opening."""
         for file in self._inputs:
             file.check_unchanged()
 
@@ -308,7 +308,7 @@ def _is_dead(leftover: Path) -> bool:
 
 
 def is_own(status: os.stat_result) -> bool:
-    """Whether a stage or journal is this user's and has no other name: another's could be forged, digests and all."""
+    """Whether a stage or journal is this user's and has no other name. Another's could be forged, digests and all."""
     return (not hasattr(os, "geteuid") or status.st_uid == os.geteuid()) and (
         stat.S_ISDIR(status.st_mode) or status.st_nlink == 1
     )

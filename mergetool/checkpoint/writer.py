@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every tensor in any order from any thread, then the headers, then one publishing step."""
+"""Write a checkpoint: tensors in any order from any thread, then headers, then publish."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class CheckpointWriter:
         return None if self._progress is None else self._progress.refused
 
     def keep(self, names: Collection[str]) -> None:
-        """Take tensors of ``kept`` as written: an interrupted run wrote them, and their digests were found right."""
+        """Take tensors of ``kept`` as written by an interrupted run. Their digests were found right."""
         for name in names:
             if name not in self.kept:
                 raise ValueError(f"tensor {quoted(name)} was not kept")
@@ -146,7 +146,7 @@ class CheckpointWriter:
             self._progress.wrote(name, len(view))
 
     def prepare(self) -> None:
-        """Write the headers and bring everything to stable storage: all of `commit` that takes long or is likely to fail.
+        """Write the headers and sync everything: the slow and risky part of `commit`.
 
         For several outputs of which none may be published unless all can be. Raises what `commit` does; the output is then discarded.
         """
@@ -163,7 +163,7 @@ class CheckpointWriter:
         self._prepared = True
 
     def commit(self) -> None:
-        """Write the headers and publish: the target is the complete new checkpoint, on stable storage.
+        """Write the headers and publish. The target is then the complete new checkpoint, on stable storage.
 
         Raises RuntimeError, a bug of the caller, when a byte of a tensor was not written or was written
         twice, DataError when an input changed meanwhile, OutputError or StorageError when the storage fails.

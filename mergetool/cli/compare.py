@@ -1,4 +1,4 @@
-"""``mergetool compare``: how far apart two models are, and by which multiplier to add their difference."""
+"""``mergetool compare``: the distance of two models, and a multiplier for their difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Printing: plain lines on stdout, progress and errors on stderr, one JSON object with ``--json``."""
+"""Print lines on stdout, progress and errors on stderr, and one JSON object with ``--json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mergetool convert``: the same model in another dtype, container, layout or number of files."""
+"""``mergetool convert``: the same model in another dtype, container, layout or split."""
 
 from __future__ import annotations
 

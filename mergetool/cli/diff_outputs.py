@@ -1,4 +1,4 @@
-"""What ``mergetool diff`` says of a second variant, of the file of whole differences, and of the checkpoint it bakes."""
+"""Reports of ``mergetool diff``: second variant, whole differences, baked checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def print_shared(layers: Sequence[ExtractedLayer], pairing: Pairing) -> None:
 
 
 def print_whole(extraction: Extraction, options: DiffOptions, *, verbose: bool) -> None:
-    """The second file, and what would better be in it."""
+    """Print the second file, and differences that would better be in it."""
     if options.full is not None:
         full = Path(options.full)
         if extraction.whole:
@@ -85,7 +85,7 @@ def wider_than_whole(layer: ExtractedLayer) -> bool:
 
 
 def whole_json(extraction: Extraction, options: DiffOptions, pairing: Pairing) -> dict[str, Any]:
-    """The second file, the checkpoint and what is common, for ``--json``."""
+    """The second file, the checkpoint and the common part, for ``--json``."""
     return {
         "variant2": None if pairing.second is None else pairing.second.name,
         "full": str(options.full) if options.full is not None and extraction.whole else None,

@@ -1,4 +1,4 @@
-"""The ranks that ``mergetool diff`` chose: the table, and what was capped, missed or left without a direction."""
+"""The table of ranks of ``mergetool diff``, with capped, missed and empty matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``mergetool diff`` prints: the pairs before, ranks and files after; and its JSON."""
+"""The report of ``mergetool diff``: pairs before, ranks and files after; and its JSON."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _ENTRY = re.compile(r"\s*\S+ {2,}(?=\S)")
 
 
 def fitted(text: str) -> str:
-    """``text`` with long lines broken: a command before an option, with a backslash, the others at a space."""
+    """Break long lines of ``text``. A command breaks before an option, with a backslash; other lines at a space."""
     return "\n".join(piece for line in text.split("\n") for piece in _pieces(line))
 
 

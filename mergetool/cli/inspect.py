@@ -1,4 +1,4 @@
-"""``mergetool inspect``: what a file is."""
+"""``mergetool inspect``: describe a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command groups that import a command when it is asked for: to build all 24 of them takes a tenth of a second, at every start."""
+"""Command groups that import a command on demand. To build all 24 of them takes a tenth of a second, at every start."""
 
 from __future__ import annotations
 

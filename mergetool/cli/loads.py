@@ -1,4 +1,4 @@
-"""What commands say of the programs that load a LoRA, computed from the file that was read or written."""
+"""Reports on the programs that load a LoRA, computed from the file read or written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _print(loading: Loading, *, verbose: bool) -> None:
 
 
 def as_json(loadings: Sequence[Loading]) -> dict[str, dict[str, Any]]:
-    """Program -> release -> what it makes of the file; empty where nothing is known."""
+    """Program -> release -> its treatment of the file; empty where nothing is known."""
     programs: dict[str, dict[str, Any]] = {}
     for loading in loadings:
         told = {

@@ -15,7 +15,7 @@ lora = typer.Typer(
             "merge": ("lora_sums:merge", "Add LoRAs up to one, exactly or at a smaller rank."),
             "subtract": ("lora_subtract:subtract", ""),
             "orthogonal": ("lora_sums:orthogonal", "Take the part of A that is orthogonal to B."),
-            "common": ("lora_sums:common", "Take what two LoRAs have in common."),
+            "common": ("lora_sums:common", "Keep the part that two LoRAs share."),
             "interference": ("lora_interference:interference", "Score how much LoRAs act on the same thing."),
             "convert": ("lora_convert:convert", "Write a LoRA under another program's names."),
             "verify": ("lora_verify:verify", "Check that base + LoRA makes the tuned model."),

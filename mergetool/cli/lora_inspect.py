@@ -1,4 +1,4 @@
-"""``mergetool lora inspect``: what a LoRA file holds, and who loads it."""
+"""``mergetool lora inspect``: a LoRA file's contents, and who loads it."""
 
 from __future__ import annotations
 

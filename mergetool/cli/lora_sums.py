@@ -1,4 +1,4 @@
-"""``mergetool lora resize``, ``merge``, ``orthogonal`` and ``common``: one LoRA made of others."""
+"""``mergetool lora resize``, ``merge``, ``orthogonal``, ``common``: a LoRA made of others."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def orthogonal(typed: Typed) -> None:
 
 @command(LoraCommon)
 def common(typed: Typed) -> None:
-    """Take what two LoRAs have in common.
+    """Keep the part that two LoRAs share.
 
     Those are the directions that both write to and both read, at the strength that both have.
     """

@@ -1,4 +1,4 @@
-"""``mergetool merge``: an affine combination of checkpoints, streamed to one output; or the outputs of a recipe file."""
+"""``mergetool merge``: a combination of checkpoints, or the outputs of a recipe file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mergetool merge RECIPE.yaml``: the outputs of a recipe file, those that are not up to date."""
+"""``mergetool merge RECIPE.yaml``: make the outputs of a recipe that are not up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is printed of a merge, and its JSON: the plan before, the outcome after. The other commands that merge print with it too."""
+"""The report of a merge and its JSON: the plan before, the outcome after.
+
+The other commands that merge print with it too.
+"""
 
 from __future__ import annotations
 

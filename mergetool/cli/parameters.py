@@ -1,4 +1,4 @@
-"""Commands from the table of options: a request's rows become the parameters of a command, and what was typed becomes the request."""
+"""Commands from the table of options: rows become parameters, typed values a request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Typed:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a bar is wanted."""
+        """Whether to show a bar."""
         return not (self.no_progress or self.as_json)
 
     def request(self, table: type[T], **more: Any) -> T:
@@ -82,7 +82,7 @@ def command(
 
 
 def parameter(row: Row) -> inspect.Parameter:
-    """A row as a parameter for typer; every value is text, which the row reads, so that every face refuses the same."""
+    """A row as a parameter for typer. Its value is text, which the row reads, so that every face refuses the same."""
     kind, option = row.option.kind, row.option
     if isinstance(kind, Flag):
         both = row.initial is None

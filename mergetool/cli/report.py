@@ -1,4 +1,4 @@
-"""What the command line shows of a run: lines as it goes on, or one JSON object at its end."""
+"""The display of a run in a terminal: lines as it goes on, or one JSON object at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CommandEvents(Events):
-    """The events of a command; ``json`` is what ``--json`` prints."""
+    """The events of a command; ``json`` is the object that ``--json`` prints."""
 
     def __init__(self, typed: Typed) -> None:
         self.typed = typed

@@ -1,4 +1,4 @@
-"""``mergetool verify``: is a merge what its recipe says, and does it make pictures?"""
+"""``mergetool verify``: check that a merge follows its recipe and makes pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed of a verification, and its JSON."""
+"""The report of a verification, and its JSON."""
 
 from __future__ import annotations
 

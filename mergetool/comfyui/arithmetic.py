@@ -77,7 +77,7 @@ class MergeExpressionNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The text, and what its names mean."""
+        """The text, and a link for each of its names."""
         return {
             "required": {"expression": ("STRING", {"default": "a + 20 * (b - c)", "multiline": True})},
             "optional": {slot: (links.MODEL, {}) for slot in SLOTS},
@@ -85,7 +85,7 @@ class MergeExpressionNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, expression: str | None) -> Literal[True] | str:
-        """True, or why the text is no merge, before anything runs; None is a linked text, not known yet."""
+        """True, or why the text is no merge, before anything runs. None is a linked text, not known yet."""
         return host.first_error(lambda: parse("a" if expression is None else expression))
 
     @host.computing

@@ -1,4 +1,4 @@
-"""The node that looks before a merge: how far apart two models are, and which multiplier their difference wants."""
+"""The node to use before a merge: the distance of two models, and a multiplier."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CompareNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
-        """True, or what is wrong with a value or a name, before anything runs."""
+        """True, or the error in a value or a name, before anything runs."""
         return host.first_error(lambda: cls._files(held), lambda: widgets.check(Asked, held))
 
     @host.computing

@@ -1,4 +1,4 @@
-"""What ComfyUI offers to nodes, and what stands for it where ComfyUI is not running.
+"""ComfyUI's services for nodes, and their stand-ins where ComfyUI is not running.
 
 ComfyUI has imported ``folder_paths``, ``comfy.utils`` and ``comfy.model_management`` before it loads a custom node; they are taken from
 there and never imported, since other packages may have the same names.
@@ -75,7 +75,7 @@ def target(kind: str, name: str, *, folder: bool = False) -> Target:
 
 
 def first_error(*checks: Callable[[], object]) -> Literal[True] | str:
-    """True when no check raises a MergetoolError, else its sentence: what VALIDATE_INPUTS answers."""
+    """True when no check raises a MergetoolError, else its sentence. VALIDATE_INPUTS answers with it."""
     try:
         for check in checks:
             check()

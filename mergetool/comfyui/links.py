@@ -1,4 +1,7 @@
-"""What travels along links: expressions as text. A MERGETOOL_MODEL is a model (degree 1), a MERGETOOL_DELTA a difference (degree 0)."""
+"""The values of links: expressions as text.
+
+A MERGETOOL_MODEL is a model (degree 1), a MERGETOOL_DELTA a difference (degree 0).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def filled(text: str, inputs: Mapping[str, str]) -> str:
 
 
 def argument(text: str) -> str:
-    """What is linked as a MODEL argument: a file by its own name, a merge as its expression."""
+    """A link as a MODEL argument: a file by its own name, a merge as its expression."""
     graph = parse(text).graph
     only = graph.terms[0] if len(graph.terms) == 1 else None
     if only is None or only.factor != 1 or not isinstance(only.operand, Model):

@@ -1,4 +1,4 @@
-"""Nodes that write files: complete or not at all, in ComfyUI's folders, over nothing that exists unless asked."""
+"""Nodes that write files in ComfyUI's folders, complete or not at all. They replace nothing unless asked."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class SaveNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """The inputs: what to merge, where to and in which form."""
+        """The inputs: the model, the target and the form of the output."""
         own = {"output": NAME, "folder": (list(cls.FOLDERS), {})}
         return widgets.inputs(Merge, linked=["keep_from"], daily=cls.DAILY, own=own)  # type: ignore[no-any-return]
 
     @classmethod
     def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
-        """True, or what is wrong with a value or a name, before anything runs."""
+        """True, or the error in a value or a name, before anything runs."""
         return host.first_error(lambda: _target(cls.FOLDERS, held), lambda: widgets.check(Merge, held))
 
     @classmethod
@@ -49,7 +49,7 @@ class SaveNode:
 
     @host.computing
     def save(self, **held: Any) -> dict[str, Any]:
-        """Write the merge; its path as a model, as text, and what became of it. Raises MergetoolError."""
+        """Write the merge. Returns its path as a model, and as text, and a report. Raises MergetoolError."""
         keep_from = held.get("keep_from")
         if keep_from:
             held["keep_from"] = links.argument(keep_from)
@@ -85,17 +85,17 @@ class ExtractLoraNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **held: Any) -> Literal[True] | str:
-        """As of Save."""
+        """Validate as Save does."""
         return host.first_error(lambda: _target(cls.FOLDERS, held), lambda: widgets.check(Diff, held))
 
     @classmethod
     def IS_CHANGED(cls, **held: Any) -> float | str:
-        """As of Save."""
+        """Tell changes as Save does."""
         return "there" if _target(cls.FOLDERS, held).path.exists() else float("nan")
 
     @host.computing
     def extract(self, **held: Any) -> dict[str, Any]:
-        """Write the LoRA; its path, and what it holds. Raises MergetoolError."""
+        """Write the LoRA. Returns its path and a report of its contents. Raises MergetoolError."""
         named = {name: links.argument(held[name]) for name in self.LINKED if held.get(name)}
         target = _target(self.FOLDERS, held)
         host.make_folder(target.path)

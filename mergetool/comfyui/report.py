@@ -1,4 +1,4 @@
-"""What a node tells of a run: ComfyUI's bar while it goes on, and a text for its output."""
+"""A node's report of a run: ComfyUI's bar, then a text for its output."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class NodeEvents(Events):
 
 
 class SaveEvents(NodeEvents):
-    """Those of a merge: what was written stands in front of what was found."""
+    """The events of a merge. The text has the output in front of the findings."""
 
     def done(self, plan: Any, result: Any) -> None:
-        """Size, expression, what was done to how many tensors, what rounding kept, and warnings."""
+        """Note size, expression, counts of tensors, the loss to rounding, and warnings."""
         movement = result.outcome.movements.total
         lines = [
             f"{result.target.path}: {plan.header.file_size / 1e9:.3g} GB, {result.seconds:.1f} s",
@@ -57,7 +57,7 @@ class SaveEvents(NodeEvents):
 
 
 class ExtractEvents(NodeEvents):
-    """Those of a difference LoRA."""
+    """The events of a difference LoRA."""
 
     def done(self, plan: Any, result: Any) -> None:
         """Show the number of matrices, and how much of their energy is kept."""

@@ -31,7 +31,7 @@ class ModelFileNode:
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
-        """The content's fingerprint, sizes and times: another file under the same name is another input."""
+        """The content's fingerprint, sizes and times. Another file under the same name is another input."""
         return state(str(host.file(host.MODELS, file)))
 
     @host.computing
@@ -56,7 +56,7 @@ class NamedModelNode:
 
     @classmethod
     def IS_CHANGED(cls, model: str) -> str:
-        """As of a file."""
+        """Tell changes as the node of a file does."""
         return state(model.strip())
 
     @host.computing
@@ -66,7 +66,7 @@ class NamedModelNode:
 
 
 class LoraFileNode:
-    """A LoRA in ComfyUI's folder of LoRAs, as what it changes."""
+    """A LoRA in ComfyUI's folder of LoRAs, as a difference."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = "A LoRA in ComfyUI's folder, in any spelling that is known, as a difference: link it to Add Difference, whose multiplier is its strength."
@@ -81,7 +81,7 @@ class LoraFileNode:
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
-        """As of a model."""
+        """Tell changes as the node of a model does."""
         with Checkpoint.open(host.file(host.LORAS, file)) as stored:
             return _state(stored)
 

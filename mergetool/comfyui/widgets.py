@@ -1,4 +1,4 @@
-"""Inputs of nodes from the table of options: a row is a widget or a link, and what they hold becomes a request of the API."""
+"""Nodes' inputs from the table of options: a row is a widget or a link. Their values become a request of the API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ LINKED = "linked"
 
 
 def inputs(table: type[Table], *, linked: Collection[str], daily: Collection[str], own: Mapping[str, Any]) -> Any:
-    """INPUT_TYPES for a request: rows that are ``linked``, those of ``daily`` use, inputs of the node's ``own``, and advanced ones."""
+    """INPUT_TYPES for a request: ``linked`` rows, ``daily`` rows, the node's ``own``, the rest.
+
+    The rest are advanced inputs.
+    """
     rows = rows_in(table, "node")
     needed = {name: (links.MODEL, {"tooltip": tooltip(row)}) for name, row in rows.items() if row.is_needed}
     given = {name: (links.MODEL, {"tooltip": tooltip(rows[name])}) for name in linked if name not in needed}
@@ -91,7 +94,10 @@ def values_of(table: type[Table], held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(table: type[Table], held: Mapping[str, Any]) -> None:
-    """Raises what `request` raises for what widgets hold, before anything runs. What is linked is None, and not known yet."""
+    """Raise the errors of `request` for the widgets' values, before anything runs.
+
+    What is linked is None, and not known yet.
+    """
     needed = {name: LINKED for name, row in rows_in(table, "node").items() if row.is_needed}
     values = values_of(table, {**held, **needed})
     if all(value is not None for name, value in held.items() if name not in needed):

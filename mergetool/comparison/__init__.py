@@ -1,1 +1,1 @@
-"""Two models before they are merged: how far apart, in which direction, by which multiplier, and whether they belong together."""
+"""Two models before a merge: their distance, direction, multiplier and lineage."""

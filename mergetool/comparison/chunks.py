@@ -1,4 +1,4 @@
-"""One pass over the models of a comparison: chunks on several threads, each element read once."""
+"""One pass over a comparison's models: chunks on several threads, each element read once."""
 
 from __future__ import annotations
 

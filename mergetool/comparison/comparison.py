@@ -1,4 +1,7 @@
-"""Two models side by side in one pass: the sums of every part, and what a merge of their difference would lose to rounding."""
+"""Two models side by side in one pass: sums of every part, and the loss to rounding.
+
+The loss is that of a merge of their difference.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,12 @@ from mergetool.recipe.steps import MERGED, Input
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models, open, and what will be measured: ``parts`` in the order of reading, of which ``excluded`` count in no total; ``left_out``
-    are not measured, with the reason, and ``unmet`` says what of the models has no counterpart, where that is much. ``options`` are those of the merge whose rounding is looked at."""
+    """The open models, and the ``parts`` to measure in the order of reading.
+
+    Parts that are ``excluded`` count in no total, and ``left_out`` gives the reason for each part that is not
+    measured. ``unmet`` tells how much of the models has no counterpart, where that is much. ``options`` are those of
+    the merge whose rounding is looked at.
+    """
 
     operands: ComparedModels
     options: MergeOptions
@@ -76,7 +83,7 @@ class Comparison:
         return merge_of(onto, variant, base, multiplier)
 
     def plan(self, multiplier: Fraction) -> Plan:
-        """That merge, as `engine.job.open_merge` plans it."""
+        """The plan of that merge, as `engine.job.open_merge` makes it."""
         expression = parse(self.expression(multiplier), known=self.known)
         by_name = {model.name: model for model in self.operands.inputs}
         return plan_merge(expression, [by_name[name] for name in expression.models], self.options)
@@ -218,7 +225,9 @@ def open_comparison(
     onto: str | None = None,
     options: MergeOptions | None = None,
 ) -> Iterator[Comparison]:
-    """Open MODELs to compare ``variant`` with ``base``; headers only are read, and the files are closed at the end of the ``with`` block.
+    """Open MODELs to compare ``variant`` with ``base``; only headers are read.
+
+    The files close at the end of the ``with`` block.
 
     The delta is variant - base, the reference delta ``reference`` - ``reference_base`` (``base`` without it), and ``onto`` the model that the
     delta would be added to (``base`` without it). Raises what `Inputs.model` and `plan_merge` raise, FamilyError for models of
@@ -251,7 +260,7 @@ def compare(
     reader: Reader = "auto",
     progress: Callable[[int], None] = lambda _: None,
 ) -> Report:
-    """Read the models once and report; with the multiplier that turns out to be "recommended", an eighth of three of them once more.
+    """Read the models once and report. With the multiplier "recommended" an eighth of three of them is read once more.
 
     Rounding is looked at on the elements that `mergetool merge` measures by itself, and its figures are equal to those of that merge on a CPU.
     Memory is about 15 MB a thread. ``progress`` is told of bytes read, from this thread. Raises UsageError for a target that is none, NonFiniteError

@@ -1,4 +1,4 @@
-"""How far a model lies from another one, part by part: Frobenius norms, streamed.
+"""The distance of a model from another, part by part: Frobenius norms, streamed.
 
 apart = measure(merged, parent)
 relative(apart)                                          0.031: the change is 3.1 % of the parent's norm

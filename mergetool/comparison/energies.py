@@ -1,4 +1,4 @@
-"""Sums of squares over two models and their difference, and what follows from them: distances, cosines, multipliers."""
+"""Sums of squares over two models and their difference: distances, cosines, multipliers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True)
 class Energies:
-    """Sums over ``elements``: of the squares of base, variant, delta = variant - base, of the model that the delta is added to, and
-    of a reference delta; ``shared`` is the sum of delta * reference delta."""
+    """Sums of squares over ``elements`` of the models, the delta and a reference delta.
+
+    The models are base, variant, and the one that the delta = variant - base is added to; ``shared`` is the sum of
+    delta * reference delta.
+    """
 
     elements: int = 0
     base: float = 0.0
@@ -43,7 +46,7 @@ class Energies:
 
     @property
     def to_reference(self) -> float | None:
-        """The m that makes ||m * delta|| that of the reference delta; None where one of them is zero."""
+        """The m that makes ||m * delta|| that of the reference; None where one of them is zero."""
         return math.sqrt(self.reference / self.delta) if self.delta and self.reference else None
 
     def to_change(self, share: float) -> float | None:
@@ -64,7 +67,7 @@ class Distance:
 
 
 def relative(distances: Sequence[Distance], wanted: Callable[[Distance], bool] = lambda _: True) -> float:
-    """The norm of the delta over that of the base, over the parts ``wanted``; 0 where there are none."""
+    """The norm of the delta over that of the base, over the parts ``wanted``. 0 where there are none."""
     return Energies.total(distance.energies for distance in distances if wanted(distance)).distance
 
 

@@ -1,4 +1,4 @@
-"""What is said of a merge before it is made."""
+"""The findings about a merge before it is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["note", "warn", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence about a merge, with what was measured. An error means that pictures would be noise."""
+    """One sentence about a merge, with its measurements. An error means that pictures would be noise."""
 
     level: Level
     text: str

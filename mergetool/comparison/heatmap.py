@@ -1,4 +1,4 @@
-"""Values over blocks (rows) and kinds of parameters (columns), and how they look in a terminal."""
+"""A heat map in a terminal: values over blocks (rows) and kinds of parameters (columns)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ class HeatMap:
         return (float(positive.min()), float(positive.max())) if positive.size else (1e-3, 1.0)
 
     def shades(self, palette: str = SHADES) -> list[str]:
-        """Every block's row: a character a kind, darker for more, on a logarithmic scale; the first for what is least, "0" for zero, and a blank
-        where there is nothing."""
+        """Draw every block's row, a character a kind, darker for more.
+
+        The scale is logarithmic. "0" is zero, a blank a missing part.
+        """
         low, high = (math.log(end) for end in self.range)
         step = (high - low) / len(palette) or 1.0
 
@@ -70,7 +72,7 @@ def of_distances(distances: Sequence[Distance]) -> HeatMap:
 
 
 def block(distance: Distance) -> str:
-    """The row of a part: its block, or what it is of outside the blocks."""
+    """The row of a part: its block, or its place outside the blocks."""
     return distance.name.split(".")[0] if distance.groups & {"embedder", "final"} else block_of(distance.name)
 
 

@@ -1,4 +1,4 @@
-"""How far a merge lands from its anchor, on a sample, before anything is written.
+"""The distance of a merge from its anchor, on a sample, before anything is written.
 
 The distance of a result is the norm of its change over the norm of the anchor, both over all of the model's parts. Beside it stands what the expression is made of: how far x lies from y in every x - y. A factor that makes much more of a difference than any
 training did leaves what the model has learned, whatever the factor: 171 times a difference of 0.01 % is a small step, 20 times 5 % is none.

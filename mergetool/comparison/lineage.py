@@ -48,7 +48,7 @@ NEAR_LIMIT = 0.95
 
 @dataclass(frozen=True)
 class Relation:
-    """Two samples, of what is subtracted from and of what is subtracted."""
+    """Two samples: of a model, and of the one subtracted from it."""
 
     x: ModelSample
     y: ModelSample
@@ -110,7 +110,10 @@ class Relation:
 
     @property
     def is_twin(self) -> bool:
-        """Whether the two look like one model, quantised in different ways: its norms, which nobody quantises, are equal."""
+        """Whether the two look like one model, quantised in two ways.
+
+        Their norms, which nobody quantises, are equal.
+        """
         parts = (part for sample in (self.x, self.y) for part in sample.model.anatomy.parts.values())
         return self.gains[1] == 0 and any(part.encoding or part.dtype.bits == 8 for part in parts)
 
@@ -122,7 +125,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Relations:
-    """The relations of one merge's models, read when they are asked for."""
+    """The relations of one merge's models, read on demand."""
 
     plan: Plan
     lineage: _Lineage
@@ -145,7 +148,7 @@ class Relations:
 
 
 def of(plan: Plan, samples: Samples) -> Relations:
-    """The relations of the inputs of ``plan``, by their ``samples``; they must be open while they are asked for."""
+    """The relations of the inputs of ``plan``, by their ``samples``. Inputs must stay open while relations are read."""
     return Relations(plan, _Lineage(samples))
 
 

@@ -1,4 +1,4 @@
-"""What the HTML pages have in common: one self-contained file each, for a phone or a printer."""
+"""The common parts of the HTML pages: one self-contained file each, for phone or printer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """A heading over each column, then rows of text; the first column is a name, the others are numbers."""
+    """A table with a heading over each column. The first column is a name, the others are numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def template(package: str, name: str) -> jinja2.Template:
-    """A template of a room, which may include "style.css" and import `table` from "table.html.j2"."""
+    """Load a room's template, which may include "style.css" and ``table.html.j2``.
+
+    It imports `table` from the latter.
+    """
     import jinja2  # a report that is only printed does without
 
     def load(wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""Between plan and run: do the models belong together, and how far from its anchor does the merge land?"""
+"""Check models between plan and run: their lineage, and the distance from the anchor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Preflight:
 
 
 def check(plan: Plan) -> Preflight:
-    """Sample every input of ``plan``, and known models when something is subtracted; inputs that are merges are checked too.
+    """Sample every input of ``plan``, and known models when something is subtracted.
+
+    Inputs that are merges are checked too.
 
     A few megabytes of each are read. The inputs must be open. Raises what reading them raises; known models that cannot be read are passed
     over.

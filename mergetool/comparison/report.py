@@ -37,7 +37,7 @@ def render(report: Report) -> str:
 
 
 def record(report: Report) -> dict[str, Any]:
-    """The whole report for JSON: None for what has no finite value."""
+    """The whole report for JSON, with None for values that are not finite."""
     return {
         "base": report.base,
         "variant": report.variant,

@@ -31,7 +31,10 @@ read into it later. Comparing two files of 12.3 GB took 8.9 s after their sample
 
 @dataclass(frozen=True, slots=True)
 class ModelSample:
-    """One model's elements, of every float part: the middle rows, or all where those are no more. ``sizes`` are the whole parts'."""
+    """A sample of one model's float parts: the middle rows, or all where those are few.
+
+    ``sizes`` are the whole parts'.
+    """
 
     name: str
     model: Input

@@ -1,4 +1,4 @@
-"""What an expression does with whole models: which are subtracted from which, and which are averaged."""
+"""The whole models in an expression: which are subtracted, and which are averaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ NOTHING = 0.005
 
 
 def differences(graph: Sum) -> list[tuple[str, str]]:
-    """Every (x, y) of which x - y is taken: in each sum, the models that are added with those that are subtracted."""
+    """List every difference (x, y) that the expression takes.
+
+    In each sum these are the models that are added with those that are subtracted.
+    """
     return list(dict.fromkeys(_differences(graph)))
 
 
@@ -38,7 +41,7 @@ def _differences(value: Sum) -> Iterator[tuple[str, str]]:
 
 
 def whole_models(plan: Plan, step: Step) -> list[str]:
-    """The models that one step adds as such, beyond the differences it takes: two or more of them are averaged.
+    """List the models that one step adds whole, beside the differences it takes. Two or more of them are averaged.
 
     Of ``a + 20 * (b - c)`` that is a, of ``0.5*a + 0.5*b`` and of ``a + 0.5 * (b - a)`` both.
     """

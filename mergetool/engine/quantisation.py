@@ -196,7 +196,7 @@ def _views(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> list[memor
 def measure(
     piece: Piece, result: Floats, base: Floats, raw: Sequence[Octets], scale: np.float32, nearest: Round
 ) -> Movement:
-    """Measure what storing did to the ``base`` values of a piece's rows.
+    """Measure how storing changed the ``base`` values of a piece's rows.
 
     They are [rows, columns], as is ``result``, which was stored as ``raw``.
 

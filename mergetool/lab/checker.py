@@ -81,7 +81,7 @@ class Reading:
 
 
 def adherent(picture: Pixels, prompt: str) -> bool:
-    """Whether a picture shows what a prompt of this world asks for. Raises ValueError for any other prompt."""
+    """Whether a picture shows its prompt, in this world. Raises ValueError for any other prompt."""
     scene = Scene.parse(prompt)
     if scene is None:
         raise ValueError(f"not a prompt of the embedded world: {prompt!r}")

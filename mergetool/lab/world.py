@@ -124,7 +124,7 @@ def stripe_colour(ground: tuple[int, int, int]) -> NDArray[np.float32]:
 
 
 def render(scene: Scene, placing: Placing, *, striped: bool = False, hollow: bool = False) -> Pixels:
-    """The picture [64, 64, 3] of a scene; ``striped`` and ``hollow`` are what the two fine-tunes add to it."""
+    """Draw the picture [64, 64, 3] of a scene. The two fine-tunes add ``striped`` and ``hollow``."""
     cover = silhouette(scene.shape, placing)
     if hollow:
         cover = cover - silhouette("circle", Placing(placing.x, placing.y, placing.radius * HOLLOW))

@@ -38,7 +38,7 @@ from mergetool.options.multipliers import number, setting_text
 
 @dataclass(frozen=True, slots=True)
 class CombinedModule:
-    """What became of one module.
+    """One module of the result.
 
     ``width`` is the sum of the ranks that were read (None where something other than a LoRA was), ``rank`` the one written.
     ``total`` is the squared Frobenius norm of the exact sum, ``energy`` the share that the kept singular values hold before they are
@@ -60,7 +60,7 @@ class CombinedModule:
 
 @dataclass(frozen=True)
 class Combined:
-    """What a run wrote, in file order, and modules without any change, which are not written."""
+    """The modules that a run wrote, in file order, and those without any change. The latter are not written."""
 
     modules: list[CombinedModule]
     empty: list[str]
@@ -72,7 +72,7 @@ class Combined:
 
     @property
     def residual(self) -> float:
-        """The norm of what is stored minus the exact sums, over theirs, all modules together."""
+        """The norm of the rounding error over that of the exact sums, all modules together."""
         whole = math.fsum(one.total for one in self.modules)
         return math.sqrt(math.fsum(one.residual**2 * one.total for one in self.modules) / whole) if whole else 0.0
 

@@ -28,7 +28,9 @@ _NOTHING = 2.0**-45  # of the parts' norms: what float64 leaves of a sum in whic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WrittenSum:
-    """A sum as it is written: ``scale`` multiplies the product of its ``factors``, as alpha = scale * r.
+    """A sum as written: ``scale`` times the product of its ``factors``.
+
+    ``scale`` stands in the file as alpha = scale * r.
 
     ``norm`` and ``error`` are Frobenius norms: of the exact sum, and of what is written minus it.
     """

@@ -1,4 +1,7 @@
-"""One or many LoRAs side by side: what each of them adds to every matrix, with which strength, and what no LoRA can carry."""
+"""Gather one or many LoRAs: every matrix's changes, their strengths, and the lost parts.
+
+Those are parts that no LoRA can carry.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class WeighedLora:
 
 @dataclass(frozen=True, slots=True)
 class Addend:
-    """What one LoRA adds to a matrix. A strength of 0 never becomes one."""
+    """The change that one LoRA makes to a matrix. A strength of 0 never becomes one."""
 
     file: LoraFile
     change: Change
@@ -48,8 +51,10 @@ class Addend:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The names of a module's tensors in the output; ``always_alpha`` where the spelling is one that has an alpha everywhere, ``no_alpha`` where it
-    has none anywhere."""
+    """The names of a module's tensors in the output.
+
+    A spelling has an alpha everywhere with ``always_alpha``, nowhere with ``no_alpha``.
+    """
 
     down: str
     up: str
@@ -85,7 +90,7 @@ class GatheredModule:
 
 @dataclass(frozen=True)
 class Gathering:
-    """The modules of all LoRAs, those of the first in its order and then what only later ones have.
+    """The modules of all LoRAs: the first one's in its order, then those of later ones only.
 
     ``left_out`` are parts that do not come along, with the reason and the energy of what is lost: None where a strength of 0 loses
     it on purpose, for keys that mean nothing here, and for what an operation has no use for.
@@ -114,8 +119,9 @@ class Gathering:
 
 @contextmanager
 def opened(loras: Iterable[tuple[str, Fraction]], *, anatomy: Anatomy | None = None) -> Iterator[list[WeighedLora]]:
-    """LoRAs by name or path, with their strengths; they are closed at the end of the ``with`` block. With an ``anatomy`` their modules are
-    looked up among that model's parts.
+    """Open LoRAs by name or path, with strengths; they close at the end of the ``with`` block.
+
+    With an ``anatomy`` their modules are looked up among that model's parts.
 
     Raises InputMissing, and DataError for a file that is no LoRA.
     """
@@ -133,9 +139,11 @@ def gather(
     skip_unmatched: bool = False,
     names_known: bool = False,
 ) -> Gathering:
-    """What ``terms`` add up to, matrix by matrix; ``multipliers`` scale groups, the last that matches one counting, gradients
-    running over the blocks that the LoRAs change. ``names_known`` says that the LoRAs were opened with the anatomy of their model, so
-    that equal modules are told in different spellings.
+    """Add up ``terms``, matrix by matrix, with ``multipliers`` for groups.
+
+    The last multiplier that matches a group counts; gradients run over the blocks that the LoRAs change.
+    ``names_known`` says that the LoRAs were opened with the anatomy of their model, so that equal modules are told in
+    different spellings.
 
     Raises FamilyError for LoRAs of different families or shapes, PatternError for a group that nothing is in, DataError for keys that
     change nothing (unless ``skip_unmatched``, which lists them as left out), for a part that one file changes twice, and where
@@ -257,7 +265,7 @@ def _module(part: str, family: Family, shape: tuple[int, ...], addends: Sequence
 
 
 def holding(stored: Iterable[DType]) -> DType:
-    """The dtype that holds factors of all of these: BF16, FP16 or FP32; the last where both halves are among them."""
+    """The dtype that holds factors of all of these: BF16, FP16 or FP32. It is FP32 where both halves are among them."""
     wanted = {dtypes.BF16 if dtype.bits == 8 else dtypes.F32 if dtype.bits > 16 else dtype for dtype in stored}
     return wanted.pop() if len(wanted) == 1 else dtypes.F32
 

@@ -1,4 +1,4 @@
-"""How much memory a sum of LoRAs, or the conversion of one, may come to take: upper bounds, from shapes alone.
+"""Upper bounds on the memory of a sum or a conversion of LoRAs, from shapes alone.
 
 As in `difference.memory` every matrix is counted at the largest rank that its options allow. Numbers of bytes are of
 arrays that live at the same time; a test holds that runs stay below them.
@@ -32,7 +32,10 @@ def of_sum(gathering: Gathering, selection: Selection, dtype: DType | None = Non
 
 
 def of_conversion(file: LoraFile) -> int:
-    """Bytes of anonymous memory that `convert` may come to take, the interpreter's among them: all of the file, and one module in float64."""
+    """Bytes of anonymous memory that `convert` may take, those of the interpreter included.
+
+    They hold all of the file, and one module in float64.
+    """
     stored = [[file.checkpoint.tensors[key] for key in adapter.tensors.values()] for adapter in file.adapters]
     one = max((sum(prod(info.shape) for info in infos) for infos in stored), default=0)
     whole = sum(info.nbytes for infos in stored for info in infos)

@@ -1,4 +1,4 @@
-"""Two LoRAs against each other, matrix by matrix: the part of one that is orthogonal to the other, what both have, how much they collide.
+"""Two LoRAs against each other, matrix by matrix: orthogonal part, common part, overlap.
 
 What these words mean is written in `lowrank.sets`. A change without factors (a whole difference, a LoKr or LoHa of high rank) is looked at by
 the directions that hold `DENSE_SHARE` of its energy.
@@ -33,7 +33,9 @@ DENSE_SHARE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How two LoRAs act on one matrix: `sets.Interference` of the first with respect to the second, and both energies.
+    """The interference of two LoRAs on one matrix, and both energies.
+
+    `sets.Interference` is of the first with respect to the second.
 
     All numbers are 0 where only one of them changes it; ``opposing`` is None unless it was asked for.
     """
@@ -49,7 +51,9 @@ class Score:
 
 
 def orthogonal(gathering: Gathering) -> Gathering:
-    """The first LoRA without its component along the second, in every matrix by itself: D1 - <D1, D2> / <D2, D2> D2.
+    """Take the first LoRA without its component along the second, matrix by matrix.
+
+    That is D1 - <D1, D2> / <D2, D2> D2.
 
     What it leaves of both can be added up like any sum. Matrices that the first does not change are left out. Raises DataError where
     nothing is left, and what `source_of` raises.
@@ -82,7 +86,7 @@ def both(gathering: Gathering) -> Gathering:
 
 
 def common(gathering: Gathering) -> Callable[[GatheredModule], LowRank]:
-    """What makes of a module the part that both LoRAs have (`sets.common`)."""
+    """Make a function that gives the common part of a module's LoRAs (`sets.common`)."""
 
     def derive(module: GatheredModule) -> LowRank:
         first, second = (_strongest(_values(narrow(total_of(side)))) for side in _sides(gathering, module))
@@ -112,7 +116,7 @@ def delta_scores(
     threads: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Score]:
-    """The score of every matrix of the differences of two variants, checkpoints or LoRAs, to one base, in file order.
+    """Score every matrix of two variants' differences to one base, in file order. A variant is a checkpoint or a LoRA.
 
     ``progress`` gets bytes read. Raises NonFiniteError for a difference that holds NaN or infinity.
     """

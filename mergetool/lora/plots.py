@@ -16,7 +16,9 @@ __all__ = ["cells", "require_target", "write"]
 
 
 def write(path: Path, targets: Sequence[ChangedPart], *, title: str, overwrite: bool = False) -> None:
-    """Draw the norm of every block (rows) by kind of parameter (columns) on a logarithmic scale, as a PNG at ``path``.
+    """Draw the norm of every block (rows) by kind of parameter (columns), as a PNG at ``path``.
+
+    The scale is logarithmic.
 
     White is what the LoRA does not change, grey what it changes by zero. Raises what `write_file` raises.
     """

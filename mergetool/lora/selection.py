@@ -1,4 +1,4 @@
-"""How much of a sum of LoRAs to keep: all of it, a rank, a rule of `rules`, or what fits into a file."""
+"""Choose how much of a sum of LoRAs to keep: all, a rank, a rule, or a file's size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Exact:
         return len(values)
 
     def recipe(self) -> dict[str, Any]:
-        """What the metadata says of it."""
+        """The choice as the metadata records it."""
         return {}
 
 
@@ -43,7 +43,7 @@ class Fixed:
             raise UsageError(f"`rank` is {self.rank}, but a LoRA has a rank of at least 1.")
 
     def recipe(self) -> dict[str, Any]:
-        """What the metadata says of it."""
+        """The choice as the metadata records it."""
         return {"rank": self.rank}
 
 
@@ -58,23 +58,25 @@ class ByRule:
         _require_cap(self.most)
 
     def wanted(self, values: Tensor) -> int:
-        """How many of the falling singular values the rule keeps."""
+        """The number of falling singular values that the rule keeps."""
         return self.rule.rank(values.square().numpy()) or 0
 
     def rank_of(self, values: Tensor) -> int:
-        """How many of the falling singular values to keep."""
+        """The rank to keep of the falling singular values."""
         return min(self.wanted(values), len(values) if self.most is None else self.most)
 
     def recipe(self) -> dict[str, Any]:
-        """What the metadata says of it."""
+        """The choice as the metadata records it."""
         share = {"rank_thresh": self.rule.threshold} if self.rule.name != "knee" else {}
         return {"rule": self.rule.name} | share | _stated(self.most)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The least total error that a file of at most so many bytes can have, with ranks of at most ``most``. Raises UsageError for a
-    ``most`` below 1."""
+    """Keep the least total error in a file of at most so many bytes.
+
+    Ranks are ``most`` at most. Raises UsageError for a ``most`` below 1.
+    """
 
     size: int
     most: int | None = None
@@ -83,7 +85,7 @@ class Budget:
         _require_cap(self.most)
 
     def recipe(self) -> dict[str, Any]:
-        """What the metadata says of it."""
+        """The choice as the metadata records it."""
         return {"budget": self.size} | _stated(self.most)
 
 
@@ -100,7 +102,7 @@ Selection = Exact | Fixed | ByRule | Budget
 
 
 def selected(options: SelectionOptions) -> Selection:
-    """What the options keep."""
+    """Read the choice from the options."""
     if options.rank is not None:
         return Fixed(options.rank)
     if options.budget is not None:
@@ -117,7 +119,9 @@ def ranks_within(
     dtype: DType,
     metadata: Mapping[str, str],
 ) -> dict[str, int]:
-    """Part -> rank, so that the file, header included, has at most ``budget.size`` bytes and the least error (`budget.ranks_for`).
+    """Choose each part's rank for the least error in a file of at most ``budget.size`` bytes.
+
+    The header counts (`budget.ranks_for`).
 
     Raises UsageError where not even one direction fits.
     """

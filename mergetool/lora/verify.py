@@ -43,8 +43,10 @@ TILE = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """One parameter: squared Frobenius norms of delta, of what is left of it before and after rounding. ``changed`` says whether the LoRA
-    changes it."""
+    """One parameter: squared norms of its delta, and of the rest before and after rounding.
+
+    Norms are Frobenius norms. ``changed`` says whether the LoRA changes it.
+    """
 
     part: str
     groups: frozenset[str]
@@ -55,7 +57,7 @@ class Residual:
 
     @property
     def relative_before(self) -> float:
-        """The norm of what is left over that of delta; infinite where there is something left of nothing."""
+        """The norm of the rest over that of the delta; infinite for a rest of no delta."""
         return _relative(self.before, self.delta)
 
     @property
@@ -66,8 +68,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What `verify_lora` found. ``left_out`` are parameters that could not be compared, with the reason; ``unmatched`` keys of the LoRA that
-    change nothing in the base."""
+    """The result of `verify_lora`.
+
+    ``left_out`` are parameters that could not be compared, with the reason; ``unmatched`` keys of the LoRA that change
+    nothing in the base.
+    """
 
     residuals: tuple[Residual, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -271,5 +276,5 @@ def _relative(left: float, whole: float) -> float:
 
 
 def worst(residuals: Sequence[Residual], count: int) -> list[Residual]:
-    """Those with the most left after rounding, in absolute terms: what to look at first."""
+    """List the largest residuals after rounding, in absolute terms."""
     return sorted((one for one in residuals if one.after), key=lambda one: -one.after)[:count]

@@ -100,7 +100,7 @@ def train_difference(
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 1.1)
 def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
-    """Take the second model's elements that changed most, in the rows whose distribution changed.
+    """Take the second model's elements that changed most, in rows whose distribution changed.
 
     Formula: x2 where i >= median(i) + 1.5 * (q3(i) - q1(i)), else x1; i = abs(x2-x1) * KL(softmax(x2) || softmax(x1)) over rows, quartiles of the whole parameter
     Source: Arcee Fusion of mergekit

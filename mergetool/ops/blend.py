@@ -74,7 +74,7 @@ def blend(
 
 
 def moves(result: Floats, first: Floats, came: Stored, alone: memoryview) -> Movement | None:
-    """Measure what storing did to elements of a weight quantised with one scale.
+    """Measure how storing changed elements of a weight quantised with one scale.
 
     ``came`` is what ``result`` is stored as, ``alone`` the codes of the ``first`` model's elements with the same scale. None where that is
     not compiled, or one of them is not finite.

@@ -21,7 +21,7 @@ def stored_shape(rows: int, columns: int) -> tuple[int, int]:
 
 
 def span(tensor: str, row: int, rows: int, columns: int) -> Span:
-    """The bytes that hold the one-byte scales of rows ``[row, row + rows)``: whole rows of tiles."""
+    """The bytes with the one-byte scales of rows ``[row, row + rows)``, whole rows of tiles."""
     first, last = row // TILE_ROWS, -(-(row + rows) // TILE_ROWS)
     size = TILE_ROWS * rounded_up(columns, TILE_COLUMNS)
     return Span(tensor, first * size, (last - first) * size)
@@ -35,7 +35,10 @@ def untiled(raw: memoryview, row: int, rows: int, columns: int) -> Octets:
 
 
 def tiled(scales: Octets) -> Octets:
-    """Scales [rows, columns], of whole rows of tiles or the last ones, in stored order [padded rows, padded columns]."""
+    """Scales [rows, columns] in stored order [padded rows, padded columns].
+
+    The rows are whole rows of tiles, or the last ones.
+    """
     rows, columns = stored_shape(*scales.shape)
     plain = np.zeros((rows, columns), np.uint8)
     plain[: scales.shape[0], : scales.shape[1]] = scales

@@ -1,4 +1,4 @@
-"""How one quantised weight lies in a file, and how its rows become float32 again.
+"""The place of one quantised weight in a file, and the decoding of its rows to float32.
 
 Every container is a file of `containers`, with one class over this interface. Nothing here reads a file: an `Encoding` says which
 bytes it needs (`spans`) and turns them into values (`decode`), so that the same code serves windows and positioned reads.
@@ -42,7 +42,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One module of a file as its header shows it: the weight and what lies beside it.
+    """One module of a file by its header: the weight and the tensors beside it.
 
     ``name`` is the module's, without ``.weight``. ``sides`` maps the last component of a side tensor, under its current name
     (``weight_scale`` for the old ``scale_weight``), to the stored name and its TensorInfo. ``config`` is what the file says about
@@ -63,7 +63,7 @@ class Layer:
         return f"{self.name}.weight"
 
     def side(self, leaf: str, *dtypes: DType) -> tuple[str, TensorInfo]:
-        """The stored name and TensorInfo of a side tensor; raises DataError where it is missing or of another dtype."""
+        """The stored name and TensorInfo of a side tensor. Raises DataError where it is missing or of another dtype."""
         if leaf not in self.sides:
             self.refuse(f'has no "{leaf}"', "one beside the weight")
         name, info = self.sides[leaf]
@@ -72,7 +72,7 @@ class Layer:
         return name, info
 
     def matrix(self, *dtypes: DType, convolutions: bool = False) -> tuple[int, int]:
-        """The stored weight's rows and columns, those of a convolution's weight flattened where such may be.
+        """The stored weight's rows and columns, with ``convolutions`` flattened.
 
         Raises DataError for another rank, another dtype, or no elements.
         """
@@ -85,7 +85,9 @@ class Layer:
         return shape[0], shape[1]
 
     def rotation(self) -> object:
-        """The group size that the layer's marker says it is rotated by (ConvRot), whatever it is; None for a layer that is not rotated.
+        """The group size by which the layer is rotated (ConvRot), unchecked; None without.
+
+        The layer's marker states it.
 
         ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
         """
@@ -130,7 +132,7 @@ class Encoding(ABC):
 
     @property
     def quant(self) -> str | None:
-        """The output container of the same kind, as ``quant`` names it; None where that cannot be written."""
+        """The output container of the same kind, as ``quant`` names it. None where that cannot be written."""
         return None
 
     @property
@@ -140,7 +142,7 @@ class Encoding(ABC):
 
     @property
     def tile_rows(self) -> int:
-        """Rows that are best decoded together: the values may depend on where a tile of so many begins."""
+        """Rows that are best decoded together. Values may depend on where a tile of so many begins."""
         return 1
 
     @property
@@ -159,18 +161,21 @@ class Encoding(ABC):
         return (self.tensor, *self.beside)
 
     def cropped(self, shape: tuple[int, ...]) -> Self:
-        """The same weight with its true shape, which padding hid; raises ValueError for one that is larger than the padded."""
+        """The same weight with its true shape, which padding hid.
+
+        Raises ValueError for one that is larger than the padded.
+        """
         if len(shape) != 2 or any(true > held for true, held in zip(shape, self.padded, strict=True)):
             raise ValueError(f"{list(shape)} does not lie in {list(self.padded)}")
         return replace(self, shape=shape)
 
     @property
     def pads(self) -> bool:
-        """Whether the container pads a weight to whole blocks, so that the file alone does not tell its shape."""
+        """Whether the container pads a weight to whole blocks. The file alone does not tell its shape then."""
         return False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of ``shape`` would be padded to what is stored."""
+        """Whether a weight of ``shape``, padded, has the stored shape."""
         return shape == self.padded
 
     def spans(self, row: int, rows: int) -> tuple[Span, ...]:
@@ -182,7 +187,9 @@ class Encoding(ABC):
         return spans
 
     def decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
-        """Write the values of rows ``[row, row + rows)`` into ``out`` [rows, width], exactly ``code * scale`` in float32.
+        """Write the values of rows ``[row, row + rows)`` into ``out`` [rows, width].
+
+        They are exactly ``code * scale`` in float32.
 
         ``raw`` are the bytes of `spans`, in that order.
         """
@@ -200,14 +207,18 @@ class Encoding(ABC):
             out[:] = values[:, : self.width]
 
     def scaled(self, raw: Sequence[memoryview]) -> tuple[memoryview, DType, float] | None:
-        """The codes of rows, row by row, as plain floats of a dtype, and one float32 that each is multiplied by; None where it is not so.
+        """The codes of rows as plain floats of a dtype, and one float32 to multiply them by.
+
+        None where the container is another kind. Codes go row by row.
 
         ``raw`` is as for `decode`.
         """
         return None
 
     def values(self, read: Callable[[str, int, int], bytes], row: int = 0, rows: int | None = None) -> Floats:
-        """The values of rows ``[row, row + rows)``, of all from ``row`` on without ``rows``: float32 [rows, width].
+        """The values of rows ``[row, row + rows)``, float32 [rows, width].
+
+        Without ``rows`` they are all from ``row`` on.
 
         ``read(tensor, start, size)`` gives stored bytes, as `Checkpoint.read` does.
         """
@@ -219,7 +230,9 @@ class Encoding(ABC):
 
     @abstractmethod
     def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """The distance between neighbouring codes at each stored value of the rows, for [rows, padded width] or broadcasting to it.
+        """The distance between neighbouring codes at each stored value of the rows.
+
+        Its shape is [rows, padded width], or broadcasts to it.
 
         ``raw`` is as for `decode`. What was rounded to such codes carries noise of about a twelfth of its square an element.
         """
@@ -232,7 +245,7 @@ class Encoding(ABC):
 
 
 def column_factor(layer: Layer, width: int) -> tuple[str, DType] | None:
-    """The layer's ``pre_quant_scale`` for a weight of ``width`` columns; raises DataError for one of another shape."""
+    """The layer's ``pre_quant_scale`` for a weight of ``width`` columns. Raises DataError for one of another shape."""
     if "pre_quant_scale" not in layer.sides:
         return None
     name, info = layer.side("pre_quant_scale", *SCALE_DTYPES)

@@ -1,4 +1,4 @@
-"""Containers that are not read, recognised by the tensors they are made of, and codes whose meaning nothing in the file tells.
+"""Recognise containers that are not read, and codes that nothing in the file explains.
 
 A weight of 8 bits or fewer is only believed to be what it looks like when all that lies beside it is understood: a scale that went unnoticed would
 make noise of the model, without a word.
@@ -51,7 +51,7 @@ _PLAIN = re.compile(r"weight|.*bias|running_mean|running_var|num_batches_tracked
 
 
 def recognised(model: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> tuple[str, str] | None:
-    """The name of a container that is not read, and what shows it; None for every other file."""
+    """The name of a container that is not read, and its proof; None for every other file."""
     found = min(((i, name) for name in model if (i := _place(name)) is not None), default=None)
     if found is not None:
         return _FORMATS[found[0]][0], f"tensor {quoted(found[1])}"
@@ -67,7 +67,9 @@ def refusal(source: str, container: str, evidence: str) -> DataError:
 
 
 def require_understood(model: Mapping[str, TensorInfo], understood: Collection[str], source: str) -> None:
-    """Raises DataError for codes that cannot be read, or that lie beside a tensor that may change what they mean.
+    """Raise DataError for codes that cannot be read, or may mean something else.
+
+    A tensor beside them may change their meaning.
 
     ``understood`` are the stored tensors whose part in a quantised weight, or in no weight, is known.
     """

@@ -1,4 +1,4 @@
-"""GGUF blocks, dequantised by the ``gguf`` package: Q8_0, the K-quants, Q4_0 and every other type that it knows.
+"""GGUF blocks, dequantised by the ``gguf`` package. It knows Q8_0, the K-quants, Q4_0 and more.
 
 Blocks run along rows, so any rows of a tensor can be read alone.
 """
@@ -52,7 +52,7 @@ class GgufBlocks(Encoding):
             out[:] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[self.kind.name]).reshape(rows, -1)
 
     def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """The range of 32 values over the steps that the type's bits allow: about what its scale is."""
+        """The range of 32 values over the steps that the type's bits allow. That is about its scale."""
         out = np.empty((rows, self.padded[1]), np.float32)
         self._decode(raw, row, rows, out)
         blocks = out.reshape(rows, -1, min(32, self.kind.block))

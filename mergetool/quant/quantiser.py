@@ -1,4 +1,4 @@
-"""A quantised container: how a weight in it is read, the tensors that a weight becomes, and its codes from float32 values.
+"""The interface of a quantised container: how to read a weight, and how to write one.
 
 A weight is quantised in pieces of `PIECE_ROWS` rows, after its largest magnitude is known. Rounding to FP8 is done by the caller, whose way of
 rounding then holds for every container that stores FP8.
@@ -43,7 +43,7 @@ class Quantiser(ABC):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """What the markers of files call it."""
+        """The container's names in the markers of files."""
         return (self.config["format"],)
 
     def claims(self, layer: Layer) -> bool:
@@ -52,7 +52,7 @@ class Quantiser(ABC):
 
     @abstractmethod
     def read(self, layer: Layer) -> Encoding:
-        """A layer of a file in this container; raises DataError where its tensors and its marker contradict each other."""
+        """Read a layer of a file. Raises DataError where its tensors and its marker contradict each other."""
 
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the values stored for a weight of ``shape``."""
@@ -66,7 +66,10 @@ class Quantiser(ABC):
         return [*((f"{layer}.{leaf}", dtype, size) for leaf, dtype, size in self._stored(padded)), *scale, marker]
 
     def constants(self, layer: str, scale: np.float32) -> dict[str, bytes]:
-        """The tensors of ``layer`` that do not depend on its rows: the marker, and the tensor's scale where there is one."""
+        """The tensors of ``layer`` that do not depend on its rows: marker and tensor scale.
+
+        Some containers have no tensor scale.
+        """
         constants = {f"{layer}.comfy_quant": self.marker()}
         if self._tensor_scale_leaf:
             constants[f"{layer}.{self._tensor_scale_leaf}"] = np.float32(scale).tobytes()
@@ -74,15 +77,18 @@ class Quantiser(ABC):
 
     @abstractmethod
     def encoding(self, layer: str, shape: tuple[int, int]) -> Encoding:
-        """How the written weight is read; its spans are what `encode` gives, then the tensor's scale."""
+        """The reading of the written weight. Its spans are the results of `encode`, then the tensor's scale."""
 
     @abstractmethod
     def scale(self, amax: np.float32) -> np.float32:
-        """The tensor's scale for a largest magnitude; 1 where the container has none, and for a weight of zeros."""
+        """The tensor's scale for a largest magnitude. 1 where the container has none, and for a weight of zeros."""
 
     @abstractmethod
     def encode(self, values: Floats, scale: np.float32, round_to: Round) -> tuple[Octets, ...]:
-        """The codes, and the scales of rows or blocks where there are some, of consecutive rows [rows, padded columns]."""
+        """Encode consecutive rows [rows, padded columns]: the codes, and scales of rows or blocks.
+
+        Some containers have no such scales.
+        """
 
     @abstractmethod
     def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
@@ -103,7 +109,7 @@ class Quantiser(ABC):
 
 
 def positive(scale: np.float32) -> np.float32:
-    """A scale that can be divided by: that of a weight of zeros is 1, and none is below float32's normal numbers."""
+    """A scale that can be divided by. That of a weight of zeros is 1, and none is below float32's normal numbers."""
     if scale == 0:
         return np.float32(1)
     return np.float32(max(scale, np.finfo(np.float32).tiny))

@@ -1,4 +1,4 @@
-"""The quantised containers that are read and written: the files of `mergetool.quant.containers`. There is no other list of them."""
+"""The register of quantised containers: the files of `mergetool.quant.containers`. There is no other list of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @cache
 def names() -> tuple[str, ...]:
-    """What the option ``quant`` can be, in order. No container is imported for it."""
+    """The values of the option ``quant``, in order. No container is imported for it."""
     return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(containers.__path__)))
 
 

@@ -1,4 +1,7 @@
-"""The values of scales: what is no number is refused, and what makes nothing of a weight is said."""
+"""Check the values of scales: refuse those that are no numbers, note those of 0.
+
+A scale of 0 makes nothing of a weight.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ LARGEST_READ = 1 << 20
 
 
 def notes(encodings: Iterable[Encoding], read: Callable[[str, int, int], bytes], source: str) -> tuple[str, ...]:
-    """What is odd about the plain-float scales of quantised weights, in words that follow the file's name.
+    """Note oddities of the plain-float scales of quantised weights. The words follow the file's name.
 
     Raises DataError for a scale of NaN or infinity, and for one that can only be the inverse of the factor.
     """

@@ -1,4 +1,4 @@
-"""How programs spell what lies beside a quantised weight: one table of the last components of tensor names.
+"""The spellings of tensors beside a quantised weight. It is one table of the last components of their names.
 
 Every scale here is one to multiply by: value = code * scale. That holds for DeepSeek's and Qwen's ``weight_scale_inv`` too, whatever its name says
 (https://huggingface.co/Qwen/Qwen3-8B-FP8), and in files of the FP8 Flux programs ``scale_reciprocal`` is the factor and ``scale`` its inverse.
@@ -33,17 +33,17 @@ _IN_COMFYUI = (SCALE, "scale_weight", INPUT_SCALE, "scale_input", "pre_quant_sca
 
 
 def current(leaf: str) -> str | None:
-    """The current name of a last component that means nothing but a scale or a marker; None for every other."""
+    """The current name of a last component that can only be a scale or marker. None for every other."""
     return leaf if leaf in register.scales() else _CURRENT.get(leaf)
 
 
 def in_comfyui(leaf: str) -> str | None:
-    """The same for those of ComfyUI's own files, old and new, whose values mean there what they mean here."""
+    """The same for components in ComfyUI's own files, old and new. Their values have the same meaning there."""
     return current(leaf) if leaf in _IN_COMFYUI or leaf in register.scales() else None
 
 
 def scales() -> frozenset[str]:
-    """The current names of what scales a weight."""
+    """The current names of the scales of a weight."""
     return register.scales() | {SCALE, "pre_quant_scale"}
 
 
@@ -53,5 +53,5 @@ def leaf_of(name: str) -> str:
 
 
 def module_of(stored: str) -> str:
-    """The module that a side tensor belongs to: ``a`` of ``a.weight_scale`` and of ``a.weight.scale``."""
+    """The module of a side tensor: ``a`` of ``a.weight_scale`` and of ``a.weight.scale``."""
     return stored.rpartition(".")[0].removesuffix(".weight")

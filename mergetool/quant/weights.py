@@ -1,4 +1,4 @@
-"""From a file's header to its quantised weights: which container each is in, or why the file is refused.
+"""Find the quantised weights of a file by its header: each one's container, or a refusal.
 
 Nothing is guessed: a weight is read when its tensors, their dtypes and shapes and everything the file says about it agree, and refused in one
 sentence when they do not. Only the small JSON tensors ``.comfy_quant`` are read besides the header.
@@ -40,19 +40,22 @@ _OLD_MARKER = "scaled_fp8"
 
 
 def is_side_tensor(name: str) -> bool:
-    """True for a tensor that, by its name alone, only means something beside a quantised weight: a marker or a scale."""
+    """Whether a tensor's name alone makes it a marker or a scale of a quantised weight."""
     return current(leaf_of(name)) is not None or leaf_of(name) == _OLD_MARKER
 
 
 def side_tensors(names: Iterable[str], encodings: Mapping[str, Encoding]) -> frozenset[str]:
-    """Those of a file's tensors that are not parameters: what ``encodings`` have beside their weights, and stray markers and scales."""
+    """The tensors of a file that are not parameters.
+
+    They are those that ``encodings`` have beside their weights, and stray markers and scales.
+    """
     beside = {tensor for encoding in encodings.values() for tensor in encoding.beside}
     return frozenset(name for name in names if name in beside or is_side_tensor(name))
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """What of a checkpoint is quantised: ``encodings`` by the name of the stored weight, and ``notes``, what a user should know of them.
+    """The quantised part of a checkpoint: ``encodings`` by stored weight, and ``notes``.
 
     The notes are words that follow the file's name.
     """
@@ -62,7 +65,9 @@ class Quantised:
 
 
 def quantised(checkpoint: Checkpoint, source: str, bundled: Collection[str] = ()) -> Quantised:
-    """What of an open checkpoint is quantised; see `encodings`. Scales that are plain floats are read, and those of 0 noted.
+    """Find the quantised weights of an open checkpoint; see `encodings`.
+
+    Scales that are plain floats are read, and those of 0 noted.
 
     Raises DataError for what `encodings` does, and for a scale of NaN or infinity.
     """
@@ -103,7 +108,7 @@ def encodings(
     source: str,
     bundled: Collection[str] = (),
 ) -> dict[str, Encoding]:
-    """Every quantised weight of a file, by the name of its stored weight; empty for plain floats (raw FP8 casts included).
+    """Every quantised weight of a file, by stored name; empty for plain floats. Raw FP8 casts are plain floats.
 
     ``read`` gives the bytes of a small tensor, ``packed`` the block types of a GGUF file; ``source`` names the file in messages. What is
     ``bundled`` with the model may be quantised as it likes: it is copied with its scales, bit for bit, and nothing is said of it; GGUF blocks
@@ -265,7 +270,10 @@ def _marker(stored: str, info: TensorInfo, read: Callable[[str], bytes], source:
 
 
 def metadata_layers(metadata: Mapping[str, str], source: str) -> dict[str, Mapping[str, Any]]:
-    """Module -> what ``_quantization_metadata`` says of it; empty without. Raises DataError for one that cannot be read."""
+    """Module -> its entry in ``_quantization_metadata``; empty without.
+
+    Raises DataError for one that cannot be read.
+    """
     text = metadata.get(METADATA)
     if text is None:
         return {}

@@ -1,4 +1,4 @@
-"""The two-stage sampler: a picture from one model, refined by another, to see what a merge makes.
+"""The two-stage sampler: a picture from one model, refined by another, to see a merge.
 
 schedule       steps, shift, scheduler and strength -> noise levels
 request        what can be asked: shots, stages, a request of both

@@ -1,4 +1,4 @@
-"""What the two parts beside a transformer are made of: the names and shapes of their tensors, from their configs.
+"""The tensors of the text encoder and the VAE, by name and shape, from their configs.
 
 Qwen3 as transformers has it (Qwen3Model), AutoencoderKL as diffusers has it; the names of other programs are put into theirs.
 """
@@ -48,7 +48,7 @@ def qwen3_name(stored: str) -> str:
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the ones at its end: single files store a matrix of attention as a convolution of 1 x 1."""
+    """A shape without trailing ones. Single files store a matrix of attention as a convolution of 1 x 1."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -1,4 +1,4 @@
-"""From noise to latents: a transformer's velocity with classifier-free guidance, followed by a sampler.
+"""Denoise latents: a sampler follows a transformer's velocity with guidance. The guidance is classifier-free.
 
 Latents are float32 [n, channels, height / f, width / f] in the VAE's scaled space, in which both stages work.
 """

@@ -1,4 +1,4 @@
-"""From checkpoints and folders to the modules that the sampler runs: transformer, text encoder, VAE."""
+"""Load the sampler's modules from checkpoints and folders: transformer, text encoder, VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The parts of a pipeline on this disk: where they are, and whether they are whole and fit together. Only headers and configs are read."""
+"""Find the parts of a pipeline on this disk, and check that they are whole and fit together.
+
+Only headers and configs are read.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,10 @@ def config_folder(place: Path, part: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ComponentWeights:
-    """An open component: its tensors by the names of the library that runs it, ``names`` to those that are stored."""
+    """An open component.
+
+    Its tensors go by the names of the library that runs it; ``names`` maps those to the stored ones.
+    """
 
     file: Checkpoint
     names: Mapping[str, str]
@@ -286,7 +292,7 @@ def check_model(model: str, loras: Sequence[WeightedLora], components: Component
 
 
 def transformer_config(opened: Input) -> Mapping[str, Any]:
-    """The config of a transformer: that beside it, else what its shapes show. Raises FamilyError."""
+    """The config of a transformer: the file beside it, else one derived from its shapes. Raises FamilyError."""
     stored, anatomy = opened.checkpoint.config, opened.anatomy
     drawn = {family.transformer: family.name for family in FAMILIES if family.transformer}
     if stored is not None and stored.get("_class_name") in drawn:
@@ -303,7 +309,10 @@ def transformer_config(opened: Input) -> Mapping[str, Any]:
 
 
 def require_whole(opened: Input) -> None:
-    """Raises FamilyError where a block lacks what the others of its stack have; the rest is compared when it is built."""
+    """Raise FamilyError where a block lacks tensors that others of its stack have.
+
+    The rest is compared when the transformer is built.
+    """
     missing = uneven(opened.anatomy)
     if missing:
         raise FamilyError(lacking(opened.name, missing, ()))

@@ -1,4 +1,4 @@
-"""What can be asked of the sampler: shots, stages, and one request of both. Plain values; nothing is loaded for them."""
+"""Requests to the sampler: shots, stages, and both in one. Plain values; nothing is loaded for them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Refinement(Stage):
-    """A second stage: noise is added up to the level that ``strength`` names, and taken away again."""
+    """A second stage: it adds noise up to ``strength``, then denoises again."""
 
     steps: int = 4
     strength: float = 0.15

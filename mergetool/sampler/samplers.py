@@ -1,4 +1,4 @@
-"""Samplers: how a model's velocity is followed from noise to a picture, with the arithmetic of the programs that name them.
+"""Samplers: follow a model's velocity from noise to a picture. Their arithmetic is that of the programs that name them.
 
 euler           one step along the velocity; ComfyUI's and diffusers'
 res_multistep   exponential integrator of second order that remembers the step before (arXiv 2308.02157, as ComfyUI has it)

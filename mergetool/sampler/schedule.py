@@ -1,4 +1,4 @@
-"""Noise levels: what `steps`, `shift`, `scheduler` and `strength` come to, before any model is loaded.
+"""Noise levels from `steps`, `shift`, `scheduler` and `strength`, without any model.
 
 A level sigma is the share of noise in a latent, 1 at the start and 0 at the end. All schedules are of one shape: times t from 1
 down to 0, shifted to sigma = s t / (1 + (s - 1) t). They differ in the times.

@@ -1,4 +1,7 @@
-"""One request to the sampler: every prompt and seed through a first stage and any number of second ones."""
+"""One request to the sampler: every prompt and seed, a first stage, then second ones.
+
+There can be any number of second stages.
+"""
 
 from __future__ import annotations
 

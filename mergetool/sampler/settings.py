@@ -1,4 +1,4 @@
-"""From what a user writes to a request of the sampler, with presets and the defaults of the models asked for.
+"""Turn a user's options into a request of the sampler, with presets and models' defaults.
 
 All that can be told from text, headers and configs is told here, before torch or a library of models is imported.
 """
@@ -27,7 +27,7 @@ LARGE = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request with everything that it needs; ``notes`` are sentences on what was said and has no effect here."""
+    """A request, ready to run; ``notes`` are sentences on options without effect."""
 
     request: PictureRequest
     components: Components
@@ -131,7 +131,10 @@ def _lora(path: str, strength: Fraction) -> WeightedLora:
 
 
 def own_shift(model: str, pipeline: str | None = None) -> float:
-    """The shift of a model: that of the scheduler in its pipeline folder, else of ``pipeline``'s, else MODEL_SHIFT."""
+    """The shift of a model: from its own pipeline folder, from ``pipeline``, else MODEL_SHIFT.
+
+    In a folder it is the scheduler's.
+    """
     for place in (model, pipeline):
         folder = None if place is None else pipeline_of(place)
         path = None if folder is None else folder / "scheduler" / "scheduler_config.json"
@@ -151,7 +154,7 @@ def is_large(model: str) -> bool:
 def picture_size(
     asked: tuple[int, int] | None, start: tuple[int, int] | None, components: Components
 ) -> tuple[int, int]:
-    """(width, height): what is asked for, or the init image's, or what the VAE was made for. Raises UsageError."""
+    """The (width, height) of pictures: the user's, or the init image's, or the VAE's own. Raises UsageError."""
     side = components.vae_config.sample_size
     size, option = (asked, "size") if asked else (start or (side, side), "init_image")
     if start is not None and size != start:

@@ -43,7 +43,7 @@ def png(picture: Pictures, parameters: Mapping[str, Any]) -> bytes:
 
 
 def infotext(parameters: Mapping[str, Any]) -> str:
-    """The parameters of one picture as the one-line text of web interfaces; cfg is theirs, guidance + 1."""
+    """The parameters of one picture as the one-line text of web interfaces. Their cfg is guidance + 1."""
     first, second = parameters.get("first"), parameters.get("second")
     stage = first or second
     lines = [str(parameters["prompt"])]

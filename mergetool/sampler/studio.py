@@ -1,4 +1,4 @@
-"""Prompts in, pictures out: the stages of sampling over shared parts, one large module in memory at a time.
+"""Prompts in, pictures out: stages over shared parts, one large module in memory at a time.
 
 studio = Studio(Components.find("lab.base"))
 shots = [Shot("a blue circle on a gold background", seed=7)]
@@ -168,7 +168,10 @@ class Studio:
 
     @torch.no_grad()
     def encode(self, pictures: Pictures) -> Tensor:
-        """Scaled latents float32 of pictures uint8 [n, height, width, 3]: the means of the VAE's posterior."""
+        """Encode pictures uint8 [n, height, width, 3] as scaled latents float32.
+
+        They are the means of the VAE's posterior.
+        """
         self._release()
         vae = self.vae.to(self.device)
         made = []
@@ -245,7 +248,10 @@ class Studio:
         return torch.cat(made)
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of latents for a picture of ``size`` = (width, height); UsageError where they are not whole tokens."""
+        """The (rows, columns) of latents for a picture of ``size`` = (width, height).
+
+        Raises UsageError where they are not whole tokens.
+        """
         unit = 2 * self.reduction
         for side in size:
             if side < unit or side % unit:

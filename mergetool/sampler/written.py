@@ -1,4 +1,4 @@
-"""Pictures to files: one PNG, or a folder with all of them, a contact sheet and every parameter."""
+"""Write pictures: one PNG, or a folder with a contact sheet and every parameter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
 
 
 def write(made: Sequence[Sequence[MadePicture]], target: Path, *, many: bool) -> list[Path]:
-    """Write the pictures: one file, or a folder with all of them, the sheet and ``pictures.json``; returns the paths."""
+    """Write the pictures and return their paths.
+
+    It is one file, or a folder with all of them, the sheet and ``pictures.json``.
+    """
     if not many:
         last = made[0][-1]
         write_file(target, sheet.png(last.picture, last.parameters), overwrite=True)

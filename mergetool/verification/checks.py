@@ -1,4 +1,4 @@
-"""All checks of a merge one after the other: its weights, its pictures where they are wanted, and the page that shows both."""
+"""Check a merge: its weights, its pictures where the options say so, and a page of both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a model is what its recipe says, and whether it makes pictures; ``left_out`` says why none were made.
+    """The verdict on a model: the weights by its recipe, and the pictures. ``left_out`` says why no pictures were made.
 
     ``replay`` is the result for the whole file, where its bytes were compared.
     """
@@ -46,7 +46,7 @@ class Verification:
         return {"passed": True, "failed": False}.get(badge(self.weights, self.pictures))
 
     def require_passed(self) -> None:
-        """Raises CheckFailed, naming what said no, if anything did."""
+        """Raise CheckFailed, naming the failed checks, if any failed."""
         if self.replay is not None:
             self.replay.require_same(self.output)
         if self.weights.damage():
@@ -58,7 +58,9 @@ class Verification:
 
 
 def verify(output: str, asked: VerifyOptions, bars: Bars) -> Verification:
-    """Check a model's weights, and its pictures: for ``images`` True always, for False never, for None where that takes minutes.
+    """Check a model's weights, and its pictures.
+
+    ``images`` makes them with True, never with False, and with None unless that takes minutes.
 
     The weights of a merge are derived again from its recipe, to the ``depth`` of bytes the whole file; those of another file are measured against
     ``parents``. Raises what cannot be checked at all; what a check says no to is in the result.

@@ -1,4 +1,4 @@
-"""What a picture measures, and what that says about the model that made it.
+"""Measurements of a picture, and their verdict on the model that made it.
 
 All quantities are of pictures uint8 [height, width, 3] of any size, from numpy alone, and need no reference:
 

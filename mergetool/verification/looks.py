@@ -1,4 +1,4 @@
-"""From what a user asks of ``verify`` to what is looked at, with the defaults of the model in hand."""
+"""Turn the options of ``verify`` into shots and stages, with the model's defaults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NotLookedAt(MergetoolError):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The shots and stages in which every model is looked at.
+    """The shots and stages for every model.
 
     All have the same shots and the same first stage, and the second ones after it. ``notes`` are sentences on what was asked for and has no
     effect.

@@ -1,4 +1,4 @@
-"""Pictures of a merge beside those of its parents, with the same prompts and seeds, and what they say.
+"""Judge pictures of a merge beside those of its parents, with the same prompts and seeds.
 
 report = check_pictures({"alkahest": "lab.alkahest"}, "out.safetensors", studio, look)
 report.passed          True when no verdict says no

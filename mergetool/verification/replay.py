@@ -1,4 +1,6 @@
-"""A merge made again from the recipe in its metadata, and compared byte for byte: headers, metadata, tensors, every file of a folder.
+"""Make a merge again from the recipe in its metadata, and compare it byte for byte.
+
+Headers, metadata, tensors, and every file of a folder count.
 
 again = replay("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
 again.same        True when mergetool would write exactly these bytes today
@@ -64,7 +66,7 @@ class Replay:
 
     @property
     def same(self) -> bool:
-        """Every byte of every file is what would be written now."""
+        """Whether every byte of every file equals its new version."""
         return not (self.reasons or self.difference or self.missing or self.extra or self.differing)
 
     def require_same(self, output: str) -> None:
@@ -82,7 +84,7 @@ def replay(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:
-    """Do the merge that ``output`` records again and compare every byte; with ``write_to`` keep what comes out there.
+    """Make the merge that ``output`` records again, and compare every byte. With ``write_to`` keep the new files there.
 
     ``inputs`` gives recorded names their places, as for `check_weights`. ``progress`` gets bytes moved and bytes to move. Raises
     DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere, and what planning, reading

@@ -1,4 +1,7 @@
-"""One self-contained HTML page: verdicts, contact sheets, heat map, numbers and the recipe, for a phone or a printer."""
+"""The page of a verification: verdicts, contact sheets, heat map, numbers and the recipe.
+
+It is one self-contained HTML file, for a phone or a printer.
+"""
 
 from __future__ import annotations
 

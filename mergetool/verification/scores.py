@@ -1,4 +1,4 @@
-"""How well pictures fit prompts, by a CLIP model of the user's own."""
+"""Score how well pictures fit prompts, by a CLIP model of the user's own."""
 
 from __future__ import annotations
 

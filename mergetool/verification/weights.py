@@ -1,4 +1,6 @@
-"""A merge's weights against its own recipe: every tensor is derived again from the recorded inputs and compared byte by byte.
+"""Check a merge's weights against its recipe: derive every tensor again, and compare bytes.
+
+The inputs are the recorded ones.
 
 report = check_weights("out.safetensors", inputs={"tuned": "/models/tuned.safetensors"})
 report.sound        True when every tensor is what its recipe says
@@ -75,7 +77,7 @@ class WeightsReport:
 
     @property
     def sound(self) -> bool:
-        """Whether every tensor is what the recipe says, finite and from the recorded inputs."""
+        """Whether every tensor follows the recipe, is finite, and comes from recorded inputs."""
         return self.derived and not self.damage()
 
 
@@ -86,7 +88,7 @@ def look_at_weights(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WeightsReport:
-    """Measure an open file without a recipe: NaN, infinity, and its distance from each of ``parents``.
+    """Measure an open file without a recipe: NaN, infinity, and distances from ``parents``.
 
     ``progress`` gets bytes moved and bytes to move. Raises what opening and reading raise, and FamilyError for a parent that shares no tensor with it.
     """
@@ -164,7 +166,7 @@ def check_weights(
 
 @dataclass(frozen=True)
 class Reopened:
-    """A merge that was made, and its plan made again: ``places`` are where its models are, ``fingerprints`` what they are now."""
+    """A merge, and its plan made again from ``places`` of its models. ``fingerprints`` are their present ones."""
 
     opened: models.OpenedModel
     recorded: provenance.Recorded
@@ -206,7 +208,9 @@ def _factors(plan: Plan) -> dict[str, Fraction]:
 
 
 def reopen(output: str | models.OpenedModel, inputs: Mapping[str, str], stack: ExitStack) -> Reopened:
-    """The merge that ``output``, open or not, records, planned again from its inputs; ``stack`` closes what is opened here.
+    """Plan the merge that ``output`` records again, from its inputs.
+
+    ``output`` may be open; ``stack`` closes the files that this opens.
 
     ``inputs`` gives recorded names their places; other names are looked up as MODEL arguments, then beside the output. Raises
     DataError for a file without a recipe or with a damaged one, InputMissing for an input that is nowhere.
@@ -325,7 +329,7 @@ def against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[
 
 
 class Comparer:
-    """Takes what a merge would write, and compares it with what is there.
+    """Takes a merge's new bytes, and compares them with the stored ones.
 
     ``compared`` counts bytes, ``differing`` maps a tensor to the offset of its first byte that is another.
     """

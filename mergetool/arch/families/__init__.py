@@ -20,5 +20,5 @@ FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET)
 
 
 def shown_by(tensors: Mapping[str, TensorInfo]) -> KnownFamily | None:
-    """The family that ``tensors``, under the model's own names, are of; None where none is known."""
+    """The family of ``tensors`` under the model's own names; None where none is known."""
     return next((family for family in FAMILIES if family.shows(tensors)), None)

@@ -1,4 +1,6 @@
-"""Flux.1 (dev, schnell, Fill, Kontext, Krea): double blocks of two streams, single blocks of one, two layouts.
+"""Flux.1 (dev, schnell, Fill, Kontext, Krea): two layouts, one set of parts.
+
+Double blocks have two streams, single blocks one.
 
 Canonical names are those of diffusers' ``FluxTransformer2DModel``. Black Forest Labs' own layout, which ComfyUI has, stores q, k and v as one tensor, in single
 blocks with the feed-forward behind them, and the final modulation as (shift, scale) where diffusers has (scale, shift).
@@ -166,7 +168,7 @@ class Flux(KnownFamily):
         return {**sizes, "both": sizes["dim"] + sizes["hidden"]}
 
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
+        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
 
         None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it divides
         between the rotary axes.

@@ -1,4 +1,6 @@
-"""SDXL: the UNet of Stable Diffusion XL (base, fine-tunes, inpainting, SSD-1B, Vega), two layouts, one set of parts.
+"""SDXL: the UNet of Stable Diffusion XL, two layouts, one set of parts.
+
+It is also that of fine-tunes, inpainting, SSD-1B and Vega.
 
 Canonical names are those of diffusers' ``UNet2DConditionModel``. The ComfyUI layout is that of the first release (sgm), which numbers along the whole path
 what diffusers numbers within each resolution: ``input_blocks.4.1`` is ``down_blocks.1.attentions.0``. Nothing is fused in either.
@@ -182,7 +184,10 @@ class SDXL(KnownFamily):
     )
 
     def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Projections of attentions in diffusers' older spellings: behind ``processor``, and ``to_out`` without its number."""
+        """Projections of attentions in diffusers' older spellings.
+
+        They stand behind ``processor``; ``to_out`` has no number.
+        """
         names: dict[str, tuple[str, ...]] = {}
         for part in parts:
             module = part.removesuffix(".weight")
@@ -192,7 +197,7 @@ class SDXL(KnownFamily):
         return names
 
     def modules_in_comfyui(self, part: str, prefix: str) -> list[str]:
-        """Its own names, and diffusers': where they have dots, those of attentions in the older spelling alone."""
+        """Its own names, and diffusers'. Where they have dots, attentions have the older spelling alone."""
         names = [self.stored_name(part, "comfyui")] if prefix in NATIVE else []
         if prefix in ("unet.", ""):
             module, dot, leaf = part.rpartition(".")
@@ -201,7 +206,10 @@ class SDXL(KnownFamily):
         return [*names, part] if prefix in self.in_comfyui else names
 
     def block_of(self, part: str) -> tuple[str, int] | None:
-        """As ComfyUI and block-weight tools number them: ``input_blocks.4`` for ``down_blocks.1.attentions.0``."""
+        """The block as ComfyUI numbers it: ``input_blocks.4`` for ``down_blocks.1.attentions.0``.
+
+        Block-weight tools do the same.
+        """
         stack = self.groups(part, ()) & {"input_blocks", "middle_block", "output_blocks"}
         return super().block_of(self.stored_name(part, "comfyui")) if stack else None
 

@@ -1,4 +1,4 @@
-"""Z-Image: one diffusion transformer (Base, Turbo, De-Turbo, Omni), two layouts, one set of parts.
+"""Z-Image (Base, Turbo, De-Turbo, Omni): one transformer, two layouts, one set of parts.
 
 Canonical names are those of diffusers' ``ZImageTransformer2DModel``. The ComfyUI layout (that of Lumina2) stores
 q, k and v of a block as one ``attention.qkv.weight``, rows in that order, and calls some modules otherwise.
@@ -154,7 +154,7 @@ class ZImage(KnownFamily):
         return name if name in anatomy.parts else None
 
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
+        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
 
         None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do
         not show how a width divides between the rotary axes.

@@ -1,4 +1,4 @@
-"""Train the embedded family again: ``python -m mergetool.lab.training [STAGE...] [--folder DIR]``.
+"""Train the embedded family again: ``python -m mergetool.lab.training``. Arguments: ``[STAGE...] [--folder DIR]``.
 
     vae       the picture encoder and decoder                    (1,500 steps)
     base      from nothing, with the text encoder                (3,000 steps)

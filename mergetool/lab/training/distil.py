@@ -32,7 +32,10 @@ def noise_levels() -> Tensor:
 
 @torch.no_grad()
 def record(pipeline: ZImagePipeline, count: int, *, guidance: float, seed: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Paths [count, 21, 16, 16, 16] of the pipeline's transformer, their noise levels [21], and their captions."""
+    """Record paths of the pipeline's transformer, [count, 21, 16, 16, 16].
+
+    Returns them with their noise levels [21] and their captions.
+    """
     sigmas = noise_levels()
     every = flow.captions(pipeline, [*(scene.prompt for scene in SCENES), ""])
     chosen = np.random.default_rng(seed).integers(len(SCENES), size=count)

@@ -1,4 +1,4 @@
-"""Flow matching on the closed world: latents of drawn pictures, the loss, and one training loop for all members.
+"""Flow matching on the closed world: latents, the loss, one training loop for all members.
 
 A latent at noise level sigma is x = (1 - sigma) x0 + sigma noise; the transformer gets time 1 - sigma and predicts
 x0 - noise, as Z-Image's does (Lipman et al. 2023, with the sign and time of diffusers' ZImagePipeline).
@@ -65,7 +65,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 
 
 def captions(pipeline: ZImagePipeline, prompts: Sequence[str]) -> list[Tensor]:
-    """The text encoder's output for each prompt, [tokens, 64], as ZImagePipeline makes it; gradients flow."""
+    """The text encoder's output for each prompt, [tokens, 64]; gradients flow. ZImagePipeline makes the same."""
     texts = [
         pipeline.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -100,7 +100,10 @@ def sample(
     empty: Tensor | None = None,
     path: list[Tensor] | None = None,
 ) -> Tensor:
-    """Latents at the last of ``sigmas`` by Euler steps from ``noise``; every latent on the way is added to ``path``."""
+    """Latents at the last of ``sigmas``, by Euler steps from ``noise``.
+
+    Every latent on the way is added to ``path``.
+    """
     latents = noise
     for now, then in itertools.pairwise(sigmas):
         sigma = now.expand(len(latents))
@@ -141,7 +144,7 @@ def train(
     averaged: Sequence[torch.nn.Module] = (),
     report: Callable[[int, float, float], None],
 ) -> None:
-    """Train with warm-up, a cosine and gradient clipping; the ``averaged`` modules end as their running averages.
+    """Train with warm-up, a cosine and gradient clipping. The ``averaged`` modules end as their running averages.
 
     Matrices of the transformer's blocks by Muon, everything else by AdamW.
     """

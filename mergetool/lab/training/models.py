@@ -1,4 +1,7 @@
-"""The parts of a pipeline at their embedded size, built from the classes of the real one, and a member's folder."""
+"""The parts of a pipeline at their embedded size, and a member's folder.
+
+They are built from the classes of the real one.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def text_encoder(vocabulary: int) -> Qwen3Model:
 
 
 def tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """Byte-level BPE whose merges make one token of every word of the world; any other text falls to its bytes."""
+    """Byte-level BPE with one token for every word of the world; other text falls to its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {symbol: number for number, symbol in enumerate(_byte_symbols())}
     merges: list[tuple[str, str]] = []

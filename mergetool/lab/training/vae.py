@@ -1,4 +1,4 @@
-"""Training of the VAE: 64 x 64 pictures to 16 x 16 latents of 16 channels, and back with sharp edges."""
+"""Train the VAE: 64 x 64 pictures to 16 x 16 latents of 16 channels, and back. Edges stay sharp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""FP8 with scales: ComfyUI's old "scaled fp8" and its ``float8_e4m3fn``/``float8_e5m2`` layers, and FP8 scaled by rows or blocks.
+"""FP8 with scales, of a tensor, of rows or of blocks.
+
+It is ComfyUI's old "scaled fp8", its ``float8_e4m3fn``/``float8_e5m2`` layers, and others' formats.
 
     w[n, k] = float(q[n, k]) * scale[n, k]
 
@@ -28,7 +30,10 @@ USUAL_BLOCKS = (128, 64, 32, 16, 256)
 
 @dataclass(frozen=True)
 class ScaledFp8(Encoding):
-    """FP8 codes [N, K] and their scales; ``grid`` is how many there are along the rows and the columns, ``block`` what one of them is for."""
+    """FP8 codes [N, K] and a ``grid`` of scales, one for each ``block``.
+
+    ``grid`` is how many there are along rows and columns.
+    """
 
     dtype: DType
     scale: str
@@ -38,14 +43,14 @@ class ScaledFp8(Encoding):
 
     @property
     def label(self) -> str:
-        """Container, element type and what a scale is for."""
+        """Container, element type and the extent of a scale."""
         by_rows = self.block == (1, self.padded[1])
         per = "" if self.grid == (1, 1) else " by rows" if by_rows else f" by blocks of {self.block[1]}"
         return f"scaled FP8 ({self.dtype.name.removeprefix('fp8_')}){per}"
 
     @property
     def quant(self) -> str | None:
-        """``fp8-scaled`` for a matrix of e4m3 with one scale under a name of ComfyUI's and no column factor."""
+        """``fp8-scaled`` for an e4m3 matrix with one scale under a ComfyUI name, else None. It has no column factor."""
         written = self.dtype is F8_E4M3 and self.grid == (1, 1) and self.columns is None and len(self.shape) == 2
         return "fp8-scaled" if written and in_comfyui(leaf_of(self.scale)) else None
 
@@ -76,7 +81,7 @@ class ScaledFp8(Encoding):
         widen(codes, self.dtype, out.reshape(codes.shape), scales)
 
     def scaled(self, raw: Sequence[memoryview]) -> tuple[memoryview, DType, float] | None:
-        """Of a weight with one scale."""
+        """The codes of a weight with one scale."""
         if self.grid != (1, 1) or self.columns is not None:
             return None
         return raw[0], self.dtype, float(floats(raw[1], self.scale_dtype)[0])
@@ -102,7 +107,7 @@ class ScaledFp8(Encoding):
 
 
 def encoding_of(layer: Layer) -> ScaledFp8:
-    """The layer as scaled FP8; raises DataError where its weight, scales and marker contradict each other."""
+    """Read the layer as scaled FP8. Raises DataError where its weight, scales and marker contradict each other."""
     matrix = layer.matrix(F8_E4M3, F8_E5M2, convolutions=True)
     said = layer.config.get("format") if layer.config else None
     if said is not None and FORMATS.get(said) is not layer.weight.dtype:
@@ -146,7 +151,7 @@ def _blocks(matrix: Sizes, scale: tuple[int, ...], said: Sizes | None) -> tuple[
 
 
 class ScaledFp8Quantiser(Quantiser):
-    """ComfyUI's ``float8_e4m3fn``: scale = amax / 448, code = round(w * (1 / scale)), as comfy-kitchen computes it.
+    """ComfyUI's ``float8_e4m3fn``: scale = amax / 448, code = round(w * (1 / scale)). comfy-kitchen computes it so.
 
     Marked for matrix products in full precision: without a calibrated ``input_scale`` FP8 hardware would cast activations with scale 1.
     """

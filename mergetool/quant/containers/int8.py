@@ -1,4 +1,4 @@
-"""ComfyUI's ``int8_tensorwise``: 8-bit integers with one scale a tensor or a row, plain or rotated (ConvRot).
+"""ComfyUI's ``int8_tensorwise``: int8 with a scale a tensor or row. It is plain or rotated (ConvRot).
 
     w = q * scale                            plain
     w = (q_groups @ H) * scale               rotated: H is the normalised regular Hadamard matrix of the group size
@@ -36,7 +36,10 @@ GROUP_SIZES = (4, 16, 64, 256, 1024, 4096)
 
 @dataclass(frozen=True)
 class Int8(Encoding):
-    """Integers [N, K]; ``scales`` is 1 or the number of rows, ``group`` the columns that were rotated together, 0 for none."""
+    """Integers [N, K] with 1 scale, or one a row.
+
+    ``scales`` is their number; ``group`` is the columns that were rotated together, 0 for none.
+    """
 
     scale: str
     scale_dtype: DType
@@ -89,7 +92,7 @@ def hadamard(size: int) -> Floats:
 
 
 def encoding_of(layer: Layer) -> Int8:
-    """The layer as int8; raises DataError where its tensors and its marker contradict each other."""
+    """Read the layer as int8. Raises DataError where its tensors and its marker contradict each other."""
     rows, columns = shape = layer.matrix(I8)
     scale, info = layer.side("weight_scale", *SCALE_DTYPES)
     if info.numel != 1 and info.shape not in ((rows,), (rows, 1)):
@@ -112,7 +115,7 @@ def _group(layer: Layer, columns: int) -> int:
 
 
 class Int8Quantiser(Quantiser):
-    """ComfyUI's ``int8_tensorwise`` with one scale a row: scale = the row's amax / 127, code = round(w / scale), ties to even."""
+    """ComfyUI's ``int8_tensorwise`` by rows: scale = amax / 127, code = round(w / scale). Ties go to even."""
 
     quant = "int8"
     config: Mapping[str, Any] = {"format": "int8_tensorwise"}

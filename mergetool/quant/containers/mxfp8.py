@@ -1,4 +1,4 @@
-"""mxfp8: e4m3 codes and a power-of-two scale (E8M0) for 32 of them (OCP Microscaling Formats 1.0).
+"""mxfp8: e4m3 codes and a power-of-two scale (E8M0) for 32 of them. OCP Microscaling Formats 1.0 defines it.
 
     w[n, k] = float(q[n, k]) * 2 ** (e[n, k // 32] - 127)
 
@@ -92,7 +92,9 @@ def encoding_of(layer: Layer) -> Mxfp8:
 
 
 class Mxfp8Quantiser(Quantiser):
-    """ComfyUI's ``mxfp8``: block scale = the least power of two at or above the block's amax / 448; code = e4m3(w / scale).
+    """ComfyUI's ``mxfp8``: a power-of-two scale a block, code = e4m3(w / scale).
+
+    The scale is the least power of two at or above the block's amax / 448.
 
     comfy-kitchen takes that power from a rounded logarithm, which is one too low where amax / 448 is just above a power of two; the largest
     value of such a block is then cut to 448 times the scale.

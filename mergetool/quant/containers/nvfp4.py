@@ -1,4 +1,4 @@
-"""nvfp4: 4-bit floats (E2M1), an e4m3 scale for 16 of them, and one float32 scale for the tensor.
+"""nvfp4: 4-bit floats (E2M1), an e4m3 scale for 16, and one float32 scale a tensor.
 
     w[n, k] = lut(q[n, k]) * (weight_scale_2 * block_scale[n, k // 16])
 
@@ -41,7 +41,7 @@ _LOW_FIRST = np.stack([E2M1[_BYTES & 15], E2M1[_BYTES >> 4]], axis=1).view(np.fl
 
 @dataclass(frozen=True)
 class Nvfp4(Encoding):
-    """Packed 4-bit codes [N, K/2]; ``comfyui`` says which of the two orders nibbles and scales are in."""
+    """Packed 4-bit codes [N, K/2]. ``comfyui`` says which of two orders nibbles and scales have."""
 
     block_scale: str
     tensor_scale: str
@@ -122,7 +122,7 @@ def encoding_of(layer: Layer) -> Nvfp4:
 
 
 class Nvfp4Quantiser(Quantiser):
-    """ComfyUI's ``nvfp4``, as comfy-kitchen computes it:
+    """ComfyUI's ``nvfp4``, as comfy-kitchen computes it.
 
     tensor scale = amax / (448 * 6); block scale = e4m3(block's amax / 6 / tensor scale); code = e2m1(w / (tensor scale * block scale)).
     """
