@@ -1,8 +1,8 @@
-"""What the embedded family shows about merges and two stages: every table and sheet of docs/lab.md, from one script.
+"""What the embedded family shows about merges and two stages: every table and sheet of docs/explanation/lab.md, from one script.
 
     python -m benchmarks.bench_lab [--pictures 200] [--only members,adherence,bridge,calibration,lora,handoff]
 
-Tables are written between their markers in docs/lab.md, sheets to docs/pictures.
+Tables are written between their markers in docs/explanation/lab.md, sheets to docs/pictures.
 """
 
 from __future__ import annotations
@@ -361,7 +361,9 @@ def handoff(lab: Lab) -> None:
 # ---- where they go
 
 
-def write_table(name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str = "", *, page: str = "lab.md") -> None:
+def write_table(
+    name: str, head: Row, rows: Sequence[Row], lab: Lab, note: str = "", *, page: str = "explanation/lab.md"
+) -> None:
     """Put a table between its markers in a page of docs, with where and from how many pictures it was measured."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     source = f"{len(lab.shots)} pictures each · commit {commit()} · {machine(DOCS)} · torch {torch.__version__}"

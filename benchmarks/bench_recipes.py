@@ -1,4 +1,4 @@
-"""The recipes of benchmarks/recipes, made on the embedded models and looked at: the table and the sheet of docs/recipes.md.
+"""The recipes of benchmarks/recipes, made on the embedded models and looked at: the table and the sheet of docs/reference/recipes.md.
 
     python -m benchmarks.bench_recipes [--pictures 100]
 
@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             rows.append([label, *map(percent, counts)])
             print(rows[-1], flush=True)
-        write_table("recipes", ["pictures of", "adherence", "striped", "hollow"], rows, lab, page="recipes.md")
+        write_table(
+            "recipes", ["pictures of", "adherence", "striped", "hollow"], rows, lab, page="reference/recipes.md"
+        )
         write_sheet("recipes", lab, [shown[label] for label in IN_SHEET], list(IN_SHEET.values()))
 
 

@@ -1,6 +1,6 @@
 """What rounding lets through of a small delta, by merges of real files, and what measuring it costs.
 
-    python -m benchmarks.bench_rounding                    the table of docs/rounding.md, seconds
+    python -m benchmarks.bench_rounding                    the table of docs/explanation/rounding.md, seconds
     python -m benchmarks.bench_rounding --cost DIR         also merges DIR's alkahest, turbo and deturbo with and without
 
 The base lies on the grid of the output's dtype, as a model does that is merged in its own dtype. The delta is Gaussian;
@@ -36,7 +36,7 @@ from mergetool.ops.rounding import MODES, Mode
 from mergetool.options.merging import MergeOptions
 from tests.ops import oracle
 
-PAGE = Path(__file__).parents[1] / "docs" / "rounding.md"
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "rounding.md"
 OUTPUTS = (dtypes.BF16, dtypes.F16, dtypes.F8_E4M3, dtypes.F8_E5M2)
 SIZES = (0.1, 1.0, 10.0)
 SPREADS = ("each", "even")
@@ -176,7 +176,7 @@ def _merge(text: str, output: Path, mode: Mode, measure: Measure) -> None:
 
 
 def write_page(name: str, lines: Sequence[str], page: Path = PAGE) -> None:
-    """Put lines between the markers ``name`` of docs/rounding.md. Raises ValueError where it has none."""
+    """Put lines between the markers ``name`` of docs/explanation/rounding.md. Raises ValueError where it has none."""
     pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     text = page.read_text()
     if not pattern.search(text):

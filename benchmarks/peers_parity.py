@@ -1,4 +1,4 @@
-"""Merge methods: the list and the table of docs/methods.md, from the register and from the comparisons with mergekit and sd-mecha.
+"""Merge methods: the list and the table of docs/reference/methods.md, from the register and from the comparisons with mergekit and sd-mecha.
 
     python -m benchmarks.peers_parity
 
@@ -18,7 +18,7 @@ from tests.methods.parity.absent import ABSENT
 from tests.methods.parity.case import Case
 from tests.methods.parity.cases import CASES
 
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
 
 
 def method_lines() -> list[str]:

@@ -1,6 +1,6 @@
 """The programs that load a LoRA file: diffusers and ComfyUI, release by release. Each spelling counts by itself.
 
-The tests run all of them on every spelling (docs/lora-dialects.md). Of other families nothing is said, since their loaders have maps of their own.
+The tests run all of them on every spelling (docs/reference/lora-dialects.md). Of other families nothing is said, since their loaders have maps of their own.
 """
 
 from __future__ import annotations

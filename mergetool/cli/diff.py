@@ -26,7 +26,7 @@ Examples:
   mergetool diff --base z-image --variant tuned --full tuned-full.safetensors --full-layer embedder --checkpoint check.safetensors
 
 A variant may be a LoRA, or a PEFT folder, in any spelling: its change to --base is then the difference. What two differences have in
-common, their union and the orthogonal part are defined in docs/lora-sets.md.
+common, their union and the orthogonal part are defined in docs/explanation/lora-sets.md.
 
 \b
 RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:

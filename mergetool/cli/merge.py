@@ -80,7 +80,7 @@ def merge(typed: Typed) -> None:
 
     Memory stays small whatever their size.
 
-    A recipe file (docs/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
+    A recipe file (docs/reference/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
     """
     expression, variables = typed.given["expression"], typed.own["variables"]
     if typed.own["context"].args:

@@ -23,7 +23,7 @@ from mergetool.recipe.steps import MERGED, Step, window_of
 
 FAR = 0.25
 """A result farther than this from its anchor is warned of. Of the embedded family a merge that moved 23 % kept 76 % of the prompts, one of 26 % none
-(4 x striped), one of 30 % still 86 % (2 x hollow), and one of 233 % none; no fine-tune moved its base by more than 17 % (docs/lab.md)."""
+(4 x striped), one of 30 % still 86 % (2 x hollow), and one of 233 % none; no fine-tune moved its base by more than 17 % (docs/explanation/lab.md)."""
 REFUSED = 3.0
 """A result farther than this is refused: at three times the anchor's norm nothing of the anchor decides any more."""
 LEAST = 1e-3

@@ -1,7 +1,7 @@
 """The keys of a recipe file, their types and meanings, as pydantic models and a JSON schema.
 
 The keys of an output are made from the rows of the table of options: a row says its key, its type, its default and what it does, and refuses a value
-with the sentence of every face. `docs/recipes.md` has them with examples. Texts in an output may hold ``{NAME}`` for the value of a
+with the sentence of every face. `docs/reference/recipes.md` has them with examples. Texts in an output may hold ``{NAME}`` for the value of a
 variable, and a number may be written as ``"{NAME}"``: variables are put in before these models look at an output, so that they see plain values.
 """
 

@@ -30,7 +30,7 @@ TILES = 16
 HISTOGRAM = 6
 WINDOW = 8
 
-# Calibrated on the embedded family; docs/verification.md has the counts of false alarms and misses.
+# Calibrated on the embedded family; docs/explanation/lab.md has the counts of false alarms and misses.
 LEAST_STRUCTURE = 0.6
 LEAST_CONTRAST = 12.0
 MOST_CLIPPED = 0.5

@@ -10,7 +10,7 @@ import pytest
 from mergetool.adapters.formats import KEY_FORMATS, KeyFormat
 from tests.adapters.matrix import COMFYUI, FAULT, LIMITS, PROGRAMS, SOURCES, Case, Changes, Matrix, agrees
 
-DIALECTS = Path("docs/lora-dialects.md")
+DIALECTS = Path("docs/reference/lora-dialects.md")
 EXACT = 2.0**-20
 """Of a change's largest value: float32 products of at most 16 terms, and one rounding for a scale."""
 

@@ -133,7 +133,7 @@ def test_an_error_in_a_recipe_is_one_line_with_its_place(folder: Path) -> None:
 
 def test_the_schema_is_printed(tmp_path: Path) -> None:
     ran = mergetool("merge", "--schema", cwd=tmp_path)
-    assert ran.json == json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
+    assert ran.json == json.loads((ROOT / "docs" / "reference" / "recipe.schema.json").read_text())
 
 
 def test_a_replay_is_the_same_bytes_until_something_changes(folder: Path) -> None:

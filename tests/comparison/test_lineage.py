@@ -25,7 +25,7 @@ from tests.quant.models import quantised
 
 MEMBERS = ("base", "turbo", "deturbo", "striped", "hollow", "alkahest")
 PARENTS = {("striped", "base"), ("deturbo", "turbo"), ("hollow", "turbo"), ("hollow", "deturbo")}
-"""Child and model to subtract: what it was trained from, or, of hollow, also what docs/lab.md found to be right."""
+"""Child and model to subtract: what it was trained from, or, of hollow, also what docs/explanation/lab.md found to be right."""
 
 
 def checked(expression: str, **options: object) -> list[Finding]:

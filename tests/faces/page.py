@@ -1,4 +1,4 @@
-"""docs/options.md from the table of options: ``python -m tests.faces.page > docs/options.md``."""
+"""docs/reference/options.md from the table of options: ``python -m tests.faces.page > docs/reference/options.md``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergetool.options.kinds import Choice
 from mergetool.options.table import Face, Row, rows
 from tests.faces.walk import NODES, RECIPES, Operation, operations
 
-PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
 
 HEAD = """\
 # Options

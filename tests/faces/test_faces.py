@@ -25,7 +25,9 @@ def test_every_recipe_and_node_is_of_an_operation_that_is_walked() -> None:
 
 
 def test_the_page_of_options_is_current() -> None:
-    assert PAGE.read_text("utf-8").splitlines() == list(lines()), "run: python -m tests.faces.page > docs/options.md"
+    assert PAGE.read_text("utf-8").splitlines() == list(lines()), (
+        "run: python -m tests.faces.page > docs/reference/options.md"
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)

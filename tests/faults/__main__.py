@@ -1,7 +1,7 @@
 """The fault runs of a release, in parts that can be taken up again, and the table of their counts.
 
     python -m tests.faults --long [--only ROW]... [--results FILE]    run what is missing at this commit
-    python -m tests.faults --table [--results FILE]                   write docs/faults.md from the file of counts
+    python -m tests.faults --table [--results FILE]                   write docs/explanation/faults.md from the file of counts
 
 Every part appends a line of JSON to the results: row, what, tier, injected, fired, violations, kinds, commit, machine.
 """
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--long", action="store_true", help="run the release's counts")
     parser.add_argument("--only", action="append", metavar="ROW", help="a row's number or name; repeatable")
-    parser.add_argument("--table", action="store_true", help="write docs/faults.md")
+    parser.add_argument("--table", action="store_true", help="write docs/explanation/faults.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 

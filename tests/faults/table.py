@@ -11,7 +11,7 @@ from typing import Any
 from tests.faults.rows import Row
 from tests.faults.tally import ROOT
 
-PAGE, README = ROOT / "docs" / "faults.md", ROOT / "README.md"
+PAGE, README = ROOT / "docs" / "explanation" / "faults.md", ROOT / "README.md"
 BEGIN, END = "<!-- counts -->", "<!-- end of counts -->"
 GATE = ("1", "2", "3", "4", "header mutants", "12", "20", "23", "31")
 """Rows that gate a release; README has them."""
@@ -56,7 +56,7 @@ def summary(results: Path) -> str:
 
 
 def markdown(found: Iterable[dict[str, Any]]) -> str:
-    """The table of docs/faults.md."""
+    """The table of docs/explanation/faults.md."""
     head = "| row | what fails | injected | fired | violations | commit | machine |\n|---|---|---:|---:|---:|---|---|"
     body = [
         f"| {one['row']} | {one['what']} | {one['injected']:,} | {one['fired']:,} | {one['violations']:,} | {one['commit']} | {one['machine']} |"

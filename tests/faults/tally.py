@@ -1,4 +1,4 @@
-"""What a harness counted, and the file of counts that ``docs/faults.md`` is made of."""
+"""What a harness counted, and the file of counts that ``docs/explanation/faults.md`` is made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "faults.json"
+RESULTS = ROOT / "docs" / "explanation" / "faults.json"
 
 
 @dataclass

@@ -3,7 +3,7 @@
     python -m tests.hostile [--only ROW]...                       as often as CI does
     python -m tests.hostile --long [--only ROW]... [--save]       as often as before a release
 
-``--save`` appends a line of JSON a row to docs/faults.json, of which `python -m tests.faults --table` makes docs/faults.md.
+``--save`` appends a line of JSON a row to docs/explanation/faults.json, of which `python -m tests.faults --table` makes docs/explanation/faults.md.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--long", action="store_true", help="run the release's counts")
     parser.add_argument("--only", action="append", metavar="ROW", help="repeatable")
-    parser.add_argument("--save", action="store_true", help="append the counts to docs/faults.json")
+    parser.add_argument("--save", action="store_true", help="append the counts to docs/explanation/faults.json")
     parser.add_argument(
         "--folder", type=Path, help="where to work; memory files are several GB [default: a temporary folder]"
     )

@@ -47,7 +47,7 @@ class Tally:
         )
 
     def save(self, tier: str, results: Path = RESULTS) -> None:
-        """Append to the file of counts that docs/faults.md is made of, a JSON object a line."""
+        """Append to the file of counts that docs/explanation/faults.md is made of, a JSON object a line."""
         line = {
             "row": self.row,
             "what": self.what,

@@ -64,7 +64,7 @@ def test_diffusers_own_pipeline_draws_the_prompt() -> None:
     assert checker.read((made * 255).round().astype(np.uint8)).matches(scene)
 
 
-# Least shares for 24 pictures: about three standard errors below what docs/lab.md measures on 200.
+# Least shares for 24 pictures: about three standard errors below what docs/explanation/lab.md measures on 200.
 @pytest.mark.parametrize(
     ("stage", "least"),
     [

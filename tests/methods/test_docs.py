@@ -1,4 +1,4 @@
-"""docs/methods.md says what the register says, and which comparisons with peers there are."""
+"""docs/reference/methods.md says what the register says, and which comparisons with peers there are."""
 
 from __future__ import annotations
 

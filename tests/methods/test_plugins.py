@@ -99,7 +99,7 @@ def test_a_plug_in_is_imported_only_when_it_is_named(site: Path, tmp_path: Path)
 
 
 def test_the_documented_example_works_as_it_stands(site: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
     code = re.search(r"```python\n# loud_parts.py\n(.*?)```", page, re.DOTALL)
     assert code
     install(site, "loud-parts", "loud", code[1])

@@ -1,4 +1,4 @@
-"""docs/oracles.md says how much was compared: the numbers are those of the tests."""
+"""docs/explanation/oracles.md says how much was compared: the numbers are those of the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.oracles import test_comfyui_merging as merging
 from tests.oracles import test_comfyui_quantised as quantised
 from tests.oracles.fetching import COMFYUI, PACKAGES, SDIST
 
-PAGE = (Path(__file__).parents[2] / "docs" / "oracles.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "oracles.md").read_text(encoding="utf-8")
 
 
 def cases(test: object) -> int:

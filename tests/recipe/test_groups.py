@@ -69,7 +69,7 @@ def test_text_reads_back_to_the_exact_setting(first: Fraction, last: Fraction, s
 
 
 @pytest.mark.parametrize(
-    ("shape", "values"),  # worked out by hand from the formulas in docs/groups.md
+    ("shape", "values"),  # worked out by hand from the formulas in docs/reference/groups.md
     [
         ("linear", [0.2, 0.4, 0.6, 0.8, 1.0]),
         ("smooth", [0.2, 0.325, 0.6, 0.875, 1.0]),

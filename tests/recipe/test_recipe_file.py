@@ -124,11 +124,11 @@ def test_words_are_taken_in_capitals_and_with_either_dash() -> None:
 
 def test_the_published_schema_is_current() -> None:
     """Written by `mergetool merge --schema`."""
-    assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == schema.json_schema()
+    assert json.loads((ROOT / "docs" / "reference" / "recipe.schema.json").read_text()) == schema.json_schema()
 
 
 def test_every_key_is_documented() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text()
     for kind in (schema.OneMerge, schema.LoraOutput, schema.DiffSpec, schema.PicturesSpec, schema.SeveralOutputs):
         for key in (field.alias or name for name, field in kind.model_fields.items()):
             assert f"`{key}`" in page or f"`{key}:" in page, key
@@ -144,5 +144,5 @@ def test_the_error_in_the_page_is_the_error() -> None:
     text = "models:\n  artshoot: x\n" + "#\n" * 7 + "merge: lab.base +2*(artshot - lab.base)\n"
     with pytest.raises(RecipeError) as caught:
         file.read(text.encode(), Path("bridge.yaml"))
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text()
     assert str(caught.value) in page

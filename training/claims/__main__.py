@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=50, help="begin no drawing after so many (default: 50)")
     parser.add_argument("--quick", action="store_true", help="20 pictures, kept in the state folder: to try it")
     parser.add_argument("--dry-run", action="store_true", help="list what is to be drawn, and the minutes it takes")
-    parser.add_argument("--page", type=Path, help="put the tables in this page, and the sheets in pictures beside it")
+    parser.add_argument(
+        "--page", type=Path, help="put the tables in this page, and the sheets in pictures beside its folder"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -119,7 +121,7 @@ def write(made: tables.Tables, page: Path, *, fresh: bool) -> None:
         for name, text in texts.items():
             tables.fill(page, name, text)
         if len(texts) > len(TABLES):
-            sheets.write(made, page.parent / "pictures")
+            sheets.write(made, page.parents[1] / "pictures")
     print(f"{', '.join(texts)}: written to {page}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The sheets of docs/lab.md, of pictures that were read for its tables."""
+"""The sheets of docs/explanation/lab.md, of pictures that were read for its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/lab.md and its first paragraph, computed from kept readings."""
+"""The tables of docs/explanation/lab.md and its first paragraph, computed from kept readings."""
 
 from __future__ import annotations
 
