@@ -40,7 +40,7 @@ def test_the_first_command_tells_the_story_and_ends_in_a_report(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "demo"
-    assert done.stdout.startswith(f"report  {out / 'report.html'}")
+    assert f"report  {out / 'report.html'}" in done.stdout
     assert "<title>bridge.safetensors: passed</title>" in (out / "report.html").read_text()
     assert "<title>naive.safetensors: failed</title>" in (out / "naive.html").read_text()
     for name in ("bridge.safetensors", "turbo-minus-alkahest.safetensors", "strengths/sheet.png", "lora/sheet.png"):

@@ -30,6 +30,9 @@ ALLOWED = 0.25
 KEPT_ADHERENCE = 0.75
 """Least adherence of a merge, as a share of its best parent's."""
 
+AT_LEAST = ("adherence", "score")
+"""Verdicts whose value must not be below its limit; those of the others must not be above it."""
+
 PROMPTS_NOT_READ = "nothing here tells whether pictures show their prompts; `clip` does"
 
 Scorer = Callable[[Sequence[Pictures], Sequence[str]], list[float]]
@@ -76,6 +79,15 @@ class Verdict:
         """The word on the badge."""
         return "not judged" if self.passed is None else "pass" if self.passed else "FAIL"
 
+    @property
+    def wanted(self) -> str:
+        """The limit in words: a share that pictures may or must reach, or a score."""
+        if self.limit is None:
+            return ""
+        if self.name in AT_LEAST:
+            return f"at least {self.limit:.0%}" if self.name == "adherence" else f"at least {self.limit:.3g}"
+        return f"at most {self.limit:.0%}"
+
 
 @dataclass(frozen=True)
 class PicturesReport:
@@ -92,6 +104,15 @@ class PicturesReport:
     def passed(self) -> bool:
         """No verdict says no."""
         return all(verdict.passed is not False for verdict in self.verdicts)
+
+    @property
+    def merge_first(self) -> list[Column]:
+        """The columns with the merge's own before its parents'."""
+        return sorted(self.columns, key=lambda column: not self.own(column))
+
+    def own(self, column: Column) -> bool:
+        """Whether the merge drew this column."""
+        return column.model == self.look.first.model
 
 
 def check_pictures(
@@ -187,8 +208,9 @@ def _drift(columns: Sequence[Column], output: str) -> Verdict:
         if len(stages) == 2:
             drifted[model] = [images.drifted(*pair) for pair in zip(*stages, strict=True)]
     own = drifted.pop(output)
-    limit = min(1.0, ALLOWED + max((float(np.mean(flags)) for flags in drifted.values()), default=0.0))
-    sentence = f"{sum(own)} of {len(own)} another picture after the second stage"
+    parents = max((float(np.mean(flags)) for flags in drifted.values()), default=0.0)
+    limit = min(1.0, ALLOWED + parents)
+    sentence = f"the second stage changes {sum(own)} of {len(own)} pictures, and {parents:.0%} of a parent's"
     return Verdict("drift", float(np.mean(own)) <= limit, float(np.mean(own)), limit, sentence)
 
 
@@ -210,7 +232,9 @@ def _share(name: str, fault: str, failing: Sequence[Sequence[bool]]) -> Verdict:
 def _against_parents(name: str, value: float, parents: Sequence[float]) -> Verdict:
     best = max(parents, default=1.0)
     limit = KEPT_ADHERENCE * best
-    return Verdict(name, value >= limit and value > 0, value, limit, f"{value:.3g}, the best parent {best:.3g}")
+    own, parent = (f"{figure:.0%}" if name == "adherence" else f"{figure:.3g}" for figure in (value, best))
+    sentence = f"{own} of the pictures show their prompt" if name == "adherence" else f"{own} on average"
+    return Verdict(name, value >= limit and value > 0, value, limit, f"{sentence}; {parent} of the best parent's")
 
 
 def summary(report: PicturesReport) -> dict[str, Any]:

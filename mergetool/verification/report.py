@@ -9,22 +9,35 @@ import base64
 import functools
 import io
 import json
+from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from mergetool import __version__
 from mergetool.comparison import heatmap, page
 from mergetool.comparison.energies import Distance, relative
 from mergetool.comparison.page import PageTable
-from mergetool.sampler import sheet
+from mergetool.sampler.request import Pictures
 from mergetool.verification import pictures
-from mergetool.verification.pictures import PicturesReport
+from mergetool.verification.pictures import Column, PicturesReport
 from mergetool.verification.weights import WeightsReport
 
 JPEG_FROM = 256
 """Pictures with a longer side than this go into the page as JPEG."""
 
-SHEET_ROWS = 12
+SHOTS_SHOWN = 12
 """Shots that the page shows; all are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One picture of the page: its data URI, the model and stage below it, and whether it shows its prompt (None: not judged)."""
+
+    source: str
+    label: str
+    shows_prompt: bool | None
+    own: bool
 
 
 def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, left_out: str = "") -> str:
@@ -44,10 +57,10 @@ def render(name: str, weights: WeightsReport, looked: PicturesReport | None, *, 
         distances=_distances(weights),
         heat_map=svg(heatmap.of_distances(first), label="relative change") if first else "",
         columns=None if looked is None else _columns(looked),
-        measures="" if looked is None else plots.measures(looked.columns),
-        sheet="" if looked is None else _sheet(looked),
+        measures="" if looked is None else plots.measures(looked.merge_first),
+        rows=[] if looked is None else _rows(looked),
         look=None if looked is None else looked.look,
-        sheet_rows=SHEET_ROWS,
+        shown=SHOTS_SHOWN,
         record=json.dumps(_record(weights, looked), indent=1),
     )
 
@@ -84,7 +97,7 @@ def _percent(value: float) -> str:
 
 def _columns(looked: PicturesReport) -> PageTable:
     rows = []
-    for column in looked.columns:
+    for column in looked.merge_first:
         count = len(column.measures)
         rows.append(
             [
@@ -101,14 +114,24 @@ def _columns(looked: PicturesReport) -> PageTable:
     return PageTable(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
 
 
-def _sheet(looked: PicturesReport) -> str:
-    """The contact sheet as a data URI: a row for each shot, a column for each model and stage."""
-    rows = list(zip(*(column.pictures[:SHEET_ROWS] for column in looked.columns), strict=True))
-    down = [f"{shot.prompt} ({shot.seed})" for shot in looked.look.shots[:SHEET_ROWS]]
-    image = sheet.sheet(rows, [column.label for column in looked.columns], down)
+def _rows(looked: PicturesReport) -> list[tuple[str, int, list[Tile]]]:
+    """Prompt, seed and pictures of each shot that the page shows, the merge's own pictures first."""
+    shots = looked.look.shots[:SHOTS_SHOWN]
+    return [
+        (shot.prompt, shot.seed, [_tile(column, index, looked.own(column)) for column in looked.merge_first])
+        for index, shot in enumerate(shots)
+    ]
+
+
+def _tile(column: Column, index: int, own: bool) -> Tile:
+    shows = None if column.adherent is None else column.adherent[index]
+    return Tile(_data_uri(column.pictures[index]), column.label, shows, own)
+
+
+def _data_uri(picture: Pictures) -> str:
     out = io.BytesIO()
-    kind = "JPEG" if max(looked.look.size) > JPEG_FROM else "PNG"
-    image.save(out, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    kind = "JPEG" if max(picture.shape[:2]) > JPEG_FROM else "PNG"
+    Image.fromarray(picture).save(out, kind, **({"quality": 88} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 

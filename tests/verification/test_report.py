@@ -84,13 +84,24 @@ def test_a_page_needs_no_other_file() -> None:
     assert "script" not in page.tags
 
 
-def test_the_sheet_is_a_picture_with_a_column_for_each_model_and_stage() -> None:
+def test_every_shot_shows_each_model_and_stage_with_the_merge_first() -> None:
     page = Page(report.render("out.safetensors", weights(), looked()))
-    (address,) = page.images
-    image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
-    assert image.width > 4 * 128
-    tile = np.asarray(image.convert("RGB"))[-70, -70]
-    assert np.abs(tile.astype(int) - looked().columns[-1].pictures[-1][32, 32]).max() <= 2
+    captions = [text.strip() for text in page.texts if re.fullmatch(r"(out|alkahest)( \+ 0\.15)?", text.strip())]
+    assert captions[:4] == ["out", "out + 0.15", "alkahest", "alkahest + 0.15"]
+    assert len(page.images) == 3 * 4
+
+
+def test_the_pictures_of_the_page_are_those_that_were_made() -> None:
+    page = Page(report.render("out.safetensors", weights(), looked()))
+    shown = [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in page.images[::4]]
+    for picture, made in zip(shown, looked().merge_first[0].pictures, strict=True):
+        assert np.array_equal(np.asarray(picture.convert("RGB")), made)
+
+
+def test_limits_are_words_and_shares_are_percent() -> None:
+    texts = " ".join(Page(report.render("out.safetensors", weights(), looked())).texts)
+    assert re.search(r"0 of 3 pictures without structure\s+\(at most 25%\)", texts)
+    assert re.search(r"100% of the pictures show their prompt; 100% of the best parent's\s+\(at least 75%\)", texts)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +158,7 @@ def test_where_nothing_was_judged_the_badge_says_so() -> None:
     page = Page(report.render("someone.safetensors", measured, None, left_out="there is no GPU"))
     assert "not judged" in page.texts
     assert "passed" not in page.texts
-    assert any("no recipe, not derived" in text for text in page.texts)
+    assert any("the file has no recipe" in text for text in page.texts)
 
 
 def test_a_file_without_recipe_that_holds_nan_has_failed() -> None:
