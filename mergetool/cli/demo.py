@@ -49,7 +49,7 @@ QUICK_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Told:
     """One command of the story, the sentence before it, the exit code it must end with, and whether the quick story has it."""
 
     title: str
@@ -59,44 +59,44 @@ class Step:
 
 
 STEPS = (
-    Step("What the bridge model is", "inspect lab.alkahest", quick=False),
-    Step(
+    Told("What the bridge model is", "inspect lab.alkahest", quick=False),
+    Told(
         "Two models with different refiners cannot be averaged: mergetool measures them and refuses",
         "merge '0.5*lab.turbo + 0.5*lab.base' -o naive.safetensors",
         code=65,
     ),
-    Step(
+    Told(
         "Forced, the merge loses what prompts ask for, and verify says so",
         "merge '0.5*lab.turbo + 0.5*lab.base' --force -o naive.safetensors",
         quick=False,
     ),
-    Step(
+    Told(
         "",
         "verify naive.safetensors --prompts prompts.txt --strength 0.15 --report naive.html",
         code=1,
         quick=False,
     ),
-    Step(
+    Told(
         "The bridge takes over what two fine-tunes learned, one of base and one of turbo, in one pass",
         "merge 'lab.alkahest + 1.25*(lab.striped - lab.base) + 0.5*(lab.hollow - lab.deturbo)' "
         "--protect refiner -o bridge.safetensors",
     ),
-    Step(
+    Told(
         "Its pictures beside its parents', in one stage and two",
         f"verify bridge.safetensors --prompts prompts.txt --strength 0.15,0.4 --report {REPORT}",
     ),
-    Step(
+    Told(
         "A sweep of strengths shows how much a second stage changes",
         "sample --prompts prompts.txt --base bridge.safetensors --guidance 3 --shift 3 --refiner lab.turbo "
         "--strength 0.1,0.15,0.25,0.4,0.6 -o strengths",
         quick=False,
     ),
-    Step(
+    Told(
         "The difference of turbo becomes a LoRA, and alkahest draws in four steps with it",
         "diff --base lab.alkahest --variant lab.turbo --rank-thresh 0.995 --exclude refiner "
         "-o turbo-minus-alkahest.safetensors",
     ),
-    Step(
+    Told(
         "",
         "sample --prompts prompts.txt --base lab.alkahest --lora turbo-minus-alkahest.safetensors:0.8 --steps 4 --guidance 0 "
         "-o lora",
@@ -111,7 +111,9 @@ class Demo(OverwriteOptions):
     output: Annotated[Path | str, Option(help="The folder for what is made.", kind=File("DIR"), short="-o")] = (
         "mergetool-demo"
     )
-    quick: Annotated[bool, Option(help="Tell a shorter story, with fewer pictures of fewer steps.", kind=Flag())] = False
+    quick: Annotated[bool, Option(help="Tell a shorter story, with fewer pictures of fewer steps.", kind=Flag())] = (
+        False
+    )
 
 
 @command(Demo, prints=("no_progress",))

@@ -31,7 +31,7 @@ SHOTS_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class ShownPicture:
     """One picture of the page: its data URI, the model and stage below it, and whether it shows its prompt (None: not judged)."""
 
     source: str
@@ -114,18 +114,18 @@ def _columns(looked: PicturesReport) -> PageTable:
     return PageTable(["pictures of", "adherence", *scored, "structure", "contrast", "noise", "collapsed"], rows)
 
 
-def _rows(looked: PicturesReport) -> list[tuple[str, int, list[Tile]]]:
+def _rows(looked: PicturesReport) -> list[tuple[str, int, list[ShownPicture]]]:
     """Prompt, seed and pictures of each shot that the page shows, the merge's own pictures first."""
     shots = looked.look.shots[:SHOTS_SHOWN]
     return [
-        (shot.prompt, shot.seed, [_tile(column, index, looked.own(column)) for column in looked.merge_first])
+        (shot.prompt, shot.seed, [_shown(column, index, looked.own(column)) for column in looked.merge_first])
         for index, shot in enumerate(shots)
     ]
 
 
-def _tile(column: Column, index: int, own: bool) -> Tile:
+def _shown(column: Column, index: int, own: bool) -> ShownPicture:
     shows = None if column.adherent is None else column.adherent[index]
-    return Tile(_data_uri(column.pictures[index]), column.label, shows, own)
+    return ShownPicture(_data_uri(column.pictures[index]), column.label, shows, own)
 
 
 def _data_uri(picture: Pictures) -> str:
