@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from mergetool.adapters import flux_in_diffusers, in_diffusers, unet_in_diffusers
+from mergetool.adapters import flux_in_diffusers, in_diffusers, unet_in_diffusers, wan_in_diffusers
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,12 @@ LOADERS: Mapping[str, DiffusersLoader] = {
         flux_in_diffusers.modules,
         flux_in_diffusers.alphas_are_read,
         flux_in_diffusers.takes_header,
+    ),
+    "WanLoraLoaderMixin": DiffusersLoader(
+        wan_in_diffusers.RELEASES,
+        wan_in_diffusers.modules,
+        lambda keys, release: True,
+        wan_in_diffusers.takes_header,
     ),
     "StableDiffusionXLLoraLoaderMixin": DiffusersLoader(
         in_diffusers.RELEASES,

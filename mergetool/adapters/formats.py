@@ -163,14 +163,19 @@ def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
         return chosen
     if family.lora_prefix in FLAT:
         chosen = replace(FORMATS["kohya"], summary=chosen.summary)
-    return replace(chosen, prefix=family.lora_prefix, alpha=chosen.alpha if family.lora_alphas else "none")
+    alpha = chosen.alpha if family.lora_alphas else "none"
+    return replace(chosen, prefix=family.lora_prefix, alpha=alpha, layout=chosen.layout and family.lora_layout)
 
 
 def factors_of(family: Family, part: str) -> tuple[str, str]:
-    """The names of a part's factors in the default format: down and up. Raises ValueError for what is no module's weight."""
+    """The names of a part's factors in the default format: down and up, under the part's own name where a tensor holds several (see `fused.joined`).
+
+    Raises ValueError for what is no module's weight.
+    """
     form, module = format_for(family), family.lora_module(part)
-    if form.flat:
-        module = family.stored_name(part, form.layout_of(family)).removesuffix(".weight")
+    layout = form.layout_of(family)
+    if len(family.pieces(part, layout)) == 1:
+        module = family.stored_name(part, layout).removesuffix(".weight")
     return form.factors(bare(module))
 
 

@@ -54,20 +54,21 @@ def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple
 
 
 def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Join LoRAs of parts that diffusers stores as one tensor.
+    """Join LoRAs of parts that the format's layout stores as one tensor.
 
     Programs know no module that is a part alone. The format is the default one.
     """
     joined: dict[str, Tensor] = {}
     done: set[str] = set()
     form = format_for(family)
+    layout = form.layout_of(family)
     for name, tensor in tensors.items():
         module = name.removeprefix(form.prefix).removesuffix(form.down).removesuffix(form.up).removesuffix(".alpha")
-        pieces = family.pieces(f"{module}.weight", "diffusers") if len(family.layouts) > 1 else ()
+        pieces = family.pieces(f"{module}.weight", layout)
         if len(pieces) < 2:
             joined[name] = tensor
             continue
-        stored = family.stored_name(pieces[0], "diffusers")
+        stored = family.stored_name(pieces[0], layout)
         if stored in done:
             continue
         done.add(stored)

@@ -49,15 +49,20 @@ def modules(keys: Collection[str], release: str = NEWEST) -> dict[str, set[str]]
         return _lokr(kept)
     if goes_through_conversion(kept):
         return _converted(kept, RELEASES.index(release))
-    odd = next((key for key in kept if "lora" not in key), None)
+    return as_stored(kept)
+
+
+def as_stored(keys: Collection[str]) -> dict[str, set[str]]:
+    """The modules of a file without conversion: those under ``transformer.``. Raises Rejected for keys that are no LoRA's."""
+    odd = next((key for key in keys if "lora" not in key), None)
     if odd is not None:
         raise Rejected(f"{quoted(odd)} is neither LoRA nor LoKr")
     odd = next(
-        (key for key in kept if key.startswith("transformer.") and not key.endswith((*_AS_STORED, *_IGNORED))), None
+        (key for key in keys if key.startswith("transformer.") and not key.endswith((*_AS_STORED, *_IGNORED))), None
     )
     if odd is not None:
         raise Rejected(f"{quoted(odd)} is not understood after transformer.")
-    named = ((key, key.removeprefix("transformer.")) for key in kept if key.startswith("transformer."))
+    named = ((key, key.removeprefix("transformer.")) for key in keys if key.startswith("transformer."))
     return _by_module(
         (key, name) for key, name in named if not name.endswith(_IGNORED) and not _HALF_KNOWN.search(name)
     )

@@ -199,8 +199,8 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     family = file.family
     if spelled.prefix not in (*NATIVE, *family.in_comfyui):
         return f'the prefix "{spelled.prefix}" is not mapped'
-    if part in family.vectors:
-        return "pad tokens are taken without being applied"
+    if family.is_vector(part):
+        return "what is neither a weight nor a bias is taken without being applied"
     known = family.modules_in_comfyui(part, spelled.prefix)
     modules = (name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale") for name in known)
     if spelled.module not in [name.replace(".", "_") if spelled.is_flat else name for name in modules]:

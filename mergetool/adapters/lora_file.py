@@ -312,7 +312,7 @@ class _Reading:
         if not parts:
             self.unmatched += [(key, "no such bias") for key in adapter.tensors.values()]
             return []
-        if self.family.vectors.intersection(parts):
+        if self.family.is_vector(parts[0]):
             self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
         rows = self._rows(adapter, parts)
         if self.anatomy is not None and len(parts) == 1:

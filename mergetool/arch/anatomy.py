@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mergetool.arch.prefixes import spelled
 from mergetool.checkpoint.dtypes import DType
@@ -140,9 +140,6 @@ class Family(ABC):
     layouts: tuple[str, ...]
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
-    vectors: frozenset[str] = (
-        frozenset()
-    )  # parts that are neither a weight nor a bias: no program applies a LoRA's change to them
     kept: str = ""  # the group that merges keep of one model, and that totals of a comparison leave out
     quantised: frozenset[str] = frozenset({"attention", "ffn"})  # groups whose matrices may be quantised
     precise: frozenset[str] = frozenset(
@@ -158,6 +155,7 @@ class Family(ABC):
     component = "transformer"  # what diffusers' pipelines call the model, and its LoRAs put before names
     lora_prefix = "diffusion_model."  # what stands before names in files that diffusers and ComfyUI both load whole: diffusers' own, and kohya-type
     # trainers' behind "lora_unet_"
+    lora_layout: Literal["diffusers", "comfyui"] = "diffusers"  # whose names those are
     lora_alphas = (
         True  # whether such files may hold alphas: diffusers takes that of one module for others whose names end alike
     )
@@ -171,6 +169,10 @@ class Family(ABC):
     transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
+
+    def is_vector(self, part: str) -> bool:
+        """Whether a part is neither a weight nor a bias of a module: no program applies a LoRA's change to it."""
+        return False
 
     @abstractmethod
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
@@ -271,6 +273,10 @@ class Family(ABC):
         There are none where the family does not say.
         """
         return []
+
+    def variant(self, anatomy: Anatomy) -> str | None:
+        """Which of the family's models it is, where a header tells: ``schnell``, ``Klein 4B``."""
+        return None
 
     def fp16_witness(self, anatomy: Anatomy) -> str | None:
         """The part that ComfyUI looks at before it computes in fp16."""

@@ -35,9 +35,20 @@ class Signature:
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether ``shapes``, under the model's own names, are such a model's."""
-        return all(_is_there(*row, shapes) for row in self.has.items()) and not any(
-            _is_there(*row, shapes) for row in self.lacks.items()
-        )
+        return _fits(self.has, self.lacks, shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kind of a family's models that a header tells: parts that it ``has``, of such shapes, and none of those that it ``lacks``."""
+
+    name: str
+    has: Mapping[str, Like] = field(default_factory=dict)
+    lacks: Mapping[str, Like] = field(default_factory=dict)
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Whether ``shapes``, by canonical name, are such a model's."""
+        return _fits(self.has, self.lacks, shapes)
 
 
 class KnownFamily(Family):
@@ -50,6 +61,7 @@ class KnownFamily(Family):
     layouts = ("comfyui", "diffusers")
     names: tuple[Named, ...]
     signatures: tuple[Signature, ...]
+    variants: tuple[Variant, ...] = ()  # the first that fits is a model's
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {}
     optional: frozenset[str] = frozenset()  # sizes that some models have not
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # of modules in LoRAs: the parts, in row order
@@ -101,6 +113,11 @@ class KnownFamily(Family):
                     f"for {quoted(tensor)}; take the missing tensors from another model, or use another layout."
                 )
         return outputs
+
+    def is_vector(self, part: str) -> bool:
+        """See `Family.is_vector`: what its row says."""
+        match = self.table.find(part)
+        return match is not None and not match.rest and match.spots[0].named.tensor
 
     # -- reading a file ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +189,7 @@ class KnownFamily(Family):
         rows = info.shape[0] if info.shape else 1
         if match is None or not match.shared:
             part = _canonical(name, match)
-            shape = (1, *info.shape) if part in self.vectors and len(info.shape) == 1 else info.shape
+            shape = (1, *info.shape) if len(info.shape) == 1 and self.is_vector(part) else info.shape
             return [Part(part, shape, info.dtype, Slice(stored, 0, rows), encoding)]
         weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
         columns = weight.shape[1] if weight is not None and len(weight.shape) > 1 else None
@@ -189,6 +206,11 @@ class KnownFamily(Family):
             parts.append(Part(match.name(spot.path), shape, info.dtype, Slice(stored, row, count), encoding))
             row += count
         return parts
+
+    def variant(self, anatomy: Anatomy) -> str | None:
+        """See `Family.variant`: the first of ``variants`` that fits."""
+        shapes = {name: part.shape for name, part in anatomy.parts.items()}
+        return next((variant.name for variant in self.variants if variant.fits(shapes)), None)
 
     # -- shapes --------------------------------------------------------------------------------------------------------------
 
@@ -216,7 +238,7 @@ class KnownFamily(Family):
             if not shape or len(shape) < len(counted):
                 continue
             for path in _numbered(spot.path, sizes):
-                is_tensor = path in self.vectors or path.endswith(".weight")
+                is_tensor = spot.named.tensor or path.endswith(".weight")
                 parts[path if is_tensor else f"{path}.weight"] = shape
                 if spot.named.bias:
                     parts[f"{path}.bias"] = shape[:1]
@@ -301,6 +323,12 @@ class KnownFamily(Family):
                     f"of {list(shape)} is wanted by the model's other tensors; use the unquantised original."
                 )
         return found
+
+
+def _fits(has: Mapping[str, Like], lacks: Mapping[str, Like], shapes: Shapes) -> bool:
+    return all(_is_there(*row, shapes) for row in has.items()) and not any(
+        _is_there(*row, shapes) for row in lacks.items()
+    )
 
 
 def _is_there(name: str, like: Like, shapes: Shapes) -> bool:

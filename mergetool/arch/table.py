@@ -25,7 +25,7 @@ class Named:
 
     ``{i}`` is a block's number. ``comfyui`` and ``diffusers`` are the names in those layouts where they are others; ``qkv[1]`` is the second
     piece, in row order, of a tensor that several rows share. ``groups`` hold whatever is beneath the name. ``shape`` is that of the
-    weight, ``bias`` whether there is a vector of its rows beside it. Of a piece ``rows`` says how many rows it has: as many as the
+    weight, ``bias`` whether there is a vector of its rows beside it; of a ``tensor``, which is neither weight nor bias of a module, its own. Of a piece ``rows`` says how many rows it has: as many as the
     weight of that module, a name beside this one, has columns, or for ``=`` the fused one itself (``4*=``: four times as many); pieces
     without share the rest equally. They are whole heads of the length of ``heads``.
     """
@@ -39,6 +39,7 @@ class Named:
     bias: bool = False
     rows: str | None = None
     heads: str | None = None
+    tensor: bool = False
 
 
 @dataclass(frozen=True, slots=True)

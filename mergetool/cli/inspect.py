@@ -11,6 +11,7 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
+    from mergetool.arch import Anatomy
     from mergetool.models import OpenedModel
 
 EXAMPLES = """\b
@@ -62,7 +63,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
     console.heading("model", f"{model}  {console.size(sum(file.size for file in checkpoint.files))}")
     console.heading(
         "",
-        f"{anatomy.family.name}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
+        f"{_kind(anatomy)}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
     if opened.refused:
@@ -100,6 +101,11 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
             console.heading("", f"{name}  {list(info.shape)}  {info.dtype.name}")
 
 
+def _kind(anatomy: Anatomy) -> str:
+    variant = anatomy.family.variant(anatomy)
+    return f"{anatomy.family.name} ({variant})" if variant else anatomy.family.name
+
+
 def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: bool) -> dict[str, Any]:
     from mergetool.arch import describe
 
@@ -114,6 +120,7 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "notes": list(opened.notes),
         "refused": opened.refused,
         "family": anatomy.family.name,
+        "variant": anatomy.family.variant(anatomy),
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,
         "tensors": len(checkpoint.tensors),

@@ -9,7 +9,7 @@ Policy, for every part (a parameter under its canonical name) of base and varian
 * left out by ``exclude`` or ``include``: named, and its share of the difference is measured;
 * one-dimensional, smaller than ``min_dim``, of three or more than four dimensions: named, and its share of the difference is
   measured, since no factors can carry it; with ``full`` **stored whole** in a second file;
-* neither a weight nor a bias (pad tokens): named and measured; no program applies such a key;
+* neither a weight nor a bias (pad tokens, Wan's modulation): named and measured; no program applies such a key;
 * not a float in both, or only in one of the two: named;
 * of different shape: an error, unless it is excluded.
 
@@ -220,8 +220,8 @@ def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
 def _unfit(part: Part, min_dim: int, family: Family) -> str:
     if len(part.shape) < 2:
         return "one-dimensional"
-    if part.name in family.vectors:
-        return "pad token, which no program applies"
+    if family.is_vector(part.name):
+        return "neither a weight nor a bias, which no program applies"
     if not part.name.endswith(".weight"):
         return "not a module's weight"
     if len(part.shape) not in (2, 4):

@@ -62,7 +62,7 @@ def test_the_output_says_what_went_into_which_file(family: Path, tmp_path: Path)
     assert ran.code == 0, ran.err
     assert "--full-layer, stored whole" in ran.out
     assert "for ComfyUI, beside the LoRA" in ran.out
-    assert "pad token, which no program applies" in ran.out
+    assert "neither a weight nor a bias, which no program applies" in ran.out
     assert not any(".diff" in key for key in load_file(tmp_path / "l.safetensors"))
     assert all(key.endswith((".diff", ".diff_b")) for key in load_file(tmp_path / "full.safetensors"))
 

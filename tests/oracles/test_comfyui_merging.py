@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergetool.arch.families.z_image import PAD_TOKENS
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from tests.families import checkpoint
 from tests.oracles import ComfyUI
@@ -30,6 +29,7 @@ MERGES: dict[str, tuple[list[list[Any]], str, list[float]]] = {
          ["ModelMergeAdd", 1, 2]], "alk + (a - b) + 0.5 * (alk - b)", [1, 1.5, 1.5]),
 }  # fmt: skip
 """Nodes, the same as an expression, and the sum of the factors of a, b and alk without their signs."""
+PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token"})
 
 
 @pytest.fixture(scope="session", params=[F32, BF16], ids=["float32", "bf16"])

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.sdxl import SDXL_UNET
+from mergetool.arch.families.wan import WAN
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.known import KnownFamily
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET)
+FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET, WAN)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

@@ -13,8 +13,6 @@ from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
 from mergetool.arch.known import KnownFamily, Signature
 from mergetool.arch.table import Named
 
-PAD_TOKENS = frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"})
-
 _BLOCK = (
     # k and v may have fewer heads than q, which has as many rows as the output projection has columns.
     Named(
@@ -67,9 +65,9 @@ class ZImage(KnownFamily):
         Named("cap_embedder.1", groups=("embedder",), shape=("dim", "caption"), bias=True),
         Named("siglip_embedder.0", groups=("siglip", "norm"), shape=("siglip",)),
         Named("siglip_embedder.1", groups=("siglip",), shape=("dim", "siglip"), bias=True),
-        Named("x_pad_token", groups=("pad",), shape=(1, "dim")),
-        Named("cap_pad_token", groups=("pad",), shape=(1, "dim")),
-        Named("siglip_pad_token", groups=("siglip", "pad"), shape=("siglip_tokens", "dim")),
+        Named("x_pad_token", groups=("pad",), shape=(1, "dim"), tensor=True),
+        Named("cap_pad_token", groups=("pad",), shape=(1, "dim"), tensor=True),
+        Named("siglip_pad_token", groups=("siglip", "pad"), shape=("siglip_tokens", "dim"), tensor=True),
         Named("noise_refiner.{i}", groups=("refiner", "noise_refiner"), inside=_MODULATED),
         Named("context_refiner.{i}", groups=("refiner", "context_refiner"), inside=_BLOCK),
         Named("siglip_refiner.{i}", groups=("siglip",), inside=_BLOCK),
@@ -103,7 +101,6 @@ class ZImage(KnownFamily):
         *("embedder", "pad", "siglip", "final"),
     )
     unused = frozenset({"norm_final.weight"})
-    vectors = PAD_TOKENS
     kept = "refiner"
     precise = frozenset({"refiner", "siglip", "norm", "adaln", "embedder", "pad", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
