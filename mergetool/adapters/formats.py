@@ -168,7 +168,9 @@ def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
 
 
 def factors_of(family: Family, part: str) -> tuple[str, str]:
-    """The names of a part's factors in the default format: down and up, under the part's own name where a tensor holds several (see `fused.joined`).
+    """The names of a part's factors in the default format: down and up.
+
+    They stand under the part's own name where a tensor holds several (see `fused.joined`).
 
     Raises ValueError for what is no module's weight.
     """

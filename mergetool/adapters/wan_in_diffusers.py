@@ -1,4 +1,4 @@
-"""What becomes of a LoRA's keys in diffusers' ``WanLoraLoaderMixin``: the modules that it makes of them, or why it rejects the file.
+"""The treatment of a LoRA's keys in diffusers' ``WanLoraLoaderMixin``. It makes modules of them, or rejects the file.
 
 It renames a file with one key under ``diffusion_model.`` as Wan's own names, one with one under ``lora_unet_`` as musubi-tuner's, and of any other takes what
 stands under ``transformer.``. Of 2.2's two transformers a file goes into the first unless ``load_into_transformer_2`` is given.
@@ -41,7 +41,7 @@ _NUMBERED = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[str]]:
-    """The modules that get a layer, under the names that are then looked up in the model, each with the keys it is made of.
+    """The modules that get a layer, each with its keys. They go by the names that are then looked up in the model.
 
     A bias is a module ``NAME.bias``. Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release`` raises an error.
     """
@@ -53,7 +53,7 @@ def modules(keys: Collection[str], release: str = RELEASES[0]) -> dict[str, set[
 
 
 def takes_header(keys: Collection[str]) -> bool:
-    """Whether ranks and scales may stand in the header: where they do, it makes no layer for a bias."""
+    """Whether ranks and scales may stand in the header. Where they do, it makes no layer for a bias."""
     return not any(key.endswith(".diff_b") for key in keys)
 
 

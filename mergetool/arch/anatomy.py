@@ -171,7 +171,7 @@ class Family(ABC):
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
 
     def is_vector(self, part: str) -> bool:
-        """Whether a part is neither a weight nor a bias of a module: no program applies a LoRA's change to it."""
+        """Whether a part is neither a weight nor a bias of a module. No program applies a LoRA's change to it."""
         return False
 
     @abstractmethod
@@ -275,7 +275,7 @@ class Family(ABC):
         return []
 
     def variant(self, anatomy: Anatomy) -> str | None:
-        """Which of the family's models it is, where a header tells: ``schnell``, ``Klein 4B``."""
+        """The member of the family, if a header tells: ``schnell``, ``Klein 4B``."""
         return None
 
     def fp16_witness(self, anatomy: Anatomy) -> str | None:

@@ -24,7 +24,7 @@ Like = tuple[int | None, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The signs of a model in ``layout``: tensors that it ``has``, and some that it ``lacks``.
+    """The signs of a model in ``layout``: tensors that it ``has``, tensors that it ``lacks``.
 
     Shapes count.
     """
@@ -40,7 +40,10 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A kind of a family's models that a header tells: parts that it ``has``, of such shapes, and none of those that it ``lacks``."""
+    """A kind of a family's models, by parts that it ``has`` and parts that it ``lacks``.
+
+    A header tells, shapes included.
+    """
 
     name: str
     has: Mapping[str, Like] = field(default_factory=dict)
@@ -115,7 +118,7 @@ class KnownFamily(Family):
         return outputs
 
     def is_vector(self, part: str) -> bool:
-        """See `Family.is_vector`: what its row says."""
+        """See `Family.is_vector`; the part's row decides."""
         match = self.table.find(part)
         return match is not None and not match.rest and match.spots[0].named.tensor
 

@@ -50,7 +50,10 @@ QUICK_STEPS = 10
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One command of the story, the sentence before it, the exit code it must end with, and whether the quick story has it."""
+    """One command of the story, the sentence before it, and its expected exit code.
+
+    It also says whether the quick story has it.
+    """
 
     title: str
     command: str

@@ -32,7 +32,10 @@ SHOTS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ShownPicture:
-    """One picture of the page: its data URI, the model and stage below it, and whether it shows its prompt (None: not judged)."""
+    """One picture of the page: its data URI, its caption, and whether it shows its prompt.
+
+    The caption is its model and stage; the verdict is None where it was not judged.
+    """
 
     source: str
     label: str

@@ -1,4 +1,6 @@
-"""Wan 2.1 and 2.2 (T2V, I2V, TI2V, VACE and what is built on them): blocks of self-attention, cross-attention and feed-forward, two layouts.
+"""Wan 2.1 and 2.2 (T2V, I2V, TI2V, VACE and models built on them), two layouts.
+
+Their blocks have self-attention, cross-attention and feed-forward.
 
 Canonical names are those of diffusers' ``WanTransformer3DModel``. Nothing is fused in either layout, but ``norm2`` here is ``norm3`` there: of a block's three
 norms only the one before cross-attention has parameters, which diffusers counts in the order of the forward pass. Patches are embedded by a convolution over
@@ -170,7 +172,7 @@ class Wan(KnownFamily):
     )
 
     def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json that goes with the shapes of ``anatomy``, for diffusers to load it.
+        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
 
         None when tensors that show a size are missing, where the width is not of whole heads, or for a model with modules of which diffusers has another class.
         """
