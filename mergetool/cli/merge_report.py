@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergetool.recipe.steps import OutputTensor
 
 WORTH_ADVICE = 0.99  # less of a delta than this came through: say that another rounding keeps it
+WORTH_LISTING = 0.02  # more of the moved elements than this left no trace: say in which groups
 
 
 class MergeReport(CommandEvents):
@@ -41,7 +42,7 @@ class MergeReport(CommandEvents):
         """The outcome."""
         self.json |= outcome_json(plan, result.outcome, result.target, result.seconds)
         if self.prints:
-            print_outcome(plan, result.outcome, result.target, result.seconds)
+            print_outcome(plan, result.outcome, result.target, result.seconds, verbose=self.typed.verbose)
 
 
 def print_plan(plan: Plan, memory: int, *, every_tensor: bool) -> None:
@@ -93,7 +94,7 @@ def _scales(tensor: OutputTensor) -> list[str]:
     return [f"x {float(by):.6g}" for by in set(multipliers.values()) if by not in (0, 1)]  # 0 is a reason of its own
 
 
-def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) -> None:
+def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float, *, verbose: bool) -> None:
     console.heading("done", f"{target}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
     if outcome.resumed:
         console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
@@ -109,14 +110,17 @@ def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float) 
         if counts:
             names = [f"{name} ({count})" for name, count in sorted(counts.items())]
             console.heading("", f"{sum(counts.values())} elements {reason}: {console.listed(names)}")
-    _print_rounding(plan, outcome.movements)
+    _print_rounding(plan, outcome.movements, verbose=verbose)
     if outcome.search_gain is not None:
         console.heading("", f"scale search: {1 - outcome.search_gain:.1%} less squared error than amax")
     console.heading("next", f"mergetool verify {shlex.quote(str(target.path))}")
 
 
-def _print_rounding(plan: Plan, movements: Movements) -> None:
-    """What became of the delta: how much of it, and of how many elements, the output's dtype let through."""
+def _print_rounding(plan: Plan, movements: Movements, *, verbose: bool) -> None:
+    """What became of the delta: how much of it, and of how many elements, the output's dtype let through.
+
+    The groups are listed where one of them lost something that a user could miss.
+    """
     from mergetool.engine.jobs import SAMPLED, SAMPLED_PIECES
     from mergetool.quant.weights import is_side_tensor
 
@@ -132,13 +136,19 @@ def _print_rounding(plan: Plan, movements: Movements) -> None:
     else:
         how = "rounding" if mode == "nearest" else f"{mode} rounding"
         console.heading("delta", f"{how} to {to} kept {_percent(total.projection)} of the change")
-    console.table(
-        ["group", "moved", "left no trace", "below half a unit", "kept"],
-        [_rounding_row(name, m) for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved],
-    )
+    groups = {name: m for name, m in (*movements.groups(plan).items(), ("all", total)) if m.moved}
+    if verbose or any(map(_lost, groups.values())):
+        console.table(
+            ["group", "moved", "left no trace", "below half a unit", "kept"],
+            [_rounding_row(name, m) for name, m in groups.items()],
+        )
     if movements.sampled:
         share = SAMPLED_PIECES if any(tensor.quantiser for tensor in floats) else SAMPLED
         console.heading("", f"one chunk in {share} of large tensors was measured; --measure all looks at every element")
+
+
+def _lost(movement: Movement) -> bool:
+    return movement.projection < WORTH_ADVICE or movement.eaten > WORTH_LISTING * movement.moved
 
 
 def _rounding_row(name: str, movement: Movement) -> list[str]:

@@ -11,10 +11,8 @@ from typing import Any
 from tests.faults.rows import Row
 from tests.faults.tally import ROOT
 
-PAGE, README = ROOT / "docs" / "explanation" / "faults.md", ROOT / "README.md"
+PAGE = ROOT / "docs" / "explanation" / "faults.md"
 BEGIN, END = "<!-- counts -->", "<!-- end of counts -->"
-GATE = ("1", "2", "3", "4", "header mutants", "12", "20", "23", "31")
-"""Rows that gate a release; README has them."""
 
 
 def lines(results: Path) -> list[dict[str, Any]]:
@@ -65,10 +63,8 @@ def markdown(found: Iterable[dict[str, Any]]) -> str:
     return "\n".join([head, *body])
 
 
-def write(results: Path, page: Path = PAGE, readme: Path = README) -> None:
-    """Put the counts between the markers of both pages: all of them, and those that gate a release."""
-    found = rows(results)
-    for path, chosen in ((page, found), (readme, [one for one in found if one["row"] in GATE])):
-        text = path.read_text()
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        path.write_text(f"{text[:begin]}\n{markdown(chosen)}\n{text[end:]}")
+def write(results: Path, page: Path = PAGE) -> None:
+    """Put the counts between the markers of the page."""
+    text = page.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    page.write_text(f"{text[:begin]}\n{markdown(rows(results))}\n{text[end:]}")

@@ -27,21 +27,16 @@ def test_parts_are_added_up(tmp_path: Path) -> None:
     assert (other["row"], other["fired"], other["kinds"]) == ("10", 4, {"EIO": 4})
 
 
-def test_pages_get_their_tables_between_the_markers(tmp_path: Path) -> None:
-    results, page, readme = tmp_path / "faults.json", tmp_path / "faults.md", tmp_path / "README.md"
-    for path in (page, readme):
-        path.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+def test_the_page_gets_its_table_between_the_markers(tmp_path: Path) -> None:
+    results, page = tmp_path / "faults.json", tmp_path / "faults.md"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     saved(results, "3", 2)
-    saved(results, "7", 1)
-    table.write(results, page, readme)
-    for path in (page, readme):
-        text = path.read_text()
-        assert "| 3 | promise 3 | 2 | 2 | 0 |" in text
-        assert "old" not in text
-        assert text.startswith(f"before\n{table.BEGIN}\n|")
-        assert text.endswith(f"|\n{table.END}\nafter\n")
-    assert "| 7 | promise 7 |" in page.read_text()
-    assert "promise 7" not in readme.read_text()
+    table.write(results, page)
+    text = page.read_text()
+    assert "| 3 | promise 3 | 2 | 2 | 0 |" in text
+    assert "old" not in text
+    assert text.startswith(f"before\n{table.BEGIN}\n|")
+    assert text.endswith(f"|\n{table.END}\nafter\n")
 
 
 def test_fault_that_does_not_fire_fails_the_row() -> None:
