@@ -1,4 +1,4 @@
-"""The first example of README and of every help works as it stands, on models that come with mergetool."""
+"""The first example of every help works as it stands, on models that come with mergetool."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 
 from tests.cli.run import mergetool
 
-README = Path(__file__).parents[2] / "README.md"
-
 
 def first_example(text: str) -> list[str]:
     found = re.search(r"^\s*mergetool (.+)$", text, re.MULTILINE)
@@ -24,9 +22,3 @@ def first_example(text: str) -> list[str]:
 def test_the_first_example_of_a_help_runs(command: str, tmp_path: Path) -> None:
     words = first_example(importlib.import_module(f"mergetool.cli.{command}").EXAMPLES)
     assert mergetool(*words, cwd=tmp_path).code == 0
-
-
-@pytest.mark.parametrize("heading", ["## Merge", "## Take a difference as a LoRA"])
-def test_the_first_example_of_a_chapter_of_readme_runs(heading: str, tmp_path: Path) -> None:
-    chapter = README.read_text("utf-8").partition(heading)[2]
-    assert mergetool(*first_example(chapter), cwd=tmp_path).code == 0
