@@ -1,4 +1,4 @@
-"""Merge methods: the list and the table of docs/reference/methods.md, from the register and from the comparisons with mergekit and sd-mecha.
+"""Merge methods: the tables of docs/reference/methods.md, from the comparisons with mergekit and sd-mecha.
 
     python -m benchmarks.peers_parity
 
@@ -13,23 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.bench_rounding import write_page
-from mergetool.methods import Method, methods
 from tests.methods.parity.absent import ABSENT
 from tests.methods.parity.case import Case
 from tests.methods.parity.cases import CASES
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
-
-
-def method_lines() -> list[str]:
-    """Every registered method: how it is called, what it does, its formula, source and parameters."""
-    return [line for method in methods().values() for line in ("", *_method(method))]
-
-
-def _method(method: Method) -> list[str]:
-    lines = [f"### {method.name}", "", f"`{method.signature}`", "", method.summary, ""]
-    lines += [f"- Formula: `{method.formula}`", f"- Source: {method.source}"]
-    return [*lines, *(f"- `{p.name}`: {p.text}; {p.wanted()}, {p.shown} if left out" for p in method.parameters)]
 
 
 def parity_lines(differences: Sequence[float]) -> list[str]:
@@ -62,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(arguments)  # fmt: skip
-    write_page("methods", method_lines(), PAGE)
     write_page("absent", absent_lines(), PAGE)
     peers = " and ".join(f"{name} {version(name)}" for name in ("mergekit", "sd-mecha"))
     note = f"<sub>{peers} from PyPI. Written by `python -m benchmarks.peers_parity`.</sub>"

@@ -164,7 +164,7 @@ def run_bake(asked: Bake, events: Events) -> Merged:
 def run_convert(asked: Convert, events: Events) -> Merged:
     """Write a model in another form.
 
-    The outcome has the error that this cost each tensor. The outcome has the error that this cost each tensor. Raises
+    The outcome has the error that this cost each tensor. Raises
     what `merge` raises.
     """
     from mergetool.recipe.argument import expression_of

@@ -1,16 +1,13 @@
-"""docs/reference/options.md from the table of options: ``python -m tests.faces.page > docs/reference/options.md``."""
+"""docs/reference/options.md from the table of options; ``python -m tests.reference`` writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mergetool.cli import console
 from mergetool.options.kinds import Choice
 from mergetool.options.table import Face, Row, rows
 from tests.faces.walk import NODES, RECIPES, Operation, operations
-
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
 
 HEAD = """\
 # Options
@@ -77,7 +74,3 @@ def _default(row: Row) -> str:
 def _help(row: Row) -> str:
     words = f" One of {', '.join(row.option.kind.words)}." if isinstance(row.option.kind, Choice) else ""
     return f"{console.spelled(row.option.help)}{words}".replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    print("\n".join(lines()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faces.page import PAGE, lines
 from tests.faces.probes import answers, plain, probes, wanted
 from tests.faces.walk import CLI, NODES, ONLY_COMMANDS, RECIPES, WITHOUT, Operation, commands, operations
 
@@ -22,12 +21,6 @@ def test_every_operation_has_a_function_in_python() -> None:
 
 def test_every_recipe_and_node_is_of_an_operation_that_is_walked() -> None:
     assert {*RECIPES, *NODES} <= {operation.table for operation in OPERATIONS}
-
-
-def test_the_page_of_options_is_current() -> None:
-    assert PAGE.read_text("utf-8").splitlines() == list(lines()), (
-        "run: python -m tests.faces.page > docs/reference/options.md"
-    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)

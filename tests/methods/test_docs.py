@@ -1,10 +1,10 @@
-"""docs/reference/methods.md says what the register says, and which comparisons with peers there are."""
+"""docs/reference/methods.md says which comparisons with peers there are."""
 
 from __future__ import annotations
 
 import re
 
-from benchmarks.peers_parity import PAGE, absent_lines, method_lines, parity_lines
+from benchmarks.peers_parity import PAGE, absent_lines, parity_lines
 from tests.methods.parity.cases import CASES
 
 
@@ -12,10 +12,6 @@ def between(name: str) -> list[str]:
     found = re.search(rf"<!-- table: {name} -->\n(.*?)\n?<!-- end -->", PAGE.read_text(), re.DOTALL)
     assert found, f"{PAGE} has no place for {name}"
     return found[1].splitlines()
-
-
-def test_the_list_of_methods_is_current() -> None:
-    assert between("methods") == method_lines(), "run: python -m benchmarks.peers_parity"
 
 
 def test_the_comparisons_are_current() -> None:

@@ -2,7 +2,8 @@
 
 A family is a subclass of `KnownFamily` that is mostly data: ``names``, a table of `Named` rows in canonical order (which is diffusers' naming); ``signatures``,
 the tensors that show such a model in each layout; ``measures``, where its sizes stand; groups, presets, and what may be quantised. Its test holds the
-table against diffusers' class and converter and ComfyUI's own maps, as tests/arch/test_z_image.py does.
+table against diffusers' class and converter and ComfyUI's own maps, as tests/arch/test_z_image.py does, and ``python -m tests.reference`` writes its section of
+docs/reference/families.md.
 """
 
 from __future__ import annotations
