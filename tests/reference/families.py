@@ -92,7 +92,7 @@ def _loras(family: KnownFamily) -> Iterator[str]:
         + "."
     )
     if family.loader:
-        yield f"- diffusers loads them by `{family.loader}`; the tests run it in five releases."
+        yield f"- diffusers loads them by `{family.loader}`."
     else:
         yield "- No loader of diffusers is tested for them."
     if not family.lora_alphas:
