@@ -245,7 +245,7 @@ INLINE stored whole_run(stored model, int kind, size_t at, size_t count, unsigne
  * it is to be `stochastic` by the random bits of `key`, the first element being number `index`. `largest` becomes the largest
  * magnitude before rounding. With a `first` operand that is not negative it also adds to `found`. Returns 0 when
  * something is not ordinary; what was written is of no use then. */
-EVERY_PROCESSOR
+EVERY_PROCESSOR EXPORTED
 int mergetool_blend(const instruction *program, int instructions, const float *factors, const stored *operands,
                     const int *kinds, const float *scales, size_t count, int first, unsigned char *out, int out_kind,
                     int saturating, int stochastic, uint64_t key, uint64_t index, float *largest, movement *found) {
@@ -292,7 +292,7 @@ int mergetool_blend(const instruction *program, int instructions, const float *f
 
 /* What storing did to the elements of a quantised weight: `came` are its codes, `alone` those of the `first` model's elements
  * by themselves, both times `scale`. Sums in float64. Returns 0 when one of them is not finite. */
-EVERY_PROCESSOR
+EVERY_PROCESSOR EXPORTED
 int mergetool_moves(stored result, stored first, stored came, stored alone, int kind, float scale, size_t count,
                     movement *found) {
     const float step = scale / (float)(1 << MANTISSA[kind]);

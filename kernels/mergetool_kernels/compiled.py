@@ -7,6 +7,7 @@ blend([(LOAD, 0, 0), (LOAD, 1, 1), (SCALE, 1, 0), (ADD, 0, 1)], [0.5], [(raw, BF
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LIBRARY = Path(__file__).with_name("for_processor.so")
+LIBRARY = Path(__file__).with_name("for_processor.dll" if sys.platform == "win32" else "for_processor.so")
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E4M3, FLOAT8_E5M2 = range(5)
 LOAD, SCALE, ADD, SUBTRACT = range(4)
 REGISTERS = 8

@@ -18,6 +18,12 @@
 #else
 #define EVERY_PROCESSOR
 #endif
+/* What ctypes finds: Windows hides every function that is not marked. */
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 8, RUN = 1024 }; /* 128 products a lane are added up in float32, and runs in float64: within 3e-7 */

@@ -74,7 +74,7 @@ INLINE void run(const stored *models, const int *kinds, const float *scales, dou
 /* Adds to sums[6]: of the squares of base, variant, delta = variant - base, onto and reference delta, and of delta *
  * reference delta, the deltas in float32. models[5] are base, variant, onto, and the reference with its base, each
  * `count` elements of its kinds[], times its scale; the last three may be NULL, and then their sums are left as they are. */
-EVERY_PROCESSOR
+EVERY_PROCESSOR EXPORTED
 void mergetool_sums(const stored *models, const int *kinds, const float *scales, size_t count, double *sums) {
     const int is_plain = kinds[BASE] == BFLOAT16 && kinds[VARIANT] == BFLOAT16 && !models[ONTO] && !models[REFERENCE] &&
                          scales[BASE] == 1 && scales[VARIANT] == 1;
