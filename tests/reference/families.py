@@ -55,6 +55,9 @@ def _family(family: KnownFamily) -> Iterator[str]:
         yield f"- layout {signature.layout}: {has}" + (f"; and not {lacks}" if lacks else "")
     for why, names in _strangers(family).items():
         yield f"- A file with {names} is {why}."
+    if family.variants:
+        told = dict.fromkeys(variant.name for variant in family.variants)
+        yield from ("", "**Variants told apart**", "", f"{', '.join(told)}.")
     yield from ("", "**Groups**", "", f"{_words(family.group_order)}.")
     if family.presets:
         yield from ("", "**Presets**", "", "| preset | stands for |", "|---|---|")

@@ -1,0 +1,72 @@
+"""A newcomer's questions are answered in two clicks; the site is read and searched without a network."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from playwright.sync_api import Page
+
+from tests.site.html import Content
+
+PHONE = 390
+WIDEST = "Math.max(...[document.documentElement, ...document.querySelectorAll('.content')].map(one => one.scrollWidth))"
+
+
+def target(page: str, link: str) -> str | None:
+    """Page and anchor that a link of ``page`` leads to; None where it leads out of the site."""
+    if re.match(r"[a-z]+:", link):
+        return None
+    path, _, anchor = link.partition("#")
+    found = os.path.normpath(os.path.join(os.path.dirname(page), unquote(path))) if path else page
+    return f"{found}#{anchor}" if anchor else found
+
+
+def clicks(site: Path, start: str = "index.html", most: int = 2) -> dict[str, int]:
+    """Everything that can be reached by so many links of articles, with their least number."""
+    found, newest = {start: 0}, [start]
+    for click in range(1, most + 1):
+        pages = dict.fromkeys(page.partition("#")[0] for page in newest)
+        links = [target(page, link) for page in pages if page.endswith(".html") for link in Content(site / page).links]
+        newest = [link for link in dict.fromkeys(links) if link is not None and link not in found]
+        found |= dict.fromkeys(newest, click)
+    return found
+
+
+def fetched(site: Path) -> list[str]:
+    """What browsers fetch of every page and style sheet."""
+    pages = [link for path in site.rglob("*.html") for link in Content(path).fetched]
+    styles = [path.read_text("utf-8") for path in site.rglob("*.css")]
+    return pages + [link for text in styles for link in re.findall(r"(?:@import\s+|url\()[\"']?([^\"')]+)", text)]
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    links = fetched(site)
+    assert len(links) > 100
+    assert [link for link in links if re.match(r"(?:[a-z]+:)?//", link)] == []
+
+
+@pytest.mark.parametrize("word", ["refiner", "black"])
+def test_search_finds_words_from_a_file(site: Path, browser_page: Page, word: str) -> None:
+    asked: list[str] = []
+    browser_page.on("request", lambda request: asked.append(request.url))
+    browser_page.goto(f"{(site / 'search.html').as_uri()}?q={word}")
+    browser_page.wait_for_function("Search.status && /page/.test(Search.status.innerText)")
+    results = browser_page.locator("#search-results li a")
+    assert results.count() > 0
+    results.first.click()
+    assert word in browser_page.locator("article").inner_text().lower()
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
+
+
+def test_no_page_is_wider_than_a_phone(site: Path, browser_page: Page) -> None:
+    """Tables and code that are too wide scroll by themselves."""
+    browser_page.set_viewport_size({"width": PHONE, "height": 844})
+    widths = {}
+    for path in sorted(site.rglob("*.html")):
+        browser_page.goto(path.as_uri())
+        widths[path.relative_to(site).as_posix()] = browser_page.evaluate(WIDEST)
+    assert {name: width for name, width in widths.items() if width > PHONE} == {}
