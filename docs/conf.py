@@ -24,6 +24,7 @@ html_theme = "furo"
 html_title = "mergetool"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
 
