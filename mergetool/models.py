@@ -131,7 +131,13 @@ def recognised(name: str, checkpoint: Checkpoint, *, names_only: bool = False) -
         if not names_only:
             raise
         found, refused = Quantised({}), str(error)
-    anatomy = recognise(checkpoint.tensors, source=name, encodings=found.encodings, names_only=refused is not None)
+    anatomy = recognise(
+        checkpoint.tensors,
+        source=name,
+        encodings=found.encodings,
+        names_only=refused is not None,
+        config=checkpoint.config,
+    )
     return OpenedModel(name, checkpoint, anatomy, found.notes, refused)
 
 

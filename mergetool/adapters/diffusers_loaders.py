@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from mergetool.adapters import flux_in_diffusers, in_diffusers, unet_in_diffusers, wan_in_diffusers
+from mergetool.adapters import (
+    flux_in_diffusers,
+    in_diffusers,
+    qwen_in_diffusers,
+    unet_in_diffusers,
+    wan_in_diffusers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,9 @@ LOADERS: Mapping[str, DiffusersLoader] = {
         flux_in_diffusers.modules,
         flux_in_diffusers.alphas_are_read,
         flux_in_diffusers.takes_header,
+    ),
+    "QwenImageLoraLoaderMixin": DiffusersLoader(
+        qwen_in_diffusers.RELEASES, qwen_in_diffusers.modules, lambda keys, release: True
     ),
     "WanLoraLoaderMixin": DiffusersLoader(
         wan_in_diffusers.RELEASES,

@@ -274,8 +274,15 @@ class Family(ABC):
         """
         return []
 
-    def variant(self, anatomy: Anatomy) -> str | None:
-        """The member of the family, if a header tells: ``schnell``, ``Klein 4B``."""
+    def markers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Name the empty tensors that stand in a single file for entries of diffusers' ``config``."""
+        return ()
+
+    def variant(self, anatomy: Anatomy, config: Mapping[str, Any] | None = None) -> str | None:
+        """Name the family's model that it is, ``schnell`` or ``Klein 4B``; None where nothing tells.
+
+        ``config`` is the config.json beside it.
+        """
         return None
 
     def fp16_witness(self, anatomy: Anatomy) -> str | None:

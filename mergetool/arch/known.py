@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
@@ -40,9 +40,9 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A kind of a family's models, by parts that it ``has`` and parts that it ``lacks``.
+    """A kind of a family's models that a header tells.
 
-    A header tells, shapes included.
+    It ``has`` parts, of such shapes, and none of those that it ``lacks``.
     """
 
     name: str
@@ -65,6 +65,7 @@ class KnownFamily(Family):
     names: tuple[Named, ...]
     signatures: tuple[Signature, ...]
     variants: tuple[Variant, ...] = ()  # the first that fits is a model's
+    marked: ClassVar[Mapping[str, str]] = {}  # empty tensors by the key of diffusers' config.json that says the same
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {}
     optional: frozenset[str] = frozenset()  # sizes that some models have not
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # of modules in LoRAs: the parts, in row order
@@ -124,9 +125,13 @@ class KnownFamily(Family):
 
     # -- reading a file ------------------------------------------------------------------------------------------------------
 
-    def layout_of(self, shapes: Shapes) -> str | None:
-        """The layout of a file of the family; None for another file."""
-        return next((signature.layout for signature in self.signatures if signature.fits(shapes)), None)
+    def layout_of(self, shapes: Shapes, layout: str | None = None) -> str | None:
+        """Name the layout of a file of the family; None for another file.
+
+        Of several that it could be in it is ``layout``.
+        """
+        fitting = [signature.layout for signature in self.signatures if signature.fits(shapes)]
+        return layout if layout in fitting else next(iter(fitting), None)
 
     def shows(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether ``tensors`` are of this family, by the `Signature` of one of its layouts.
@@ -143,15 +148,17 @@ class KnownFamily(Family):
         outside: Mapping[str, Part],
         *,
         source: str,
+        layout: str | None = None,
     ) -> Anatomy:
         """Read the parts of a model that the family `shows`, in any of its layouts.
 
-        ``tensors`` and ``encodings`` are under the model's own names.
+        ``tensors`` and ``encodings`` are under the model's own names; of two layouts with the same names it is ``layout``.
 
         Weights that their container pads to whole blocks have their true shapes, which the model's vectors tell. Missing and extra tensors are no error
         here: what to do about them is a merge's policy. Raises FamilyError where a tensor cannot be split, or two hold the same part.
         """
-        layout = self.layout_of({name: info.shape for name, info in tensors.items()}) or self.layouts[0]
+        shown = self.layout_of({name: info.shape for name, info in tensors.items()}, layout)
+        layout = shown or self.layouts[0]
         encodings = self._unpadded(tensors, encodings, layout, source=source)
         tensors = {
             name: TensorInfo(info.dtype, encodings[name].shape, info.begin, info.end) if name in encodings else info
@@ -210,9 +217,14 @@ class KnownFamily(Family):
             row += count
         return parts
 
-    def variant(self, anatomy: Anatomy) -> str | None:
+    def markers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Family.markers`."""
+        return tuple(name for key, name in self.marked.items() if config.get(key) is True)
+
+    def variant(self, anatomy: Anatomy, config: Mapping[str, Any] | None = None) -> str | None:
         """See `Family.variant`: the first of ``variants`` that fits."""
         shapes = {name: part.shape for name, part in anatomy.parts.items()}
+        shapes |= dict.fromkeys(self.markers(config or {}), (0,))
         return next((variant.name for variant in self.variants if variant.fits(shapes)), None)
 
     # -- shapes --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from mergetool.arch import families, generic, prefixes
 from mergetool.arch.anatomy import Anatomy, Part
@@ -21,15 +22,17 @@ def recognise(
     source: str,
     encodings: Mapping[str, Encoding] = MappingProxyType({}),
     names_only: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> Anatomy:
     """Read the names of a file by a known family in any layout, else by the generic one.
 
     Any prefix may stand before them.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.weights`); ``source`` names
-    the file in messages. Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space
-    derivative, no tensors at all), and for a file of a known family whose tensors contradict each other, which is shown as the generic family with
-    ``names_only``: its values are codes that nobody reads.
+    the file in messages; ``config`` is the config.json beside it, which tells diffusers' layout of a family whose names are the same in another.
+
+    Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space derivative, no tensors at all), and for a file of a
+    known family whose tensors contradict each other, which is shown as the generic family with ``names_only``: its values are codes that nobody reads.
     """
     _refuse_other_files(tensors, source)
     names = prefixes.read(tensors, source=source)
@@ -41,7 +44,8 @@ def recognise(
     try:
         family = families.shown_by(values)
         if family is not None:
-            return family.read(names, values, coded, outside, source=source)
+            layout = "diffusers" if config and "_class_name" in config else None
+            return family.read(names, values, coded, outside, source=source, layout=layout)
     except FamilyError:
         if not names_only:
             raise

@@ -11,7 +11,6 @@ from mergetool.cli.parameters import Typed, command
 from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
-    from mergetool.arch import Anatomy
     from mergetool.models import OpenedModel
 
 EXAMPLES = """\b
@@ -63,7 +62,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
     console.heading("model", f"{model}  {console.size(sum(file.size for file in checkpoint.files))}")
     console.heading(
         "",
-        f"{_kind(anatomy)}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
+        f"{_kind(opened)}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
     if opened.refused:
@@ -101,9 +100,10 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
             console.heading("", f"{name}  {list(info.shape)}  {info.dtype.name}")
 
 
-def _kind(anatomy: Anatomy) -> str:
-    variant = anatomy.family.variant(anatomy)
-    return f"{anatomy.family.name} ({variant})" if variant else anatomy.family.name
+def _kind(opened: OpenedModel) -> str:
+    family = opened.anatomy.family
+    variant = family.variant(opened.anatomy, opened.checkpoint.config)
+    return f"{family.name} ({variant})" if variant else family.name
 
 
 def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: bool) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "notes": list(opened.notes),
         "refused": opened.refused,
         "family": anatomy.family.name,
-        "variant": anatomy.family.variant(anatomy),
+        "variant": anatomy.family.variant(anatomy, checkpoint.config),
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,
         "tensors": len(checkpoint.tensors),

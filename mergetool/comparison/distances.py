@@ -29,12 +29,16 @@ def measure(model: Input, other: Input, *, progress: Callable[[int], None] = lam
 
 
 def comparable(models: Sequence[Input]) -> list[str]:
-    """The float parameters that all models have in one shape, in family order."""
+    """The float parameters that all models have in one shape, in family order.
+
+    Markers, which have no elements, are not among them.
+    """
     first, *others = (model.anatomy.parts for model in models)
     return [
         name
         for name in sorted(first, key=models[0].anatomy.family.order)
         if first[name].dtype.blendable
+        and first[name].numel
         and all(name in parts and parts[name].shape == first[name].shape for parts in others)
         and all(parts[name].dtype.blendable for parts in others)
     ]

@@ -13,7 +13,7 @@ They stay under their names, so an output of another layout has none of them, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -84,6 +84,15 @@ def _copy(model: Input, part: Part) -> OutputTensor:
         return OutputTensor(part.name, part.dtype, part.shape, (step,))
     step = Step(part.name, 0, prod(part.shape), COPY, (window,), f"bundled, decoded to {BF16.name}")
     return OutputTensor(part.name, BF16, part.shape, (step,))
+
+
+def markers(model: Input, prefix: str, names: Collection[str]) -> list[OutputTensor]:
+    """Make the empty tensors that stand for entries of the config.json beside ``model``.
+
+    Those among ``names`` are there already.
+    """
+    wanted = (f"{prefix}{name}" for name in model.anatomy.family.markers(model.checkpoint.config or {}))
+    return [OutputTensor(name, F32, (0,), (), constant=b"") for name in wanted if name not in names]
 
 
 def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str) -> list[str]:

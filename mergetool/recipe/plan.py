@@ -151,7 +151,7 @@ class _Planner:
             same_layout=same_layout,
             same_names=same_layout and bool(prefix or prefix == self.first.anatomy.prefix),
         )
-        tensors += beside
+        tensors += [*beside, *bundled.markers(self.first, prefix, {tensor.name for tensor in tensors})]
         left_out += not_beside
         copied = {w.tensor for tensor in tensors for step in tensor.steps for w in step.windows if w.input == 0}
         left_out += [(n, "scale or marker of codes") for n in self.first.anatomy.sides if n not in copied]
@@ -288,6 +288,8 @@ class _Planner:
     def _obstacle(self, part: str) -> str | None:
         """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
         mine = self.first.anatomy.parts[part]
+        if not mine.numel:
+            return "a marker without elements"
         for column in (*self.needed, *self.loras):
             theirs = self.inputs[column].anatomy.parts.get(part)
             if theirs is None and self.inputs[column].is_lora:

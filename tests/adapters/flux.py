@@ -21,6 +21,7 @@ DIFFUSERS = {
 }  # fmt: skip
 """The same model as a config of diffusers."""
 
+Meaning = Callable[[str, np.ndarray], dict[str, np.ndarray]]
 DIM, MLP = SMALL["dim"], SMALL["hidden"]
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.1"
 ATTENTION = {
@@ -80,8 +81,8 @@ def by_diffusers(module: str, change: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def written(prefix: str, modules: Mapping[str, tuple[int, int]], down: str = A, up: str = B, *, alpha: float | None = None,
-            flat: bool = False, ranks: tuple[int, ...] = (4, 2, 3)) -> Written:  # fmt: skip
-    """A LoRA of ``modules``, in bf16, with ranks by turns."""
+            flat: bool = False, ranks: tuple[int, ...] = (4, 2, 3), meaning: Meaning | None = None) -> Written:  # fmt: skip
+    """A LoRA of ``modules``, in bf16, with ranks by turns; ``meaning`` says which parameters of diffusers a module's change is."""
     found = Written()
     for i, (module, (rows, columns)) in enumerate(modules.items()):
         rank = ranks[i % len(ranks)]
@@ -91,8 +92,12 @@ def written(prefix: str, modules: Mapping[str, tuple[int, int]], down: str = A, 
         if alpha is not None:
             found.tensors[f"{name}.alpha"] = torch.tensor(alpha)
         change = f64(b) @ f64(a) * (1 if alpha is None else alpha / rank)
-        found.changes |= {f"{module}.weight": change} if module in THEIRS else by_diffusers(module, change)
+        found.changes |= (meaning or _of_flux)(module, change)
     return found
+
+
+def _of_flux(module: str, change: np.ndarray) -> dict[str, np.ndarray]:
+    return {f"{module}.weight": change} if module in THEIRS else by_diffusers(module, change)
 
 
 def xlabs(prefix: str = "") -> Written:

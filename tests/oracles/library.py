@@ -51,10 +51,10 @@ def load(root: Path) -> None:
 
 
 def allow_small() -> None:
-    """Lets ComfyUI take Z-Image and SDXL of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
+    """Lets ComfyUI take Z-Image, SDXL and Qwen-Image of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
 
     ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. SDXL is a table's
-    row of widths and depths. At the published widths nothing is changed.
+    row of widths and depths; Qwen-Image always has 24 heads. At the published widths nothing is changed.
     """
     import comfy.ldm.lumina.model as lumina
     import comfy.model_detection as detection
@@ -66,6 +66,9 @@ def allow_small() -> None:
         found = original(sd, prefix, metadata=metadata)
         if found and found.get("image_model") == "lumina2" and found["dim"] not in (2304, 3840):
             found.update(_small({name.removeprefix(prefix): tensor.shape for name, tensor in sd.items()}))
+        if found and found.get("image_model") == "qwen_image":
+            dim, context = sd[f"{prefix}txt_in.weight"].shape
+            found.update({"num_attention_heads": dim // 128, "joint_attention_dim": context} if dim != 3072 else {})
         return found
 
     matches = supported.ZImage.matches.__func__

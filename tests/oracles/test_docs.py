@@ -15,7 +15,9 @@ from tests.oracles import test_comfyui_loading as loading
 from tests.oracles import test_comfyui_loras as loras
 from tests.oracles import test_comfyui_merging as merging
 from tests.oracles import test_comfyui_quantised as quantised
+from tests.oracles import test_two_streams as two_streams
 from tests.oracles.fetching import COMFYUI, PACKAGES, SDIST
+from tests.oracles.two_streams import Case
 
 PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "oracles.md").read_text(encoding="utf-8")
 
@@ -71,6 +73,21 @@ def test_the_numbers_of_comparisons_are_those_of_the_tests() -> None:
         for (start, numbers), (what, _) in zip(counted.items(), rows, strict=True)
         if what.startswith(start)
     ] == [(start, numbers) for start, (_, numbers) in zip(counted, rows, strict=True)]
+
+
+def test_the_counts_of_families_are_those_of_the_tests() -> None:
+    rows = re.findall(r"^\| (\S+) \((.+?)\) \| (\d+), (\d+) \| (\d+) \| (\d+), (\d+), (\d+) \|$", PAGE, re.MULTILINE)
+    counted = [
+        (name, size, *(str(len(case.shapes(layout, sizes))) for layout in ("comfyui", "diffusers")), str(len(case.spellings)), *loaded(case))
+        for name, case in two_streams.CASES.items()
+        for size, sizes in case.published.items()
+    ]  # fmt: skip
+    assert rows == counted
+
+
+def loaded(case: Case) -> tuple[str, str, str]:
+    """How many modules ``diff`` writes and each program loads: every one, or the test of it fails."""
+    return (str(case.matrices),) * 3
 
 
 def test_the_versions_are_those_that_are_fetched() -> None:

@@ -99,7 +99,7 @@ def _loras(family: KnownFamily) -> Iterator[str]:
     else:
         yield "- No loader of diffusers is tested for them."
     if not family.lora_alphas:
-        yield "- Such files hold no alphas: diffusers would take that of one module for others whose names end alike."
+        yield "- Such files hold no alphas: diffusers misreads them behind that prefix."
     if family.other_names:
         yield f"- Modules under other names are read too: {_words(sorted(family.other_names))}."
     if family.lookalike:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergetool.arch.families.flux import FLUX
+from mergetool.arch.families.qwen_image import QWEN_IMAGE
 from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.families.wan import WAN
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.known import KnownFamily
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET, WAN)
+FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX, SDXL_UNET, WAN, QWEN_IMAGE)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

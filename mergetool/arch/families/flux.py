@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
-from mergetool.arch.known import KnownFamily, Signature
+from mergetool.arch.known import KnownFamily, Signature, Variant
 from mergetool.arch.table import Named
 
 _DOUBLE = (
@@ -112,6 +112,12 @@ class Flux(KnownFamily):
             ),
             lacks=_NOT_FLUX,
         ),
+    )
+    variants = (
+        Variant("Fill", has={"x_embedder.weight": (None, 384)}),
+        Variant("Canny or Depth", has={"x_embedder.weight": (None, 128)}),
+        Variant("dev, Kontext or Krea", has={"time_text_embed.guidance_embedder.linear_1.weight": None}),
+        Variant("schnell", lacks={"time_text_embed.guidance_embedder.linear_1.weight": None}),
     )
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("x_embedder.bias", 0),

@@ -1,0 +1,135 @@
+"""Families of two streams and how each is asked for: small models, the classes that both programs have for them, and whose names are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergetool.arch.known import KnownFamily
+from tests.adapters.spellings import Written
+from tests.oracles.diffusers import Diffusers
+from tests.oracles.process import RefusedError
+
+Tensors = dict[str, torch.Tensor]
+Changes = dict[str, np.ndarray]
+Converter = Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of diffusers' stands in ComfyUI's layout: the tensor, its first row and rows, and whether its halves are exchanged."""
+
+    tensor: str
+    row: int
+    rows: int
+    swapped: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with ``small`` sizes, ``configs`` of ComfyUI by published sizes, and diffusers' pipeline, ``model`` and its arguments for the small one.
+
+    ``converter`` is diffusers' own from single files, None where the names are the same. ``spellings`` are LoRAs, of which those in ``converted`` can be written in
+    every format; ``matrices`` is how many modules of the small model a LoRA can change.
+    """
+
+    family: KnownFamily
+    small: Mapping[str, int]
+    published: Mapping[str, Mapping[str, int]]
+    configs: Mapping[str, str]
+    pipeline: str
+    model: str
+    config: Mapping[str, Any]
+    spellings: Mapping[str, Callable[[], Written]]
+    matrices: int
+    converter: Converter | None = None
+    converted: tuple[str, ...] = ()
+
+    @property
+    def loaded_as(self) -> str:
+        """ComfyUI's configuration of the small model."""
+        return next(iter(self.configs.values()))
+
+    def shapes(self, layout: str, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+        return self.family.shapes(sizes or self.small, layout)
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """The places of the small model's tensors, by diffusers' name: those of a published one as deep, whose widths its converter knows."""
+        published = next(iter(self.published.values()))
+        deep = {name: size for name, size in self.small.items() if name.endswith(("blocks", "layers", "norms"))}
+        theirs, ours = self.shapes("comfyui", {**published, **deep}), self.shapes("comfyui")
+        by = published["dim"] // self.small["dim"]
+        found = {}
+        for name, place in places(self.converter, theirs).items():
+            is_whole = place.rows == theirs[place.tensor][0]
+            rows = ours[place.tensor][0] if is_whole else place.rows // by
+            found[name] = Place(in_comfyui(place.tensor), place.row // by, rows, place.swapped)
+        return found
+
+    def values(self, seed: int) -> Tensors:
+        """A small model under diffusers' names, of multiples of 1/64 below 2: sums of a few are exact in float32."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randint(-127, 128, shape, generator=generator).float() / 64
+            for name, shape in self.shapes("diffusers").items()
+        }
+
+    def native(self, state: Tensors) -> Tensors:
+        """A model in diffusers' names under ComfyUI's, as diffusers' converter says."""
+        found = {in_comfyui(name): torch.zeros(shape) for name, shape in self.shapes("comfyui").items()}
+        for name, tensor in state.items():
+            place = self.places[name]
+            value = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
+            found[place.tensor][place.row : place.row + place.rows] = value
+        return found
+
+    def by_diffusers(self, state: Mapping[str, np.ndarray]) -> Changes:
+        """The same the other way."""
+        found = {}
+        for name, place in self.places.items():
+            value = state[place.tensor][place.row : place.row + place.rows]
+            found[name] = np.concatenate(np.split(value, 2)[::-1]) if place.swapped else value
+        return found
+
+    def loaded(self, diffusers: Diffusers, lora: Any) -> Changes | None:
+        """What diffusers adds to a small model of zeros; None where it raises an error."""
+        from tests.oracles.comparing import read
+
+        out = lora.with_name("diffusers.safetensors")
+        asked = {"pipeline": self.pipeline, "model": self.model, "config": dict(self.config)}
+        try:
+            diffusers.ask("load", lora=lora.parent, name=lora.name, out=out, **asked)
+        except RefusedError:
+            return None
+        return read(out)
+
+
+def in_comfyui(name: str) -> str:
+    """ComfyUI's class calls the weights of norms so, whatever a file does."""
+    return f"{name.removesuffix('scale')}weight" if name.endswith(".scale") else name
+
+
+def places(converter: Converter | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Where diffusers' ``converter`` takes each of its tensors from: every row of ``shapes`` holds its own number."""
+    if converter is None:
+        return {name: Place(name, 0, shape[0], swapped=False) for name, shape in shapes.items()}
+    stored = {
+        name: (torch.arange(shape[0]) + (i << 20)).view(-1, *(1 for _ in shape[1:]))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    names, found = list(stored), {}
+    for theirs, tensor in converter(dict(stored)).items():
+        rows = tensor.reshape(len(tensor), -1)[:, 0]
+        (index,) = set((rows >> 20).tolist())
+        rows = rows & ((1 << 20) - 1)
+        swapped = bool(len(rows) > 1 and rows[0] > rows[-1])
+        ordered = torch.cat(rows.chunk(2)[::-1]) if swapped else rows
+        assert torch.equal(ordered, torch.arange(len(rows)) + ordered[0])
+        found[theirs] = Place(names[index], int(ordered[0]), len(rows), swapped)
+    return found
