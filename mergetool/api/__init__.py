@@ -1,4 +1,4 @@
-"""The commands as functions: ``mergetool.merge``, ``mergetool.diff`` and the rest.
+"""The only runner: every command as a function, ``mergetool.merge`` and the rest.
 
     import mergetool
 

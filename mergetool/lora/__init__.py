@@ -1,1 +1,1 @@
-"""Low-rank differences: two checkpoints as a LoRA."""
+"""Sums of LoRAs: merge them, resize them, measure how they interfere."""

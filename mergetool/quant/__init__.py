@@ -1,4 +1,4 @@
-"""Stored codes and float32: quantised weights (`weights`) and containers (`register`).
+"""Stored codes and float32: find quantised weights, read and write their containers.
 
 Containers are one file each in `containers`.
 

@@ -1,6 +1,6 @@
-"""Is a result right? Its weights against its recipe, and its pictures against those of its parents.
+"""Check results: weights against the recipe, pictures against those of the parents.
 
 weights   finite, protected bytes equal, sampled tensors derived again, norms against the parents
-images    what a picture measures, and the verdicts from it
+images    measurements of a picture, and verdicts from them
 report    one self-contained HTML page
 """
