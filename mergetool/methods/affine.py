@@ -8,9 +8,9 @@ from typing import Annotated
 
 from mergetool.methods.registry import Range, Text, affine
 
-_Weights = Annotated[tuple[Fraction, ...], Text("the weight of each argument; all 1 where it is left out")]
+_Weights = Annotated[tuple[Fraction, ...], Text("the weight of each argument; all 1 by default")]
 _Share = Annotated[Fraction, Range(text="the share of the second")]
-_Scale = Annotated[Fraction, Range(text="what the sum is multiplied by")]
+_Scale = Annotated[Fraction, Range(text="the factor of the sum")]
 
 
 @affine(takes="any", least=2, most=2)
@@ -41,7 +41,7 @@ def linear(
 
 @affine(takes="models", least=3, most=3)
 def add_difference(
-    count: int, *, alpha: Annotated[Fraction, Range(text="what the difference is multiplied by")] = Fraction(1)
+    count: int, *, alpha: Annotated[Fraction, Range(text="the factor of the difference")] = Fraction(1)
 ) -> Sequence[Fraction]:
     """Add to one model the difference of two others.
 

@@ -16,7 +16,7 @@ from mergetool.methods.registry import Range, Site, Text, method
 from mergetool.methods.sparse import Density, Seed
 from mergetool.ops.reductions import dot, largest, uniform
 
-Threshold = Annotated[float, Range(0, text="the magnitude above which a model has changed an element")]
+Threshold = Annotated[float, Range(0, text="the magnitude above which an element counts as changed")]
 
 
 @method(takes="deltas", buffers=lambda arguments: 1.5)
@@ -24,9 +24,7 @@ def sce(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    density: Annotated[
-        float, Range(0, 1, "the share of the elements, of those that differ at all, that is kept")
-    ] = 1.0,
+    density: Annotated[float, Range(0, 1, "the share of differing elements to keep")] = 1.0,
 ) -> Tensor:
     """Keep the elements that vary most, and average those that agree in sign. Each difference is weighted by its energy.
 
@@ -75,11 +73,11 @@ def ramplus_tl(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    r: Annotated[float, Range(0, text="how much what one model alone has changed is strengthened")] = 0.1,
-    alpha: Annotated[float, Range(0, text="the bound of what r is multiplied by")] = 0.2,
+    r: Annotated[float, Range(0, text="extra weight for elements that one model alone has changed")] = 0.1,
+    alpha: Annotated[float, Range(0, text="the largest factor of r")] = 0.2,
     epsilon: Threshold = 1e-5,
 ) -> Tensor:
-    """Average each element over those models that have changed it. What one model alone has changed is strengthened, the more of its changes others share.
+    """Average each element over the models that changed it. Changes of one model alone count more, the more of its changes others share.
 
     Formula: as ram, and (1 + r*min(alpha, shared_k/alone_k)) * d_k where k alone has changed it; shared_k and alone_k count elements of the parameter
     Source: Reinforced Agent Merging Plus, tensor-local, 2026, arXiv 2601.13572

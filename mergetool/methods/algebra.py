@@ -30,8 +30,8 @@ def truncate_rank(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    rank: Annotated[int, Range(0, text="the most directions to keep; 0: as many as energy asks for")] = 8,
-    energy: Annotated[float, Range(0, 1, "keep the fewest that hold this share of the sum of squares")] = 1.0,
+    rank: Annotated[int, Range(0, text="the largest number of directions to keep; 0 lets energy decide")] = 8,
+    energy: Annotated[float, Range(0, 1, "keep the fewest directions with this share of the sum of squares")] = 1.0,
 ) -> Tensor:
     """Keep the strongest directions of a difference. What it leaves out is often noise.
 

@@ -21,9 +21,7 @@ def clamp(
     *,
     stiffness: Annotated[
         float,
-        Range(
-            0, 1, "how far the bounds are drawn in: 1 leaves, on each side, the argument nearest to the mean of them"
-        ),
+        Range(0, 1, "how far to draw the bounds in: 1 leaves, on each side, the argument nearest to their mean"),
     ] = 0.0,
 ) -> Tensor:
     """Keep every element of the first within the range of the others.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import BLOCK, column_dots, dot, in_blocks, kth_largest, norm, row_dots
 
-Lowered = Annotated[float, Range(text="what is taken from the cosine: more of it brings more of the second")]
+Lowered = Annotated[float, Range(text="subtract this from the cosine; more brings more of the second")]
 
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 0)
@@ -19,7 +19,7 @@ def nearswap(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    t: Annotated[float, Range(0, text="the most that an element moves, in units of the weights")] = 0.0001,
+    t: Annotated[float, Range(0, text="the largest step of an element, in units of the weights")] = 0.0001,
 ) -> Tensor:
     """Take the second where the two are near. Elsewhere move towards it by a fixed amount.
 
@@ -54,7 +54,7 @@ def add_cosine_a(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0)
 
 @method(takes="any", least=2, most=2, buffers=lambda _: 0.1)
 def add_cosine_b(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0) -> Tensor:
-    """Do as add_cosine_a with a mean of two cosines. They are each column's and that of the whole parameter.
+    """Do as add_cosine_a with a mean of two cosines: the column's and the whole parameter's.
 
     Formula: x1 + k*(x2-x1) with k = 1 - max(0, min(1, (c + C)/2 - alpha)), c the cosine over the first dimension, C that of all elements
     Source: cosineB of SuperMerger, as sd-mecha's add_cosine_b has it
@@ -80,7 +80,7 @@ def train_difference(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    alpha: Annotated[float, Range(text="what the difference is multiplied by")] = 1.0,
+    alpha: Annotated[float, Range(text="the factor of the difference")] = 1.0,
 ) -> Tensor:
     """Add the second model's training beyond the third. More is added where the first lies far from the second.
 

@@ -23,7 +23,7 @@ def smooth_add_difference(
     tensors: Sequence[Tensor],
     site: Site,
     *,
-    alpha: Annotated[float, Range(text="what the smoothed difference is multiplied by")] = 1.0,
+    alpha: Annotated[float, Range(text="the factor of the smoothed difference")] = 1.0,
 ) -> Tensor:
     """Add the difference of two models, without lone elements, to a third.
 

@@ -11,15 +11,17 @@ from mergetool.methods import sparsity
 from mergetool.methods.consensus import Elect, added, agreeing, scale_each
 from mergetool.methods.registry import Range, Site, Text, method
 
-_Weights = Annotated[tuple[float, ...], Text("what each difference is multiplied by; all 1 where it is left out")]
-_Scale = Annotated[float, Range(text="what the result is multiplied by")]
-Density = Annotated[float, Range(0, 1, "the share of the elements that is kept of each difference")]
-Epsilon = Annotated[float, Range(0, 0.5, "how far the probability of the smallest and of the largest is from density")]
-Gamma = Annotated[float, Range(0, 1, "the share of the largest elements that is left out")]
-Rescale = Annotated[bool, Text("divide what is kept by its probability, which keeps the mean")]
-Seed = Annotated[int, Range(0, 2**63 - 1, "of the random numbers")]
-Sign = Annotated[Elect, Text("what elects a sign: the sum of the weighted elements, or how many have it")]
-Normalize = Annotated[bool, Text("divide by the sum of the weights' sizes of those that agree")]
+_Weights = Annotated[tuple[float, ...], Text("a factor for each difference; all 1 by default")]
+_Scale = Annotated[float, Range(text="the factor of the result")]
+Density = Annotated[float, Range(0, 1, "the share of each difference's elements to keep")]
+Epsilon = Annotated[
+    float, Range(0, 0.5, "the distance of the smallest and largest elements' probabilities from density")
+]
+Gamma = Annotated[float, Range(0, 1, "the share of the largest elements to drop")]
+Rescale = Annotated[bool, Text("divide kept elements by their probability, to keep the mean")]
+Seed = Annotated[int, Range(0, 2**63 - 1, "the seed of the random numbers")]
+Sign = Annotated[Elect, Text("elect a sign by the sum of the weighted elements, or by their number")]
+Normalize = Annotated[bool, Text("divide by the summed sizes of the weights that agree")]
 
 
 def _sum(deltas: Sequence[Tensor], weights: Sequence[float], scale: float) -> Tensor:

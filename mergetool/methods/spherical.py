@@ -16,7 +16,7 @@ from mergetool.methods.registry import Range, Site, Text, method
 from mergetool.ops.reductions import combination, dot, gram, norm, row_dots, row_norms
 
 _Place = Annotated[float, Range(text="the place between the two: 0 is the first, 1 the second")]
-_Weights = Annotated[tuple[float, ...], Text("the weight of each argument; all 1 where it is left out")]
+_Weights = Annotated[tuple[float, ...], Text("the weight of each argument; all 1 by default")]
 
 STRAIGHT = 1e-6
 """Sines of angles below which the arc between two arguments is a line: they differ by 1e-12 there, or have no arc (opposite ones)."""
@@ -30,7 +30,7 @@ def slerp(
     t: _Place = 0.5,
     sizes: Annotated[
         Literal["arc", "line"],
-        Text("arc: the formula on the arguments as they are; line: on their directions, and the norms on a line"),
+        Text("arc: interpolate the arguments themselves; line: their directions, and their norms on a line"),
     ] = "arc",
 ) -> Tensor:
     """Go from one to the other along the arc between them. Each parameter is one vector.
@@ -59,7 +59,7 @@ def nuslerp(
     t: _Place = 0.5,
     per: Annotated[
         Literal["tensor", "row", "column"],
-        Text("what is one vector: the whole parameter, what makes one output, or what one input gives"),
+        Text("the vectors: the whole parameter, its rows (outputs) or its columns (inputs)"),
     ] = "tensor",
 ) -> Tensor:
     """Go from one to the other along the arc between them. The whole parameter is one vector, or every row or column by itself.
@@ -102,10 +102,8 @@ def karcher(
     site: Site,
     *,
     weights: _Weights = (),
-    iterations: Annotated[int, Range(0, 10_000, "the most steps")] = 100,
-    tolerance: Annotated[
-        float, Range(0, text="the length of a step after which there are no more, in radians")
-    ] = 1e-10,
+    iterations: Annotated[int, Range(0, 10_000, "the largest number of steps")] = 100,
+    tolerance: Annotated[float, Range(0, text="stop after a step of this length, in radians")] = 1e-10,
 ) -> Tensor:
     """Average directions so that the squared angles to them are least. Their norms are averaged too; each parameter is one vector, and there may be any number.
 

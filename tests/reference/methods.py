@@ -13,4 +13,4 @@ def lines() -> list[str]:
 def _method(method: Method) -> list[str]:
     lines = [f"### {method.name}", "", f"`{method.signature}`", "", method.summary, ""]
     lines += [f"- Formula: `{method.formula}`", f"- Source: {method.source}"]
-    return [*lines, *(f"- `{p.name}`: {p.text}; {p.wanted()}, {p.shown} if left out" for p in method.parameters)]
+    return [*lines, *(f"- `{p.name}`: {p.text}; {p.wanted()}, default {p.shown}" for p in method.parameters)]

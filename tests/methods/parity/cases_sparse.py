@@ -8,14 +8,14 @@ from tests.methods.parity.peers import mecha, mergekit
 MATRICES = ((96, 40), (257,))
 """Where the tensors of more dimensions are cut into rows differently."""
 
-L1 = "mergekit multiplies what is left by the ratio of the sums of magnitudes before and after, which the paper does not: it divides by density, so that the mean is kept whatever was drawn"
+L1 = "mergekit multiplies the rest by the ratio of the sums of magnitudes before and after; the paper divides by density, which keeps the mean for any draw"
 VOTES = (
     "sd-mecha's flag is reversed: with vote_sgn=False it lets the elements vote by their number, with True by their sum"
 )
 REVERSED = "sd-mecha's flag is reversed: with apply_stock=False it also multiplies by model stock's factor of each row, with True it does not"
 EXTRA = "sd-mecha keeps one element more than the share k, and all that equal the last: its threshold is the element that should go"
 STOCK = "sd-mecha takes the cosine of neighbours alone (1 with 2, 2 with 3), not of all pairs, and of rows, where the paper takes layers"
-UNBIASED = "sd-mecha divides the mean of what is left by 1-p as if one difference could be left; with several that is too much, and the result is larger than their mean"
+UNBIASED = "sd-mecha divides the mean of the rest by 1-p as if only one difference could remain; with several the result is larger than their mean"
 NEGATIVE = "two rows point away from each other, and mergekit's factor is below 0 (it grows without bound towards a cosine of -1): the result lies beyond the base, away from both; here it is the base"
 SMALL = "mergekit takes a product of two norms for at least 1e-6, so that small parameters (here 20 elements of 2e-4) count as less alike than they are"
 ENERGY = "mergekit weights all alike when the mean squares add up to less than 1e-6, which differences of fine-tunes often do (here they are 2e-4 in size)"
