@@ -45,9 +45,10 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium."""
+    """The system's Chromium. Skips where there is none; CI fails on a skip."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert program, "the docs are tried in a browser, and there is none; on Debian: apt-get install chromium"
+    if program is None:
+        pytest.skip("there is no Chromium to show the docs in; on Debian: apt-get install chromium")
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield found
