@@ -40,7 +40,8 @@ def fetched(site: Path) -> list[str]:
     """What browsers fetch of every page and style sheet."""
     pages = [link for path in site.rglob("*.html") for link in Content(path).fetched]
     styles = [path.read_text("utf-8") for path in site.rglob("*.css")]
-    return pages + [link for text in styles for link in re.findall(r"(?:@import\s+|url\()[\"']?([^\"')]+)", text)]
+    found = [one for text in styles for one in re.findall(r"url\([\"']?([^\"')]+)|@import\s+[\"']([^\"']+)", text)]
+    return pages + [link for one in found for link in one if link]
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
