@@ -13,7 +13,7 @@ READERS = ("auto", "mmap", "pread")
 MEASURES = ("sample", "all", "off")
 NON_FINITE = ("refuse", "keep")
 
-RUN: dict[Face, str] = {"recipe": "how a recipe is run is said by who runs it"}
+RUN: dict[Face, str] = {"recipe": "the user who runs a recipe decides how"}
 PLANNED: dict[Face, str] = RUN | {"node": "ComfyUI queues what is to be run"}
 DRY = "none, with `dry_run`"
 

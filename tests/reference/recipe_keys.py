@@ -20,7 +20,7 @@ SECTIONS: Mapping[str, str] = {
     "OneMerge": "A recipe of one merge",
     "OneLora": "A recipe of one difference LoRA",
     "DiffSpec": "`diff`: what the LoRA is taken from",
-    "PicturesSpec": "`verify`: how an output is looked at",
+    "PicturesSpec": "`verify`: the look at an output",
 }
 
 OTHERS: Mapping[str, str] = {
