@@ -24,23 +24,31 @@ class Inspect(Request):
             help="A registered name, a file, a folder, or hf://org/repo.", kind=ModelName(stored=True), argument=True
         ),
     ]
-    with_hash: Annotated[bool, Option(help="Read the whole file for its SHA-256.", kind=Flag(), flag="hash")] = False
+    with_hash: Annotated[
+        bool,
+        Option(
+            help="Read the whole file and show its SHA-256, as model sites do.",
+            section="Output",
+            kind=Flag(),
+            flag="hash",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
 class FindMethods(Request):
     """One merge method, or all."""
 
-    name: Annotated[
-        str | None, Option(help="One method, with all there is to say of it.", kind=String("NAME"), argument=True)
-    ] = None
+    name: Annotated[str | None, Option(help="The method to explain.", kind=String("NAME"), argument=True)] = None
 
 
 @dataclass(frozen=True)
 class AddModel(Request):
     """A name for a model."""
 
-    name: Annotated[str, Option(help="Letters, digits, dots, - and _.", kind=String("NAME"), argument=True)]
+    name: Annotated[
+        str, Option(help="The new name: letters, digits, dots, - and _.", kind=String("NAME"), argument=True)
+    ]
     path: Annotated[
         str,
         Option(
@@ -49,7 +57,10 @@ class AddModel(Request):
             argument=True,
         ),
     ]
-    here: Annotated[bool, Option(help="Write ./mergetool.toml instead of your config folder.", kind=Flag())] = False
+    here: Annotated[
+        bool,
+        Option(help="Write ./mergetool.toml instead of the list in your config folder.", section="Output", kind=Flag()),
+    ] = False
 
 
 @dataclass(frozen=True)

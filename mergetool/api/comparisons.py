@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 class Compare(Request, CompareOptions):
     """Two models side by side: the delta is ``variant - base``."""
 
-    base: Annotated[str, Option(help="The model that is subtracted.", kind=ModelName("A"), argument=True)]
-    variant: Annotated[str, Option(help="The model it is subtracted from.", kind=ModelName("B"), argument=True)]
+    base: Annotated[str, Option(help="The model to start from, e.g. the base.", kind=ModelName("A"), argument=True)]
+    variant: Annotated[
+        str, Option(help="The model to compare with it, e.g. a fine-tune of it.", kind=ModelName("B"), argument=True)
+    ]
 
     @property
     def models(self) -> list[str]:

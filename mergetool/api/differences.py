@@ -36,13 +36,22 @@ LONGEST_NAME = 60
 class Diff(Request, DiffOptions, DiffRunOptions):
     """The difference of two models, ``variant - base``, as a LoRA."""
 
-    base: Annotated[str, Option(help="The model the LoRA will be loaded on.", kind=ModelName())]
+    base: Annotated[str, Option(help="The model that you will load the LoRA on.", section="Models", kind=ModelName())]
     variant: Annotated[
-        str, Option(help="The model that base + LoRA should become, or a LoRA on the base.", kind=ModelName())
+        str,
+        Option(
+            help="The model that base + LoRA should become, or a LoRA on the base.", section="Models", kind=ModelName()
+        ),
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors.", kind=OutputPath(), short="-o", default="VARIANT-minus-BASE.safetensors, here"),
+        Option(
+            help="Write the LoRA to FILE.safetensors.",
+            section="Output",
+            kind=OutputPath(),
+            short="-o",
+            default="VARIANT-minus-BASE.safetensors, here",
+        ),
     ] = None
 
     @property

@@ -35,13 +35,15 @@ class LoraInterference(Request, ThreadOptions, UnmatchedOptions):
     """A request to score how much LoRAs, or differences, act on the same thing."""
 
     loras: Annotated[
-        Sequence[str], Option(help="Two or more, every pair of which is scored.", kind=Models("LORA"), argument=True)
+        Sequence[str], Option(help="Two LoRAs or more; every pair gets a score.", kind=Models("LORA"), argument=True)
     ]
     base: Annotated[
         str | None,
-        Option(help="The model that they are differences to; they may be checkpoints then.", kind=ModelName()),
+        Option(help="Subtract this model from each; they may then be checkpoints.", section="Models", kind=ModelName()),
     ] = None
-    signs: Annotated[bool, Option(help="Also how many elements pull in opposite directions.", kind=Flag())] = False
+    signs: Annotated[
+        bool, Option(help="Also count the elements that pull in opposite directions.", section="Checks", kind=Flag())
+    ] = False
 
     def check(self) -> None:
         """Raises UsageError for fewer than two."""
@@ -60,10 +62,15 @@ class LoraVerify(Request, ThreadOptions):
         str, Option(help="The model that base + LoRA should be.", kind=ModelName("VARIANT"), argument=True)
     ]
     max_residual: Annotated[
-        float | None, Option(help="Largest overall residual after rounding, as in 0.1.", kind=Number(0))
+        float | None,
+        Option(
+            help="End with exit code 1 if the residual after rounding is larger, e.g. than 0.1.",
+            section="Checks",
+            kind=Number(0),
+        ),
     ] = None
     strength: Annotated[
-        float | str | Fraction, Option(help="Strength of the LoRA; any finite number.", kind=Strength())
+        float | str | Fraction, Option(help="Strength of the LoRA.", section="Checks", kind=Strength())
     ] = 1
 
 
@@ -74,9 +81,9 @@ class LoraInspect(Request, LookUpOptions):
     lora: ALora
     plot: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="Draw the norms of all blocks as a heat map.", kind=File("FILE.png")),
+        Option(help="Draw the norms of all blocks as a heat map.", section="Output", kind=File("FILE.png")),
     ] = None
-    overwrite: Annotated[bool, Option(help="Replace an existing picture.", kind=Flag())] = False
+    overwrite: Annotated[bool, Option(help="Replace the picture if it exists.", section="Output", kind=Flag())] = False
 
 
 @dataclass(frozen=True)

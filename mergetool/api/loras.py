@@ -38,7 +38,8 @@ ALora = Annotated[
     Option(help="A LoRA in any spelling: a file or a PEFT folder.", kind=ModelName("LORA", stored=True), argument=True),
 ]
 Written = Annotated[
-    str | os.PathLike[str] | None, Option(help="FILE.safetensors.", kind=OutputPath(), short="-o", default=DRY)
+    str | os.PathLike[str] | None,
+    Option(help="Write the LoRA to FILE.safetensors.", section="Output", kind=OutputPath(), short="-o", default=DRY),
 ]
 
 
@@ -62,7 +63,9 @@ class LoraMerge(Request, SumOptions, GroupOptions, SumRunOptions):
 
     loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
-        Option(help="LoRAs, each with its strength.", kind=Loras(), argument=True),
+        Option(
+            help="LoRAs, each with a strength if it is not 1, e.g. style.safetensors:0.8.", kind=Loras(), argument=True
+        ),
     ]
     output: Written = None
 
@@ -73,11 +76,11 @@ class LoraOrthogonal(Request, SumOptions, SumRunOptions):
 
     first: Annotated[
         str | os.PathLike[str],
-        Option(help="The LoRA to take the part of.", kind=ModelName("A", stored=True), argument=True),
+        Option(help="The LoRA to keep the part of.", kind=ModelName("A", stored=True), argument=True),
     ]
     second: Annotated[
         str | os.PathLike[str],
-        Option(help="The LoRA to be orthogonal to.", kind=ModelName("B", stored=True), argument=True),
+        Option(help="The LoRA that the part is orthogonal to.", kind=ModelName("B", stored=True), argument=True),
     ]
     output: Written = None
 
@@ -87,7 +90,9 @@ class LoraCommon(Request, SumOptions, SumRunOptions):
     """A request for the directions that two LoRAs share."""
 
     first: Annotated[str | os.PathLike[str], Option(help="One LoRA.", kind=ModelName("A", stored=True), argument=True)]
-    second: Annotated[str | os.PathLike[str], Option(help="Another.", kind=ModelName("B", stored=True), argument=True)]
+    second: Annotated[
+        str | os.PathLike[str], Option(help="Another LoRA.", kind=ModelName("B", stored=True), argument=True)
+    ]
     output: Written = None
 
 
@@ -98,9 +103,18 @@ class LoraConvert(Request, LookUpOptions, UnmatchedOptions, WriteOptions):
     lora: ALora
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors; a folder for peft.", kind=OutputPath(), short="-o", default=DRY),
+        Option(
+            help="Write the LoRA to FILE.safetensors, with peft to a folder.",
+            section="Output",
+            kind=OutputPath(),
+            short="-o",
+            default=DRY,
+        ),
     ] = None
-    key_format: Annotated[KeyFormat, Option(help="Whose names.", kind=Choice(KEY_FORMATS, "FORMAT"))] = "default"
+    key_format: Annotated[
+        KeyFormat,
+        Option(help="Name the keys as this program does.", section="Output", kind=Choice(KEY_FORMATS, "FORMAT")),
+    ] = "default"
 
 
 @dataclass(frozen=True, slots=True)

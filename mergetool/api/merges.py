@@ -43,7 +43,7 @@ class Merge(Request, MergeOptions, ShardOptions, MergeRunOptions):
     expression: Annotated[
         str,
         Option(
-            help="What to compute, as in: alkahest + 20 * (tuned - base); or a recipe file.",
+            help='The expression, e.g. "alkahest + 20 * (tuned - base)", or a recipe file.',
             kind=String("EXPRESSION|RECIPE.yaml"),
             argument=True,
             key="merge",
@@ -52,7 +52,8 @@ class Merge(Request, MergeOptions, ShardOptions, MergeRunOptions):
     output: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="FILE.safetensors, or FOLDER/ for a folder. Of a recipe: the folder for its outputs.",
+            help="Write the model to FILE.safetensors or FOLDER/; for a recipe, the folder of its outputs.",
+            section="Output",
             kind=OutputPath(),
             short="-o",
             default=DRY,
@@ -72,7 +73,13 @@ class Convert(Request, ContainerOptions, ShardOptions, ThreadOptions, NonFiniteO
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=OutputPath(), short="-o", default=DRY),
+        Option(
+            help="Write the model to FILE.safetensors or FOLDER/.",
+            section="Output",
+            kind=OutputPath(),
+            short="-o",
+            default=DRY,
+        ),
     ] = None
 
 
@@ -83,18 +90,26 @@ class Bake(Request, MergeOptions, ShardOptions, MergeRunOptions):
     model: Annotated[
         str,
         Option(
-            help="What to add to: a MODEL of any layout or container, or an expression.",
+            help="The model to add to, in any layout or container, or an expression.",
             kind=ModelName(),
             argument=True,
         ),
     ]
     loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
-        Option(help="LoRAs, each with its strength.", kind=Loras(), argument=True),
+        Option(
+            help="LoRAs, each with a strength if it is not 1, e.g. style.safetensors:0.8.", kind=Loras(), argument=True
+        ),
     ]
     output: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="FILE.safetensors, or FOLDER/ for a folder.", kind=OutputPath(), short="-o", default=DRY),
+        Option(
+            help="Write the model to FILE.safetensors or FOLDER/.",
+            section="Output",
+            kind=OutputPath(),
+            short="-o",
+            default=DRY,
+        ),
     ] = None
 
     @property

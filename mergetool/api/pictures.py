@@ -31,7 +31,11 @@ class Sample(Request, SampleOptions, OverwriteOptions):
     output: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="FILE.png, or a folder for several.", kind=OutputPath(), short="-o", default="sample.png or samples/"
+            help="Write one picture to FILE.png, several to a folder.",
+            section="Output",
+            kind=OutputPath(),
+            short="-o",
+            default="sample.png or samples/",
         ),
     ] = None
 

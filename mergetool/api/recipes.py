@@ -34,7 +34,10 @@ class Make(Request, MergeRunOptions):
     target: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="The folder for its outputs, or the name of its only one.", kind=OutputPath(), default="this folder"
+            help="The folder for the outputs, or the file of an only one.",
+            section="Output",
+            kind=OutputPath(),
+            default="this folder",
         ),
     ] = None
 

@@ -21,27 +21,26 @@ EXAMPLES = """\b
 Examples:
   mergetool compare lab.base lab.striped
   mergetool compare z-image artshoot
-  mergetool compare alkahest "alkahest + 20*(artshoot - deturbo)"
-  mergetool compare deturbo artshoot --reference beret --onto alkahest
-  mergetool compare deturbo artshoot --reference tuned --reference-base z-image --multiplier recommended
+  mergetool compare alkahest "alkahest + 20*(artshoot - base)"
+  mergetool compare base artshoot --reference beret --onto alkahest
+  mergetool compare alkahest merged.safetensors --reference tuned --reference-base z-image --multiplier recommended
   mergetool compare z-image artshoot --target 0.5% --report artshoot.html --plot artshoot.png
-  mergetool compare lab.base lab.striped --fail-on "distance>10%" --fail-on "refiner:distance>0"
+  mergetool compare lab.base lab.striped --fail-on "distance>50%" --fail-on "refiner:distance>60%"
 
-The delta is B - A; --reference C is a fine-tune of A whose size is known to be right. Two multipliers are advised: the one that gives the
-delta the size of C - A, and the one that makes it --target of the norm of what it is added to. Rounding is that of `mergetool merge "X + m*(B
-- A)"`, with the multiplier m that --multiplier names, and the figure is the one that merge reports. Refiners are measured but left out of
-totals, since merges keep them: --include "*" counts them.
+The difference is B - A. mergetool advises two multipliers for it: with --reference C, a fine-tune of A, the one that gives it the size of \
+C - A; and the one that makes it --target of the norm of --onto. It measures rounding loss as `mergetool merge "ONTO + m*(B - A)"` would \
+have it, with the m of --multiplier. Totals leave out the refiners, since merges keep them; --include "*" counts them too.
 
---fail-on METRIC>NUMBER or GROUP:METRIC>NUMBER, also with <; METRIC is distance, cosine, reference (the multiplier by --reference), target (the one by
---target), untraced (elements that left no trace) or lost (share of the delta that rounding lost).
+CONDITION is METRIC>NUMBER or GROUP:METRIC>NUMBER, or with <. METRIC is distance, cosine, reference (the multiplier by --reference), target \
+(the one by --target), untraced (share of elements that rounding left unchanged) or lost (share of the difference that rounding lost).
 """
 
 
 @command(Compare)
 def compare(typed: Typed) -> None:
-    """Measure how far B lies from A, block by block.
+    """Measure how far one model is from another.
 
-    In one pass; and advise a multiplier for B - A.
+    The result has every group and block, and a multiplier for adding B - A to a model.
     """
     with _CompareReport.shown(typed) as report:
         result = run_compare(typed.request(Compare), report)

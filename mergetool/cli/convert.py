@@ -24,21 +24,21 @@ Examples:
   mergetool convert turbo-nvfp4.safetensors -o turbo-bf16.safetensors
   mergetool convert z_image-Q8_0.gguf -o z_image.safetensors
   mergetool convert alkahest -o alkahest-fp8.safetensors --quant fp8-scaled --scale-search
-  mergetool convert out.safetensors -o folder --layout diffusers --shard-size 5GB
+  mergetool convert merged.safetensors -o folder --layout diffusers --shard-size 5GB
   mergetool convert "alkahest + 20*(tuned - base)" -o out-fp8.safetensors --quant fp8-scaled
-  mergetool convert out.safetensors -o wrapped.safetensors --prefix model.diffusion_model.
+  mergetool convert merged.safetensors -o wrapped.safetensors --prefix model.diffusion_model.
 
-Reads every container that merge reads: plain floats, every container that --quant writes, ComfyUI's
-older FP8, FP8 scaled by rows or blocks, BFL's FP8 and nvfp4, GGUF.
-Without --dtype and --quant, quantised weights become BF16 and everything else keeps its dtype.
+convert reads plain floats, every container that --quant writes, ComfyUI's older FP8, FP8 scaled by rows or blocks, FP8 and nvfp4 of Black \
+Forest Labs, and GGUF. Without --dtype and --quant, quantised weights become BF16 and all others keep their dtype. The anchor is the model \
+itself, of an expression its first model.
 """
 
 
 @command(Convert)
 def convert(typed: Typed) -> None:
-    """Write a model in another dtype, form or layout.
+    """Change a model's dtype, container or layout.
 
-    Dtypes, quantised containers, layouts and shards, streaming; what that cost each layer is printed.
+    The report shows how much precision each group of layers lost.
     """
     with _ConvertReport.shown(typed) as report:
         run_convert(typed.request(Convert), report)

@@ -22,7 +22,7 @@ Examples:
   mergetool demo --quick
   mergetool demo -o story --no-progress
 
-Needs no download and no GPU. Every command is printed as you would type it.
+The demo needs no download and no GPU, and takes minutes. It prints every command so that you can type it again.
 """
 
 PROMPTS = """\
@@ -111,21 +111,22 @@ STEPS = (
 class Demo(OverwriteOptions):
     """The options of the demo."""
 
-    output: Annotated[Path | str, Option(help="The folder for what is made.", kind=File("DIR"), short="-o")] = (
-        "mergetool-demo"
-    )
-    quick: Annotated[bool, Option(help="Tell a shorter story, with fewer pictures of fewer steps.", kind=Flag())] = (
-        False
-    )
+    output: Annotated[
+        Path | str, Option(help="Write everything into this folder.", section="Output", kind=File("DIR"), short="-o")
+    ] = "mergetool-demo"
+    quick: Annotated[
+        bool,
+        Option(help="Tell a shorter story, with fewer pictures of fewer steps.", section="Pictures", kind=Flag()),
+    ] = False
 
 
 @command(Demo, prints=("no_progress",))
 def demo(typed: Typed) -> None:
-    """Try all of it on the embedded models.
+    """Run the whole story on small models.
 
-    The story merges them, verifies the merge, draws pictures, takes a difference LoRA and writes a report.
+    mergetool merges, verifies and samples its embedded models, saves a difference as a LoRA and writes a report.
 
-    Exit code 1 when a step does not end as it should.
+    Exit code 1 says that a step failed.
     """
     asked = typed.request(Demo)
     output = Path(asked.output)

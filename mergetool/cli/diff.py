@@ -16,31 +16,33 @@ EXAMPLES = """\b
 Examples:
   mergetool diff --base lab.base --variant lab.striped --rank-thresh 0.995 --exclude refiner
   mergetool diff --base alkahest --variant turbo --rank-thresh 0.995 --exclude refiner
-  mergetool diff --base alkahest --variant "alkahest + 20*(artshoot - z_image)" --rank 64
+  mergetool diff --base alkahest --variant "alkahest + 20*(artshoot - 'z-image')" --rank 64
   mergetool diff --base base.safetensors --variant tuned.safetensors --rank 32 -o tuned.lora.safetensors
-  mergetool diff --base z-image --variant ./tuned-folder --include attention --include ffn --rank-max 128
+  mergetool diff --base z-image --variant tuned --include attention --include ffn --rank-max 128
   mergetool diff --base alkahest --variant turbo --budget 300MB --spectra turbo.spectra.safetensors
   mergetool diff --base alkahest --variant turbo --rule ratio --rank-thresh 0.05 --rank-max 0
-  mergetool diff --base z-image --variant a.safetensors --variant2 b-lora.safetensors -o common.safetensors
-  mergetool diff --base z-image --variant a.safetensors --variant2 b.safetensors --union --weights 1,0.5 -o both.safetensors
+  mergetool diff --base z-image --variant tuned.safetensors --variant2 b.safetensors -o common.safetensors
+  mergetool diff --base z-image --variant tuned.safetensors --variant2 style.safetensors --union --weights 1,0.5 -o both.safetensors
   mergetool diff --base z-image --variant tuned --full tuned-full.safetensors --full-layer embedder --checkpoint check.safetensors
 
-A variant may be a LoRA, or a PEFT folder, in any spelling: its change to --base is then the difference. What two differences have in
-common, their union and the orthogonal part are defined in docs/explanation/lora-sets.md.
+A variant may be a LoRA file or a PEFT folder in any spelling; its change to the base is then the difference. With --variant2 the LoRA has \
+what two differences share, or with --union both, or with --orthogonal a part of the first (the page "LoRA sets" of the docs has the definitions).
 
 \b
-RULE is what --rank-thresh t means; s1 >= s2 >= ... are the singular values of one matrix of the difference:
+RULE says what --rank-thresh t measures; s1 >= s2 >= ... are the singular
+values of one matrix of the difference, and r is its rank:
   energy  the fewest r with (s1^2 + ... + sr^2) / (sum of all s^2) >= t
   fro     the fewest r with the square root of that share >= t
   sum     the fewest r with (s1 + ... + sr) / (sum of all s) >= t
   ratio   all s > t * s1
   abs     all s > t
-  knee    those before the point of the curve that is furthest below its chord; no t
+  knee    those before the point of the curve furthest below its chord; no t
 
-For energy and fro the pair that is stored, already rounded, reaches t. sum and knee decompose every matrix whole.
+With energy and fro, the factors reach t even after they are rounded for the file. sum and knee decompose every matrix whole, which takes \
+longer.
 
-PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
-names ("layers.*.attention.*") or re:REGEX.
+PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor names \
+("layers.*.attention.*") or re:REGEX.
 """
 
 
@@ -56,13 +58,12 @@ _OWN = [
 
 @command(Diff, own=_OWN, filled=("base", "variant"))
 def diff(typed: Typed) -> None:
-    """Take the difference of two models as a LoRA.
+    """Save the difference of two models as a LoRA.
 
-    It is variant - base, for ComfyUI and diffusers.
+    The LoRA is variant - base; ComfyUI and diffusers load it.
 
-    A rank is chosen for every matrix by a certificate: the kept singular values hold at least --rank-thresh of the
-    energy of its whole spectrum, unless --rank-max stops it first. With --budget the ranks are those that
-    leave the least error of all matrices together in a file of that size.
+    Each matrix gets the smallest rank that provably keeps --rank-thresh of its energy, but at most --rank-max. With
+    --budget, mergetool chooses the ranks that leave the least total error in a file of that size.
     """
     with DiffReport.shown(typed) as report:
         run_diff(typed.request(Diff, **_models(typed)), report)
@@ -75,6 +76,6 @@ def _models(typed: Typed) -> dict[str, str]:
     if len(given) == len(missing):
         return dict(zip(missing, given, strict=True))
     raise UsageError(
-        "a difference is of two models, the one that the LoRA is loaded on and the one that it should become: "
+        "a difference needs two models, the one that the LoRA is loaded on and the one that it should become: "
         "write mergetool diff --base MODEL --variant MODEL."
     )

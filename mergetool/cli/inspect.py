@@ -18,7 +18,9 @@ Examples:
   mergetool inspect lab.base
   mergetool inspect alkahest
   mergetool inspect out.safetensors --hash
-  mergetool inspect hf://Tongyi-MAI/Z-Image/transformer --json
+  mergetool inspect ./Z-Image --json
+
+MODEL may also be an address, hf://Tongyi-MAI/Z-Image/transformer; mergetool downloads it if it is not in the cache.
 """
 
 
@@ -26,7 +28,7 @@ Examples:
 def inspect(typed: Typed) -> None:
     """Show what a model file holds.
 
-    Family, layout, dtypes, groups with sizes, metadata; with --hash the SHA-256 that model sites show.
+    The page has its family, layout, dtypes, groups with their sizes, presets and metadata.
     """
     with _InspectReport.shown(typed) as report:
         run_inspect(typed.request(Inspect), report)

@@ -24,8 +24,8 @@ Examples:
 \b
 {chr(10).join(f"{name:<12}{form.summary}" for name, form in FORMATS.items())}
 
-Values are kept bit for bit where the format can say them; what was rounded is named. Which releases load the file that was written,
-whole or not, is said at the end. A LoRA of a model whose names are not known keeps them, or is refused.
+The report names the values that were rounded and the programs that load the new file, whole or not. mergetool keeps or refuses LoRAs of \
+models whose names it does not know.
 """
 
 
@@ -33,7 +33,7 @@ whole or not, is said at the end. A LoRA of a model whose names are not known ke
 def convert(typed: Typed) -> None:
     """Write a LoRA under another program's names.
 
-    Values are kept bit for bit where the format can hold them.
+    mergetool keeps values bit for bit where the format can hold them.
     """
     with _ConvertReport.shown(typed) as report:
         run_lora_convert(typed.request(LoraConvert), report)

@@ -25,8 +25,8 @@ Examples:
   mergetool lora inspect style.safetensors --plot style.png
   mergetool lora inspect ./peft-folder --json
 
-LORA is a file or a PEFT folder in any spelling. The norm of a change is that of its whole matrix at strength 1, ||scale * up @ down||.
-Of five releases of diffusers and of ComfyUI is said whether they load it whole, partly or not at all, and why.
+The page tells for ComfyUI and for five releases of diffusers whether they load all of the LoRA, part of it or none, and why. Norms are those \
+of the whole change at strength 1, ||scale * up @ down||.
 """
 
 GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pad")
@@ -37,7 +37,7 @@ GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pa
 def inspect(typed: Typed) -> None:
     """Show what a LoRA holds, and who loads it.
 
-    Dialect, trainer, ranks, alphas, targets, norms, and which releases load it whole.
+    The page has its spelling, trainer, ranks, alphas, targets and norms, and which programs load it whole.
     """
     with _Contents.shown(typed) as report:
         run_lora_inspect(typed.request(LoraInspect), report)

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   mergetool lora interference style.safetensors detail.safetensors
-  mergetool lora interference a.safetensors b.safetensors c.safetensors --json
+  mergetool lora interference style.safetensors detail.safetensors other.safetensors --json
   mergetool lora interference style.safetensors detail.safetensors --signs -v
   mergetool lora interference tuned-a.safetensors tuned-b.safetensors --base z-image
 
-cosine is 1 where both do the same, -1 where they cancel, 0 where neither helps or hinders the other. outputs is the share of A's
-energy that writes to directions B writes to as well, inputs the share that reads what B reads, both the share that does both;
-unrelated LoRAs have about rank / width. --signs adds the share of elements' products whose signs are opposite (0.5 for unrelated ones),
-for which every element is looked at.
+cosine is 1 where both do the same, -1 where they cancel, 0 where neither helps or hinders the other. outputs is the share of A's energy that \
+writes to directions that B writes to, inputs the share that reads directions that B reads, both the share that does both; LoRAs that have \
+nothing to do with each other score about rank / width. --signs adds the share of elements with opposite signs (0.5 for such LoRAs), which \
+takes longer.
 """
 
 
 @command(LoraInterference)
 def interference(typed: Typed) -> None:
-    """Score how much LoRAs act on the same thing.
+    """Score how much LoRAs act on the same weights.
 
-    So are models' differences to a base, by group and overall.
+    The scores are by group and overall; with --base also of checkpoints' differences to it.
     """
     with _Scores.shown(typed) as report:
         run_lora_interference(typed.request(LoraInterference), report)

@@ -28,66 +28,66 @@ if TYPE_CHECKING:
 EXAMPLES = {
     "resize": """\b
 Examples:
-  mergetool lora resize style.safetensors -o style-16.safetensors --rank 16
+  mergetool lora resize style.safetensors -o style-4.safetensors --rank 4
   mergetool lora resize style.safetensors -o style-small.safetensors --rank-thresh 0.99
   mergetool lora resize style.safetensors -o style-cut.safetensors --rule ratio --rank-thresh 0.1
-  mergetool lora resize lokr.safetensors -o as-lora.safetensors --budget 150MB
+  mergetool lora resize style.safetensors -o style-150.safetensors --budget 150MB
 
-LORA is a file or a PEFT folder of any spelling; LoHa, LoKr and whole differences become LoRAs. --rank-thresh keeps the fewest
-singular values that hold that share of a module's energy (--rule energy); --budget shares a file's size out over all modules, so
-that the total error is least. What is cut is the weakest part of every module, exactly; a module that needs no cut keeps its factors
+LORA is a file or a PEFT folder in any spelling; LoHa, LoKr and whole differences become LoRAs. --rank-thresh keeps the fewest singular values \
+that hold that share of a module's energy, or what --rule says (`mergetool diff --help` has the rules). --budget divides a file's size among \
+the modules so that the total error is least. mergetool cuts the weakest part of each module; a module that needs no cut keeps its factors \
 bit for bit.
 """,
     "merge": """\b
 Examples:
   mergetool lora merge style.safetensors:0.8 detail.safetensors:-0.3 -o both.safetensors
-  mergetool lora merge style.safetensors detail.safetensors:0.5 -o both-32.safetensors --rank 32
-  mergetool lora merge a.safetensors b.safetensors c.safetensors -o all.safetensors --budget 300MB
+  mergetool lora merge style.safetensors detail.safetensors:0.5 -o both-8.safetensors --rank 8
+  mergetool lora merge style.safetensors detail.safetensors other.safetensors -o all.safetensors --budget 300MB
   mergetool lora merge style.safetensors:0.8 detail.safetensors --set refiner=0 --set ffn=0.5 -o partly.safetensors
 
-Each LORA is a file or a PEFT folder of any spelling, then a colon and its strength (1 without; negative takes it away). Without a rank,
-threshold or budget the sum is exact: the factors side by side, ranks added up, strengths multiplied into the up factors or into the
-alpha, whichever rounds least; what had to be rounded is the residual. With one it is recompressed from the exact sum. PATTERNs of --set
-are groups, globs or re:REGEX as everywhere.
+LORA is a file or a PEFT folder in any spelling. A colon and a number set its strength; without them it is 1, and a negative one takes the \
+LoRA away. Without a rank, threshold or budget the sum is exact: mergetool puts the factors side by side, so ranks add up, and multiplies \
+strengths into the factors or the alphas, whichever rounds less. The residual is what that rounding changed. With a rank, threshold or budget \
+it cuts the exact sum. GROUP is a group, a glob or re:REGEX as in `mergetool merge`.
 """,
     "orthogonal": """\b
 Examples:
   mergetool lora orthogonal style.safetensors detail.safetensors -o style-only.safetensors
-  mergetool lora orthogonal style.safetensors detail.safetensors -o style-only-16.safetensors --rank 16
+  mergetool lora orthogonal style.safetensors detail.safetensors -o style-only-8.safetensors --rank 8
 
-In every module A - c * B, with c = <A, B> / <B, B>, the sums of products of all elements: nothing of the result points along B. Modules
-that only A changes stay as they are; without a rank the factors are put side by side as `lora merge` does.
+Each module becomes A - c * B with c = <A, B> / <B, B>, sums of products over all elements, so nothing in it points along B. Modules that only \
+A changes stay as they are. Without a rank, ranks add up as in `mergetool lora merge`.
 """,
     "common": """\b
 Examples:
   mergetool lora common style.safetensors other.safetensors -o both-have.safetensors
-  mergetool lora common a.safetensors b.safetensors -o shared.safetensors --rank-thresh 0.99
+  mergetool lora common style.safetensors other.safetensors -o shared.safetensors --rank-thresh 0.99
 
-Modules that only one of them changes have nothing in common and are named. The rank is at most the smaller of the two ranks. Common
-parts of checkpoints' differences are what `mergetool diff` takes.
+The report names modules that only one of them changes; they have nothing in common. The rank is at most the smaller of the two. \
+`mergetool diff --variant2` finds the common part of checkpoints' differences.
 """,
 }
 
 
 @command(LoraResize)
 def resize(typed: Typed) -> None:
-    """Make a LoRA smaller: to a rank, share or size."""
+    """Make a LoRA smaller, to a rank, share or size."""
     with SumReport.shown(typed) as report:
         run_lora_resize(typed.request(LoraResize), report)
 
 
 @command(LoraMerge)
 def merge(typed: Typed) -> None:
-    """Add LoRAs up to one, exactly or at a smaller rank."""
+    """Add LoRAs into one, exactly or at a lower rank."""
     with SumReport.shown(typed) as report:
         run_lora_merge(typed.request(LoraMerge), report)
 
 
 @command(LoraOrthogonal)
 def orthogonal(typed: Typed) -> None:
-    """Take the part of A that is orthogonal to B.
+    """Keep the part of A that is orthogonal to B.
 
-    That is A without its component along B, in every module by itself.
+    Each module of A loses its component along the same module of B.
     """
     with SumReport.shown(typed) as report:
         run_lora_orthogonal(typed.request(LoraOrthogonal), report)
@@ -95,9 +95,9 @@ def orthogonal(typed: Typed) -> None:
 
 @command(LoraCommon)
 def common(typed: Typed) -> None:
-    """Keep the part that two LoRAs share.
+    """Keep the change that two LoRAs have in common.
 
-    Those are the directions that both write to and both read, at the strength that both have.
+    It has the directions that both write to and both read, at the strength that both have.
     """
     with SumReport.shown(typed) as report:
         run_lora_common(typed.request(LoraCommon), report)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   mergetool lora verify z-image tuned-minus-z-image.safetensors tuned.safetensors
-  mergetool lora verify base.safetensors lora.safetensors tuned.safetensors --max-residual 0.1
-  mergetool lora verify alkahest lora.safetensors "alkahest + 20*(tuned - base)"
+  mergetool lora verify base.safetensors lora.safetensors tuned.safetensors --max-residual 0.2
+  mergetool lora verify alkahest style.safetensors "alkahest + 2*(tuned - base)"
   mergetool lora verify base.safetensors lora.safetensors tuned.safetensors --strength 0.8 --json
 
-A residual is what the LoRA leaves of the difference tuned - base, as a share of its Frobenius norm: before rounding (the factors alone) and
-after (baked into the base's dtype). Exit code 1 when the overall residual after rounding is above --max-residual.
+The residual is the part of the difference tuned - base that the LoRA does not reproduce, as a share of its Frobenius norm. mergetool \
+measures it before rounding (the factors alone) and after (baked into the base's dtype).
 """
 
 GROUPS = ("attention", "ffn", "adaln", "norm", "embedder", "final", "pad")
@@ -32,9 +32,9 @@ GROUPS = ("attention", "ffn", "adaln", "norm", "embedder", "final", "pad")
 
 @command(LoraVerify)
 def verify(typed: Typed) -> None:
-    """Check that base + LoRA makes the tuned model.
+    """Check that base + LoRA gives the tuned model.
 
-    The two are compared layer by layer, before and after rounding; which releases load the LoRA is listed.
+    mergetool compares them layer by layer and lists the programs that load the LoRA.
     """
     asked = typed.request(LoraVerify)
     with _VerifyReport.shown(typed) as report:

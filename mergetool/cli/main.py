@@ -13,34 +13,53 @@ from mergetool import __version__
 from mergetool.cli import console
 from mergetool.cli.lazily import group_of
 
+HEADINGS = {
+    "Look": ("inspect", "compare", "methods"),
+    "Merge": ("merge", "convert"),
+    "LoRA": ("diff", "lora"),
+    "Check": ("verify", "sample", "demo"),
+    "Set up": ("models", "doctor", "help", "version"),
+}
+
 app = typer.Typer(
     name="mergetool",
     cls=group_of(
         {
             "inspect": ("inspect:inspect", "Show what a model file holds."),
-            "merge": ("merge:merge", "Merge checkpoints by an expression, streaming."),
-            "diff": ("diff:diff", "Take the difference of two models as a LoRA."),
-            "compare": ("compare:compare", "Measure how far B lies from A, block by block."),
-            "methods": ("methods:methods", "List the merge methods, or show one."),
-            "convert": ("convert:convert", "Write a model in another dtype, form or layout."),
-            "sample": ("sample:sample", "Make pictures with one model, or with two."),
-            "verify": ("verify:verify", "Check the tensors and the pictures of a merge."),
+            "merge": ("merge:merge", "Merge models by an expression."),
+            "diff": ("diff:diff", "Save the difference of two models as a LoRA."),
+            "compare": ("compare:compare", "Measure how far one model is from another."),
+            "methods": ("methods:methods", "List the merge methods, or explain one."),
+            "convert": ("convert:convert", "Change a model's dtype, container or layout."),
+            "sample": ("sample:sample", "Draw pictures with one model, or with two."),
+            "verify": ("verify:verify", "Check a merge: its tensors and its pictures."),
             "replay": ("replay:replay", ""),
-            "demo": ("demo:demo", "Try all of it on the embedded models."),
-            "models": ("models:models", "Name models, list names, forget them."),
-            "lora": ("lora:lora", "Look at LoRAs, add, shrink and convert them."),
-            "help": ("words:show_help", "Show the help of mergetool or of a command."),
+            "demo": ("demo:demo", "Run the whole story on small models."),
+            "models": ("models:models", "Give models names, list or remove names."),
+            "lora": ("lora:lora", "Inspect, add, shrink and convert LoRAs."),
+            "help": ("words:show_help", "Show this page, or the help of a command."),
             "version": ("words:version", "Print the version."),
-        }
+        },
+        HEADINGS,
     ),
-    help="Merge diffusion-transformer checkpoints and take difference LoRAs, streaming: 12 GB models in half a GB of "
-    "memory. Z-Image, Flux.1 and SDXL by name; other architectures merge by their tensor names.",
+    help="""Merge image models, and turn their differences into LoRAs, in half a GB of memory for 12 GB checkpoints. \
+Z-Image, Flux.1, SDXL, Wan and Qwen-Image by name; other architectures merge by their tensor names.
+
+\b
+Type first:
+  mergetool inspect FILE    to see what a model is
+  mergetool merge --help    for examples that you can copy
+  mergetool demo            to see a merge made and checked
+""",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 a check said no, 2 usage, 65 bad data, 66 input missing, 73 output cannot be made, "
-    "74 I/O error, 75 busy, 130 interrupted.",
+    epilog="""Exit codes: 0 done, 1 a check said no, 2 wrong command line, 65 bad data, 66 input missing, 70 a GPU failed, \
+73 output cannot be written, 74 reading or writing failed, 75 output in use, 130 stopped.
+
+Read on: "mergetool help COMMAND" has the options and examples of a command; the docs folder has tutorials and explanations.
+""",
 )
 
 

@@ -20,21 +20,25 @@ EXAMPLES = """\b
 Examples:
   mergetool merge "lab.alkahest + 1.5*(lab.striped - lab.base)" --protect refiner -o striped.safetensors
   mergetool merge "alkahest + 20 * (artshoot - 'z-image')" --protect refiner -o out.safetensors
-  mergetool merge "alk + 171.1*(a - b) + 20*(c - d)" --set layers.0-9=0.5 --set v=0 -o out.safetensors
-  mergetool merge "alk + 20*(a - b)" --set refiner=0 --set "layers=linear(0.2,1)" --set "layers.*.attention=2" --dry-run
-  mergetool merge "0.5*'a.safetensors' + 0.5*'b.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
-  mergetool merge "alkahest + 20 * (turbo - deturbo)" --protect refiner --dry-run
+  mergetool merge "alkahest + 171.1*(a - b) + 20*(c - d)" --set layers.0-5=0.5 --set v=0 -o out.safetensors
+  mergetool merge "alkahest + 20*(a - b)" --set refiner=0 --set "layers=linear(0.2,1)" --set "layers.*.attention=2" --dry-run
+  mergetool merge "0.5*'a.safetensors' + 0.5*'base.safetensors'" --layout diffusers --shard-size 5GB -o out-folder
   mergetool merge "alkahest + 0.3 * (tuned - base)" --dtype fp8_e4m3 --rounding stochastic --seed 1 -o out.safetensors
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --quant fp8-scaled -o out-fp8.safetensors
-  mergetool merge "turbo + 0.7*lora('a.safetensors') - lora('b.safetensors')" -o baked.safetensors
+  mergetool merge "turbo + 0.7*lora('style.safetensors') - lora('detail.safetensors')" -o baked.safetensors
   mergetool merge bridge.yaml --var m=20 -o outputs --dry-run
   mergetool merge "alkahest + 20 * (turbo - deturbo)" --resume -o out.safetensors
 
-lab.NAME are models that come with mergetool. Others are registered with `mergetool models add`; quoted paths and "hf://org/repo" work too. Quote what is more than
-letters, digits, dots and _. Any finite multiplier is allowed; differences are taken first, in float32, then scaled.
-PATTERN is a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...), a glob over tensor
-or module names ("layers.*.attention"), re:REGEX, or what of a group is in one of those (layers.q, layers.0-9.ffn). SHAPE(FIRST,LAST) over the
-blocks of one stack: linear, smooth, bell (LAST in the middle). `mergetool inspect MODEL` lists groups and presets.
+Models: lab.NAME comes with mergetool, `mergetool models add` registers other names, and paths and "hf://org/repo" work too. Put names in \
+quotes if they have more than letters, digits, dots and _.
+
+The anchor is the first model of the expression; the output takes from it all that the expression does not change. Multipliers may be any \
+finite numbers. mergetool takes differences first, in float32, then multiplies them.
+
+PATTERN is one of: a group that `mergetool inspect` lists (refiner, attention, ffn, q, layers.0-9 ...); a glob over names of tensors or \
+modules ("layers.*.attention"); re:REGEX; or a group within a pattern (layers.q is the q weights of the main layers). MULT is a number, or \
+SHAPE(FIRST,LAST) over the blocks of a stack, with SHAPE linear, smooth or bell (LAST in the middle). `mergetool inspect MODEL` lists groups \
+and presets; docs has a page on groups.
 """
 
 CONTEXT = {"allow_extra_args": True}  # to say what was meant by them
@@ -56,7 +60,7 @@ _OWN = [
             "variables",
             Annotated[
                 list[str] | None,
-                typer.Option("--var", help="Set a variable of a recipe. Repeatable.", metavar="NAME=VALUE"),
+                typer.Option("--var", help="Set a variable of the recipe file. Repeatable.", metavar="NAME=VALUE"),
             ],
             None,
         ),
@@ -74,13 +78,13 @@ _OWN = [
 ]
 
 
-@command(Merge, own=_OWN)
+@command(Merge, own=_OWN, own_section="Recipe files")
 def merge(typed: Typed) -> None:
-    """Merge checkpoints by an expression, streaming.
+    """Merge models by an expression.
 
-    Memory stays small whatever their size.
+    mergetool reads and writes piece by piece, so memory stays small whatever the models' size.
 
-    A recipe file (docs/reference/recipes.md) holds models, expressions and options of one output or many; what is up to date is not made again.
+    A recipe file holds models, expressions and options for one output or many; outputs that are up to date stay as they are.
     """
     expression, variables = typed.given["expression"], typed.own["variables"]
     if typed.own["context"].args:

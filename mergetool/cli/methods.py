@@ -18,18 +18,18 @@ Examples:
   mergetool methods
   mergetool methods ties
   mergetool methods --json
-  mergetool merge "ties(alkahest, artshoot, base=z-image, density=0.2)" -o out.safetensors
+  mergetool merge "ties(alkahest, artshoot, base='z-image', density=0.2)" --protect refiner -o out.safetensors
 
-model: a whole model; delta: a difference of models, as in a - b, or two models and base=; x: all models, or all differences. Other
-packages add methods by the entry point "mergetool.methods"; they are marked with the package's name.
+A method takes models, or deltas (differences such as a - b, or models with base=); x stands for either, but all of one kind. Other Python \
+packages can add methods by the entry point "mergetool.methods"; the list marks them with the package's name.
 """
 
 
 @command(FindMethods, prints=("as_json",))
 def methods(typed: Typed) -> None:
-    """List the merge methods, or show one.
+    """List the merge methods, or explain one.
 
-    Of one: formula, source, parameters and an example.
+    The page of a method has its formula, source, parameters and an example.
     """
     asked = typed.request(FindMethods)
     chosen, errors = find_methods(asked)

@@ -11,14 +11,14 @@ import typer
 
 from mergetool.cli import console
 from mergetool.options.kinds import Choice, Flag, Kind, ModelName, Models, Patterns, Settings
-from mergetool.options.table import Row, Table, rows_in
+from mergetool.options.table import Row, Section, Table, rows_in
 
 T = TypeVar("T", bound=Table)
 
 PRINTING = {
-    "as_json": ("--json", "Print one JSON object on stdout instead of text."),
+    "as_json": ("--json", "Print one JSON object instead of text."),
     "no_progress": ("--no-progress", "Show no progress bar."),
-    "verbose": ("--verbose", "List every tensor instead of counts."),
+    "verbose": ("--verbose", "List every tensor instead of counting them."),
 }
 
 
@@ -51,11 +51,12 @@ def command(
     own: Sequence[inspect.Parameter] = (),
     filled: Sequence[str] = (),
     prints: Sequence[str] = tuple(PRINTING),
+    own_section: Section = "Screen",
 ) -> Callable[[Callable[[Typed], None]], Callable[..., None]]:
     """Make a command of a function of `Typed`.
 
-    It has an option for every row of ``table``. ``own`` are parameters for typer that belong to the command alone, ``prints`` those of
-    `PRINTING` that it has; ``filled`` names rows that it finds by itself where they are not typed.
+    It has an option for every row of ``table``. ``own`` are parameters for typer that belong to the command alone, with the section of
+    help that they stand in, ``prints`` those of `PRINTING` that it has; ``filled`` names rows that it finds by itself where they are not typed.
     """
     known = {
         name: replace(row, initial=None) if name in filled else row for name, row in rows_in(table, "command").items()
@@ -76,6 +77,9 @@ def command(
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
         run.request = table  # type: ignore[attr-defined]
+        run.sections = {extra.name: own_section for extra in own} | {  # type: ignore[attr-defined]
+            name: row.option.section for name, row in known.items()
+        }
         return console.command(run)
 
     return decorate

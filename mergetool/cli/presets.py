@@ -9,10 +9,10 @@ def presets() -> str:
     """The presets as text, a line each."""
     lines = [
         "\b",
-        "Presets are what ComfyUI's stock templates of Z-Image are set to; other options change one setting of them:",
+        "Presets have the settings of ComfyUI's stock templates for Z-Image; other\noptions change one setting:",
     ]
     for name, preset in PRESETS.items():
         strength = "" if preset.strength == FIRST.strength else f", strength {preset.strength:g}"
-        settings = f"{preset.steps:2} steps, cfg {preset.cfg:g}, shift {preset.shift:g}, {preset.sampler}, {preset.scheduler}{strength}"
-        lines.append(f"  {name:<15} {settings}")
+        settings = f"{preset.steps} steps, cfg {preset.cfg:g}, shift {preset.shift:g}, {preset.sampler}, {preset.scheduler}{strength}"
+        lines.append(f"  {name:<14} {settings}")
     return "\n".join(lines) + "\n"

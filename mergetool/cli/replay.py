@@ -9,19 +9,19 @@ from mergetool.cli.verify_report import ReplayReport
 EXAMPLES = """\b
 Examples:
   mergetool replay out.safetensors
-  mergetool replay out.safetensors --input tuned=/models/tuned.safetensors -o again.safetensors
+  mergetool replay out.safetensors --input tuned=tuned.safetensors -o again.safetensors
   mergetool replay out-folder --json
 
-Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is. The whole file is compared:
-header, metadata and tensors, of a folder every file. `mergetool verify` asks less, whether the tensors are right, and looks at pictures.
+mergetool looks for the inputs under the names in the recipe, then beside OUT; --input names another place. It compares the whole file, or \
+every file of a folder: header, metadata and tensors. `mergetool verify` compares the tensors alone, and draws pictures.
 """
 
 
 @command(Rebuild, prints=("as_json", "no_progress"))
 def replay(typed: Typed) -> None:
-    """Make a merge again, and compare every byte.
+    """Make a merge again and compare every byte.
 
-    Exit code 1 when the bytes are not the same; a changed input, recipe or version is named.
+    Exit code 1 says that bytes differ; the message names the input, recipe or version that changed.
     """
     with ReplayReport.shown(typed) as report:
         again = run_replay(typed.request(Rebuild), report)

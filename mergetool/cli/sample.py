@@ -20,17 +20,15 @@ EXAMPLES = """\b
 Examples:
   mergetool sample "a blue circle on a gold background" --base lab.base --refiner lab.turbo -o circle.png
   mergetool sample "a knight in ornate blue and gold armor" --base ./Z-Image --refiner ./Z-Image-Turbo -o knight.png
-  mergetool sample "a knight in ornate blue and gold armor" --base merged.safetensors --pipeline ./Z-Image \\
-      --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.25,0.4,0.6 --size 1152x896 -o knights
+  mergetool sample "a knight" --base merged.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --strength 0.1,0.15,0.4 -o knights
   mergetool sample "a knight" --base "alkahest + 20*(tuned - base)" --refiner turbo -o knight.png
-  mergetool sample "a knight" --base ./Z-Image-Turbo --preset comfyui-turbo --seed 123 -o knight.png
-  mergetool sample "a knight" --base z_image.safetensors --text-encoder qwen_3_4b.safetensors --tokenizer ./tokenizer \\
-      --vae ae.safetensors -o knight.png
-  mergetool sample --prompts prompts.txt --seeds 1,2,3 --base ./Z-Image -o sheet
+  mergetool sample "a knight" --base ./Z-Image-Turbo --preset comfyui-turbo --seed 123 --size 384x256 -o knight.png
+  mergetool sample "a knight" --base z_image.safetensors --text-encoder text_encoders/qwen_3_4b.safetensors --tokenizer ./tokenizer --vae vae/ae.safetensors -o knight.png
+  mergetool sample --prompts prompts.txt --seeds 1,2 --base ./Z-Image -o sheet
   mergetool sample "sharper" --init-image photo.png --refiner ./Z-Image-Turbo -o refined.png
 
-More than one picture makes a folder: each picture, a labelled contact sheet (sheet.png) and every parameter
-(pictures.json). The same seed gives the same picture.
+For several pictures mergetool makes a folder: each picture, a labelled contact sheet (sheet.png) and all parameters (pictures.json). The \
+same seed gives the same picture.
 
 """
 EXAMPLES += presets()
@@ -38,11 +36,10 @@ EXAMPLES += presets()
 
 @command(Sample, prints=("as_json", "no_progress"))
 def sample(typed: Typed) -> None:
-    """Make pictures with one model, or with two.
+    """Draw pictures with one model, or with two.
 
-    The second refines what the first made: the check that a merge is right.
-
-    The default is the guide's: 30 steps of a base model, then a few-step model at strength 0.15.
+    The second model refines the pictures of the first. By default a base model takes 30 steps, then a few-step model such as Turbo refines at
+    strength 0.15; a merge that is right looks right this way.
     """
     with _SampleReport.shown(typed) as report:
         run_sample(typed.request(Sample), report, always_writes=True)

@@ -12,14 +12,12 @@ Examples:
   mergetool verify out.safetensors
   mergetool verify out.safetensors --depth bytes --no-images
   mergetool verify out.safetensors --pipeline ./Z-Image --refiner ./Z-Image-Turbo --report out.html
-  mergetool verify out.safetensors --input tuned=/models/tuned.safetensors --no-images --json
+  mergetool verify out.safetensors --input tuned=tuned.safetensors --no-images --json
   mergetool verify someone.safetensors --parents base.safetensors --pipeline ./Z-Image --report page.html
-  mergetool verify someone.safetensors --parents "0.5*a + 0.5*b" --no-images
+  mergetool verify someone.safetensors --parents "0.5*base + 0.5*tuned" --no-images
 
-A file without recipe is judged by its pictures, and measured against --parents.
-Inputs are looked for under the names that the recipe records, then beside OUT; --input says where else one is.
-Without --images or --no-images, pictures are made where that takes minutes: on a GPU, or for a small model.
-Of several strengths the first is judged.
+mergetool looks for the inputs of a merge under the names in its recipe, then beside OUT; --input names another place. It measures a file \
+without a recipe against --parents and judges its pictures. With several strengths it judges the first.
 
 """
 EXAMPLES += presets()
@@ -27,13 +25,13 @@ EXAMPLES += presets()
 
 @command(Verify, prints=("as_json", "no_progress"))
 def verify(typed: Typed) -> None:
-    """Check the tensors and the pictures of a merge.
+    """Check a merge: its tensors and its pictures.
 
-    Every tensor is derived again from its recipe; its pictures are looked at beside its parents'.
+    First mergetool derives every tensor again from the recipe in the file and compares it, and looks for NaN, changed protected tensors and
+    unlikely distances from the parents.
 
-    Weights first: byte by byte, NaN, protected tensors, distances from the parents; with --depth bytes the whole file. Then the same prompts and
-    seeds for the parents and the merge, in one stage and two; noise, collapse, drift and lost prompts are measured and judged.
-    Nothing is written but the report. Exit code 1 when a check says no.
+    Then it draws the same prompts and seeds with the parents and the merge, in one stage and two, and judges noise, collapse, drift and lost
+    prompts. It writes nothing but the report. Exit code 1 says that a check failed.
     """
     with VerifyReport.shown(typed) as report:
         verification = run_verify(typed.request(Verify), report)

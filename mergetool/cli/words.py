@@ -7,23 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from mergetool import __version__
-from mergetool.cli import console
-from mergetool.errors import UsageError
+from mergetool.cli import console, refusals
 
-CommandWords = Annotated[
-    list[str] | None, typer.Argument(help="The command, as in: lora merge.", metavar="[COMMAND]...")
-]
+CommandWords = Annotated[list[str] | None, typer.Argument(help="The command, e.g. lora merge.", metavar="[COMMAND]...")]
 
 
 @console.command
 def show_help(context: typer.Context, words: CommandWords = None) -> None:
-    """Show the help of mergetool or of a command."""
+    """Show the first page, or the help of a command."""
     shown: Any = context.find_root()
     for word in words or ():
-        command = shown.command.commands.get(word) if hasattr(shown.command, "commands") else None
+        commands = getattr(shown.command, "commands", {})
+        command = commands.get(word)
         if command is None:
-            known = ", ".join(getattr(shown.command, "commands", ())) or "none"
-            raise UsageError(f'"{shown.command_path}" has no command "{word}"; it has {known}.')
+            raise refusals.unknown_command(shown, [word], [name for name in commands if not commands[name].hidden])
         shown = command.context_class(command, info_name=word, parent=shown)
     typer.echo(shown.get_help())
 

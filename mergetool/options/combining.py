@@ -23,18 +23,28 @@ class SelectionOptions(BudgetOptions):
 
     rank: Annotated[
         int | None,
-        Option(help="The same rank for every module, fewer where it has no more.", kind=Integer(1)),
+        Option(help="Give every module this rank, or its own where that is smaller.", section="Ranks", kind=Integer(1)),
     ] = None
     rank_thresh: Annotated[
         float | None,
-        Option(help="Keep this much of every module, as `rule` measures it.", kind=Number(above=0)),
+        Option(
+            help="Keep this much of every module, as `rule` measures it; e.g. 0.99 of its energy.",
+            section="Ranks",
+            kind=Number(above=0),
+        ),
     ] = None
     rank_max: Annotated[
-        int | None, Option(help="Cap of the rank, beside a threshold or a budget.", kind=Integer(1))
+        int | None,
+        Option(help="Largest rank of a module; goes with a threshold or a budget.", section="Ranks", kind=Integer(1)),
     ] = None
     rule: Annotated[
         RuleName | None,
-        Option(help="What `rank_thresh` means; knee needs none.", kind=Choice(RULES, "RULE"), default="energy"),
+        Option(
+            help="How `rank_thresh` measures a module; knee needs no threshold.",
+            section="Ranks",
+            kind=Choice(RULES, "RULE"),
+            default="energy",
+        ),
     ] = None
 
     @property
@@ -74,7 +84,12 @@ class LookUpOptions(Table):
 
     model: Annotated[
         str | None,
-        Option(help="The model to look the LoRA's names up in.", kind=ModelName(), default="known families need none"),
+        Option(
+            help="Look the LoRA's names up in this model.",
+            section="Models",
+            kind=ModelName(),
+            default="none; known families need none",
+        ),
     ] = None
 
 
@@ -85,9 +100,10 @@ class SumOptions(SelectionOptions, LookUpOptions):
     dtype: Annotated[
         str | None,
         Option(
-            help="What the factors are stored in.",
+            help="Store the factors in this dtype.",
+            section="Number format",
             kind=Choice(tuple(FACTORS), "DTYPE"),
-            default="that of the factors that are read",
+            default="that of the inputs' factors",
         ),
     ] = None
 
@@ -104,7 +120,8 @@ class GroupOptions(Table):
     multipliers: Annotated[
         Mapping[str, float | str | Fraction] | Sequence[str | Setting],
         Option(
-            help="Scale all strengths in a group; 0 leaves it out; later wins.",
+            help="Multiply all strengths in a group; 0 drops it; the last setting wins.",
+            section="Parts",
             kind=Settings(),
             flag="set",
             key="set",

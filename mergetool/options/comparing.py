@@ -98,46 +98,68 @@ class CompareOptions(ReaderOptions, OverwriteOptions):
     """The options for comparing two models."""
 
     reference: Annotated[
-        str | None, Option(help="A fine-tune whose difference has the right size.", kind=ModelName())
+        str | None,
+        Option(
+            help="Compare with the change of this fine-tune, whose size is known to be right.",
+            section="Models",
+            kind=ModelName(),
+        ),
     ] = None
     reference_base: Annotated[
-        str | None, Option(help="What to subtract from the reference.", kind=ModelName(), default="`base`")
+        str | None,
+        Option(help="Subtract this model from the reference.", section="Models", kind=ModelName(), default="`base`"),
     ] = None
     onto: Annotated[
-        str | None, Option(help="The model that the difference will be added to.", kind=ModelName(), default="`base`")
+        str | None,
+        Option(
+            help="The model that you will add the difference to.", section="Models", kind=ModelName(), default="`base`"
+        ),
     ] = None
     multiplier: Annotated[
         float | str | Fraction,
         Option(
-            help=f'Multiplier to assume when measuring rounding loss; "{RECOMMENDED}" uses the advised one.',
+            help=f'Measure rounding loss with this multiplier; "{RECOMMENDED}" takes the advised one.',
+            section="Checks",
             kind=Multiplied(),
             short="-m",
         ),
     ] = 1
     target: Annotated[
         float | str,
-        Option(help="Wanted change, as a share of the norm of what is changed.", kind=Share(), default="1%"),
+        Option(
+            help="Advise the multiplier that changes `onto` by this share of its norm.",
+            section="Checks",
+            kind=Share(),
+            default="1%",
+        ),
     ] = TARGET
-    include: Annotated[Sequence[str], Option(help="Compare only these.", kind=Patterns())] = ()
+    include: Annotated[Sequence[str], Option(help="Compare only these parts.", section="Parts", kind=Patterns())] = ()
     exclude: Annotated[
         Sequence[str],
-        Option(help="Do not compare these.", kind=Patterns(), default="refiners count in no total"),
+        Option(
+            help="Leave these parts out.", section="Parts", kind=Patterns(), default="none; totals omit the refiners"
+        ),
     ] = ()
     dtype: Annotated[
         str | None,
         Option(
-            help="Output dtype to assume when measuring rounding loss.",
+            help="Measure rounding loss as if the merge were stored in this dtype.",
+            section="Number format",
             kind=Choice(tuple(dtypes.OUTPUT), "DTYPE"),
             default="that of `onto`",
         ),
     ] = None
     fail_on: Annotated[
-        Sequence[str | Condition], Option(help="Fail the check where this holds.", kind=Conditions())
+        Sequence[str | Condition],
+        Option(help='End with exit code 1 if this holds, e.g. "distance>10%".', section="Checks", kind=Conditions()),
     ] = ()
-    plot: Annotated[Path | str | None, Option(help="Draw the heat map.", kind=File("FILE.png"))] = None
-    report: Annotated[Path | str | None, Option(help="Write all of it as one HTML page.", kind=File("FILE.html"))] = (
-        None
-    )
+    plot: Annotated[
+        Path | str | None,
+        Option(help="Draw the distances of all blocks as a heat map.", section="Output", kind=File("FILE.png")),
+    ] = None
+    report: Annotated[
+        Path | str | None, Option(help="Write the results as one HTML page.", section="Output", kind=File("FILE.html"))
+    ] = None
 
     @property
     def size(self) -> Fraction | str:

@@ -45,7 +45,11 @@ class BudgetOptions(Table):
 
     budget: Annotated[
         int | str | None,
-        Option(help="Size of the file, e.g. 300MB: the ranks with the least total error.", kind=Size()),
+        Option(
+            help="Fit the file into this size, e.g. 300MB, with the ranks that leave the least total error.",
+            section="Ranks",
+            kind=Size(),
+        ),
     ] = None
 
     @property
@@ -60,15 +64,29 @@ class SecondOptions(Table):
 
     variant2: Annotated[
         str | os.PathLike[str] | None,
-        Option(help="Keep what the differences to both variants have in common.", kind=ModelName()),
+        Option(
+            help="Keep the change that this variant and the first have in common.", section="Models", kind=ModelName()
+        ),
     ] = None
-    union: Annotated[bool, Option(help="With `variant2`: both, and what they share only once.", kind=Flag())] = False
+    union: Annotated[
+        bool, Option(help="With `variant2`: keep both changes, the common part once.", section="Models", kind=Flag())
+    ] = False
     weights: Annotated[
         tuple[float, float],
-        Option(help="With `union`: how much of what each has alone.", kind=TwoNumbers(), default="1,1"),
+        Option(
+            help="With `union`: multiply the part that only the first change has, and the part that only the second has.",
+            section="Models",
+            kind=TwoNumbers(),
+            default="1,1",
+        ),
     ] = (1.0, 1.0)
     orthogonal: Annotated[
-        bool, Option(help="With `variant2`: what of the first is orthogonal to the second.", kind=Flag())
+        bool,
+        Option(
+            help="With `variant2`: keep the part of the first change that is orthogonal to the second.",
+            section="Models",
+            kind=Flag(),
+        ),
     ] = False
 
     @property
@@ -95,18 +113,26 @@ class FileOptions(Table):
     full: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="FILE.safetensors for ComfyUI: biases, norms and what has no factors, stored whole. Load it beside the LoRA.",
+            help="Write biases, norms and all that has no factors to FILE.safetensors, whole; ComfyUI loads it beside the LoRA.",
+            section="Output",
             kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
     ] = None
     full_layer: Annotated[
-        Sequence[str], Option(help="Store these matrices whole, in `full`.", kind=Patterns(), missing=ONE_FILE)
+        Sequence[str],
+        Option(
+            help="Store these matrices whole, in the file of `full`.",
+            section="Output",
+            kind=Patterns(),
+            missing=ONE_FILE,
+        ),
     ] = ()
     spectra: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="FILE.safetensors for the directions that are found; runs with another threshold, rank or budget reuse it.",
+            help="Keep the directions found in FILE.safetensors; runs with another threshold, rank or budget reuse them.",
+            section="Output",
             kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
@@ -114,7 +140,8 @@ class FileOptions(Table):
     checkpoint: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="FILE.safetensors to write the base with what was stored added to.",
+            help="Write the base with the stored change added to FILE.safetensors.",
+            section="Output",
             kind=OutputPath("FILE"),
             missing=ONE_FILE,
         ),
@@ -142,28 +169,53 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     ``orthogonal`` the part of the first that is orthogonal to the second (`lowrank.sets`).
     """
 
-    rank: Annotated[int, Option(help="The same rank for every matrix; 0 chooses by `rank_thresh`.", kind=Integer())] = 0
+    rank: Annotated[
+        int,
+        Option(help="Give every matrix this rank; 0 chooses each by `rank_thresh`.", section="Ranks", kind=Integer()),
+    ] = 0
     rank_thresh: Annotated[
         float | None,
         Option(
-            help="What to keep of each matrix: its share of the energy (sum of squared singular values), or as `rule` says.",
+            help="Keep this share of each matrix's energy (its squared singular values), or this much of what `rule` measures.",
+            section="Ranks",
             kind=Number(above=0),
             default=f"{SHARE}; none for ratio and abs",
         ),
     ] = None
     rank_max: Annotated[
         int | None,
-        Option(help="Largest rank of a matrix; 0 for no cap.", kind=Integer(), default=f"{RANK_MAX}; 0 with `budget`"),
+        Option(
+            help="Largest rank of a matrix; 0 sets no cap.",
+            section="Ranks",
+            kind=Integer(),
+            default=f"{RANK_MAX}; 0 with `budget`",
+        ),
     ] = None
-    rule: Annotated[RuleName, Option(help="What `rank_thresh` means.", kind=Choice(RULES, "RULE"))] = "energy"
-    min_dim: Annotated[int, Option(help="Leave out matrices with fewer rows or columns.", kind=Integer())] = 32
-    dtype: Annotated[str, Option(help="What the factors are stored in.", kind=Choice(tuple(FACTORS), "DTYPE"))] = "bf16"
-    seed: Annotated[int, Option(help="Seed of the random starting directions.", kind=Integer(0, LARGEST_SEED))] = 0
+    rule: Annotated[
+        RuleName, Option(help="How `rank_thresh` measures a matrix.", section="Ranks", kind=Choice(RULES, "RULE"))
+    ] = "energy"
+    min_dim: Annotated[
+        int, Option(help="Leave out matrices with fewer rows or columns than this.", section="Parts", kind=Integer())
+    ] = 32
+    dtype: Annotated[
+        str,
+        Option(help="Store the factors in this dtype.", section="Number format", kind=Choice(tuple(FACTORS), "DTYPE")),
+    ] = "bf16"
+    seed: Annotated[
+        int,
+        Option(
+            help="Seed of the random directions that the search starts from.",
+            section="Ranks",
+            kind=Integer(0, LARGEST_SEED),
+        ),
+    ] = 0
 
     trigger: Annotated[
         str | None,
         Option(
-            help="Words that call what it learned, in its metadata (modelspec.trigger_phrase).", kind=String("TEXT")
+            help="Write these trigger words into the metadata (modelspec.trigger_phrase).",
+            section="Output",
+            kind=String("TEXT"),
         ),
     ] = None
 

@@ -28,26 +28,41 @@ class ContainerOptions(Table):
     dtype: Annotated[
         str | None,
         Option(
-            help="Dtype of the output's floats.", kind=Choice(tuple(dtypes.OUTPUT), "DTYPE"), default="the anchor's"
+            help="Store floating-point tensors in this dtype.",
+            section="Number format",
+            kind=Choice(tuple(dtypes.OUTPUT), "DTYPE"),
+            default="the anchor's",
         ),
     ] = None
     quant: Annotated[
         str | None,
         Option(
-            help="Quantised container of the large matrices, as ComfyUI loads it.",
+            help="Quantise the large matrices into this container, which ComfyUI loads.",
+            section="Number format",
             kind=Choice(register.names(), "CONTAINER"),
         ),
     ] = None
     scale_search: Annotated[
-        bool, Option(help="Search each tensor's scale for the least squared error.", kind=Flag())
+        bool,
+        Option(
+            help="With `quant`: search each tensor's scale for the least squared error.",
+            section="Number format",
+            kind=Flag(),
+        ),
     ] = False
     bundled: Annotated[
-        str, Option(help="What becomes of VAE, text encoders, EMA and the like.", kind=Choice(BUNDLED, "WHAT"))
+        str,
+        Option(
+            help="Keep the VAE, text encoders and EMA weights of the anchor's file, drop them, drop EMA alone, or merge them too.",
+            section="Output",
+            kind=Choice(BUNDLED, "WHAT"),
+        ),
     ] = "keep"
     layout: Annotated[
         str | None,
         Option(
-            help="Names of one file of ComfyUI's or of a folder of diffusers'.",
+            help="Name the tensors as ComfyUI does (one file) or as diffusers does (a folder).",
+            section="Output",
             kind=Choice(LAYOUTS, "LAYOUT"),
             default="the anchor's",
         ),
@@ -56,7 +71,8 @@ class ContainerOptions(Table):
     prefix: Annotated[
         str | None,
         Option(
-            help='Before every tensor name; "" for none.',
+            help='Put this before every tensor name; "" puts nothing.',
+            section="Output",
             kind=String("PREFIX", empty=True),
             default="the anchor's",
         ),
@@ -72,8 +88,8 @@ class ContainerOptions(Table):
 class PatternOptions(Table):
     """The options that select parts of the models."""
 
-    include: Annotated[Sequence[str], Option(help="Take only these.", kind=Patterns())] = ()
-    exclude: Annotated[Sequence[str], Option(help="Leave these out.", kind=Patterns())] = ()
+    include: Annotated[Sequence[str], Option(help="Act on these parts only.", section="Parts", kind=Patterns())] = ()
+    exclude: Annotated[Sequence[str], Option(help="Leave these parts out.", section="Parts", kind=Patterns())] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +99,18 @@ class RoundingOptions(Table):
     rounding: Annotated[
         Mode,
         Option(
-            help="stochastic keeps on average a change too small to be stored; error-feedback carries the error along a row.",
+            help="Round to the stored dtype this way: stochastic keeps small changes on average, error-feedback carries the error along each row.",
+            section="Number format",
             kind=Choice(MODES, "MODE"),
         ),
     ] = "nearest"
     seed: Annotated[
-        int, Option(help="Seed of stochastic rounding: the same seed, the same bytes.", kind=Integer(0, LARGEST_SEED))
+        int,
+        Option(
+            help="Seed of stochastic rounding; the same seed gives the same bytes.",
+            section="Number format",
+            kind=Integer(0, LARGEST_SEED),
+        ),
     ] = 0
 
     def check(self) -> None:
@@ -110,12 +132,14 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
     """
 
     protect: Annotated[
-        Sequence[str], Option(help="Group or pattern taken bit for bit from the anchor.", kind=Patterns())
+        Sequence[str],
+        Option(help="Keep this group or pattern bit for bit as the anchor has it.", section="Parts", kind=Patterns()),
     ] = ()
     keep_from: Annotated[
         str | None,
         Option(
             help="Take protected and excluded tensors from this model.",
+            section="Parts",
             kind=ModelName(),
             flag="from",
             key="from",
@@ -125,8 +149,9 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
     multipliers: Annotated[
         Mapping[str, float | str | Fraction] | Sequence[str | Setting],
         Option(
-            help="Scale the change in a group: 0 leaves the anchor, 1 is the expression; layers=linear(0.2,1) runs over depth, preset:NAME is a "
-            "named set; later wins.",
+            help="Multiply the change in a group: 0 keeps the anchor, 1 is the expression, linear(0.2,1) runs over depth; preset:NAME is a named "
+            "set. The last setting wins.",
+            section="Parts",
             kind=Settings(),
             flag="set",
             key="set",
@@ -134,7 +159,8 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
     ] = ()
 
     title: Annotated[
-        str | None, Option(help="Title in the output's metadata (modelspec.title).", kind=String("TEXT"))
+        str | None,
+        Option(help="Write this title into the metadata (modelspec.title).", section="Output", kind=String("TEXT")),
     ] = None
 
     @property

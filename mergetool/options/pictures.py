@@ -29,7 +29,7 @@ from mergetool.options.sampling import (
     Scheduler,
     StrengthMeaning,
 )
-from mergetool.options.table import Option, Table
+from mergetool.options.table import Option, Section, Table
 
 MOST_SEEDS = 10_000
 """Of one range, ``1-8``."""
@@ -132,8 +132,8 @@ class Strengths(Kind):
         return tuple(strengths)
 
 
-def _steps(of: str, default: int) -> Option:
-    return Option(help=f"Steps of {of}.", kind=Integer(1, MOST_STEPS), default=str(default))
+def _steps(of: str, section: Section, default: int) -> Option:
+    return Option(help=f"Number of steps of {of}.", section=section, kind=Integer(1, MOST_STEPS), default=str(default))
 
 
 _CFG = Number(-1e4, 1e4)
@@ -178,22 +178,42 @@ class AskedStage:
 class FirstStageOptions(Table):
     """The options for sampling the first stage."""
 
-    preset: Annotated[str | None, Option(help="Settings of ComfyUI's template.", kind=_PRESET)] = None
-    steps: Annotated[int | None, _steps("the first stage", FIRST.steps)] = None
-    guidance: Annotated[
-        float | None, Option(help="Guidance as diffusers counts it: cfg - 1.", kind=Guidance(), default="3")
+    preset: Annotated[
+        str | None,
+        Option(help="Start from the settings of this template of ComfyUI.", section="First stage", kind=_PRESET),
     ] = None
-    cfg: Annotated[float | None, Option(help="Guidance as ComfyUI counts it.", kind=_CFG, default="4")] = None
+    steps: Annotated[int | None, _steps("the first stage", "First stage", FIRST.steps)] = None
+    guidance: Annotated[
+        float | None,
+        Option(
+            help="Guidance scale as diffusers counts it, one less than cfg.",
+            section="First stage",
+            kind=Guidance(),
+            default="3",
+        ),
+    ] = None
+    cfg: Annotated[
+        float | None, Option(help="Guidance scale as ComfyUI counts it.", section="First stage", kind=_CFG, default="4")
+    ] = None
     shift: Annotated[
         float | None,
-        Option(help="Schedule shift.", kind=_SHIFT, default="its scheduler's, else that of `pipeline`, else 3"),
+        Option(
+            help="Shift of the noise schedule.",
+            section="First stage",
+            kind=_SHIFT,
+            default="that of the model, else of `pipeline`, else 3",
+        ),
     ] = None
     sampler: Annotated[
-        SamplerName | None, Option(help="Sampler of the first stage.", kind=_SAMPLER, default=FIRST.sampler)
+        SamplerName | None,
+        Option(help="Sampler of the first stage.", section="First stage", kind=_SAMPLER, default=FIRST.sampler),
     ] = None
-    scheduler: Annotated[Scheduler | None, Option(help="Its scheduler.", kind=_SCHEDULER, default=FIRST.scheduler)] = (
-        None
-    )
+    scheduler: Annotated[
+        Scheduler | None,
+        Option(
+            help="Noise schedule of the first stage.", section="First stage", kind=_SCHEDULER, default=FIRST.scheduler
+        ),
+    ] = None
 
     def check(self) -> None:
         """Raises UsageError for guidance that is given twice."""
@@ -205,33 +225,75 @@ class FirstStageOptions(Table):
 class SecondStageOptions(Table):
     """The options for the model that refines, and how it does."""
 
-    refiner: Annotated[str | None, Option(help="The model of the second stage.", kind=ModelName())] = None
+    refiner: Annotated[
+        str | None, Option(help="Refine the pictures with this model.", section="Second stage", kind=ModelName())
+    ] = None
     strength: Annotated[
         float | Sequence[float] | str | None,
         Option(
-            help="Denoising strength of the second stage; a list compares several.", kind=Strengths(), default="0.15"
+            help="Denoising strength of the second stage, 0 to 1; a list such as 0.1,0.15 compares several.",
+            section="Second stage",
+            kind=Strengths(),
+            default="0.15",
         ),
     ] = None
     strength_as: Annotated[
         StrengthMeaning | None,
-        Option(help="Whose meaning of strength.", kind=Choice(MEANINGS), default="comfyui"),
+        Option(
+            help="Count strength as this program does.",
+            section="Second stage",
+            kind=Choice(MEANINGS),
+            default="comfyui",
+        ),
     ] = None
-    refine_preset: Annotated[str | None, Option(help="Settings of ComfyUI's template for it.", kind=_PRESET)] = None
-    refine_steps: Annotated[int | None, _steps("the second stage", SECOND.steps)] = None
+    refine_preset: Annotated[
+        str | None,
+        Option(
+            help="Start the second stage from the settings of this template of ComfyUI.",
+            section="Second stage",
+            kind=_PRESET,
+        ),
+    ] = None
+    refine_steps: Annotated[int | None, _steps("the second stage", "Second stage", SECOND.steps)] = None
     refine_guidance: Annotated[
         float | None,
-        Option(help="Its guidance, as diffusers counts.", kind=Guidance(cfg="refine_cfg"), default="0"),
+        Option(
+            help="Guidance scale of the second stage as diffusers counts it.",
+            section="Second stage",
+            kind=Guidance(cfg="refine_cfg"),
+            default="0",
+        ),
     ] = None
-    refine_cfg: Annotated[float | None, Option(help="Its guidance, as ComfyUI counts.", kind=_CFG, default="1")] = None
-    refine_shift: Annotated[float | None, Option(help="Its shift.", kind=_SHIFT, default="its scheduler's, else 3")] = (
-        None
-    )
+    refine_cfg: Annotated[
+        float | None,
+        Option(
+            help="Guidance scale of the second stage as ComfyUI counts it.",
+            section="Second stage",
+            kind=_CFG,
+            default="1",
+        ),
+    ] = None
+    refine_shift: Annotated[
+        float | None,
+        Option(
+            help="Shift of the second stage's noise schedule.",
+            section="Second stage",
+            kind=_SHIFT,
+            default="that of the model, else 3",
+        ),
+    ] = None
     refine_sampler: Annotated[
-        SamplerName | None, Option(help="Its sampler.", kind=_SAMPLER, default=SECOND.sampler)
+        SamplerName | None,
+        Option(help="Sampler of the second stage.", section="Second stage", kind=_SAMPLER, default=SECOND.sampler),
     ] = None
     refine_scheduler: Annotated[
         Scheduler | None,
-        Option(help="Its scheduler.", kind=_SCHEDULER, default="simple; diffusers with `strength_as=diffusers`"),
+        Option(
+            help="Noise schedule of the second stage.",
+            section="Second stage",
+            kind=_SCHEDULER,
+            default="simple; diffusers with `strength_as=diffusers`",
+        ),
     ] = None
 
     def check(self) -> None:
@@ -245,13 +307,26 @@ class PartsOptions(Table):
     """The options for where the parts beside the transformer are."""
 
     pipeline: Annotated[
-        str | None, Option(help="The model to take text encoder and VAE from.", kind=ModelName(stored=True))
+        str | None,
+        Option(
+            help="Take text encoder, tokenizer and VAE from this pipeline folder.",
+            section="Text encoder and VAE",
+            kind=ModelName(stored=True),
+        ),
     ] = None
-    text_encoder: Annotated[Path | str | None, Option(help="Folder or file of the text encoder.", kind=File())] = None
+    text_encoder: Annotated[
+        Path | str | None,
+        Option(help="File or folder of the text encoder.", section="Text encoder and VAE", kind=File()),
+    ] = None
     tokenizer: Annotated[
-        Path | str | None, Option(help="Its tokenizer.", kind=File(), default="in it or beside it")
+        Path | str | None,
+        Option(
+            help="Folder of the tokenizer.", section="Text encoder and VAE", kind=File(), default="in it or beside it"
+        ),
     ] = None
-    vae: Annotated[Path | str | None, Option(help="File or folder of the VAE.", kind=File())] = None
+    vae: Annotated[
+        Path | str | None, Option(help="File or folder of the VAE.", section="Text encoder and VAE", kind=File())
+    ] = None
 
     @property
     def files(self) -> tuple[Path | None, Path | None, Path | None]:
@@ -263,20 +338,41 @@ class PartsOptions(Table):
 class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
     """The options that every look at a model's pictures takes."""
 
-    prompts: Annotated[Path | str | None, Option(help="A file with a prompt a line.", kind=File())] = None
+    prompts: Annotated[
+        Path | str | None, Option(help="Read the prompts from this file, one a line.", section="Pictures", kind=File())
+    ] = None
     seeds: Annotated[
         int | Sequence[int] | str | None,
-        Option(help="Seeds for every prompt, as in 1,2,3 or 1-8.", kind=Seeds(), also="seed", default="0"),
+        Option(
+            help="Draw every prompt with each of these seeds, e.g. 1,2,3 or 1-8.",
+            section="Pictures",
+            kind=Seeds(),
+            also="seed",
+            default="0",
+        ),
     ] = None
     negative: Annotated[
         str | None,
-        Option(help="What the picture must not show; read where cfg is not 1.", kind=String(empty=True)),
+        Option(help="Negative prompt; has no effect at cfg 1.", section="Pictures", kind=String(empty=True)),
     ] = None
     size: Annotated[
         tuple[int, int] | str | None,
-        Option(help="Width and height of the pictures.", kind=Sides(), default="the model's"),
+        Option(
+            help="Width and height of the pictures in pixels, e.g. 1024x768.",
+            section="Pictures",
+            kind=Sides(),
+            default="the model's",
+        ),
     ] = None
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:NUMBER.", kind=DeviceName(), missing=RUN)] = "auto"
+    device: Annotated[
+        str,
+        Option(
+            help="Compute on this device: auto, cpu, cuda or cuda:NUMBER.",
+            section="Machine",
+            kind=DeviceName(),
+            missing=RUN,
+        ),
+    ] = "auto"
 
     @property
     def seed_numbers(self) -> tuple[int, ...]:
@@ -326,43 +422,78 @@ class PicturesOptions(FirstStageOptions, SecondStageOptions, PartsOptions):
         )
 
 
-@dataclass(frozen=True)
-class SampleOptions(PicturesOptions):
-    """Pictures of prompts, by one model or by two in a row."""
+@dataclass(frozen=True, kw_only=True)
+class HandOffOptions(Table):
+    """The options that only pictures of two stages have."""
 
-    prompt: Annotated[
-        str | Sequence[str] | None, Option(help="What the picture shows.", kind=Texts("PROMPT"), argument=True)
-    ] = None
-    _: KW_ONLY
-    base: Annotated[str | None, Option(help="The model of the first stage.", kind=ModelName())] = None
-    loras: Annotated[
-        Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
-        Option(help="A LoRA on the first stage's model, with its strength.", kind=Loras(), flag="lora"),
-    ] = ()
     refine_loras: Annotated[
         Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
-        Option(help="A LoRA on the second stage's model.", kind=Loras(), flag="refine-lora"),
+        Option(
+            help="Add this LoRA to the second stage's model.", section="Second stage", kind=Loras(), flag="refine-lora"
+        ),
     ] = ()
     refine_prompt: Annotated[
-        str | None, Option(help="Prompt of the second stage.", kind=String(empty=True), default="the same")
+        str | None,
+        Option(
+            help="Prompt of the second stage.",
+            section="Second stage",
+            kind=String(empty=True),
+            default="the first stage's",
+        ),
     ] = None
     refine_seed: Annotated[
-        int | None, Option(help="Seed of the second stage.", kind=Integer(0, SEEDS - 1), default="the one after")
+        int | None,
+        Option(
+            help="Seed of the second stage.",
+            section="Second stage",
+            kind=Integer(0, SEEDS - 1),
+            default="the first stage's seed + 1",
+        ),
     ] = None
-    init_image: Annotated[Path | str | None, Option(help="Start the second stage from this picture.", kind=File())] = (
-        None
-    )
+    init_image: Annotated[
+        Path | str | None,
+        Option(
+            help="Start the second stage from this picture, without a first stage.", section="Second stage", kind=File()
+        ),
+    ] = None
     handoff: Annotated[
         Handoff | None,
         Option(
-            help="How the first stage's picture reaches the second: pixels for models with different VAEs.",
+            help="Pass the picture to the second stage as latents or as pixels, which models with different VAEs need.",
+            section="Second stage",
             kind=Choice(HANDOFFS),
             default="latent",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class SampleOptions(PicturesOptions, HandOffOptions):
+    """Pictures of prompts, by one model or by two in a row."""
+
+    prompt: Annotated[str | Sequence[str] | None, Option(help="The prompt.", kind=Texts("PROMPT"), argument=True)] = (
+        None
+    )
+    _: KW_ONLY
+    base: Annotated[
+        str | None, Option(help="Draw the pictures with this model.", section="First stage", kind=ModelName())
+    ] = None
+    loras: Annotated[
+        Mapping[str, float] | Sequence[str | tuple[str, Fraction]],
+        Option(
+            help="Add this LoRA to the first stage's model, e.g. style.safetensors:0.8.",
+            section="First stage",
+            kind=Loras(),
+            flag="lora",
+        ),
+    ] = ()
     dtype: Annotated[
         Precision,
-        Option(help="Dtype to compute in; auto is fp32 for small models, bf16 for large.", kind=Choice(PRECISIONS)),
+        Option(
+            help="Compute in this dtype; auto takes fp32 for small models and bf16 for large ones.",
+            section="Machine",
+            kind=Choice(PRECISIONS),
+        ),
     ] = "auto"
 
     def check(self) -> None:

@@ -14,15 +14,17 @@ MEASURES = ("sample", "all", "off")
 NON_FINITE = ("refuse", "keep")
 
 RUN: dict[Face, str] = {"recipe": "the user who runs a recipe decides how"}
-PLANNED: dict[Face, str] = RUN | {"node": "ComfyUI queues what is to be run"}
-DRY = "none, with `dry_run`"
+PLANNED: dict[Face, str] = RUN | {"node": "ComfyUI plans its runs itself"}
+DRY = "none; needed unless `dry_run`"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OverwriteOptions(Table):
     """The option for replacing an output that is there."""
 
-    overwrite: Annotated[bool, Option(help="Replace an existing output.", kind=Flag(), missing=RUN)] = False
+    overwrite: Annotated[
+        bool, Option(help="Replace the output if it exists.", section="Output", kind=Flag(), missing=RUN)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,10 @@ class WriteOptions(OverwriteOptions):
     """The same, and whether anything is written at all."""
 
     dry_run: Annotated[
-        bool, Option(help="Print what would be done, with the memory it takes, and stop.", kind=Flag(), missing=PLANNED)
+        bool,
+        Option(
+            help="Print the plan and the memory it takes, then stop.", section="Output", kind=Flag(), missing=PLANNED
+        ),
     ] = False
 
 
@@ -45,7 +50,8 @@ class ShardOptions(Table):
     """The options for the number of files of a model."""
 
     shard_size: Annotated[
-        int | str | None, Option(help="Write a folder of shards no larger than this, as in 5GB.", kind=Size())
+        int | str | None,
+        Option(help="Write a folder of shards of at most this size, e.g. 5GB.", section="Output", kind=Size()),
     ] = None
 
     @property
@@ -59,7 +65,14 @@ class ThreadOptions(Table):
     """The option for the number of threads."""
 
     threads: Annotated[
-        int | None, Option(help="Worker threads.", kind=Integer(1, 256), default="all cores", missing=RUN)
+        int | None,
+        Option(
+            help="Use this many worker threads.",
+            section="Machine",
+            kind=Integer(1, 256),
+            default="all cores",
+            missing=RUN,
+        ),
     ] = None
 
 
@@ -69,7 +82,12 @@ class ReaderOptions(ThreadOptions):
 
     reader: Annotated[
         Literal["auto", "mmap", "pread"],
-        Option(help="How files are read; same bytes.", kind=Choice(READERS), missing=RUN),
+        Option(
+            help="Read files through mmap or pread; the output is the same.",
+            section="Machine",
+            kind=Choice(READERS),
+            missing=RUN,
+        ),
     ] = "auto"
 
 
@@ -78,7 +96,13 @@ class DeviceOptions(Table):
     """The option for the device that computes."""
 
     device: Annotated[
-        str, Option(help="auto, cpu, cuda (every GPU) or cuda:NUMBER.", kind=DeviceName(), missing=RUN)
+        str,
+        Option(
+            help="Compute on this device: auto, cpu, cuda (every GPU) or cuda:NUMBER.",
+            section="Machine",
+            kind=DeviceName(),
+            missing=RUN,
+        ),
     ] = "auto"
 
 
@@ -88,7 +112,13 @@ class GpuOptions(DeviceOptions):
 
     gpu_memory: Annotated[
         int | str | None,
-        Option(help="Most memory to take of each GPU.", kind=Size(), default="80 % of what is free", missing=RUN),
+        Option(
+            help="Take at most this much memory of each GPU, e.g. 8GB.",
+            section="Machine",
+            kind=Size(),
+            default="80 % of what is free",
+            missing=RUN,
+        ),
     ] = None
 
     @property
@@ -103,7 +133,12 @@ class UnmatchedOptions(Table):
 
     skip_unmatched: Annotated[
         bool,
-        Option(help="Skip (and list) LoRA keys that match nothing in the model.", kind=Flag(), missing=RUN),
+        Option(
+            help="Skip and list LoRA keys that match nothing in the model, instead of failing.",
+            section="Checks",
+            kind=Flag(),
+            missing=RUN,
+        ),
     ] = False
 
 
@@ -113,7 +148,12 @@ class ForceOptions(Table):
 
     force: Annotated[
         bool,
-        Option(help="Merge models that do not look as if they belong together.", kind=Flag(), missing=RUN),
+        Option(
+            help="Merge even where a check finds that the models do not belong together.",
+            section="Checks",
+            kind=Flag(),
+            missing=RUN,
+        ),
     ] = False
 
 
@@ -123,7 +163,13 @@ class NonFiniteOptions(Table):
 
     non_finite: Annotated[
         Literal["refuse", "keep"],
-        Option(help="What to do with NaN and infinity.", kind=Choice(NON_FINITE), flag="nonfinite", missing=RUN),
+        Option(
+            help="Refuse NaN and infinity, or keep them.",
+            section="Number format",
+            kind=Choice(NON_FINITE),
+            flag="nonfinite",
+            missing=RUN,
+        ),
     ] = "refuse"
 
 
@@ -139,7 +185,8 @@ class MergeRunOptions(ReaderOptions, GpuOptions, NonFiniteOptions, UnmatchedOpti
     measure: Annotated[
         Literal["sample", "all", "off"],
         Option(
-            help="On how much of the output to measure what rounding did to the delta.",
+            help="How much of the output to check for rounding loss.",
+            section="Checks",
             kind=Choice(MEASURES),
             missing=RUN,
         ),
@@ -147,7 +194,8 @@ class MergeRunOptions(ReaderOptions, GpuOptions, NonFiniteOptions, UnmatchedOpti
     resume: Annotated[
         bool,
         Option(
-            help="Keep what is finished when the run is stopped; the same command then goes on from there.",
+            help="Keep finished work if the run is stopped; the same command then goes on from there.",
+            section="Output",
             kind=Flag(),
             missing=RUN,
         ),

@@ -12,10 +12,29 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mergetool.errors import UsageError
 from mergetool.options.kinds import Kind, sentence
+
+Section = Literal[
+    "",
+    "Models",
+    "Parts",
+    "Output",
+    "Number format",
+    "Ranks",
+    "Pictures",
+    "First stage",
+    "Second stage",
+    "Text encoder and VAE",
+    "Checks",
+    "Recipe files",
+    "Machine",
+    "Screen",
+]
+SECTIONS: tuple[Section, ...] = get_args(Section)[1:]
+"""The sections of a command's options, in the order in which help and documentation have them; a command's arguments are in none."""
 
 Face = Literal["command", "api", "recipe", "node"]
 FACES: tuple[Face, ...] = ("command", "api", "recipe", "node")
@@ -25,12 +44,15 @@ FACES: tuple[Face, ...] = ("command", "api", "recipe", "node")
 class Option:
     """An option's row, besides its name, type and default.
 
+    ``section`` is its section in help and documentation.
+
     ``flag`` is its spelling on the command line where that is not the name with hyphens, ``short`` another with one letter, ``also`` another name, ``argument`` that it stands there
     without a name; ``key`` is its spelling in a recipe. ``default`` is what the default means, in words, where the value alone does not say it. ``missing`` has, for a face that does not have the option, why.
     """
 
     help: str
     kind: Kind
+    section: Section = ""
     flag: str = ""
     short: str = ""
     also: str = ""

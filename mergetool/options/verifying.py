@@ -27,25 +27,32 @@ class LookOptions(PicturesOptions):
     depth: Annotated[
         Depth,
         Option(
-            help="tensors derives every tensor again and compares it; bytes compares the whole file, header and metadata too.",
+            help="Derive every tensor again and compare it, or every byte of the file, with header and metadata.",
+            section="Checks",
             kind=Choice(DEPTHS),
         ),
     ] = "tensors"
     images: Annotated[
         bool | None,
         Option(
-            help="Make pictures, or stop after the weights.",
+            help="Make pictures too, or check the weights alone.",
+            section="Checks",
             kind=Flag(),
             key="pictures",
-            default="where that takes minutes",
+            default="pictures on a GPU or of a small model",
         ),
     ] = None
     clip: Annotated[
-        Path | str | None, Option(help="Folder of a CLIP model, to score how pictures fit prompts.", kind=File())
+        Path | str | None,
+        Option(
+            help="Score how well pictures fit their prompts with the CLIP model in this folder.",
+            section="Checks",
+            kind=File(),
+        ),
     ] = None
-    report: Annotated[Path | str | None, Option(help="Write all of it as one HTML page.", kind=File("FILE.html"))] = (
-        None
-    )
+    report: Annotated[
+        Path | str | None, Option(help="Write the results as one HTML page.", section="Output", kind=File("FILE.html"))
+    ] = None
 
     @property
     def page(self) -> Path | None:
@@ -59,7 +66,13 @@ class InputsOptions(Table):
 
     inputs: Annotated[
         Mapping[str, str] | Sequence[str],
-        Option(help="Where an input is now.", kind=NamedModels(), flag="input", missing=KNOWN),
+        Option(
+            help="Where an input of the merge is now.",
+            section="Models",
+            kind=NamedModels(),
+            flag="input",
+            missing=KNOWN,
+        ),
     ] = ()
 
     @property
@@ -75,7 +88,8 @@ class RebuildOptions(InputsOptions, ThreadOptions, OverwriteOptions):
     write_to: Annotated[
         str | os.PathLike[str] | None,
         Option(
-            help="Keep what comes out, in this file or folder.",
+            help="Keep the merge that is made again, in this file or folder.",
+            section="Output",
             kind=OutputPath(),
             flag="output",
             short="-o",
@@ -90,7 +104,9 @@ class VerifyOptions(LookOptions, RebuildOptions):
 
     parents: Annotated[
         Sequence[str],
-        Option(help="Model to measure a file without recipe against.", kind=Models(), missing=KNOWN),
+        Option(
+            help="Measure a file without a recipe against this model.", section="Models", kind=Models(), missing=KNOWN
+        ),
     ] = ()
 
     def check(self) -> None:

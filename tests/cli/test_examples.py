@@ -1,24 +1,52 @@
-"""The first example of every help works as it stands, on models that come with mergetool."""
+"""Every example of a command's help runs as it stands, in a folder with small models under the names that it uses."""
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.run import mergetool
+from tests.faces.walk import CLI, commands
+from tests.standins import provide
+
+WITHOUT_EXAMPLES = {"help", "version", "lora subtract"}
+
+ELSEWHERE = {
+    "mergetool demo",
+    "mergetool demo --quick",
+    "mergetool demo -o story --no-progress",
+    "mergetool verify out.safetensors",
+}
+"""What takes minutes: tests/test_readme.py runs the demo, which verifies a merge with all its pictures."""
 
 
-def first_example(text: str) -> list[str]:
-    found = re.search(r"^\s*mergetool (.+)$", text, re.MULTILINE)
-    assert found
-    return shlex.split(found[1])
+def examples(epilog: str) -> list[str]:
+    """The commands that a help shows, each in one line."""
+    joined = re.sub(r"\s*\\\n\s*", " ", epilog)
+    return re.findall(r"^  (mergetool .+)$", joined, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["merge", "diff", "compare", "convert", "inspect"])
-def test_the_first_example_of_a_help_runs(command: str, tmp_path: Path) -> None:
-    words = first_example(importlib.import_module(f"mergetool.cli.{command}").EXAMPLES)
-    assert mergetool(*words, cwd=tmp_path).code == 0
+def shown() -> Iterator[str]:
+    for _, command in commands(CLI):
+        yield from examples(command.epilog or "")
+
+
+@pytest.mark.parametrize("line", sorted({*shown()} - ELSEWHERE), ids=str)
+def test_an_example_of_a_help_runs(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)[1:]
+    provide(tmp_path, words)
+    ran = mergetool(*words, cwd=tmp_path)
+    assert (ran.err, ran.code) == ("", 0)
+
+
+def test_every_command_has_examples() -> None:
+    without = {name for name, command in commands(CLI) if not examples(command.epilog or "")}
+    assert without == WITHOUT_EXAMPLES
+
+
+def test_the_examples_that_run_elsewhere_are_shown() -> None:
+    assert {*shown()} >= ELSEWHERE

@@ -56,7 +56,7 @@ def test_help_and_version_are_words_too() -> None:
 def test_help_of_no_command_names_those_that_there_are() -> None:
     ran = CliRunner().invoke(app, ["help", "lora", "mix"])
     assert ran.exit_code == 2
-    assert '"mergetool lora" has no command "mix"; it has inspect, bake' in ran.output
+    assert '"mergetool lora" has no command "mix"; its commands are inspect, bake' in ran.output
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mergetool.cli import console
 from mergetool.options.kinds import Choice
-from mergetool.options.table import Face, Row, rows
+from mergetool.options.table import SECTIONS, Face, Row, rows
 from tests.faces.walk import NODES, RECIPES, Operation, operations
 
 HEAD = """\
 # Options
 
-Made from the table of options (`mergetool/options/`), of which the command line, the functions of Python, the keys of a recipe and the inputs of
-ComfyUI's nodes are made too. An option has one name, one default and one meaning in all of them; a value that it does not take is refused everywhere, in the
-same words, before any work.
+This page is made from the table of options (`mergetool/options/`). The command line, the functions of Python, the keys of a recipe and the inputs of ComfyUI's
+nodes come from the same table: an option has one name, one default and one meaning in all of them, and all refuse a wrong value in the same words before any
+work.
 
-*Python* is the parameter's name, and that of a node's input; *recipe* is the key, where a recipe has it. A dash says that a face has not the option; why stands below the tables.
+*Python* has the parameter's name, which is also that of a node's input; *recipe* has the key. A dash means that the option is missing there; the end of the page says why.
 """
 
 
@@ -26,12 +26,12 @@ def lines() -> Iterator[str]:
     whys: dict[str, set[str]] = {}
     for operation in operations():
         console.speak_of(operation.table)
-        yield from ["", f"## {operation.name}", ""]
-        yield from _table(operation)
+        yield from ["", f"## {operation.name}"]
+        yield from _tables(operation)
         for row in rows(operation.table).values():
             for face, why in row.option.missing.items():
                 whys.setdefault(f"{FACES[face]}: {why}", set()).add(f"`{row.name}`")
-    yield from ["", "## What a face has not", ""]
+    yield from ["", "## Options that are missing somewhere", ""]
     for why, names in sorted(whys.items()):
         yield f"- {why}: {', '.join(sorted(names))}"
 
@@ -44,12 +44,21 @@ FACES: dict[Face, str] = {
 }
 
 
-def _table(operation: Operation) -> Iterator[str]:
+def _tables(operation: Operation) -> Iterator[str]:
+    """A table for the arguments, then one for each section that has options."""
+    for section in ("", *SECTIONS):
+        held = [row for row in rows(operation.table).values() if row.option.section == section]
+        if held:
+            yield from ["", f"**{section or 'Arguments'}**", ""]
+            yield from _table(operation, held)
+
+
+def _table(operation: Operation, held: Sequence[Row]) -> Iterator[str]:
     has_recipe, has_node = operation.table in RECIPES, operation.table in NODES
     columns = ["command line", "Python", *(["recipe"] if has_recipe else []), *(["node"] if has_node else [])]
-    yield f"| {' | '.join([*columns, 'default', 'what it says'])} |"
+    yield f"| {' | '.join([*columns, 'default', 'what it does'])} |"
     yield f"|{'---|' * (len(columns) + 2)}"
-    for row in rows(operation.table).values():
+    for row in held:
         cells = [_flag(row), f"`{row.name}`"]
         cells += [f"`{row.key}`" if "recipe" not in row.option.missing else "-"] if has_recipe else []
         cells += ["yes" if "node" not in row.option.missing else "-"] if has_node else []
