@@ -49,9 +49,9 @@ class Compare(Request, CompareOptions):
 def run_compare(asked: Compare, events: Events) -> Report:
     """Measure how far ``variant`` lies from ``base``, and advise a multiplier.
 
-    It reads both in one pass, part by part, and advises for their difference: the multiplier that gives the delta the size of ``reference -
-    reference_base``, and the one that makes it ``target`` of the norm of what it is added to. Conditions of ``fail_on`` that hold are in
-    the result's ``failed``. Raises MergetoolError.
+    It reads both in one pass, part by part. It advises two multipliers for the difference: one gives it the size of
+    ``reference - reference_base``, the other makes it ``target`` of the norm of the model that it is added to. The result's ``failed`` has the
+    conditions of ``fail_on`` that hold. Raises MergetoolError.
     """
     # Files are read while the libraries are imported; a choice of parts might leave most of them unread.
     with _reading_ahead([] if asked.include or asked.exclude or asked.computes else asked.models) as used:

@@ -107,8 +107,9 @@ class Paired:
 def run_diff(asked: Diff, events: Events, *, keeps_current: bool = False) -> Extracted:
     """Take the difference ``variant - base`` as a LoRA; both variants may be LoRAs themselves.
 
-    The result has rank, energy and residual of every matrix, and what was left out. Raises MergetoolError: UsageError and PatternError for what is
-    asked, InputMissing, DataError and FamilyError for inputs, OutputError, BusyError and StorageError for outputs, NonFiniteError for NaN and infinity.
+    The result has rank, energy and residual of every matrix, and lists skipped parts. Raises MergetoolError: UsageError and PatternError for
+    the request, InputMissing, DataError and FamilyError for inputs, OutputError, BusyError and StorageError for outputs, NonFiniteError for NaN
+    and infinity.
     """
     from mergetool.checkpoint.outputs import lora_target
     from mergetool.difference.extract import open_diff

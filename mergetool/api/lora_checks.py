@@ -135,7 +135,7 @@ class LoraContents:
 def run_lora_interference(asked: LoraInterference, events: Events) -> list[PairScores]:
     """Score, pair by pair, how much LoRAs act on the same thing.
 
-    With ``base`` they are models, whose differences to it are scored. Raises MergetoolError.
+    With ``base`` they are models, and their differences to it are scored. Raises MergetoolError.
     """
     pairs = []
     for first, second in combinations(asked.loras, 2):
@@ -172,9 +172,9 @@ def _of_differences(first: str, second: str, asked: LoraInterference, events: Ev
 
 
 def run_lora_verify(asked: LoraVerify, events: Events) -> LoraVerified:
-    """Compare base + LoRA with the tuned model, layer by layer.
+    """Compare base + LoRA with the tuned model, layer by layer, before and after rounding.
 
-    It does so before and after rounding. Raises MergetoolError.
+    Raises MergetoolError.
     """
     from mergetool.lora.verify import open_check, verify_lora
 

@@ -167,9 +167,9 @@ def run_lora_merge(asked: LoraMerge, events: Events) -> Summed:
 
 
 def run_lora_orthogonal(asked: LoraOrthogonal, events: Events) -> Summed:
-    """Take the part of one LoRA that is orthogonal to another.
+    """Take the part of one LoRA that is orthogonal to another, in every module by itself.
 
-    It does so in every module by itself. Raises MergetoolError.
+    Raises MergetoolError.
     """
     from mergetool.lora import operations
 

@@ -165,8 +165,8 @@ class Done:
 def run_merge(asked: Merge, events: Events, *, keeps_current: bool = False) -> Merged:
     """Merge checkpoints by an expression: complete, or not at all.
 
-    Raises MergetoolError: ExpressionError, PatternError or UsageError for what is asked, InputMissing and DataError for inputs, LineageError for models that
-    do not look as if they belong together, OutputError, BusyError and StorageError for the output, NonFiniteError for NaN and infinity.
+    Raises MergetoolError: ExpressionError, PatternError or UsageError for the request, InputMissing and DataError for inputs, LineageError for
+    models that do not seem to belong together, OutputError, BusyError and StorageError for the output, NonFiniteError for NaN and infinity.
     """
     return _one(asked.expression, asked, part(MergeOptions, asked), events, keeps_current=keeps_current)
 
@@ -179,8 +179,7 @@ def run_bake(asked: Bake, events: Events) -> Merged:
 def run_convert(asked: Convert, events: Events) -> Merged:
     """Write a model in another form.
 
-    The outcome has the error that this cost each tensor. Raises
-    what `merge` raises.
+    The outcome has the error of every tensor. Raises the same as `merge`.
     """
     from mergetool.recipe.argument import expression_of
 

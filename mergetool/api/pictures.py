@@ -64,8 +64,8 @@ class Drawn:
 def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) -> list[Picture]:
     """Make a picture of every prompt with every seed, in that order, by one model or two stages.
 
-    With a ``refiner`` each picture is the last stage's, one for each ``strength``. They are written where there is an ``output``, with ``always_writes`` to its
-    default without one. The same seed gives the same picture. What was asked for and has no effect is noted. Raises MergetoolError.
+    With a ``refiner`` each picture is the last stage's, one for each ``strength``. They are written to ``output``, or without one, with
+    ``always_writes``, to its default. The same seed gives the same picture. Options without effect are noted. Raises MergetoolError.
     """
     from mergetool.checkpoint.paths import typed
     from mergetool.sampler import settings, written

@@ -157,7 +157,7 @@ def _require_pages(surveyed: Survey, *, overwrite: bool) -> None:
 class Recipe:
     """A recipe file, read and checked, with variables set: ``Recipe("bridge.yaml", m=20)``.
 
-    Raises RecipeError, with line and column, for all that is wrong in it, InputMissing where it is not there.
+    Raises RecipeError, with line and column, for any error in it, and InputMissing if it does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str], **variables: float | str | Fraction) -> None:

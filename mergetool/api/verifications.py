@@ -41,13 +41,11 @@ class Rebuild(Request, RebuildOptions):
 
 
 def run_verify(asked: Verify, events: Events) -> Verification:
-    """Derive every tensor of a merge again, then look at its pictures.
+    """Derive every tensor of a merge again, then look at its pictures beside the parents'.
 
-    They are looked at beside the parents' pictures.
-
-    To the ``depth`` of bytes the whole file is compared, header and metadata too, and ``write_to`` keeps what was made again. A file without a recipe
-    is measured against ``parents``, and judged by its pictures alone. ``images`` True makes pictures, False does not, None where that takes minutes.
-    What a check says no to is in the result; an exception is raised for what cannot be checked.
+    To the ``depth`` of bytes it compares the whole file, header and metadata too, and ``write_to`` keeps the new one. A file without a recipe
+    is measured against ``parents``, and judged by its pictures alone. ``images`` True makes pictures, False does not, None does on a GPU
+    or for a small model. Failed checks are in the result; an exception is raised for impossible ones.
     """
     from mergetool.verification import checks
 
@@ -59,8 +57,7 @@ def run_verify(asked: Verify, events: Events) -> Verification:
 def run_replay(asked: Rebuild, events: Events) -> Replay:
     """Make a merge again from its metadata's recipe, and compare every byte.
 
-    The file or the folder is compared. It is `verify` to the depth of bytes, without pictures. What is not the same is in the result, with
-    the reason.
+    The file or the whole folder counts. It equals `verify` to the depth of bytes, without pictures. The result lists each difference with its reason. Raises MergetoolError.
     """
     how = values(part(RebuildOptions, asked))
     verification = run_verify(Verify(asked.output, depth="bytes", images=False, **how), events)

@@ -53,12 +53,11 @@ Container = Literal["safetensors", "sharded safetensors", "GGUF"]
 class Checkpoint:
     """A read view over one model. Opening reads headers only; tensors are read where they lie.
 
-    ``source`` is the name the user gave. ``tensors`` maps every name to its TensorInfo in file order, shard
-    after shard; its offsets count from the data section of its own file (see `locate`). ``files`` are what lies on the disk, and must not
-    change: of a checkpoint that is computed its operands'. ``metadata`` is that of
-    the file, or of all shards together, the first one's where they differ. ``config`` is the ``config.json``
-    beside the files of a folder, an index, or a file with one of the names diffusers gives. ``packed`` has the tensors of a
-    GGUF file that are blocks, which appear as bytes in ``tensors``. All methods may be called from several threads.
+    ``source`` is the user's name for it. ``tensors`` maps every name to its TensorInfo in file order, shard after shard; offsets count from
+    the data section of each file (see `locate`). ``files`` are the files on the disk, or the operands' for a computed checkpoint; they must
+    not change. ``metadata`` is that of the file, or of all shards together; where shards differ, the first one wins. ``config`` is the
+    ``config.json`` of a folder or an index, or beside a file with one of diffusers' names. ``packed`` has the block tensors of a GGUF file,
+    which appear as bytes in ``tensors``. All methods may be called from several threads.
     """
 
     source: str

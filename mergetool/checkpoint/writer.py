@@ -19,11 +19,11 @@ from mergetool.checkpoint.progress import JournalKeeper, PlacedFile
 
 
 class CheckpointWriter:
-    """A checkpoint whose complete layout is known, being written beside its target.
+    """A checkpoint in the making, beside its target. Its complete layout is known.
 
     ``kept`` are the finished tensors of an interrupted run, ``resumed`` the bytes of those that `keep` took over.
-    Only `commit` publishes, and only when every byte of every tensor was written exactly once: leaving the
-    ``with`` block without it, by an exception or not, leaves the target as it was and nothing beside it.
+    Only `commit` publishes, and only when every byte of every tensor was written exactly once. If the ``with`` block ends without it, by an
+    exception or not, the target stays as it was, with nothing beside it.
 
     >>> with CheckpointWriter.stage(Path("out.safetensors"), header) as out:
     ...     out.write("a.weight", 0, data)

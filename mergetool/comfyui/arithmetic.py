@@ -27,7 +27,7 @@ class SubtractNode:
     """``multiplier * (a - b)``, in float32, before anything is added."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "multiplier * (a - b): what a learned that b did not know. Nothing is computed until it is saved."
+    DESCRIPTION = "multiplier * (a - b): what a learned beyond b. Nothing is computed until you save."
     RETURN_TYPES = (links.DELTA,)
     RETURN_NAMES = ("delta",)
     FUNCTION = "subtract"
@@ -47,7 +47,7 @@ class AddNode:
     """``model + multiplier * delta``."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "model + multiplier * delta. Nothing is computed until it is saved."
+    DESCRIPTION = "model + multiplier * delta. Nothing is computed until you save."
     RETURN_TYPES = (links.MODEL,)
     RETURN_NAMES = ("model",)
     FUNCTION = "add"
@@ -68,7 +68,7 @@ class MergeExpressionNode:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Any merge that mergetool's command line takes, as in: a + 20 * (b - c). The linked models are a, b, c and d; registered names, "
+        "Any merge that you can type for mergetool, as in: a + 20 * (b - c). The linked models are a, b, c and d; registered names, "
         "quoted paths and merge methods work too. The anchor gives the output its names, dtypes and protected tensors."
     )
     RETURN_TYPES = (links.MODEL,)

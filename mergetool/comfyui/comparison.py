@@ -22,8 +22,8 @@ class CompareNode:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "How far the variant lies from the base, by group, and the multiplier to add the difference with: what gives it the size of reference - base, or, "
-        "without a reference, the wanted change. Link the multiplier to Add Difference. Merges need not be saved."
+        "Measure how far the variant lies from the base, by group, and advise a multiplier for their difference: it gets the size of reference - base, or, "
+        "without a reference, the target change. Link the multiplier to Add Difference. Merges need not be saved."
     )
     RETURN_TYPES = ("FLOAT", "STRING")
     RETURN_NAMES = ("multiplier", "report")

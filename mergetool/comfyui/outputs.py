@@ -23,7 +23,7 @@ class SaveNode:
     """A merge, streamed into a checkpoint."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "Merge and write a checkpoint, in one pass over the files. A file that was made of the same inputs in the same way is left as it is."
+    DESCRIPTION = "Merge and write a checkpoint, in one pass over the files. A file that was made from the same inputs in the same way stays."
     RETURN_TYPES = (links.MODEL, "STRING", "STRING")
     RETURN_NAMES = ("model", "path", "report")
     FUNCTION = "save"
@@ -67,7 +67,7 @@ class ExtractLoraNode:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "variant - base as a LoRA. A merge that is linked need not be saved. "
-        "A file that was made of the same inputs in the same way is left as it is."
+        "A file that was made from the same inputs in the same way stays."
     )
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("path", "report")

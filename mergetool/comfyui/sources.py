@@ -18,7 +18,7 @@ class ModelFileNode:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "A checkpoint in ComfyUI's folder of diffusion models. It is read while something is saved, never loaded whole."
+        "A checkpoint in ComfyUI's folder of diffusion models. It is read while a node saves, never loaded whole."
     )
     RETURN_TYPES = (links.MODEL,)
     RETURN_NAMES = ("model",)
@@ -44,7 +44,7 @@ class NamedModelNode:
     """A model as on the command line: a registered name, a path, hf:// or lab.NAME."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "A model as mergetool's command line names it: a registered name, a path of a file or folder, hf://org/repo, or lab.NAME."
+    DESCRIPTION = "A model by a registered name, the path of a file or folder, hf://org/repo, or lab.NAME."
     RETURN_TYPES = (links.MODEL,)
     RETURN_NAMES = ("model",)
     FUNCTION = "name"
@@ -69,7 +69,7 @@ class LoraFileNode:
     """A LoRA in ComfyUI's folder of LoRAs, as a difference."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "A LoRA in ComfyUI's folder, in any spelling that is known, as a difference: link it to Add Difference, whose multiplier is its strength."
+    DESCRIPTION = "A LoRA in ComfyUI's folder, in any known spelling, as a difference. Link it to Add Difference; the multiplier there is its strength."
     RETURN_TYPES = (links.DELTA,)
     RETURN_NAMES = ("delta",)
     FUNCTION = "name"

@@ -71,9 +71,8 @@ def open_diff(
 ) -> Iterator[Pairing]:
     """Pair two models by name or path. They are closed at the end of the ``with`` block, except those of ``inputs``.
 
-    Both variants may be LoRAs, in any spelling, which their keys tell; what of one matches nothing in the base is an
-    error, or with ``skip_unmatched`` listed. Raises InputMissing, DataError, FamilyError, PatternError or UsageError; no tensor
-    is read.
+    Both variants may be LoRAs, in any spelling; their keys tell. A key without a match in the base is an error, or with ``skip_unmatched``
+    listed. No tensor is read. Raises InputMissing, DataError, FamilyError, PatternError or UsageError.
     """
     with ExitStack() as stack:
         opened = inputs or Inputs(stack, skip_unmatched=skip_unmatched)
@@ -97,14 +96,16 @@ def extract(
     memory: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
-    """Decompose every matrix of ``pairing``, and publish the factors, whole or not at all. They go to ``output``.
+    """Decompose every matrix of ``pairing``, and publish the factors, whole or not at all.
 
-    Factors are named by `formats.factors_of`. What is stored whole goes to ``options.full``, which is published first, and not at all where there is nothing for it. ``threads`` is how many matrices are worked on at once (default: one a core); the bytes do not depend on it. With a ``device`` matrices are decomposed there, in batches
-    that take about ``memory`` bytes of it (0: four fifths of what is free); the file is the same but for the last bits of its
-    values, which differ with device and batch; what `on_the_cpu` names is done on the CPU in any case.
+    The factors go to ``output``, under the names of `formats.factors_of`. Whole differences go to ``options.full``, which is published first,
+    and only if there are any. ``threads`` is the number of matrices worked on at once (default: one a core); the bytes do not depend on it.
+    With a ``device`` it decomposes matrices there, in batches that take about ``memory`` bytes of it (0: four fifths of the free memory). The
+    file is then the same but for the last bits of its values, which differ with device and batch. The CPU does the work named by `on_the_cpu`
+    in any case.
 
-    ``options.spectra`` is a side file: the directions that it has are not searched for again, those that it has not are added, at least
-    as many of each matrix as may be kept. The output is the same as when they are found in the run.
+    ``options.spectra`` is a side file: its directions are used without a search, and missing ones are added, at least as many of each matrix as
+    may be kept. The output is the same as without the file.
 
     Raises NonFiniteError for NaN or infinity in an input, UsageError where no direction is to be kept or the side file belongs to other
     models, OutputError, BusyError, StorageError or DataError.

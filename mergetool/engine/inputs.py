@@ -140,10 +140,9 @@ def opened(name: str, *, fingerprints: bool = True) -> Iterator[Input]:
 def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """Open and recognise a MODEL: a name, path, address or expression.
 
-    An expression's tensors are computed when they are read.
-
-    Only headers and markers are read, of an expression's models a few megabytes too. Raises InputMissing, DataError and UsageError, ExpressionError for
-    an expression, and DataError for quantised weights that are not read unless ``names_only`` says that only names and stored shapes matter.
+    Only headers and markers are read; of an expression's models a few megabytes too. An expression's tensors are computed when they are read.
+    Raises InputMissing, DataError and UsageError, ExpressionError for an expression, and DataError for quantised weights of unreadable kinds
+    unless ``names_only`` says that only names and stored shapes matter.
     """
     if expression_of(model) is None:
         return models.open_model(model, names_only=names_only)

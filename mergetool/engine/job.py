@@ -39,8 +39,9 @@ def open_merge(
 ) -> Iterator[Plan]:
     """Plan the merge that ``text`` describes. Its inputs are closed at the end of the ``with`` block.
 
-    What a LoRA has for no tensor of the anchor is an error, or with ``skip_unmatched`` named in the plan. Without ``fingerprints`` no tensor is read, which is enough for a dry run. Raises ExpressionError, InputMissing,
-    DataError and their kin: every failure that needs no tensor data happens here.
+    A LoRA key without a tensor in the anchor is an error, or with ``skip_unmatched`` listed in the plan. Without ``fingerprints`` no tensor is
+    read, which is enough for a dry run. Every failure that needs no tensor data happens here: ExpressionError, InputMissing, DataError and
+    their kin.
     """
     items = [(text, options or MergeOptions())]
     with open_merges(items, fingerprints=fingerprints, skip_unmatched=skip_unmatched) as (plan,):
@@ -78,13 +79,12 @@ def run_merge(
 ) -> Outcome:
     """Run ``plan`` and publish its output: complete, or not at all.
 
-    What a path becomes, `outputs.model_target` says. A folder gets shards (of at most ``shard_size`` bytes), an index
-    and, where one is known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError,
-    BusyError, StorageError, DeviceError, NonFiniteError or DataError; ``output`` is then what it was before.
+    `outputs.model_target` decides between file and folder. A folder gets shards (of at most ``shard_size`` bytes), an index and, where one is
+    known, a config.json. ``compared`` asks for the error of every tensor, on the CPU. Raises OutputError, BusyError, StorageError, DeviceError,
+    NonFiniteError or DataError; ``output`` is then as before.
 
-    With ``resume`` a run that is interrupted leaves what it had finished beside ``output``, and one that finds such a stage of the same
-    recipe, inputs and versions goes on from it: what is there is read again, and its digests checked. An exception then says in a note
-    how much is kept.
+    With ``resume`` an interrupted run leaves its finished tensors beside ``output``. The next one finds that stage, if recipe, inputs and
+    versions are the same, reads it again, checks its digests, and goes on. An exception then tells in a note how much is kept.
     """
     (outcome,) = run_merges(
         [plan],

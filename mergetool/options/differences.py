@@ -162,11 +162,11 @@ class FileOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
-    """The options that, besides its models, decide a difference LoRA's bytes.
+    """The options that decide the bytes of a difference LoRA, besides its models.
 
-    ``rank`` 0 chooses each matrix's rank by ``rule`` and ``rank_thresh``, as `lowrank.rules` defines them; with ``budget`` the ranks are those with the
-    least error in a file of that size. With a second variant the common part is taken, or with ``union`` the union with ``weights``, or with
-    ``orthogonal`` the part of the first that is orthogonal to the second (`lowrank.sets`).
+    With ``rank`` 0, ``rule`` and ``rank_thresh`` choose each matrix's rank, as `lowrank.rules` defines them; with ``budget`` the ranks have
+    the least error in a file of that size. With a second variant the LoRA holds the common part, or with ``union`` the union by ``weights``,
+    or with ``orthogonal`` the part of the first that is orthogonal to the second (`lowrank.sets`).
     """
 
     rank: Annotated[

@@ -124,11 +124,11 @@ class RoundingOptions(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
-    """The options that, besides its expression, decide the bytes of a merge.
+    """The options that decide the bytes of a merge, besides its expression.
 
-    ``keep_from`` names the model of kept tensors, ``multipliers`` are settings in order (a later one wins; see `options.multipliers`), ``dtype``,
-    ``layout`` and ``prefix`` are the output's, None for the anchor's; the prefix stands before every tensor name. ``bundled`` is what becomes of
-    the VAE, the text encoders and the like in the first model's file (see `recipe.bundled`).
+    ``keep_from`` names the model of kept tensors. ``multipliers`` are settings in order; a later one wins (see `options.multipliers`).
+    ``dtype``, ``layout`` and ``prefix`` are the output's, None for the anchor's; the prefix stands before every tensor name. ``bundled``
+    decides about the VAE, the text encoders and the like in the first model's file (see `recipe.bundled`).
     """
 
     protect: Annotated[

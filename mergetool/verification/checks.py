@@ -60,7 +60,7 @@ class Verification:
 def verify(output: str, asked: VerifyOptions, bars: Bars) -> Verification:
     """Check a model's weights, and its pictures.
 
-    ``images`` makes them with True, never with False, and with None unless that takes minutes.
+    ``images`` makes them with True, never with False, and with None on a GPU or for a small model.
 
     The weights of a merge are derived again from its recipe, to the ``depth`` of bytes the whole file; those of another file are measured against
     ``parents``. Raises what cannot be checked at all; what a check says no to is in the result.
