@@ -84,9 +84,8 @@ def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) ->
     from PIL.Image import fromarray
 
     from mergetool.sampler import session  # torch and the libraries of models: what could be wrong was told before
-    from mergetool.sampler.studio import Studio
 
-    studio = Studio.of(prepared)
+    studio = session.opened(prepared)
     prepared = replace(prepared, device=studio.device)
     events.plan(prepared, 0)
     for note in prepared.notes:

@@ -12,7 +12,7 @@ from mergetool.cli.report import CommandEvents
 
 if TYPE_CHECKING:
     from mergetool.api.pictures import Drawn
-    from mergetool.sampler.request import PictureRequest, Stage
+    from mergetool.sampler.request import PictureRequest, PipelineStage, Stage
     from mergetool.sampler.settings import Prepared
 
 
@@ -80,8 +80,14 @@ def _print_plan(request: PictureRequest, device: str) -> None:
         )
 
 
-def _stage_line(stage: Stage) -> str:
+def _stage_line(stage: Stage | PipelineStage) -> str:
+    from mergetool.sampler.request import PipelineStage
+
     evaluations = console.plural(stage.evaluations, "evaluation")
+    if isinstance(stage, PipelineStage):
+        given = {"guidance": stage.guidance, "cfg": stage.cfg}
+        settings = [f"{name} {value:g}" for name, value in given.items() if value is not None] or ["its own guidance"]
+        return f"{stage.model}: {evaluations}, {', '.join(settings)}, diffusers' {stage.kind}"
     return (
         f"{stage.model}: {evaluations} from sigma {stage.levels()[0]:.3f}, shift {stage.shift:g}, "
         f"guidance {stage.guidance:g} (cfg {stage.guidance + 1:g}), {stage.sampler}, {stage.scheduler}"

@@ -42,6 +42,8 @@ class StagePreset:
 
 FIRST = StagePreset(steps=30, cfg=4.0)
 SECOND = StagePreset(steps=4, cfg=1.0)
+ACROSS = StagePreset(steps=10, cfg=1.0, strength=0.5)
+"""A second stage over another family's picture, as guides have it: strength 0.4 to 0.6, 8 to 12 steps."""
 
 PRESETS: Mapping[str, StagePreset] = {
     "comfyui-base": StagePreset(25, 4.0, 3.0, "res_multistep", "simple"),

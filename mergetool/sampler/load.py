@@ -15,11 +15,17 @@ from torch import Tensor
 from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Part
+from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.engine.computed import ComputedCheckpoint
 from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import DataError, FamilyError
 from mergetool.ops.cpu import as_tensor
+from mergetool.options.merging import MergeOptions
 from mergetool.quant.encoding import Encoding
+from mergetool.recipe.expression import parse
+from mergetool.recipe.plan import plan_merge
+from mergetool.recipe.quotes import quote
 from mergetool.recipe.steps import Input
 from mergetool.sampler.parts import (
     Components,
@@ -33,6 +39,7 @@ from mergetool.sampler.parts import (
     require_whole,
     transformer_config,
 )
+from mergetool.sampler.pipeline_folder import PipelineFolder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
@@ -59,11 +66,10 @@ def load_transformer(
     with opened_model(model) as opened:
         config = transformer_config(opened)
         require_whole(opened)
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             built = ZImageTransformer2DModel.from_config(config)
-        wanted = {name: tuple(parameter.shape) for name, parameter in built.state_dict().items()}
         parts = {name: part for name, part in opened.anatomy.parts.items() if name not in opened.anatomy.family.unused}
-        _require_equal(model, wanted, parts)
+        _require_equal(model, built.state_dict(), {name: part.shape for name, part in parts.items()})
         state = {name: _read(opened.checkpoint, part).to(dtype) for name, part in parts.items()}
         for lora in loras:
             _add_lora(state, lora, opened)
@@ -71,16 +77,72 @@ def load_transformer(
     return built.eval().requires_grad_(False)
 
 
-def _require_equal(model: str, wanted: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> None:
-    missing = [name for name in wanted if name not in parts]
-    extra = [name for name in parts if name not in wanted]
+def load_pipeline(folder: PipelineFolder, *, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline of a folder, with a MODEL's weights in its denoiser's place where the folder says so.
+
+    Nothing is fetched and no pickle is read. Raises DataError for a folder that diffusers cannot load, and FamilyError for a MODEL whose
+    tensors are not those of the folder's denoiser.
+    """
+    kind = pipeline_class(folder.kind)
+    if kind is None:
+        import diffusers
+
+        raise DataError(
+            f'diffusers {diffusers.__version__} has no {folder.kind}, which "{folder.path}" asks for; install a newer diffusers.'
+        )
+    given: dict[str, Any] = {}
+    if folder.model is not None:
+        given[folder.denoiser] = _load_denoiser(folder, dtype=dtype)
+    with quiet(), _readable(folder.path, "pipeline"):
+        return kind.from_pretrained(folder.path, torch_dtype=dtype, use_safetensors=True, **_LOCAL, **given)
+
+
+def pipeline_class(name: str) -> Any:
+    """diffusers' class of that name, or None."""
+    with quiet():
+        import diffusers
+
+        return getattr(diffusers, name, None)
+
+
+def _load_denoiser(folder: PipelineFolder, *, dtype: torch.dtype) -> torch.nn.Module:
+    """The denoiser of a folder's config with the weights of its MODEL."""
+    import diffusers
+
+    assert folder.model is not None
+    with opened_model(folder.model) as opened:
+        built_as = getattr(diffusers, str(folder.config.get("_class_name")))
+        with quiet(), torch.device("meta"):
+            built = built_as.from_config(folder.config)
+        with _in_diffusers_names(opened) as file:
+            shapes = {name: info.shape for name, info in file.tensors.items()}
+            _require_equal(folder.model, built.state_dict(), shapes)
+            state = {name: _whole(file, name, None).to(dtype) for name in shapes}
+    built.load_state_dict(state, assign=True)
+    loaded: torch.nn.Module = built.eval().requires_grad_(False)
+    return loaded
+
+
+@contextmanager
+def _in_diffusers_names(opened: Input) -> Iterator[Checkpoint]:
+    """A model as the file in diffusers' layout that `convert` would write, computed while it is read."""
+    layout = None if opened.anatomy.family is GENERIC else "diffusers"
+    expression = parse(quote(opened.name), known=[opened.name])
+    with ComputedCheckpoint(
+        plan_merge(expression, [opened], MergeOptions(layout=layout, prefix="", bundled="drop")), opened.name
+    ) as computed:
+        yield computed
+
+
+def _require_equal(model: str, built: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.items()}
+    missing = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted]
     if missing or extra:
         raise FamilyError(lacking(model, missing, extra))
     for name, shape in wanted.items():
-        if parts[name].shape != shape:
-            raise FamilyError(
-                f'tensor "{name}" of {model} is {list(parts[name].shape)}, its config needs {list(shape)}.'
-            )
+        if stored[name] != shape:
+            raise FamilyError(f'tensor "{name}" of {model} is {list(stored[name])}, its config needs {list(shape)}.')
 
 
 def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
@@ -127,14 +189,14 @@ def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[Pr
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     folder = config_folder(components.text_encoder, "text_encoder")
-    with opened_text_encoder(components) as weights, _quiet(), _readable(components.text_encoder, "text encoder"):
+    with opened_text_encoder(components) as weights, quiet(), _readable(components.text_encoder, "text encoder"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         with torch.device("meta"):
             encoder = AutoModel.from_config(config)
         encoder.load_state_dict(_state(weights, encoder.state_dict(), dtype), assign=True)
         # What is not stored, the rotary frequencies, is computed by the constructor; on "meta" it has no values.
         encoder.rotary_emb = type(encoder.rotary_emb)(config=config)
-    with _quiet(), _readable(components.tokenizer, "tokenizer"):
+    with quiet(), _readable(components.tokenizer, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, **_LOCAL)
     if tokenizer.chat_template is None:
         raise DataError(
@@ -147,7 +209,7 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE, from a diffusers folder or a single file. Raises DataError when the file does not hold it, whole and nothing else."""
     from diffusers import AutoencoderKL
 
-    with opened_vae(components) as weights, _quiet(), _readable(components.vae, "VAE"):
+    with opened_vae(components) as weights, quiet(), _readable(components.vae, "VAE"):
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(config_folder(components.vae, "vae")))
         vae.load_state_dict(_state(weights, vae.state_dict(), dtype), assign=True)
@@ -165,7 +227,7 @@ def _readable(path: Path, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' advice and progress bars on the way."""
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -98,6 +98,16 @@ class Components:
         """Raises DataError for the config of something else."""
         return architectures.Vae.of(config_of(self.vae, "vae"), str(self.vae))
 
+    @property
+    def picture_side(self) -> int:
+        """Pixels a side of a picture by default."""
+        return self.vae_config.sample_size
+
+    @property
+    def picture_unit(self) -> int:
+        """Pixels that both sides of a picture are multiples of."""
+        return 2 * self.vae_config.reduction
+
     def check(self) -> None:
         """Raises DataError for a part that is not whole.
 

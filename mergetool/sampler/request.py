@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +13,13 @@ from numpy.typing import NDArray
 from mergetool.errors import UsageError
 from mergetool.options.sampling import SEEDS, Handoff, SamplerName, Scheduler, StrengthMeaning
 from mergetool.sampler.parts import Components, WeightedLora
+from mergetool.sampler.pipeline_folder import PipelineFolder
 from mergetool.sampler.schedule import levels, refinement_levels
 
 Pictures = NDArray[np.uint8]
+
+StepCounter = Callable[[int], None]
+"""Told how many evaluations of a model were done since it was last told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,73 @@ class Stage:
         """
         return len(list(itertools.groupby(self.levels()))) - 1
 
+    def record(self) -> dict[str, Any]:
+        """The stage in a picture's metadata, with the level it starts from and how often the model is asked."""
+        return {
+            "model": self.model,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "shift": self.shift,
+            "sampler": self.sampler,
+            "scheduler": self.scheduler,
+            "start_sigma": self.levels()[0],
+            "evaluations": self.evaluations,
+            "loras": {str(lora.path.name): lora.strength for lora in self.loras},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStage:
+    """A stage that a pipeline of diffusers draws, with its own sampler and schedule.
+
+    ``kind`` is the pipeline's class. A ``guidance`` or ``cfg`` of None is the pipeline's default.
+    """
+
+    model: str
+    kind: str
+    steps: int
+    guidance: float | None = None
+    cfg: float | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Count the steps, guidance counted once."""
+        return self.steps
+
+    def record(self) -> dict[str, Any]:
+        """The stage in a picture's metadata."""
+        given = {"guidance": self.guidance, "cfg": self.cfg}
+        known = {name: value for name, value in given.items() if value is not None}
+        return {
+            "model": self.model,
+            "pipeline": self.kind,
+            "steps": self.steps,
+            "evaluations": self.evaluations,
+            **known,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRefinement(PipelineStage):
+    """A second stage that a pipeline of diffusers draws from pictures."""
+
+    strength: float = 0.5
+    strength_as: StrengthMeaning = "comfyui"
+
+    @property
+    def schedule(self) -> int:
+        """diffusers' number of steps, of which it takes the share ``strength``; as ComfyUI counts, so many that ``steps`` are taken."""
+        return self.steps if self.strength_as == "diffusers" else int(self.steps / self.strength)
+
+    @property
+    def evaluations(self) -> int:
+        """Count the steps that diffusers takes of its schedule."""
+        return min(int(self.schedule * self.strength), self.schedule)
+
+    def record(self) -> dict[str, Any]:
+        """The stage in a picture's metadata."""
+        return PipelineStage.record(self) | {"strength": self.strength, "strength_as": self.strength_as}
+
 
 @dataclass(frozen=True, slots=True)
 class Refinement(Stage):
@@ -75,6 +148,10 @@ class Refinement(Stage):
 
     def levels(self) -> tuple[float, ...]:
         return refinement_levels(self.steps, self.shift, self.strength, self.strength_as, self.scheduler)
+
+    def record(self) -> dict[str, Any]:
+        """The stage in a picture's metadata."""
+        return Stage.record(self) | {"strength": self.strength, "strength_as": self.strength_as}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +165,11 @@ class PictureRequest:
 
     shots: tuple[Shot, ...]
     size: tuple[int, int]
-    first: Stage | None = None
-    refinements: tuple[Refinement, ...] = ()
+    first: Stage | PipelineStage | None = None
+    refinements: tuple[Refinement | PipelineRefinement, ...] = ()
     start: Pictures | None = None
     handoff: Handoff = "latent"
-    refiner_parts: Components | None = None
+    refiner_parts: Components | PipelineFolder | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a request that makes nothing, or takes its pictures from two places."""
@@ -104,7 +181,7 @@ class PictureRequest:
             raise UsageError("there is no prompt; give one, or a file of them with `prompts`.")
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[Stage | PipelineStage, ...]:
         return (*((self.first,) if self.first else ()), *self.refinements)
 
     @property

@@ -5,13 +5,52 @@ There can be any number of second stages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+import torch
 
-from mergetool.sampler.request import PictureRequest, Pictures, Refinement, Shot, Stage
-from mergetool.sampler.studio import StepCounter, Studio
+from mergetool.engine import device as devices
+from mergetool.sampler.diffusers_studio import DiffusersStudio
+from mergetool.sampler.parts import Components
+from mergetool.sampler.pipeline_folder import PipelineFolder
+from mergetool.sampler.request import (
+    PictureRequest,
+    Pictures,
+    PipelineRefinement,
+    PipelineStage,
+    Refinement,
+    Shot,
+    Stage,
+    StepCounter,
+)
+from mergetool.sampler.studio import Studio, dtype_of
+
+if TYPE_CHECKING:
+    from mergetool.sampler.settings import Prepared
+
+
+class Drawer(Protocol):
+    """What draws a stage: `Studio` for Z-Image, whose stages end in latents, `DiffusersStudio` for others, whose end in pictures."""
+
+    device: str
+    dtype: torch.dtype
+    notes: list[str]
+
+    def first_stage(
+        self, stage: Any, shots: Sequence[Shot], size: tuple[int, int], *, progress: StepCounter = ...
+    ) -> Any:
+        """Draw every shot from pure noise."""
+
+    def second_stage(self, stage: Any, shots: Sequence[Shot], latents: Any, *, progress: StepCounter = ...) -> Any:
+        """Draw every shot again from a first stage's result."""
+
+    def decode(self, latents: Any) -> Pictures:
+        """Turn a stage's result into pictures."""
+
+    def encode(self, pictures: Pictures) -> Any:
+        """Turn pictures into what a second stage starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +61,31 @@ class MadePicture:
     parameters: dict[str, Any]
 
 
-def make(studio: Studio, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
+def drawer(parts: Components | PipelineFolder, device: str, dtype: torch.dtype, notes: list[str]) -> Drawer:
+    """What draws with these parts: Z-Image's own studio, or a pipeline of diffusers."""
+    if isinstance(parts, PipelineFolder):
+        return DiffusersStudio(parts, device, dtype, notes)
+    return Studio(parts, device, dtype, notes)
+
+
+def opened(prepared: Prepared) -> Drawer:
+    """What draws a request's first stage. Raises UsageError for a device that is not there."""
+    return drawer(prepared.parts, devices.torch_device(prepared.device), dtype_of(prepared.dtype), [])
+
+
+def make(studio: Drawer, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
     """Make every shot's pictures: the first stage's, if any, then each refinement's.
 
-    Raises what `Studio.first_stage` and `Studio.second_stage` raise.
+    Raises what the drawers' stages raise, as `Studio.first_stage` and `DiffusersStudio.second_stage`.
     """
     shots = request.shots
-    columns: list[tuple[Stage | None, Refinement | None, Tensor]] = []
+    columns: list[tuple[Any, Any, Any]] = []
     if request.first is not None:
         latents = studio.first_stage(request.first, shots, request.size, progress=progress)
         columns.append((request.first, None, latents))
     second = studio
     if request.handoff == "pixels" and request.refiner_parts is not None:
-        second = Studio(request.refiner_parts, studio.device, studio.dtype, studio.notes)
+        second = drawer(request.refiner_parts, studio.device, studio.dtype, studio.notes)
     if request.refinements:
         given = _handed_over(studio, second, request, columns[0][2] if columns else None)
         for refinement in request.refinements:
@@ -50,21 +101,27 @@ def make(studio: Studio, request: PictureRequest, *, progress: StepCounter = lam
     ]
 
 
-def _handed_over(studio: Studio, second: Studio, request: PictureRequest, latents: Tensor | None) -> Tensor:
+def _handed_over(studio: Drawer, second: Drawer, request: PictureRequest, latents: Any) -> Any:
     if latents is None:
         assert request.start is not None
-        return second.encode(request.start[None]).repeat(len(request.shots), 1, 1, 1)
+        encoded = second.encode(request.start[None])
+        return encoded[[0] * len(request.shots)]
     return latents if request.handoff == "latent" else second.encode(studio.decode(latents))
 
 
-def _parameters(request: PictureRequest, shot: Shot, first: Stage | None, second: Refinement | None) -> dict[str, Any]:
+def _parameters(
+    request: PictureRequest,
+    shot: Shot,
+    first: Stage | PipelineStage | None,
+    second: Refinement | PipelineRefinement | None,
+) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "prompt": shot.prompt,
         "negative": shot.negative,
         "seed": shot.seed,
         "size": list(request.size),
-        "first": None if first is None else _stage(first),
-        "second": None if second is None else _stage(second),
+        "first": None if first is None else first.record(),
+        "second": None if second is None else second.record(),
     }
     if second is not None:
         parameters |= {
@@ -72,22 +129,4 @@ def _parameters(request: PictureRequest, shot: Shot, first: Stage | None, second
             "refine_seed": shot.second_seed,
             "handoff": request.handoff if first else "init image",
         }
-    return parameters
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    """A stage as recorded: with the level it starts from and how often the model is asked."""
-    parameters: dict[str, Any] = {
-        "model": stage.model,
-        "steps": stage.steps,
-        "guidance": stage.guidance,
-        "shift": stage.shift,
-        "sampler": stage.sampler,
-        "scheduler": stage.scheduler,
-        "start_sigma": stage.levels()[0],
-        "evaluations": stage.evaluations,
-        "loras": {str(lora.path.name): lora.strength for lora in stage.loras},
-    }
-    if isinstance(stage, Refinement):
-        parameters |= {"strength": stage.strength, "strength_as": stage.strength_as}
     return parameters

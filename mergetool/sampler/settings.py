@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,14 +15,28 @@ from mergetool.checkpoint.paths import typed
 from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import UsageError
 from mergetool.options.pictures import AskedStage, PartsOptions, PicturesOptions, SampleOptions
-from mergetool.options.sampling import FIRST, MODEL_SHIFT, PRESETS, SECOND, SamplerName, Scheduler, StagePreset
+from mergetool.options.sampling import (
+    ACROSS,
+    FIRST,
+    MODEL_SHIFT,
+    PRESETS,
+    SECOND,
+    Handoff,
+    SamplerName,
+    Scheduler,
+    StagePreset,
+)
 from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
 from mergetool.sampler.parts import Components, WeightedLora, pipeline_of
-from mergetool.sampler.request import PictureRequest, Refinement, Shot, Stage
+from mergetool.sampler.pipeline_folder import PipelineFolder
+from mergetool.sampler.request import PictureRequest, PipelineRefinement, PipelineStage, Refinement, Shot, Stage
 
 LARGE = 1e9
 """Bytes of weights from which a model is run in BF16 by default."""
+
+FEW_STEPS = 4
+"""Steps of Flux.1 schnell, as its model card says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +44,7 @@ class Prepared:
     """A request, ready to run; ``notes`` are sentences on options without effect."""
 
     request: PictureRequest
-    components: Components
+    parts: Components | PipelineFolder
     device: str
     dtype: str
     notes: tuple[str, ...]
@@ -39,31 +53,115 @@ class Prepared:
 def prepare(asked: SampleOptions) -> Prepared:
     """Prepare a request of pictures, and look at every file that it names.
 
-    The result is what `studio.Studio.of` and `session.make` take.
+    The result is what `session.opened` and `session.make` take.
 
     Raises UsageError for what cannot be meant, InputMissing for what is not there, DataError and FamilyError for a model, LoRA,
-    text encoder, VAE or picture that cannot be used together.
+    text encoder, VAE, pipeline or picture that cannot be used together.
     """
     model = asked.base or asked.refiner
     if not model:
         raise UsageError("there is no model: name one with `base`, or with `init_image` and `refiner`.")
-    handoff, pipeline = asked.handoff or "latent", asked.pipeline
-    first = None if asked.base is None else stage(asked.first, pipeline=pipeline)
-    second = () if asked.refiner is None else refinements(asked.second, pipeline=None if first else pipeline)
+    drawers = Assignment(asked)
+    first = None if asked.base is None else drawers.first_stage()
+    second = () if asked.refiner is None else drawers.second_stages()
     shots = tuple(
         Shot(prompt, seed, asked.negative or "", asked.refine_prompt, asked.refine_seed)
         for prompt in (asked.texts if asked.prompts_file is None else read_prompts(asked.prompts_file))
         for seed in asked.seed_numbers
     )
     start, notes = (None, []) if asked.start is None else read_picture(asked.start)
-    components = components_of(model, asked)
-    size = picture_size(asked.pixels, None if start is None else (start.shape[1], start.shape[0]), components)
-    other = asked.refiner if handoff == "pixels" and first else None
-    second_parts = None if other is None else Components.find(other)
-    request = PictureRequest(shots, size, first, second, start, handoff, second_parts)
-    check(request, components)
+    parts_of_first = drawers.parts()
+    size = picture_size(asked.pixels, None if start is None else (start.shape[1], start.shape[0]), parts_of_first)
+    request = PictureRequest(shots, size, first, second, start, drawers.handoff, drawers.second_parts())
+    check(request, parts_of_first)
     dtype = ("bf16" if is_large(model) else "fp32") if asked.dtype == "auto" else asked.dtype
-    return Prepared(request, components, asked.device, dtype, (*notes, *without_effect(asked, request, asked.base)))
+    ignored = (*notes, *drawers.notes(), *without_effect(asked, request, asked.base))
+    return Prepared(request, parts_of_first, asked.device, dtype, ignored)
+
+
+class Assignment:
+    """Who draws each stage of a sample: Z-Image's studio, or a pipeline of diffusers.
+
+    ``pipeline`` names the parts of the first stage's model, or of the only one's.
+    """
+
+    def __init__(self, asked: SampleOptions) -> None:
+        self.asked, self.alone = asked, asked.base is None or asked.refiner is None
+        self.base = None if asked.base is None else PipelineFolder.of(asked.base, asked.pipeline)
+        pipeline = asked.pipeline if asked.base is None else None
+        self.refiner = None if asked.refiner is None else PipelineFolder.of(asked.refiner, pipeline)
+        self.across = not self.alone and (self.base is not None or self.refiner is not None)
+        if self.across and asked.handoff == "latent":
+            raise UsageError(
+                "`handoff=latent` is for two Z-Image models; a pipeline of diffusers hands pictures over: leave it out."
+            )
+        if self.base is not None and asked.loras:
+            self.base.refuse_loras("loras")
+        if self.refiner is not None and asked.refine_loras:
+            self.refiner.refuse_loras("refine_loras")
+
+    @property
+    def handoff(self) -> Handoff:
+        """How a first stage's result reaches the second."""
+        return "pixels" if self.across else self.asked.handoff or "latent"
+
+    def first_stage(self) -> Stage | PipelineStage:
+        """The first stage. Raises UsageError for a schedule that is too long."""
+        asked, folder = self.asked.first, self.base
+        if folder is None:
+            return stage(asked, pipeline=self.asked.pipeline)
+        assert asked.model is not None
+        steps = asked.steps or (FEW_STEPS if folder.few_steps else FIRST.steps)
+        return PipelineStage(asked.model, folder.kind, steps, asked.guidance, asked.cfg)
+
+    def second_stages(self) -> tuple[Refinement | PipelineRefinement, ...]:
+        """One second stage for each strength."""
+        asked, folder = self.asked.second, self.refiner
+        default = ACROSS if self.across else None
+        if folder is None:
+            return refinements(
+                asked, pipeline=self.asked.pipeline if self.asked.base is None else None, default=default
+            )
+        assert asked.model is not None
+        return tuple(
+            PipelineRefinement(
+                asked.model,
+                folder.kind,
+                asked.steps or ACROSS.steps,
+                asked.guidance,
+                asked.cfg,
+                strength,
+                asked.strength_as or "comfyui",
+            )
+            for strength in asked.strength or (ACROSS.strength,)
+        )
+
+    def parts(self) -> Components | PipelineFolder:
+        """What draws the first stage, or the only one."""
+        model = self.asked.base or self.asked.refiner
+        assert model is not None
+        return (self.base if self.asked.base else self.refiner) or components_of(model, self.asked)
+
+    def second_parts(self) -> Components | PipelineFolder | None:
+        """What draws the second stage, where it is not what draws the first."""
+        if self.asked.refiner is None or self.asked.base is None or self.handoff == "latent":
+            return None
+        if self.refiner is not None:
+            return self.refiner
+        text_encoder, tokenizer, vae = self.asked.files if self.base is not None else (None, None, None)
+        return Components.find(self.asked.refiner, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
+
+    def notes(self) -> Iterator[str]:
+        """What a pipeline of diffusers decides itself, and what is taken by default across families."""
+        for folder, asked in ((self.base, self.asked.first), (self.refiner, self.asked.second)):
+            ignored = {f"{asked.prefix}{name}" for name in ("preset", "shift", "sampler", "scheduler")}
+            if folder is not None:
+                yield from _unused((name for name in asked.given() if name in ignored), f"{folder.kind} brings its own")
+        second = self.asked.second
+        if self.across and second.strength is None and second.preset is None:
+            yield (
+                f"the second stage is at strength {ACROSS.strength:g}, which is usual across families (0.4 to 0.6, with 8 to 12 steps)."
+            )
 
 
 def components_of(model: str, asked: PartsOptions) -> Components:
@@ -72,16 +170,18 @@ def components_of(model: str, asked: PartsOptions) -> Components:
     return Components.find(model, pipeline=asked.pipeline, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
 
 
-def check(request: PictureRequest, components: Components) -> None:
+def check(request: PictureRequest, first: Components | PipelineFolder) -> None:
     """Look at the headers of every model, LoRA, text encoder and VAE. Raises what `parts` raises for those that do not fit."""
-    components.check()
-    second = request.refiner_parts or components
-    if second is not components:
+    first.check()
+    second = request.refiner_parts or first
+    if second is not first:
         second.check()
-    if request.first is not None:
-        parts.check_model(request.first.model, request.first.loras, components, request.size)
+        _require_units(request.size, second, "size")
+    if isinstance(request.first, Stage) and isinstance(first, Components):
+        parts.check_model(request.first.model, request.first.loras, first, request.size)
     for refinement in request.refinements[:1]:  # they differ in strength only
-        parts.check_model(refinement.model, refinement.loras, second, request.size)
+        if isinstance(refinement, Refinement) and isinstance(second, Components):
+            parts.check_model(refinement.model, refinement.loras, second, request.size)
 
 
 def stage(asked: AskedStage, *, pipeline: str | None = None) -> Stage:
@@ -91,10 +191,13 @@ def stage(asked: AskedStage, *, pipeline: str | None = None) -> Stage:
     return made
 
 
-def refinements(asked: AskedStage, *, pipeline: str | None = None) -> tuple[Refinement, ...]:
+def refinements(
+    asked: AskedStage, *, pipeline: str | None = None, default: StagePreset | None = None
+) -> tuple[Refinement, ...]:
     """One second stage for each strength. Raises UsageError for one that makes too long a schedule."""
     meaning = asked.strength_as or "comfyui"
-    default = SECOND if meaning == "comfyui" else StagePreset(SECOND.steps, SECOND.cfg, scheduler="diffusers")
+    default = default or SECOND
+    default = default if meaning == "comfyui" else replace(default, scheduler="diffusers")
     settings = _settings(asked, default, pipeline)
     strengths = asked.strength or (_preset(asked, default).strength,)
     made = tuple(Refinement(*settings, strength, meaning) for strength in strengths)
@@ -152,23 +255,27 @@ def is_large(model: str) -> bool:
 
 
 def picture_size(
-    asked: tuple[int, int] | None, start: tuple[int, int] | None, components: Components
+    asked: tuple[int, int] | None, start: tuple[int, int] | None, drawn_by: Components | PipelineFolder
 ) -> tuple[int, int]:
-    """The (width, height) of pictures: the user's, or the init image's, or the VAE's own. Raises UsageError."""
-    side = components.vae_config.sample_size
+    """The (width, height) of pictures: the user's, or the init image's, or the model's own. Raises UsageError."""
+    side = drawn_by.picture_side
     size, option = (asked, "size") if asked else (start or (side, side), "init_image")
     if start is not None and size != start:
         raise UsageError(
             f"`init_image` is {start[0]}x{start[1]}, and so is what becomes of it; leave `size` out, or scale the picture first."
         )
-    unit = 2 * components.vae_config.reduction
+    _require_units(size, drawn_by, option)
+    return size
+
+
+def _require_units(size: tuple[int, int], drawn_by: Components | PipelineFolder, option: str) -> None:
+    unit = drawn_by.picture_unit
     if any(side < unit or side % unit for side in size):
         nearest = [max(unit, round(side / unit) * unit) for side in size]
         raise UsageError(
             f"`{option}` is {size[0]}x{size[1]}, and both sides must be multiples of {unit} for this model: "
             f"{'crop or scale it to' if option == 'init_image' else 'the nearest is'} {nearest[0]}x{nearest[1]}."
         )
-    return size
 
 
 def without_effect(asked: PicturesOptions, request: PictureRequest, base: str | None) -> Iterator[str]:
@@ -187,12 +294,12 @@ def without_effect(asked: PicturesOptions, request: PictureRequest, base: str | 
         yield from _unused(others, "there is no `refiner`")
     if refine["handoff"] is not None and not (request.first and request.refinements):
         yield "`handoff` has no effect: there is one stage."
-    if asked.negative and all(stage.guidance == 0 for stage in request.stages):
+    if asked.negative and all(isinstance(stage, Stage) and stage.guidance == 0 for stage in request.stages):
         yield "`negative` has no effect: no stage has guidance (cfg is 1)."
     if asked.pipeline and all(asked.files) and _brings_shift(asked, base):
         yield "`pipeline` has no effect: text encoder, tokenizer and VAE are named, and the shift is known."
     for stage in request.stages:
-        for lora in stage.loras:
+        for lora in stage.loras if isinstance(stage, Stage) else ():
             if lora.strength == 0:
                 yield f"the LoRA {lora.path.name} has no effect: its strength is 0."
 

@@ -51,7 +51,11 @@ def infotext(parameters: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {parameters['negative']}")
     width, height = parameters["size"]
     pairs: dict[str, Any] = {}
-    if stage:
+    if stage and "pipeline" in stage:
+        pairs = {"Steps": stage["steps"], "Sampler": f"diffusers' {stage['pipeline']}"}
+        scale = stage.get("cfg", stage.get("guidance"))
+        pairs |= {} if scale is None else {"CFG scale": f"{scale:g}"}
+    elif stage:
         pairs = {
             "Steps": stage["steps"],
             "Sampler": _SAMPLERS.get(stage["sampler"], stage["sampler"]),
@@ -60,13 +64,13 @@ def infotext(parameters: Mapping[str, Any]) -> str:
         }
     pairs |= {"Seed": parameters["seed"], "Size": f"{width}x{height}"}
     if stage:
-        pairs |= {"Model": stage["model"], "Shift": f"{stage['shift']:g}"}
+        pairs |= {"Model": stage["model"]} | ({"Shift": f"{stage['shift']:g}"} if "shift" in stage else {})
     if first and second:
         pairs |= {
             "Refiner": second["model"],
             "Denoising strength": f"{second['strength']:g}",
             "Refiner steps": second["evaluations"],
-            "Refiner start sigma": f"{second['start_sigma']:.4f}",
+            **({"Refiner start sigma": f"{second['start_sigma']:.4f}"} if "start_sigma" in second else {}),
             "Refiner seed": parameters["refine_seed"],
         }
     lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))

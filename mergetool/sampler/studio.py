@@ -13,24 +13,22 @@ import functools
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mergetool.engine import device as devices
 from mergetool.errors import DataError, NonFiniteError, UsageError
 from mergetool.sampler import load
 from mergetool.sampler.denoise import bring_to, denoise, starting_noise
 from mergetool.sampler.parts import Components
-from mergetool.sampler.request import Pictures, Refinement, Shot, Stage
+from mergetool.sampler.request import Pictures, Refinement, Shot, Stage, StepCounter
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
 
-    from mergetool.sampler.settings import Prepared
 
 TOKENS_AT_ONCE = 4096
 """Pictures are sampled together up to this many latent tokens: 64 of the embedded models, one of 1024 x 1024."""
@@ -40,8 +38,6 @@ MAX_CAPTION = 512
 
 CAPTION_UNIT = 32
 """Captions are padded to multiples of this, and the picture's positions come after them."""
-
-StepCounter = Callable[[int], None]
 
 
 @dataclass
@@ -58,11 +54,6 @@ class Studio:
     _captions: dict[str, Tensor] = field(default_factory=dict)
     _vae: AutoencoderKL | None = None
     _transformer: tuple[Stage, ZImageTransformer2DModel] | None = None
-
-    @classmethod
-    def of(cls, prepared: Prepared) -> Self:
-        """The parts and the device of a request. Raises UsageError for a device that is not there."""
-        return cls(prepared.components, devices.torch_device(prepared.device), dtype_of(prepared.dtype))
 
     # ---- text
 

@@ -17,9 +17,9 @@ import numpy as np
 from mergetool.lab import checker, world
 from mergetool.lab.world import Scene
 from mergetool.sampler import session
-from mergetool.sampler.request import Pictures
+from mergetool.sampler.request import Pictures, StepCounter
 from mergetool.sampler.session import MadePicture
-from mergetool.sampler.studio import StepCounter, Studio
+from mergetool.sampler.studio import Studio
 from mergetool.verification import images
 from mergetool.verification.images import Measures
 from mergetool.verification.looks import Look

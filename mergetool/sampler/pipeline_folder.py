@@ -1,0 +1,128 @@
+"""A pipeline of diffusers for another family, as a folder on this disk: what it is, and that it is whole.
+
+Only model_index.json and configs are read; neither torch nor diffusers is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergetool import models
+from mergetool.errors import DataError, UsageError
+from mergetool.recipe.argument import expression_of
+from mergetool.sampler.parts import pipeline_of
+
+OWN = "ZImage"
+"""Pipelines whose class begins so are drawn by `Studio`, with ComfyUI's samplers."""
+
+LIBRARIES = ("diffusers", "transformers")
+DENOISERS = ("transformer", "unet")
+PIXELS = {"unet": 8, "transformer": 16}
+"""Both sides of a picture are multiples of this many pixels."""
+
+SIDE = 1024
+"""Pixels a side where a config does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFolder:
+    """A folder that diffusers loads a text-to-image pipeline from.
+
+    ``model`` is None where the folder's own denoiser draws, else the MODEL whose weights take its place.
+    """
+
+    path: Path
+    kind: str
+    denoiser: str
+    model: str | None
+
+    @classmethod
+    def of(cls, model: str, pipeline: str | None) -> PipelineFolder | None:
+        """The pipeline that draws a MODEL: its own folder, else that of ``pipeline``. None where `Studio` draws it.
+
+        Raises DataError for a model_index.json that cannot be read or names classes of other libraries.
+        """
+        own = pipeline_of(model)
+        path = own or (None if pipeline is None else pipeline_of(pipeline))
+        if path is None:
+            return None
+        index = _json(path / "model_index.json")
+        kind = index.get("_class_name")
+        if not isinstance(kind, str):
+            raise DataError(f'"{path / "model_index.json"}" names no class of diffusers; get the file again.')
+        if kind.startswith(OWN):
+            return None
+        for name, value in index.items():
+            if isinstance(value, list) and value[0] is not None and value[0] not in LIBRARIES:
+                raise DataError(
+                    f'the {name} of "{path}" comes from "{value[0]}", and code of a model\'s folder is never run; '
+                    "take a pipeline whose parts are diffusers' and transformers' own."
+                )
+        denoiser = next((name for name in DENOISERS if name in index), None)
+        if denoiser is None:
+            raise DataError(
+                f'the {kind} in "{path}" has neither a transformer nor a unet; it is no text-to-image pipeline.'
+            )
+        whole = (
+            own is not None and expression_of(model) is None and models.resolve(model).path in (path, path / denoiser)
+        )
+        return cls(path, kind, denoiser, None if whole else model)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The denoiser's config. Raises DataError."""
+        return _json(self.path / self.denoiser / "config.json")
+
+    @property
+    def picture_unit(self) -> int:
+        """Pixels that both sides of a picture are multiples of."""
+        return PIXELS[self.denoiser]
+
+    @property
+    def picture_side(self) -> int:
+        """Pixels a side of a picture by default."""
+        side = self.config.get("sample_size")
+        return 8 * side if isinstance(side, int) and side > 0 else SIDE
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether it is Flux.1 schnell, which was distilled to four steps and has no guidance embedder."""
+        return self.kind.startswith("Flux") and self.config.get("guidance_embeds") is False
+
+    def check(self) -> None:
+        """Raises DataError for a folder that lacks a part, or has one as a pickle only."""
+        index = _json(self.path / "model_index.json")
+        for name, value in index.items():
+            if not isinstance(value, list) or value[0] is None:
+                continue
+            folder = self.path / name
+            if not folder.is_dir():
+                raise DataError(
+                    f'"{self.path}" lacks the folder "{name}" that its model_index.json names; get all of its files.'
+                )
+            stored = [path.suffix for path in folder.iterdir()]
+            if {".bin", ".ckpt", ".pt"} & set(stored) and ".safetensors" not in stored:
+                raise DataError(
+                    f'"{folder}" has no safetensors file, and pickles are never loaded; get its safetensors files.'
+                )
+
+    def refuse_loras(self, option: str) -> None:
+        """Raises UsageError: LoRAs for another family are part of the expression."""
+        raise UsageError(
+            f"`{option}` is for Z-Image models; write the LoRA into the model, as in \"tuned + 0.8*lora('style.safetensors')\", "
+            "and name this folder with `pipeline`."
+        )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f'"{path}" cannot be read ({type(error).__name__}); get the file again.') from None
+    if not isinstance(value, dict):
+        raise DataError(f'"{path}" is no JSON object; get the file again.')
+    return value

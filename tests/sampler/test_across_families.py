@@ -1,0 +1,196 @@
+"""Pictures of other families by diffusers' pipelines, alone and as one of two stages, against the same pipelines run by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+)
+from PIL import Image
+
+import mergetool
+from mergetool import models
+from mergetool.api.pictures import Picture
+from mergetool.errors import DataError, FamilyError, UsageError
+from mergetool.sampler.denoise import bring_to, starting_noise
+from mergetool.sampler.parts import Components
+from mergetool.sampler.request import PipelineRefinement, Refinement
+from mergetool.sampler.studio import Studio
+from tests import foreign_pipelines
+
+PROMPT = "a blue circle on a gold background"
+# diffusers' own: of its Chroma, of how its schedulers make arrays
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation")]
+MAKERS = {"flux": foreign_pipelines.flux, "chroma": foreign_pipelines.chroma, "sdxl": foreign_pipelines.sdxl}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("foreign")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+def by_hand(pipeline: Any, seed: int, **given: Any) -> np.ndarray[Any, Any]:
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(seed), **given)
+    return np.array(made.images[0])
+
+
+def loaded(folder: Path, **given: Any) -> Any:
+    return DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **given)
+
+
+def sampled(base: object, **given: Any) -> Picture:
+    (picture,) = mergetool.sample(PROMPT, base=str(base), **given)
+    return picture
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_one_stage_is_the_pipelines_own_picture(folders: Mapping[str, Path], name: str) -> None:
+    wanted = by_hand(loaded(folders[name]), 7, num_inference_steps=3, width=64, height=48)
+    found = sampled(folders[name], seeds=7, steps=3, size=(64, 48))
+    assert np.array_equal(np.asarray(found.image), wanted)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_turbo_goes_on_from_another_familys_picture_as_its_image_pipeline_does(
+    folders: Mapping[str, Path], name: str
+) -> None:
+    first = by_hand(loaded(folders[name]), 7, num_inference_steps=3, width=64, height=64)
+    found = sampled(folders[name], refiner="lab.turbo", seeds=7, steps=3, size=(64, 64), strength=0.4, refine_steps=8,
+                    strength_as="diffusers", refine_scheduler="diffusers")  # fmt: skip
+
+    studio = Studio(Components.find("lab.turbo"))
+    stage = Refinement("lab.turbo", 8, shift=3.0, strength=0.4, strength_as="diffusers", scheduler="diffusers")
+    turbo = ZImagePipeline.from_pretrained(models.EMBEDDED / "turbo", torch_dtype=torch.float32)
+    noise = starting_noise([8], (16, 16, 16))
+    image = ZImageImg2ImgPipeline(**turbo.components)
+    wanted = by_hand(
+        image,
+        8,
+        image=torch.zeros(1, 3, 64, 64),
+        latents=bring_to(studio.encode(first[None]), noise, stage.levels()[0]),
+        strength=0.4,
+        num_inference_steps=8,
+        guidance_scale=0.0,
+        height=64,
+        width=64,
+    )
+    # Captions are padded to 512 there: a float32 product of another shape differs in its last bits.
+    assert np.abs(np.asarray(found.image).astype(int) - wanted).max() <= 1
+
+
+def test_a_second_stage_of_another_family_is_its_image_pipeline(folders: Mapping[str, Path]) -> None:
+    first = sampled("lab.turbo", seeds=7, steps=2, guidance=0)
+    found = sampled(
+        "lab.turbo", seeds=7, steps=2, guidance=0, refiner=str(folders["flux"]), strength=0.5, refine_steps=4
+    )
+    flux = FluxImg2ImgPipeline.from_pretrained(folders["flux"], torch_dtype=torch.float32)
+    wanted = by_hand(flux, 8, image=first.image, strength=0.5, num_inference_steps=8, width=64, height=64)
+    assert np.array_equal(np.asarray(found.image), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*pictures may turn to noise")
+def test_a_merge_of_another_family_draws_with_the_folders_other_parts(
+    folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    other = foreign_pipelines.flux(tmp_path / "other", seed=5)
+    middle = f"0.5*'{folders['flux'] / 'transformer'}' + 0.5*'{other / 'transformer'}'"
+    mergetool.merge(middle, tmp_path / "merged.safetensors", layout="comfyui")
+    parents = [FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (folders["flux"], other)]
+    mean = {name: (value + parents[1].state_dict()[name]) / 2 for name, value in parents[0].state_dict().items()}
+    parents[0].load_state_dict(mean)
+    wanted = by_hand(loaded(folders["flux"], transformer=parents[0]), 7, num_inference_steps=3, width=64, height=64)
+    for model in (tmp_path / "merged.safetensors", middle):
+        found = sampled(model, pipeline=str(folders["flux"]), seeds=7, steps=3, size=(64, 64))
+        assert np.array_equal(np.asarray(found.image), wanted)
+
+
+def test_a_picture_carries_both_stages(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    with pytest.warns(match="usual across families"):
+        sampled(folders["chroma"], refiner="lab.turbo", steps=2, size=(64, 64), cfg=3, output=tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        info = picture.info
+    record = json.loads(info["mergetool"])
+    assert record["first"] == {
+        "model": str(folders["chroma"]),
+        "pipeline": "ChromaPipeline",
+        "steps": 2,
+        "evaluations": 2,
+        "cfg": 3.0,
+    }
+    assert (record["second"]["steps"], record["second"]["strength"], record["handoff"]) == (10, 0.5, "pixels")
+    assert "Sampler: diffusers' ChromaPipeline, CFG scale: 3" in info["parameters"]
+
+
+def test_schnell_takes_four_steps_and_dev_thirty_by_default(tmp_path: Path) -> None:
+    from mergetool.api.pictures import Sample
+    from mergetool.sampler import settings
+
+    for guidance, steps in ((False, 4), (True, 30)):
+        folder = foreign_pipelines.flux(tmp_path / str(guidance), guidance=guidance)
+        prepared = settings.prepare(Sample(PROMPT, base=str(folder)))
+        assert prepared.request.first is not None
+        assert prepared.request.first.steps == steps
+
+
+@pytest.mark.parametrize("strength", [0.15, 0.4, 0.5, 1.0])
+def test_strength_as_comfyui_counts_takes_every_step(strength: float) -> None:
+    stage = PipelineRefinement("m", "FluxPipeline", 10, strength=strength)
+    assert stage.evaluations in (9, 10)  # diffusers rounds its product down
+    assert PipelineRefinement("m", "FluxPipeline", 10, strength=strength, strength_as="diffusers").evaluations == int(
+        10 * strength
+    )
+
+
+def test_what_the_pipeline_decides_itself_is_named(folders: Mapping[str, Path]) -> None:
+    with pytest.warns(match="`sampler` has no effect: FluxPipeline brings its own"):
+        sampled(folders["flux"], steps=1, size=(64, 64), sampler="euler")
+
+
+def test_loras_and_latents_are_refused_with_a_way(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    flux = str(folders["flux"])
+    with pytest.raises(UsageError, match="write the LoRA into the model"):
+        mergetool.sample(PROMPT, base=flux, loras=["style.safetensors"])
+    with pytest.raises(UsageError, match="hands pictures over"):
+        mergetool.sample(PROMPT, base=flux, refiner="lab.turbo", handoff="latent")
+
+
+def test_a_folder_that_is_not_whole_is_refused_before_anything_is_loaded(
+    folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folders["flux"], tmp_path / "copy")
+    shutil.rmtree(copy / "text_encoder_2")
+    with pytest.raises(DataError, match='lacks the folder "text_encoder_2"'):
+        mergetool.sample(PROMPT, base=str(copy))
+    (copy / "text_encoder_2").mkdir()
+    (copy / "text_encoder_2" / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(DataError, match="pickles are never loaded"):
+        mergetool.sample(PROMPT, base=str(copy))
+
+
+def test_code_of_a_models_folder_is_never_run(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders["flux"], tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "evil.py").write_text("raise SystemExit('run')")
+    (copy / "model_index.json").write_text(json.dumps(index | {"transformer": ["evil", "Transformer"]}))
+    with pytest.raises(DataError, match="code of a model's folder is never run"):
+        mergetool.sample(PROMPT, base=str(copy))
+
+
+def test_weights_of_another_shape_are_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    mergetool.convert(str(folders["flux"]), tmp_path / "flux.safetensors", layout="comfyui")
+    with pytest.raises(FamilyError, match=r"flux\.safetensors lacks .* that its architecture needs"):
+        sampled(tmp_path / "flux.safetensors", pipeline=str(folders["chroma"]), size=(64, 64))
