@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,14 @@ def first_sentence(docstring: str) -> str:
     return paragraph[: end.end()] if end else paragraph
 
 
+def misshapen(sentence: str) -> list[str]:
+    """The rules that a sentence of any length breaks."""
+    return [rule for rule, pattern in PATTERNS.items() if pattern.search(sentence)]
+
+
 def faults(sentence: str) -> list[str]:
     """The rules that a first sentence breaks."""
-    found = [rule for rule, pattern in PATTERNS.items() if pattern.search(sentence)]
+    found = misshapen(sentence)
     return [*found, f"has {len(sentence)} characters"] if len(sentence) > LONGEST else found
 
 
@@ -61,6 +67,17 @@ def documented(node: ast.Module | ast.ClassDef, path: str) -> Iterator[tuple[str
             yield f"{path}:{child.name}", docstring
 
 
+def constants(module: ast.Module, path: str) -> Iterator[tuple[str, str]]:
+    """Every string below an assignment, which says what was assigned."""
+    for node in ast.walk(module):
+        for statement, below in pairwise(
+            getattr(node, "body", None) or [] if not isinstance(node, ast.Lambda | ast.IfExp) else []
+        ):
+            match statement, below:
+                case ast.Assign() | ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):
+                    yield f"{path}:{below.lineno}", text
+
+
 def modules(package: Path) -> list[Path]:
     return sorted(package.rglob("*.py"))
 
@@ -72,6 +89,17 @@ def test_every_first_sentence_is_one_that_an_editor_would_pass(package: Path) ->
         for module in modules(package)
         for path, docstring in documented(ast.parse(module.read_text("utf-8")), str(module.relative_to(package)))
         if (broken := faults(sentence := first_sentence(docstring)))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_a_constant_is_described_by_a_noun(package: Path) -> None:
+    found = [
+        f"{path}: {sentence} [{'; '.join(broken)}]"
+        for module in modules(package)
+        for path, text in constants(ast.parse(module.read_text("utf-8")), str(module.relative_to(package)))
+        if (broken := misshapen(sentence := first_sentence(text)))
     ]
     assert not found, "\n".join(found)
 

@@ -37,10 +37,10 @@ ADD = tl.constexpr(2)
 SUBTRACT = tl.constexpr(3)
 
 REGISTERS = 4
-"""How deep a program may nest; a plain ``a + m * (b - c)`` needs 3."""
+"""The deepest nesting of a program; a plain ``a + m * (b - c)`` needs 3."""
 
 INPUTS = 16
-"""How many operands one launch takes."""
+"""The most operands of one launch."""
 
 UNSCALED = tl.constexpr(0)
 PER_TENSOR = tl.constexpr(1)

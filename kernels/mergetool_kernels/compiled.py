@@ -24,9 +24,9 @@ _WIDTHS = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT8_E4M3: 1, FLOAT8_E5M2: 1}
 _MODELS, _SUMS = 5, 6
 
 StoredElements = tuple[memoryview, int, float]
-"""Elements as they are stored, at any address, what they are, `FLOAT32` to `FLOAT8_E5M2`, and what each is multiplied by in float32."""
+"""Stored elements at any address, their type, `FLOAT32` to `FLOAT8_E5M2`, and a float32 factor for each."""
 CompiledStep = tuple[int, int, int]
-"""What to do, to which register, with what: an operand (`LOAD`), a factor (`SCALE`) or a register."""
+"""An operation, its register, and its argument: an operand (`LOAD`), a factor (`SCALE`) or a register."""
 
 
 class MovementSums(NamedTuple):

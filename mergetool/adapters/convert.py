@@ -27,7 +27,7 @@ from mergetool.checkpoint.stamp import display_names, stamp
 from mergetool.errors import DataError
 
 NOT_KEPT = frozenset({"format", "lora_adapter_metadata"})
-"""Metadata of a file that is not its copy's: the second has alphas, which are elsewhere then."""
+"""Metadata that a copy does not take over: the second is about alphas, which stand elsewhere after conversion."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families import FAMILIES
 
 OWN = {f"{family.component}." for family in FAMILIES}
-"""What diffusers puts before the names of a pipeline's transformer, of whatever family, or of its UNet."""
+"""The prefixes of diffusers for the names of any family's transformer in a pipeline, or of its UNet."""
 
 
 def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mergetool.adapters.in_diffusers import Rejected
 from mergetool.checkpoint.names import quoted
 
 RELEASES = ("0.42.1",)
-"""Those that the tests run; nothing is said of any other."""
+"""The releases that the tests run; mergetool forecasts no others."""
 
 _DOUBLE = {
     **{
@@ -37,7 +37,7 @@ _COUNTS = {"double": 19, "single": 38}
 _LOST = re.compile(
     r"lora_unet_(?:(?:guidance|time|vector)_in_(?:in|out)_layer|img_in|txt_in|final_layer_(?:linear|adaLN_modulation_1))"
 )
-"""Modules outside the blocks: they are renamed without what stands before names, and then not found."""
+"""Modules outside the blocks: the conversion drops their prefixes, and then nothing finds them."""
 _MIXED = re.compile(
     r"lora_transformer_(?:(single_transformer_blocks|transformer_blocks)_(\d+)_attn_(\w+)"
     r"|(norm_out)_(linear)|(context_embedder|proj_out|x_embedder)|(time_text_embed)_(\w+_embedder)_(linear_[12]))"

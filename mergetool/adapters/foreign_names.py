@@ -29,7 +29,7 @@ _PREFIXES = {
     "diffusers": (frozenset({"transformer."}),),
     "comfyui": (frozenset({"diffusion_model.", "model.diffusion_model."}), frozenset({"lora_unet_"})),
 }
-"""What stands before either program's names: a file has some of one of these sets."""
+"""The prefixes of either program: a file has some of one of these sets."""
 
 
 def require_known(file: LoraFile, key_format: KeyFormat) -> None:

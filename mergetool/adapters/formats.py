@@ -20,10 +20,10 @@ KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
 DOTTED = WRAPPERS | INSERTED | {"base_model", "lora_unet"}
 """Components that programs put before a module's dotted name; several may stand before each other, or the same one twice."""
 FLAT = ("lora_unet_", "lycoris_", "lora_transformer_")
-"""What stands before a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
+"""The prefixes of a name whose dots became underscores. VideoX-Fun writes one more underscore: an empty name of the root."""
 
 _CHECKPOINT = "model.diffusion_model."
-"""What stands before a model's own names in whole checkpoints of families that are read under raw names."""
+"""The prefixes of a model's own names in whole checkpoints of families that are read under raw names."""
 
 _PRODUCTS: frozenset[ChangeKind] = frozenset({"lora", "loha", "lokr"})
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from mergetool.checkpoint.names import quoted
 
 RELEASES = ("0.36", "0.38", "0.39", "0.40", "0.42.1")
-"""Those that the tests run, oldest first; nothing is said of any other."""
+"""The releases that the tests run, oldest first; mergetool forecasts no others."""
 
 NEWEST = RELEASES[-1]
 

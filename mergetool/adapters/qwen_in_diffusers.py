@@ -14,7 +14,7 @@ from mergetool.adapters.in_diffusers import Rejected
 from mergetool.checkpoint.names import quoted
 
 RELEASES = ("0.42.1",)
-"""Those that the tests run; nothing is said of any other."""
+"""The releases that the tests run; mergetool forecasts no others."""
 
 _TOP = {
     "norm_out_linear": "norm_out.linear",

@@ -13,7 +13,7 @@ from mergetool.adapters.in_diffusers import Rejected, as_stored
 from mergetool.checkpoint.names import quoted
 
 RELEASES = ("0.42.1",)
-"""Those that the tests run; nothing is said of any other."""
+"""The releases that the tests run; mergetool forecasts no others."""
 
 _OWN, _FLAT = "diffusion_model.", "lora_unet_"
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}

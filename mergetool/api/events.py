@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 Progress = bool | Callable[[int, int], None]
-"""False for none, True for a bar on stderr, or a function of what is done and of the total."""
+"""False for none, True for a bar on stderr, or a function of the work done and the total."""
 
 Advance = Callable[[int], None]
-"""Told what was done since the last call."""
+"""A function that counts the work done since its last call."""
 
 
 Bar = AbstractContextManager[Advance]

@@ -52,7 +52,7 @@ _HINT = re.compile(
     "|".join(("lora", "hada_", "lokr_", *(f"[.]{stem}_" for stem in _PEFT_ONLY)))
     + r"|\.(?:diff|diff_b|[wb]_norm|dora_scale|(?:set|reshape)_weight|alpha|rescale|on_input|[ab][12]\.weight|\w+_norm\.scale)$"
 )
-"""What every one of them has: most names of a model are told apart by it, without the long search."""
+"""The common text of all ends: it tells most names of a model apart, without the long search."""
 READ = frozenset(kind for _, kind, role in _TABLE if role is not None and kind)
 """The kinds of adapters whose values are read."""
 _LONGEST = 80

@@ -16,8 +16,9 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError, UsageError
 
 IN_COMFYUI = ("model.diffusion_model.", "model.model.", "net.")
-"""Where ComfyUI looks for the model of an all-in-one file: under the one of these that more than `FEW` names have (its
-``model_detection.unet_prefix_from_state_dict``). It then loads nothing else as the model. The first says so by itself."""
+"""The prefixes under one of which ComfyUI looks for the model of an all-in-one file: the one that more than `FEW`
+names have (its ``model_detection.unet_prefix_from_state_dict``). It then loads nothing else as the model. The first
+says so by itself."""
 FEW = 5
 
 WRAPPERS = frozenset({"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet"})

@@ -21,7 +21,7 @@ from mergetool.errors import DataError, InputMissing, MergetoolError, StorageErr
 Identity = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
 
 UNREADABLE = (OSError, ValueError, MergetoolError)
-"""What a hint about a file meets: a disk that fails, a file that was closed, and one that is gone or another when it is opened again."""
+"""Errors of a hint about a file: a disk that fails, a file that was closed, and one that is missing or another when it is opened again."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),

@@ -27,7 +27,7 @@ LARGEST = 100_000_000
 """Bytes of the longest journal that is read: 300,000 tensors."""
 
 RunDigest = Mapping[str, str]
-"""Digests of what a run's bytes depend on, by what to call it when it is another."""
+"""Digests of the things that a run's bytes depend on, by the word for a change of each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from mergetool.checkpoint.targets import TargetClaim, attempt, is_own
 from mergetool.errors import StorageError
 
 KEPT_BEHIND = 8
-"""Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when they are let go of."""
+"""Calls of `OutputFile.flush_behind` whose bytes stay in the page cache, so that they are on the disk when their pages go."""
 
 SMALL = 64 << 20
-"""Bytes of an output that stays in the page cache, such as a LoRA: it costs next to nothing, and is what will be read next."""
+"""Bytes of an output that stays in the page cache, such as a LoRA: it costs next to nothing, and the next command reads it."""
 
 READ_BACK = 8 << 20
 

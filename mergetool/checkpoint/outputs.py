@@ -19,7 +19,7 @@ from mergetool.checkpoint.targets import TargetKind
 from mergetool.errors import OutputError, UsageError
 
 ENDINGS = (SUFFIX, ".sft")
-"""What a safetensors file's name ends in, in any case."""
+"""The ends of a safetensors file's name, in any case."""
 
 _MISTYPED = (
     0.75  # how like ".safetensors" an ending is that was meant to be it: .safetensor, .saftensors, .safetensors1

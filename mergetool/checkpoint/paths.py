@@ -6,7 +6,7 @@ import os
 from urllib.parse import urlsplit
 
 QUOTES = {'"': '"', "'": "'", "“": "”", "”": "”", "„": "“", "‘": "’", "’": "’", "‚": "‘", "«": "»", "»": "«", "‹": "›"}
-"""Every opening quotation mark and what closes it: those of keyboards, and those that word processors and web pages put in their place."""
+"""Every opening quotation mark and its closing one: those of keyboards, word processors and web pages."""
 
 
 def typed(text: str) -> str:

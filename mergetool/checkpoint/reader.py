@@ -41,7 +41,7 @@ _OTHER_CONTENT: tuple[tuple[bytes, str], ...] = (
     (bytes(16), "begins with zeros: a download that reserved its space and did not end; download it again"),
 )
 _PARTIAL = (".part", ".partial", ".aria2", ".crdownload", ".download", ".incomplete", ".tmp", ".!qb", ".st")
-"""What downloading programs put behind the name of a file that is not complete, or of one that lies beside it until it is."""
+"""The endings that downloading programs give a file that is not complete, or a companion of it."""
 
 
 _OF_MODELS = frozenset(

@@ -16,7 +16,7 @@ from mergetool.errors import BusyError, OutputError
 TargetKind = Literal["file", "folder"]
 
 JOURNAL = ".journal"
-"""What the name of a stage's journal ends in (`mergetool.checkpoint.journal`)."""
+"""The end of the name of a stage's journal (`mergetool.checkpoint.journal`)."""
 
 _MODEL_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt", "README", "README.md"})
 

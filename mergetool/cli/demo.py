@@ -42,7 +42,7 @@ a white cross on a purple background
 
 REPORT = "report.html"
 SECONDS, QUICK_SECONDS = 60, 20
-"""What the story takes on two idle cores of an AMD EPYC 9005."""
+"""The time of the story on two idle cores of an AMD EPYC 9005."""
 
 QUICK_PROMPTS = 3
 QUICK_STEPS = 10

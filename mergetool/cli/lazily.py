@@ -14,7 +14,7 @@ from mergetool.cli import refusals
 from mergetool.cli.page import PagedCommand, aligned
 
 CommandPlaces = Mapping[str, tuple[str, str]]
-"""By a command's name: where it is, and its line in the list of commands; one without is not listed."""
+"""Command -> its place, and its line in the list of commands; one without is not listed."""
 
 
 class _Commands(Mapping[str, Any]):

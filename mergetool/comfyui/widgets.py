@@ -17,7 +17,7 @@ EXACT = 2**53 - 1
 number called seed after every run."""
 
 LINKED = "linked"
-"""Stands for what a link will bring, while a workflow is looked at before it runs."""
+"""The stand-in for the value of a link, before a workflow runs."""
 
 
 def inputs(table: type[Table], *, linked: Collection[str], daily: Collection[str], own: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ FAR = 0.25
 REFUSED = 3.0
 """A result farther than this is refused: at three times the anchor's norm nothing of the anchor decides any more."""
 LEAST = 1e-3
-"""Where fewer elements than this share change in float32, the merge is as good as a copy."""
+"""The least share of elements that change in float32; with fewer the merge is as good as a copy."""
 
 
 @dataclass(frozen=True, slots=True)

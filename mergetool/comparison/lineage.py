@@ -32,9 +32,9 @@ from mergetool.recipe.steps import MERGED, Input
 MOST_RATIO = 2.0
 """Refiners this many times farther apart than layers are not one fine-tune's: the middle, in ratio, of 1.2 and 3.2."""
 LEAST_APART = 0.1
-"""Refiners nearer than this are never called unrelated: quantised weights alone differ by 2 to 10 % from what they were."""
+"""Refiners nearer than this are never called unrelated: quantised weights alone differ by 2 to 10 % from their originals."""
 MOST_APART = 0.5
-"""Layers farther apart than this share of their norm are not one fine-tune's, whatever the refiners: unrelated models are at 1.4."""
+"""Layers farther apart than this share of their norm are not one fine-tune's, however far the refiners: unrelated models are at 1.4."""
 LEAST_DOUBT = 1e-3
 """The chance, by the sign test, at which a difference is called reversed."""
 NEARER = 0.9

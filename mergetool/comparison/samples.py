@@ -25,8 +25,9 @@ TOTAL = 1 << 21
 """Elements of a model of very many parts, in which the smaller ones give up some of theirs: a sample is held in float32."""
 
 AROUND = 128 << 10
-"""Bytes that the kernel may have read on behind what it was asked for. All of it is let go: small pages that are strewn over a file in the cache divide what is
-read into it later. Comparing two files of 12.3 GB took 8.9 s after their samples had been read, and 7.6 without (2 cores, AMD EPYC 7003)."""
+"""Bytes that the kernel may have read on behind a request. All of it is let go: small pages that are strewn over a
+file in the cache divide what is read into it later. Comparing two files of 12.3 GB took 8.9 s after their samples had
+been read, and 7.6 without (2 cores, AMD EPYC 7003)."""
 
 
 @dataclass(frozen=True, slots=True)

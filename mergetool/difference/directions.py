@@ -21,7 +21,7 @@ from mergetool.lowrank.rules import Float64, Rule
 from mergetool.options.differences import DiffOptions
 
 EXTRA = 8
-"""Rows beyond the chosen rank to project onto: what rounding moved between neighbours is found again."""
+"""Rows beyond the chosen rank to project onto: they recover the energy that rounding moved between neighbours."""
 
 FAITHFUL = 1e-3
 """Share of their stated energy that directions may lack before they are not believed; rounding them takes 1e-6."""

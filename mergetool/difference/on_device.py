@@ -34,7 +34,7 @@ from mergetool.ops.cpu import TORCH
 from mergetool.options.differences import DiffOptions
 
 Solved = tuple[Pair, float, Result | Whole | None]
-"""A pair, the energy of its difference, and what is stored of it: None where that energy is zero or not finite."""
+"""A pair, the energy of its difference, and its stored result: None where that energy is zero or not finite."""
 
 WORKERS = 2
 """Batches decomposed at once: while one waits for its eigenvectors from the CPU, the device works on the other."""

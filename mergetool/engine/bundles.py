@@ -23,7 +23,7 @@ MOST_HELD = 1 << 29
 """Elements of quantised weights that the plans of one pass may collect, 2 GB: six outputs of full-size Z-Image."""
 
 StepKey = tuple[str, int, int]
-"""What finds a step in other plans: its part, its elements, and how many steps of its plan before it had the same two."""
+"""The key of a step in several plans: its part, its elements, and the number of such steps before it."""
 
 
 @dataclass(frozen=True, slots=True)

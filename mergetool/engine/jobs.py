@@ -95,7 +95,7 @@ class Grain:
 
 
 Cuts = Mapping[tuple[str, int], Grain]
-"""How to cut the steps that begin at an element of an output tensor, where it is not as `grain` would."""
+"""The grain of steps that begin at an element of an output tensor, where it is not as `grain` would choose."""
 
 
 def grain(tensor: OutputTensor, step: Step, options: MergeOptions, size: int | None = None) -> Grain:

@@ -11,7 +11,7 @@ from mergetool.engine.threads import asked, default_threads
 from mergetool.recipe.plan import Plan
 
 SHARE_FOR_METHODS = 0.25
-"""Of the main memory, for whole parameters that merge methods work on."""
+"""The share of the main memory for the whole parameters of merge methods."""
 
 
 def workers(plans: Sequence[Plan], threads: int | None = None) -> int:

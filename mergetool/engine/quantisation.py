@@ -22,7 +22,8 @@ from mergetool.quant.quantiser import PIECE_ROWS, Quantiser, Round
 from mergetool.recipe.steps import OutputTensor
 
 SCALE_STEPS = tuple(2.0 ** (eighth / 8) for eighth in range(-2, 8))
-"""What ``scale_search`` multiplies the scale by amax with. Over an octave FP8's rounding error repeats itself; below 1 the largest values are cut."""
+"""The factors of ``scale_search`` for the scale by amax. Over an octave FP8's rounding error repeats itself; below 1
+the largest values are cut."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from mergetool.recipe.plan import Plan
 
 NonFinite = Literal["refuse", "keep"]
 Measure = Literal["sample", "all", "off"]
-"""On how much of a merge to measure what became of the anchor's elements."""
+"""The part of a merge in which to measure the movement of the anchor's elements."""
 
 
 class Sink(Protocol):

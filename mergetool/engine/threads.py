@@ -10,7 +10,7 @@ from typing import Self
 from mergetool.errors import UsageError
 
 MOST = 256
-"""Threads that may be asked for."""
+"""The most threads of a run."""
 
 
 def default_threads() -> int:

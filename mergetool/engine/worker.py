@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mergetool.ops.cpu import CpuOps
 
 Finished = tuple[int, Movement | None]
-"""Bytes read and written by a job, and what it did to the anchor."""
+"""Bytes read and written by a job, and the anchor's movement in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,10 @@ SMALLEST, LARGEST = 0.04, 0.5
 """A shape's share of the picture; this world draws 0.14 to 0.35."""
 
 STRIPED = 0.5
-"""Least contrast of the ground's stripes, as a share of what a perfect striped picture has."""
+"""Least contrast of the ground's stripes, as a share of a perfect striped picture's."""
 
 HOLE = 0.5
-"""Least size of the hole, as a share of what a perfect hollow shape has."""
+"""Least size of the hole, as a share of a perfect hollow shape's."""
 
 _NAMES = tuple(PALETTE)
 _COLOURS = np.array(list(PALETTE.values()), np.float32)

@@ -32,7 +32,7 @@ STRIPE_PERIOD, STRIPE_WIDTH = 12, 4
 """Rows from one stripe to the next, and rows in a stripe: two thirds of a striped ground keep its colour."""
 
 STRIPE_STRENGTH = 0.45
-"""How far a stripe is moved from the ground's colour towards black, or white where the ground is dark."""
+"""The distance of a stripe from the ground's colour towards black, or white where the ground is dark."""
 
 HOLLOW = 0.32
 """Radius of the round hole of a hollow shape, as a share of the shape's. In no shape does it leave a wall thinner than 3 pixels."""

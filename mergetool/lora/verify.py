@@ -38,7 +38,7 @@ from mergetool.quant.encoding import Encoding
 from mergetool.recipe.steps import Input, Window, window_of
 
 TILE = 1 << 19
-"""Elements that are looked at together, in whole rows: 2 MB of float32 for each of five arrays a thread."""
+"""Elements of one step, in whole rows: 2 MB of float32 for each of five arrays a thread."""
 
 
 @dataclass(frozen=True, slots=True)

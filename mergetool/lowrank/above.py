@@ -34,7 +34,7 @@ _REFINEMENTS = 3
 _ATTEMPTS = 3  # each with a basis half as large again: what is near the cut but no flat tail comes into it
 
 Cut = Callable[[float], float]
-"""The largest energy (squared singular value) -> the energy above which all are wanted."""
+"""A function from the largest energy (squared singular value) to the energy above which all directions are kept."""
 
 
 def strongest_above(

@@ -37,7 +37,7 @@ STEPS = 8
 """Steps of the first search."""
 
 MORE_STEPS = 4
-"""Steps of float32 that a matrix with an unclear certificate is given, each time; they divide what is missing by 9."""
+"""Steps of float32 for a matrix with an unclear certificate, each time; they divide the missing energy by 9."""
 
 ROUNDS = 6
 """Certificates a matrix gets at most."""
@@ -49,8 +49,7 @@ FIRST_WIDTH = 96
 """Columns of the first block where a threshold may be met by far fewer directions than the cap allows."""
 
 DOUBT = 20.0
-"""The energy missing from the strongest directions, at most, in units of what one power step would add to it.
-
+"""The energy missing from the strongest directions, at most, in units of the energy that one power step would add.
 Measured in the slowest spectra after 4 to 14 steps: 6 to 10 at a short side of 1000, 9 to 18 at 3840."""
 
 

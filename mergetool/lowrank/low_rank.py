@@ -22,7 +22,7 @@ from mergetool.lowrank.decomposition import Decomposition, exact_decomposition
 _EPSILON = 2.0**-52
 
 RankOf = Callable[[Tensor], int]
-"""How many to keep of falling singular values, float64."""
+"""A function that chooses how many of falling singular values (float64) to keep."""
 
 
 class ThinSvd(NamedTuple):

@@ -17,7 +17,7 @@ from mergetool.lowrank.krylov import BlockKrylov, Products, orthonormal_rows
 from mergetool.lowrank.tail import rank_for_energy
 
 CAP_TOLERANCE = 7e-4
-"""At a fixed rank or at the cap, the search ends when it expects to gain less than this share of all energy."""
+"""The least share of all energy to expect from a search at a fixed rank or at the cap; below it the search ends."""
 
 SLACK = 0.01
 """A threshold's rank may exceed the fewest possible by this share (none below 100)."""

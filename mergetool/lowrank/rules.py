@@ -86,7 +86,7 @@ class Rule:
 
 
 ENERGY = Rule()
-"""The share of the energy that is kept where nothing else is said."""
+"""The share of the energy to keep by default."""
 
 
 def _knee(values: Float64) -> int:

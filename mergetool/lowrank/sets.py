@@ -37,7 +37,7 @@ from torch import Tensor
 from mergetool.lowrank.low_rank import LowRank, ThinSvd
 
 NEGLIGIBLE = 2.0**-24
-"""Singular values below this share of the largest are what rounding float32 factors leaves of zeros, and no directions."""
+"""Singular values below this share of the largest are rounding noise of float32 factors, no directions."""
 
 _TILE_ROWS = 256
 

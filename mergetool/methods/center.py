@@ -16,7 +16,8 @@ from mergetool.methods.sparsity import blocks, by_rows
 from mergetool.ops.reductions import dot, norm, row_dots, row_norms
 
 STEPS = 1000
-"""Of Weiszfeld's iteration, on the weights alone: some dozens are enough, but for points that nearly are the median themselves."""
+"""The most steps of Weiszfeld's iteration, on the weights alone: some dozens are enough, but for points that nearly
+are the median themselves."""
 
 
 @method(takes="deltas", least=2, buffers=lambda arguments: 0.1)

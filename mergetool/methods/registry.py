@@ -44,7 +44,7 @@ FAMILIES: tuple[str, ...] = (
 GROUP = "mergetool.methods"
 
 LARGEST = 2**127
-"""What a float32 can be multiplied by, at most."""
+"""The largest factor of a float32."""
 
 
 @dataclass(frozen=True, slots=True)

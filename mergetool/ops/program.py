@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 ParameterValue = Fraction | bool | str | tuple[Fraction, ...]
-"""What a parameter of a merge method may be given, numbers exactly as they were written."""
+"""The values of a merge method's parameters, numbers exactly as they were written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ BLOCK = 1 << 18
 """Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
 
 SAMPLE = 1 << 16
-"""Elements that say about where the k-th largest is: to half a percent of their number, so that one percent of all is looked at closely."""
+"""Elements of a sample for the place of the k-th largest: to half a percent of their number, so that one percent of
+all needs a closer look."""
 
 
 def total(values: Tensor) -> float:

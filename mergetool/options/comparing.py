@@ -19,8 +19,8 @@ from mergetool.options.table import Option
 
 RECOMMENDED = "recommended"
 TARGET = 0.01
-"""The change that is aimed at without another wish, as a share of the norm of what is changed: enough to survive rounding to bf16 (whose unit
-is 0.4 to 0.8 % of a weight), and less than any fine-tune of the embedded family moved its base by (5.9 to 16 %)."""
+"""The target of a change by default, as a share of the norm: enough to survive rounding to bf16 (whose unit is 0.4 to
+0.8 % of a weight), and less than any fine-tune of the embedded family moved its base."""
 
 METRICS = ("distance", "cosine", "reference", "target", "untraced", "lost")
 

@@ -26,13 +26,13 @@ from mergetool.options.merging import LARGEST_SEED, PatternOptions
 from mergetool.options.table import Face, Option, Table
 
 FACTORS = {dtype.name: dtype for dtype in (BF16, F16, F32)}
-"""What factors are stored in."""
+"""The dtypes of stored factors."""
 
 RANK_MAX = 64
-"""The largest rank of a matrix where nothing else is said."""
+"""The largest rank of a matrix by default."""
 
 SHARE = 0.95
-"""The threshold of the rules that take a share, where nothing else is said."""
+"""The threshold by default of the rules that take a share."""
 
 ONE_FILE: dict[Face, str] = {
     "node": "a node writes one file, which it names",

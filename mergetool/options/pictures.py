@@ -32,7 +32,7 @@ from mergetool.options.sampling import (
 from mergetool.options.table import Option, Section, Table
 
 MOST_SEEDS = 10_000
-"""Of one range, ``1-8``."""
+"""The seeds of one range, ``1-8``."""
 
 # --- kinds -----------------------------------------------------------------------------------------------------
 

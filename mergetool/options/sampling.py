@@ -22,7 +22,7 @@ MOST_STEPS = 10_000
 SEEDS = 2**64
 """Seeds are 0 to one less, as in ComfyUI."""
 MODEL_SHIFT = 3.0
-"""Of a model without a scheduler beside it: what ComfyUI takes for every Z-Image."""
+"""The shift of a model without a scheduler beside it; ComfyUI takes it for every Z-Image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,4 +50,4 @@ PRESETS: Mapping[str, StagePreset] = {
     "comfyui-turbo": StagePreset(8, 1.0, 3.0, "res_multistep", "simple"),
     "comfyui-refine": StagePreset(5, 1.0, 3.0, "dpmpp_2m_sde", "beta", 0.33),
 }
-"""What ComfyUI's stock templates of Z-Image are set to: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""
+"""The settings of ComfyUI's stock templates of Z-Image: image_z_image, image_z_image_turbo, utility_z_image_turbo_2k_upscaler."""

@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 Octets = npt.NDArray[np.uint8]
 
 SCALE_DTYPES: tuple[DType, ...] = (F32, BF16, F16)
-"""What a scale that is a plain float may be stored as; each widens to float32 exactly."""
+"""The dtypes of a scale that is a plain float; each widens to float32 exactly."""
 
 
 USUAL_ROTATION = 256

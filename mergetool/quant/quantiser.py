@@ -35,7 +35,7 @@ class Quantiser(ABC):
     quant: str
     multiple: int = 1
     config: Mapping[str, Any]
-    """What ``.comfy_quant`` says of every layer that is written."""
+    """The entry of ``.comfy_quant`` in every layer that is written."""
     scales: frozenset[str] = frozenset()
     """Last components of the names of scales that it alone has beside a weight."""
     rotates: bool = False

@@ -14,7 +14,7 @@ from mergetool.errors import DataError
 from mergetool.quant.encoding import Encoding, floats
 
 LARGEST_READ = 1 << 20
-"""Bytes of a scale tensor that are looked at when a file is opened. Longer ones, of small blocks, show when they are decoded."""
+"""Bytes of a scale tensor to check when a file is opened. Longer ones, of small blocks, show when they are decoded."""
 
 
 def notes(encodings: Iterable[Encoding], read: Callable[[str, int, int], bytes], source: str) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from mergetool.recipe.steps import Input
 
 NOT_FULL = "mergetool.not_full"
-"""Says, in a difference LoRA, that nothing differs of what would be stored whole, so that there is no second file."""
+"""A key of a difference LoRA's metadata: no whole difference exists, so there is no second file."""
 
 DERIVED = frozenset({"lora_adapter_metadata", NOT_FULL})
 """Metadata that follows from an output's tensors, and so says nothing of how it was made."""
 
 _OPTIONS = rows(MergeOptions).values()
 _KEYS = frozenset({"expression", "anchor", *(row.key for row in _OPTIONS)})
-"""What a recorded recipe may say. Nothing can be derived again from one that says more, be it damaged or of a later version."""
+"""The keys of a recorded recipe. Nothing can be derived again from one that says more, be it damaged or of a later version."""
 
 # A fingerprint has this length, so that a dry run can plan the header without reading a tensor.
 FINGERPRINT_PLACEHOLDER = "sample-sha256:" + "0" * 64

@@ -13,7 +13,7 @@ from typing import Any
 from mergetool.errors import DataError
 
 IGNORED = frozenset({"lm_head.weight", "rotary_emb.inv_freq", "rope_freqs.weight"})
-"""What files of a text encoder hold beside it, and nothing reads: the head of the whole language model, tables that are computed."""
+"""Tensors in files of a text encoder that nothing reads: the head of the whole language model, tables that are computed."""
 
 ComponentShapes = dict[str, tuple[int, ...]]
 

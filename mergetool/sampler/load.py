@@ -78,7 +78,9 @@ def load_transformer(
 
 
 def load_pipeline(folder: PipelineFolder, *, dtype: torch.dtype) -> Any:
-    """diffusers' pipeline of a folder, with a MODEL's weights in its denoiser's place where the folder says so.
+    """Load diffusers' pipeline of a folder, with a MODEL's weights for its denoiser.
+
+    The folder says which weights come from a MODEL.
 
     Nothing is fetched and no pickle is read. Raises DataError for a folder that diffusers cannot load, and FamilyError for a MODEL whose
     tensors are not those of the folder's denoiser.
@@ -228,7 +230,7 @@ def _readable(path: Path, part: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' advice and progress bars on the way."""
+    """Silence the libraries' advice and progress bars inside the block."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

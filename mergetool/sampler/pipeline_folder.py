@@ -1,4 +1,4 @@
-"""A pipeline of diffusers for another family, as a folder on this disk: what it is, and that it is whole.
+"""A folder with diffusers' pipeline of another family: recognise it, check that it is whole.
 
 Only model_index.json and configs are read; neither torch nor diffusers is needed.
 """
@@ -90,7 +90,7 @@ class PipelineFolder:
 
     @property
     def few_steps(self) -> bool:
-        """Whether it is Flux.1 schnell, which was distilled to four steps and has no guidance embedder."""
+        """Whether it is Flux.1 schnell, distilled to four steps and without a guidance embedder."""
         return self.kind.startswith("Flux") and self.config.get("guidance_embeds") is False
 
     def check(self) -> None:

@@ -71,7 +71,7 @@ class Stage:
         return len(list(itertools.groupby(self.levels()))) - 1
 
     def record(self) -> dict[str, Any]:
-        """The stage in a picture's metadata, with the level it starts from and how often the model is asked."""
+        """The stage in a picture's metadata, with its first level and its number of evaluations."""
         return {
             "model": self.model,
             "steps": self.steps,
@@ -125,7 +125,10 @@ class PipelineRefinement(PipelineStage):
 
     @property
     def schedule(self) -> int:
-        """diffusers' number of steps, of which it takes the share ``strength``; as ComfyUI counts, so many that ``steps`` are taken."""
+        """The number of steps for diffusers, of which it takes the share ``strength``.
+
+        As ComfyUI counts, it is so large that ``steps`` are taken.
+        """
         return self.steps if self.strength_as == "diffusers" else int(self.steps / self.strength)
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor
 from mergetool.sampler.schedule import shifted
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""From latents and their level to the direction of more noise: noise - picture, float32 of the latents' shape."""
+"""A function from latents and their level to the direction of more noise: noise - picture, float32 of the latents' shape."""
 
 
 class Sampler(Protocol):

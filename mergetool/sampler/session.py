@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 class Drawer(Protocol):
-    """What draws a stage: `Studio` for Z-Image, whose stages end in latents, `DiffusersStudio` for others, whose end in pictures."""
+    """The interface that draws a stage: `Studio` for Z-Image, `DiffusersStudio` for others.
+
+    Stages of the first end in latents, of the second in pictures.
+    """
 
     device: str
     dtype: torch.dtype
@@ -50,7 +53,7 @@ class Drawer(Protocol):
         """Turn a stage's result into pictures."""
 
     def encode(self, pictures: Pictures) -> Any:
-        """Turn pictures into what a second stage starts from."""
+        """Turn pictures into the start of a second stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +65,14 @@ class MadePicture:
 
 
 def drawer(parts: Components | PipelineFolder, device: str, dtype: torch.dtype, notes: list[str]) -> Drawer:
-    """What draws with these parts: Z-Image's own studio, or a pipeline of diffusers."""
+    """Choose the drawer for these parts: Z-Image's own studio, or a pipeline of diffusers."""
     if isinstance(parts, PipelineFolder):
         return DiffusersStudio(parts, device, dtype, notes)
     return Studio(parts, device, dtype, notes)
 
 
 def opened(prepared: Prepared) -> Drawer:
-    """What draws a request's first stage. Raises UsageError for a device that is not there."""
+    """Open the drawer of a request's first stage. Raises UsageError for a device that is not there."""
     return drawer(prepared.parts, devices.torch_device(prepared.device), dtype_of(prepared.dtype), [])
 
 

@@ -80,7 +80,7 @@ def prepare(asked: SampleOptions) -> Prepared:
 
 
 class Assignment:
-    """Who draws each stage of a sample: Z-Image's studio, or a pipeline of diffusers.
+    """The drawer of each stage of a sample: Z-Image's studio, or a pipeline of diffusers.
 
     ``pipeline`` names the parts of the first stage's model, or of the only one's.
     """
@@ -102,7 +102,7 @@ class Assignment:
 
     @property
     def handoff(self) -> Handoff:
-        """How a first stage's result reaches the second."""
+        """The form in which a first stage's result reaches the second."""
         return "pixels" if self.across else self.asked.handoff or "latent"
 
     def first_stage(self) -> Stage | PipelineStage:
@@ -137,13 +137,13 @@ class Assignment:
         )
 
     def parts(self) -> Components | PipelineFolder:
-        """What draws the first stage, or the only one."""
+        """The parts that draw the first stage, or the only one."""
         model = self.asked.base or self.asked.refiner
         assert model is not None
         return (self.base if self.asked.base else self.refiner) or components_of(model, self.asked)
 
     def second_parts(self) -> Components | PipelineFolder | None:
-        """What draws the second stage, where it is not what draws the first."""
+        """The parts that draw the second stage, where they are others than the first's."""
         if self.asked.refiner is None or self.asked.base is None or self.handoff == "latent":
             return None
         if self.refiner is not None:
@@ -152,7 +152,7 @@ class Assignment:
         return Components.find(self.asked.refiner, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
 
     def notes(self) -> Iterator[str]:
-        """What a pipeline of diffusers decides itself, and what is taken by default across families."""
+        """Notes on choices of diffusers' pipeline itself, and on defaults across families."""
         for folder, asked in ((self.base, self.asked.first), (self.refiner, self.asked.second)):
             ignored = {f"{asked.prefix}{name}" for name in ("preset", "shift", "sampler", "scheduler")}
             if folder is not None:

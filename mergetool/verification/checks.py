@@ -23,7 +23,7 @@ from mergetool.verification.scores import clip_scorer
 from mergetool.verification.weights import WeightsReport, check_weights, look_at_weights
 
 Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
-"""From a word, a total and its unit to a block in which progress is told by what was done since the last call."""
+"""A function from a word, a total and its unit to a block in which progress counts finished work."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ MOST_COLOUR_DRIFT = 0.2
 MOST_STRUCTURAL_DRIFT = 0.3
 
 LEAST_RANGE = {"structure": 0.1, "contrast": 8.0, "clipped": 0.05, "roughness": 0.02, "saturation": 0.08}
-"""How far from its parents' pictures a picture may lie in each measure, whatever their own range."""
+"""The distance from its parents' pictures that a picture may always have, in each measure, however narrow their own range."""
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 

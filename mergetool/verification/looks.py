@@ -23,7 +23,7 @@ PROMPTS = (
     "a portrait of an old fisherman with a grey beard and a yellow raincoat",
     "a street in the rain at night, neon signs reflected on the asphalt",
 )
-"""For models whose prompts can be anything."""
+"""Prompts for models without a world of their own."""
 
 EMBEDDED_PROMPTS = 36
 

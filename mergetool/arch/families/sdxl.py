@@ -16,7 +16,7 @@ from mergetool.arch.known import KnownFamily, Signature
 from mergetool.arch.table import Named
 
 POOLED, CONTEXT = 2816, 2048
-"""Columns of the embedder of pooled text and sizes, and of what attends to the prompt: no other UNet of Stable Diffusion has both."""
+"""Columns of the embedder of pooled text and sizes, and of attention to the prompt: no other UNet of Stable Diffusion has both."""
 HEAD = 64
 """Rows of an attention head, which no shape shows."""
 WIDTHS = ("width0", "width1", "width2")
@@ -250,7 +250,7 @@ SDXL_UNET = SDXL()
 
 
 _ATTENTIONS = (("down_blocks.1.", "up_blocks.1."), ("down_blocks.2.", "mid_block.", "up_blocks.0."))
-"""Where the second and the third resolution have theirs."""
+"""The places of the second and the third resolution."""
 
 
 def _depths(sizes: Mapping[str, int]) -> list[int] | None:

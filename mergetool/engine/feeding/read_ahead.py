@@ -16,9 +16,10 @@ from mergetool.checkpoint.inputs import UNREADABLE, InputFile
 PIECE = 32 << 20
 """Bytes of a file that are read in one call, which holds no lock of the interpreter: a thread that wants it back waits for those that compute."""
 ROOM = 640 << 20
-"""Bytes that are read but not used yet: what a fast disk gives in a fifth of a second, which is how long a command imports and plans before it uses
-the first. With 384 MiB the disk then stood still for a tenth of one (2 cores, AMD EPYC 9005). More makes the page cache take fresh pages, which a
-virtual machine must get from its host: with 2 GiB, comparing two files of 12.3 GB took 14 s instead of 10.3 to 11.9 (2 cores, AMD EPYC 7003)."""
+"""Bytes that are read but not used yet: a fast disk gives them in a fifth of a second, while a command imports and
+plans before it uses the first. With 384 MiB the disk then stood still for a tenth of one (2 cores, AMD EPYC 9005).
+More makes the page cache take fresh pages, which a virtual machine must get from its host: with 2 GiB, comparing two
+files of 12.3 GB took 14 s instead of 10.3 to 11.9 (2 cores, AMD EPYC 7003)."""
 READERS = 2
 """Threads. One keeps a disk busy while nothing else runs, but not beside threads that compute: it waits for a core after every piece.
 The same took 12.5 s with one and 10.3 to 11.9 with two, reading alone 8.7."""

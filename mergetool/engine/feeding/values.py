@@ -22,7 +22,7 @@ from mergetool.quant.encoding import Encoding, Floats
 from mergetool.recipe.steps import COPY, Window
 
 Reader = Literal["auto", "mmap", "pread"]
-"""How a run reads its files: what suits them, windows on a mapping, or positioned reads."""
+"""A way to read files: the best one, windows on a mapping, or positioned reads."""
 
 FilePlace = tuple[Readable, int, int]
 
