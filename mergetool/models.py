@@ -193,7 +193,7 @@ def embedded() -> tuple[str, ...]:
 
 
 def _place(text: str) -> Path:
-    """Where an address or a path leads. Raises what `resolve` raises."""
+    """The target of an address or a path. Raises what `resolve` raises."""
     if "\0" not in text and os.path.lexists(text):
         return Path(text)
     path = paths.typed(text)
@@ -292,7 +292,7 @@ def _unknown(model: str) -> str:
 
 
 def _nearest_file(path: str) -> str:
-    """What may be meant by the path of nothing: a file of nearly the same name, or one on another system; empty for no guess."""
+    """A guess at the meaning of a path to nothing: a file of nearly the same name, or one on another system; empty for no guess."""
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", path):
         return "it is a path of Windows, and this is another system (in WSL C:\\ is /mnt/c/); "
     folder, name = os.path.split(path)

@@ -152,7 +152,7 @@ def _movement(found: _Movement) -> MovementSums:
 def _operands(
     models: Sequence[StoredElements | None], count: int, places: int
 ) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int], ctypes.Array[ctypes.c_float]]:
-    """Where the models' elements are, what, and by what they are multiplied."""
+    """The models' elements: addresses, types and factors."""
     addresses, kinds, scales = (ctypes.c_void_p * places)(), (ctypes.c_int * places)(), (ctypes.c_float * places)()
     for place, model in enumerate(models):
         if model is not None:

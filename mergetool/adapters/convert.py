@@ -225,7 +225,7 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 
 
 def _metadata(file: LoraFile, key_format: str) -> dict[str, str]:
-    """The file's own, which says how it was trained, and what was done to it."""
+    """The file's own metadata, which tell its training, and the record of the conversion."""
     kept = {key: value for key, value in file.checkpoint.metadata.items() if key not in NOT_KEPT}
     name = display_names([file.name])[file.name]
     recipe = {"lora": name, "key_format": key_format}

@@ -60,8 +60,11 @@ def _pattern(module: str, modules: Collection[str]) -> str:
 
 @lru_cache(maxsize=4)
 def _downs(keys: tuple[str, ...]) -> tuple[str, Lookalike | None, tuple[tuple[str, str], ...]]:
-    """What diffusers calls the component, whose LoRAs may have the same names, and its modules by their names there, each with the key of its ``down``; none where one of
-    them is not known, or is no LoRA, or where an alpha stands beside them that excludes a header."""
+    """Diffusers' name of the component, and its modules by their names there, each with the key of its ``down``.
+
+    LoRAs of the component may have the same names. There is none where one of the modules is unknown, or is no LoRA,
+    or where an alpha stands beside them that excludes a header.
+    """
     spelled = {key: one for key in keys if isinstance(one := take_apart(key), Spelled)}
     if len(spelled) < len(keys) or any(".lokr_" in key or ".hada_" in key for key in keys):
         return "", None, ()

@@ -135,7 +135,7 @@ def _taken_apart(name: str) -> tuple[str, str]:
 
 
 def _mixed(keys: Collection[str]) -> dict[str, set[str]]:
-    """OneTrainer's: every module must have an alpha, and of modules in blocks only those of attention are told apart."""
+    """Convert OneTrainer's keys: every module must have an alpha, and in blocks it tells only attention's modules apart."""
     found: dict[str, set[str]] = {}
     for key in keys:
         stem, end = _taken_apart(key)

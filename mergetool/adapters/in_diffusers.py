@@ -124,7 +124,7 @@ def _converted(keys: Collection[str], age: int) -> dict[str, set[str]]:
 def _without_fused(
     found: dict[str, set[str]], dotted: set[str], *, splits: bool
 ) -> tuple[dict[str, set[str]], set[str]]:
-    """Of lora_unet_ files: qkv split in three, and dropped beside split keys or by releases without ``splits``; ``out`` likewise.
+    """Split qkv of lora_unet_ files in three; releases without ``splits``, or split keys beside it, drop it, and ``out`` likewise.
 
     And the modules whose alphas go with them.
     """

@@ -71,7 +71,7 @@ def _xlabs(key: str) -> str:
 
 
 def _without_prefixes(stem: str) -> tuple[str, str]:
-    """What stands before a module, every known prefix of it, and the module."""
+    """Split a name into its known prefixes and the module."""
     prefix, module = "", ".".join(stem.split(".")[:1] + [part for part in stem.split(".")[1:] if part not in INSERTED])
     while True:
         flat = next((start for start in FLAT if module.startswith(start)), None)

@@ -121,7 +121,7 @@ def _module(file: LoraFile, part: str) -> str:
 
 
 def _factors(file: LoraFile, loader: DiffusersLoader, layers: dict[str, set[str]], release: str) -> dict[str, float]:
-    """By how much a release multiplies the change of each of its modules, beside what the file means.
+    """The factors by which a release multiplies each module's change, beside the file's meaning.
 
     A conversion multiplies ``.alpha`` in, and then the header's config counts too. Where there is none, modules get an alpha that is
     their rank, and until 0.39 the first module's rank.

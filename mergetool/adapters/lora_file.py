@@ -196,7 +196,7 @@ class _Reading:
         return "BOFT" if kind == "OFT" and len(self._info(key).shape) > 3 else kind
 
     def _set_aside(self, keys: Iterable[str], reason: str) -> None:
-        """Keys of no module of the model: those of text encoders are meant for another."""
+        """Set keys aside that are of no module of the model: text encoders' are for another."""
         for key in keys:
             if is_of_text_encoder(key):
                 self.text_encoder.append(key)
@@ -204,7 +204,7 @@ class _Reading:
                 self.unmatched.append((key, reason))
 
     def _in_configs(self, prefix: str, module: str, parts: Sequence[str]) -> str:
-        """What a config or a header calls a module: as the file does, or as diffusers does where the file has underscores for dots."""
+        """A module's names in configs and headers: the file's, or diffusers' where the file has underscores for dots."""
         if not prefix.startswith(FLAT) or "diffusers" not in self.family.layouts:
             return prefix + module
         return self.family.stored_name(parts[0], "diffusers").removesuffix(".weight")
@@ -305,7 +305,7 @@ class _Reading:
         return replace(adapter, shape=whole)
 
     def _changes(self, adapter: Adapter, parts: Sequence[str]) -> list[Change]:
-        """What an adapter does to the parts that its module holds, in row order."""
+        """The changes of an adapter to the parts that its module holds, in row order."""
         if "diff_b" in adapter.tensors:
             bias = self.modules.bias(parts[0]) if len(parts) == 1 else None
             parts = [bias] if bias else []
@@ -363,7 +363,7 @@ class _Reading:
             self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")
 
     def _remark_magnitudes(self, doras: Sequence[Adapter]) -> None:
-        """What ComfyUI makes of magnitudes by rows, where it reads them."""
+        """Warn of ComfyUI's treatment of magnitudes by rows, where it reads them."""
         by_rows = [
             key
             for adapter in doras
@@ -391,5 +391,5 @@ class _Reading:
 
 
 def _parameter(spelled: Spelled) -> str:
-    """What a key changes in a model that is not known."""
+    """The parameter that a key changes in an unknown model."""
     return f"{spelled.module}.{'bias' if spelled.role in ('diff_b', 'up_bias') else 'weight'}"

@@ -59,7 +59,7 @@ def _converted(keys: Collection[str]) -> dict[str, set[str]]:
 
 
 def _apart(name: str) -> str:
-    """An underscored name with dots, as the conversion takes it apart: what is not outside the blocks it takes for a name of a block's."""
+    """An underscored name with dots, as the conversion takes it apart: it takes all names outside the known ones for a block's."""
     for flat, dotted in _TOP.items():
         if name == flat or name.startswith(f"{flat}."):
             return dotted + name[len(flat) :]

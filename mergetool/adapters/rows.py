@@ -113,7 +113,7 @@ class StackedRows(Encoding):
 
 
 class _Recent:
-    """The factors of the stacks that were asked for last; each is read once, by the thread that comes first."""
+    """The factors of the stacks used last; each is read once, by the first thread that needs it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -113,7 +113,7 @@ def _require_targets(asked: Compare) -> None:
 
 
 def _draw(result: Report, asked: Compare) -> None:
-    """The heat map and the page, where they are asked for."""
+    """Draw the heat map and the page, if their files have names."""
     if asked.plot is not None:
         from mergetool.comparison import heatmap, plots
 

@@ -67,7 +67,7 @@ class Diff(Request, DiffOptions, DiffRunOptions):
 
 
 def _plain(model: str) -> str:
-    """What a file can be called after a model: of an expression the names in it, and dashes for what has a meaning to some system or shell."""
+    """A file name for a model: the names in its expression, with dashes for characters that have a meaning to some system or shell."""
     from mergetool.checkpoint.stamp import display_names
     from mergetool.recipe.argument import expression_of
 
@@ -125,7 +125,7 @@ def run_diff(asked: Diff, events: Events, *, keeps_current: bool = False) -> Ext
 
 
 def _named(options: DiffOptions, events: Events, target: Target) -> DiffOptions:
-    """The options with whole names of the files beside the LoRA; what became of a name is told."""
+    """The options with whole names of the files beside the LoRA; notes tell of changed names."""
     from mergetool.checkpoint.outputs import lora_target
 
     beside = {name: lora_target(place, role=f"`{name}`") for name, place in options.beside.items()}
@@ -179,7 +179,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
 
 
 def _bake(pairing: Pairing, files: DiffFiles, *, has_full: bool, how: DiffRunOptions, events: Events) -> None:
-    """Write the base with what was stored added, where that is asked for; nothing is to be guarded in it."""
+    """Write the base with the stored factors added, if the options say so; nothing needs guarding in it."""
     if files.checkpoint is None:
         return
     from mergetool.engine import job
@@ -191,13 +191,13 @@ def _bake(pairing: Pairing, files: DiffFiles, *, has_full: bool, how: DiffRunOpt
 
 
 class _Bar(Events):
-    """Of another run's events its bar alone."""
+    """The events of another run, of which only the bar is shown."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
 
     def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
-        """That of the whole run."""
+        """The bar of the whole run."""
         return self._events.progress(word, total, unit, publishes=publishes)
 
 

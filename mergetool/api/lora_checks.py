@@ -211,7 +211,7 @@ def run_lora_inspect(asked: LoraInspect, events: Events) -> LoraContents:
 
 
 def _dora_difference(file: LoraFile, model: str | None) -> Difference | None:
-    """How far ComfyUI's formula leads from training's, where a model is given to measure it on."""
+    """Measure how far ComfyUI's formula leads from training's, if a model is given."""
     if model is None or not any("dora_scale" in adapter.tensors for adapter in file.adapters):
         return None
     from mergetool.adapters.dora_in_comfyui import difference

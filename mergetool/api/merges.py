@@ -205,7 +205,7 @@ def _one(
     how: MergeRunOptions | None = None,
     keeps_current: bool = False,
 ) -> Merged:
-    """With ``keeps_current`` an output that is there as it would be written now stays, as those of a recipe do."""
+    """Make one merge; with ``keeps_current`` an up-to-date output stays, as a recipe's does."""
     from mergetool.checkpoint.outputs import model_target
     from mergetool.engine import job
     from mergetool.making import state
@@ -298,7 +298,7 @@ def _checked(planned: Planned, checked: Preflight, how: MergeRunOptions, events:
 
 
 def _require_sound(findings: Iterable[Finding], events: Events) -> None:
-    """Of a conversion nothing can be wrong but what it converts, where that is an expression. Raises LineageError for an error."""
+    """Refuse a conversion of an expression whose lineage is an error. Raises LineageError for an error."""
     for finding in findings:
         if finding.is_error:
             raise LineageError(

@@ -372,7 +372,7 @@ def _numbered(path: tuple[str, ...], sizes: Mapping[str, int]) -> list[str]:
 
 
 def _depth(names: Iterable[str], stack: tuple[str, ...]) -> int:
-    """How many numbered blocks the stack has."""
+    """The number of numbered blocks in the stack."""
     paths = (name.split(".") for name in names)
     at = len(stack)
     return len({path[at] for path in paths if len(path) > at + 1 and tuple(path[:at]) == stack and is_number(path[at])})

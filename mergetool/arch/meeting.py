@@ -141,7 +141,7 @@ def _size(parts: Mapping[str, Part]) -> int:
 
 
 def _are_equal(alone: Mapping[str, Part], strange: Mapping[str, Part]) -> bool:
-    """Whether what only one of two models has is as large as what only the other has; a single tensor each may be by chance."""
+    """Whether the parts that only one of two models has are as large as the other's; a single tensor each may be by chance."""
     one, other = _size(alone), _size(strange)
     return min(len(alone), len(strange)) > 1 and abs(one - other) <= EQUAL * max(one, other)
 

@@ -75,7 +75,7 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
 
 
 def _not_a_model(source: str, kind: str, key: str) -> str:
-    """What to say of a LoRA that is given as a model, with what can be done with it."""
+    """The error for a LoRA in the place of a model, with the ways to use it."""
     named = "a LoRA file" if kind == "LoRA" else f"a LoRA ({kind}) file"
     way_out = (
         f'add it to one: mergetool lora bake MODEL "{source}", or lora("{source}") in an expression.'

@@ -166,7 +166,7 @@ class NameTable:
         return match.name(path), piece or 0
 
     def _plain(self, part: str, layout: str) -> Match | None:
-        """The row of a part; of what stands behind a piece, and is no weight or bias, the row that the piece is in."""
+        """The row of a part; for a component behind a piece that is no weight or bias, the piece's row."""
         components = tuple(part.split("."))
         match = _find(self._canonical, components)
         while match is not None and match.spots[0].stored[layout][1] is not None and match.rest not in _LEAF:

@@ -29,7 +29,7 @@ class Pooled(ABC):
 
     @abstractmethod
     def _park(self) -> None:
-        """Close the descriptor, and what holds another one."""
+        """Close the descriptor, and its companion."""
 
 
 class Pool:

@@ -36,7 +36,7 @@ Adopt = Callable[[Path], bool]
 
 
 class _Staged(ABC):
-    """What a staged file and a staged folder share: a claim that ends with `publish`, `discard` or `leave`.
+    """The common part of a staged file and a staged folder: a claim that ends with `publish`, `discard` or `leave`.
 
     ``resumed`` says that the stage is one that an interrupted run left.
     """
@@ -54,7 +54,7 @@ class _Staged(ABC):
 
     @property
     def removed(self) -> tuple[Path, ...]:
-        """What dead runs on the same output had left, and staging this one deleted."""
+        """The leftovers of dead runs on the same output, deleted when this one was staged."""
         return self._claim.removed
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class _Staged(ABC):
         self.discard()
 
     def prepare(self) -> None:
-        """Bring what was written to stable storage and check that it may be published; `publish` then only renames.
+        """Sync all bytes and check that the output may be published; `publish` then only renames.
 
         Raises as `publish` does, with the old target untouched and nothing left behind.
         """
@@ -146,7 +146,7 @@ class _Staged(ABC):
 
     @abstractmethod
     def _delete_replaced(self) -> None:
-        """Delete what the rename put aside."""
+        """Delete the files that the rename put aside."""
 
 
 class StagedFile(_Staged):
@@ -344,7 +344,7 @@ class StagedFolder(_Staged):
             system.fsync_folder(self._path)
 
     def _remove_others(self) -> None:
-        """Remove what an interrupted run left in the folder that is no part of the output: its probes."""
+        """Remove an interrupted run's files in the folder that are no part of the output: its probes."""
         names = {file.path.name for file in self._files}
         for name in system.names_in(self._path):
             if name not in names:

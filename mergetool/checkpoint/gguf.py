@@ -110,7 +110,7 @@ class GgufHeader:
 
 
 class _Parser:
-    """Reads front to back; every length is checked against what is left of the file before it is believed."""
+    """Reads front to back, and checks every length against the rest of the file before it believes it."""
 
     def __init__(self, read: Callable[[int, int], bytes], file_size: int, source: str) -> None:
         self._read = read

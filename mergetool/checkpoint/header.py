@@ -171,7 +171,7 @@ def header_length(prefix: bytes, *, file_size: int, source: str) -> int:
 
 
 class _Malformed(ValueError):
-    """Why an entry is refused: completes "tensor X ..."."""
+    """The reason to refuse an entry: completes "tensor X ..."."""
 
 
 def _entry_or_pairs(pairs: strict_json.Pairs) -> TensorInfo | _Object:

@@ -196,7 +196,7 @@ def _snapshot(address: HubAddress, wanted: list[str], *, offline: bool) -> Path:
 
 
 def _is_offline() -> bool:
-    """As huggingface_hub reads it, which does so only once, when it is imported."""
+    """Whether huggingface_hub is offline; it reads that only once, when it is imported."""
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _OFFLINE)
 
 

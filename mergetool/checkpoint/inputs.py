@@ -53,7 +53,7 @@ def leads_out(path: Path) -> bool:
 
 
 def _target_of(path: Path) -> Path:
-    """Where the link ``path`` leads, wherever that is; raises InputMissing for a link to nothing."""
+    """The target of the link ``path``, wherever it is; raises InputMissing for a link to nothing."""
     try:
         return path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13

@@ -95,7 +95,7 @@ class Journal:
     """A journal being written; every method may raise OSError."""
 
     def __init__(self, stage: Path, work: RunDigest, kept: Iterable[Entry] = ()) -> None:
-        """A new journal of ``stage`` in place of one that is there, with what was ``kept`` of it."""
+        """Begin a new journal of ``stage`` in the place of an old one, with its ``kept`` entries."""
         self.path = place(stage)
         self.count = 0
         self._end = 0

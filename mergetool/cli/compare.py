@@ -48,7 +48,7 @@ def compare(typed: Typed) -> None:
 
 
 class _CompareReport(CommandEvents):
-    """What was measured."""
+    """The report of a comparison."""
 
     def __init__(self, typed: Typed) -> None:
         super().__init__(typed)

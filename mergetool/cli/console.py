@@ -260,7 +260,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _with_notes(sentence: str, error: BaseException) -> str:
-    """A sentence and what else is to be said of the error: what is kept for --resume."""
+    """A sentence and the notes of the error, such as the part kept for --resume."""
     notes: list[str] = getattr(error, "__notes__", [])
     return "; ".join([sentence.removesuffix("."), *notes]) + "." if notes else sentence
 

@@ -45,16 +45,16 @@ def convert(typed: Typed) -> None:
 
 
 class _ConvertReport(CommandEvents):
-    """What will be stored, and what that cost."""
+    """The report of a conversion: its plan, and its error."""
 
     def plan(self, plan: Plan, memory: int) -> None:
-        """What will be stored."""
+        """Print the plan."""
         self.json |= _plan_json(plan) | {"memory": memory}
         if self.prints:
             _print_plan(self.typed.given["model"], plan, memory)
 
     def done(self, plan: Plan, result: Done) -> None:
-        """What it cost each layer."""
+        """Print the error of each layer."""
         self.json |= _outcome_json(plan, result.outcome, result.target, result.seconds)
         if self.prints:
             _print_outcome(plan, result.outcome, result.target, result.seconds, verbose=self.typed.verbose)

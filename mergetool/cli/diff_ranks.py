@@ -62,7 +62,7 @@ def _budget_line(extraction: Extraction, options: DiffOptions, target: Path) -> 
 
 
 def _print_unmet(layers: Sequence[ExtractedLayer], options: DiffOptions, *, verbose: bool) -> None:
-    """What has no directions at all, and what its dtype keeps from the threshold."""
+    """Print matrices without any direction, and those whose dtype keeps them from the threshold."""
     nothing = [layer.name for layer in layers if layer.rank == 0]
     if nothing:
         total = sum(layer.total for layer in layers)

@@ -57,7 +57,7 @@ def _print_pairing(pairing: Pairing, *, verbose: bool) -> None:
 
 
 def _action(pair: Pair) -> str:
-    """What is done with a pair, in words."""
+    """The treatment of a pair, in words."""
     return f"{pair.reason}, stored whole" if pair.whole else pair.reason or "decomposed"
 
 

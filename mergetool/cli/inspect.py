@@ -35,7 +35,7 @@ def inspect(typed: Typed) -> None:
 
 
 class _InspectReport(CommandEvents):
-    """What a model is."""
+    """The description of a model."""
 
     def done(self, plan: OpenedModel, result: dict[str, str]) -> None:
         """All of it."""

@@ -40,16 +40,16 @@ def convert(typed: Typed) -> None:
 
 
 class _ConvertReport(CommandEvents):
-    """What is written, and what had to be rounded or left out."""
+    """The report of a conversion, with rounded and skipped modules."""
 
     def plan(self, plan: LoraFile, memory: int) -> None:
-        """What it takes."""
+        """Print the memory."""
         self.json["memory"] = memory
         if self.prints and self.typed.given.get("dry_run"):
             console.heading("", f"memory at most {console.size(memory)}")
 
     def done(self, plan: LoraFile, result: LoraConverted) -> None:
-        """What became of every module."""
+        """Print the result for every module."""
         self.json |= _json(result)
         if self.prints:
             _print(result, verbose=self.typed.verbose)

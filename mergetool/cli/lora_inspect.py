@@ -44,7 +44,7 @@ def inspect(typed: Typed) -> None:
 
 
 class _Contents(CommandEvents):
-    """What the file holds."""
+    """The contents of the file."""
 
     def done(self, plan: LoraFile, result: LoraContents) -> None:
         """All of it."""

@@ -47,7 +47,7 @@ def verify(typed: Typed) -> None:
 
 
 class _VerifyReport(CommandEvents):
-    """What the LoRA leaves."""
+    """The residual of the LoRA."""
 
     def done(self, plan: LoraCheck, result: LoraVerified) -> None:
         """The residuals."""

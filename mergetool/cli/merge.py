@@ -101,7 +101,7 @@ def merge(typed: Typed) -> None:
 
 
 def _several(first: str, more: Sequence[str]) -> UsageError:
-    """The error for an expression that is several arguments: one without quotes around it, or models without what to do with them."""
+    """The error for an expression in several arguments: one without quotes around it, or models without an operation."""
     from mergetool.recipe.expression import parse
     from mergetool.recipe.quotes import quote
 

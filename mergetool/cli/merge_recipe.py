@@ -52,7 +52,7 @@ class _RecipeReport(MergeReport):
         self.outputs: dict[Path, dict[str, Any]] = {}
 
     def survey(self, tasks: Sequence[Task]) -> None:
-        """What there is, and what is to be made."""
+        """Print the outputs that exist, and those to make."""
         self.outputs = {task.path: _described(task) for task in tasks}
         if not self.prints:
             return
@@ -67,7 +67,7 @@ class _RecipeReport(MergeReport):
         self.json, self._label = self.outputs[task.path], task.output.label
 
     def waiting(self, task: Task) -> None:
-        """What a dry run cannot plan."""
+        """Print an output that a dry run cannot plan."""
         self.output(task)
         self.json["after"] = [used.label for used in task.output.earlier]
         if self.prints:
@@ -86,7 +86,7 @@ class _RecipeReport(MergeReport):
             self._of_difference().plan(plan, memory)
 
     def together(self, count: int, passes: int, moved: int, memory: int, written: int) -> None:
-        """How several merges are made, and what that takes."""
+        """Print the plan and the memory of merges in one pass."""
         if not self.prints:
             return
         how = "in one pass over their models" if passes == 1 else f"in {passes} passes"
@@ -95,20 +95,20 @@ class _RecipeReport(MergeReport):
         console.heading("run", f"{count} merges {how}: {takes}")
 
     def done(self, plan: Any, result: Any) -> None:
-        """What became of an output."""
+        """Print the result of an output."""
         if isinstance(plan, Plan):
             super().done(plan, result)
         else:
             self._of_difference().done(plan, result)
 
     def _of_difference(self) -> DiffReport:
-        """What shows a difference, into the JSON of this output."""
+        """Put the JSON of a difference into that of this output."""
         report = DiffReport(self.typed)
         report.json = self.json
         return report
 
     def verifying(self, task: Task) -> None:
-        """Which output is looked at."""
+        """Print the output under verification."""
         self.output(task)
         if self.prints:
             console.say()
@@ -122,7 +122,7 @@ class _RecipeReport(MergeReport):
 
 
 def _failed(made: Sequence[MadeOutput]) -> list[str]:
-    """What checks said no to."""
+    """The checks that failed."""
     failed = []
     for output in made:
         try:

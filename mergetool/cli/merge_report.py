@@ -117,7 +117,7 @@ def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float, 
 
 
 def _print_rounding(plan: Plan, movements: Movements, *, verbose: bool) -> None:
-    """What became of the delta: how much of it, and of how many elements, the output's dtype let through.
+    """Print the part of the delta, and of its elements, that the output's dtype let through.
 
     The groups are listed where one of them lost something that a user could miss.
     """

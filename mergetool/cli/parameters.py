@@ -147,7 +147,7 @@ def _default(row: Row) -> str:
 
 
 def _completion(kind: Kind) -> Callable[[str], list[str]] | None:
-    """What completes a value: words, registered models, groups."""
+    """The completions of a value: words, registered models, groups."""
     if isinstance(kind, Choice):
         return lambda incomplete: [word for word in kind.words if word.startswith(incomplete)]
     if isinstance(kind, ModelName | Models):

@@ -46,7 +46,7 @@ def sample(typed: Typed) -> None:
 
 
 class _SampleReport(CommandEvents):
-    """What will be drawn, and where it is."""
+    """The report of a sample: the plan, and the files."""
 
     def plan(self, plan: Prepared, memory: int) -> None:
         """The stages."""

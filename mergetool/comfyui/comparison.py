@@ -58,7 +58,7 @@ class CompareNode:
 
     @classmethod
     def _files(cls, held: dict[str, Any]) -> dict[str, Any]:
-        """Where files are written that are asked for. Raises UsageError."""
+        """The places of the chosen files. Raises UsageError."""
         chosen = {
             name: (host.inside(host.OUTPUT, held[name]), ending) for name, ending in FILES.items() if held.get(name)
         }
@@ -89,7 +89,7 @@ def _report(comparison: Report) -> str:
 
 
 def _shown(path: Path) -> dict[str, str]:
-    """Where a picture is, in the words of ComfyUI's page."""
+    """The place of a picture, in the words of ComfyUI's page."""
     place = path.relative_to(host.inside(host.OUTPUT, path.name).parent)
     return {
         "filename": path.name,

@@ -105,7 +105,7 @@ class ExtractLoraNode:
 
 
 def _target(folders: Sequence[str], held: dict[str, Any]) -> Target:
-    """Where the file or folder of a node goes; what is linked is None, and has any name. Raises UsageError."""
+    """The target of a node's file or folder; a linked name is None, and may be any. Raises UsageError."""
     folder = held.get("folder") or host.OUTPUT
     if folder not in folders:
         raise sentence("folder", folder, f"one of {', '.join(folders)}")

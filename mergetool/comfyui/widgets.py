@@ -63,7 +63,7 @@ def _bounds(kind: kinds.Kind) -> dict[str, float]:
 
 
 def _unset_text(row: Row) -> str:
-    """What stands for no value in a widget: a word where there are words, or where an empty text is a value."""
+    """The text for no value in a widget: a word where there are words, or where an empty text is a value."""
     kind = row.option.kind
     is_word = isinstance(kind, kinds.Choice) or (isinstance(kind, kinds.String) and kind.empty)
     return (row.option.default or "none") if is_word else ""

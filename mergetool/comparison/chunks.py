@@ -129,14 +129,17 @@ class _Meter:
 
     @cached_property
     def _ops(self) -> CpuOps:
-        """For what cannot be done with elements as they are stored. Made then: with it comes torch, which takes a second to import."""
+        """The arithmetic for elements that must be converted first.
+
+        Made then: with it comes torch, which takes a second to import.
+        """
         from mergetool.ops.cpu import CpuOps
 
         self._torch_threads.one()  # the parallelism is over chunks
         return CpuOps(capacity=self._capacity, registers=self._first + 1 + len(self._register))
 
     def measure(self, chunk: Chunk) -> tuple[Measured, int]:
-        """What is in a chunk, and how many bytes were read for it."""
+        """Measure a chunk, and count the bytes read for it."""
         merge = chunk.merge
         merged = [window.input for window in merge.step.windows] if merge else []
         fetched = {
@@ -176,7 +179,7 @@ class _Meter:
         return Stored(self._values(register, elements).data.cast("B"), F32)
 
     def _movement(self, job: Job, fetched: Sequence[Fetched]) -> Movement:
-        """What the merge does to the anchor's elements: the steps of the engine's worker, without the writing."""
+        """The movement of the anchor's elements in the merge: the steps of the engine's worker, without the writing."""
         assert job.step.program is not None
         assert job.step.base is not None
         stored = [elements.stored for elements in fetched]

@@ -314,13 +314,13 @@ def compare(
 
 
 def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> Iterator[Finding]:
-    """What the sample says, but for equality where all elements say otherwise."""
+    """The findings of the sample, but for equality where all elements say otherwise."""
     differ = any(distance.energies.delta for distance in distances)
     return (finding for finding in findings if not (differ and finding.text.endswith(lineage.NO_DIFFERENCE)))
 
 
 def _planned(operands: ComparedModels, options: MergeOptions) -> Comparison:
-    """Without a word on what to include, the refiners are measured but excluded."""
+    """Plan the merge; without an `include` the refiners are measured but excluded."""
     base = operands.inputs[operands.base].anatomy
     by_default = not (options.include or options.exclude) and base.family.kept in base.family.group_names(base)
     if by_default:
@@ -346,7 +346,7 @@ def _planned(operands: ComparedModels, options: MergeOptions) -> Comparison:
 
 
 def _unmet(operands: ComparedModels) -> Iterator[str]:
-    """What of the others is not in the base under the same names, where it is much; refiners count too, since they are measured."""
+    """Parts of the others without a counterpart in the base, where they are many; refiners count too, since they are measured."""
     base = operands.inputs[operands.base]
     for column in operands.columns:
         if column != operands.base:
@@ -354,7 +354,7 @@ def _unmet(operands: ComparedModels) -> Iterator[str]:
 
 
 def _chunks(comparison: Comparison, plan: Plan, *, merges: bool = True, sums: bool = True) -> Iterator[Chunk]:
-    """What to read, in the order of the output: of what is merged the engine's own chunks, of the rest others."""
+    """The chunks to read, in the order of the output: the engine's own for merged parts, others for the rest."""
     wanted = set(comparison.parts)
     for tensor in plan.tensors:
         for step in tensor.steps:

@@ -209,7 +209,7 @@ class _Lineage:
         return list(pairs)
 
     def of_difference(self, x: str, y: str) -> Iterator[Finding]:
-        """Whether y looks like what x was trained from."""
+        """Whether y looks like the model that x was trained from."""
         relation = self.relation(x, y)
         farther, differing = relation.gains
         if not relation.is_related:

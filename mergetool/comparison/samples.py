@@ -92,7 +92,7 @@ def middle_rows(elements: int, width: int, most: int) -> tuple[int, int]:
 
 
 def _read(reader: ValueReader, checkpoint: Checkpoint, window: Window, start: int, count: int) -> Floats:
-    """Elements ``[start, start + count)`` of a window; the pages around them are let go of."""
+    """Read elements ``[start, start + count)`` of a window, and drop the pages around them."""
     elements = reader.fetch(0, checkpoint, window, start, count)
     out = np.empty(count, np.float32)
     if elements.is_plain:

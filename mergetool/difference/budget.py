@@ -100,7 +100,7 @@ class _Item:
 
 
 def _items(spectra: Sequence[Spectrum], dtype: DType) -> list[_Item]:
-    """What can be added to the file, the best first; the items of one matrix in the order of its directions.
+    """The items to add to the file, the best first; the items of one matrix in the order of its directions.
 
     The first item of a matrix pays for its names in the header: it is as many directions as make that worth most.
     """
@@ -132,7 +132,7 @@ def _filled(
     dtype: DType,
     size: Callable[[Sequence[int]], int],
 ) -> list[int]:
-    """The ranks of the first ``taken`` items and of what still fits into the rest of the budget, the best first."""
+    """The ranks of the first ``taken`` items, and of further ones that fit into the rest of the budget, the best first."""
     ranks = _counted(items[:taken], len(spectra))
     closed: set[int] = set()
     room = budget - (size(ranks) if any(ranks) else 0)

@@ -188,7 +188,10 @@ def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
 def _in_order(
     pairing: Pairing, solved: Sequence[Solved], options: DiffOptions
 ) -> tuple[Extraction, dict[str, torch.Tensor]]:
-    """What was found, and the tensors to store, in the order of the pairs. Raises UsageError or DataError where nothing is to be stored."""
+    """The results, and the tensors to store, in the order of the pairs.
+
+    Raises UsageError or DataError where nothing is to be stored.
+    """
     found = Extraction()
     factors: dict[str, torch.Tensor] = {}
     place = {pair.name: i for i, pair in enumerate(pairing.pairs)}
@@ -255,7 +258,7 @@ def metadata_of(pairing: Pairing, options: DiffOptions) -> dict[str, str]:
 
 
 def _ranks_recipe(options: DiffOptions) -> dict[str, object]:
-    """How the ranks were chosen."""
+    """The choice of ranks, for the metadata."""
     if options.rank:
         return {"rank": options.rank}
     if options.budget:

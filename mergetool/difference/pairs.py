@@ -161,7 +161,7 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
 
 
 def _check_meeting(base: Input, variants: Sequence[Input], chosen: Sequence[str]) -> list[str]:
-    """What of the variants does not meet the ``chosen`` parts of the base, where it is much; a LoRA has to change one of them."""
+    """Parts of the variants without a counterpart among the ``chosen`` parts of the base, where they are many; a LoRA has to change one of them."""
     for model in variants:
         if model.is_lora:
             meeting.check_change(base, model, chosen, model.unmatched)
@@ -177,7 +177,7 @@ def _only_in_base(base: Input, variants: Sequence[Input]) -> list[tuple[str, str
 
 @dataclass(frozen=True)
 class _Reasons:
-    """Why a part is not decomposed, by what the user asked for and by its shape."""
+    """The reasons not to decompose a part, by the user's options and by its shape."""
 
     options: DiffOptions
     family: Family
@@ -196,7 +196,7 @@ class _Reasons:
         return cls(options, base.anatomy.family, _selected(options.include, base), excluded, whole)
 
     def chosen(self, name: str) -> str:
-        """Why the user's patterns leave a part out; empty where they do not."""
+        """The reason why the user's patterns leave a part out; empty where they do not."""
         if name in self.excluded:
             return self.excluded[name]
         return "" if self.included is None or name in self.included else "not in `include`"

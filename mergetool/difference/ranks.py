@@ -119,7 +119,7 @@ class WithinBudget:
         return min(self.options.cap or min(pair.shape), *pair.shape)
 
     def _first_guess(self) -> dict[str, int]:
-        """How many directions of every matrix to look for at first."""
+        """The number of directions of every matrix to look for at first."""
         pairs = self.stream.pairing.decomposed
         uniform = budget.uniform_rank([pair.shape for pair in pairs], self.options.budget_bytes, self.options.stored)
         guess = max(math.ceil(budget.FIRST_GUESS * uniform), budget.LEAST)

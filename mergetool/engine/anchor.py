@@ -37,7 +37,7 @@ def chosen(expression: Expression, plan_from: Callable[[str], Plan]) -> Plan:
 
 
 def _difference(plan: Plan, other: Plan) -> str | None:
-    """In which way the tensors of two plans differ, None where they hold the same bytes."""
+    """The way in which the tensors of two plans differ, None where they hold the same bytes."""
     seconds = {tensor.name: tensor for tensor in other.tensors}
     if seconds.keys() != {tensor.name for tensor in plan.tensors}:
         return "their tensors have different names"
@@ -68,7 +68,7 @@ def _is_same(plan: Plan, step: Step | None, other: Plan, twin: Step | None) -> b
 
 
 def _operands(plan: Plan, step: Step) -> Iterator[tuple[str, Window | None, str, int, int]]:
-    """What the program of a step loads, wherever the models stand among the inputs."""
+    """The operands of a step's program, wherever the models stand among the inputs."""
     loads = sum(isinstance(each, Load) for each in step.program.instructions) if step.program else 1
     for window in step.windows[:loads]:
         product = window if window.encoding is not None else None

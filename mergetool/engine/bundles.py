@@ -206,7 +206,7 @@ def bytes_read(plans: Sequence[Plan]) -> int:
 
 
 def _places(plan: Plan) -> dict[tuple[str, int], StepKey]:
-    """By output tensor and first element of it, where the same is in other plans."""
+    """Steps by output tensor and first element, where other plans have the same."""
     seen: Counter[tuple[str, int]] = Counter()
     keys = {}
     for tensor in plan.tensors:
@@ -220,7 +220,7 @@ def _places(plan: Plan) -> dict[tuple[str, int], StepKey]:
 def _common_cuts(
     plans: Sequence[Plan], places: Sequence[dict[tuple[str, int], StepKey]], size: int | None
 ) -> list[Cuts]:
-    """For each plan how to cut its steps, so that those for the same part are cut alike in all."""
+    """The cuts of each plan's steps, the same in all plans for the same part."""
     common: dict[StepKey, Grain] = {}
     for plan, place in zip(plans, places, strict=True):
         for tensor in plan.tensors:
@@ -231,7 +231,7 @@ def _common_cuts(
 
 
 def _quantised_shape(plan: Plan) -> object:
-    """What decides which phases a plan has and what is done in each."""
+    """The traits of a plan that decide its phases and their work."""
     places = _places(plan)
     tensors = tuple(
         (tensor.shape, quantisation.padded(tensor), tuple(places[tensor.name, step.first] for step in tensor.steps))

@@ -157,7 +157,7 @@ class ComputedFile:
         """Nothing, as `release`."""
 
     def _piece(self, number: int, start: int, count: int) -> Future[memoryview]:
-        """A piece of a part that is kept for a while, since what is asked for next lies in it."""
+        """A piece of a part that stays for a while, since the next request lies in it."""
         with self._lock:
             future = self._pieces.pop((number, start), None)
             if future is None:
@@ -205,14 +205,14 @@ class _Target:
     offset: int
 
     def take(self, at: int, data: memoryview) -> None:
-        """Of ``data``, the file's bytes from ``at`` on, those that there is room for."""
+        """Keep as much of ``data``, the file's bytes from ``at`` on, as there is room for."""
         begin, end = max(at, self.offset), min(at + len(data), self.offset + len(self.view))
         if begin < end:
             self.view[begin - self.offset : end - self.offset] = data[begin - at : end - at]
 
 
 class _Computer:
-    """One thread's worker, and where what it writes goes."""
+    """One thread's worker, and the target of its bytes."""
 
     def __init__(self, plan: Plan, name: str, parts: list[_Part], torch_threads: TorchThreads) -> None:
         self.run = Run(plan, self, "auto", "refuse", "off", Weights([]), Caller(CPU), name=name, can_keep=False)
@@ -231,7 +231,7 @@ class _Computer:
             self._worker.do(each)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """What the worker has made."""
+        """Take the worker's bytes."""
         self._put(start, data.cast("B"))
 
 

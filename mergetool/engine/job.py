@@ -207,7 +207,7 @@ def _require_places(outputs: Sequence[Path]) -> None:
 
 
 def _work(plan: Plan, non_finite: NonFinite) -> RunDigest:
-    """What the bytes of a merge depend on beyond its planned header, which holds the recipe and the inputs' fingerprints."""
+    """The things that decide a merge's bytes beyond its planned header, which holds the recipe and the inputs' fingerprints."""
     # Without the device number, which a restart can change.
     files = [file.identity[1:] for model in plan.inputs for file in model.checkpoint.files]
     return {
@@ -218,7 +218,7 @@ def _work(plan: Plan, non_finite: NonFinite) -> RunDigest:
 
 
 def _remaining(plan: Plan, writer: CheckpointWriter, progress: Callable[[int], None]) -> Plan:
-    """``plan`` without the tensors that an interrupted run had finished; ``progress`` is told their bytes."""
+    """``plan`` without the tensors that an interrupted run had finished; ``progress`` counts their bytes."""
     if not writer.kept:
         return plan
     # Of a quantised weight all tensors are written together, or none.

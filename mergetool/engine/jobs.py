@@ -90,7 +90,7 @@ class Grain:
         return max(1, self.size // self.tile) * self.tile
 
     def __or__(self, other: Grain) -> Grain:
-        """What suits two steps for the same part."""
+        """The grain that suits two steps for the same part."""
         return Grain(lcm(self.tile, other.tile), max(self.size, other.size))
 
 
@@ -185,7 +185,7 @@ def job_of(
 
 
 def _has_feedback(tensor: OutputTensor, step: Step, options: MergeOptions) -> bool:
-    """Whether rounding errors go along the rows of what is stored: of a quantised tensor that is done when it is encoded."""
+    """Whether rounding errors go along the rows of a stored tensor; a quantised one does that when it is encoded."""
     return options.rounding == "error-feedback" and step.program is not None and tensor.quantiser is None
 
 
@@ -195,7 +195,7 @@ def _row(tensor: OutputTensor, step: Step) -> int:
 
 
 def _rounding(piece: Piece, options: MergeOptions) -> Rounding:
-    """How a piece's codes are rounded: by their place in the stored tensor, padding included."""
+    """The rounding of a piece's codes: by their place in the stored tensor, padding included."""
     width = quantisation.padded(piece.tensor)[1]
     if options.rounding == "stochastic":
         return Stochastic(stream_key(options.seed, piece.tensor.name), piece.row * width)

@@ -166,7 +166,7 @@ class _Workers:
         self._phases.stop()
 
     def _passes_over(self, number: int) -> bool:
-        """Whether some of what a run merged was not measured: of a sample on the CPU."""
+        """Whether a run left some merged elements unmeasured: it measures a sample on the CPU."""
         if self._runs[number].measure != "sample":
             return False
         on_cpu = (job for _, job in self._jobs_of(number) if not self._suits(job))
@@ -180,7 +180,7 @@ class _Workers:
                     yield index, job
 
     def _moves(self, number: int) -> Iterator[tuple[tuple[str, str], Movement]]:
-        """What became of the anchor's elements: of plain outputs by job, then of quantised ones, each in file order."""
+        """The movements of the anchor's elements: of plain outputs by job, then of quantised ones, each in file order."""
         for index, job in self._jobs_of(number):
             if isinstance(job, Job) and (index, number) in self._movements:
                 yield (job.tensor.name, job.step.part), self._movements[index, number]
@@ -265,5 +265,5 @@ class _Workers:
 
 
 def _is_stored(job: Job) -> bool:
-    """Whether a job stores what it merged, and so knows what became of it."""
+    """Whether a job stores its merged elements, and so knows their movement."""
     return job.phase is None and job.step.base is not None

@@ -180,12 +180,12 @@ def decode(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
 
 
 def _steps(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> Floats:
-    """The distance between neighbours at each value of a piece, or what broadcasts to it."""
+    """The distance between neighbours at each value of a piece, in its shape or one that broadcasts to it."""
     return _encoding(piece.tensor).steps(_views(piece, raw, scale), piece.row, piece.rows)
 
 
 def _views(piece: Piece, raw: Sequence[Octets], scale: np.float32) -> list[memoryview]:
-    """What reading the piece's rows from a file would give."""
+    """The bytes that a reader would get for the piece's rows."""
     spans = _encoding(piece.tensor).spans(piece.row, piece.rows)
     stored = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in raw]
     views = [part.data[: span.size] for part, span in zip(stored, spans, strict=False)]

@@ -40,7 +40,7 @@ Finished = tuple[int, Movement | None]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What a bundle's programs can load: what was fetched, then what was computed for several of them.
+    """The values that a bundle's programs can load: fetched ones, then common computed ones.
 
     ``stored`` is all of it as `blend` takes it.
     """
@@ -53,7 +53,7 @@ class Worker:
     """One thread's registers, buffers and reading method, for all the plans of a pass."""
 
     def __init__(self, runs: Sequence[Run], work: Sequence[Work], torch_threads: TorchThreads) -> None:
-        """With room for any of ``work``."""
+        """Make room for any of ``work``."""
         self._runs = runs
         self._torch_threads = torch_threads
         self._registers = max((unit.operands.registers for unit in work if isinstance(unit, Bundle)), default=1)
@@ -66,7 +66,10 @@ class Worker:
 
     @cached_property
     def _ops(self) -> CpuOps:
-        """For what is not done in one pass. Made then: with it comes torch, which takes a second to import."""
+        """The arithmetic for work that takes several passes.
+
+        Made then: with it comes torch, which takes a second to import.
+        """
         from mergetool.ops.cpu import CpuOps
 
         self._torch_threads.one()
@@ -105,7 +108,7 @@ class Worker:
         return done
 
     def _room(self, place: int, count: int) -> Floats:
-        """Where a value waits that several programs need."""
+        """The buffer of a value that several programs need."""
         while place >= len(self._kept):
             self._kept.append(np.empty(0, np.float32))
         if len(self._kept[place]) < count:
@@ -115,7 +118,7 @@ class Worker:
     def _compute(
         self, run: Run, job: Job, program: Program | None, columns: Sequence[int], loaded: _Loaded
     ) -> Finished:
-        """Do one job, whose windows are ``columns`` of what is loaded; returns the bytes written."""
+        """Do one job, whose windows are ``columns`` of the loaded values; returns the bytes written."""
         fetched = [loaded.fetched[column] for column in columns]
         if program is None:
             if fetched[0].dtype.blendable and not blend(COPY, [loaded.stored[columns[0]]], F32, self._out):
@@ -141,7 +144,7 @@ class Worker:
         return 0, None
 
     def _blended(self, run: Run, job: Job, program: Program, columns: Sequence[int], loaded: _Loaded) -> Blended | None:
-        """The same as `_result`, in one pass, of what is ordinary; else None."""
+        """The same as `_result`, in one pass, for ordinary work; else None."""
         if run.compared:
             return None
         measured = job.step.base is not None and run.measures(job)
@@ -151,7 +154,7 @@ class Worker:
     def _result(
         self, run: Run, job: Job, program: Program, fetched: list[Fetched], loaded: _Loaded
     ) -> tuple[memoryview, Movement | None]:
-        """What a program's result is stored as, checked, and what it did to the anchor."""
+        """A program's result as stored, checked, and the movement of the anchor."""
         self._execute(program, loaded, run, job)
         first, movement, values = None, None, None
         if run.compared:
@@ -205,7 +208,7 @@ class Worker:
         return round_to
 
     def _measure(self, run: Run, piece: Piece, values: Floats, raw: tuple[Octets, ...], scale: np.float32) -> None:
-        """Note what became of the anchor's elements in every part that the piece has rows of."""
+        """Note the movement of the anchor's elements in every part that the piece has rows of."""
         raw = tuple(np.array(part) for part in raw)  # the next rounding goes where the last one is
         columns = piece.tensor.shape[1]
         base = np.array(values)  # where nothing was merged nothing moved

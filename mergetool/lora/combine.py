@@ -154,7 +154,7 @@ def _solver(
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
 ) -> Solve:
-    """What makes a module's tensors, once every rank that depends on other modules is known."""
+    """Make the function that computes a module's tensors, once every rank that depends on other modules is known."""
     if isinstance(selection, Exact) and derive is None:
         return lambda module: _exact(module, dtype or module.dtype)
     of = derive or source
@@ -234,7 +234,7 @@ def _tensors(module: GatheredModule, stored: WrittenSum) -> dict[str, Tensor]:
 
 
 def _metadata(gathering: Gathering, selection: Selection, dtype: DType | None, command: str) -> dict[str, str]:
-    """Provenance: what was added with which strength, and how it was cut; no path, host or time."""
+    """The provenance of a sum: its LoRAs with strengths, and its cut; no path, host or time."""
     names = display_names([term.file.name for term in gathering.terms])
     recipe: dict[str, Any] = {
         "command": command,

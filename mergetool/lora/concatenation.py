@@ -48,7 +48,7 @@ class WrittenSum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """The factors of one addend, in the output's dtype, and what multiplies their product."""
+    """The factors of one addend, in the output's dtype, and the scale of their product."""
 
     factors: LowRank
     weight: float
@@ -131,7 +131,7 @@ def _worthwhile(shape: tuple[int, int]) -> int:
 
 
 def _rounded(exact: LowRank, stored: LowRank) -> float:
-    """What storing a pair in another dtype costs; 0 for the one it came in."""
+    """The error of storing a pair in another dtype; 0 for its own."""
     if torch.equal(stored.up.float(), exact.up) and torch.equal(stored.down.float(), exact.down):
         return 0.0
     return _distance(stored, exact)
@@ -151,7 +151,7 @@ def _is_folded(up: Tensor, part: _Columns, scale: float) -> bool:
 
 
 def _common(parts: Sequence[_Columns], norms: Sequence[float]) -> float:
-    """What stays outside of all columns: 1, or the size of one weight, whichever leaves least to be rounded.
+    """The scale outside of all columns: 1, or the size of one weight, whichever leaves least to be rounded.
 
     Above 0 always: diffusers doubles and halves a scale until it has found a root of it, and never ends with a negative one.
     """

@@ -241,7 +241,7 @@ def _only(file: LoraFile, part: str, changes: Sequence[Change]) -> Change:
 
 
 def _unfit(part: str, change: Change) -> str:
-    """Why no LoRA can carry this change; empty where one can."""
+    """The reason why no LoRA can carry this change; empty where one can."""
     if len(change.adapter.shape) < 2:
         return "one-dimensional"
     return "" if part.endswith(".weight") else "not a module's weight"

@@ -225,7 +225,7 @@ class _Comparer:
         self._values.release(found)
 
     def _add(self, change: Encoding, start: int, out: torch.Tensor) -> None:
-        """What the LoRA adds at its strength: as it is baked, the strength of a product is in its factors."""
+        """Add the LoRA's change at its strength, as `bake` does: the strength of a product is in its factors."""
         checkpoint = self._check.lora.checkpoint
         found = self._values.fetch(2, checkpoint, Window(2, change.tensor, 0, F32, change), start, out.numel())
         found.decode(out.numpy())

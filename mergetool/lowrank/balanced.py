@@ -124,7 +124,7 @@ def _missed(left: Tensor, values: Tensor, right: Tensor, down: Tensor, up: Tenso
 
 
 def _alone(one: Decomposition, dtype: torch.dtype) -> tuple[LowRank, float]:
-    """One pair by the CPU's path, which has a pseudo-inverse for rows that underflow, and the words for what overflows."""
+    """One pair by the CPU's path, which has a pseudo-inverse for rows that underflow, and the error for an overflow."""
     here = replace(one, left=one.left.cpu(), right=one.right.cpu())
     stored = balanced(here, dtype)
     return stored, stored_residual(here, stored)

@@ -98,7 +98,7 @@ def decompose_batch(
 
 
 class _Ieee:
-    """Who needs IEEE products now, and what to go back to when nobody does: torch's switches are the process's."""
+    """Count the users of IEEE products, and restore the caller's setting after the last: torch's switches are the process's."""
 
     lock = threading.Lock()
     users = 0
@@ -135,7 +135,7 @@ def width_for(rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Certificate:
-    """What a block of directions holds of the matrices [B, long, short], from float32 products.
+    """The energy that a block of directions holds of the matrices [B, long, short], from float32 products.
 
     ``left`` [B, long, w] and ``right`` [B, short, w] are float32, ``energies`` [B, w] float64 on the CPU, falling;
     directions that are not there have zeros. ``gains`` [B, w] float64 on the CPU is what one power step would add to each
@@ -248,7 +248,7 @@ class _Search:
 
 
 def _clear(goal: Goal, energies: Tensor, gains: Tensor, coarse: float, width: int) -> bool:
-    """True when what the directions may still miss cannot change the answer to ``goal``."""
+    """Whether directions that may be missing cannot change the answer to ``goal``."""
     total = goal.total
     rank = goal.fewest(energies)
     complete = not energies[-1] > 0

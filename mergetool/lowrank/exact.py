@@ -67,7 +67,7 @@ def _search(products: Products, most: int, share: float) -> Tensor | None:
 
 
 def _refined(products: Products, rows: Tensor, most: int, target: float) -> Tensor | None:
-    """The directions out of the span of ``rows``, which every step widens by what the best of it still miss."""
+    """The directions out of the span of ``rows``, which every step widens by the largest errors of the best directions."""
     images = _image(products, rows)
     for _ in range(STEPS):
         energies, turn = torch.linalg.eigh(images.T @ images)
@@ -91,12 +91,12 @@ def _refined(products: Products, rows: Tensor, most: int, target: float) -> Tens
 
 
 def _fewest(energies: Tensor, target: float) -> int:
-    """How many of the falling energies reach the target; all where they do not."""
+    """The number of falling energies that reach the target; all where they do not."""
     return min(int((energies.cumsum(0) < target).sum()) + 1, len(energies))
 
 
 def _gap(energies: Tensor, count: int) -> float:
-    """What separates the first ``count`` energies from the next."""
+    """The gap between the first ``count`` energies and the next."""
     last, following = float(energies[count - 1]), float(energies[count]) if count < len(energies) else 0.0
     # The rounding of the products is 1e-15 of the strongest energy: no residual becomes smaller.
     return max(last - following, LEAST_GAP * last, 1e-5 * float(energies[0]))

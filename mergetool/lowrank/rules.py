@@ -90,7 +90,7 @@ ENERGY = Rule()
 
 
 def _knee(values: Float64) -> int:
-    """How many of the falling ``values`` [n] come before the knee; 1 at least."""
+    """The number of falling ``values`` [n] before the knee; 1 at least."""
     if len(values) < 3 or values[0] <= values[-1]:
         return len(values)
     x = np.arange(len(values)) / (len(values) - 1)

@@ -166,7 +166,7 @@ def _from_rows(
 
 
 def _by_all_values(products: Products, rule: Rule, rank_max: int, name: str, exponent: int) -> Decomposition:
-    """What a rule that needs every singular value keeps."""
+    """The directions that a rule on every singular value keeps."""
     energies, rows = spectrum(products)
     wanted = rule.rank(energies.numpy()) or 0
     rank = min(wanted, rank_max or wanted)
@@ -179,7 +179,7 @@ def _by_all_values(products: Products, rule: Rule, rank_max: int, name: str, exp
 def _above_cut(
     products: Products, rule: Rule, rank_max: int, seed: int, name: str, exponent: int, rows: Tensor | None
 ) -> Decomposition:
-    """What a rule keeps that takes all singular values above one."""
+    """The directions that a rule keeps which takes all singular values above one."""
     most, generator = rank_max or products.short, torch.Generator().manual_seed(named_seed(seed, name))
 
     def cut(energy: float) -> float:

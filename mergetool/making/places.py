@@ -92,7 +92,7 @@ class Places:
             raise type(error)(f"{place or whole}: {as_keys(sentence)}") from None
 
     def _named(self, output: RecipeOutput) -> Iterator[tuple[str, Place]]:
-        """What an error may have in quotes, and where it stands in the recipe."""
+        """The names that an error may have in quotes, and their places in the recipe."""
         for used in output.uses.values():
             if isinstance(used, RecipeModel):
                 yield quoted(self.model(used)), used.at

@@ -86,7 +86,7 @@ def of_diff(pairing: Pairing, options: DiffOptions, target: Target) -> State:
 
 
 def _of_metadata(path: Path, expected: Mapping[str, str]) -> tuple[State, Mapping[str, str]]:
-    """The state of a file by what it says of itself, and what that is."""
+    """The state of a file by its metadata, and these."""
     if not os.path.lexists(path):
         return State("outdated", f'"{path}" is missing'), {}
     try:

@@ -193,7 +193,7 @@ def opened(places: Places, *, skip_unmatched: bool = False) -> Iterator[Survey]:
 
 
 def _beside(options: DiffOptions, lora: Path) -> DiffOptions:
-    """The options with the files that are asked for beside a LoRA in its folder. Raises UsageError for what is no plain name."""
+    """The options with the files beside a LoRA in its folder. Raises UsageError for what is no plain name."""
     whole: dict[str, Any] = {}
     for name, place in options.beside.items():
         reason = why_not_plain(place, "")

@@ -156,7 +156,7 @@ def _frequencies(length: int, like: Tensor) -> Tensor:
 
 
 def _share(frequencies: Tensor, alpha: float, tilt: float) -> Tensor:
-    """How much of the second there is at each frequency."""
+    """The share of the second at each frequency."""
     if tilt == 0:
         return (frequencies > 1 - alpha).to(frequencies.dtype)
     if tilt == 2:

@@ -96,7 +96,7 @@ class _Steps(NamedTuple):
 
 @cache
 def _steps(program: Program) -> _Steps | None:
-    """None for what the kernel cannot do."""
+    """The kernel's steps for a program; None where it cannot do it."""
     if program.registers > compiled.REGISTERS or program.calls:
         return None
     steps: list[compiled.CompiledStep] = []

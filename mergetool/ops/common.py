@@ -21,7 +21,7 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What an instruction, with every register in it set to 0, makes of other values; ``parts`` are places in `_Values`."""
+    """The effect of an instruction, with every register in it set to 0, on other values; ``parts`` are places in `_Values`."""
 
     step: Instruction
     parts: tuple[int | None, ...]
@@ -101,7 +101,7 @@ class _Values:
         return result
 
     def program(self, place: int, kept: Mapping[int, int]) -> Program:
-        """What computes a value from the operands and the values in ``kept``, which says what operands those are."""
+        """The program that computes a value from the operands and the values in ``kept``, which maps those to operands."""
         return Program(tuple(self._steps(place, 0, kept)))
 
     def _steps(self, place: int, register: int, kept: Mapping[int, int]) -> list[Instruction]:

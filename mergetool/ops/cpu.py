@@ -199,7 +199,7 @@ class CpuOps:
         return Movement(moves, eaten, below, energy, kept)
 
     def _values(self, register: int) -> torch.Tensor:
-        """A register's float32 values; what was loaded is widened when it is first asked for."""
+        """A register's float32 values; stored ones are widened at first use."""
         raw = self._raw[register]
         if raw is not None:
             self._widen(as_tensor(*raw), raw[1], self._views[register])
@@ -212,7 +212,7 @@ class CpuOps:
         return as_tensor(*raw) if raw is not None and raw[1] is dtypes.F32 else self._values(register)
 
     def _changed(self, register: int) -> torch.Tensor:
-        """Where a register's new values go, which it holds from now on."""
+        """The buffer for a register's new values, which it holds from now on."""
         self._raw[register] = self._squares[register] = None
         return self._views[register]
 

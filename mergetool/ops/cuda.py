@@ -159,7 +159,7 @@ class CudaOps:
         return cpu.measure(register, first, dtype)
 
     def _replay(self) -> CpuOps:
-        """The chunk once more, on the CPU: for what is rare, and what has to go element by element."""
+        """Compute the chunk once more, on the CPU: for rare cases, and for work that has to go element by element."""
         cpu = CpuOps(capacity=self._operands[0].numel(), registers=self._registers)
         for operation, register, argument in self._program:
             match operation:
@@ -180,7 +180,7 @@ class CudaOps:
             self._done.synchronize()
 
     def _buffer(self, slot: int, size: int) -> tuple[Tensor, Tensor]:
-        """``size`` bytes of pinned and of device memory; a slot's buffers grow to what its dtype needs, once."""
+        """``size`` bytes of pinned and of device memory; a slot's buffers grow to the size its dtype needs, once."""
         held = self._buffers.get(slot)
         if held is None or held[0].numel() < size:
             # Whole capacities of 1, 2, 4 or 8 bytes an element, so that the first chunk decides.

@@ -109,7 +109,7 @@ class Table:
     """
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a value that is not what its option takes, and for values that contradict each other."""
+        """Raise UsageError for a value that its option does not take, and for values that contradict each other."""
         for row in rows(type(self)).values():
             object.__setattr__(self, row.name, row.value(getattr(self, row.name)))
         self.check()

@@ -99,7 +99,7 @@ def is_narrow(info: TensorInfo) -> bool:
 def _strange(
     leaf: str, parent: str, model: Mapping[str, TensorInfo], name: str, beside: Iterable[str], within: Iterable[str]
 ) -> str | None:
-    """What lies beside codes and is not understood; None where all is."""
+    """A tensor beside codes that is not understood; None where all are."""
     info = model[name]
     if leaf == "weight":
         return next((n for n in (*within, *beside) if not _PLAIN.fullmatch(leaf_of(n))), None)
@@ -121,7 +121,7 @@ def _is_side(leaf: str) -> bool:
 
 
 def _place(name: str) -> int | None:
-    """Which of `_FORMATS` a tensor gives away."""
+    """The index of the entry of `_FORMATS` that a tensor gives away."""
     place = _PLACE.get(leaf_of(name))
     return next((i for part, i in _WITHIN.items() if part in name), None) if place is None else place
 

@@ -92,7 +92,7 @@ class Quantiser(ABC):
 
     @abstractmethod
     def _stored(self, padded: tuple[int, int]) -> list[TensorEntry]:
-        """Leaf, dtype and shape of what `encode` gives, whole."""
+        """Leaf, dtype and shape of the results of `encode`, whole."""
 
     @property
     def has_tensor_scale(self) -> bool:

@@ -145,7 +145,7 @@ def _encoding(
     source: str,
     blocks: tuple[int, int] | None,
 ) -> Encoding | None:
-    """What one layer is; None for a plain weight, beside which there may be the scale of its input."""
+    """The encoding of one layer; None for a plain weight, beside which there may be the scale of its input."""
     weight = model.get(f"{name}.weight")
     if config is None and not spellings.scales() & sides.keys():
         return None
@@ -196,7 +196,7 @@ def _container(layer: Layer) -> Quantiser | None:
 
 
 def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
-    """Module name -> what a side tensor is, by its current name -> stored name and TensorInfo, for all side tensors."""
+    """Module name -> current name of a side tensor -> stored name and TensorInfo, for all side tensors."""
     spelled: dict[str, list[tuple[str, str, TensorInfo]]] = {}
     for stored, info in model.items():
         leaf, name = leaf_of(stored), module_of(stored)
@@ -232,7 +232,7 @@ def _block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
 def _said(
     model: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], bytes], source: str
 ) -> dict[str, Mapping[str, Any]]:
-    """What the file says about its layers: the JSON in ``.comfy_quant`` tensors and ``_quantization_metadata``, which must agree.
+    """The file's statements about its layers: the JSON in ``.comfy_quant`` tensors and ``_quantization_metadata``, which must agree.
 
     The metadata survives in files that were converted back to floats; an entry for a plain weight is stale and counts for nothing.
     """

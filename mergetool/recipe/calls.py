@@ -111,7 +111,7 @@ def _differences(node: ast.Call, method: Method, arguments: Sequence[Sum], base:
 
 
 def _check_degrees(node: ast.Call, method: Method, arguments: Sequence[Sum]) -> Fraction:
-    """The degree of all arguments, which must be equal, and what the method takes."""
+    """Check the degree of all arguments, which must be equal and suit the method."""
     wanted = {"models": (1,), "deltas": (0,), "any": (0, 1)}[method.takes]
     first = arguments[0].degree()
     for written, argument in zip(node.args, arguments, strict=True):

@@ -190,7 +190,7 @@ def _check_degree(value: Sum, source: str) -> None:
 
 
 def _lora_meant(value: Sum, degree: Fraction) -> str:
-    """A second sentence where a file whose own factor is what is too much could be a LoRA; else nothing."""
+    """A second sentence where the file with a factor too many could be a LoRA; else nothing."""
     for term in value.terms:
         if isinstance(term.operand, Model) and degree - term.factor == 1 and term.operand.name.endswith(".safetensors"):
             name = quote(term.operand.name)
@@ -230,7 +230,7 @@ def _check_limits(tree: ast.Expression, source: str) -> None:
 
 
 def _value_nodes(node: ast.expr) -> Iterator[ast.expr]:
-    """What stands where a model can stand, parameters of methods apart."""
+    """The nodes in places of models, parameters of methods apart."""
     stack: list[ast.expr] = [node]
     while stack:
         current = stack.pop()

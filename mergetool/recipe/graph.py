@@ -273,7 +273,7 @@ def _is_difference(terms: Sequence[Term]) -> bool:
 
 
 def _content(operand: Operand, contents: Mapping[str, str]) -> str:
-    """A text that orders operands by what they hold: models first, then LoRAs, methods and sums."""
+    """A text that orders operands by their contents: models first, then LoRAs, methods and sums."""
     match operand:
         case Model(name):
             return f"1 {contents[name]}"

@@ -182,7 +182,7 @@ class _Planner:
     # --- choices ---------------------------------------------------------------------------------------------
 
     def _check_meeting(self) -> list[str]:
-        """What of every other model of the expression does not meet the first, where it is much."""
+        """Note parts of every other model of the expression that do not meet the first, where they are many."""
         chosen = [n for n in self.first.anatomy.parts if n not in self.kept and self.multiplier.get(n, 1) != 0]
         for lora in (self.inputs[column] for column in self.loras):
             meeting.check_change(self.first, lora, chosen, lora.unmatched)
@@ -234,7 +234,7 @@ class _Planner:
     # --- tensors ---------------------------------------------------------------------------------------------
 
     def _tensors(self, name: str, part_names: tuple[str, ...]) -> list[OutputTensor]:
-        """The output tensor ``name``, or what an untouched quantised one is copied as."""
+        """The output tensor ``name``, or the copies of an untouched quantised one."""
         parts = [self._written(part) for part in part_names]
         quantiser = self.quantiser if self.is_quantised(parts) else None
         dtype = F32 if quantiser else self._output_dtype(parts)
@@ -286,7 +286,7 @@ class _Planner:
         )
 
     def _obstacle(self, part: str) -> str | None:
-        """Why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
+        """The reason why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
         mine = self.first.anatomy.parts[part]
         if not mine.numel:
             return "a marker without elements"
@@ -311,7 +311,7 @@ class _Planner:
         )
 
     def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:
-        """What is computed for a part, and the LoRAs that are computed as one: their columns follow the inputs'."""
+        """The program of a part, and the LoRAs that it computes as one: their columns follow the inputs'."""
         changing = {self.inputs[i].name: self.inputs[i].anatomy.parts.get(part) for i in self.loras}
         absent = tuple(name for name, stored in changing.items() if stored is None)
         products = tuple(

@@ -126,7 +126,7 @@ def read(stored: Mapping[str, str], source: str) -> Recorded:
 
 
 def _name(value: object) -> str:
-    """A recorded name, as `display_names` gives it; a path or an ``hf://`` address would let a file choose what is opened or fetched."""
+    """A recorded name, as `display_names` gives it; a path or an ``hf://`` address would let a file choose the files to open or fetch."""
     name = _text(value)
     if "/" in name or "\\" in name:
         raise ValueError

@@ -77,7 +77,7 @@ def _typed(kind: kinds.Kind) -> Any:
 
 
 def _refusing(row: Row) -> Any:
-    """A validator that refuses what the row refuses, in its words, before the type is looked at."""
+    """A validator that refuses the same as the row, in its words, before the type is checked."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -90,7 +90,7 @@ def _refusing(row: Row) -> Any:
 
 
 def _described(row: Row) -> str:
-    """What a key does, and what its default means, with other options by their keys."""
+    """The meaning of a key and of its default, with other options by their keys."""
 
     def key(name: str, value: str | None) -> str:
         other = named(name)

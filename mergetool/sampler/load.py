@@ -220,7 +220,7 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
 
 @contextmanager
 def _readable(path: Path, part: str) -> Iterator[None]:
-    """Turn what the libraries raise for a folder that holds something else into one sentence."""
+    """Turn the libraries' exceptions for a wrong folder into one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

@@ -282,5 +282,5 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _together(height: int, width: int) -> int:
-    """How many latents of this size go through a model at once; a token is 2 x 2 of their values."""
+    """The number of latents of this size that go through a model at once; a token is 2 x 2 of their values."""
     return max(1, TOKENS_AT_ONCE // max(1, height * width // 4))

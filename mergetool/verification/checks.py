@@ -90,7 +90,7 @@ def verify(output: str, asked: VerifyOptions, bars: Bars) -> Verification:
 def _weights(
     opened: OpenedModel, asked: VerifyOptions, progress: Callable[[int, int], None]
 ) -> tuple[WeightsReport, Replay | None]:
-    """What becomes of the weights of an open file, and of the whole of it where that is asked for."""
+    """Check the weights of an open file, and with a `depth` of bytes all of it."""
     output, inputs, threads = opened.name, asked.places, asked.threads
     if asked.depth == "bytes":
         again = replay(

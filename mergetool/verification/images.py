@@ -139,7 +139,7 @@ def psnr(one: Pixels, other: Pixels) -> float:
 
 
 def _tiles(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means over 16 x 16 tiles, [16, 16, 3]; what does not divide evenly is cut off at the right and below."""
+    """Means over 16 x 16 tiles, [16, 16, 3]; the uneven rest is cut off at the right and below."""
     height, width = (side // TILES for side in values.shape[:2])
     cut = values[: height * TILES, : width * TILES]
     means: NDArray[np.float64] = cut.reshape(TILES, height, TILES, width, -1).mean(axis=(1, 3))
@@ -147,14 +147,14 @@ def _tiles(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _roughness(values: NDArray[np.float64]) -> float:
-    """Of a picture [height, width]; 0 of a flat one."""
+    """The roughness of a picture [height, width]; 0 of a flat one."""
     variance = float(values.var())
     steps = [float(np.square(np.diff(values, axis=axis)).mean()) for axis in (0, 1)]
     return sum(steps) / 4 / variance if variance > 1e-9 else 0.0
 
 
 def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Of values whose mean is taken off already; 0 where one of them does not vary."""
+    """The correlation of values whose mean is taken off already; 0 where one of them does not vary."""
     scale = float(np.sqrt((one * one).sum() * (other * other).sum()))
     return float((one * other).sum()) / scale if scale > 1e-9 else 0.0
 

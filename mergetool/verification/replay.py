@@ -143,7 +143,10 @@ def replay(
 
 
 def _place_for(write_to: str | os.PathLike[str], output: str, *, single: bool) -> Target:
-    """Where what comes out is kept, of the kind that ``output`` is. Raises UsageError for a name of the other kind."""
+    """The place to keep the new file or folder, of the same kind as ``output``.
+
+    Raises UsageError for a name of the other kind.
+    """
     kept = model_target(write_to, folder=not single)
     if single == kept.is_folder:
         kind = f"one file; call it NAME{SUFFIX}" if single else f"a folder; leave out {SUFFIX}"
@@ -156,7 +159,7 @@ class _Sink(Protocol):
 
 
 class _All:
-    """Gives what a merge writes to several."""
+    """Gives a merge's bytes to several sinks."""
 
     def __init__(self, sinks: list[_Sink]) -> None:
         self._sinks = sinks

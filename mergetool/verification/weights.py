@@ -303,7 +303,7 @@ class _Recorded(Inputs):
         raise _not_found(name)
 
     def _choices(self, name: str) -> list[str]:
-        """Where a recorded name may lead."""
+        """The possible places of a recorded name."""
         if name in self._given:
             return [self._given[name]]
         beside = [self._folder / f"{name}.safetensors", self._folder / name]

@@ -41,7 +41,10 @@ def _attention(name: str, columns: int | str, width: str) -> Named:
 
 
 def _transformer(name: str, comfyui: str, stack: str, width: str) -> Named:
-    """What both layouts call alike but for its place. The first matrix of a feed-forward has its values' rows and its gates'."""
+    """The rows of a transformer, whose names differ between layouts in their place only.
+
+    The first matrix of a feed-forward has its values' rows and its gates'.
+    """
     block = (
         Named("norm1", groups=("norm",), shape=(width,), bias=True),
         _attention("attn1", width, width),
@@ -254,6 +257,6 @@ _ATTENTIONS = (("down_blocks.1.", "up_blocks.1."), ("down_blocks.2.", "mid_block
 
 
 def _depths(sizes: Mapping[str, int]) -> list[int] | None:
-    """How many transformer blocks the attentions of each resolution have; None where they differ."""
+    """The number of transformer blocks in the attentions of each resolution; None where they differ."""
     depths = [{depth for stack, depth in sizes.items() if stack.startswith(places)} for places in _ATTENTIONS]
     return [1, *(depth for (depth,) in depths)] if all(len(found) == 1 for found in depths) else None

@@ -141,7 +141,7 @@ class ValueReader:
 
 
 def _multiply(encoding: StackedRows, row: int, out: Floats) -> None:
-    """What LoRAs add to rows from ``row`` on, by tiles of `TILE_ROWS`: torch, whose threads a run has under control."""
+    """The change of LoRAs to rows from ``row`` on, by tiles of `TILE_ROWS`, with torch, whose threads a run has under control."""
     import torch  # takes a second to import, and a model without LoRAs can be read without it
 
     up, down = (torch.from_numpy(factor) for factor in encoding.factors())

@@ -93,7 +93,7 @@ class Nvfp4(Encoding):
         return (steps * self._scales(raw, row, rows)[:, :, None]).reshape(rows, -1)
 
     def _scales(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """What the codes of each block are multiplied by, [rows, blocks]."""
+        """The scales of the codes of each block, [rows, blocks]."""
         blocks = self.padded[1] // BLOCK
         codes = block_scales.untiled(raw[1], row, rows, blocks) if self.comfyui else np.frombuffer(raw[1], np.uint8)
         scale = np.empty((rows, blocks), np.float32)
