@@ -252,7 +252,8 @@ def _parse_names(raw: bytes, source: str) -> Mapping[str, str]:
         root = tomllib.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: broken TOML, or not UTF-8
         detail = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "not UTF-8, or nested too deeply"
-        raise DataError(f'"{source}" is not valid TOML ({detail}); correct it by hand.') from None
+        hint = "; a path with backslashes stands in single quotes" if b"\\" in raw else ""
+        raise DataError(f'"{source}" is not valid TOML ({detail}){hint}; correct it by hand.') from None
     unknown = next((section for section in root if section != "models"), None)
     names = root.get("models", {})
     if unknown is not None or not isinstance(names, dict):

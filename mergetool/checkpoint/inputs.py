@@ -37,6 +37,15 @@ def identity_of(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def _status_of(fd: int, real_path: Path) -> os.stat_result:
+    """The status of an open file, to be compared later with that of its name.
+
+    On Windows by its name too, which nobody can give another file while it is open: there, on FAT and in some versions of Python, the times and
+    numbers of a file differ by how it was asked for.
+    """
+    return os.stat(real_path) if system.WINDOWS else os.fstat(fd)
+
+
 def leads_out(path: Path) -> bool:
     """Whether ``path`` is a link out of its folder.
 
@@ -137,7 +146,7 @@ class InputFile(Pooled):
         except OSError as error:
             raise _cannot_open(error, path) from None
         try:
-            status = os.fstat(fd)
+            status = _status_of(fd, real_path)
             _require_regular(status, path)
         except BaseException:
             system.close(fd)
@@ -275,7 +284,7 @@ class InputFile(Pooled):
             fd = system.open_input(self._real_path)
         except OSError as error:
             raise _cannot_open(error, self.path) from None
-        if identity_of(os.fstat(fd)) != self.identity:
+        if identity_of(_status_of(fd, self._real_path)) != self.identity:
             system.close(fd)
             raise self._changed()
         return fd

@@ -132,8 +132,13 @@ class Journal:
 
     def remove(self) -> None:
         """Delete it. Idempotent, never raises."""
-        attempt(system.unlink, self.path)
-        self.close()
+        try:
+            system.unlink(self.path)
+        except OSError:  # Windows removes no open file
+            self.close()
+            attempt(system.unlink, self.path)
+        else:
+            self.close()
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -12,6 +12,10 @@ _LONGEST_FILE_NAME = 255  # bytes on ext4, XFS, APFS; UTF-16 units on NTFS
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|clock\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.|$)", re.IGNORECASE)
 
 
+# A colon is no error of Windows': what stands behind it becomes a hidden stream of the file before it.
+_FORBIDDEN = frozenset('/\\:*?"<>|')
+
+
 def quoted(name: str) -> str:
     """``name`` in double quotes, safe to print: one line without terminal controls.
 
@@ -61,10 +65,21 @@ def why_not_plain(name: str, suffix: str) -> str | None:
     if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_FILE_NAME:
         return f"it is longer than {_LONGEST_FILE_NAME} bytes"
     for character in name:
-        if character in '/\\:*?"<>|' or not character.isprintable():
+        if character == "/" or not character.isprintable():
             return f"it has the character {quoted(character)}"
     if name.startswith(" "):
         return "it starts with a blank"
+    return why_not_on_windows(name)
+
+
+def why_not_on_windows(name: str) -> str | None:
+    """Say why no file or folder of Windows can have this ``name``, or None; a drive and folders before it are not looked at.
+
+    Example: ``why_not_on_windows("con.safetensors")`` is ``Windows takes it for a device``.
+    """
+    for character in name:
+        if character in _FORBIDDEN or character < " ":
+            return f"it has the character {quoted(character)}"
     if name.endswith((".", " ")):
         return "it ends in a dot or a blank, which Windows drops"
     if _DEVICE.match(name):

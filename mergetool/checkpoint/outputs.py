@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergetool.checkpoint import paths
+from mergetool.checkpoint import paths, system
+from mergetool.checkpoint.names import quoted, why_not_on_windows
 from mergetool.checkpoint.shards import PICKLES, SUFFIX, is_model_folder
 from mergetool.checkpoint.targets import TargetKind
 from mergetool.errors import OutputError, UsageError
@@ -38,7 +39,7 @@ _OTHERS = {
 class Target:
     """The path of an output, and whether it is a file or a folder.
 
-    ``note`` is a sentence for the user where the name was completed, else empty.
+    ``note`` is a sentence for the user where the name was completed, or is one that Windows cannot have, else empty.
     """
 
     path: Path
@@ -120,16 +121,19 @@ def named(text: str, *, folder: bool = False) -> Target:
     if is_file_name(path):
         if has_slash:
             raise UsageError(f'"{text}" has a slash like a folder and the ending of a file; leave one of them out.')
-        return Target(path, "file")
+        return Target(path, "file", _elsewhere(path))
     _check_ending(path)
     if has_slash or folder:
-        return Target(path, "folder")
+        return Target(path, "folder", _elsewhere(path))
     whole = path.with_name(path.name + SUFFIX)
-    return Target(
-        whole,
-        "file",
-        f'the output is "{whole}": a name gets {SUFFIX} unless it ends in "{os.sep}", as a folder\'s does',
-    )
+    completed = f'the output is "{whole}": a name gets {SUFFIX} unless it ends in "{os.sep}", as a folder\'s does'
+    return Target(whole, "file", "; ".join(filter(None, (completed, _elsewhere(whole)))))
+
+
+def _elsewhere(path: Path) -> str:
+    """What is to be said of a name that is good here and on no Windows; there it is refused when it is claimed."""
+    reason = None if system.WINDOWS else why_not_on_windows(path.name)
+    return f"Windows cannot have {quoted(path.name)}, because {reason}" if reason else ""
 
 
 def is_file_name(name: str | os.PathLike[str]) -> bool:

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,6 +92,11 @@ def _load(module: str) -> Any:
 NATIVE = _load_native()
 FCNTL = _load("fcntl")
 RESOURCE = _load("resource")
+
+WINDOWS = os.name == "nt"
+
+# Seconds between tries of a rename that Windows refuses: scanners and indexers have a new file open for a moment.
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 _BINARY = getattr(os, "O_BINARY", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
@@ -388,7 +394,7 @@ def cut(fd: int) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """Rename a file over any file at ``target``, in one step."""
-    os.replace(source, target)
+    _patiently(lambda: os.replace(source, target))
 
 
 def rename_new(source: Path, target: Path) -> None:
@@ -400,7 +406,19 @@ def rename_new(source: Path, target: Path) -> None:
             raise
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        os.rename(source, target)
+        _patiently(lambda: os.rename(source, target))
+
+
+def _patiently(rename: Callable[[], None]) -> None:
+    """Try a rename for three seconds where other programs that have a file open forbid it."""
+    for wait in WAITS if WINDOWS else ():
+        try:
+            return rename()
+        except OSError as error:
+            if error.errno != errno.EACCES and getattr(error, "winerror", None) not in IN_USE:
+                raise
+        time.sleep(wait)
+    return rename()
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -455,6 +473,14 @@ def free_space(folder: Path) -> int | None:
 
 # ---- errors
 
+IN_USE = frozenset({32, 33, 1224})
+"""What Windows says of a file that a program has open, has locked, or has mapped. Python's errno of the last is EINVAL."""
+
+LONGEST_WINDOWS_PATH = 259
+"""Characters of a path where Windows has long paths switched off, which it has unless somebody switched them on."""
+
+_BESIDE = len("..mergetool-0123456789abcdef.journal")
+
 _SENTENCES: dict[str, tuple[str, str]] = {
     "ENOSPC": ("the disk is full", "free some space or choose another folder"),
     "EDQUOT": ("the disk quota is used up", "free some space or choose another folder"),
@@ -482,6 +508,16 @@ def explain(error: OSError, path: Path, action: str) -> MergetoolError:
     OutputError when another place or more room would help, StorageError when the storage itself failed.
     """
     number = error.errno or 0
+    if WINDOWS and (number == errno.EACCES or getattr(error, "winerror", None) in IN_USE):
+        return OutputError(
+            f'"{path}": {action} failed because permission was denied, as where a program has the file open; '
+            "close what uses it (ComfyUI keeps models open), or check the folder's permissions."
+        )
+    if WINDOWS and number == errno.ENOENT and len(os.path.abspath(path)) + _BESIDE > LONGEST_WINDOWS_PATH:
+        return OutputError(
+            f'"{path}": {action} failed because the path is too long: Windows takes {LONGEST_WINDOWS_PATH} characters, of which '
+            f"mergetool needs {_BESIDE}; choose a shorter one, or switch on long paths in Windows (LongPathsEnabled)."
+        )
     if number in _BY_NUMBER:
         cause, remedy = _BY_NUMBER[number]
         return OutputError(f'"{path}": {action} failed because {cause}; {remedy}.')

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mergetool.checkpoint import system
 from mergetool.checkpoint.inputs import InputFile
+from mergetool.checkpoint.names import why_not_on_windows
 from mergetool.errors import BusyError, OutputError
 
 TargetKind = Literal["file", "folder"]
@@ -43,6 +44,9 @@ def resolve_target(target: Path) -> Path:
     """
     if target.name in ("", ".", ".."):
         raise OutputError(f'"{target}" does not name an output; add a file or folder name.')
+    reason = why_not_on_windows(target.name) if system.WINDOWS else None
+    if reason is not None:
+        raise OutputError(f'"{target}" cannot be written, because {reason}; choose another name.')
     with system.explained(target, "looking at it"):
         system.status(target)  # a name that is too long, a folder that may not be entered
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -218,8 +219,14 @@ _signals = _Signals()
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run the program. SIGINT, SIGTERM and SIGHUP stop it cleanly: temporary files go, the code is 128 + the signal."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    """Run the program. Signals that ask it to end stop it cleanly: temporary files go, the code is 128 + the signal.
+
+    They are SIGINT, SIGTERM and SIGHUP, and Windows' SIGBREAK, which Ctrl+Break and a console that is closed send.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # code pages of consoles lack most characters of names
+            stream.reconfigure(errors="backslashreplace")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _signals.receive)
     try:

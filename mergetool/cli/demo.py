@@ -151,7 +151,9 @@ def _tell(output: Path, *, quick: bool, no_progress: bool) -> None:
     before = Path.cwd()
     os.chdir(output)
     try:
-        Path("prompts.txt").write_text("".join(PROMPTS.splitlines(keepends=True)[: QUICK_PROMPTS if quick else None]))
+        Path("prompts.txt").write_text(
+            "".join(PROMPTS.splitlines(keepends=True)[: QUICK_PROMPTS if quick else None]), "utf-8"
+        )
         for step in steps:
             if step.title:
                 console.say()

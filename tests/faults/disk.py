@@ -394,4 +394,5 @@ def installed(disk: Disk) -> Iterator[None]:
             patch.setattr(system, name, lambda *arguments, n=name, r=real: disk.call(n, r, arguments))
         if disk.rules == "windows":
             patch.setattr(system, "FCNTL", None)
+            patch.setattr(system, "WINDOWS", True)
         yield

@@ -29,6 +29,7 @@ from typing import Any, Self
 
 from tests.forking import take_new_threads
 from tests.patience import HANG
+from tests.windows import imitate_in_fork
 
 ROOT = Path(__file__).parents[2]
 
@@ -233,8 +234,9 @@ PATCHES = {
     "trust names": _trust_names,
     "load pickles": _load_pickles,
     "print raw": _print_raw,
+    "windows": imitate_in_fork,
 }
-"""Holes to put in, which the harnesses must notice."""
+"""Holes to put in, which the harnesses must notice, and another system."""
 
 
 class _Watch:
