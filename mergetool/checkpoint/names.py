@@ -73,7 +73,7 @@ def why_not_plain(name: str, suffix: str) -> str | None:
 
 
 def why_not_on_windows(name: str) -> str | None:
-    """Say why no file or folder of Windows can have this ``name``, or None; a drive and folders before it are not looked at.
+    """Say why no file or folder of Windows can have this ``name``, or None. A drive and folders before it do not count.
 
     Example: ``why_not_on_windows("con.safetensors")`` is ``Windows takes it for a device``.
     """

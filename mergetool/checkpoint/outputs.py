@@ -131,7 +131,7 @@ def named(text: str, *, folder: bool = False) -> Target:
 
 
 def _elsewhere(path: Path) -> str:
-    """What is to be said of a name that is good here and on no Windows; there it is refused when it is claimed."""
+    """A remark on a name that is good here and on no Windows; Windows refuses it when it is claimed."""
     reason = None if system.WINDOWS else why_not_on_windows(path.name)
     return f"Windows cannot have {quoted(path.name)}, because {reason}" if reason else ""
 

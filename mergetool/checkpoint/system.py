@@ -474,7 +474,7 @@ def free_space(folder: Path) -> int | None:
 # ---- errors
 
 IN_USE = frozenset({32, 33, 1224})
-"""What Windows says of a file that a program has open, has locked, or has mapped. Python's errno of the last is EINVAL."""
+"""The errors of Windows for a file that a program has open, has locked, or has mapped. Python's errno of the last is EINVAL."""
 
 LONGEST_WINDOWS_PATH = 259
 """Characters of a path where Windows has long paths switched off, which it has unless somebody switched them on."""
