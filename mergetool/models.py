@@ -96,7 +96,7 @@ def resolve(model: str) -> ResolvedModel:
     A path may be copied with its quotes or as a ``file://`` address, and begin with ``~``; one that exists as it stands is itself. A model on the Hub is downloaded into Hugging Face's cache unless it is there. Raises InputMissing, with the
     nearest name when a name is unknown, UsageError for a malformed address, DataError for an unreadable names file.
     """
-    if model.startswith("lab."):
+    if model.startswith("lab.") and (model in embedded() or not os.path.lexists(model)):
         return ResolvedModel(model, _embedded(model))
     entry = _registry().get(model)
     if entry is not None:

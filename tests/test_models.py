@@ -114,6 +114,17 @@ def test_a_path_that_exists_as_it_stands_is_itself(elsewhere: Path, monkeypatch:
         assert models.resolve(name).path == Path(name)
 
 
+def test_a_file_named_after_an_embedded_model_is_itself() -> None:
+    """As `diff` names the LoRA of two embedded models."""
+    path = model_file(Path("lab.striped-minus-lab.base.safetensors"))
+    assert models.resolve(str(path)).path == path
+
+
+def test_an_embedded_model_goes_before_a_file_of_its_name() -> None:
+    model_file(Path("lab.base"))
+    assert models.resolve("lab.base").path == models.EMBEDDED / "base"
+
+
 def test_the_home_folder_is_expanded_everywhere(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(elsewhere))
     path = model_file(elsewhere / "m.safetensors")

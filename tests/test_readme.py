@@ -1,16 +1,13 @@
-"""README's commands are run, and what README says exists, exists."""
+"""README's two commands for a clone; `tests.docs` runs the others."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.cli.run import mergetool
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,20 +46,6 @@ def test_the_first_command_tells_the_story_and_ends_in_a_report(tmp_path: Path) 
 
 def test_the_second_command_is_what_runs_these_tests() -> None:
     assert start_commands()[1].endswith(".venv/bin/python -m pytest")
-
-
-def shown_commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return sorted({line for block in blocks for line in re.findall(r"^mergetool (.+)$", block, re.MULTILINE)})
-
-
-@pytest.mark.parametrize("command", shown_commands())
-def test_every_option_that_readme_shows_exists(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command.rstrip("\\"), comments=True)
-    shown = {word.split("=")[0] for word in words if word.startswith("-")}
-    name = words[:2] if words[0] in ("models", "lora") else words[:1]
-    out = mergetool(*name, "--help", cwd=tmp_path).out
-    assert shown <= set(re.findall(r"(?<![\w-])-{1,2}[a-z][a-z0-9-]*", out)), command
 
 
 def test_no_document_names_what_is_outside_the_project() -> None:

@@ -331,14 +331,19 @@ def against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[
 class Comparer:
     """Takes a merge's new bytes, and compares them with the stored ones.
 
-    ``compared`` counts bytes, ``differing`` maps a tensor to the offset of its first byte that is another.
+    ``compared`` counts bytes.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.compared = 0
-        self.differing: dict[str, int] = {}
+        self._differing: dict[str, int] = {}
         self._checkpoint = checkpoint
         self._lock = threading.Lock()
+
+    @property
+    def differing(self) -> dict[str, int]:
+        """Map every differing tensor to the offset of its first other byte, in the file's order."""
+        return {name: self._differing[name] for name in self._checkpoint.tensors if name in self._differing}
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Compare the bytes from ``start`` of tensor ``name``; safe from several threads."""
@@ -348,4 +353,4 @@ class Comparer:
             self.compared += len(wanted)
             if stored != wanted:
                 first = start + next(i for i, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b)
-                self.differing[name] = min(first, self.differing.get(name, first))
+                self._differing[name] = min(first, self._differing.get(name, first))

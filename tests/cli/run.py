@@ -36,7 +36,7 @@ def mergetool(*arguments: object, cwd: Path, **environment: str) -> Ran:
     """
     if environment:
         return installed(*arguments, cwd=cwd, **environment)
-    done = _warm().run(arguments, cwd)
+    done = warm().run(arguments, cwd)
     return Ran(done.code, done.out, done.err)
 
 
@@ -51,7 +51,8 @@ def installed(*arguments: object, cwd: Path, **environment: str) -> Ran:
 
 
 @functools.cache
-def _warm() -> Warm:
+def warm() -> Warm:
+    """The process that commands are forked from, started by the first that asks."""
     server = Warm(warnings="default").__enter__()
     atexit.register(server.__exit__, None, None, None)
     return server

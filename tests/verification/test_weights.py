@@ -16,7 +16,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine import job
 from mergetool.errors import DataError, InputMissing, MergetoolError
 from mergetool.options.merging import MergeOptions
-from mergetool.verification.weights import check_weights
+from mergetool.verification.weights import Comparer, check_weights
 from tests.families import checkpoint
 
 PROTECTED = MergeOptions(protect=("refiner",))
@@ -110,6 +110,15 @@ def test_one_flipped_bit_is_found(family: Path, place: float) -> None:
     found = check_weights(str(out))
     assert not found.sound
     assert len(found.differing) == 1
+
+
+def test_differing_tensors_stand_in_the_file_s_order_whichever_was_compared_first(family: Path) -> None:
+    with Checkpoint.open(family / "a.safetensors") as opened:
+        first, second = list(opened.tensors)[:2]
+        comparer = Comparer(opened)
+        for name in (second, first):
+            comparer.write(name, 0, memoryview(bytes([opened.read(name, 0, 1)[0] ^ 1])))
+    assert list(comparer.differing.items()) == [(first, 0), (second, 0)]
 
 
 def test_two_swapped_tensors_are_both_named(family: Path) -> None:
