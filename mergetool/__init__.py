@@ -109,5 +109,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"mergetool.{_HOME[name]}"), name)
+        from mergetool import packages
+
+        with packages.told():
+            return getattr(importlib.import_module(f"mergetool.{_HOME[name]}"), name)
     raise AttributeError(f"module 'mergetool' has no attribute {name!r}")

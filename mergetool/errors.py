@@ -13,6 +13,7 @@
     │   │   └── LineageError        two models fit, and a merge of them as asked makes noise
     │   └── NonFiniteError      NaN or infinity where a finite number is needed
     ├── InputMissing      66    an input does not exist or may not be opened
+    ├── PackageError      69    a package that is needed is missing, too old or broken
     ├── OutputError       73    the output cannot be made at the place asked for
     ├── DeviceError       70    a GPU failed while it worked
     ├── StorageError      74    reading or writing failed
@@ -94,6 +95,12 @@ class InputMissing(MergetoolError):
     """An input does not exist or may not be opened."""
 
     exit_code = 66
+
+
+class PackageError(MergetoolError):
+    """A package that is needed is not installed, too old, or cannot be imported."""
+
+    exit_code = 69
 
 
 class OutputError(MergetoolError):

@@ -165,7 +165,7 @@ def add(name: str, path: str, scope: Scope = "user") -> None:
         if not os.path.lexists(place):
             raise InputMissing(f"{quoted(path)} does not exist; check the path.")
         meaning = str(place.absolute() if scope == "user" else place)
-    names = _read_names(_names_file(scope))
+    names = names_in(names_file(scope))
     _write_names(scope, {**names, name: meaning}, changed=name)
 
 
@@ -175,7 +175,7 @@ def remove(name: str) -> None:
     Raises UsageError for a name that is in neither; those of the catalogue cannot be removed.
     """
     for scope in ("here", "user"):
-        names = dict(_read_names(_names_file(scope)))
+        names = dict(names_in(names_file(scope)))
         if name in names:
             del names[name]
             _write_names(scope, names, changed=name)
@@ -213,7 +213,8 @@ def _embedded(model: str) -> Path:
     return EMBEDDED / model.removeprefix("lab.")
 
 
-def _names_file(scope: Scope) -> Path:
+def names_file(scope: Scope = "user") -> Path:
+    """The file that keeps the names of a scope."""
     if scope == "here":
         return Path("mergetool.toml")
     folder = os.environ.get("MERGETOOL_CONFIG_DIR")
@@ -228,7 +229,7 @@ def _registry() -> dict[str, Registered]:
     """The meaning that wins for every name."""
     registry = {name: Registered(name, path, "catalogue") for name, path in _catalogue().items()}
     for scope in ("user", "here"):
-        for name, path in _read_names(_names_file(scope)).items():
+        for name, path in names_in(names_file(scope)).items():
             registry[name] = Registered(name, path, scope)
     return registry
 
@@ -238,7 +239,8 @@ def _catalogue() -> Mapping[str, str]:
     return _parse_names(raw, "catalogue.toml")
 
 
-def _read_names(path: Path) -> Mapping[str, str]:
+def names_in(path: Path) -> Mapping[str, str]:
+    """Read a file of names, {} where there is none. Raises DataError, and InputMissing where it may not be read."""
     if not os.path.lexists(path):
         return {}
     with InputFile.open(path) as file:
@@ -273,7 +275,7 @@ def _local(entry: Registered) -> Path:
     address = copied if copied.startswith(hub.SCHEME) else hub.address_of(copied)
     if address is not None:
         return hub.fetch(address)
-    source = _names_file("here" if entry.origin == "here" else "user")
+    source = names_file("here" if entry.origin == "here" else "user")
     path = source.parent / entry.path
     path = path if os.path.lexists(path) else source.parent / copied
     if not os.path.lexists(path):
@@ -319,7 +321,7 @@ def _write_names(scope: Scope, names: Mapping[str, str], *, changed: str) -> Non
     """Write ``names``, of which ``changed`` is new, other or gone, and keep the rest of the file as it was."""
     import tomlkit  # for writing alone: reading is the standard library's
 
-    path = _names_file(scope)
+    path = names_file(scope)
     document = tomlkit.parse(path.read_text("utf-8") if os.path.lexists(path) else _HEADING)
     section = document.setdefault("models", tomlkit.table())
     if changed in names:

@@ -171,12 +171,49 @@ def _built() -> ctypes.CDLL:
     return library
 
 
+def obstacle() -> str:
+    """Say why the library is not used; "" where it is."""
+    if is_available():
+        return ""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not there, since there was no C compiler when mergetool was installed"
+    try:
+        ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY} cannot be loaded ({error})"
+    return f"{LIBRARY} is of another version of mergetool"
+
+
+def compiler() -> str:
+    """The compiler that made the library, with its version.
+
+    It is "" where there is no library, or one of an older version that does not say.
+    """
+    return _text("mergetool_compiler")
+
+
+def instructions() -> str:
+    """The vector instructions that the library uses on this processor; "" as for `compiler`."""
+    return _text("mergetool_instructions")
+
+
+def _text(function: str) -> str:
+    told = getattr(_library(), function, None)
+    if told is None:
+        return ""
+    told.restype, told.argtypes = ctypes.c_char_p, []
+    return (told() or b"").decode()
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
+        return _typed(ctypes.CDLL(str(LIBRARY)))
+    except (OSError, AttributeError):  # not there, not for this system, or of another version
         return None
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.mergetool_sums.argtypes = [pointer, pointer, pointer, ctypes.c_size_t, pointer]
     library.mergetool_sums.restype = None

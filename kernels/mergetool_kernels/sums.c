@@ -96,3 +96,30 @@ void mergetool_sums(const stored *models, const int *kinds, const float *scales,
             run(here, kinds, scales, sums, 0);
     }
 }
+
+/* Who compiled this, and which copies of EVERY_PROCESSOR's functions run here: for people who ask why a merge is slow. */
+EXPORTED const char *mergetool_compiler(void) {
+#ifdef __clang__
+    return "Clang " __clang_version__;
+#else
+    return "GCC " __VERSION__;
+#endif
+}
+
+EXPORTED const char *mergetool_instructions(void) {
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+    __builtin_cpu_init();
+#if __GNUC__ >= 12 && !defined(__clang__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return "AVX-512";
+#endif
+    return __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2, as this processor has no AVX2";
+#elif defined(__x86_64__)
+    return "SSE2, as this system's libraries cannot choose";
+#elif defined(__aarch64__)
+    return "NEON";
+#else
+    return "those that every processor of this kind has";
+#endif
+}

@@ -12,7 +12,7 @@ from mergetool.adapters.adapter import Adapter, Change, ChangeKind, is_by_column
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.ops.cpu import TORCH, as_tensor
+from mergetool.ops.tensors import TORCH, as_tensor
 
 ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
 """Roles whose tensors have the rows of the change, by kind."""

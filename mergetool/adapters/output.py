@@ -17,7 +17,7 @@ from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.outputs import Target, lora_target
 from mergetool.checkpoint.targets import TargetClaim, require_folder
 from mergetool.checkpoint.writer import CheckpointWriter
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
+from mergetool import packages
 from mergetool.api.events import Called, Events, Request
 from mergetool.options.table import rows
 
@@ -22,8 +23,9 @@ def called(request: Callable[P, Asked], run: Callable[[Asked, Events], R], name:
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        asked = request(*args, **kwargs)
-        return run(asked, Called(asked.progress))
+        with packages.told():
+            asked = request(*args, **kwargs)
+            return run(asked, Called(asked.progress))
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "mergetool"

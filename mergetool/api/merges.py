@@ -243,10 +243,12 @@ def make(
     from mergetool.engine import bundles, job
     from mergetool.engine import device as devices
     from mergetool.engine.memory import memory_needed, memory_of
+    from mergetool.engine.method_calls import require_torch
 
     started = time.monotonic()
     compared = word == "convert"
     plans = [merge.plan for merge in planned]
+    require_torch(plans)
     on = devices.choose(how.device, work=sum(plan.bytes_read for plan in plans), memory=how.gpu_bytes)
     checks: list[Preflight | None] = []
     for merge in planned:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from mergetool import options
-from mergetool.errors import MergetoolError
+from mergetool import options, packages
+from mergetool.errors import MergetoolError, PackageError
 from mergetool.options import table as table_of_options
 
 P = ParamSpec("P")
@@ -230,9 +230,13 @@ def run(app: Callable[[], object]) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _signals.receive)
     try:
-        app()
+        with packages.told():
+            app()
     except _Ended as ended:  # before or after a command's own work
         sys.exit(128 + ended.number)
+    except PackageError as error:  # of importing the command itself
+        print(f"mergetool: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
@@ -242,7 +246,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         _stdout.has_json = False
         try:
-            result = function(*args, **kwargs)
+            with packages.told():
+                result = function(*args, **kwargs)
             _stdout.flush()  # here, where its failure can be told
         except MergetoolError as error:
             sentence = _with_notes(str(error), error)

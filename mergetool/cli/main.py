@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from mergetool import __version__
 from mergetool.cli import console
 from mergetool.cli.lazily import group_of
 
@@ -37,8 +36,9 @@ app = typer.Typer(
             "demo": ("demo:demo", "Run the whole story on small models."),
             "models": ("models:models", "Give models names, list or remove names."),
             "lora": ("lora:lora", "Inspect, add, shrink and convert LoRAs."),
+            "doctor": ("doctor:doctor", "Check the installation, and how to mend it."),
             "help": ("words:show_help", "Show this page, or the help of a command."),
-            "version": ("words:version", "Print the version."),
+            "version": ("words:version", "Print the version, and the parts in use."),
         },
         HEADINGS,
     ),
@@ -55,7 +55,7 @@ Type first:
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="""Exit codes: 0 done, 1 a check said no, 2 wrong command line, 65 bad data, 66 input missing, 70 a GPU failed, \
+    epilog="""Exit codes: 0 done, 1 a check said no, 2 wrong command line, 65 bad data, 66 input missing, 69 a package is missing, 70 a GPU failed, \
 73 output cannot be written, 74 reading or writing failed, 75 output in use, 130 stopped.
 
 Read on: "mergetool help COMMAND" has the options and examples of a command; the docs folder has tutorials and explanations.
@@ -65,7 +65,9 @@ Read on: "mergetool help COMMAND" has the options and examples of a command; the
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mergetool {__version__}")
+        from mergetool.cli.words import version
+
+        version()
         raise typer.Exit
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetool import __version__
+from mergetool import __version__, packages
 from mergetool.cli import console, refusals
 
 CommandWords = Annotated[list[str] | None, typer.Argument(help="The command, e.g. lora merge.", metavar="[COMMAND]...")]
@@ -25,6 +25,24 @@ def show_help(context: typer.Context, words: CommandWords = None) -> None:
     typer.echo(shown.get_help())
 
 
-def version() -> None:
-    """Print the version."""
-    typer.echo(f"mergetool {__version__}")
+@console.command
+def version(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print the version, with Python, torch and kernels.
+
+    mergetool doctor looks at more.
+    """
+    from mergetool.installation import interpreter, processor
+
+    kernels = processor.kernels()
+    told = {
+        "mergetool": __version__,
+        "python": interpreter.python().text,
+        "system": interpreter.system().text,
+        "torch": packages.installed("torch") or "not installed",
+        "kernels": kernels.text,
+    }
+    if as_json:
+        console.print_json(told)
+        return
+    for name, text in told.items():
+        console.say(f"{name} {text}")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from mergetool import packages
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target, named
 from mergetool.errors import InputMissing, MergetoolError, OutputError, UsageError
@@ -120,11 +121,12 @@ def computing(run: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(run)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        import torch
-
         try:
-            with torch.inference_mode(False):
-                return run(*args, **kwargs)
+            with packages.told():
+                import torch
+
+                with torch.inference_mode(False):
+                    return run(*args, **kwargs)
         except MergetoolError as error:
             error.args = (spelled(str(error)),)
             raise error.with_traceback(None) from None

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,18 +17,16 @@ from mergetool.comparison.energies import Energies
 from mergetool.engine.feeding.read_ahead import give_way
 from mergetool.engine.feeding.values import Fetched, Reader, ValueReader
 from mergetool.engine.jobs import Job
-from mergetool.engine.threads import TorchThreads, asked
+from mergetool.engine.threads import asked
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blend import blend
 from mergetool.ops.contract import execute
+from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.stored import Stored
 from mergetool.ops.sums import is_read, side_by_side
 from mergetool.quant.encoding import Floats
 from mergetool.recipe.steps import Input, Window, window_of
-
-if TYPE_CHECKING:
-    from mergetool.ops.cpu import CpuOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +83,17 @@ def stream(
     ``registers`` are those that the merges' programs need. ``progress`` is told of bytes read, from this thread. Raises NonFiniteError,
     naming model and tensor, for NaN or infinity, and what reading raises.
     """
-    local, torch_threads = threading.local(), TorchThreads()
+    local = threading.local()
     capacity = max((chunk.count for chunk in chunks), default=0)
 
     def measure(some: Sequence[Chunk]) -> list[tuple[Measured, int]]:
         if not hasattr(local, "meter"):
-            local.meter = _Meter(operands, capacity, registers, reader, torch_threads)
+            local.meter = _Meter(operands, capacity, registers, reader)
         meter: _Meter = local.meter
         return [meter.measure(chunk) for chunk in some]
 
     measured = []
-    with torch_threads, ThreadPoolExecutor(asked(threads), "compare", give_way) as pool:
+    with ThreadPoolExecutor(asked(threads), "compare", give_way) as pool:
         waiting = [pool.submit(measure, chunks[at : at + TASK]) for at in range(0, len(chunks), TASK)]
         try:
             for future in waiting:
@@ -113,11 +110,8 @@ class _Meter:
     """One thread's registers and way of reading. Its registers: those of the merge's program, the merge's first model, and one for each model
     whose elements cannot be summed as they are stored."""
 
-    def __init__(
-        self, operands: ComparedModels, capacity: int, registers: int, reader: Reader, torch_threads: TorchThreads
-    ) -> None:
+    def __init__(self, operands: ComparedModels, capacity: int, registers: int, reader: Reader) -> None:
         self._operands = operands
-        self._torch_threads = torch_threads
         self._capacity = capacity
         self._first = registers
         self._register = {column: registers + 1 + i for i, column in enumerate(operands.columns)}
@@ -131,11 +125,8 @@ class _Meter:
     def _ops(self) -> CpuOps:
         """The arithmetic for elements that must be converted first.
 
-        Made then: with it comes torch, which takes a second to import.
+        Made then: its buffers are megabytes.
         """
-        from mergetool.ops.cpu import CpuOps
-
-        self._torch_threads.one()  # the parallelism is over chunks
         return CpuOps(capacity=self._capacity, registers=self._first + 1 + len(self._register))
 
     def measure(self, chunk: Chunk) -> tuple[Measured, int]:

@@ -292,7 +292,7 @@ def _fp16(plan: Plan) -> list[Finding]:
     part = fp16_part(plan)
     if part is None or plan.options.stored is not F16:
         return []
-    from mergetool.comparison.result import part_of_result  # with it comes torch, which takes a second to import
+    from mergetool.comparison.result import part_of_result
 
     spread = float(part_of_result(plan, part).astype(np.float64).std())
     if spread < NEAR_LIMIT * FP16_LIMIT:

@@ -17,7 +17,7 @@ from mergetool.engine.feeding.values import ValueReader
 from mergetool.lowrank.krylov import fast_bfloat16
 from mergetool.lowrank.matrices import Dense
 from mergetool.lowrank.norms import energy as energy_of
-from mergetool.ops.cpu import as_tensor
+from mergetool.ops.tensors import as_tensor
 from mergetool.recipe.steps import Input, window_of
 
 # 256 Ki elements: the two inputs, the difference and its squares stay in the cache. Twice as many took 2 % longer,

@@ -30,7 +30,7 @@ from mergetool.lowrank.decomposition import Decomposition
 from mergetool.lowrank.low_rank import LowRank
 from mergetool.lowrank.norms import energies_of
 from mergetool.lowrank.promise import ATTEMPTS, stricter
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.differences import DiffOptions
 
 Solved = tuple[Pair, float, Result | Whole | None]

@@ -28,7 +28,7 @@ from mergetool.lowrank.balanced import balanced, stored_residual
 from mergetool.lowrank.decomposition import Decomposition
 from mergetool.lowrank.promise import ATTEMPTS, stricter
 from mergetool.lowrank.rules import Rule
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.differences import DiffOptions
 
 T = TypeVar("T")

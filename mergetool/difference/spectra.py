@@ -27,7 +27,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.difference.directions import Directions
 from mergetool.difference.pairs import Pairing
 from mergetool.errors import DataError, MergetoolError, UsageError
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 
 FORMAT = 1
 

@@ -18,7 +18,7 @@ from mergetool.difference.pairs import Pair, Pairing
 from mergetool.difference.whole import Whole, whole
 from mergetool.engine.feeding.values import Reader, ValueReader
 from mergetool.lowrank.matrices import Dense
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.differences import DiffOptions
 
 T = TypeVar("T")

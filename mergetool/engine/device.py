@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergetool import packages
 from mergetool.errors import DeviceError, UsageError
 
 WORTH_STARTING = 1_000_000_000
@@ -42,7 +43,12 @@ def choose(name: str, *, work: int, memory: int = 0, kernels: bool = True) -> De
         raise UsageError(f'`device` is "{name}", but has to be auto, cpu, cuda or cuda:NUMBER.')
     if name == "cpu" or (name == "auto" and (work < WORTH_STARTING or _torch_is_for_cpus())):
         return CPU
-    missing = _obstacle(name, kernels)
+    try:
+        missing = _obstacle(name, kernels)
+    except Exception:  # as broken packages raise when they are imported
+        if name == "auto":
+            return CPU
+        raise
     if missing is None:
         return Device(_gpus(name), memory)
     if name == "auto":
@@ -65,7 +71,7 @@ def _obstacle(name: str, kernels: bool) -> str | None:
             "" if torch.version.cuda else f" (this one, {torch.__version__}, is not)"
         )
     if kernels and importlib.util.find_spec("triton") is None:
-        return "Triton, which is missing (pip install triton)"
+        return f"Triton, which is missing ({packages.install(packages.named('triton'))})"
     if kernels and importlib.util.find_spec("mergetool_kernels") is None:
         return "the package mergetool_kernels, which is part of mergetool but missing here"
     wanted = name.partition(":")[2]

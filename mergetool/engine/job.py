@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
@@ -27,9 +26,10 @@ from mergetool.engine.threads import asked
 from mergetool.errors import UsageError
 from mergetool.options.kinds import sentence
 from mergetool.options.merging import MergeOptions
+from mergetool.packages import installed
 from mergetool.recipe.plan import Plan
 
-# Anonymous memory of a process that has imported torch, which a merge may come to need, and opened three models, before it works.
+# Anonymous memory of a process that has imported torch, which methods and LoRAs need, and opened three models, before it works.
 BASE_MEMORY = 220_000_000
 
 
@@ -212,7 +212,7 @@ def _work(plan: Plan, non_finite: NonFinite) -> RunDigest:
     files = [file.identity[1:] for model in plan.inputs for file in model.checkpoint.files]
     return {
         "other inputs": journal.digest_of(json.dumps(files).encode()),
-        "other versions": journal.digest_of(f"{__version__} {version('torch')} {version('numpy')}".encode()),
+        "other versions": journal.digest_of(f"{__version__} {installed('torch')} {installed('numpy')}".encode()),
         "another `non_finite`": non_finite,
     }
 

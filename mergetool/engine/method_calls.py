@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergetool import methods
+from mergetool import methods, packages
+from mergetool.adapters.rows import StackedRows
 from mergetool.engine.device import Device, failure
 from mergetool.methods import Site
 from mergetool.ops.program import Apply, Program
+from mergetool.recipe.plan import Plan
 from mergetool.recipe.steps import OutputTensor, Step
 
 if TYPE_CHECKING:
@@ -29,6 +31,16 @@ def shape_of(tensor: OutputTensor, step: Step) -> tuple[int, ...]:
     """The shape of a step's part: some rows of its output tensor, or all of it."""
     rest = tensor.shape[1:]
     return (step.elements // (prod(rest) or 1), *rest) if tensor.shape else ()
+
+
+def require_torch(plans: Sequence[Plan]) -> None:
+    """Import torch before the work begins where methods or LoRAs are computed with it. Raises PackageError."""
+    steps = [step for plan in plans for tensor in plan.tensors for step in tensor.steps]
+    called = sorted({call.method for step in steps if step.program for call in step.program.calls})
+    if called:
+        packages.require("torch", f"merge methods, such as {called[0]},")
+    elif any(isinstance(window.encoding, StackedRows) for step in steps for window in step.windows):
+        packages.require("torch", "LoRAs in a merge")
 
 
 class Caller:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from mergetool.engine.threads import TorchThreads
 from mergetool.errors import NonFiniteError
 from mergetool.ops.blend import Blended, blend
 from mergetool.ops.contract import execute
+from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.program import Apply, Program
 from mergetool.ops.rounding import NEAREST, Rounding
@@ -30,9 +30,6 @@ from mergetool.ops.stored import Stored
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.quantiser import Round
 from mergetool.recipe.steps import COPY
-
-if TYPE_CHECKING:
-    from mergetool.ops.cpu import CpuOps
 
 Finished = tuple[int, Movement | None]
 """Bytes read and written by a job, and the anchor's movement in it."""
@@ -68,11 +65,8 @@ class Worker:
     def _ops(self) -> CpuOps:
         """The arithmetic for work that takes several passes.
 
-        Made then: with it comes torch, which takes a second to import.
+        Made then: its buffers are megabytes.
         """
-        from mergetool.ops.cpu import CpuOps
-
-        self._torch_threads.one()
         # The last register is for what the result is measured against.
         return CpuOps(capacity=self._capacity, registers=self._registers + 1)
 
@@ -247,6 +241,7 @@ class Worker:
         """Do a method call; the job is of its whole part."""
         import torch
 
+        self._torch_threads.one()  # the parallelism is over parts
         shape = shape_of(job.tensor, job.step)
         arguments = [
             torch.zeros(shape) if register is None else torch.from_numpy(self._ops.values(register)).view(shape)

@@ -32,7 +32,7 @@ from mergetool.lora.selection import Budget, ByRule, Exact, Fixed, Selection, ra
 from mergetool.lowrank.balanced import balanced, stored_residual
 from mergetool.lowrank.low_rank import RankOf
 from mergetool.lowrank.matrices import Matrix
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.multipliers import number, setting_text
 
 

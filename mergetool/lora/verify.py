@@ -33,7 +33,8 @@ from mergetool.engine.inputs import Inputs
 from mergetool.engine.threads import TorchThreads, asked
 from mergetool.errors import FamilyError, NonFiniteError
 from mergetool.lowrank.norms import energy as energy_of
-from mergetool.ops.cpu import CpuOps, as_tensor
+from mergetool.ops.cpu import CpuOps
+from mergetool.ops.tensors import as_tensor
 from mergetool.quant.encoding import Encoding
 from mergetool.recipe.steps import Input, Window, window_of
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mergetool.methods import sparsity
 from mergetool.methods.consensus import added, agreeing
 from mergetool.methods.registry import Range, Site, Text, method
 from mergetool.methods.sparse import Density, Seed
 from mergetool.ops.reductions import dot, largest, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Threshold = Annotated[float, Range(0, text="the magnitude above which an element counts as changed")]
 
@@ -47,6 +47,8 @@ def sce(
 
 def _variances(tensors: Sequence[Tensor]) -> Tensor:
     """The variance of each element over the tensors."""
+    import torch
+
     result = torch.empty_like(tensors[0])
     for places in zip(*(sparsity.blocks(each) for each in (result, *tensors)), strict=True):
         squares, *pieces = (piece for _, piece in places)
@@ -95,6 +97,8 @@ def ramplus_tl(
 
 
 def _how_many(masks: Sequence[Tensor]) -> Tensor:
+    import torch
+
     return added([masks[0].to(torch.uint8), *masks[1:]])
 
 

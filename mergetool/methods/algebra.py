@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from torch import Tensor
-
-from mergetool.lowrank.exact import strongest_rows
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import dot
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @method(takes="deltas", least=2, most=2, buffers=lambda _: 0)
@@ -42,6 +42,8 @@ def truncate_rank(
     rounding where s_r and s_(r+1) are apart; sd-mecha's default is a random basis after two iterations, another one in
     every run. Devices agree to float32 rounding.
     """
+    from mergetool.lowrank.exact import strongest_rows  # with it comes torch, which no list of methods needs
+
     (delta,) = tensors
     if delta.ndim < 2 or not delta.numel():
         return delta

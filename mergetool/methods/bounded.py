@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Annotated
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated
 
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import in_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @method(takes="any", least=3, buffers=lambda _: 0)
@@ -33,6 +33,8 @@ def clamp(
 
 
 def _clamped(value: Tensor, bounds: Sequence[Tensor], stiffness: float) -> Tensor:
+    import torch
+
     high, low = reduce(torch.maximum, bounds), reduce(torch.minimum, bounds)
     if stiffness:
         mean = reduce(torch.Tensor.add_, bounds[1:], bounds[0].clone()).div_(len(bounds))
@@ -62,6 +64,8 @@ def geometric_sum(
 
     Devices agree to float32 rounding of powers.
     """
+    import torch
+
     if alpha in (0.0, 1.0):
         return tensors[int(alpha)]
 
@@ -92,6 +96,8 @@ def multiply_quotient(
 
 
 def _multiplied(a: Tensor, b: Tensor, c: Tensor, alpha: float) -> Tensor:
+    import torch
+
     zero = (a == 0).logical_or_(b == 0).logical_or_(c == 0)
     quotient = b.div_(c)
     q = quotient.abs().log_()

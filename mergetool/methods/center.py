@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Annotated
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated
 
 from mergetool.methods.consensus import added, scale_each
 from mergetool.methods.registry import Site, Text, method
 from mergetool.methods.sparsity import blocks, by_rows
 from mergetool.ops.reductions import dot, norm, row_dots, row_norms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEPS = 1000
 """The most steps of Weiszfeld's iteration, on the weights alone: some dozens are enough, but for points that nearly
@@ -35,6 +35,8 @@ def model_stock(
     The formula is for fine-tunes that lie around a common centre, where cosines are positive; a negative one is taken for 0, as it is a sign that they
     have nothing in common. mergekit lets t grow without bound towards c = -1/(n-1).
     """
+    import torch
+
     count = len(tensors)
     if not filter_wise:
         share = _stock(_cosine(tensors), count)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from mergetool.methods.sparsity import blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Elect = Literal["sum", "count"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated
 
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import BLOCK, column_dots, dot, in_blocks, kth_largest, norm, row_dots
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Lowered = Annotated[float, Range(text="subtract this from the cosine; more brings more of the second")]
 
@@ -66,6 +66,8 @@ def add_cosine_b(tensors: Sequence[Tensor], site: Site, *, alpha: Lowered = 0.0)
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """The cosine of each pair of columns, float64; 0 where one is zero."""
+    import torch
+
     lengths = (column_dots(a, a) * column_dots(b, b)).sqrt()
     return column_dots(a, b) / torch.where(lengths == 0, 1.0, lengths)
 
@@ -127,6 +129,8 @@ def arcee_fusion(tensors: Sequence[Tensor], site: Site) -> Tensor:
 
 def _divergences(old: Tensor, change: Tensor) -> Tensor:
     """KL(softmax(old + change) || softmax(old)) of each row, float32 [rows, 1]."""
+    import torch
+
     p = torch.softmax(change.add_(old), dim=1).add_(1e-8)
     q = torch.softmax(old, dim=1).add_(1e-8)
     return row_dots(p, torch.div(p, q, out=q).log_())[:, None].float()

@@ -26,9 +26,10 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetool.errors import UsageError
+from mergetool.errors import PackageError, UsageError
 from mergetool.ops.program import ParameterValue
 from mergetool.ops.rounding import stream_key
+from mergetool.packages import explained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -295,7 +296,7 @@ def listing() -> tuple[list[Method], list[str]]:
     for name in dict.fromkeys(entry.name for entry in _installed()):
         try:
             _load(name)
-        except UsageError as error:
+        except (UsageError, PackageError) as error:
             errors.append(str(error))
     return [_registered[name] for name in sorted(_registered)], errors
 
@@ -328,7 +329,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _load(name: str) -> Method:
-    """Import the package that gives a method. Raises UsageError where it cannot be, where it registers something else, and for a name that is taken."""
+    """Import the package that gives a method. Raises PackageError where it needs a package of mergetool that is missing, UsageError where it cannot be, where it registers something else, and for a name that is taken."""
     given = [entry for entry in _installed() if entry.name == name]
     entry, packages = given[0], [_package(entry) for entry in given]
     known = _registered.get(name)
@@ -343,6 +344,9 @@ def _load(name: str) -> Method:
     except Exception as error:
         for partial in set(_registered) - before:
             del _registered[partial]
+        absent = explained(error)
+        if absent is not None:  # a package of mergetool's own, and the one that gives the method is as good as before
+            raise absent from None
         raise UsageError(
             f'the merge method "{name}" of the package {packages[0]} cannot be loaded: {error} ({type(error).__name__}); '
             "update or uninstall it."

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Annotated
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated
 
 from mergetool.methods.registry import Range, Site, method
 from mergetool.ops.reductions import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BELL = [math.exp(-(k**2) / 2) for k in range(5)]
 GAUSSIAN = tuple(value / (2 * sum(_BELL) - 1) for value in _BELL)
@@ -43,6 +43,8 @@ def smooth_add_difference(
 
 def _medians(values: Tensor, out: Tensor) -> Tensor:
     """The median of each element's neighbourhood, 3 along each dimension, in ``out``."""
+    import torch
+
     if not values.numel() or values.ndim == 0:
         return out.copy_(values)
     height = values.shape[0]
@@ -81,6 +83,8 @@ _THREE = ((0, 1), (1, 2), (0, 1))
 
 def _median(values: list[Tensor]) -> Tensor:
     """The median of an odd number of tensors, element by element."""
+    import torch
+
     if len(values) > 9:
         return torch.stack(values).median(dim=0).values
     for low, high in _NINE if len(values) == 9 else _THREE:
@@ -93,6 +97,8 @@ def _median(values: list[Tensor]) -> Tensor:
 
 def _gaussian(values: Tensor, dimension: int) -> Tensor:
     """The values smoothed along one dimension, in place."""
+    import torch
+
     if not values.numel():
         return values
     length, height = values.shape[dimension], values.shape[0]
@@ -130,6 +136,8 @@ def crossover(
     sd-mecha's filter for exactly tilt=2 cuts at 1-alpha, which is not the limit of its filters on either side; its tilts from 2 to 4 are 4-tilt
     here, and it takes a weighted sum where all elements agree to about 1e-5. Devices agree to float32 rounding of the transforms.
     """
+    import torch
+
     a, b = tensors
     if alpha in (0.0, 1.0):
         return tensors[int(alpha)]
@@ -151,6 +159,8 @@ def crossover(
 
 def _frequencies(length: int, like: Tensor) -> Tensor:
     """The frequencies of a transform of ``length``, over the highest; without sign."""
+    import torch
+
     place = torch.arange(length, device=like.device)
     return torch.minimum(place, length - place).to(like.dtype) / max(1, length // 2)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated
 
 from mergetool.methods import sparsity
 from mergetool.methods.consensus import Elect, added, agreeing, scale_each
 from mergetool.methods.registry import Range, Site, Text, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Weights = Annotated[tuple[float, ...], Text("a factor for each difference; all 1 by default")]
 _Scale = Annotated[float, Range(text="the factor of the result")]

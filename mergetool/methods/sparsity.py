@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mergetool.ops.reductions import BLOCK, largest, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 2.0**-24
 """The smallest probability that the random numbers, which are multiples of it, can meet."""
@@ -110,6 +111,8 @@ def _ranks(rows: Tensor) -> Tensor:
 
     Magnitude and place make one number each, no two alike, so that any sorting gives the same order; that of numpy is three times as fast as argsort.
     """
+    import torch
+
     places = torch.arange(rows.shape[1], device=rows.device)
     keys = rows.abs().float().view(torch.int32).to(torch.int64).mul_(2**32).add_(places)
     if rows.is_cuda:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mergetool.methods.registry import Range, Site, Text, method
 from mergetool.ops.reductions import combination, dot, gram, norm, row_dots, row_norms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Place = Annotated[float, Range(text="the place between the two: 0 is the first, 1 the second")]
 _Weights = Annotated[tuple[float, ...], Text("the weight of each argument; all 1 by default")]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mergetool.checkpoint.dtypes import DType
-from mergetool.ops.cpu import TORCH, CpuOps
+from mergetool.ops.cpu import CpuOps
 from mergetool.ops.movement import Movement
 from mergetool.ops.rounding import NEAREST, ErrorFeedback, Nearest, Rounding, Stochastic
+from mergetool.ops.tensors import TORCH
 from mergetool_kernels import blend
 
 _LEAST, _MOST = 1e-30, 1e30

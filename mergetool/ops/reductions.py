@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mergetool.ops.cpu_rounding import random_bits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK = 1 << 18
 """Elements that are added up at a time: 2 MB of float64, which stays in the cache."""
@@ -51,6 +53,8 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     Rows are the last dimension; the result has the shape of the dimensions before it. A tensor without dimensions is one row of one
     element.
     """
+    import torch
+
     width = max(1, a.shape[-1] if a.ndim else 1)
     x, y = a.reshape(-1, width), b.reshape(-1, width)
     rows = max(1, BLOCK // width)
@@ -64,6 +68,8 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     Columns are the first dimension; the result has the shape of the dimensions after it. A tensor without dimensions is one column of one
     element.
     """
+    import torch
+
     if not a.numel():
         return a.new_zeros(a.shape[1:], dtype=torch.float64)
     height = a.shape[0] if a.ndim else 1
@@ -106,11 +112,15 @@ def in_blocks(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Ten
 
 def _exact(values: Tensor) -> Tensor:
     """A copy in float64, which may be overwritten."""
+    import torch
+
     return values.to(torch.float64, copy=True)
 
 
 def _sum(parts: Sequence[Tensor]) -> float:
     """The sum of tensors of one element each, rounded once; NaN or infinite where one of them is."""
+    import torch
+
     numbers = torch.cat(list(parts)).tolist() if parts else []
     return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
 
@@ -180,6 +190,8 @@ def largest(values: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
 
     Every element for a count at least as large as the tensor, none for 0 or less. NaN is larger than any number.
     """
+    import torch
+
     if count <= 0:
         return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     if count >= values.numel():
@@ -208,6 +220,8 @@ def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device,
 
     The first is that of place ``start``, so that a tensor's numbers can be had in pieces.
     """
+    import torch
+
     count = math.prod(shape)
     draws = np.empty(count, np.float32)
     bits, scratch = np.empty((2, min(count, BLOCK)), np.uint32)

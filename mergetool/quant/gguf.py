@@ -16,8 +16,6 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
 from mergetool.quant.encoding import Encoding, Floats, Span
 
-INSTALL = "pip install 'mergetool[gguf]'"
-
 
 @dataclass(frozen=True)
 class GgufBlocks(Encoding):
@@ -66,11 +64,9 @@ class GgufBlocks(Encoding):
 
 
 def encoding_of(tensor: str, packed: Packed, source: str) -> GgufBlocks:
-    """The tensor as blocks. Raises DataError where the ``gguf`` package is missing or does not dequantise the type."""
-    try:
-        import gguf
-    except ImportError:
-        raise DataError(f'"{source}" has GGUF blocks ({packed.kind.name}), which need: {INSTALL}') from None
+    """The tensor as blocks. Raises DataError where the ``gguf`` package does not dequantise the type."""
+    import gguf
+
     try:
         one = np.zeros((1, packed.kind.nbytes), np.uint8)
         gguf.quants.dequantize(one, gguf.GGMLQuantizationType[packed.kind.name])

@@ -31,7 +31,7 @@ def read_call(node: ast.Call, name: str, read: Read) -> Sum:
     Raises ExpressionError, with the column, for a method or parameter that does not exist, a value that it does not take, and
     arguments that are too few, too many or of the wrong degree.
     """
-    from mergetool import methods  # torch comes with it, and only calls need it
+    from mergetool import methods  # only calls need all its modules
 
     try:
         method = methods.find(name)

@@ -20,7 +20,7 @@ from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine.computed import ComputedCheckpoint
 from mergetool.engine.inputs import opened as opened_model
 from mergetool.errors import DataError, FamilyError
-from mergetool.ops.cpu import as_tensor
+from mergetool.ops.tensors import as_tensor
 from mergetool.options.merging import MergeOptions
 from mergetool.quant.encoding import Encoding
 from mergetool.recipe.expression import parse

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,17 @@ def test_a_commands_summary_is_whole_and_short(words: tuple[str, ...], group: An
 def test_help_and_version_are_words_too() -> None:
     assert shown("help") == shown("--help")
     assert shown("help", "lora", "merge") == shown("lora", "merge", "--help")
-    assert shown("version") == shown("--version") == f"mergetool {__version__}\n"
+    assert shown("version") == shown("--version")
+    first, *others = shown("version").splitlines()
+    assert first == f"mergetool {__version__}"
+    assert [line.split()[0] for line in others] == ["python", "system", "torch", "kernels"]
+
+
+def test_the_version_can_be_read_by_programs() -> None:
+    told = json.loads(shown("version", "--json"))
+    assert told["mergetool"] == __version__
+    assert told["torch"] == version("torch")
+    assert told["python"] == f"{platform.python_version()}, {sys.executable}"
 
 
 def test_help_of_no_command_names_those_that_there_are() -> None:
@@ -61,7 +74,7 @@ def test_help_of_no_command_names_those_that_there_are() -> None:
 
 def test_the_package_runs_as_a_module() -> None:
     ran = subprocess.run([sys.executable, "-m", "mergetool", "version"], capture_output=True, text=True, check=True)
-    assert ran.stdout == f"mergetool {__version__}\n"
+    assert ran.stdout.splitlines()[0] == f"mergetool {__version__}"
 
 
 def test_a_long_example_is_broken_before_an_option_and_stays_one_command() -> None:

@@ -18,7 +18,7 @@ from mergetool.difference.extract import Extraction, extract, open_diff
 from mergetool.difference.on_device import MOST_ELEMENTS, in_batches, subtract
 from mergetool.engine.device import Device
 from mergetool.errors import NonFiniteError, StorageError
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.differences import DiffOptions
 from tests.families import checkpoint
 from tests.ops import oracle

@@ -13,7 +13,7 @@ from mergetool.checkpoint.dtypes import BF16, F16, F32, DType
 from mergetool.difference.extract import Extraction, extract, open_diff
 from mergetool.lowrank.decomposition import Decomposition, exact_decomposition
 from mergetool.lowrank.promise import stricter
-from mergetool.ops.cpu import TORCH
+from mergetool.ops.tensors import TORCH
 from mergetool.options.differences import DiffOptions
 from tests.lowrank.contract import with_spectrum
 

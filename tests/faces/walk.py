@@ -47,7 +47,7 @@ OWN: Mapping[str, set[str]] = {
 WITHOUT = {"help", "version"}
 
 # Commands that only show, list or register: Python has other ways to do that.
-ONLY_COMMANDS = {"inspect", "methods", "demo", "models add", "models list", "models remove"}
+ONLY_COMMANDS = {"inspect", "methods", "demo", "doctor", "models add", "models list", "models remove"}
 
 
 @dataclass(frozen=True)

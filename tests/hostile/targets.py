@@ -271,7 +271,7 @@ def names_file(choose: Choose, scratch: Path) -> str | None:
 
     path = scratch / "mergetool.toml"
     path.write_bytes(choose.rest())
-    return refused(lambda: models._read_names(path))[1]
+    return refused(lambda: models.names_in(path))[1]
 
 
 def config(choose: Choose, scratch: Path) -> str | None:

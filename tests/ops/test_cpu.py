@@ -10,9 +10,11 @@ import pytest
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.ops.contract import Ops
+from mergetool.ops.conversion import STORED, narrow, widen
 from mergetool.ops.cpu import CpuOps
 from mergetool.ops.cpu_rounding import BLOCK
 from mergetool.ops.rounding import Stochastic
+from mergetool_kernels import compiled
 from tests.ops import oracle
 from tests.ops.contract import NARROW, OpsContract, between, rounded
 
@@ -20,6 +22,40 @@ from tests.ops.contract import NARROW, OpsContract, between, rounded
 class TestCpuOps(OpsContract):
     def make(self, capacity: int, registers: int) -> Ops:
         return CpuOps(capacity=capacity, registers=registers)
+
+
+class TestCpuOpsWithoutACompiler(TestCpuOps):
+    """numpy alone, on chunks that the compiled kernels would have converted."""
+
+    @pytest.fixture(autouse=True)
+    def _no_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiled, "is_available", lambda: False)
+
+
+def halves_of_every_kind() -> np.ndarray:
+    """All float32 whose upper half is any, with lower halves around what rounds up and down: 262,144 values, NaN and infinity among them."""
+    upper = np.arange(65536, dtype=np.uint32)[:, None] << np.uint32(16)
+    return (upper | np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)).reshape(-1).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=lambda d: d.name)
+@pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "numpy"])
+def test_conversions_are_the_oracles_for_every_kind_of_value(
+    dtype: DType, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(compiled, "is_available", lambda: False)
+    values = halves_of_every_kind()
+    found, back = np.empty(len(values), STORED[dtype]), np.empty(len(values), np.float32)
+    for at in range(0, len(values), 4096):  # most pieces are ordinary: those go through the kernels
+        piece = slice(at, at + 4096)
+        narrow(values[piece], dtype, found[piece])
+        widen(found[piece], dtype, back[piece])
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = oracle.decode(oracle.encode(values, dtype), dtype)
+    np.testing.assert_array_equal(back, wanted)
+    signed = ~np.isnan(wanted)
+    np.testing.assert_array_equal(np.signbit(back[signed]), np.signbit(wanted[signed]))
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=lambda d: d.name)

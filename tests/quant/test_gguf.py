@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import struct
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -13,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergetool import packages
 from mergetool.checkpoint.gguf import GgufHeader
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, HeaderError
+from tests import absent
 from tests.quant.files import encodings, values
 from tests.quant.ggml import Q, packed, write
 
@@ -63,18 +63,15 @@ def test_plain_floats_are_plain_tensors_with_their_dimensions_the_usual_way_roun
         assert checkpoint.metadata["general.architecture"] == "lumina2"
 
 
-def test_without_the_package_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name == "gguf":
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    path = write(tmp_path / "f.gguf", {"a.weight": (matrix(), Q.Q8_0)})
-    monkeypatch.setattr(builtins, "__import__", without)
-    with Checkpoint.open(path) as checkpoint, pytest.raises(DataError, match=r"pip install 'mergetool\[gguf\]'"):
-        encodings(checkpoint)
+def test_without_the_package_one_line_says_how_to_get_it(tmp_path: Path) -> None:
+    write(tmp_path / "f.gguf", {"a.weight": (matrix(), Q.Q8_0)})
+    line = ["convert", "f.gguf", "-o", "out.safetensors"]
+    (ended,), _ = absent.commands([line], tmp_path, absent.environment(tmp_path, absent=["gguf"]))
+    assert ended.code == 69
+    assert ended.err == (
+        "mergetool: the package gguf is not installed, which GGUF files need; "
+        f"install it: {packages.install(packages.named('gguf'))}\n"
+    )
 
 
 def test_a_type_the_package_cannot_dequantise_is_refused_by_name(tmp_path: Path) -> None:

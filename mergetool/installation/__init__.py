@@ -1,0 +1,1 @@
+"""Diagnoses of the installation: Python, packages, kernels, GPUs, ComfyUI and disks."""
