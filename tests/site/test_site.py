@@ -44,6 +44,37 @@ def fetched(site: Path) -> list[str]:
     return pages + [link for one in found for link in one if link]
 
 
+QUESTIONS = {
+    "How do I add a style to Turbo?": ("how-to/add-a-style-to-turbo.html", "merge"),
+    "Why is my picture black?": ("trouble.html#pictures-are-black", "fp16"),
+    "My LoRA has no effect.": ("trouble.html#a-lora-has-no-effect", "lora inspect"),
+    "Which multiplier?": ("tutorials/alkahest.html#choose-it-compare", "compare"),
+    "It runs out of memory.": ("trouble.html#it-runs-out-of-memory", "--threads"),
+    "How do I use it in ComfyUI?": ("how-to/use-it-in-comfyui.html", "diffusion_models"),
+    "Can I sell or publish it?": ("tutorials/publish.html#the-licence", "licence"),
+    "How do I make the LoRA smaller?": ("how-to/make-a-lora-smaller.html", "lora resize"),
+    "FP8 or BF16?": ("tutorials/fp8-and-int8.html", "fp8-scaled"),
+    "How do I undo it?": ("how-to/undo-a-merge.html", "cannot be undone"),
+}
+"""What a newcomer asks, where it is answered, and words of the answer."""
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_newcomer_finds_the_answer_in_two_clicks(site: Path, question: str) -> None:
+    place, words = QUESTIONS[question]
+    assert clicks(site)[place] in (1, 2)
+    page, _, anchor = place.partition("#")
+    assert words in Content(site / page).words(anchor, count=400)
+
+
+def test_what_is_further_than_two_clicks_is_not_found(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.html").write_text(
+            f'<nav><a href="9.html"></a></nav><article><a href="{i + 1}.html#x"></a></article>'
+        )
+    assert clicks(tmp_path, start="0.html") == {"0.html": 0, "1.html#x": 1, "2.html#x": 2}
+
+
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     links = fetched(site)
     assert len(links) > 100
