@@ -201,7 +201,7 @@ def _place(text: str) -> Path:
     if address is not None:
         return hub.fetch(address)
     if "://" in path:
-        raise UsageError(f"{quoted(text)} is an address of a kind that is not read; hf://org/repo is one that is.")
+        raise UsageError(f"{quoted(text)} is an address that mergetool does not read; write hf://org/repo.")
     if "\0" in path or not os.path.lexists(path):
         raise InputMissing(_unknown(path))
     return Path(path)
@@ -209,7 +209,7 @@ def _place(text: str) -> Path:
 
 def _embedded(model: str) -> Path:
     if model not in embedded():
-        raise InputMissing(f"no embedded model is named {quoted(model)}; there are {', '.join(embedded())}.")
+        raise InputMissing(f"{quoted(model)} is no embedded model; choose one of {', '.join(embedded())}.")
     return EMBEDDED / model.removeprefix("lab.")
 
 

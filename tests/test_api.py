@@ -44,7 +44,7 @@ def test_patterns_as_one_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_failed_merge_is_one_error_and_no_file(tmp_path: Path) -> None:
-    with pytest.raises(MergetoolError, match="no embedded model is named"):
+    with pytest.raises(MergetoolError, match="is no embedded model; choose one of"):
         mergetool.merge("lab.alkahest + (lab.stripes - lab.base)", tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -303,9 +303,7 @@ def _require_sound(findings: Iterable[Finding], events: Events) -> None:
     """Refuse a conversion of an expression whose lineage is an error. Raises LineageError for an error."""
     for finding in findings:
         if finding.is_error:
-            raise LineageError(
-                f"{finding.text}; mergetool merge writes it with `force`, and what is written can be converted."
-            )
+            raise LineageError(f"{finding.text}; write it with mergetool merge and `force`, then convert that file.")
         events.finding(finding)
 
 

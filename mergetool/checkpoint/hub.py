@@ -79,8 +79,8 @@ def address_of(text: str) -> str | None:
         return f"{SCHEME}{page['org']}/{repo}{inside.rstrip('/')}{at}"
     if _WEB.match(text):
         raise UsageError(
-            f"{quoted(text)} is a web page or a download, not a file; download the model and name the file. "
-            "Of a model on huggingface.co its page's address can be named too."
+            f"{quoted(text)} is a web page or a download, not a file; download the model and name the file, "
+            "or give the address of its page on huggingface.co."
         )
     return None
 

@@ -87,7 +87,7 @@ class OutputFile(Pooled):
         status = system.status_of(self._fd)
         regular = stat.S_ISREG(status.st_mode) and status.st_size == self.size
         if not (locked and regular and is_own(status)):
-            raise OSError(errno.ESTALE, "what an earlier run left is not what it wrote")
+            raise OSError(errno.ESTALE, "the file of an earlier run has changed since")
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of ``data`` at ``offset``; safe from several threads.

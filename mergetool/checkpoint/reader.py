@@ -296,5 +296,5 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         raise DataError(f'"{path}" is not a JSON object; download it again.')
     # A config travels on into outputs, so a downloaded folder must not lead to somebody's private settings.
     if leads_out(path) and not _OF_MODELS & config.keys():
-        raise DataError(f'"{path}" is a link out of its folder to what is no model\'s config; remove the link.')
+        raise DataError(f'"{path}" is a link out of its folder to a file that is no model\'s config; remove the link.')
     return MappingProxyType(config)

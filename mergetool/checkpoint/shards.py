@@ -161,9 +161,7 @@ def one_denoiser(parts: Sequence[str], source: str) -> str:
     if len(parts) == 1:
         return parts[0]
     listed = " and ".join(f'"{source}/{part}"' for part in parts)
-    raise UsageError(
-        f'"{source}" is a pipeline of {len(parts)} models that denoise; name the one that is meant: {listed}.'
-    )
+    raise UsageError(f'"{source}" is a pipeline of {len(parts)} models that denoise; name one of them: {listed}.')
 
 
 def is_index(name: str) -> bool:
@@ -194,9 +192,7 @@ def pick(names: Sequence[str], source: str) -> str:
     ]
     if rivals:
         listed = ", ".join(map(quoted, [chosen, *rivals]))
-        raise UsageError(
-            f'"{source}" holds {1 + len(rivals)} variants of one model ({listed}); name the file that is meant.'
-        )
+        raise UsageError(f'"{source}" holds {1 + len(rivals)} variants of one model ({listed}); name one file.')
     return chosen
 
 

@@ -57,7 +57,7 @@ def resolve_target(target: Path) -> Path:
         if target.is_symlink():
             raise OutputError(f'"{target}" is a link that leads nowhere; remove it or choose another name.') from None
         require_folder(target.parent)
-        raise OutputError(f'the folder "{target.parent}" cannot be looked at; choose another place.') from None
+        raise OutputError(f'the folder "{target.parent}" cannot be read; choose another place.') from None
     require_folder(target.parent)
     return folder / target.name
 

@@ -166,7 +166,7 @@ def _print_next(report: Report) -> None:
     )
     console.heading("advice", f"multiplier {float(multiplier):g} gives the delta {why}")
     if multiplier != report.multiplier:
-        console.heading("", "--multiplier recommended looks at what rounding does to that")
+        console.heading("", "--multiplier recommended measures its rounding loss")
     protect = " --protect refiner" if report.excluded else ""
     console.heading("next", f'mergetool merge "{report.merge_with(multiplier)}"{protect} -o OUT.safetensors')
 

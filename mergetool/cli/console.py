@@ -265,7 +265,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             fail(f"{where} failed with {error.strerror or error}; check the disk it is on and run again.", 74)
         if _stdout.failure is not None and not isinstance(_stdout.failure, BrokenPipeError):
             why = _stdout.failure.strerror
-            fail(f"the work was done, but its report could not be printed ({why}); check where stdout goes.", 74)
+            fail(f"the work is finished, but its report could not be printed ({why}); check where stdout goes.", 74)
         return result
 
     return wrapped

@@ -28,12 +28,12 @@ def print_operands(pairing: Pairing, options: DiffOptions) -> None:
     if options.union:
         first_weight, second_weight = options.weights
         weighed = "" if options.weights == (1, 1) else f", weighed {first_weight:g} and {second_weight:g}"
-        console.heading("", f"the union of {names}: what they have in common once, and what each has alone{weighed}")
+        console.heading("", f"the union of {names}: the part they share once, and the part of each alone{weighed}")
     elif options.orthogonal:
         first, second = pairing.variants
-        console.heading("", f"what is orthogonal to {second.name} of {first.name}, in every matrix by itself")
+        console.heading("", f"the part of {first.name} that is orthogonal to {second.name}, matrix by matrix")
     else:
-        console.heading("", f"what {names} have in common")
+        console.heading("", f"the change that {names} have in common")
 
 
 def print_shared(layers: Sequence[ExtractedLayer], pairing: Pairing) -> None:

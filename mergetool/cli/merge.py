@@ -115,6 +115,6 @@ def _several(first: str, more: Sequence[str]) -> UsageError:
         mean = " + ".join(f"{Decimal(1) / len(names):.4g}*{quote(name)}" for name in names)
         return UsageError(
             f"the expression is one argument, in quotes, and there are {len(names)}: {', '.join(names)}; "
-            f'say what to do with them: "{mean}" is their mean, "{quote(names[0])} + 0.5*({quote(names[-1])} - BASE)" adds what one has learned.'
+            f'write how to combine them: "{mean}" is their mean, "{quote(names[0])} + 0.5*({quote(names[-1])} - BASE)" adds what one learned.'
         )
     return UsageError(f'the expression is one argument, in quotes: write "{whole}".')

@@ -29,7 +29,7 @@ def perform(path: Path, variables: Sequence[str], typed: Typed) -> None:
     inside = [name for name in typed.given if name not in known and name not in ("expression", "output")]
     if inside:
         raise UsageError(
-            f"what is merged, and how, is said in {path}; leave out {' and '.join(f'`{name}`' for name in inside)}, or write that there."
+            f"{path} is a recipe and says itself what to merge and how; leave out {' and '.join(f'`{name}`' for name in inside)}, or write it in the file."
         )
     how = {name: value for name, value in typed.given.items() if name in known}
     asked = Make(typed.given.get("output"), **how)

@@ -97,11 +97,11 @@ def _scales(tensor: OutputTensor) -> list[str]:
 def print_outcome(plan: Plan, outcome: Outcome, target: Target, seconds: float, *, verbose: bool) -> None:
     console.heading("done", f"{target}  {console.size(plan.header.file_size)}  {seconds:.1f} s")
     if outcome.resumed:
-        console.heading("resumed", f"{console.size(outcome.resumed)} were there; what follows is of the rest")
-    if outcome.begun_anew is not None:
         console.heading(
-            "note", f"what an interrupted run had left was of no use, {outcome.begun_anew}: all was done anew"
+            "resumed", f"{console.size(outcome.resumed)} were finished before; the figures below are of the rest"
         )
+    if outcome.begun_anew is not None:
+        console.heading("note", f"could not resume ({outcome.begun_anew}); started over")
     for counts, reason in (
         (outcome.capped, "beyond the dtype and capped"),
         (outcome.non_finite, "NaN or infinite"),

@@ -73,7 +73,7 @@ class Comparison:
         for condition in conditions:
             if condition.group is not None and condition.group not in known:
                 raise UsageError(
-                    f'`fail_on`: there is no group "{condition.group}" here; choose one of {", ".join(known)}.'
+                    f'`fail_on` names no group of these models, "{condition.group}" here; choose one of {", ".join(known)}.'
                 )
 
     def expression(self, multiplier: Fraction) -> str:
@@ -234,9 +234,9 @@ def open_comparison(
     different families or that do not meet (`arch.meeting`) and UsageError for a model that is compared with itself.
     """
     if base == variant:
-        raise UsageError(f'"{base}" is both models; name two to compare.')
+        raise UsageError(f'A and B are both "{base}"; name two different models.')
     if reference_base is not None and reference is None:
-        raise UsageError("`reference_base` is what `reference` is a difference to; name that too.")
+        raise UsageError("`reference_base` has no `reference` to be subtracted from; name one.")
     pair = None if reference is None else (reference, reference_base or base)
     if pair is not None and pair[0] == pair[1]:
         raise UsageError(f'the reference "{pair[0]}" has no difference to itself; name its base with `reference_base`.')

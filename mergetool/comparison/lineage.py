@@ -230,8 +230,8 @@ class _Lineage:
         elif (nearer := self._nearer(relation)) is not None:
             yield Finding(
                 "note",
-                f"{x} - {y}: {nearer.y.name} lies nearer to {x} ({percent(nearer.whole)} apart, {y} {percent(relation.whole)}); where it is "
-                f"what {x} builds on, subtract that instead",
+                f"{x} - {y}: {nearer.y.name} lies nearer to {x} ({percent(nearer.whole)} apart, {y} {percent(relation.whole)}); if {x} builds "
+                f"on it, subtract it instead",
             )
 
     def _nearest(self, relation: Relation) -> str:

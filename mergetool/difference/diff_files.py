@@ -42,7 +42,7 @@ class DiffFiles:
             taken.append(target.path.absolute())
         if options.spectra is not None and pairing.second is not None:
             raise UsageError(
-                "`spectra` keeps those of one difference, not of what two share; leave it out, or `variant2`."
+                "`spectra` keeps the directions of one difference, and `variant2` makes two; leave one of them out."
             )
         return files
 

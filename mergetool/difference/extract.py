@@ -180,7 +180,7 @@ def _nothing(pairing: Pairing, options: DiffOptions) -> DataError:
     if len(names) > 1 and options.takes_common:
         return DataError(f"{names[0]} and {names[1]} have nothing in common in any matrix; there is nothing to write.")
     return DataError(
-        f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was looked at; "
+        f"{pairing.base.name} and {' and '.join(names)} do not differ in any matrix that was compared; "
         "there is nothing to write."
     )
 

@@ -199,8 +199,8 @@ def _family(terms: Sequence[WeighedLora], *, names_known: bool) -> Family:
             )
         if first.family is GENERIC and not names_known and _prefixes(term.file) != _prefixes(first):
             raise FamilyError(
-                f'"{first.name}" spells its keys {first.dialect}, "{term.file.name}" {term.file.dialect}, and their model is not '
-                "one whose names are known, so that equal modules cannot be told; name the model with `model`, or give LoRAs of one spelling."
+                f'"{first.name}" spells its keys {first.dialect}, "{term.file.name}" {term.file.dialect}, and mergetool does not '
+                "know the names of their model, so it cannot match their modules; name the model with `model`, or give LoRAs of one spelling."
             )
     return first.family
 

@@ -224,7 +224,7 @@ def refuse_outdated(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.state.kind == "outdated":
             raise OutputError(
-                f'{task.output.place_of("output")}: "{task.path}" exists and is not what this recipe makes now '
+                f'{task.output.place_of("output")}: "{task.path}" exists and differs from the output of this recipe '
                 f"({task.state.why}); `overwrite` replaces it, or choose another name."
             )
 

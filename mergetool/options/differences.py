@@ -98,12 +98,12 @@ class SecondOptions(Table):
         """Raises UsageError for options that contradict each other, or need another."""
         super().check()
         if self.union and self.orthogonal:
-            raise UsageError("`union` and `orthogonal` are two things to take of two differences; leave one out.")
+            raise UsageError("`union` and `orthogonal` keep different parts of two differences; leave one out.")
         if self.weights != (1.0, 1.0) and not self.union:
-            raise UsageError("`weights` are those of the two unique parts in `union`; add `union`.")
+            raise UsageError("`weights` multiply the parts that `union` keeps; add `union`.")
         if self.variant2 is None and not self.takes_common:
-            name, taken = ("union", "that of two differences") if self.union else ("orthogonal", "to a difference")
-            raise UsageError(f"`{name}` is {taken}; name the other with `variant2`.")
+            name = "union" if self.union else "orthogonal"
+            raise UsageError(f"`{name}` needs a second difference; name its variant with `variant2`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class FileOptions(Table):
         """Raises UsageError for matrices that are to be stored whole in no file."""
         super().check()
         if self.full_layer and self.full is None:
-            raise UsageError("`full_layer` names what goes into a second file; say which with `full=FILE.safetensors`.")
+            raise UsageError("`full_layer` stores matrices in a second file; name it with `full=FILE.safetensors`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class DiffOptions(BudgetOptions, PatternOptions, SecondOptions, FileOptions):
     rank_thresh: Annotated[
         float | None,
         Option(
-            help="Keep this share of each matrix's energy (its squared singular values), or this much of what `rule` measures.",
+            help="Keep this share of each matrix's energy (its squared singular values), or this much as `rule` measures it.",
             section="Ranks",
             kind=Number(above=0),
             default=f"{SHARE}; none for ratio and abs",

@@ -524,4 +524,4 @@ class SampleOptions(PicturesOptions, HandOffOptions):
 
 def _refuse_both(one: str, first: object, other: str, second: object) -> None:
     if first is not None and second is not None:
-        raise UsageError(f"`{one}` and `{other}` are two ways to say one thing: give one of them.")
+        raise UsageError(f"`{one}` and `{other}` set the same thing; give one of them.")

@@ -42,7 +42,7 @@ class WriteOptions(OverwriteOptions):
 def require_output(output: object, *, dry_run: bool) -> None:
     """Raise UsageError where a run has to write and no output has a name."""
     if output is None and not dry_run:
-        raise UsageError("no output is named; add `output`, or `dry_run` to see the plan.")
+        raise UsageError("the request names no output; add `output`, or `dry_run` to see the plan.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

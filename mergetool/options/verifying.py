@@ -113,4 +113,4 @@ class VerifyOptions(LookOptions, RebuildOptions):
         """Raises UsageError for a place for bytes that are not made."""
         super().check()
         if self.write_to is not None and self.depth != "bytes":
-            raise UsageError("`write_to` keeps what `depth=bytes` makes again; add that.")
+            raise UsageError("`write_to` keeps the file that only `depth=bytes` makes again; add `depth=bytes`.")

@@ -114,7 +114,7 @@ def warnings(inputs: Sequence[Input], tensors: Iterable[OutputTensor], mode: str
     lost = [name for name, kind in kinds[first.name].items() if kind == "flag" and name not in written]
     if lost:
         sentences.append(
-            f"the output has not {first.name}'s {', '.join(lost)}, which says how to sample it: set that in the program"
+            f"the output lacks {first.name}'s {', '.join(lost)}, which says how to sample it: set that in the program"
         )
     for model in models[1:]:
         flags = [{name for name, kind in kinds[m.name].items() if kind == "flag"} for m in (first, model)]

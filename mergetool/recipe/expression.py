@@ -360,7 +360,7 @@ def _check_factors(value: Sum) -> None:
     for term in value.terms:
         if not SMALLEST_FACTOR <= abs(term.factor) <= LARGEST_FACTOR:
             raise ExpressionError(
-                f"the factor {float(term.factor):.3g} is outside what float32 can multiply by "
+                f"the factor {float(term.factor):.3g} is outside the range of float32 "
                 f"({float(SMALLEST_FACTOR):.1e} to {float(LARGEST_FACTOR):.1e})."
             )
         inner = term.operand.arguments if isinstance(term.operand, Call) else [term.operand]

@@ -205,7 +205,7 @@ class _Planner:
                 f"({len(missing)} in all); name another model with `keep_from`."
             )
         if len(kept) == len(anatomy.parts):
-            raise UsageError("every tensor is protected or excluded, so nothing would be merged.")
+            raise UsageError("`protect` and `exclude` leave no tensor to merge; select less with them.")
         return kept
 
     def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:

@@ -136,7 +136,7 @@ def _name(value: object) -> str:
 def _text(value: object) -> str:
     """A recorded name or pattern; raises TypeError for anything else, which the planner would trip over."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} where a text is wanted")
+        raise TypeError(f"{value!r:.40} is no text")
     return value
 
 

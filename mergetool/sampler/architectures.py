@@ -73,7 +73,7 @@ class Qwen3:
         kind = config.get("model_type")
         if kind != "qwen3":
             raise DataError(
-                f'"{path}" is not a readable text encoder: its config.json is of {_said(kind)}, where qwen3 is wanted; '
+                f'"{path}" is not a readable text encoder: its config.json is of {_said(kind)}, not of qwen3; '
                 "name the model's own with `text_encoder`."
             )
         return cls(
@@ -126,7 +126,7 @@ class Vae:
         if kind != "AutoencoderKL":
             tiny = kind == "AutoencoderTiny"
             raise DataError(
-                f'"{path}" is not a readable VAE: its config.json is of {_said(kind)}, where AutoencoderKL is wanted; '
+                f'"{path}" is not a readable VAE: its config.json is of {_said(kind)}, not of AutoencoderKL; '
                 f"{'a tiny autoencoder makes previews only: ' if tiny else ''}name the model's own with `vae`."
             )
         widths = config.get("block_out_channels")

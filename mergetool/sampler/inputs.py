@@ -40,7 +40,7 @@ def read_picture(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
                 raise DataError(f'"{path}" has {image.width} x {image.height} pixels; {MAX_PIXELS} are the limit.')
             notes = []
             if getattr(image, "n_frames", 1) > 1:
-                notes.append(f"of the {image.n_frames} frames of {path.name} the first is taken.")  # type: ignore[attr-defined]
+                notes.append(f"{path.name} has {image.n_frames} frames; the first is used.")  # type: ignore[attr-defined]
             return _rgb(ImageOps.exif_transpose(image), path, notes), notes
     except FileNotFoundError:
         raise InputMissing(f'"{path}" does not exist; check the path of `init_image`.') from None
@@ -61,7 +61,7 @@ def _rgb(image: Image, path: Path, notes: list[str]) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         if np.asarray(layers)[..., 3].min() < 255:
-            notes.append(f"what is transparent in {path.name} is taken as white.")
+            notes.append(f"transparent parts of {path.name} become white.")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     return np.array(image.convert("RGB"))  # a copy, which torch may write to
 

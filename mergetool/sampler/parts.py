@@ -121,7 +121,7 @@ class Components:
 def _required(place: Path | None, model: str, part: str, option: str) -> Path:
     if place is None or not place.exists():
         reason = f'"{place}" does not exist' if place else f"{model} comes without one"
-        raise InputMissing(f"no {part}: {reason}; name it with {option}, or all parts with `pipeline`.")
+        raise InputMissing(f"the {part} is missing: {reason}; name it with {option}, or all parts with `pipeline`.")
     return place
 
 

@@ -177,11 +177,11 @@ class PictureRequest:
     def __post_init__(self) -> None:
         """Raises UsageError for a request that makes nothing, or takes its pictures from two places."""
         if (self.first is None) == (self.start is None):
-            raise UsageError("a picture comes from `base` or from `init_image`: give one of them.")
+            raise UsageError("a picture starts from `base` or from `init_image`, not from both; leave one out.")
         if self.first is None and not self.refinements:
             raise UsageError("`init_image` is the start of a second stage: name its model with `refiner`.")
         if not self.shots:
-            raise UsageError("there is no prompt; give one, or a file of them with `prompts`.")
+            raise UsageError("the request has no prompt; give one, or a file of prompts with `prompts`.")
 
     @property
     def stages(self) -> tuple[Stage | PipelineStage, ...]:

@@ -60,7 +60,7 @@ def prepare(asked: SampleOptions) -> Prepared:
     """
     model = asked.base or asked.refiner
     if not model:
-        raise UsageError("there is no model: name one with `base`, or with `init_image` and `refiner`.")
+        raise UsageError("the request names no model; name one with `base`, or with `init_image` and `refiner`.")
     drawers = Assignment(asked)
     first = None if asked.base is None else drawers.first_stage()
     second = () if asked.refiner is None else drawers.second_stages()
@@ -262,7 +262,7 @@ def picture_size(
     size, option = (asked, "size") if asked else (start or (side, side), "init_image")
     if start is not None and size != start:
         raise UsageError(
-            f"`init_image` is {start[0]}x{start[1]}, and so is what becomes of it; leave `size` out, or scale the picture first."
+            f"`init_image` is {start[0]}x{start[1]}, and its result has the same size; leave `size` out, or scale the picture first."
         )
     _require_units(size, drawn_by, option)
     return size

@@ -104,7 +104,7 @@ def _weights(
         return again.weights, again
     if not provenance.is_recorded(opened.checkpoint.metadata):
         if inputs:
-            raise UsageError(f"{output} carries no recipe whose `inputs` could be named; name its `parents`.")
+            raise UsageError(f"{output} carries no recipe, so `inputs` has no effect; name its `parents`.")
         return look_at_weights(opened, asked.parents, threads=threads, progress=progress), None
     if asked.parents:
         raise UsageError(

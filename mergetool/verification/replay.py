@@ -72,7 +72,7 @@ class Replay:
     def require_same(self, output: str) -> None:
         """Raises CheckFailed for a file of other bytes."""
         if not self.same:
-            raise CheckFailed(f"{output} is not what its recipe makes now.")
+            raise CheckFailed(f"{output} differs from the file that its recipe makes now.")
 
 
 def replay(

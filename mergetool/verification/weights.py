@@ -316,9 +316,7 @@ class _Recorded(Inputs):
 
 
 def _not_found(name: str) -> InputMissing:
-    return InputMissing(
-        f"the input {quoted(name)} of the recipe is not found; say where it is with `inputs={name}=PATH`."
-    )
+    return InputMissing(f"the input {quoted(name)} of the recipe is missing; name its place with `inputs={name}=PATH`.")
 
 
 def against_header(plan: Plan, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:

@@ -97,7 +97,7 @@ def test_what_two_variants_share_and_their_union(family: Path, tmp_path: Path) -
     two = ("--variant2", "two.safetensors", "-o", tmp_path / "c.safetensors", "--overwrite")
     ran = mergetool(*ONE, *two, cwd=family)
     assert ran.code == 0, ran.err
-    assert "what one.safetensors and two.safetensors have in common" in ran.out
+    assert "the change that one.safetensors and two.safetensors have in common" in ran.out
     assert "energy in the difference to two.safetensors" in ran.out
     ran = mergetool(*ONE, *two, "--union", "--weights", "1,0.5", "--json", cwd=family)
     assert ran.code == 0, ran.err

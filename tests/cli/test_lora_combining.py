@@ -151,7 +151,7 @@ def test_requests_that_cannot_be_meant_are_usage_errors(options: tuple[str, ...]
 
 def test_without_an_output_nothing_is_read(tmp_path: Path) -> None:
     ran = mergetool("lora", "merge", "missing.safetensors", cwd=tmp_path)
-    assert (ran.code, "no output is named; add -o, or --dry-run" in ran.err) == (2, True)
+    assert (ran.code, "the request names no output; add -o, or --dry-run" in ran.err) == (2, True)
 
 
 def test_a_warning_of_a_file_is_shown(tmp_path: Path) -> None:

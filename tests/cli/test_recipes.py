@@ -149,7 +149,10 @@ def test_a_replay_is_the_same_bytes_until_something_changes(folder: Path) -> Non
     (folder / "recipes/sub/b.safetensors").unlink()
     checkpoint(folder / "recipes/sub/b.safetensors", variant=9)
     other = mergetool("replay", "out/carried.safetensors", *inputs, "-o", "again.safetensors", cwd=folder)
-    assert (other.code, other.err) == (1, "mergetool: out/carried.safetensors is not what its recipe makes now.\n")
+    assert (other.code, other.err) == (
+        1,
+        "mergetool: out/carried.safetensors differs from the file that its recipe makes now.\n",
+    )
     assert 'OTHER   the input "b" has changed' in other.out
     assert (folder / "again.safetensors").stat().st_size == (folder / "out" / "carried.safetensors").stat().st_size
     as_json = mergetool("replay", "out/carried.safetensors", *inputs, "--json", cwd=folder)
@@ -208,7 +211,7 @@ def test_a_verification_has_the_options_of_the_command(tmp_path: Path) -> None:
         ("{strength: '0,5'}", "2:20", "written with a point: 0.5"),
         ("{steps: 0}", "2:17", "a whole number from 1 to 10000"),
         ("{sampler: heun}", "2:19", "one of euler, res_multistep, dpmpp_2m_sde"),
-        ("{guidance: 2, cfg: 3}", "2:20", '"guidance" and "cfg" are two ways to say one thing'),
+        ("{guidance: 2, cfg: 3}", "2:20", '"guidance" and "cfg" set the same thing'),
     ],
 )
 def test_a_value_of_a_verification_is_refused_before_any_model_is_opened(

@@ -170,8 +170,8 @@ def test_a_preset_draws_with_its_settings_and_records_them(pipelines: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--base", "lab.none"], 66, "no embedded model is named"),
-        ([], 2, "there is no model: name one with --base, or with --init-image and --refiner"),
+        (["--base", "lab.none"], 66, "is no embedded model; choose one of"),
+        ([], 2, "the request names no model; name one with --base, or with --init-image and --refiner"),
         (["--base", "BASE", "--size", "63x64"], 2, "the nearest is 64x64"),
         (["--base", "BASE", "--size", "large"], 2, "WIDTHxHEIGHT"),
         (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "above 0 and at most 1"),

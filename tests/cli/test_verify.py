@@ -53,7 +53,7 @@ def test_inputs_are_pairs(merged: Path) -> None:
 def test_a_merge_without_text_encoder_says_that_no_pictures_were_made(merged: Path) -> None:
     ran = mergetool("verify", merged.name, cwd=merged.parent)
     assert ran.code == 0
-    assert "no pictures: no text encoder" in ran.out
+    assert "no pictures: the text encoder is missing" in ran.out
     asked = mergetool("verify", merged.name, "--images", cwd=merged.parent)
     assert (asked.code, "--text-encoder" in asked.err) == (66, True)
 
@@ -137,7 +137,7 @@ def test_to_the_depth_of_bytes_the_whole_file_is_compared(merged: Path) -> None:
     merged.write_bytes(stored.replace(b'"mergetool.version":"0', b'"mergetool.version":"9', 1))
     assert mergetool("verify", merged.name, cwd=merged.parent).code == 0  # its tensors are right
     ran = mergetool("verify", merged.name, "--depth", "bytes", cwd=merged.parent)
-    assert (ran.code, ran.err) == (1, "mergetool: out.safetensors is not what its recipe makes now.\n")
+    assert (ran.code, ran.err) == (1, "mergetool: out.safetensors differs from the file that its recipe makes now.\n")
     assert "OTHER   it was made by mergetool 9" in ran.out
 
 

@@ -307,7 +307,7 @@ def broken(what: str) -> tuple[Prompt, str]:
 @pytest.mark.parametrize(
     ("what", "kind", "said"),
     [
-        ("a model that is not there", "InputMissing", "no embedded model is named"),
+        ("a model that is not there", "InputMissing", "is no embedded model; choose one of"),
         ("a file that is not there", "InputMissing", "nowhere.safetensors"),
         ("a protected group of a model that has none", "PatternError", "refinery"),
         ("a group to leave out of a LoRA that there is not", "PatternError", "refinery"),

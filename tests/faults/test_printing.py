@@ -15,7 +15,7 @@ def test_report_on_a_full_disk(bench: Bench) -> None:
     ended = bench.world.run(case, target, out=Path("/dev/full"))
     assert ended.code == 74
     assert ended.err == (
-        "mergetool: the work was done, but its report could not be printed (No space left on device); "
+        "mergetool: the work is finished, but its report could not be printed (No space left on device); "
         "check where stdout goes.\n"
     )
     assert content_of(target) == case.new

@@ -139,7 +139,7 @@ class World:
 
     def judge(self, case: Case, target: Path, old: Content, ended: Ended) -> list[str]:
         """What a run that ended like this violated."""
-        in_place = "is in place, but" in ended.err or "the work was done, but" in ended.err
+        in_place = "is in place, but" in ended.err or "the work is finished, but" in ended.err
         clean = ended.code > 0
         return violations(
             target,

@@ -154,7 +154,8 @@ def parse_or_reject(text: str) -> Expression:
         return parse(text)
     except ExpressionError as error:
         if not any(
-            words in str(error) for words in ("cancels to nothing", "add up to 0", "outside what float32", "degree")
+            words in str(error)
+            for words in ("cancels to nothing", "add up to 0", "outside the range of float32", "degree")
         ):
             raise
         reject()

@@ -39,7 +39,7 @@ def test_what_is_transparent_becomes_white_and_is_told(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
     found, notes = read_picture(tmp_path / "alpha.png")
     assert [tuple(pixel) for pixel in found.reshape(4, 3)] == [RED, (255, 127, 127), (255,) * 3, (255,) * 3]
-    assert notes == ["what is transparent in alpha.png is taken as white."]
+    assert notes == ["transparent parts of alpha.png become white."]
 
 
 def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path) -> None:

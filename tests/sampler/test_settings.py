@@ -63,7 +63,7 @@ def test_what_cannot_be_meant_is_refused_by_the_name_of_its_option(
 
 
 def test_guidance_is_said_in_one_way() -> None:
-    with pytest.raises(UsageError, match="`refine_guidance` and `refine_cfg` are two ways to say one thing: give one"):
+    with pytest.raises(UsageError, match="`refine_guidance` and `refine_cfg` set the same thing; give one"):
         SampleOptions(refine_guidance=3.0, refine_cfg=4.0)
 
 
