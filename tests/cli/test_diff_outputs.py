@@ -108,7 +108,7 @@ def test_what_two_variants_share_and_their_union(family: Path, tmp_path: Path) -
 def test_the_part_that_is_orthogonal_to_a_second_variant(family: Path, tmp_path: Path) -> None:
     ran = mergetool(*ONE, "--variant2", "two.safetensors", "--orthogonal", "-o", tmp_path / "o.safetensors", cwd=family)
     assert ran.code == 0, ran.err
-    assert "what is orthogonal to two.safetensors of one.safetensors" in ran.out
+    assert "the part of one.safetensors that is orthogonal to two.safetensors" in ran.out
     assert "energy in the difference to" not in ran.out
 
 
@@ -148,7 +148,7 @@ def test_json_says_what_was_stored_whole(family: Path, tmp_path: Path) -> None:
         (("--checkpoint", "x.bin"), 'name it "x.safetensors"'),
         (("--checkpoint", "absent/x.safetensors"), '"absent" does not exist'),
         (("--checkpoint", "l.safetensors", "-o", "l.safetensors"), "another name"),
-        (("--variant2", "two.safetensors", "--spectra", "s.safetensors"), "leave it out"),
+        (("--variant2", "two.safetensors", "--spectra", "s.safetensors"), "leave one of them out"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_sentence(
