@@ -17,7 +17,7 @@ from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.diffusers_loaders import LOADERS
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.origin import family_of
+from mergetool.adapters.origin import family_of, is_lookalike
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families import FAMILIES
 
@@ -32,8 +32,8 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
     Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
-    component, other, downs = _downs(tuple(shapes))
-    if not downs or (other and any(_is_of(other, module, shapes[down]) for module, down in downs)):
+    component, other, downs, spelled = _downs(tuple(shapes))
+    if not downs or (other and is_lookalike(other, spelled, shapes, {})):
         return {}
     ranks = {module: shapes[down][0] for module, down in downs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -48,18 +48,15 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return {HEADER: json.dumps({component + key: value for key, value in config.items()}, sort_keys=True)}
 
 
-def _is_of(other: Lookalike, module: str, down: tuple[int, ...]) -> bool:
-    """Whether a module that reads the main stream has the width of the lookalike; others have such widths in the family too."""
-    return module.endswith(other.reading) and down[1:] in {(width,) for width in other.widths}
-
-
 def _pattern(module: str, modules: Collection[str]) -> str:
     """A module as PEFT finds it, by the end of its name: marked as a whole name where others end alike, as Flux's ``proj_out``."""
     return f"^{module}" if any(other.endswith(f".{module}") for other in modules) else module
 
 
 @lru_cache(maxsize=4)
-def _downs(keys: tuple[str, ...]) -> tuple[str, Lookalike | None, tuple[tuple[str, str], ...]]:
+def _downs(
+    keys: tuple[str, ...],
+) -> tuple[str, Lookalike | None, tuple[tuple[str, str], ...], Mapping[str, Spelled]]:
     """Diffusers' name of the component, and its modules by their names there, each with the key of its ``down``.
 
     LoRAs of the component may have the same names. There is none where one of the modules is unknown, or is no LoRA,
@@ -67,22 +64,27 @@ def _downs(keys: tuple[str, ...]) -> tuple[str, Lookalike | None, tuple[tuple[st
     """
     spelled = {key: one for key in keys if isinstance(one := take_apart(key), Spelled)}
     if len(spelled) < len(keys) or any(".lokr_" in key or ".hada_" in key for key in keys):
-        return "", None, ()
+        return "", None, (), {}
     prefixes = {one.prefix for one in spelled.values()}
     if len(prefixes) == 1 and prefixes <= OWN and all(one.role in ("up", "down") for one in spelled.values()):
-        return prefixes.pop(), None, tuple((one.module, key) for key, one in spelled.items() if one.role == "down")
+        return (
+            prefixes.pop(),
+            None,
+            tuple((one.module, key) for key, one in spelled.items() if one.role == "down"),
+            spelled,
+        )
     found = family_of(spelled)
     if found is None or found[0].loader is None:
-        return "", None, ()
+        return "", None, (), {}
     loader = LOADERS[found[0].loader]
     if not loader.takes_header(keys):
-        return "", None, ()
+        return "", None, (), {}
     known = {found[0].stored_name(part, "diffusers").removesuffix(".weight") for part in found[1]}
     try:
         modules = loader.modules(keys, loader.releases[-1])
     except Rejected:
-        return "", None, ()
+        return "", None, (), {}
     if not modules.keys() <= known:
-        return "", None, ()
+        return "", None, (), {}
     downs = ((name, key) for name, held in modules.items() for key in sorted(held) if spelled[key].role == "down")
-    return f"{found[0].component}.", found[0].lookalike, tuple(downs)
+    return f"{found[0].component}.", found[0].lookalike, tuple(downs), spelled

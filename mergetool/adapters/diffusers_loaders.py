@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from mergetool.adapters import (
+    flux2_in_diffusers,
     flux_in_diffusers,
     in_diffusers,
     qwen_in_diffusers,
@@ -24,7 +25,8 @@ class DiffusersLoader:
     ``modules`` are those that get a layer, with their keys; it raises ``in_diffusers.Rejected``. ``alphas_are_read`` says whether ``.alpha`` tensors count,
     ``takes_header`` whether a file with these keys may state ranks and scales in its header.
     ``alphas_given`` which alpha every module gets where they do, of those that the modules have, in the file's order. A loader that ``multiplies_alphas``
-    puts them into the factors; of another they become the config, beside which a header's is an error.
+    puts them into the factors; of another they become the config, beside which a header's is an error. ``exchanged`` tells of the keys of a module whether
+    it gets its halves in the wrong order.
     """
 
     releases: tuple[str, ...]
@@ -33,6 +35,7 @@ class DiffusersLoader:
     takes_header: Callable[[Collection[str]], bool] = lambda keys: True
     alphas_given: Callable[[Mapping[str, float | None]], dict[str, float | None]] = dict
     multiplies_alphas: bool = True
+    exchanged: Callable[[Collection[str]], bool] = lambda keys: False
 
 
 LOADERS: Mapping[str, DiffusersLoader] = {
@@ -42,6 +45,12 @@ LOADERS: Mapping[str, DiffusersLoader] = {
         flux_in_diffusers.modules,
         flux_in_diffusers.alphas_are_read,
         flux_in_diffusers.takes_header,
+    ),
+    "Flux2LoraLoaderMixin": DiffusersLoader(
+        flux2_in_diffusers.RELEASES,
+        flux2_in_diffusers.modules,
+        lambda keys, release: True,
+        exchanged=flux2_in_diffusers.exchanged,
     ),
     "QwenImageLoraLoaderMixin": DiffusersLoader(
         qwen_in_diffusers.RELEASES, qwen_in_diffusers.modules, lambda keys, release: True

@@ -109,6 +109,8 @@ def _in_diffusers(file: LoraFile, loader: DiffusersLoader, release: str) -> Load
             dropped[part] = "loaded without its DoRA magnitudes"
         elif len(loaded) < len(changes):
             dropped[part] = f"loaded with {len(loaded)} of its {len(changes)} changes"
+        elif loader.exchanged(keys):
+            dropped[part] = "loaded with its halves exchanged"
         elif abs(factors[module] - 1) > 1e-6:
             dropped[part] = f"loaded at {factors[module]:.3g} times its scale"
     return Loading("diffusers", (release,), len(file.changes) - len(dropped), dropped)

@@ -17,6 +17,7 @@ from mergetool.adapters.formats import FLAT, FORMATS
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
 from mergetool.adapters.origin import family_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
+from mergetool.arch.families import FAMILIES
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
@@ -127,7 +128,11 @@ class _Reading:
         """The known family that the file is for, with its parts; None where it is for another model."""
         found = family_of(self.spelled)
         other = found and found[0].lookalike
-        if found and other and is_lookalike(other, self.spelled, self.checkpoint.tensors, self.checkpoint.metadata):
+        shapes = {key: self._info(key).shape for key in self.spelled}
+        if found and other and is_lookalike(other, self.spelled, shapes, self.checkpoint.metadata):
+            known = [family for family in FAMILIES if family.name == other.name]
+            if known:
+                return family_of(self.spelled, known, signs=False)
             self.warnings.append(
                 f"its names are also {found[0].name}'s, but its shapes or its header are {other.name}'s"
             )

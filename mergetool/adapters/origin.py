@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder
 from mergetool.arch.anatomy import Family, Lookalike
 from mergetool.arch.families import FAMILIES
-from mergetool.checkpoint.header import TensorInfo
+from mergetool.arch.known import KnownFamily
 
 _STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.architecture")
 
 
-def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None:
+def family_of(
+    spelled: Mapping[str, Spelled], among: Sequence[KnownFamily] = FAMILIES, *, signs: bool = True
+) -> tuple[Family, list[str]] | None:
     """The known family of most modules of ``spelled``, and its parts, deep enough for them.
 
     None where there is none.
     """
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
-    for family in FAMILIES:
-        if family.lora_signs and not any(sign in one.module for one in of_model for sign in family.lora_signs):
+    for family in among:
+        if (
+            signs
+            and family.lora_signs
+            and not any(sign in one.module for one in of_model for sign in family.lora_signs)
+        ):
             continue
         parts = family.parts_to_depth(depth + 1, [one.module for one in of_model])
         modules = Modules(family, parts)
@@ -33,7 +39,10 @@ def family_of(spelled: Mapping[str, Spelled]) -> tuple[Family, list[str]] | None
 
 
 def is_lookalike(
-    other: Lookalike, spelled: Mapping[str, Spelled], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+    other: Lookalike,
+    spelled: Mapping[str, Spelled],
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
 ) -> bool:
     """Whether a file is for the other family of the same names.
 
@@ -42,7 +51,7 @@ def is_lookalike(
     """
     widths = set()
     for name, kind, factors in _reading_modules(other, spelled):
-        rows, columns = _matrix(kind, {role: tensors[key].shape for role, key in factors.items()})
+        rows, columns = _matrix(kind, {role: shapes[key] for role, key in factors.items()})
         if name == other.fused and rows and columns and rows != other.ratio * columns:
             return True
         if columns:

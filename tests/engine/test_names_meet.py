@@ -13,6 +13,8 @@ from mergetool.engine import job
 from mergetool.errors import FamilyError
 from tests.oracles import ComfyUI
 from tests.oracles.architectures import FAMILIES, LAYOUTS, Layouts, Shapes, layouts
+from tests.oracles.test_two_streams import CASES
+from tests.oracles.two_streams import Case
 
 PREFIXES = (
     *("", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "transformer.", "module."),
@@ -70,6 +72,18 @@ def as_comfyui_names(own: Tensors, comfyui: ComfyUI) -> Tensors:
     }
 
 
+def as_converted(own: Tensors, case: Case) -> Tensors:
+    """A model under diffusers' names in ComfyUI's layout, as diffusers' own converter from there says."""
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for theirs, place in ((name, place) for name, place in case.places.items() if name in own):
+        tensor = torch.cat(own[theirs].chunk(2)[::-1]) if place.swapped else own[theirs]
+        pieces.setdefault(place.tensor, []).append((place.row, tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(held, key=lambda piece: piece[0])])
+        for name, held in pieces.items()
+    }
+
+
 class Files:
     """The three models A, B and C of a family, written under any prefix and layout."""
 
@@ -88,7 +102,10 @@ class Files:
             return own
         if family == "Z-Image":
             return fused(own)
-        tensors = as_comfyui_names(own, comfyui) if family == "Flux.1" else values(names.comfyui, seed)
+        if family in CASES:
+            tensors = as_converted(own, CASES[family])
+        else:
+            tensors = as_comfyui_names(own, comfyui) if family == "Flux.1" else values(names.comfyui, seed)
         assert tensors.keys() == names.comfyui.keys()
         return tensors
 
@@ -130,7 +147,7 @@ def test_a_pair_of_files_is_merged_right_or_refused(family: str, comfyui: ComfyU
     count = {"right": 0, "refused": 0}
     for (layout, others), (at, prefix) in product(product(LAYOUTS, LAYOUTS), enumerate(PREFIXES)):
         outcome = merged(files, layout, prefix, others, PREFIXES[(at + 1) % len(PREFIXES)])
-        meet = layout == others or family in (*ONE_LAYOUT, "Z-Image", "Flux.1")
+        meet = layout == others or family in (*ONE_LAYOUT, "Z-Image", "Flux.1", *CASES)
         assert outcome == ("right" if meet else "refused"), (layout, prefix, others)
         count[outcome] += 1
     print(f"{family}: {count}, {100 * names.in_common:.0f} % of the parameters have one name in both layouts")

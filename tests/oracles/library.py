@@ -51,10 +51,10 @@ def load(root: Path) -> None:
 
 
 def allow_small() -> None:
-    """Lets ComfyUI take Z-Image, SDXL and Qwen-Image of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
+    """Lets ComfyUI take Z-Image, SDXL, Qwen-Image and Chroma of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
 
     ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. SDXL is a table's
-    row of widths and depths; Qwen-Image always has 24 heads. At the published widths nothing is changed.
+    row of widths and depths; Qwen-Image always has 24 heads, and Chroma's approximator one size. At the published widths nothing is changed.
     """
     import comfy.ldm.lumina.model as lumina
     import comfy.model_detection as detection
@@ -69,6 +69,10 @@ def allow_small() -> None:
         if found and found.get("image_model") == "qwen_image":
             dim, context = sd[f"{prefix}txt_in.weight"].shape
             found.update({"num_attention_heads": dim // 128, "joint_attention_dim": context} if dim != 3072 else {})
+        if found and found.get("image_model") == "chroma" and found["hidden_size"] != 3072:
+            inner = len(sd[f"{prefix}distilled_guidance_layer.in_proj.bias"])
+            layers = {name.split(".")[-3] for name in sd if name.endswith(".in_layer.bias")}
+            found.update({"out_dim": found["hidden_size"], "hidden_dim": inner, "n_layers": len(layers)})
         return found
 
     matches = supported.ZImage.matches.__func__

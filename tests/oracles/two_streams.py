@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ class Case:
     """A family with ``small`` sizes, ``configs`` of ComfyUI by published sizes, and diffusers' pipeline, ``model`` and its arguments for the small one.
 
     ``converter`` is diffusers' own from single files, None where the names are the same. ``spellings`` are LoRAs, of which those in ``converted`` can be written in
-    every format; ``matrices`` is how many modules of the small model a LoRA can change.
+    every format, ``unmapped`` the beginnings of modules that ComfyUI does not know behind the prefix that `diff` writes; ``matrices`` is how many modules of the small model a LoRA can change.
     """
 
     family: KnownFamily
@@ -49,6 +49,7 @@ class Case:
     matrices: int
     converter: Converter | None = None
     converted: tuple[str, ...] = ()
+    unmapped: tuple[str, ...] = ()
 
     @property
     def loaded_as(self) -> str:
@@ -96,6 +97,10 @@ class Case:
             value = state[place.tensor][place.row : place.row + place.rows]
             found[name] = np.concatenate(np.split(value, 2)[::-1]) if place.swapped else value
         return found
+
+    def mapped(self, names: Iterable[str]) -> set[str]:
+        """Those of diffusers' names that ComfyUI knows in files that ``diff`` writes."""
+        return {name for name in names if not name.startswith(self.unmapped or ("-",))}
 
     def loaded(self, diffusers: Diffusers, lora: Any) -> Changes | None:
         """What diffusers adds to a small model of zeros; None where it raises an error."""

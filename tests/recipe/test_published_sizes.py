@@ -13,9 +13,16 @@ from mergetool.engine import job
 from mergetool.options.merging import MergeOptions
 from tests.cli.run import mergetool
 from tests.oracles.test_two_streams import CASES
+from tests.oracles.two_streams import places
 
 GB = 1e9
-SIZES = {("Qwen-Image", "base"): (1933, 40.86, 20.48)}
+SIZES = {
+    ("Qwen-Image", "base"): (1933, 40.86, 20.48),
+    ("Chroma", "HD"): (643, 17.80, 9.19),
+    ("Flux.2", "dev"): (299, 64.45, 33.04),
+    ("Flux.2", "Klein 9B"): (201, 18.16, 9.43),
+    ("Flux.2", "Klein 4B"): (149, 7.75, 4.07),
+}
 """Tensors in ComfyUI's layout, and gigabytes in BF16 and with scaled FP8."""
 
 
@@ -44,11 +51,11 @@ def test_a_merge_of_two_layouts_is_planned_at_its_published_size(published: tupl
             wide = [tensor for tensor in plan.tensors if tensor.quantiser is None and options.quant]
         if options.quant:
             case = CASES[published[0]]
+            shapes = case.shapes("comfyui", case.published[published[1]])
             inside = {
-                f"model.diffusion_model.{tensor}"
-                for part, shape in case.shapes("diffusers", case.published[published[1]]).items()
-                if not ("transformer_blocks." in part and len(shape) == 2)
-                for tensor in (case.family.stored_name(part, "comfyui"),)
+                f"model.diffusion_model.{place.tensor}"
+                for part, place in places(case.converter, shapes).items()
+                if not ("transformer_blocks." in part and len(shapes[place.tensor]) == 2)
             }
             assert {tensor.name for tensor in wide} == inside
 

@@ -15,7 +15,7 @@ from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
 from mergetool.arch.known import KnownFamily, Signature, Variant
 from mergetool.arch.table import Named
 
-_DOUBLE = (
+DOUBLE = (
     Named("norm1.linear", "img_mod.lin", ("img", "modulation"), shape=("6*dim", "dim"), bias=True),
     Named("norm1_context.linear", "txt_mod.lin", ("txt", "modulation"), shape=("6*dim", "dim"), bias=True),
     Named("attn.to_q", "img_attn.qkv[0]", ("img", "attention", "q"), shape=("dim", "dim"), bias=True),
@@ -35,7 +35,7 @@ _DOUBLE = (
     Named("ff_context.net.0.proj", "txt_mlp.0", ("txt", "ffn"), shape=("hidden", "dim"), bias=True),
     Named("ff_context.net.2", "txt_mlp.2", ("txt", "ffn"), shape=("dim", "hidden"), bias=True),
 )
-_SINGLE = (
+SINGLE = (
     Named("norm.linear", "modulation.lin", ("modulation",), shape=("3*dim", "dim"), bias=True),
     Named("attn.to_q", "linear1[0]", ("attention", "q"), shape=("dim", "dim"), bias=True, rows="="),
     Named("attn.to_k", "linear1[1]", ("attention", "k"), shape=("dim", "dim"), bias=True, rows="="),
@@ -86,8 +86,8 @@ class Flux(KnownFamily):
                   shape=_INNER[theirs] if n == 1 else (_INNER[theirs][0], _INNER[theirs][0]))
             for theirs, ours in _EMBEDDERS.items() for n, way in ((1, "in"), (2, "out"))
         ),
-        Named("transformer_blocks.{i}", "double_blocks.{i}", ("double",), inside=_DOUBLE),
-        Named("single_transformer_blocks.{i}", "single_blocks.{i}", ("single",), inside=_SINGLE),
+        Named("transformer_blocks.{i}", "double_blocks.{i}", ("double",), inside=DOUBLE),
+        Named("single_transformer_blocks.{i}", "single_blocks.{i}", ("single",), inside=SINGLE),
         Named("norm_out.linear.scale", "final_layer.adaLN_modulation.1[1]", ("final", "modulation"), diffusers="norm_out.linear[0]",
               shape=("dim", "dim"), bias=True),
         Named("norm_out.linear.shift", "final_layer.adaLN_modulation.1[0]", ("final", "modulation"), diffusers="norm_out.linear[1]",
