@@ -1,4 +1,4 @@
-"""The wheel: what is in it, for which systems it is, and that it works where it is unpacked."""
+"""The wheel: what is in it, for which systems it is, and that it works where it is installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -78,14 +77,14 @@ def test_a_compiler_that_fails_is_quoted_and_the_wheel_is_built(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["wheel", "pure"])
-def test_an_unpacked_wheel_merges_to_the_bytes_of_the_checkout(
+def test_an_installed_wheel_merges_to_the_bytes_of_the_checkout(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     built: Built = request.getfixturevalue(kind)
-    with zipfile.ZipFile(built.path) as archive:
-        archive.extractall(tmp_path / "unpacked")
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path / "installed")]
+    subprocess.run([sys.executable, "-m", *install, str(built.path)], check=True)
     merged = []
-    for folder in (tmp_path / "unpacked", ROOT):
+    for folder in (tmp_path / "installed", ROOT):
         place = tmp_path / f"from-{folder.name}"
         place.mkdir()
         where = _run(folder, place, "-c", WHERE)
