@@ -13,7 +13,7 @@ import pytest
 from mergetool import models
 from mergetool.cli import console
 from tests.adapters.spellings import SPELLINGS
-from tests.cli.run import Ran, _warm, mergetool
+from tests.cli.run import Ran, mergetool, warm
 from tests.families import checkpoint
 from tests.patience import HANG
 
@@ -50,7 +50,7 @@ def here(inputs: Path, tmp_path: Path) -> Path:
 
 
 def on_windows(*arguments: object, cwd: Path) -> Ran:
-    done = _warm().run(arguments, cwd, patched="windows")
+    done = warm().run(arguments, cwd, patched="windows")
     return Ran(done.code, done.out, done.err)
 
 
