@@ -12,7 +12,7 @@ from playwright.sync_api import Page
 
 from tests.site.html import Content
 
-PHONE = 390
+WIDTHS = (390, 1280)
 WIDEST = "Math.max(...[document.documentElement, ...document.querySelectorAll('.content')].map(one => one.scrollWidth))"
 
 
@@ -94,11 +94,12 @@ def test_search_finds_words_from_a_file(site: Path, browser_page: Page, word: st
     assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
 
 
-def test_no_page_is_wider_than_a_phone(site: Path, browser_page: Page) -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_page_is_wider_than_its_window(site: Path, browser_page: Page, width: int) -> None:
     """Tables and code that are too wide scroll by themselves."""
-    browser_page.set_viewport_size({"width": PHONE, "height": 844})
+    browser_page.set_viewport_size({"width": width, "height": 844})
     widths = {}
     for path in sorted(site.rglob("*.html")):
         browser_page.goto(path.as_uri())
         widths[path.relative_to(site).as_posix()] = browser_page.evaluate(WIDEST)
-    assert {name: width for name, width in widths.items() if width > PHONE} == {}
+    assert {name: found for name, found in widths.items() if found > width} == {}
