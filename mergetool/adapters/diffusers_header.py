@@ -17,7 +17,7 @@ from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.diffusers_loaders import LOADERS
 from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
-from mergetool.adapters.origin import family_of, is_lookalike
+from mergetool.adapters.origin import families_of, is_lookalike
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families import FAMILIES
 
@@ -73,7 +73,7 @@ def _downs(
             tuple((one.module, key) for key, one in spelled.items() if one.role == "down"),
             spelled,
         )
-    found = family_of(spelled)
+    found = next(iter(families_of(spelled)), None)
     if found is None or found[0].loader is None:
         return "", None, (), {}
     loader = LOADERS[found[0].loader]

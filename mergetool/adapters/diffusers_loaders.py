@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from mergetool.adapters import (
     flux2_in_diffusers,
     flux_in_diffusers,
     in_diffusers,
+    lumina2_in_diffusers,
     qwen_in_diffusers,
+    sd3_in_diffusers,
     unet_in_diffusers,
     wan_in_diffusers,
 )
@@ -54,6 +57,20 @@ LOADERS: Mapping[str, DiffusersLoader] = {
     ),
     "QwenImageLoraLoaderMixin": DiffusersLoader(
         qwen_in_diffusers.RELEASES, qwen_in_diffusers.modules, lambda keys, release: True
+    ),
+    "Lumina2LoraLoaderMixin": DiffusersLoader(
+        lumina2_in_diffusers.RELEASES, lumina2_in_diffusers.modules, lambda keys, release: False
+    ),
+    "SD3LoraLoaderMixin": DiffusersLoader(
+        sd3_in_diffusers.RELEASES, sd3_in_diffusers.modules, lambda keys, release: False
+    ),
+    "StableDiffusionLoraLoaderMixin": DiffusersLoader(
+        in_diffusers.RELEASES[-1:],
+        partial(unet_in_diffusers.modules, loader=unet_in_diffusers.SD1),
+        lambda keys, release: True,
+        unet_in_diffusers.takes_header,
+        unet_in_diffusers.alphas_given,
+        multiplies_alphas=False,
     ),
     "WanLoraLoaderMixin": DiffusersLoader(
         wan_in_diffusers.RELEASES,

@@ -20,6 +20,7 @@ from mergetool.errors import DataError
 
 _COMFYUIS = re.compile(
     r"(?:double|single|joint|input|output)_blocks\.|middle_block\."  # Flux, Chroma, SD3; SD1, SDXL
+    r"|(?:double|single)_layers\."  # AuraFlow
     r"|blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.\d)$"  # Wan
     r"|(?:layers|noise_refiner|context_refiner)\.\d+\.attention\.(?:qkv|out)$"  # Lumina 2
 )

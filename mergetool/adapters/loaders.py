@@ -5,7 +5,7 @@ The tests run all of them on every spelling (docs/reference/lora-dialects.md). O
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from mergetool.checkpoint.names import quoted
 LoadVerdict = Literal["whole", "partly", "not at all"]
 
 COMFYUI = "0.30"
+_FUN = "lora_unet__"  # as VideoX-Fun writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,8 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     adapter, part = change.adapter, change.part
     spelled = _spelled(adapter)
     family = file.family
+    if spelled.prefix == _FUN and family.sign_of_fun in file.checkpoint.tensors:
+        spelled = replace(spelled, prefix=_FUN.removesuffix("_"))
     if spelled.prefix not in (*NATIVE, *family.in_comfyui):
         return f'the prefix "{spelled.prefix}" is not mapped'
     if family.is_vector(part):

@@ -15,7 +15,7 @@ from mergetool.adapters.adapter import Adapter, Change, ChangeKind, is_by_column
 from mergetool.adapters.alphas import Alphas
 from mergetool.adapters.formats import FLAT, FORMATS
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder, naming, take_apart
-from mergetool.adapters.origin import family_of, is_lookalike, trainer
+from mergetool.adapters.origin import families_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
 from mergetool.arch.families import FAMILIES
 from mergetool.arch.generic import GENERIC
@@ -126,18 +126,20 @@ class _Reading:
 
     def _known_family(self) -> tuple[Family, list[str]] | None:
         """The known family that the file is for, with its parts; None where it is for another model."""
-        found = family_of(self.spelled)
-        other = found and found[0].lookalike
+        strange = None
         shapes = {key: self._info(key).shape for key in self.spelled}
-        if found and other and is_lookalike(other, self.spelled, shapes, self.checkpoint.metadata):
+        for found in families_of(self.spelled, shapes):
+            other = found[0].lookalike
+            if not other or not is_lookalike(other, self.spelled, shapes, self.checkpoint.metadata):
+                return found
+            strange = f"its names are also {found[0].name}'s, but its shapes or its header are {other.name}'s"
             known = [family for family in FAMILIES if family.name == other.name]
-            if known:
-                return family_of(self.spelled, known, signs=False)
-            self.warnings.append(
-                f"its names are also {found[0].name}'s, but its shapes or its header are {other.name}'s"
-            )
-            return None
-        return found
+            named = families_of(self.spelled, shapes, known, signs=False)
+            if named:
+                return named[0]
+        if strange:
+            self.warnings.append(strange)
+        return None
 
     def _require_scales_understood(self) -> None:
         """Codes of 8 bits beside a scale that is not understood would be read as other values."""
@@ -209,8 +211,9 @@ class _Reading:
                 self.unmatched.append((key, reason))
 
     def _in_configs(self, prefix: str, module: str, parts: Sequence[str]) -> str:
-        """A module's names in configs and headers: the file's, or diffusers' where the file has underscores for dots."""
-        if not prefix.startswith(FLAT) or "diffusers" not in self.family.layouts:
+        """A module's names in configs and headers: the file's; diffusers' in its header, and for underscored names."""
+        theirs = prefix.startswith(FLAT) or alphas.HEADER in self.checkpoint.metadata
+        if not theirs or "diffusers" not in self.family.layouts:
             return prefix + module
         return self.family.stored_name(parts[0], "diffusers").removesuffix(".weight")
 
@@ -319,6 +322,8 @@ class _Reading:
             return []
         if self.family.is_vector(parts[0]):
             self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
+        if self.anatomy is None and len(parts) == 1 and len(adapter.shape) > 1:
+            parts = self.family.alternative(parts[0], adapter.module, adapter.shape[0], adapter.shape[1])
         rows = self._rows(adapter, parts)
         if self.anatomy is not None and len(parts) == 1:
             adapter = replace(adapter, shape=self.anatomy.parts[parts[0]].shape)  # [D] for a pad token of [1, D]

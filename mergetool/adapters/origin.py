@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from mergetool.adapters.keys import Modules, Spelled, is_of_text_encoder
@@ -15,27 +16,40 @@ from mergetool.arch.known import KnownFamily
 _STATES_ORIGIN = ("ss_network_module", "ss_base_model_version", "modelspec.architecture")
 
 
-def family_of(
-    spelled: Mapping[str, Spelled], among: Sequence[KnownFamily] = FAMILIES, *, signs: bool = True
-) -> tuple[Family, list[str]] | None:
-    """The known family of most modules of ``spelled``, and its parts, deep enough for them.
+def families_of(
+    spelled: Mapping[str, Spelled],
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    among: Sequence[KnownFamily] = FAMILIES,
+    *,
+    signs: bool = True,
+) -> list[tuple[Family, list[str]]]:
+    """The families ``among`` these of most modules of ``spelled``, and their parts.
 
-    None where there is none.
+    Parts are as deep as the modules need them. ``shapes`` tell families whose names others have too by their widths.
     """
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
+    widths = {shape[1] for key, shape in shapes.items() if len(shape) > 1 and _is_down(spelled.get(key))}
+    found: list[tuple[Family, list[str]]] = []
     for family in among:
-        if (
-            signs
-            and family.lora_signs
-            and not any(sign in one.module for one in of_model for sign in family.lora_signs)
-        ):
+        named = any(_shows(sign, of_model) for sign in family.lora_signs)
+        if signs and family.lora_signs and not named and widths.isdisjoint(family.lora_widths):
             continue
         parts = family.parts_to_depth(depth + 1, [one.module for one in of_model])
         modules = Modules(family, parts)
         if sum(bool(modules.find(one)) for one in of_model) * 2 > len(of_model):
-            return family, parts
-    return None
+            found.append((family, parts))
+    return found
+
+
+def _shows(sign: str | tuple[str, ...], of_model: Sequence[Spelled]) -> bool:
+    """Whether a word is in the name of a module, each of several in one."""
+    words = (sign,) if isinstance(sign, str) else sign
+    return all(any(word in one.module for one in of_model) for word in words)
+
+
+def _is_down(spelled: Spelled | None) -> bool:
+    return spelled is not None and spelled.role == "down"
 
 
 def is_lookalike(

@@ -1,6 +1,6 @@
-"""The treatment of a LoRA's keys in diffusers' ``StableDiffusionXLLoraLoaderMixin``.
+"""The treatment of a LoRA's keys in diffusers' loaders for UNets.
 
-It makes modules of them, or rejects the file.
+They make modules of them, or reject the file.
 
 A file of which all keys begin as kohya-type trainers' do is converted, its alphas become the adapter's config; of any other it takes what stands under ``unet.``.
 """
@@ -16,9 +16,11 @@ from mergetool.adapters.in_diffusers import Rejected
 from mergetool.arch.families import FAMILIES
 from mergetool.checkpoint.names import quoted
 
-LOADER = "StableDiffusionXLLoraLoaderMixin"
+SDXL, SD1 = "StableDiffusionXLLoraLoaderMixin", "StableDiffusionLoraLoaderMixin"
+"""The first renames ComfyUI's blocks by the model's config, the second does not know them."""
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _NATIVE = re.compile(r"lora_unet_(?:(input)_blocks_(\d+)|(middle)_block_(\d+)|(output)_blocks_(\d+))_")
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 _STACKS = ("input", "middle", "output")
 _OLD = ("0.36", "0.38")  # they know nothing outside the blocks
 _ATTENTION = re.compile(r"\.(?:to_[qkv]|to_out\.0)$")
@@ -34,14 +36,14 @@ _OLD_ENDS = {
 }
 
 
-def modules(keys: Collection[str], release: str) -> dict[str, set[str]]:
+def modules(keys: Collection[str], release: str, *, loader: str = SDXL) -> dict[str, set[str]]:
     """The modules that get a layer, each with its keys. They go by the names that are then looked up in the model.
 
     Keys that lead nowhere are silently ignored by diffusers. Raises Rejected where ``release`` raises an error.
     """
     kept = [key for key in keys if "dora_scale" not in key]
     if all(key.startswith(_KOHYA) for key in kept):
-        return _converted(kept, is_old=release in _OLD)
+        return _converted(kept, loader, is_old=release in _OLD)
     odd = next((key for key in kept if "lora" not in key), None)
     if odd is not None:
         raise Rejected(f'{quoted(odd)} has no "lora" in it')
@@ -86,8 +88,9 @@ def _taken_apart(name: str, *, renames: bool) -> tuple[str, str]:
     return module, letter if letter in ("A", "B") else ""
 
 
-def _converted(keys: Collection[str], *, is_old: bool) -> dict[str, set[str]]:
-    keys = _in_turn(keys, is_old=is_old)
+def _converted(keys: Collection[str], loader: str, *, is_old: bool) -> dict[str, set[str]]:
+    if loader == SDXL:
+        keys = _in_turn(keys, is_old=is_old)
     there = set(keys)
     downs = [key for key in keys if key.endswith("lora_down.weight")]
     used: set[str] = set()
@@ -99,7 +102,7 @@ def _converted(keys: Collection[str], *, is_old: bool) -> dict[str, set[str]]:
             raise Rejected(f"{quoted(down)} has no factor beside it")
         used |= {down, up, f"{flat}.alpha"}
         if flat.startswith("lora_unet_"):
-            name = _names().get(flat.removeprefix("lora_unet_"), flat)
+            name = _names(loader).get(flat.removeprefix("lora_unet_"), flat)
             is_native = _NATIVE.match(down) is not None
             lost = (
                 not is_native
@@ -139,12 +142,13 @@ def _block(match: re.Match[str]) -> tuple[int, int]:
 
 
 @cache
-def _names() -> Mapping[str, str]:
-    """A module with underscores -> as diffusers calls it, by both names that it has."""
-    family = next(family for family in FAMILIES if family.loader == LOADER)
+def _names(loader: str) -> Mapping[str, str]:
+    """A module with underscores -> as diffusers calls it, by the names that the loader knows."""
+    family = next(family for family in FAMILIES if family.loader == loader)
     parts: Iterable[str] = [part for part in family.parts_to_depth(10, []) if part.endswith(".weight")]
     return {
         family.stored_name(part, layout).removesuffix(".weight").replace(".", "_"): part.removesuffix(".weight")
         for part in parts
         for layout in family.layouts
+        if loader == SDXL or layout == "diffusers" or not part.startswith(_BLOCKS)
     }

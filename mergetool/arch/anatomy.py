@@ -162,10 +162,11 @@ class Family(ABC):
     in_comfyui: frozenset[str] = (
         frozenset()
     )  # prefixes before which ComfyUI knows diffusers' names; its own have two in every family
+    sign_of_fun: str | None = None  # a key by which ComfyUI knows a LoRA of VideoX-Fun, whose prefix it mends
     flat_layout = "comfyui"  # the layout of the names that kohya-type trainers write, with underscores
-    lora_signs: tuple[
-        str, ...
-    ] = ()  # one of these is in a name of every LoRA of the family, where other families share the rest
+    # one of these, or all of one tuple, is in names of every LoRA of the family, where other families share the rest
+    lora_signs: tuple[str | tuple[str, ...], ...] = ()
+    lora_widths: frozenset[int] = frozenset()  # columns that show such a LoRA too
     transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
@@ -220,6 +221,13 @@ class Family(ABC):
         """The rows of a piece of a fused weight of so many ``columns``, where these tell."""
         return None
 
+    def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
+        """The parts, in row order, that a LoRA's ``module`` changes by its rows and columns.
+
+        They are others than ``part`` where a block has another tensor of its name.
+        """
+        return (part,)
+
     def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
         """Other names of modules of ``parts`` in LoRAs: module -> parts in row order.
 
@@ -265,6 +273,10 @@ class Family(ABC):
         for i, component in enumerate(components[:-1]):
             if i and is_number(component) and len(component) <= 9:
                 return ".".join(components[:i]), int(component)
+        return None
+
+    def block_name(self, part: str) -> str | None:
+        """The name of a part's block in block-weight tools, as ``IN04``; None without such tools."""
         return None
 
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:

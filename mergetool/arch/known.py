@@ -197,12 +197,14 @@ class KnownFamily(Family):
     ) -> list[Part]:
         info = tensors[name]
         rows = info.shape[0] if info.shape else 1
+        weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
+        columns = weight.shape[1] if weight is not None and len(weight.shape) > 1 else None
+        if match is not None and match.pieces and _comes_out(match.divided, rows, columns):
+            match = match.divided
         if match is None or not match.shared:
             part = _canonical(name, match)
             shape = (1, *info.shape) if len(info.shape) == 1 and self.is_vector(part) else info.shape
             return [Part(part, shape, info.dtype, Slice(stored, 0, rows), encoding)]
-        weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
-        columns = weight.shape[1] if weight is not None and len(weight.shape) > 1 else None
         try:
             counts = divide(match, info.shape[0] if info.shape else 0, columns, sizes(shapes))
         except IndivisibleError as wanted:
@@ -293,6 +295,19 @@ class KnownFamily(Family):
         match = self.table.find(part)
         return None if match is None else own_columns(match.spots[0], columns)
 
+    def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
+        """See `Family.alternative`: the pieces of a row where its rows divide into them.
+
+        Their order is that of the layout that calls it ``module``.
+        """
+        for layout in self.layouts:
+            stored = self.stored_name(part, layout)
+            match = self.table.read(stored, layout)
+            named = module.replace(".", "_").endswith(stored.removesuffix(".weight").replace(".", "_"))
+            if named and match is not None and match.pieces and _comes_out(match.divided, rows, columns):
+                return tuple(match.name(spot.path) for spot in match.pieces)
+        return (part,)
+
     def aliases(self, parts: Collection[str]) -> dict[str, tuple[str, ...]]:
         """See `Family.aliases`: ``other_names``, of the blocks that ``parts`` are of."""
         names: dict[str, tuple[str, ...]] = {}
@@ -311,7 +326,13 @@ class KnownFamily(Family):
         match = layout and self.table.read(self.stored_name(next(iter(parts)), layout), layout)
         if not match:
             return super().divided(parts, rows, columns)
-        return divide(match, rows, columns, lambda module, axis: None, equally=True)
+        return divide(
+            match.divided if match.pieces and len(parts) > 1 else match,
+            rows,
+            columns,
+            lambda module, axis: None,
+            equally=True,
+        )
 
     def _unpadded(
         self, tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding], layout: str, *, source: str
@@ -338,6 +359,15 @@ class KnownFamily(Family):
                     f"of {list(shape)} is wanted by the model's other tensors; use the unquantised original."
                 )
         return found
+
+
+def _comes_out(match: Match, rows: int, columns: int | None) -> bool:
+    """Whether so many rows are those of the pieces, as far as the columns of the weight tell."""
+    try:
+        divide(match, rows, columns, lambda module, axis: None)
+    except IndivisibleError:
+        return False
+    return True
 
 
 def _fits(has: Mapping[str, Like], lacks: Mapping[str, Like], shapes: Shapes) -> bool:

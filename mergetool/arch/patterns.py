@@ -25,7 +25,7 @@ def select(patterns: Iterable[str], anatomy: Anatomy) -> dict[str, frozenset[str
     A pattern is the first of these that it can be:
 
     - ``re:REGEX``, which must match a whole tensor name;
-    - a group of the family (``refiner``);
+    - a group of the family (``refiner``), or a block as block-weight tools name it (``IN04``, ``M00``, ``OUT11``, ``BASE``);
     - ``layers.N`` or ``layers.A-B``: everything under those numbered components, B included. Components are
       compared whole, so ``layers.1`` is not ``layers.10``; any numbered stack works (``noise_refiner.0``);
     - a glob (``*``, ``?``, ``[...]``) over whole tensor names, case-sensitive; ``*`` also crosses dots;
@@ -85,8 +85,12 @@ def _by_path(pattern: str, anatomy: Anatomy) -> frozenset[str]:
 
 
 def _by_group(group: str, anatomy: Anatomy) -> frozenset[str]:
-    groups = anatomy.family.groups
-    return frozenset(part.name for part in anatomy.parts.values() if group in groups(part.name, part.shape))
+    family = anatomy.family
+    return frozenset(
+        part.name
+        for part in anatomy.parts.values()
+        if group in family.groups(part.name, part.shape) or group == family.block_name(part.name)
+    )
 
 
 def _by_block(pattern: str, anatomy: Anatomy) -> frozenset[str]:

@@ -67,7 +67,7 @@ class Spot:
 class _Node:
     after: dict[str, _Node] = field(default_factory=dict)
     spots: list[Spot] = field(default_factory=list)
-    shared: bool = False
+    pieces: list[Spot] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,12 @@ class Match:
     rest: tuple[str, ...]
     length: int
     shared: bool
+    pieces: tuple[Spot, ...] = ()
+
+    @property
+    def divided(self) -> Match:
+        """The same name as that of ``pieces``."""
+        return Match(self.pieces, self.numbers, self.rest, self.length, shared=True)
 
     def name(self, path: Iterable[str]) -> str:
         """``path`` with these numbers and the components behind."""
@@ -203,20 +209,21 @@ def _put(root: _Node, path: tuple[str, ...], spots: Sequence[Spot], *, shared: b
     node = root
     for component in path:
         node = node.after.setdefault(component, _Node())
-    node.spots.extend(spots)
-    node.shared = shared
+    (node.pieces if shared else node.spots).extend(spots)
 
 
 def _find(root: _Node, components: tuple[str, ...], shorter: int = 1 << 30) -> Match | None:
     best: tuple[int, _Node, tuple[str, ...]] | None = None
     for length, node, numbers in _walk(root, components, 0, ()):
-        fits = node.spots and length < shorter and (not node.shared or components[length:] in _LEAF)
+        fits = length < shorter and (node.spots or (node.pieces and components[length:] in _LEAF))
         if fits and (best is None or length > best[0]):
             best = length, node, numbers
     if best is None:
         return None
     length, node, numbers = best
-    return Match(tuple(node.spots), numbers, components[length:], length, node.shared)
+    pieces = tuple(node.pieces) if components[length:] in _LEAF else ()
+    found = Match(tuple(node.spots), numbers, components[length:], length, shared=False, pieces=pieces)
+    return found if node.spots else found.divided
 
 
 def _walk(

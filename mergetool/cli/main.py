@@ -43,7 +43,7 @@ app = typer.Typer(
         HEADINGS,
     ),
     help="""Merge image models, and turn their differences into LoRAs, in half a GB of memory for 12 GB checkpoints. \
-Z-Image, Flux.1, SDXL, Wan and Qwen-Image by name; other architectures merge by their tensor names.
+Z-Image, Flux.2, Chroma, Flux.1, SDXL, SD1.5, SD3, Lumina-Image 2, Wan and Qwen-Image by name; other architectures merge by their tensor names.
 
 \b
 Type first:

@@ -395,12 +395,12 @@ def test_where_one_module_needs_an_alpha_all_have_one(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "SD3, underscored": ("lora_unet_", "joint_blocks_0_x_block_attn_qkv", {"kohya"}),
-    "SD3, diffusers' names": ("transformer.", "transformer_blocks.0.attn.to_q", {"diffusers", "peft"}),
-    "SD3, diffusers' names in the wrong place": ("diffusion_model.", "transformer_blocks.0.attn.to_q", set()),
-    "Wan, ComfyUI's names": ("diffusion_model.", "blocks.0.self_attn.q", {"comfyui", "kohya"}),
-    "Wan, diffusers' names": ("diffusion_model.", "blocks.0.attn1.to_q", set()),
-    "SD3, ComfyUI's names": ("diffusion_model.", "joint_blocks.0.x_block.attn.qkv", {"comfyui", "kohya"}),
+    "AuraFlow, underscored": ("lora_unet_", "double_layers_0_attn_w1q", {"kohya"}),
+    "LTX, diffusers' names": ("transformer.", "transformer_blocks.0.attn1.to_q", {"diffusers", "peft"}),
+    "LTX, diffusers' names in the wrong place": ("diffusion_model.", "transformer_blocks.0.attn1.to_q", set()),
+    "AuraFlow, ComfyUI's names of one block": ("diffusion_model.", "single_layers.0.mlp.c_fc1", {"comfyui", "kohya"}),
+    "PixArt, diffusers' names": ("diffusion_model.", "transformer_blocks.0.ff.net.2", set()),
+    "AuraFlow, ComfyUI's names": ("diffusion_model.", "double_layers.0.attn.w1q", {"comfyui", "kohya"}),
     "SDXL, underscored, a text encoder": ("lora_te1_", "text_model_encoder_layers_0_mlp_fc1", set()),
     "PEFT": ("base_model.model.", "transformer_blocks.0.attn.to_q", {"peft"}),
     "no prefix": ("", "transformer_blocks.0.attn.to_q", set()),

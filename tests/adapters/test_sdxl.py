@@ -18,6 +18,7 @@ from mergetool.adapters.in_diffusers import RELEASES
 from mergetool.adapters.loaders import loading
 from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.values import dense_rows
+from mergetool.arch.families.sd15 import SD15
 from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.generic import GENERIC
 from tests.oracles import ComfyUI, RefusedError
@@ -233,7 +234,7 @@ def test_a_program_loads_what_is_said(cases: Cases, comfyui: ComfyUI, program: s
 # -- what is not SDXL's, and what is beside it -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("columns", "family"), [(768, GENERIC), (1024, GENERIC), (2048, SDXL_UNET)])
+@pytest.mark.parametrize(("columns", "family"), [(768, SD15), (1024, GENERIC), (2048, SDXL_UNET)])
 def test_other_unets_have_the_same_names_and_another_context(tmp_path: Path, columns: int, family: object) -> None:
     block = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
     tensors = {

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from mergetool.arch import recognise
+from mergetool.arch.families.lumina2 import LUMINA2
 from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.header import TensorInfo
@@ -122,7 +123,7 @@ def test_lumina2_is_not_z_image() -> None:
         name.replace("adaLN_modulation.0", "adaLN_modulation.1"): shape
         for name, shape in reference_shapes(TINY, "comfyui").items()
     }
-    assert recognise(table(small), source="f").family is GENERIC
+    assert recognise(table(small), source="f").family is LUMINA2
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,6 @@ def test_its_smaller_kin_is_sdxl(depths: list[int]) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, object], str]] = {
-    "SD1": (SD1, "UNet2DConditionModel"),
     "SD2": ({**SD1, "cross_attention_dim": 1024, "use_linear_projection": True}, "UNet2DConditionModel"),
     "the refiner": (REFINER, "UNet2DConditionModel"),
     "KOALA": (KOALA, "UNet2DConditionModel"),

@@ -102,7 +102,7 @@ def test_convert_refuses_what_a_format_cannot_carry_with_a_way_out(tmp_path: Pat
 
 
 def test_a_model_of_another_family_tells_the_names(tmp_path: Path) -> None:
-    module = "joint_blocks.4.x_block.mlp.fc1"
+    module = "double_layers.4.mlpX.c_fc1"
     save_file({f"model.diffusion_model.{module}.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
     save_file(
         {f"lora_unet_{module.replace('.', '_')}.lora_{x}.weight": random(8, 8, seed=1) for x in ("up", "down")},

@@ -205,11 +205,11 @@ def test_a_cap_that_means_nothing_is_refused(tmp_path: Path, options: list[str])
 
 
 def test_a_model_makes_loras_of_an_unknown_family_in_two_spellings_add_up(tmp_path: Path) -> None:
-    save_file({"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
+    save_file({"double_layers.0.attn.w1q.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
     one, other = torch.eye(1, 8), torch.eye(8, 1)
-    save_file({f"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_{n}.weight": t for n, t in (("down", one), ("up", other))},
+    save_file({f"lora_unet_double_layers_0_attn_w1q.lora_{n}.weight": t for n, t in (("down", one), ("up", other))},
               tmp_path / "a.safetensors")  # fmt: skip
-    save_file({f"diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_{n}.weight": t for n, t in (("A", one), ("B", other))},
+    save_file({f"diffusion_model.double_layers.0.attn.w1q.lora_{n}.weight": t for n, t in (("A", one), ("B", other))},
               tmp_path / "b.safetensors")  # fmt: skip
     command = ("lora", "merge", "a.safetensors", "b.safetensors", "-o", "c.safetensors", "--rank", "1")
     ran = mergetool(*command, cwd=tmp_path)
@@ -217,10 +217,10 @@ def test_a_model_makes_loras_of_an_unknown_family_in_two_spellings_add_up(tmp_pa
     ran = mergetool(*command, "--model", "m.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     written = load_file(tmp_path / "c.safetensors")
-    scale = float(written["lora_unet_joint_blocks_0_x_block_attn_qkv.alpha"])
+    scale = float(written["lora_unet_double_layers_0_attn_w1q.alpha"])
     product = (
-        written["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"]
-        @ written["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"]
+        written["lora_unet_double_layers_0_attn_w1q.lora_up.weight"]
+        @ written["lora_unet_double_layers_0_attn_w1q.lora_down.weight"]
     )
     torch.testing.assert_close(scale * product, 2 * other @ one)
 

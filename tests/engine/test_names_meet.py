@@ -56,13 +56,50 @@ def fused(own: Tensors) -> Tensors:
     return found
 
 
-def as_comfyui_names(own: Tensors, comfyui: ComfyUI) -> Tensors:
-    """A Flux.1 under diffusers' names in ComfyUI's layout, as ComfyUI's own map says: rows of fused tensors in order, halves swapped."""
-    config = {"depth": 1, "depth_single_blocks": 2, "hidden_size": 96}
+MAPS: dict[str, tuple[str, dict[str, int]]] = {
+    "Flux.1": ("flux_to_diffusers", {"depth": 1, "depth_single_blocks": 2, "hidden_size": 96}),
+    "SD3.5": ("mmdit_to_diffusers", {"depth": 2}),
+}
+"""ComfyUI's functions that map diffusers' names of a family."""
+LUMINA = {
+    "time_caption_embed.caption_embedder": "cap_embedder",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+    ".attn.to_out.0.": ".attention.out.",
+    ".attn.norm_q.": ".attention.q_norm.",
+    ".attn.norm_k.": ".attention.k_norm.",
+    ".feed_forward.linear_": ".feed_forward.w",
+    ".norm1.linear.": ".adaLN_modulation.1.",
+    ".norm1.norm.": ".attention_norm1.",
+    ".norm1.": ".attention_norm1.",
+    ".norm2.": ".attention_norm2.",
+}
+"""diffusers' words of Lumina-Image 2 by ComfyUI's, the longer ones first."""
+
+
+def of_lumina(own: Tensors) -> Tensors:
+    """A Lumina-Image 2 under diffusers' names in ComfyUI's layout."""
+    found = {}
+    for name, tensor in own.items():
+        if name.endswith(".to_q.weight"):
+            pieces = [own[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            name, tensor = name.replace("attn.to_q", "attention.qkv"), torch.cat(pieces)
+        for theirs, ours in LUMINA.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith((".to_k.weight", ".to_v.weight")):
+            found[name] = tensor
+    return found
+
+
+def as_comfyui_names(own: Tensors, comfyui: ComfyUI, family: str) -> Tensors:
+    """A model under diffusers' names in ComfyUI's layout, as ComfyUI's own map says: rows of fused tensors in order, halves swapped."""
+    function, config = MAPS[family]
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for theirs, (name, first, _, swapped) in comfyui.ask(
-        "diffusers_names", function="flux_to_diffusers", config=config
-    )["names"].items():
+    for theirs, (name, first, _, swapped) in comfyui.ask("diffusers_names", function=function, config=config)[
+        "names"
+    ].items():
         if theirs in own:
             tensor = torch.cat(own[theirs].chunk(2)[::-1]) if swapped else own[theirs]
             pieces.setdefault(name, []).append((first or 0, tensor))
@@ -104,8 +141,10 @@ class Files:
             return fused(own)
         if family in CASES:
             tensors = as_converted(own, CASES[family])
+        elif family in MAPS:
+            tensors = as_comfyui_names(own, comfyui, family)
         else:
-            tensors = as_comfyui_names(own, comfyui) if family == "Flux.1" else values(names.comfyui, seed)
+            tensors = of_lumina(own) if family == "Lumina-Image 2" else values(names.comfyui, seed)
         assert tensors.keys() == names.comfyui.keys()
         return tensors
 
@@ -147,7 +186,7 @@ def test_a_pair_of_files_is_merged_right_or_refused(family: str, comfyui: ComfyU
     count = {"right": 0, "refused": 0}
     for (layout, others), (at, prefix) in product(product(LAYOUTS, LAYOUTS), enumerate(PREFIXES)):
         outcome = merged(files, layout, prefix, others, PREFIXES[(at + 1) % len(PREFIXES)])
-        meet = layout == others or family in (*ONE_LAYOUT, "Z-Image", "Flux.1", *CASES)
+        meet = layout == others or family in (*ONE_LAYOUT, *MAPS, *CASES, "Z-Image", "Lumina-Image 2")
         assert outcome == ("right" if meet else "refused"), (layout, prefix, others)
         count[outcome] += 1
     print(f"{family}: {count}, {100 * names.in_common:.0f} % of the parameters have one name in both layouts")

@@ -20,7 +20,7 @@ MAGNITUDES = ".lora_magnitude_vector."
 
 
 def load(lora: str, name: str, out: str, pipeline: str, model: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Loads the file ``name`` in the folder ``lora`` and writes the change of every module that got a layer, as ``MODULE.weight``.
+    """Loads the file ``name`` in the folder ``lora`` and writes the change of every module that got a layer, as ``MODULE.weight`` and ``MODULE.bias``.
 
     ``version`` is the release's own word; ``magnitudes`` are modules whose DoRA magnitudes were loaded. Raises what diffusers raises.
     """
@@ -39,19 +39,22 @@ def load(lora: str, name: str, out: str, pipeline: str, model: str, config: dict
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     state = transformer.state_dict()
-    save_file({f"{layer}.weight": state[f"{layer}.weight"].clone() for layer in layers}, out)
-    for layer in layers:
-        state[f"{layer}.weight"].zero_()
+    biases = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in state and state[f"{layer}.bias"].any()]
+    changed = [*(f"{layer}.weight" for layer in layers), *biases]
+    save_file({name: state[name].clone() for name in changed}, out)
+    for name in changed:
+        state[name].zero_()
     return {"version": diffusers.__version__, "magnitudes": magnitudes}
 
 
 def components(pipeline: Any, transformer: Any) -> dict[str, Any]:
     """A pipeline's arguments: nothing but the transformer, or the UNet."""
     wanted = inspect.signature(pipeline.__init__).parameters
+    models = ("transformer", "unet")
     return {
-        name: transformer if name in ("transformer", "unet") else None
+        name: transformer if name in models else None
         for name, parameter in wanted.items()
-        if name != "self" and parameter.default is inspect.Parameter.empty
+        if name in models or (name != "self" and parameter.default is inspect.Parameter.empty)
     }
 
 

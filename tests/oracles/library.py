@@ -51,7 +51,7 @@ def load(root: Path) -> None:
 
 
 def allow_small() -> None:
-    """Lets ComfyUI take Z-Image, SDXL, Qwen-Image and Chroma of any size: widths and numbers of blocks from the file, the rest as it sets it at the published width.
+    """Lets ComfyUI take Z-Image, Lumina-Image 2, SD1.5, SDXL, Qwen-Image and Chroma of any size: widths and numbers of blocks from the file, the rest as it sets it.
 
     ComfyUI tells Z-Image from Lumina 2 by the width alone, and asks for a time embedder of min(width, 1024) where Z-Image's has 1024. SDXL is a table's
     row of widths and depths; Qwen-Image always has 24 heads, and Chroma's approximator one size. At the published widths nothing is changed.
@@ -80,26 +80,38 @@ def allow_small() -> None:
 
     def is_z_image(cls: Any, config: dict[str, Any], *args: Any, **how: Any) -> bool:
         if cls is supported.ZImage:
-            config = {**config, "dim": 2304 if config.get("dim") == 2304 else 3840}
+            is_other = config.get("dim") == 2304 or "z_image_modulation" not in config
+            config = {**config, "dim": 2304 if is_other else 3840}
         return bool(matches(cls, config, *args, **how))
 
     def is_sdxl(cls: Any, config: dict[str, Any], *args: Any, **how: Any) -> bool:
         if cls is supported.SDXL and config.get("model_channels") != 320:
             config = {**config, **{key: cls.unet_config[key] for key in ("model_channels", "transformer_depth")}}
+        if cls is supported.SD15 and config.get("context_dim") == 768:
+            config = {**config, "model_channels": 320}
         return bool(any_unet(cls, config, *args, **how))
 
     def embed(hidden: int, output_size: int | None = None, **how: Any) -> Any:
-        return embedder(1024, output_size=min(output_size, hidden) if output_size else None, **how)
+        return embedder(1024, output_size=min(output_size, hidden), **how) if output_size else embedder(hidden, **how)
 
     detection.detect_unet_config = detect
     supported.ZImage.matches = classmethod(is_z_image)
-    supported.SDXL.matches = classmethod(is_sdxl)
+    supported.SDXL.matches = supported.SD15.matches = classmethod(is_sdxl)
     lumina.TimestepEmbedder = embed
 
 
 def _small(shapes: dict[str, Any]) -> dict[str, Any]:
     (head,) = shapes["noise_refiner.0.attention.k_norm.weight"]
     (dim,) = shapes["noise_refiner.0.attention_norm1.weight"]
+    if "noise_refiner.0.adaLN_modulation.1.weight" in shapes:
+        return {
+            "n_heads": dim // head,
+            "n_kv_heads": (shapes["noise_refiner.0.attention.qkv.weight"][0] - dim) // 2 // head,
+            "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
+            "axes_lens": [300, 512, 512],
+            "rope_theta": 10000.0,
+            "ffn_dim_multiplier": 4.0,
+        }
     return {
         "n_refiner_layers": len({name.split(".")[1] for name in shapes if name.startswith("noise_refiner.")}),
         "n_heads": dim // head,

@@ -36,6 +36,7 @@ class Case:
 
     ``converter`` is diffusers' own from single files, None where the names are the same. ``spellings`` are LoRAs, of which those in ``converted`` can be written in
     every format, ``unmapped`` the beginnings of modules that ComfyUI does not know behind the prefix that `diff` writes; ``matrices`` is how many modules of the small model a LoRA can change.
+    Of the blocks of ``stack`` all matrices are quantised but those ``kept``. ``has_one_width`` says that diffusers takes ComfyUI's names of LoRAs at the published width alone.
     """
 
     family: KnownFamily
@@ -49,7 +50,15 @@ class Case:
     matrices: int
     converter: Converter | None = None
     converted: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    stack: str = "blocks."
+    has_one_width: bool = False
     unmapped: tuple[str, ...] = ()
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether it is a matrix of a block, and in none of the modules ``kept`` as they are."""
+        in_block = self.stack in name and len(self.shapes("diffusers")[name]) == 2
+        return in_block and not any(module in name for module in self.kept)
 
     @property
     def loaded_as(self) -> str:

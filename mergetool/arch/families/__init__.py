@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from mergetool.arch.families.chroma import CHROMA
 from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.flux2 import FLUX2
+from mergetool.arch.families.lumina2 import LUMINA2
 from mergetool.arch.families.qwen_image import QWEN_IMAGE
+from mergetool.arch.families.sd3 import SD3
+from mergetool.arch.families.sd15 import SD15
 from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.families.wan import WAN
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.known import KnownFamily
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[KnownFamily, ...] = (Z_IMAGE, FLUX2, CHROMA, FLUX, SDXL_UNET, WAN, QWEN_IMAGE)
+FAMILIES: tuple[KnownFamily, ...] = (*(Z_IMAGE, FLUX2, CHROMA, FLUX, SDXL_UNET, SD15, SD3, LUMINA2, WAN, QWEN_IMAGE),)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

@@ -161,6 +161,7 @@ class Wan(KnownFamily):
     quantised_layout = "comfyui"  # ComfyUI knows none of diffusers' names
     lora_layout = "comfyui"  # which diffusers renames where they have no alpha outside the blocks
     lora_alphas = False
+    sign_of_fun = "lora_unet__blocks_0_cross_attn_k.lora_down.weight"
     loader = "WanLoraLoaderMixin"
     # ``*`` is every tensor, embedders and the last layer included; a later setting wins.
     presets = (

@@ -53,7 +53,7 @@ def values(patcher: Any) -> dict[str, torch.Tensor]:
     """Every parameter of a model in float32 by its name in the ComfyUI layout, quantised ones as ComfyUI decodes them."""
     found = {}
     for module_name, module in patcher.model.diffusion_model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
+        for leaf, parameter in (*module.named_parameters(recurse=False), *_kept_buffers(module)):
             if leaf in ("input_scale", "pre_quant_scale"):  # of a layer's inputs
                 continue
             value = decoded(parameter.data)
@@ -63,6 +63,11 @@ def values(patcher: Any) -> dict[str, torch.Tensor]:
                 )  # of the layer's inputs: the same as of the weight's columns
             found[".".join(filter(None, (module_name, leaf)))] = value.contiguous().clone()
     return found
+
+
+def _kept_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a file holds, such as SD3's table of positions."""
+    return [one for one in module.named_buffers(recurse=False) if one[0] not in module._non_persistent_buffers_set]
 
 
 def decoded(value: torch.Tensor) -> torch.Tensor:
@@ -129,7 +134,7 @@ def recognise(shapes: dict[str, list[int]]) -> dict[str, Any]:
         "config": type(config).__name__,
         "missing": met.missing_keys,
         "unexpected": met.unexpected_keys,
-        "parameters": len(list(inner.parameters())),
+        "parameters": len(inner.state_dict()),
     }
 
 
