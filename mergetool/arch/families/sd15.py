@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike
-from mergetool.arch.families.unet import UNet, block_weights, way
+from mergetool.arch.families.unet import CROSS_ATTENTION, UNet, block_weights, way
 from mergetool.arch.known import Signature, Variant
 from mergetool.arch.table import Named
 
@@ -77,7 +77,7 @@ class StableDiffusion1(UNet):
         name="Stable Diffusion 2, SDXL or its refiner",
         widths=frozenset({1024, 1280, 2048}),
         own=CONTEXT,
-        reading=("attn2.to_k", "attn2.to_v"),
+        reading=CROSS_ATTENTION,
         fused="",
         ratio=0,
         word="sd_v2",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike
-from mergetool.arch.families.unet import UNet, block_weights, way
+from mergetool.arch.families.unet import CROSS_ATTENTION, UNet, block_weights, way
 from mergetool.arch.known import Signature
 from mergetool.arch.table import Named
 
@@ -73,7 +73,7 @@ class SDXL(UNet):
         name="Stable Diffusion 1, 2 or SDXL's refiner",
         widths=frozenset({768, 1024, 1280}),
         own=CONTEXT,
-        reading=("attn2.to_k", "attn2.to_v"),
+        reading=CROSS_ATTENTION,
         fused="",
         ratio=0,
         word="sd_v",

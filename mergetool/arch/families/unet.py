@@ -34,6 +34,10 @@ def block_weights(blocks: int) -> tuple[Preset, ...]:
 STACKS = ("input_blocks", "middle_block", "output_blocks")
 
 
+CROSS_ATTENTION = tuple(f"attn2.{inner}to_{letter}" for inner in ("", "processor.") for letter in "kv")
+"""Ends of the modules whose columns are those of the prompt, in either spelling."""
+
+
 def _attention(name: str, columns: int | str, width: str) -> Named:
     inside = (
         Named("to_q", groups=("q",), shape=(width, width)),
