@@ -144,7 +144,7 @@ def test_to_the_depth_of_bytes_the_whole_file_is_compared(merged: Path) -> None:
 def test_what_was_made_again_is_kept_on_request(merged: Path) -> None:
     asked = ("verify", merged.name, "--output", "again.safetensors")
     refused = mergetool(*asked, cwd=merged.parent)
-    assert (refused.code, "add that" in refused.err, "--depth bytes" in refused.err) == (2, True, True)
+    assert (refused.code, "add --depth bytes" in refused.err) == (2, True)
     assert mergetool(*asked, "--depth", "bytes", cwd=merged.parent).code == 0
     assert merged.with_name("again.safetensors").read_bytes() == merged.read_bytes()
 
