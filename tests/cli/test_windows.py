@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,17 +137,19 @@ def test_what_a_code_page_lacks_is_escaped_and_no_command_fails(encoding: str, h
 def test_ctrl_break_ends_a_command_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGBREAK is Windows' alone: here a number that Linux has another name for."""
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    monkeypatch.setattr(
+        console, "_signals", console._Signals()
+    )  # an earlier run in this process may have left its own deferred
     kept = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     }
     try:
         with pytest.raises(SystemExit) as ended:
-            console.run(lambda: os.kill(os.getpid(), signal.SIGUSR1) or signal.pause())
+            console.run(lambda: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(HANG))
         assert ended.value.code == 128 + signal.SIGUSR1
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-        monkeypatch.setattr(console, "_signals", console._Signals())
 
 
 def test_a_system_without_its_signals_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
