@@ -79,7 +79,7 @@ def test_a_path_to_nothing_is_missing(model: str) -> None:
 
 
 def test_other_addresses_are_refused() -> None:
-    with pytest.raises(UsageError, match="hf://org/repo is one that is"):
+    with pytest.raises(UsageError, match="write hf://org/repo"):
         models.resolve("s3://bucket/key")
 
 

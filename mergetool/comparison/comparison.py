@@ -73,7 +73,7 @@ class Comparison:
         for condition in conditions:
             if condition.group is not None and condition.group not in known:
                 raise UsageError(
-                    f'`fail_on` names no group of these models, "{condition.group}" here; choose one of {", ".join(known)}.'
+                    f'`fail_on` names "{condition.group}", which is no group of these models; choose one of {", ".join(known)}.'
                 )
 
     def expression(self, multiplier: Fraction) -> str:

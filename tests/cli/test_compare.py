@@ -143,7 +143,7 @@ def test_a_condition_that_cannot_be_read_is_refused_before_a_model_is_opened() -
 
 def test_a_condition_on_a_group_that_is_not_there_is_refused_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: pytest.fail("the models were read"))
-    with pytest.raises(UsageError, match='no group "refinery" here; choose one of'):
+    with pytest.raises(UsageError, match='names "refinery", which is no group of these models; choose one of'):
         compare("lab.base", "lab.striped", fail_on=["refinery:distance>1"])
 
 

@@ -111,7 +111,7 @@ def test_what_is_out_of_date_is_replaced_only_when_asked(folder: Path) -> None:
         (("recipes/gone.yaml",), 66, "gone.yaml"),
         (("recipes/r.yaml", "-o", "one.safetensors"), 2, "4 outputs"),
         (("recipes/r.yaml", "-o", "no-folder"), 73, "does not exist"),
-        (("recipes/r.yaml", "--protect", "refiner"), 2, "write that there"),
+        (("recipes/r.yaml", "--protect", "refiner"), 2, "or write it in the file"),
         (("recipes/r.yaml", "--var", "n=1"), 2, '"n"'),
         (("lab.base", "--var", "m=1", "-o", "x.safetensors"), 2, "--var"),
     ],

@@ -176,7 +176,7 @@ def test_a_preset_draws_with_its_settings_and_records_them(pipelines: Path, tmp_
         (["--base", "BASE", "--size", "large"], 2, "WIDTHxHEIGHT"),
         (["--base", "BASE", "--refiner", "TURBO", "--strength", "2"], 2, "above 0 and at most 1"),
         (["--base", "BASE", "--guidance", "3", "--cfg", "4"], 2, "give one of them"),
-        (["--base", "BASE", "--vae", "nowhere"], 66, "no VAE"),
+        (["--base", "BASE", "--vae", "nowhere"], 66, "the VAE is missing"),
         (["--base", "BASE", "--lora", "nowhere.safetensors"], 66, "nowhere.safetensors"),
         (["--base", "BASE", "--lora", "other.safetensors"], 65, "LoRA for another model"),
         (["--init-image", "text.png", "--refiner", "TURBO"], 65, "not a picture"),

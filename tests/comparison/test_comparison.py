@@ -244,11 +244,11 @@ def test_values_whose_squares_leave_float32_are_measured(tmp_path: Path) -> None
 
 def test_requests_that_make_no_sense_are_refused(planted: Path, large: Path) -> None:
     base, variant = planted / "base.safetensors", planted / "variant.safetensors"
-    with pytest.raises(UsageError, match="both models"):
+    with pytest.raises(UsageError, match="name two different models"):
         compared(base, base)
     with pytest.raises(UsageError, match="`reference_base`"):
         compared(base, variant, reference=base)
-    with pytest.raises(UsageError, match="name that too"):
+    with pytest.raises(UsageError, match="no `reference` to be subtracted from"):
         compared(base, variant, reference_base=base)
     with pytest.raises(UsageError, match="other than 0"):
         compared(base, variant, multiplier=Fraction(0))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 
-LANGUAGES = ("console", "sh", "python", "text", "yaml", "json", "toml")
+LANGUAGES = ("console", "sh", "bat", "powershell", "python", "text", "yaml", "json", "toml")
 """The languages that a block may have."""
 
 TILE, GAP = 192, 8
@@ -161,6 +161,8 @@ class Page:
                 said.append(
                     f"{place}: a {block.language} block is a file (<!-- file: NAME -->) or is not run, with the reason"
                 )
+            if block.language in ("bat", "powershell") and block.note.key != "not run":
+                said.append(f"{place}: a {block.language} block is never run; say why, as <!-- not run: REASON -->")
             if block.note.key == "file" and not any(block.note.value in command for command in commands):
                 said.append(f"{place}: no command of the page uses {block.note.value}")
         return said

@@ -29,8 +29,8 @@ def test_a_run_needs_no_more_memory_than_was_said(warm: Warm, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("cgroup")
 def test_half_of_that_memory_is_not_enough(warm: Warm, tmp_path: Path) -> None:
-    """Otherwise the limit would prove nothing. Of a merge that has to import torch; others may come to need it and mostly do not."""
+    """Otherwise the limit would prove nothing. Of a command that has to import torch; others may come to need it and mostly do not."""
     tally = Tally("16", "half of the memory")
-    with_torch = [run for run in memory.KINDS if run.name == "merge, error feedback"]
+    with_torch = [run for run in memory.KINDS if run.name == "lora bake"]
     memory.run(warm, tmp_path, with_torch, memory.SHAPES["even"], tally, share=0.5)
     assert "exit -9" in tally.violations[0]

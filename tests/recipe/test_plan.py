@@ -82,7 +82,7 @@ def test_a_later_set_wins(family: Path) -> None:
 
 
 def test_protecting_everything_is_refused(family: Path) -> None:
-    with pytest.raises(UsageError, match="nothing would be merged"):
+    with pytest.raises(UsageError, match="leave no tensor to merge"):
         planned(protect=("*",))
 
 

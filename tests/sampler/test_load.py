@@ -142,7 +142,9 @@ def test_parts_that_are_named_are_taken(base: Path, tmp_path: Path) -> None:
     assert (found.text_encoder, found.tokenizer, found.vae) == (base / "text_encoder", base / "tokenizer", base / "vae")
 
 
-@pytest.mark.parametrize(("option", "words"), [("vae", "no VAE"), ("text_encoder", "no text encoder")])
+@pytest.mark.parametrize(
+    ("option", "words"), [("vae", "the VAE is missing"), ("text_encoder", "the text encoder is missing")]
+)
 def test_a_missing_part_is_one_sentence_that_names_the_option(
     base: Path, tmp_path: Path, option: str, words: str
 ) -> None:

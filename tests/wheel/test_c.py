@@ -33,9 +33,12 @@ def flags(system: str) -> list[str]:
 
 def called() -> set[str]:
     """The functions of the library that Python calls, by its text."""
-    return set(re.findall(r"library\.(mergetool_\w+)\(", Path(compiled.__file__).read_text())) | set(
-        re.findall(r"_built\(\)\.(mergetool_\w+)\(", Path(compiled.__file__).read_text())
-    )
+    text = Path(compiled.__file__).read_text()
+    return {
+        name
+        for way in (r"library\.", r"_built\(\)\.", r"_text\(\"")
+        for name in re.findall(rf"{way}(mergetool_\w+)", text)
+    }
 
 
 def library(to: Path, compiler: str, system: str, *more: str) -> Path:
@@ -47,8 +50,9 @@ def library(to: Path, compiler: str, system: str, *more: str) -> Path:
     return to / "library.dll"
 
 
-def test_python_calls_three_functions() -> None:
-    assert called() == {"mergetool_sums", "mergetool_blend", "mergetool_moves"}
+def test_python_calls_three_functions_and_asks_for_two_texts() -> None:
+    texts = {"mergetool_compiler", "mergetool_instructions"}
+    assert called() == {"mergetool_sums", "mergetool_blend", "mergetool_moves"} | texts
 
 
 def test_the_sources_compile_here_without_a_warning(tmp_path: Path) -> None:
