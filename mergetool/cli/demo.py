@@ -41,7 +41,7 @@ a white cross on a purple background
 """
 
 REPORT = "report.html"
-SECONDS, QUICK_SECONDS = 60, 20
+SECONDS, QUICK_SECONDS = 40, 15
 """The time of the story on two idle cores of an AMD EPYC 9005."""
 
 QUICK_PROMPTS = 3
