@@ -106,13 +106,13 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
     if twice is not None:
         modules = " and ".join(quoted(change.adapter.module) for change in file.changes[twice])
         raise DataError(
-            f'"{file.name}" changes {quoted(twice)} by {modules}, where one of them is wanted; '
-            "programs differ in which they take: get the LoRA with either."
+            f'"{file.name}" has two entries for {quoted(twice)}, {modules}; programs disagree on which one counts, '
+            "so remove one of them."
         )
     flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
     if file.family is GENERIC and flat and key_format == "comfyui" and not names_known:
         raise DataError(
-            f'"{file.name}" has names with underscores of a model that is not known, so that their dots cannot be put back; '
+            f'"{file.name}" has names with underscores of an unknown model, so mergetool cannot put their dots back; '
             "name the model with `model`."
         )
     foreign_names.require_known(file, key_format)
