@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import models
-from mergetool.errors import DataError, UsageError
+from mergetool.errors import DataError
 from mergetool.recipe.argument import expression_of
 from mergetool.sampler.parts import pipeline_of
 
@@ -109,13 +109,6 @@ class PipelineFolder:
                 raise DataError(
                     f'"{folder}" has no safetensors file, and pickles are never loaded; get its safetensors files.'
                 )
-
-    def refuse_loras(self, option: str) -> None:
-        """Raises UsageError: LoRAs for another family are part of the expression."""
-        raise UsageError(
-            f"`{option}` is for Z-Image models; write the LoRA into the model, as in \"tuned + 0.8*lora('style.safetensors')\", "
-            "and name this folder with `pipeline`."
-        )
 
 
 def _json(path: Path) -> Mapping[str, Any]:

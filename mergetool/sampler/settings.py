@@ -86,19 +86,22 @@ class Assignment:
     """
 
     def __init__(self, asked: SampleOptions) -> None:
-        self.asked, self.alone = asked, asked.base is None or asked.refiner is None
+        self.asked = asked
         self.base = None if asked.base is None else PipelineFolder.of(asked.base, asked.pipeline)
         pipeline = asked.pipeline if asked.base is None else None
         self.refiner = None if asked.refiner is None else PipelineFolder.of(asked.refiner, pipeline)
-        self.across = not self.alone and (self.base is not None or self.refiner is not None)
+        two_stages = asked.base is not None and asked.refiner is not None
+        self.across = two_stages and (self.base is not None or self.refiner is not None)
         if self.across and asked.handoff == "latent":
             raise UsageError(
                 "`handoff=latent` is for two Z-Image models; a pipeline of diffusers hands pictures over: leave it out."
             )
-        if self.base is not None and asked.loras:
-            self.base.refuse_loras("loras")
-        if self.refiner is not None and asked.refine_loras:
-            self.refiner.refuse_loras("refine_loras")
+        for folder, option in ((self.base, "loras"), (self.refiner, "refine_loras")):
+            if folder is not None and getattr(asked, option):
+                raise UsageError(
+                    f"`{option}` is for Z-Image models; write the LoRA into the model, as in \"tuned + 0.8*lora('style.safetensors')\", "
+                    "and name this folder with `pipeline`."
+                )
 
     @property
     def handoff(self) -> Handoff:
