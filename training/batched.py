@@ -6,6 +6,7 @@ flow. A training step takes 0.46 s of one core with compiled blocks and 0.68 s w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -113,3 +114,28 @@ def velocity(model: ZImageTransformer2DModel, latents: Tensor, time: Tensor, ref
     scale = 1 + final.adaLN_modulation(embedded).float().unsqueeze(1)
     found = final.linear(final.norm_final(states[:, :tokens]) * scale).float()
     return found.view(count, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
+
+
+def use(model: ZImageTransformer2DModel) -> None:
+    """Let a model on the CPU answer its calls by what is above, with matrix products in BF16.
+
+    A picture takes 1.6 ms of one core an evaluation with compiled blocks, in place of 4.1 ms. Captions of a call must fill up to one length: where they
+    do not, the model answers as it did.
+    """
+    own = model.forward
+
+    def forward(x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor], **rest: object) -> tuple[list[Tensor]]:
+        filled = {-(-len(caption) // MULTIPLE) * MULTIPLE for caption in cap_feats}
+        if len(filled) > 1:
+            answer: tuple[list[Tensor]] = own(x, t, cap_feats, **rest)
+            return answer
+        captions = torch.zeros(len(cap_feats), filled.pop(), cap_feats[0].shape[1])
+        known = torch.zeros(captions.shape[:2], dtype=torch.bool)
+        for row, caption in enumerate(cap_feats):
+            captions[row, : len(caption)] = caption
+            known[row, : len(caption)] = True
+        with torch.autocast("cpu", torch.bfloat16):
+            found = velocity(model, torch.cat(list(x), 1).transpose(0, 1), t, context(model, captions, known))
+        return (list(found.unsqueeze(2)),)
+
+    model.forward = forward

@@ -268,6 +268,7 @@ def test_one_command_measures_everything_once_and_writes_every_table(
     monkeypatch.setattr(Bench, "measure", invented)
     monkeypatch.setattr("training.claims.verdicts.RUNS", 3)
     monkeypatch.setattr(command.Clock, "listen", lambda clock: None)
+    monkeypatch.setattr(command.batched, "compile_blocks", lambda: None)
     arguments = ["--members", str(family), "--state", str(tmp_path), "--quick"]
     command.main([*arguments, "--minutes", "0"])
     assert not (tmp_path / "quick.md").exists()

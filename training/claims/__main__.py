@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import provenance
+from training import batched
 from training.claims import sheets, tables
 from training.claims.bench import Bench
 from training.claims.drawings import CARRIERS, PLAIN, SHARES, Drawing
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.device == "cpu":
+        batched.compile_blocks()
     provenance.commit()
     members = options.members or ROOT / "training" / "members" / str(options.attempt)
     if missing := [name for name in SHIPPED if not (members / name / "transformer").exists()]:
