@@ -101,10 +101,14 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``preset:NAME`` and its ``settings``, in order, each as ``multipliers`` takes it."""
+    """``preset:NAME`` and its ``settings``, in order, each as ``multipliers`` takes it.
+
+    Those with the same ``kind`` are listed together, by name.
+    """
 
     name: str
     settings: tuple[str, ...]
+    kind: str = ""
 
 
 NATIVE = ("diffusion_model.", "lora_unet_")

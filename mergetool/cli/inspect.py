@@ -91,8 +91,14 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
             for group in description.groups
         ),
     )
+    kinds: dict[str, list[str]] = {}
     for i, preset in enumerate(anatomy.family.presets):
-        console.heading("" if i else "preset", f"--set preset:{preset.name}  {', '.join(preset.settings)}")
+        if preset.kind:
+            kinds.setdefault(preset.kind, []).append(preset.name)
+        else:
+            console.heading("" if i else "preset", f"--set preset:{preset.name}  {', '.join(preset.settings)}")
+    for kind, names in kinds.items():
+        console.heading("", f"--set preset:NAME, {kind}: {', '.join(names)}")
     for key, value in checkpoint.metadata.items():
         console.heading("meta", f"{key}: {value if verbose or len(value) <= 300 else value[:300] + '...'}")
     for name, digest in hashes.items():

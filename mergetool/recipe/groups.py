@@ -48,15 +48,19 @@ def resolve(settings: Sequence[Setting], anatomy: Anatomy) -> dict[str, Fraction
 
 def _preset(name: str, family: Family) -> tuple[str, ...]:
     known = {preset.name: preset.settings for preset in family.presets}
-    if name in known:
-        return known[name]
+    own = name.lower().replace("_", "-")  # block-weight tools write GRAD_V
+    if own in known:
+        return known[own]
     if not known:
         raise UsageError(
             f"the {family.name} family has no presets; give the groups themselves, as in `multipliers=ffn=0.5`."
         )
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(own, known, n=1)
     hint = f"did you mean {PRESET}{near[0]}" if near else "choose one"
-    listed = "; ".join(f"{PRESET}{preset}: {', '.join(settings)}" for preset, settings in known.items())
+    listed = "; ".join(
+        f"{PRESET}{preset.name}" + ("" if preset.kind else f": {', '.join(preset.settings)}")
+        for preset in family.presets
+    )
     raise UsageError(f"the {family.name} family has no preset {quoted(name)}; {hint} ({listed}).")
 
 

@@ -161,17 +161,3 @@ def test_every_part_has_one_of_the_26_weights_of_block_weight_tools(layout: str)
 def test_a_block_and_a_group_of_it_are_chosen_together() -> None:
     (found,) = select(["IN04.attn2"], recognise(table(shapes("comfyui")), source="f")).values()
     assert {part.rpartition(".attn2")[0] for part in found} == {"down_blocks.1.attentions.0.transformer_blocks.0"}
-
-
-def test_the_presets_are_the_lists_of_25_weights_and_the_base() -> None:
-    """GRAD_V falls by twelfths on the way in and rises on the way out; GRAD_A is the other way round."""
-    anatomy = recognise(table(shapes("comfyui")), source="f")
-    twelfths = [Fraction(n, 12) for n in range(13)]
-    for preset, ways in {
-        "grad-v": (twelfths[:0:-1], 0, twelfths[1:]),
-        "grad-a": (twelfths[:12], 1, twelfths[11::-1]),
-    }.items():
-        found = resolve([parse_setting(f"preset:{preset}=1")], anatomy)
-        wanted = [0, *ways[0], ways[1], *ways[2]]
-        for name, names in select(NAMES, anatomy).items():
-            assert {found[part] for part in names} == {wanted[NAMES.index(name)]}, name

@@ -62,7 +62,11 @@ def _family(family: KnownFamily) -> Iterator[str]:
     if family.presets:
         yield from ("", "**Presets**", "", "| preset | stands for |", "|---|---|")
         for preset in family.presets:
-            yield f"| `preset:{preset.name}` | {_words(preset.settings)} |"
+            if not preset.kind:
+                yield f"| `preset:{preset.name}` | {_words(preset.settings)} |"
+        for kind in dict.fromkeys(preset.kind for preset in family.presets if preset.kind):
+            names = (f"preset:{preset.name}" for preset in family.presets if preset.kind == kind)
+            yield from ("", f"Each of these is {kind}: {_words(names)}.")
     yield from ("", "**Stored**", "", *_stored(family))
     yield from ("", "**LoRAs**", "", *_loras(family))
 

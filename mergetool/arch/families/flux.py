@@ -167,6 +167,8 @@ class Flux(KnownFamily):
         Preset("single-only", ("*=0", "single=1")),
         Preset("attention-only", ("*=0", "attention=1")),
         Preset("ffn-only", ("*=0", "ffn=1")),
+        Preset("early-blocks", ("*=0", "double=linear(1,1/2)", "single=linear(1/2,0)")),
+        Preset("late-blocks", ("*=0", "double=linear(0,1/2)", "single=linear(1/2,1)")),
     )
 
     def derived(self, sizes: dict[str, int]) -> dict[str, int]:

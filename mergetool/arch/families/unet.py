@@ -9,25 +9,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from mergetool.arch.anatomy import NATIVE, Preset
+from mergetool.arch.families.block_weights import curves
 from mergetool.arch.known import KnownFamily
 from mergetool.arch.table import Named
 
 
 def block_weights(blocks: int) -> tuple[Preset, ...]:
-    """The presets of a UNet of so many blocks on either way.
+    """List the presets of a UNet of so many blocks on either way.
 
-    Block-weight tools have ``grad-v`` and ``grad-a`` as GRAD_V and GRAD_A.
+    They choose groups or run over depth, or are the curves of block-weight tools.
     """
-    end = f"{blocks - 1}/{blocks}"
     return (
-        Preset(
-            "grad-v", ("BASE=0", f"input_blocks=linear(1,1/{blocks})", "M00=0", f"output_blocks=linear(1/{blocks},1)")
-        ),
-        Preset("grad-a", ("BASE=0", f"input_blocks=linear(0,{end})", "M00=1", f"output_blocks=linear({end},0)")),
         Preset("input-only", ("*=0", "input_blocks=1")),
         Preset("output-only", ("*=0", "output_blocks=1")),
         Preset("attention-only", ("*=0", "attention=1")),
         Preset("resnet-only", ("*=0", "resnet=1")),
+        Preset("early-blocks", ("*=0", "input_blocks=linear(1,1/2)", "M00=1/2", "output_blocks=linear(1/2,0)")),
+        Preset("late-blocks", ("*=0", "input_blocks=linear(0,1/2)", "M00=1/2", "output_blocks=linear(1/2,1)")),
+        *curves(blocks),
     )
 
 
