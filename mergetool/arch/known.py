@@ -278,6 +278,18 @@ class KnownFamily(Family):
             found[".".join(stack)] = _depth(shapes, stack)
         return self.derived(found)
 
+    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
+        """See `Family.config`; None when a tensor that shows a size is missing."""
+        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
+        return None if sizes is None else self.config_of(sizes, anatomy.parts)
+
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """Make the config.json of a model that has such sizes and parts.
+
+        It is None where they do not tell.
+        """
+        return None
+
     def parts_to_depth(self, depth: int, modules: Collection[str]) -> list[str]:
         """The parts of a model with ``depth`` blocks in every stack, optional ones included."""
         depths = {

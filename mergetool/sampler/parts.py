@@ -143,7 +143,7 @@ def _fits_the_embedded(model: str) -> bool:
     path = models.EMBEDDED / "base" / "transformer" / "config.json"
     if not path.exists():
         return False
-    config = json.loads(path.read_text("utf-8"))
+    config = json_object(path)
     with opened_model(model, fingerprints=False) as opened:
         part = opened.anatomy.parts.get("cap_embedder.1.weight")
     return part is not None and part.shape == (config["dim"], config["cap_feat_dim"])
@@ -151,16 +151,18 @@ def _fits_the_embedded(model: str) -> bool:
 
 def config_of(place: Path, part: str) -> Mapping[str, Any]:
     """Read a part's config.json: of a folder, beside a file, or bundled. Raises DataError."""
-    path = config_folder(place, part) / "config.json"
+    return json_object(config_folder(place, part) / "config.json")
+
+
+def json_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON file of a pipeline. Raises DataError unless it holds one object."""
     try:
-        config = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f'"{place}" is not a readable {part.replace("_", " ")}: its config.json cannot be read ({type(error).__name__}).'
-        ) from None
-    if not isinstance(config, dict):
-        raise DataError(f'"{place}" is not a readable {part.replace("_", " ")}: its config.json is no object.')
-    return config
+        raise DataError(f'"{path}" cannot be read ({type(error).__name__}); get the file again.') from None
+    if not isinstance(value, dict):
+        raise DataError(f'"{path}" is no JSON object; get the file again.')
+    return value
 
 
 def config_folder(place: Path, part: str) -> Path:

@@ -5,7 +5,6 @@ Only model_index.json and configs are read; neither torch nor diffusers is neede
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from mergetool import models
 from mergetool.errors import DataError
 from mergetool.recipe.argument import expression_of
-from mergetool.sampler.parts import pipeline_of
+from mergetool.sampler.parts import json_object, pipeline_of
 
 OWN = "ZImage"
 """Pipelines whose class begins so are drawn by `Studio`, with ComfyUI's samplers."""
@@ -50,7 +49,7 @@ class PipelineFolder:
         path = own or (None if pipeline is None else pipeline_of(pipeline))
         if path is None:
             return None
-        index = _json(path / "model_index.json")
+        index = json_object(path / "model_index.json")
         kind = index.get("_class_name")
         if not isinstance(kind, str):
             raise DataError(f'"{path / "model_index.json"}" names no class of diffusers; get the file again.')
@@ -75,7 +74,7 @@ class PipelineFolder:
     @property
     def config(self) -> Mapping[str, Any]:
         """The denoiser's config. Raises DataError."""
-        return _json(self.path / self.denoiser / "config.json")
+        return json_object(self.path / self.denoiser / "config.json")
 
     @property
     def picture_unit(self) -> int:
@@ -95,7 +94,7 @@ class PipelineFolder:
 
     def check(self) -> None:
         """Raises DataError for a folder that lacks a part, or has one as a pickle only."""
-        index = _json(self.path / "model_index.json")
+        index = json_object(self.path / "model_index.json")
         for name, value in index.items():
             if not isinstance(value, list) or value[0] is None:
                 continue
@@ -109,13 +108,3 @@ class PipelineFolder:
                 raise DataError(
                     f'"{folder}" has no safetensors file, and pickles are never loaded; get its safetensors files.'
                 )
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f'"{path}" cannot be read ({type(error).__name__}); get the file again.') from None
-    if not isinstance(value, dict):
-        raise DataError(f'"{path}" is no JSON object; get the file again.')
-    return value

@@ -5,7 +5,6 @@ All that can be told from text, headers and configs is told here, before torch o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -28,7 +27,7 @@ from mergetool.options.sampling import (
 )
 from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
-from mergetool.sampler.parts import Components, WeightedLora, pipeline_of
+from mergetool.sampler.parts import Components, WeightedLora, json_object, pipeline_of
 from mergetool.sampler.pipeline_folder import PipelineFolder
 from mergetool.sampler.request import PictureRequest, PipelineRefinement, PipelineStage, Refinement, Shot, Stage
 
@@ -245,7 +244,7 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
         folder = None if place is None else pipeline_of(place)
         path = None if folder is None else folder / "scheduler" / "scheduler_config.json"
         if path is not None and path.is_file():
-            shift = json.loads(path.read_text("utf-8")).get("shift")
+            shift = json_object(path).get("shift")
             if isinstance(shift, int | float):
                 return float(shift)
     return MODEL_SHIFT

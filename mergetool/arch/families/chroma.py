@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import NATIVE, Anatomy
-from mergetool.arch.families.flux import AXES, DOUBLE, FLUX, SINGLE
-from mergetool.arch.known import KnownFamily, Signature, Variant
+from mergetool.arch.anatomy import NATIVE
+from mergetool.arch.families.flux import DOUBLE, FLUX, SINGLE
+from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
+from mergetool.arch.known import Signature, Variant
 from mergetool.arch.table import Named
 from mergetool.errors import FamilyError
 
@@ -43,14 +44,13 @@ _NERF = (
         Named("conv", shape=("colours", "nerf_conv", 3, 3), bias=True),
     )),
 )  # fmt: skip
-_CONTROL = ("controlnet_x_embedder.weight", "controlnet_blocks.0.weight")
 
 
 def _unmodulated(rows: tuple[Named, ...]) -> tuple[Named, ...]:
     return tuple(row for row in rows if "modulation" not in row.groups)
 
 
-class Chroma(KnownFamily):
+class Chroma(FluxLike):
     """Chroma of any width and depth.
 
     Groups overlap, and mean what they mean of Flux.1.
@@ -60,6 +60,7 @@ class Chroma(KnownFamily):
     """
 
     name = "Chroma"
+    model = "ChromaTransformer2DModel"
     names = (
         Named("x_embedder", "img_in", ("img", "embedder"), shape=("dim", "patch_in"), bias=True),
         Named("img_in_patch", groups=("img", "embedder"), shape=("dim", "colours", "patch", "patch"), bias=True),
@@ -75,12 +76,12 @@ class Chroma(KnownFamily):
         Signature(
             "comfyui",
             has=dict.fromkeys(("double_blocks.0.img_attn.norm.key_norm.scale", f"{APPROXIMATOR}.norms.0.scale")),
-            lacks=dict.fromkeys(_CONTROL),
+            lacks=CONTROLNET,
         ),
         Signature(
             "diffusers",
             has=dict.fromkeys(("transformer_blocks.0.attn.norm_added_k.weight", f"{APPROXIMATOR}.norms.0.weight")),
-            lacks=dict.fromkeys((*_CONTROL, "double_blocks.0.img_attn.norm.key_norm.scale")),
+            lacks={**CONTROLNET, "double_blocks.0.img_attn.norm.key_norm.scale": None},
         ),
     )
     variants = (
@@ -111,20 +112,8 @@ class Chroma(KnownFamily):
         *("attention", "q", "k", "v", "out", "ffn", "norm"),
         *("approximator", "embedder", "nerf", "final"),
     )
-    quantised = frozenset({"double", "single"})
     precise = frozenset({"norm", "embedder", "approximator", "nerf", "final"})
-    quantised_layout = FLUX.quantised_layout
-    lora_prefix = FLUX.lora_prefix
-    lora_alphas = FLUX.lora_alphas
-    in_comfyui = FLUX.in_comfyui
-    loader = FLUX.loader
     lora_signs = (APPROXIMATOR,)  # the rest is also Flux.1's, and loaded alike
-    other_names = FLUX.other_names
-    presets = FLUX.presets
-
-    def derived(self, sizes: dict[str, int]) -> dict[str, int]:
-        """The columns of a single block's output."""
-        return {**sizes, "both": sizes["dim"] + sizes["hidden"]}
 
     def outputs(self, parts: Iterable[str], layout: str) -> list[tuple[str, tuple[str, ...]]]:
         """Name the stored tensors of ``layout`` in canonical order, each with its parts.
@@ -145,29 +134,12 @@ class Chroma(KnownFamily):
             return super().modules_in_comfyui(part, prefix)
         return super().modules_in_comfyui(part, prefix) if FLUX.table.find(part) else []
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """Make the transformer/config.json that goes with the shapes of ``anatomy``.
-
-        None for Radiance, when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it
-        divides between the rotary axes.
-        """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES or not {"patch_in", "patch_out"} <= sizes.keys():
-            return None
+    def own_config(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """See `FluxLike.own_config`."""
         return {
-            "_class_name": "ChromaTransformer2DModel",
             "approximator_hidden_dim": sizes["inner"],
             "approximator_layers": sizes[f"{APPROXIMATOR}.layers"],
             "approximator_num_channels": sizes["index"],
-            "attention_head_dim": sizes["head"],
-            "axes_dims_rope": list(AXES[sizes["head"]]),
-            "in_channels": sizes["patch_in"],
-            "joint_attention_dim": sizes["context"],
-            "num_attention_heads": sizes["dim"] // sizes["head"],
-            "num_layers": sizes["transformer_blocks"],
-            "num_single_layers": sizes["single_transformer_blocks"],
-            "out_channels": sizes["patch_out"],
-            "patch_size": 1,
         }
 
 

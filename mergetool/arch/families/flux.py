@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
-from mergetool.arch.known import KnownFamily, Signature, Variant
+from mergetool.arch.anatomy import Lookalike
+from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
+from mergetool.arch.known import Signature, Variant
 from mergetool.arch.table import Named
 
 DOUBLE = (
@@ -55,17 +56,13 @@ _INNER: Mapping[str, tuple[str, str | int]] = {
     "text_embedder": ("dim", "pooled"),
     "guidance_embedder": ("guidance", 256),
 }
-AXES: Mapping[int, tuple[int, int, int]] = {128: (16, 56, 56), 16: (4, 6, 6)}
-"""Head width -> how it divides between the rotary axes: of the real models, and of the tests' small ones."""
-_NOT_FLUX: Mapping[str, None] = dict.fromkeys(
-    (
-        *("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),  # a ControlNet has all of its names
-        "double_blocks.0.img_mlp.gate_proj.weight",  # Ovis; LongCat, Flux.2 and Chroma have no vector_in
-    )
-)
+_NOT_FLUX: Mapping[str, None] = {
+    **CONTROLNET,
+    "double_blocks.0.img_mlp.gate_proj.weight": None,  # Ovis; LongCat, Flux.2 and Chroma have no vector_in
+}
 
 
-class Flux(KnownFamily):
+class Flux(FluxLike):
     """Flux.1 of any width and depth.
 
     Groups overlap. ``double`` and ``single`` are the blocks, ``img`` and ``txt`` the two streams of the double ones with what embeds their tokens;
@@ -78,6 +75,7 @@ class Flux(KnownFamily):
     """
 
     name = "Flux.1"
+    model = "FluxTransformer2DModel"
     names = (
         Named("x_embedder", "img_in", ("img", "embedder"), shape=("dim", "patch_in"), bias=True),
         Named("context_embedder", "txt_in", ("txt", "embedder"), shape=("dim", "context"), bias=True),
@@ -130,28 +128,9 @@ class Flux(KnownFamily):
         "guidance": ("time_text_embed.guidance_embedder.linear_1.bias", 0),
     }
     optional = frozenset({"guidance"})
-    group_order = (
-        *("double", "single", "img", "txt"),
-        *("attention", "q", "k", "v", "out", "ffn", "modulation", "norm"),
-        *("embedder", "final"),
-    )
-    # Modulations are a quarter of the model: published FP8 files of 11.9 GB have them quantised too.
-    quantised = frozenset({"double", "single"})
     precise = frozenset({"norm", "embedder", "final"})
-    quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
-    lora_prefix = "transformer."
-    lora_alphas = False  # proj_out is a module, and the end of the names of others
-    in_comfyui = frozenset({"transformer.", "lycoris_", "lora_transformer_", ""})
-    loader = "FluxLoraLoaderMixin"
     # the other names of double blocks are also those of Qwen-Image's and SD3's blocks in diffusers
     lora_signs = ("double_blocks", "single_blocks", "single_transformer_blocks")
-    other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "single_blocks.{i}.linear1_qkv": tuple(f"single_transformer_blocks.{{i}}.attn.to_{x}.weight" for x in "qkv"),  # USO's
-        **{  # LyCORIS, in SimpleTuner
-            f"transformer_blocks.{{i}}.{ff}.linear_{way}": (f"transformer_blocks.{{i}}.{ff}.net.{net}.weight",)
-            for ff in ("ff", "ff_context") for way, net in (("in", "0.proj"), ("out", "2"))
-        },
-    }  # fmt: skip
     lookalike = Lookalike(
         name="Flux.2",
         widths=frozenset({4096, 6144}),
@@ -162,42 +141,10 @@ class Flux(KnownFamily):
         word="flux.2",
         own_words=("flux-1", "flux.1", "flux1"),
     )
-    presets = (
-        Preset("double-only", ("*=0", "double=1")),
-        Preset("single-only", ("*=0", "single=1")),
-        Preset("attention-only", ("*=0", "attention=1")),
-        Preset("ffn-only", ("*=0", "ffn=1")),
-        Preset("early-blocks", ("*=0", "double=linear(1,1/2)", "single=linear(1/2,0)")),
-        Preset("late-blocks", ("*=0", "double=linear(0,1/2)", "single=linear(1/2,1)")),
-    )
 
-    def derived(self, sizes: dict[str, int]) -> dict[str, int]:
-        """The columns of a single block's output."""
-        return {**sizes, "both": sizes["dim"] + sizes["hidden"]}
-
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
-
-        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it divides
-        between the rotary axes.
-        """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES:
-            return None
-        return {
-            "_class_name": "FluxTransformer2DModel",
-            "attention_head_dim": sizes["head"],
-            "axes_dims_rope": list(AXES[sizes["head"]]),
-            "guidance_embeds": "guidance" in sizes,
-            "in_channels": sizes["patch_in"],
-            "joint_attention_dim": sizes["context"],
-            "num_attention_heads": sizes["dim"] // sizes["head"],
-            "num_layers": sizes["transformer_blocks"],
-            "num_single_layers": sizes["single_transformer_blocks"],
-            "out_channels": sizes["patch_out"],
-            "patch_size": 1,
-            "pooled_projection_dim": sizes["pooled"],
-        }
+    def own_config(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """See `FluxLike.own_config`."""
+        return {"guidance_embeds": "guidance" in sizes, "pooled_projection_dim": sizes["pooled"]}
 
 
 FLUX = Flux()

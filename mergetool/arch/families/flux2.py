@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import NATIVE, Anatomy
-from mergetool.arch.families.flux import FLUX
-from mergetool.arch.known import KnownFamily, Signature, Variant
+from mergetool.arch.anatomy import NATIVE
+from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
+from mergetool.arch.known import Signature, Variant
 from mergetool.arch.table import Named
 
 _STREAMS = (("img", "", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
@@ -46,9 +46,6 @@ _SINGLE = (
     Named("attn.to_out", "linear2", ("attention", "out", "ffn"), shape=("dim", "both")),
 )  # fmt: skip
 _EMBEDDERS = (("timestep_embedder", "time_in", "dim"), ("guidance_embedder", "guidance_in", "guidance"))
-AXES: Mapping[int, tuple[int, int, int, int]] = {128: (32, 32, 32, 32), 16: (4, 4, 4, 4)}
-"""Head width -> how it divides between the rotary axes: of the real models, and of the tests' small ones."""
-_CONTROL = ("controlnet_x_embedder.weight", "controlnet_blocks.0.weight")
 _UNMAPPED = (
     "time_guidance_embed",
     "double_stream_modulation_img",
@@ -59,7 +56,7 @@ _DEPTHS = range(38, 48)
 """Single blocks whose numbers Flux.1 has not."""
 
 
-class Flux2(KnownFamily):
+class Flux2(FluxLike):
     """Flux.2 of any width and depth.
 
     Groups overlap, and mean what they mean of Flux.1, with one difference: ``modulation`` is that of all blocks at once, three matrices, and of the final
@@ -67,6 +64,8 @@ class Flux2(KnownFamily):
     """
 
     name = "Flux.2"
+    model = "Flux2Transformer2DModel"
+    axes: ClassVar[Mapping[int, tuple[int, ...]]] = {128: (32, 32, 32, 32), 16: (4, 4, 4, 4)}
     names = (
         *(
             Named(f"time_guidance_embed.{theirs}.linear_{n}", f"{ours}.{way}_layer", ("embedder",), shape=(width, 256 if n == 1 else width))
@@ -91,14 +90,14 @@ class Flux2(KnownFamily):
             has=dict.fromkeys(
                 ("double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight")
             ),
-            lacks=dict.fromkeys(_CONTROL),
+            lacks=CONTROLNET,
         ),
         Signature(
             "diffusers",
             has=dict.fromkeys(
                 ("double_stream_modulation_img.linear.weight", f"single_transformer_blocks.0.{_FUSED}.weight", "x_embedder.weight")
             ),
-            lacks=dict.fromkeys(_CONTROL),
+            lacks=CONTROLNET,
         ),
     )  # fmt: skip
     variants = tuple(
@@ -115,13 +114,7 @@ class Flux2(KnownFamily):
         "guidance": ("time_guidance_embed.guidance_embedder.linear_1.weight", 0),
     }
     optional = frozenset({"guidance"})
-    group_order = FLUX.group_order
-    quantised = frozenset({"double", "single"})
     precise = frozenset({"norm", "embedder", "modulation", "final"})
-    quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
-    lora_prefix = "transformer."
-    lora_alphas = False  # diffusers rejects them there
-    in_comfyui = FLUX.in_comfyui
     loader = "Flux2LoraLoaderMixin"
     lora_signs = (
         *("to_qkv_mlp_proj", "stream_modulation", "time_guidance_embed"),
@@ -130,39 +123,14 @@ class Flux2(KnownFamily):
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "single_blocks.{i}.linear1_qkv": tuple(f"single_transformer_blocks.{{i}}.attn.to_{x}.weight" for x in "qkv"),
     }
-    presets = FLUX.presets
-
-    def derived(self, sizes: dict[str, int]) -> dict[str, int]:
-        """The columns of a single block's output."""
-        return {**sizes, "both": sizes["dim"] + sizes["hidden"]}
 
     def modules_in_comfyui(self, part: str, prefix: str) -> list[str]:
         """See `Family.modules_in_comfyui`; some of diffusers' names are not mapped."""
         return [] if prefix not in NATIVE and part.startswith(_UNMAPPED) else super().modules_in_comfyui(part, prefix)
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """Make the transformer/config.json that goes with the shapes of ``anatomy``.
-
-        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it divides
-        between the rotary axes.
-        """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES:
-            return None
-        return {
-            "_class_name": "Flux2Transformer2DModel",
-            "attention_head_dim": sizes["head"],
-            "axes_dims_rope": list(AXES[sizes["head"]]),
-            "guidance_embeds": "guidance" in sizes,
-            "in_channels": sizes["patch_in"],
-            "joint_attention_dim": sizes["context"],
-            "mlp_ratio": sizes["hidden"] / sizes["dim"],
-            "num_attention_heads": sizes["dim"] // sizes["head"],
-            "num_layers": sizes["transformer_blocks"],
-            "num_single_layers": sizes["single_transformer_blocks"],
-            "out_channels": sizes["patch_out"],
-            "patch_size": 1,
-        }
+    def own_config(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """See `FluxLike.own_config`."""
+        return {"guidance_embeds": "guidance" in sizes, "mlp_ratio": sizes["hidden"] / sizes["dim"]}
 
 
 FLUX2 = Flux2()

@@ -6,10 +6,10 @@ tensor: 24 heads have queries and 8 have keys, so that its rows are 2304, 768 an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import NATIVE, Anatomy, Preset
+from mergetool.arch.anatomy import NATIVE, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -148,13 +148,12 @@ class Lumina2(KnownFamily):
         """The columns of NewBie's embedder of time and pooled text together."""
         return {**sizes, "both": sizes["modulation"] + sizes["pooled"]} if "pooled" in sizes else sizes
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json that goes with the shapes of ``anatomy``.
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`.
 
-        None when tensors that show a size are missing, for heads of a width that no known model has, and for NewBie, for which diffusers has no class.
+        None for heads of a width that no known model has, and for NewBie, for which diffusers has no class.
         """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES or "pooled" in sizes:
+        if sizes["head"] not in AXES or "pooled" in sizes:
             return None
         return {
             "_class_name": "Lumina2Transformer2DModel",

@@ -6,10 +6,10 @@ its fine-tunes are told in a single file by an empty tensor, `MARKER`, and in di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Anatomy, Preset
+from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -120,14 +120,12 @@ class QwenImage(KnownFamily):
         Preset("late-blocks", ("*=0", "blocks=linear(0,1)")),
     )
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """Make the transformer/config.json that goes with the shapes of ``anatomy``.
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`.
 
-        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do not show how it divides
-        between the rotary axes.
+        None for heads of a width that no known model has: the shapes do not show how it divides between the rotary axes.
         """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES or sizes["patch_out"] % 4:
+        if sizes["head"] not in AXES or sizes["patch_out"] % 4:
             return None
         return {
             "_class_name": "QwenImageTransformer2DModel",
@@ -142,7 +140,7 @@ class QwenImage(KnownFamily):
             "patch_size": 2,
             "use_additional_t_cond": "kinds" in sizes,
             "use_layer3d_rope": "kinds" in sizes,
-            "zero_cond_t": MARKER in anatomy.parts,
+            "zero_cond_t": MARKER in parts,
         }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from mergetool.arch.anatomy import Anatomy, Lookalike
-from mergetool.arch.families.unet import CROSS_ATTENTION, UNet, block_weights, way
-from mergetool.arch.known import Signature, Variant
-from mergetool.arch.table import Named
+from mergetool.arch.anatomy import Lookalike
+from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
+from mergetool.arch.known import Variant
 
 CONTEXT = 768
 """The columns of attention to the prompt; Stable Diffusion 2 has 1024."""
@@ -32,43 +31,21 @@ class StableDiffusion1(UNet):
     """
 
     name = "SD1.5"
-    names = (
-        Named("time_embedding.linear_1", "time_embed.0", ("embedder",), shape=("4*width0", "width0"), bias=True),
-        Named("time_embedding.linear_2", "time_embed.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
-        *way(WIDTHS, (True, True, True, False), CONTEXT, (1, 1)),
-        Named("conv_norm_out", "out.0", ("final", "norm"), shape=("width0",), bias=True),
-        Named("conv_out", "out.2", ("final",), shape=("output", "width0", 3, 3), bias=True),
-    )
+    names = rows(WIDTHS, (True, True, True, False), CONTEXT, (1, 1))
     # A ControlNet has no way out, distilled ones fewer blocks, later ones a second embedder.
-    signatures = tuple(
-        Signature(
-            layout,
-            has={
-                f"{first}.weight": (None, None, 3, 3),
-                f"{last}.weight": (None, None, 3, 3),
-                f"{deepest}.weight": (None, None, 3, 3),
-                f"{place}.transformer_blocks.0.attn2.to_k.weight": (None, CONTEXT),
-                f"{place}.proj_in.weight": (None, None, 1, 1),
-            },
-            lacks={f"{embedder}.weight": None},
-        )
-        for layout, first, last, deepest, place, embedder in (
-            ("comfyui", "input_blocks.0.0", "out.2", "output_blocks.2.1.conv", "input_blocks.2.1", "label_emb.0.0"),
-            (
-                *("diffusers", "conv_in", "conv_out", "up_blocks.0.upsamplers.0.conv"),
-                *("down_blocks.0.attentions.1", "add_embedding.linear_1"),
-            ),
-        )
+    signatures = signatures(
+        {
+            ("output_blocks.2.1.conv", "up_blocks.0.upsamplers.0.conv"): (None, None, 3, 3),
+            (f"input_blocks.2.1.{CONTEXTUAL}", f"down_blocks.0.attentions.1.{CONTEXTUAL}"): (None, CONTEXT),
+            ("input_blocks.2.1.proj_in", "down_blocks.0.attentions.1.proj_in"): (None, None, 1, 1),
+        },
+        lacks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
     )
     variants = (
         Variant("inpainting", {"conv_in.weight": (None, 9, 3, 3)}),
         Variant("InstructPix2Pix", {"conv_in.weight": (None, 8, 3, 3)}),
     )
-    measures: ClassVar[Mapping[str, tuple[str, int]]] = {
-        **{f"width{level}": (f"down_blocks.{level}.resnets.0.norm2.weight", 0) for level in range(3)},
-        "input": ("conv_in.weight", 1),
-        "output": ("conv_out.bias", 0),
-    }
+    measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.
     unquantised = frozenset({"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"})
     presets = block_weights(12)
@@ -85,10 +62,9 @@ class StableDiffusion1(UNet):
     )
     flat_layout = "diffusers"  # as sd-scripts writes LoRAs of it, and diffusers alone knows
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The unet/config.json of a model; None where tensors that show a size are missing."""
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if not sizes or any(sizes[width] % HEADS for width in WIDTHS):
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`; it is unet/config.json."""
+        if any(sizes[width] % HEADS for width in WIDTHS):
             return None
         return {
             "_class_name": "UNet2DConditionModel",

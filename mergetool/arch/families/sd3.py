@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Anatomy, Preset
+from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -184,10 +184,9 @@ class StableDiffusion3(KnownFamily):
         found = super().measured(shapes)
         return found and {**found, "dual_blocks": sum(name.endswith(".attn2.to_q.bias") for name in shapes)}
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json of a model; None when tensors that show a size are missing."""
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["dim"] % HEAD or "positions" not in sizes:
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`; None where the width is not of whole heads."""
+        if sizes["dim"] % HEAD or "positions" not in sizes:
             return None
         return {
             "_class_name": "SD3Transformer2DModel",

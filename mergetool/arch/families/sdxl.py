@@ -5,12 +5,11 @@ It has two layouts and one set of parts; see `unet`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from mergetool.arch.anatomy import Anatomy, Lookalike
-from mergetool.arch.families.unet import CROSS_ATTENTION, UNet, block_weights, way
-from mergetool.arch.known import Signature
+from mergetool.arch.anatomy import Lookalike
+from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
 from mergetool.arch.table import Named
 
 POOLED, CONTEXT = 2816, 2048
@@ -35,36 +34,18 @@ class SDXL(UNet):
     """
 
     name = "SDXL"
-    names = (
-        Named("time_embedding.linear_1", "time_embed.0", ("embedder",), shape=("4*width0", "width0"), bias=True),
-        Named("time_embedding.linear_2", "time_embed.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
+    names = rows(WIDTHS, (False, True, True), CONTEXT, embedders=(
         Named("add_embedding.linear_1", "label_emb.0.0", ("embedder",), shape=("4*width0", POOLED), bias=True),
         Named("add_embedding.linear_2", "label_emb.0.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
-        *way(WIDTHS, (False, True, True), CONTEXT),
-        Named("conv_norm_out", "out.0", ("final", "norm"), shape=("width0",), bias=True),
-        Named("conv_out", "out.2", ("final",), shape=("output", "width0", 3, 3), bias=True),
-    )
+    ))  # fmt: skip
     # KOALA has no second block in a resolution, a ControlNet no way out.
-    signatures = tuple(
-        Signature(
-            layout,
-            has={
-                f"{first}.weight": (None, None, 3, 3),
-                f"{last}.weight": (None, None, 3, 3),
-                f"{embedder}.weight": (None, POOLED),
-                f"{place}.transformer_blocks.0.attn2.to_k.weight": (None, CONTEXT),
-            },
-        )
-        for layout, first, last, embedder, place in (
-            ("comfyui", "input_blocks.0.0", "out.2", "label_emb.0.0", "input_blocks.5.1"),
-            ("diffusers", "conv_in", "conv_out", "add_embedding.linear_1", "down_blocks.1.attentions.1"),
-        )
+    signatures = signatures(
+        {
+            ("label_emb.0.0", "add_embedding.linear_1"): (None, POOLED),
+            (f"input_blocks.5.1.{CONTEXTUAL}", f"down_blocks.1.attentions.1.{CONTEXTUAL}"): (None, CONTEXT),
+        }
     )
-    measures: ClassVar[Mapping[str, tuple[str, int]]] = {
-        **{width: (f"down_blocks.{level}.resnets.0.norm2.weight", 0) for level, width in enumerate(WIDTHS)},
-        "input": ("conv_in.weight", 1),
-        "output": ("conv_out.bias", 0),
-    }
+    measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.
     unquantised = frozenset({"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"})
     loader = "StableDiffusionXLLoraLoaderMixin"
@@ -80,14 +61,13 @@ class SDXL(UNet):
         own_words=("xl",),
     )
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The unet/config.json that goes with the shapes of ``anatomy``.
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`; it is unet/config.json.
 
-        None where tensors that show a size are missing, or attentions of one resolution have not one depth, as SSD-1B's.
+        None where attentions of one resolution have not one depth, as SSD-1B's.
         """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        depths = sizes and _depths(sizes)
-        if not sizes or not depths or any(sizes[width] % HEAD for width in WIDTHS[1:]):
+        depths = _depths(sizes)
+        if not depths or any(sizes[width] % HEAD for width in WIDTHS[1:]):
             return None
         return {
             "_class_name": "UNet2DConditionModel",

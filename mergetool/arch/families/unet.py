@@ -6,11 +6,11 @@ what diffusers numbers within each resolution: ``input_blocks.4.1`` is ``down_bl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mergetool.arch.anatomy import NATIVE, Preset
 from mergetool.arch.families.block_weights import curves
-from mergetool.arch.known import KnownFamily
+from mergetool.arch.known import KnownFamily, Like, Signature
 from mergetool.arch.table import Named
 
 
@@ -35,6 +35,10 @@ STACKS = ("input_blocks", "middle_block", "output_blocks")
 
 CROSS_ATTENTION = tuple(f"attn2.{inner}to_{letter}" for inner in ("", "processor.") for letter in "kv")
 """Ends of the modules whose columns are those of the prompt, in either spelling."""
+
+
+CONTEXTUAL = "transformer_blocks.0.attn2.to_k"
+"""The module of a transformer whose columns tell what prompt it reads."""
 
 
 def _attention(name: str, columns: int | str, width: str) -> Named:
@@ -125,6 +129,45 @@ def _resized(name: str, comfyui: str, stack: str, width: str) -> Named:
 def _joined(came: str, kept: str) -> str:
     """The channels of what came last and of what the way down had there, one behind the other."""
     return f"2*{came}" if came == kept else f"{came}+{kept}"
+
+
+def rows(
+    widths: Sequence[str],
+    attended: Sequence[bool],
+    context: int,
+    kernel: tuple[int, ...] = (),
+    embedders: Sequence[Named] = (),
+) -> tuple[Named, ...]:
+    """All rows of a UNet: the embedder of time and other ``embedders``, its `way`, and the end."""
+    return (
+        Named("time_embedding.linear_1", "time_embed.0", ("embedder",), shape=("4*width0", "width0"), bias=True),
+        Named("time_embedding.linear_2", "time_embed.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
+        *embedders,
+        *way(widths, attended, context, kernel),
+        Named("conv_norm_out", "out.0", ("final", "norm"), shape=("width0",), bias=True),
+        Named("conv_out", "out.2", ("final",), shape=("output", "width0", 3, 3), bias=True),
+    )
+
+
+def measures(widths: Sequence[str]) -> Mapping[str, tuple[str, int]]:
+    """A norm shows the width of each resolution, two convolutions show the channels."""
+    norms = {
+        width: (f"down_blocks.{level}.resnets.0.norm2.weight", 0) for level, width in enumerate(dict.fromkeys(widths))
+    }
+    return {**norms, "input": ("conv_in.weight", 1), "output": ("conv_out.bias", 0)}
+
+
+def signatures(signs: Mapping[tuple[str, str], Like], lacks: Collection[str] = ()) -> tuple[Signature, ...]:
+    """Make the signatures of a UNet, whose ``signs`` go by their names in both layouts.
+
+    Every one also has the first convolution and the last.
+    """
+    convolution = (None, None, 3, 3)
+    has = {("input_blocks.0.0", "conv_in"): convolution, ("out.2", "conv_out"): convolution, **signs}
+    return tuple(
+        Signature(layout, {f"{names[i]}.weight": like for names, like in has.items()}, dict.fromkeys(lacks))
+        for i, layout in enumerate(UNet.layouts)
+    )
 
 
 class UNet(KnownFamily):

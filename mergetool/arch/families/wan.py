@@ -9,10 +9,10 @@ time and space, whose weight has five dimensions. Of 2.2's A14B models a checkpo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Anatomy, Preset
+from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -172,13 +172,12 @@ class Wan(KnownFamily):
         Preset("late-blocks", ("*=0", "blocks=linear(0,1)")),
     )
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`.
 
-        None when tensors that show a size are missing, where the width is not of whole heads, or for a model with modules of which diffusers has another class.
+        None where the width is not of whole heads, or for a model with modules of which diffusers has another class.
         """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["dim"] % HEAD or any(self.table.find(name) is None for name in anatomy.parts):
+        if sizes["dim"] % HEAD or any(self.table.find(name) is None for name in parts):
             return None
         config = {
             "_class_name": "WanTransformer3DModel",

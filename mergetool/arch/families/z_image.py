@@ -6,7 +6,7 @@ q, k and v of a block as one ``attention.qkv.weight``, rows in that order, and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
@@ -150,14 +150,12 @@ class ZImage(KnownFamily):
         name = f"layers.{depth - 2}.ffn_norm1.weight"
         return name if name in anatomy.parts else None
 
-    def config(self, anatomy: Anatomy) -> dict[str, Any] | None:
-        """The transformer/config.json for the shapes of ``anatomy``, for diffusers to load it.
+    def config_of(self, sizes: Mapping[str, int], parts: Collection[str]) -> dict[str, Any] | None:
+        """See `KnownFamily.config_of`.
 
-        None when tensors that show a size are missing, or for heads of a width that no known model has: the shapes do
-        not show how a width divides between the rotary axes.
+        None for heads of a width that no known model has: the shapes do not show how it divides between the rotary axes.
         """
-        sizes = self.measured({name: part.shape for name, part in anatomy.parts.items()})
-        if sizes is None or sizes["head"] not in AXES or "all_x_embedder.2-1.weight" not in anatomy.parts:
+        if sizes["head"] not in AXES or "all_x_embedder.2-1.weight" not in parts:
             return None
         dim, head = sizes["dim"], sizes["head"]
         return {
