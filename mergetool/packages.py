@@ -54,6 +54,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("transformers", "prompts and CLIP scores", ("transformers",)),
     Package("typer", "all commands", ("typer",)),
     Package("gguf", "GGUF files", ("gguf",), "gguf"),
+    Package("spandrel", "upscalers", ("spandrel",), "upscale"),
     Package("triton", "merges on a GPU", ("triton",), "gpu"),
 )
 

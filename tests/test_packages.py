@@ -47,7 +47,7 @@ def test_every_package_that_the_source_imports_is_in_the_table_and_no_other() ->
 def test_the_project_asks_for_the_packages_of_the_table_and_no_other() -> None:
     plain = {package.name.lower().replace("_", "-") for package in PACKAGES if not package.extra}
     assert names(PROJECT["dependencies"]) == plain
-    for extra in ("gguf", "gpu"):
+    for extra in ("gguf", "gpu", "upscale"):
         assert names(PROJECT["optional-dependencies"][extra]) == {p.name for p in PACKAGES if p.extra == extra}
 
 
@@ -56,7 +56,10 @@ def test_the_command_that_installs_a_package_asks_for_the_versions_of_the_projec
     package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, extras = PROJECT["dependencies"], PROJECT["optional-dependencies"]
-    required = [*plain, *(f"{line}; extra == '{extra}'" for extra in ("dev", "gguf", "gpu") for line in extras[extra])]
+    required = [
+        *plain,
+        *(f"{line}; extra == '{extra}'" for extra in ("dev", "gguf", "gpu", "upscale") for line in extras[extra]),
+    ]
     monkeypatch.setattr(packages, "_required", lambda: required)
     lines = extras[package.extra] if package.extra else plain
     (wanted,) = [line.partition(";")[0].strip() for line in lines if re.match(rf"{package.name}\b", line)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +42,11 @@ class Sample(Request, SampleOptions, OverwriteOptions):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, and every parameter that made it."""
+    """A picture, and every parameter that made it; ``unscaled`` is it before ``upscale``."""
 
     image: Image
     parameters: Mapping[str, Any]
+    unscaled: Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Drawn:
 def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) -> list[Picture]:
     """Make a picture of every prompt with every seed, in that order, by one model or two stages.
 
-    With a ``refiner`` each picture is the last stage's, one for each ``strength``. They are written to ``output``, or without one, with
+    With a ``refiner`` each picture is the last stage's, one for each ``strength``; with ``upscale`` it is enlarged. They are written to ``output``, or without one, with
     ``always_writes``, to its default. The same seed gives the same picture. Options without effect are noted. Raises MergetoolError.
     """
     from mergetool.checkpoint.paths import typed
@@ -79,26 +80,37 @@ def run_sample(asked: Sample, events: Events, *, always_writes: bool = False) ->
     elif always_writes:
         target = Path("samples" if request.many else "sample.png")
     if target is not None:
-        written.require_target(target, many=request.many, overwrite=asked.overwrite)
+        written.require_target(
+            target, many=request.many, enlarges=prepared.upscale is not None, overwrite=asked.overwrite
+        )
 
     from PIL.Image import fromarray
 
     from mergetool.sampler import session  # torch and the libraries of models: what could be wrong was told before
 
     studio = session.opened(prepared)
-    prepared = replace(prepared, device=studio.device)
+    upscaler = session.opened_upscaler(prepared, studio)
+    prepared = replace(prepared, device=studio.device, enlargement=None if upscaler is None else upscaler.stage)
     events.plan(prepared, 0)
     for note in prepared.notes:
         events.note(note)
     _tell_of_merges([asked.base, asked.refiner], events)
     with events.progress("sample", request.evaluations, "step") as advance:
         made = session.make(studio, request, progress=advance)
+    if upscaler is not None:
+        tiles = len(request.shots) * request.last * upscaler.tiles(request.size)
+        with events.progress("upscale", tiles, "tile") as advance:
+            made = session.enlarge(made, request, upscaler, progress=advance)
     paths = [] if target is None else written.write(made, target, many=request.many)
     for note in studio.notes:
         events.note(note)
     events.done(prepared, Drawn(made, target, paths, time.monotonic() - started))
-    last = len(request.refinements) or 1
-    return [Picture(fromarray(picture.picture), picture.parameters) for row in made for picture in row[-last:]]
+    return [_shown(picture, fromarray) for row in made for picture in row[-request.last :]]
+
+
+def _shown(made: MadePicture, image: Callable[[Any], Image]) -> Picture:
+    unscaled = None if made.unscaled is None else image(made.unscaled)
+    return Picture(image(made.picture), made.parameters, unscaled)
 
 
 def _tell_of_merges(models: Sequence[str | None], events: Events) -> None:

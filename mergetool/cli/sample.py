@@ -26,6 +26,7 @@ Examples:
   mergetool sample "a knight" --base z_image.safetensors --text-encoder text_encoders/qwen_3_4b.safetensors --tokenizer ./tokenizer --vae vae/ae.safetensors -o knight.png
   mergetool sample --prompts prompts.txt --seeds 1,2 --base ./Z-Image -o sheet
   mergetool sample "sharper" --init-image photo.png --refiner ./Z-Image-Turbo -o refined.png
+  mergetool sample "a knight" --base ./Z-Image --refiner ./Z-Image-Turbo --upscale 4x-UltraSharp.safetensors -o knight.png
 
 For several pictures mergetool makes a folder: each picture, a labelled contact sheet (sheet.png) and all parameters (pictures.json). The \
 same seed gives the same picture.
@@ -39,7 +40,7 @@ def sample(typed: Typed) -> None:
     """Draw pictures with one model, or with two.
 
     The second model refines the pictures of the first. By default a base model takes 30 steps, then a few-step model such as Turbo refines at
-    strength 0.15; a merge that is right looks right this way.
+    strength 0.15; a merge that is right looks right this way. An upscaler may enlarge what they drew; the picture before lies beside it.
     """
     with _SampleReport.shown(typed) as report:
         run_sample(typed.request(Sample), report, always_writes=True)
@@ -53,6 +54,9 @@ class _SampleReport(CommandEvents):
         self.json["notes"] = []
         if self.prints:
             _print_plan(plan.request, plan.device)
+            if plan.enlargement is not None:
+                third, (width, height) = plan.enlargement, plan.enlargement.enlarged(plan.request.size)
+                console.heading("", f"stage 3  {third.model}: {third.architecture}, to {width} x {height}")
 
     def done(self, plan: Prepared, result: Drawn) -> None:
         """The files."""

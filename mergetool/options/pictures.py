@@ -467,8 +467,27 @@ class HandOffOptions(Table):
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnlargingOptions(Table):
+    """The option for a third stage, which only pictures for people have."""
+
+    upscale: Annotated[
+        Path | str | None,
+        Option(
+            help="Enlarge the pictures with this upscaler: ESRGAN, SwinIR, DAT and all others that spandrel loads.",
+            section="Third stage",
+            kind=File(),
+        ),
+    ] = None
+
+    @property
+    def upscaler(self) -> Path | None:
+        """``upscale`` in its one form."""
+        return cast("Path | None", self.upscale)
+
+
 @dataclass(frozen=True)
-class SampleOptions(PicturesOptions, HandOffOptions):
+class SampleOptions(PicturesOptions, HandOffOptions, EnlargingOptions):
     """Pictures of prompts, by one model or by two in a row."""
 
     prompt: Annotated[str | Sequence[str] | None, Option(help="The prompt.", kind=Texts("PROMPT"), argument=True)] = (

@@ -27,6 +27,7 @@ Section = Literal[
     "Pictures",
     "First stage",
     "Second stage",
+    "Third stage",
     "Text encoder and VAE",
     "Checks",
     "Recipe files",

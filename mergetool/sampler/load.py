@@ -95,7 +95,7 @@ def load_pipeline(folder: PipelineFolder, *, dtype: torch.dtype) -> Any:
     given: dict[str, Any] = {}
     if folder.model is not None:
         given[folder.denoiser] = _load_denoiser(folder, dtype=dtype)
-    with quiet(), _readable(folder.path, "pipeline"):
+    with quiet(), readable(folder.path, "pipeline"):
         return kind.from_pretrained(folder.path, torch_dtype=dtype, use_safetensors=True, **_LOCAL, **given)
 
 
@@ -119,7 +119,7 @@ def _load_denoiser(folder: PipelineFolder, *, dtype: torch.dtype) -> torch.nn.Mo
         with _in_diffusers_names(opened) as file:
             shapes = {name: info.shape for name, info in file.tensors.items()}
             _require_equal(folder.model, built.state_dict(), shapes)
-            state = {name: _whole(file, name, None).to(dtype) for name in shapes}
+            state = {name: whole(file, name, None).to(dtype) for name in shapes}
     built.load_state_dict(state, assign=True)
     loaded: torch.nn.Module = built.eval().requires_grad_(False)
     return loaded
@@ -171,14 +171,15 @@ def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: Input) -> Non
 def _state(weights: ComponentWeights, wanted: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a module, each in the shape that the module has."""
     return {
-        name: _whole(weights.file, weights.names[name], weights.encodings.get(weights.names[name]))
+        name: whole(weights.file, weights.names[name], weights.encodings.get(weights.names[name]))
         .to(dtype)
         .view(tensor.shape)
         for name, tensor in wanted.items()
     }
 
 
-def _whole(file: Checkpoint, name: str, encoding: Encoding | None) -> Tensor:
+def whole(file: Checkpoint, name: str, encoding: Encoding | None = None) -> Tensor:
+    """A tensor of a file, in memory of its own: in its stored dtype, float32 where it is quantised."""
     if encoding is not None:
         return torch.from_numpy(encoding.values(file.read)).view(encoding.shape)
     info = file.tensors[name]
@@ -191,14 +192,14 @@ def load_text_encoder(components: Components, *, dtype: torch.dtype) -> tuple[Pr
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     folder = config_folder(components.text_encoder, "text_encoder")
-    with opened_text_encoder(components) as weights, quiet(), _readable(components.text_encoder, "text encoder"):
+    with opened_text_encoder(components) as weights, quiet(), readable(components.text_encoder, "text encoder"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         with torch.device("meta"):
             encoder = AutoModel.from_config(config)
         encoder.load_state_dict(_state(weights, encoder.state_dict(), dtype), assign=True)
         # What is not stored, the rotary frequencies, is computed by the constructor; on "meta" it has no values.
         encoder.rotary_emb = type(encoder.rotary_emb)(config=config)
-    with quiet(), _readable(components.tokenizer, "tokenizer"):
+    with quiet(), readable(components.tokenizer, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(components.tokenizer, **_LOCAL)
     if tokenizer.chat_template is None:
         raise DataError(
@@ -211,7 +212,7 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE, from a diffusers folder or a single file. Raises DataError when the file does not hold it, whole and nothing else."""
     from diffusers import AutoencoderKL
 
-    with opened_vae(components) as weights, quiet(), _readable(components.vae, "VAE"):
+    with opened_vae(components) as weights, quiet(), readable(components.vae, "VAE"):
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(config_folder(components.vae, "vae")))
         vae.load_state_dict(_state(weights, vae.state_dict(), dtype), assign=True)
@@ -219,7 +220,7 @@ def load_vae(components: Components, *, dtype: torch.dtype) -> AutoencoderKL:
 
 
 @contextmanager
-def _readable(path: Path, part: str) -> Iterator[None]:
+def readable(path: Path, part: str) -> Iterator[None]:
     """Turn the libraries' exceptions for a wrong folder into one sentence."""
     try:
         yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -158,12 +158,36 @@ class Refinement(Stage):
 
 
 @dataclass(frozen=True, slots=True)
+class Enlargement:
+    """A third stage: an upscaler of spandrel's ``architecture`` that makes pictures ``scale`` times as wide and high."""
+
+    model: str
+    architecture: str
+    scale: int
+    fingerprint: str
+
+    def enlarged(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) of an enlarged picture of ``size``."""
+        return self.scale * size[0], self.scale * size[1]
+
+    def record(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The stage in the metadata of a picture of ``size`` before it."""
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "scale": self.scale,
+            "size": list(self.enlarged(size)),
+            "fingerprint": self.fingerprint,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class PictureRequest:
     """A request for pictures of shots, in a first stage and refinements.
 
     Each shot is made by ``first`` (or from ``start``, one picture for all), then by each of ``refinements``. ``start`` is uint8 [height,
     width, 3]. ``handoff`` says how latents reach a second stage: as they are, or decoded by the first model's VAE, rounded to 8 bits and
-    encoded by ``refiner_parts``' own, which another family needs.
+    encoded by ``refiner_parts``' own, which another family needs. ``fingerprints`` are those of the files of all stages, by their names in metadata.
     """
 
     shots: tuple[Shot, ...]
@@ -173,6 +197,7 @@ class PictureRequest:
     start: Pictures | None = None
     handoff: Handoff = "latent"
     refiner_parts: Components | PipelineFolder | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises UsageError for a request that makes nothing, or takes its pictures from two places."""
@@ -193,6 +218,11 @@ class PictureRequest:
         return len(self.shots) * sum(stage.evaluations for stage in self.stages)
 
     @property
+    def last(self) -> int:
+        """The number of pictures of each shot that are a last stage's."""
+        return len(self.refinements) or 1
+
+    @property
     def many(self) -> bool:
         """Whether more than one picture comes of it."""
-        return len(self.shots) * (len(self.refinements) or 1) > 1
+        return len(self.shots) * self.last > 1

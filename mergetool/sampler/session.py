@@ -29,6 +29,7 @@ from mergetool.sampler.studio import Studio, dtype_of
 
 if TYPE_CHECKING:
     from mergetool.sampler.settings import Prepared
+    from mergetool.sampler.upscaler import Upscaler
 
 
 class Drawer(Protocol):
@@ -58,10 +59,11 @@ class Drawer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MadePicture:
-    """A picture uint8 [height, width, 3] and everything that made it."""
+    """A picture uint8 [height, width, 3] and everything that made it; ``unscaled`` is it before a third stage."""
 
     picture: Pictures
     parameters: dict[str, Any]
+    unscaled: Pictures | None = None
 
 
 def drawer(parts: Components | PipelineFolder, device: str, dtype: torch.dtype, notes: list[str]) -> Drawer:
@@ -74,6 +76,15 @@ def drawer(parts: Components | PipelineFolder, device: str, dtype: torch.dtype, 
 def opened(prepared: Prepared) -> Drawer:
     """Open the drawer of a request's first stage. Raises UsageError for a device that is not there."""
     return drawer(prepared.parts, devices.torch_device(prepared.device), dtype_of(prepared.dtype), [])
+
+
+def opened_upscaler(prepared: Prepared, studio: Drawer) -> Upscaler | None:
+    """Open the upscaler of a request's third stage, if any, on the drawer's device. Raises as `Upscaler.open`."""
+    if prepared.upscale is None:
+        return None
+    from mergetool.sampler.upscaler import Upscaler
+
+    return Upscaler.open(prepared.upscale, device=studio.device, notes=studio.notes)
 
 
 def make(studio: Drawer, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
@@ -104,6 +115,23 @@ def make(studio: Drawer, request: PictureRequest, *, progress: StepCounter = lam
     ]
 
 
+def enlarge(
+    made: Sequence[Sequence[MadePicture]],
+    request: PictureRequest,
+    upscaler: Upscaler,
+    *,
+    progress: StepCounter = lambda _: None,
+) -> list[list[MadePicture]]:
+    """Enlarge every last stage's pictures; those of a first stage before it stay. Raises as `Upscaler.enlarge`."""
+
+    def enlarged(drawn: MadePicture) -> MadePicture:
+        record = upscaler.stage.record(request.size)
+        large = upscaler.enlarge(drawn.picture, progress=progress)
+        return MadePicture(large, drawn.parameters | {"upscale": record}, drawn.picture)
+
+    return [[*row[: -request.last], *map(enlarged, row[-request.last :])] for row in made]
+
+
 def _handed_over(studio: Drawer, second: Drawer, request: PictureRequest, latents: Any) -> Any:
     if latents is None:
         assert request.start is not None
@@ -132,4 +160,4 @@ def _parameters(
             "refine_seed": shot.second_seed,
             "handoff": request.handoff if first else "init image",
         }
-    return parameters
+    return parameters | ({"fingerprints": dict(request.fingerprints)} if request.fingerprints else {})

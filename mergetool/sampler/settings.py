@@ -6,13 +6,17 @@ All that can be told from text, headers and configs is told here, before torch o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from mergetool.adapters.lora_file import open_lora
 from mergetool.checkpoint.paths import typed
+from mergetool.checkpoint.stamp import display_names
+from mergetool.engine.inputs import Inputs
 from mergetool.engine.inputs import opened as opened_model
-from mergetool.errors import UsageError
+from mergetool.errors import InputMissing, UsageError
 from mergetool.options.pictures import AskedStage, PartsOptions, PicturesOptions, SampleOptions
 from mergetool.options.sampling import (
     ACROSS,
@@ -29,7 +33,15 @@ from mergetool.sampler import parts
 from mergetool.sampler.inputs import read_picture, read_prompts
 from mergetool.sampler.parts import Components, WeightedLora, json_object, pipeline_of
 from mergetool.sampler.pipeline_folder import PipelineFolder
-from mergetool.sampler.request import PictureRequest, PipelineRefinement, PipelineStage, Refinement, Shot, Stage
+from mergetool.sampler.request import (
+    Enlargement,
+    PictureRequest,
+    PipelineRefinement,
+    PipelineStage,
+    Refinement,
+    Shot,
+    Stage,
+)
 
 LARGE = 1e9
 """Bytes of weights from which a model is run in BF16 by default."""
@@ -40,13 +52,18 @@ FEW_STEPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request, ready to run; ``notes`` are sentences on options without effect."""
+    """A request, ready to run; ``notes`` are sentences on options without effect.
+
+    ``upscale`` is the file of a third stage, ``enlargement`` the stage once the file is open.
+    """
 
     request: PictureRequest
     parts: Components | PipelineFolder
     device: str
     dtype: str
     notes: tuple[str, ...]
+    upscale: Path | None = None
+    enlargement: Enlargement | None = None
 
 
 def prepare(asked: SampleOptions) -> Prepared:
@@ -73,9 +90,12 @@ def prepare(asked: SampleOptions) -> Prepared:
     size = picture_size(asked.pixels, None if start is None else (start.shape[1], start.shape[0]), parts_of_first)
     request = PictureRequest(shots, size, first, second, start, drawers.handoff, drawers.second_parts())
     check(request, parts_of_first)
+    request = replace(request, fingerprints=fingerprints(asked))
     dtype = ("bf16" if is_large(model) else "fp32") if asked.dtype == "auto" else asked.dtype
     ignored = (*notes, *drawers.notes(), *without_effect(asked, request, asked.base))
-    return Prepared(request, parts_of_first, asked.device, dtype, ignored)
+    if asked.upscaler is not None and not asked.upscaler.is_file():
+        raise InputMissing(f'"{asked.upscaler}" is no file; check the path of `upscale`.')
+    return Prepared(request, parts_of_first, asked.device, dtype, ignored, asked.upscaler)
 
 
 class Assignment:
@@ -248,6 +268,18 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
             if isinstance(shift, int | float):
                 return float(shift)
     return MODEL_SHIFT
+
+
+def fingerprints(asked: SampleOptions) -> dict[str, str]:
+    """The fingerprints of the files that the models of both stages and their LoRAs are made of, by their names in metadata."""
+    with ExitStack() as stack:
+        inputs = Inputs(stack)
+        models = [inputs.model(name) for name in dict.fromkeys((asked.base, asked.refiner)) if name is not None]
+        found = inputs.fingerprints(models)
+        for path, _ in (*asked.first.loras, *asked.second.loras):
+            found[path] = stack.enter_context(open_lora(Path(typed(path)))).checkpoint.fingerprint()
+    names = display_names(list(found))
+    return {names[name]: fingerprint for name, fingerprint in found.items()}
 
 
 def is_large(model: str) -> bool:

@@ -73,6 +73,9 @@ def infotext(parameters: Mapping[str, Any]) -> str:
             **({"Refiner start sigma": f"{second['start_sigma']:.4f}"} if "start_sigma" in second else {}),
             "Refiner seed": parameters["refine_seed"],
         }
+    if "upscale" in parameters:
+        third = parameters["upscale"]
+        pairs |= {"Postprocess upscale by": third["scale"], "Postprocess upscaler": Path(third["model"]).stem}
     lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
     return "\n".join(lines)
 
@@ -82,7 +85,7 @@ def sheet(
 ) -> Image.Image:
     """A contact sheet: pictures in ``rows``, a label above each column and beside each row.
 
-    Pictures are uint8 [height, width, 3], all of one size; labels may be empty.
+    Pictures are uint8 [height, width, 3], all of one shape up to scale; labels may be empty.
     """
     height, width = rows[0][0].shape[:2]
     factor = max(1, -(-SMALLEST_SIDE // min(height, width)))

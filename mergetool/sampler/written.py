@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from mergetool.sampler.session import MadePicture
 
 
-def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
+UNSCALED = "-unscaled"
+"""What the name of a picture before the third stage ends in."""
+
+
+def require_target(target: Path, *, many: bool, enlarges: bool, overwrite: bool) -> None:
     """Raises OutputError, before any work, when the picture or folder cannot be made there."""
     if many and target.suffix.lower() == ".png":
         raise UsageError(
@@ -30,25 +34,26 @@ def require_target(target: Path, *, many: bool, overwrite: bool) -> None:
         raise OutputError(f'"{target}" is {"no folder" if many else "a folder"}; choose another place with `output`.')
     if target.exists() and not overwrite and (not many or any(target.iterdir())):
         raise OutputError(f'"{target}" exists; choose another place with `output`, or replace it with `overwrite`.')
+    if enlarges and not many and not overwrite and (beside := _unscaled(target)).exists():
+        raise OutputError(f'"{beside}" exists; choose another place with `output`, or replace it with `overwrite`.')
 
 
 def write(made: Sequence[Sequence[MadePicture]], target: Path, *, many: bool) -> list[Path]:
     """Write the pictures and return their paths.
 
-    It is one file, or a folder with all of them, the sheet and ``pictures.json``.
+    It is one file, or a folder with all of them, the sheet and ``pictures.json``. Beside an enlarged picture lies the unscaled one.
     """
     if not many:
-        last = made[0][-1]
-        write_file(target, sheet.png(last.picture, last.parameters), overwrite=True)
-        return [target]
+        return _write_one(made[0][-1], target)
     target.mkdir(exist_ok=True)
     paths, record = [], []
     for row, line in enumerate(made):
         for column, drawn in enumerate(line):
             path = target / f"{row:03}-{column}.png"
-            write_file(path, sheet.png(drawn.picture, drawn.parameters), overwrite=True)
-            paths.append(path)
-            record.append({"file": path.name, **drawn.parameters})
+            files = _write_one(drawn, path)
+            paths += files
+            beside = {"unscaled": files[1].name} if files[1:] else {}
+            record.append({"file": path.name, **beside, **drawn.parameters})
     out = io.BytesIO()
     across = [_label(drawn) for drawn in made[0]]
     down = [f"{line[0].parameters['seed']}: {line[0].parameters['prompt']}" for line in made]
@@ -59,8 +64,23 @@ def write(made: Sequence[Sequence[MadePicture]], target: Path, *, many: bool) ->
     return paths
 
 
+def _write_one(drawn: MadePicture, path: Path) -> list[Path]:
+    """Write a picture, and beside it the unscaled one, whose metadata have no third stage."""
+    write_file(path, sheet.png(drawn.picture, drawn.parameters), overwrite=True)
+    if drawn.unscaled is None:
+        return [path]
+    before = {name: value for name, value in drawn.parameters.items() if name != "upscale"}
+    write_file(_unscaled(path), sheet.png(drawn.unscaled, before), overwrite=True)
+    return [path, _unscaled(path)]
+
+
+def _unscaled(path: Path) -> Path:
+    return path.with_stem(path.stem + UNSCALED)
+
+
 def _label(drawn: MadePicture) -> str:
-    first, second = drawn.parameters["first"], drawn.parameters["second"]
-    if second is None:
-        return f"{first['model']}, {first['steps']} steps"
-    return f"strength {second['strength']:g}"
+    first, second, third = (drawn.parameters.get(stage) for stage in ("first", "second", "upscale"))
+    drawn_by = f"{first['model']}, {first['steps']} steps" if first and not second else ""
+    refined = f"strength {second['strength']:g}" if second else ""
+    enlarged = f"{third['scale']} x larger" if third else ""
+    return ", ".join(filter(None, (drawn_by, refined, enlarged)))
