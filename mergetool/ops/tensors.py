@@ -20,6 +20,12 @@ TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
         dtypes.BF16: torch.bfloat16,
         dtypes.F8_E4M3: torch.float8_e4m3fn,
         dtypes.F8_E5M2: torch.float8_e5m2,
+        **{
+            dtypes.BY_CODE[code]: dtype
+            for code, dtype in (("I64", torch.int64), ("I32", torch.int32), ("I16", torch.int16), ("I8", torch.int8))
+        },
+        dtypes.BY_CODE["U8"]: torch.uint8,
+        dtypes.BY_CODE["BOOL"]: torch.bool,
     }
 )
 
