@@ -1,4 +1,4 @@
-"""``mergetool sample``: pictures from one model, or from two in a row."""
+"""``mergetool sample``: pictures from one model, or from two in a row, enlarged or not."""
 
 from __future__ import annotations
 
