@@ -179,7 +179,7 @@ def _state(weights: ComponentWeights, wanted: Mapping[str, Tensor], dtype: torch
 
 
 def whole(file: Checkpoint, name: str, encoding: Encoding | None = None) -> Tensor:
-    """A tensor of a file, in memory of its own: in its stored dtype, float32 where it is quantised."""
+    """A tensor of a file in memory of its own, in its stored dtype or dequantised to float32."""
     if encoding is not None:
         return torch.from_numpy(encoding.values(file.read)).view(encoding.shape)
     info = file.tensors[name]

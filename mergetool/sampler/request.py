@@ -159,7 +159,10 @@ class Refinement(Stage):
 
 @dataclass(frozen=True, slots=True)
 class Enlargement:
-    """A third stage: an upscaler of spandrel's ``architecture`` that makes pictures ``scale`` times as wide and high."""
+    """A third stage: an upscaler that makes pictures ``scale`` times as wide and as high.
+
+    ``architecture`` is spandrel's name of it, ``fingerprint`` that of its file.
+    """
 
     model: str
     architecture: str

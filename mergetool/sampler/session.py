@@ -59,7 +59,10 @@ class Drawer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MadePicture:
-    """A picture uint8 [height, width, 3] and everything that made it; ``unscaled`` is it before a third stage."""
+    """A picture uint8 [height, width, 3] and everything that made it.
+
+    ``unscaled`` is the picture before a third stage, None where there is none.
+    """
 
     picture: Pictures
     parameters: dict[str, Any]

@@ -271,7 +271,7 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
 
 
 def fingerprints(asked: SampleOptions) -> dict[str, str]:
-    """The fingerprints of the files that the models of both stages and their LoRAs are made of, by their names in metadata."""
+    """The fingerprints of the files of all models and LoRAs, by their names in metadata."""
     with ExitStack() as stack:
         inputs = Inputs(stack)
         models = [inputs.model(name) for name in dict.fromkeys((asked.base, asked.refiner)) if name is not None]

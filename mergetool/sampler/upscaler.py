@@ -39,7 +39,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80")
 
 @dataclass
 class Upscaler:
-    """An upscaler in float32 on a device; ``notes`` get sentences on what it had to do otherwise."""
+    """An upscaler in float32 on a device; ``notes`` get a sentence on each change of plan."""
 
     stage: Enlargement
     net: ImageModelDescriptor[Any]
@@ -49,9 +49,9 @@ class Upscaler:
 
     @classmethod
     def open(cls, path: Path, *, device: str = "cpu", notes: list[str] | None = None) -> Upscaler:
-        """Open a file of any architecture that spandrel knows: safetensors, or a pickle that holds tensors alone.
+        """Open a file of any architecture that spandrel knows.
 
-        A pickle goes through torch's loader of tensors, which runs no code. Raises PackageError without spandrel, InputMissing for a file that is
+        It is safetensors, or a pickle that holds tensors alone. A pickle goes through torch's loader of tensors, which runs no code. Raises PackageError without spandrel, InputMissing for a file that is
         not there, and DataError for one that is no upscaler of colour pictures.
         """
         packages.require("spandrel")
@@ -122,9 +122,9 @@ def tiled(
     *,
     done: StepCounter = lambda _: None,
 ) -> Tensor:
-    """Run an upscaler over ``image`` [1, channels, height, width] in tiles of at most ``tile`` pixels a side, 0 for one.
+    """Run an upscaler over ``image`` in tiles of at most ``tile`` pixels a side, 0 for one.
 
-    Returns float32 [1, channels, scale * height, scale * width].
+    The image is [1, channels, height, width]. Returns float32 [1, channels, scale * height, scale * width].
 
     A tile sees ``margin`` pixels around its own. The outer half of them only informs the model; over the inner half and as many of its own pixels
     it fades into its neighbour. So the result is that of the whole image, up to rounding, where the model looks no further than half of

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 UNSCALED = "-unscaled"
-"""What the name of a picture before the third stage ends in."""
+"""The end of the name of a picture before the third stage."""
 
 
 def require_target(target: Path, *, many: bool, enlarges: bool, overwrite: bool) -> None:
