@@ -84,21 +84,21 @@ class Layer:
             self.refuse(f"has a weight of {self.weight.dtype.code} {list(self.weight.shape)}", f"a matrix of {wanted}")
         return shape[0], shape[1]
 
+    def setting(self, key: str, default: object) -> object:
+        """The value of ``key`` in the layer's marker, unchecked. ComfyUI reads it there or from "params" in it."""
+        config = self.config or {}
+        inner = config.get("params")
+        return config.get(key, inner.get(key, default) if isinstance(inner, dict) else default)
+
     def rotation(self) -> object:
         """The group size by which the layer is rotated (ConvRot), unchecked; None without.
 
-        The layer's marker states it.
-
-        ComfyUI reads both keys from the marker or from "params" in it. Raises DataError for a "convrot" that says neither.
+        The layer's marker states it. Raises DataError for a "convrot" that says neither.
         """
-        config = self.config or {}
-        inner = config.get("params")
-        params = inner if isinstance(inner, dict) else {}
-        rotated = config.get("convrot", params.get("convrot", False))
+        rotated = self.setting("convrot", False)
         if type(rotated) is not bool:
             self.refuse('has a "convrot" that is neither true nor false', "one of them")
-        size: object = config.get("convrot_groupsize", params.get("convrot_groupsize", USUAL_ROTATION))
-        return size if rotated else None
+        return self.setting("convrot_groupsize", USUAL_ROTATION) if rotated else None
 
     def refuse(self, found: str, wanted: str) -> NoReturn:
         """Raise the one sentence for a layer that contradicts itself."""

@@ -32,14 +32,10 @@ _FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
     ),
     (
         "a nunchaku SVDQuant file",
-        frozenset({"wscales", "wzeros", "wcscales", "wtscale", "smooth_factor", "smooth_factor_orig"}),
+        frozenset({"wscales", "wzeros", "wcscales", "wtscale", "smooth_factor_orig"}),
     ),
     ("a GPTQ or AWQ file", frozenset({"qweight", "qzeros", "g_idx"})),
     ("a compressed-tensors file of packed weights", frozenset({"weight_packed", "weight_g_idx"})),
-    (
-        "a ComfyUI file of 4-bit codebook weights (W4A8, AWQ)",
-        frozenset({"weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"}),
-    ),
     ("an SDNQ file", frozenset({"svd_up", "svd_down"})),
 )
 """Containers and the last components of their tensors' names. The first that fits counts: several store a "qweight"."""

@@ -7,7 +7,7 @@ rounding then holds for every container that stores FP8.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from mergetool.checkpoint.dtypes import BY_CODE, F32, DType
 from mergetool.quant.block_scales import TILE_ROWS
-from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, rounded_up
+from mergetool.quant.dequantiser import Dequantiser
+from mergetool.quant.encoding import Encoding, Floats, Octets, rounded_up
 
 PIECE_ROWS = TILE_ROWS
 
@@ -29,30 +30,23 @@ class Round(Protocol):
         """``values * factor``, float32 [rows, columns], as the codes of an FP8 dtype, saturating: as many bytes of the same shape."""
 
 
-class Quantiser(ABC):
-    """A container; stateless. ``quant`` is its name for the option, ``multiple`` what both sides of a weight are padded to."""
+class Quantiser(Dequantiser):
+    """A container that is written too. ``quant`` is its name for the option, ``multiple`` what both sides of a weight are padded to."""
 
     quant: str
     multiple: int = 1
     config: Mapping[str, Any]
     """The entry of ``.comfy_quant`` in every layer that is written."""
-    scales: frozenset[str] = frozenset()
-    """Last components of the names of scales that it alone has beside a weight."""
-    rotates: bool = False
-    """Whether its weights may be rotated (``convrot``)."""
+
+    @property
+    def title(self) -> str:
+        """The word of the option."""
+        return self.quant
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The container's names in the markers of files."""
         return (self.config["format"],)
-
-    def claims(self, layer: Layer) -> bool:
-        """Whether a layer that no marker speaks of is in this container, by its tensors."""
-        return False
-
-    @abstractmethod
-    def read(self, layer: Layer) -> Encoding:
-        """Read a layer of a file. Raises DataError where its tensors and its marker contradict each other."""
 
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the values stored for a weight of ``shape``."""

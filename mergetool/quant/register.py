@@ -1,16 +1,18 @@
-"""The register of quantised containers: the files of `mergetool.quant.containers`. There is no other list of them."""
+"""The register of quantised containers: the files of `containers` and `read_only`. There is no other list of them."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
 from mergetool.errors import UsageError
-from mergetool.quant import containers
+from mergetool.quant import containers, read_only
 
 if TYPE_CHECKING:
+    from mergetool.quant.dequantiser import Dequantiser
     from mergetool.quant.quantiser import Quantiser
 
 
@@ -22,7 +24,7 @@ def names() -> tuple[str, ...]:
 
 @cache
 def quantisers() -> tuple[Quantiser, ...]:
-    """Every container."""
+    """Every container that is written."""
     return tuple(quantiser(name) for name in names())
 
 
@@ -36,6 +38,20 @@ def quantiser(name: str) -> Quantiser:
 
 
 @cache
+def every() -> tuple[Dequantiser, ...]:
+    """Every container that is read: those that are written first."""
+    others = sorted(module.name for module in pkgutil.iter_modules(read_only.__path__))
+    found = (importlib.import_module(f"{read_only.__name__}.{name}").CONTAINER for name in others)
+    return (*quantisers(), *found)
+
+
+@cache
 def scales() -> frozenset[str]:
     """Last components of the names of scales that only one container has."""
-    return frozenset().union(*(one.scales for one in quantisers()))
+    return frozenset().union(*(one.scales for one in every()))
+
+
+@cache
+def beside_codes() -> Mapping[str, str]:
+    """Last components that name a side tensor beside codes only -> its current name."""
+    return {leaf: side for one in every() for leaf, side in one.beside_codes.items()}

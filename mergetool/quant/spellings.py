@@ -47,6 +47,11 @@ def scales() -> frozenset[str]:
     return register.scales() | {SCALE, "pre_quant_scale"}
 
 
+def beside_codes() -> Mapping[str, str]:
+    """The current names of components that count beside codes only."""
+    return {**BESIDE_CODES, **register.beside_codes()}
+
+
 def leaf_of(name: str) -> str:
     """The last component of a tensor's name."""
     return name.rpartition(".")[2]

@@ -18,15 +18,16 @@ from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
 from mergetool.quant import foreign, gguf, register, scales, spellings
+from mergetool.quant.dequantiser import Dequantiser
 from mergetool.quant.encoding import Encoding, Layer
 from mergetool.quant.foreign import is_narrow, refusal
-from mergetool.quant.quantiser import Quantiser
 from mergetool.quant.spellings import (
     BESIDE_CODES,
     DIVISOR,
     INPUT_SCALE,
     MARKER,
     RECIPROCALS,
+    beside_codes,
     current,
     leaf_of,
     module_of,
@@ -156,9 +157,9 @@ def _encoding(
         )
     layer = Layer(source, name, weight, sides, config, blocks)
     container = _container(layer)
-    for other in register.quantisers():
+    for other in register.every():
         if other is not container and (strange := min(other.scales & sides.keys(), default=None)):
-            layer.refuse(f"has a weight of {weight.dtype.code} and a {quoted(strange)}", f"one of {other.quant}")
+            layer.refuse(f"has a weight of {weight.dtype.code} and a {quoted(strange)}", f"one of {other.title}")
     if container is None and weight.dtype is BY_CODE["I8"]:
         layer.refuse("has integers and a scale but no marker", 'a ".comfy_quant" that says whether they are rotated')
     if container is None:
@@ -175,22 +176,22 @@ def _encoding(
     return container.read(layer)
 
 
-def _container(layer: Layer) -> Quantiser | None:
+def _container(layer: Layer) -> Dequantiser | None:
     """The container that a layer is in, by its marker or else by its tensors; None where it is in none.
 
     Raises DataError for a marker that speaks of another format, or of a rotation where there can be none.
     """
     if layer.config is None:
-        return next((one for one in register.quantisers() if one.claims(layer)), None)
+        return next((one for one in register.every() if one.claims(layer)), None)
     form = layer.config.get("format")
-    container = next((one for one in register.quantisers() if form in one.formats), None)
+    container = next((one for one in register.every() if form in one.formats), None)
     if container is None:
         raise refusal(
             layer.source, f"a ComfyUI file of the format {quoted(str(form)[:40])}", f"layer {quoted(layer.name)}"
         )
     if not container.rotates and layer.rotation() is not None:
         # ComfyUI would not undo it; programs that make such files do.
-        rotating = ", ".join(form for one in register.quantisers() if one.rotates for form in one.formats)
+        rotating = ", ".join(form for one in register.every() if one.rotates for form in one.formats)
         layer.refuse('has the key "convrot"', f"a format that knows rotations ({rotating})")
     return container
 
@@ -200,15 +201,14 @@ def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str,
     spelled: dict[str, list[tuple[str, str, TensorInfo]]] = {}
     for stored, info in model.items():
         leaf, name = leaf_of(stored), module_of(stored)
-        weight = model.get(f"{name}.weight") if leaf in BESIDE_CODES else None
-        if current(leaf) or (weight is not None and weight.dtype in (F8_E4M3, F8_E5M2)):
+        if current(leaf) or _is_beside_codes(leaf, model.get(f"{name}.weight")):
             spelled.setdefault(name, []).append((leaf, stored, info))
     layers: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     for name, found in spelled.items():
         sides = layers.setdefault(name, {})
         has_factor = any(leaf in RECIPROCALS for leaf, _, _ in found)
         for leaf, stored, info in found:
-            side = DIVISOR if leaf == DIVISOR and has_factor else current(leaf) or BESIDE_CODES[leaf]
+            side = DIVISOR if leaf == DIVISOR and has_factor else current(leaf) or beside_codes()[leaf]
             if side == INPUT_SCALE and side in sides:
                 side = leaf  # a second spelling: it says nothing about the weight either
             if side in sides:
@@ -218,6 +218,13 @@ def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str,
                 )
             sides[side] = (stored, info)
     return layers
+
+
+def _is_beside_codes(leaf: str, weight: TensorInfo | None) -> bool:
+    """Whether a tensor whose name may mean other things is beside a weight that it can belong to."""
+    if weight is None or not is_narrow(weight):
+        return False
+    return leaf in register.beside_codes() or (leaf in BESIDE_CODES and weight.dtype in (F8_E4M3, F8_E5M2))
 
 
 def _block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:

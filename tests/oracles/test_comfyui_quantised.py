@@ -11,12 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoint.dtypes import F32
-from tests.cli.run import mergetool
 from tests.families import checkpoint
 from tests.oracles import ComfyUI
 from tests.oracles.comparing import decoded, misloaded
 
-FP8, E5M2, NVFP4, MXFP8, INT8 = "float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise"
+FP8, E5M2, NVFP4, MXFP8, INT8, W4A4 = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "nvfp4",
+    "mxfp8",
+    "int8_tensorwise",
+    "convrot_w4a4",
+)
 LARGEST: dict[str, Any] = {"scale": "recalculate"}
 HALVES = ("bfloat16", "float16")
 
@@ -52,6 +58,8 @@ MADE: dict[str, dict[str, Any]] = {
     "int8, rotated by 4": {"kind": INT8, **rotated(4), "said": {"convrot": True, "convrot_groupsize": 4}},
     "int8, rotated by 16": {"kind": INT8, **rotated(16), "said": {"convrot": True, "convrot_groupsize": 16}},
     "int8, rotated by 64": {"kind": INT8, **rotated(64), "said": {"params": {"convrot": True, "convrot_groupsize": 64}}},
+    "int4, rotated by 16": {"kind": W4A4, "how": {"convrot_groupsize": 16}, "said": {"convrot_groupsize": 16}},
+    "int4, rotated by 64": {"kind": W4A4, "how": {"convrot_groupsize": 64}, "said": {"params": {"convrot_groupsize": 64}, "linear_dtype": "int8"}},
     **{f"{name} of {dtype}": {**made, "dtype": dtype} for dtype in HALVES for name, made in {
         "fp8": {"kind": FP8, "how": LARGEST}, "e5m2": {"kind": E5M2, "how": LARGEST}, "nvfp4": {"kind": NVFP4},
         "mxfp8": {"kind": MXFP8}, "int8": {"kind": INT8, "how": {"per_channel": True}}}.items()},
@@ -78,7 +86,9 @@ def test_mergetool_reads_what_comfyui_reads(tmp_path: Path, plain: Path, comfyui
     assert misloaded(comfyui, path, expected, rounding(MADE[made], path, expected)) == []
 
 
-@pytest.mark.parametrize("made", ["fp8", "e5m2", "nvfp4", "mxfp8", "int8, by rows", "int8, rotated by 16"])
+@pytest.mark.parametrize(
+    "made", ["fp8", "e5m2", "nvfp4", "mxfp8", "int8, by rows", "int8, rotated by 16", "int4, rotated by 64"]
+)
 def test_mergetool_reads_what_comfyui_saves_of_a_quantised_model(
     tmp_path: Path, plain: Path, comfyui: ComfyUI, made: str
 ) -> None:
@@ -125,21 +135,3 @@ def test_comfyui_takes_old_scaled_e5m2_for_e4m3_and_mergetool_reads_what_is_stor
     np.testing.assert_array_equal(expected[name], values)
     (report,) = misloaded(comfyui, path, expected)
     assert report.startswith(f"{name} differs")
-
-
-def test_mergetool_refuses_by_name_the_layout_that_it_does_not_read(
-    tmp_path: Path, plain: Path, comfyui: ComfyUI
-) -> None:
-    path = tmp_path / "made.safetensors"
-    comfyui.ask(
-        "quantise",
-        model=plain,
-        out=path,
-        kind="convrot_w4a4",
-        how={"convrot_groupsize": 64},
-        said={"convrot_groupsize": 64},
-    )
-    done = mergetool("convert", path, "-o", "out.safetensors", cwd=tmp_path)
-    assert done.code == 65
-    assert "convrot_w4a4" in done.err
-    assert len(done.err.splitlines()) == 1

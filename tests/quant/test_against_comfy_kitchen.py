@@ -9,14 +9,20 @@ import comfy_kitchen
 import numpy as np
 import pytest
 import torch
+from comfy_kitchen.backends.eager import svdquant, w4a8_int8
 from comfy_kitchen.tensor import (
+    AsymW4A8Int8Layout,
+    TensorCoreAWQW4A16Layout,
+    TensorCoreConvRotW4A4Layout,
     TensorCoreFP8Layout,
     TensorCoreMXFP8Layout,
     TensorCoreNVFP4Layout,
+    TensorCoreSVDQuantW4A4Layout,
     TensorWiseINT8Layout,
 )
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.errors import DataError
 from mergetool.quant import register
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.fp8 import narrow
@@ -78,6 +84,107 @@ def test_rotated_int8_is_the_float64_rotation_rounded_once(tmp_path: Path, group
     truth = (groups @ matrix).reshape(shape) * tensors["a.weight_scale"].double()
     np.testing.assert_array_equal(found, truth.float().numpy())
     np.testing.assert_allclose(found, back.numpy(), rtol=0, atol=group * 2**-24 * float(truth.abs().max()))
+
+
+def turned(codes: torch.Tensor, scale: torch.Tensor, group: int, added: torch.Tensor | float = 0) -> np.ndarray:
+    """Codes times their rows' scales, rotated in float64 and rounded once."""
+    matrix = comfy_kitchen.tensor.int8_utils._build_hadamard(group).double()
+    values = codes.double() * scale.double().reshape(-1, 1) + added
+    return (values.reshape(len(codes), -1, group) @ matrix).reshape(codes.shape).float().numpy()
+
+
+@pytest.mark.parametrize("group", [4, 64, 256])
+def test_rotated_int4_is_the_float64_rotation_rounded_once(tmp_path: Path, group: int) -> None:
+    shape = (101, 768)
+    tensors, back = stored(TensorCoreConvRotW4A4Layout, weight(shape), convrot_groupsize=group)
+    found = read(tmp_path, tensors, {"format": "convrot_w4a4", "convrot_groupsize": group}, shape)
+    codes = svdquant._unpack_int4_row_major(tensors["a.weight"])
+    np.testing.assert_array_equal(found, turned(codes, tensors["a.weight_scale"], group))
+    np.testing.assert_allclose(found, back.numpy(), rtol=0, atol=group * 2**-24 * float(back.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"bits": 6},
+        {"codebook": False},
+        {"symmetric": False},
+        {"scale_dtype": torch.float32},
+        {"group_size": 64},
+        {"group_size": 4, "convrot_groupsize": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_w4a8_is_comfy_kitchens_int8_rotated_in_float64(tmp_path: Path, how: dict[str, Any], as_bytes: bool) -> None:
+    shape = (101, 768)
+    tensors, back = stored(AsymW4A8Int8Layout, weight(shape), **how)
+    relative, codebook = tensors["a.weight_s_rel"], tensors.get("a.weight_codebook")
+    if as_bytes and relative.dtype == torch.float8_e4m3fn:
+        tensors["a.weight_s_rel"] = relative.view(torch.uint8)
+    said = {"format": "asym_w4a8_int8", **{key: value for key, value in how.items() if "group" in key}}
+    found = read(tmp_path, tensors, said, shape)
+    group, rotated = how.get("group_size", 16), how.get("convrot_groupsize", 256)
+    codes = w4a8_int8._dequant_int4_grouped_to_int8(tensors["a.weight"], relative, codebook, group)
+    added = tensors["a.weight_correction"].t().double().repeat_interleave(group, 1) if "symmetric" in how else 0
+    np.testing.assert_array_equal(found, turned(codes, tensors["a.weight_s_channel"], rotated, added))
+    np.testing.assert_allclose(found, back.numpy(), rtol=0, atol=rotated * 2**-24 * float(back.abs().max()))
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype is torch.int8:
+        return torch.randint(-128, 128, shape, generator=generator, dtype=dtype)
+    return (torch.rand(shape, generator=generator) * 0.1 + 0.01).to(dtype)
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(64, torch.bfloat16), (32, torch.float16), (192, torch.float32)])
+def test_awq_reads_as_comfy_kitchen_reads_it(tmp_path: Path, group: int, dtype: torch.dtype) -> None:
+    rows, columns = 101, 192
+    codes, scale = random(rows, columns // 2, dtype=torch.int8), random(columns // group, rows, dtype=dtype)
+    params = TensorCoreAWQW4A16Layout.Params(
+        scale, torch.float32, (rows, columns), random(columns // group, rows, seed=1, dtype=dtype), group
+    )
+    made = {
+        f"a.weight{leaf}": part for leaf, part in TensorCoreAWQW4A16Layout.state_dict_tensors(codes, params).items()
+    }
+    found = read(tmp_path, made, {"format": "awq_w4a16"}, (rows, columns))
+    np.testing.assert_array_equal(found, TensorCoreAWQW4A16Layout.dequantize(codes, params).numpy())
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_svdquant_is_the_float64_sum_rounded_once(tmp_path: Path, tiled: bool) -> None:
+    """comfy-kitchen gets the weight by running its product over the unit matrix, which it quantises: it is further from the truth."""
+    rows, columns, rank = 256, 192, 16
+    codes, scale = random(rows, columns // 2, dtype=torch.int8), random(columns // 64, rows)
+    down, up, smooth = random(columns, rank, seed=1), random(rows, rank, seed=2), random(columns, seed=3)
+    grid = svdquant._unpack_int4_row_major(codes).double() * scale.double().t().repeat_interleave(64, 1)
+    truth = (grid / smooth.double() + up.double() @ down.double().t()).float().numpy()
+    layout = TensorCoreSVDQuantW4A4Layout
+    params = layout.Params(scale.float(), torch.float32, (rows, columns), down.float(), up.float(), smooth.float())
+    np.testing.assert_allclose(
+        layout.dequantize(codes, params).numpy(), truth, rtol=0, atol=2**-21 * np.abs(truth).max()
+    )
+    made = {"a.weight": codes, "a.weight_scale": scale, "a.weight_proj_up": up}
+    if tiled:
+        tiles = (
+            codes.view(rows // 128, 32, 4, columns // 64, 32).permute(0, 3, 1, 2, 4).reshape(-1, columns // 64, 32, 128)
+        )
+        scales = scale.view(-1, rows // 128, 128).permute(1, 0, 2)
+        made = {"a.weight": tiles, "a.weight_scale": scales, "a.proj_up": up.view(-1, 128, rank).permute(0, 2, 1)}
+        assert torch.equal(svdquant._tile_packed_weight_to_row_major(tiles), codes)
+        assert torch.equal(svdquant._tile_packed_scales_to_natural(scales), scale)
+        assert torch.equal(svdquant._tile_packed_lora_up_to_natural(made["a.proj_up"]), up)
+    made |= {"a.smooth_factor" if tiled else "a.weight_smooth_factor": smooth, "a.proj_down": down}
+    np.testing.assert_array_equal(read(tmp_path, made, {"format": "svdquant_w4a4"}, (rows, columns)), truth)
+
+
+def test_svdquant_of_a_shifted_input_is_refused(tmp_path: Path) -> None:
+    made = {"a.weight": random(64, 32, dtype=torch.int8), "a.weight_scale": random(1, 64)}
+    made |= {"a.proj_down": random(64, 8), "a.proj_up": random(64, 8), "a.smooth_factor": random(64)}
+    with pytest.raises(DataError, match='"act_unsigned", so that its bias is that of a shifted input'):
+        read(tmp_path, made, {"format": "svdquant_w4a4", "act_unsigned": True}, (64, 64))
 
 
 def test_a_factor_on_the_inputs_columns_multiplies_the_weight(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from tests.quant.files import encodings
 
 N, K = 32, 64
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-FORMATS = [*FP8, "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "nonsense", None, 7]
+INT4 = ["convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "svdquant_w4a4"]
+FORMATS = [*FP8, "nvfp4", "mxfp8", "int8_tensorwise", *INT4, "nonsense", None, 7]
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 OUTCOMES: Counter[str] = Counter()
@@ -46,6 +47,7 @@ def tensors_of(random: np.random.Generator) -> dict[str, list[torch.Tensor]]:
                 octets.float().bfloat16(),
                 octets[0].view(e4m3),
             ),
+            octets[:, K // 2 :].contiguous().view(torch.int8),
         ],
         "weight_scale": [
             *(
@@ -57,12 +59,20 @@ def tensors_of(random: np.random.Generator) -> dict[str, list[torch.Tensor]]:
             ),
             *(floats[:5].contiguous(), floats[:2], scale.bfloat16(), blocks, blocks.view(e4m3), blocks[:N].view(e4m3)),
             *(blocks.view(torch.float8_e8m0fnu), blocks[:100].contiguous(), floats.reshape(1, -1)),
+            *(floats[:4].repeat(1, 8), floats[:1].repeat(1, 8)),
         ],
         "weight_scale_2": [scale, scale.reshape(1), floats[:2, 0].contiguous(), blocks[0, 0]],
         "input_scale": [scale],
         "pre_quant_scale": [torch.ones(K) * 2, torch.ones(K - 1), torch.ones(K).to(e4m3)],
         "scale_weight": [scale],
-        "weight_codebook": [torch.zeros(16)],
+        "weight_codebook": [torch.linspace(-1, 1, 16), floats[0].contiguous()],
+        "weight_s_rel": [blocks[:N].view(e4m3), blocks[:N], floats[:N], floats[:N, :2]],
+        "weight_s_channel": [floats[:N, 0] / 32, floats[:5, 0]],
+        "weight_zeros": [floats[:4].repeat(1, 8), floats[:2].repeat(1, 8)],
+        "weight_proj_down": [floats[:K], floats[:K].bfloat16(), floats[:5]],
+        "proj_up": [floats[:N], floats[:N, :2]],
+        "weight_smooth_factor": [floats[:16].reshape(-1), floats[0]],
+        "smooth_factor": [floats[:16].reshape(-1)],
     }
 
 
@@ -79,6 +89,16 @@ RIGHT: list[tuple[dict[str, int], dict[str, Any] | None]] = [
     ({"weight": 3, "weight_scale": 2}, {"format": "int8_tensorwise"}),
     ({"weight": 3, "weight_scale": 0}, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}),
     ({"weight": 4}, None),
+    ({"weight": 6, "weight_scale": 3}, {"format": "convrot_w4a4", "convrot_groupsize": 16}),
+    (
+        {"weight": 6, "weight_s_rel": 0, "weight_s_channel": 0, "weight_codebook": 0},
+        {"format": "asym_w4a8_int8", "convrot_groupsize": 64},
+    ),
+    ({"weight": 6, "weight_scale": 14}, {"format": "awq_w4a16"}),
+    (
+        {"weight": 6, "weight_scale": 15, "weight_proj_down": 0, "proj_up": 0, "weight_smooth_factor": 0},
+        {"format": "svdquant_w4a4"},
+    ),
 ]
 
 
@@ -127,6 +147,9 @@ def meant(stored: dict[str, torch.Tensor], config: dict[str, Any] | None) -> tor
     """The layer's values by its container's definition, in float64."""
     weight, scale = stored["a.weight"], stored.get("a.weight_scale", stored.get("a.scale_weight"))
     form = config["format"] if config else None
+    if form in INT4:
+        values = meant_of_int4(form, stored, (config or {}).get("convrot_groupsize", 256))
+        return values * stored["a.pre_quant_scale"].double() if "a.pre_quant_scale" in stored else values
     assert scale is not None
     if weight.dtype == torch.uint8:
         values = packed(weight, hi_first=form == "nvfp4")
@@ -143,6 +166,29 @@ def meant(stored: dict[str, torch.Tensor], config: dict[str, Any] | None) -> tor
             values = rotated(values, config.get("convrot_groupsize", 256))
         values = values * grid.repeat_interleave(N // len(grid), 0).repeat_interleave(K // grid.shape[1], 1)
     return values * stored["a.pre_quant_scale"].double() if "a.pre_quant_scale" in stored else values
+
+
+def meant_of_int4(form: str, stored: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+    """The same for the containers of packed integers; AWQ in float32, whose two roundings are part of its definition."""
+    octets = stored["a.weight"].view(torch.uint8)
+    codes = torch.stack([octets & 15, octets >> 4], 2).reshape(N, K).long()
+    signed = (codes - 16 * (codes >= 8)).double()
+    side = {name.removeprefix("a.").removeprefix("weight_"): tensor for name, tensor in stored.items()}
+    if form == "convrot_w4a4":
+        return rotated(signed, size) * side["scale"].double().reshape(-1, 1)
+    if form == "asym_w4a8_int8":
+        relative, codebook = side["s_rel"], side.get("codebook")
+        relative = relative.view(torch.float8_e4m3fn) if relative.dtype == torch.uint8 else relative
+        levels = codes - 8.0 if codebook is None else codebook[codes]
+        whole = (levels * relative.float().repeat_interleave(K // relative.shape[1], 1)).round().clamp(-127, 127)
+        return rotated(whole.double(), size) * side["s_channel"].double().reshape(-1, 1)
+    if form == "awq_w4a16":
+        scale, zeros = (
+            side[leaf].float().t().repeat_interleave(K // len(side[leaf]), 1) for leaf in ("scale", "zeros")
+        )
+        return ((codes - 8).float() * scale + zeros).double()
+    grid = side["scale"].double().t().repeat_interleave(64, 1) / side["smooth_factor"].double()
+    return signed * grid + side["proj_up"].double() @ side["proj_down"].double().t()
 
 
 def packed(weight: torch.Tensor, *, hi_first: bool) -> torch.Tensor:

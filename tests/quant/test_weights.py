@@ -62,6 +62,14 @@ SCALE = beside("weight_scale", F32)
 NVFP4 = (PACKED, beside("weight_scale", F8_E4M3, 128, 4), beside("weight_scale_2", F32))
 BFL = (PACKED, beside("weight_scale", F8_E4M3, 96, 4), beside("weight_scale_2", F32))
 
+INT4 = (beside("weight", I8, 96, 32),)
+W4A4 = {"format": "convrot_w4a4", "convrot_groupsize": 16}
+W4A8 = {"format": "asym_w4a8_int8", "convrot_groupsize": 64}
+W4A8_SIDES = (
+    *(beside("weight_s_rel", F8_E4M3, 96, 4), beside("weight_s_channel", F32, 96)),
+    beside("weight_codebook", F32, 16),
+)
+
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F8_E4M3, F8_E5M2])
 def test_plain_floats_have_no_encodings(dtype: DType) -> None:
@@ -89,6 +97,21 @@ def test_plain_floats_have_no_encodings(dtype: DType) -> None:
             [beside("weight", I8, 96, 64), beside("weight_scale", F32, 96, 1), MARKER],
             {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
         ),
+        ("int4 rotated by 16 (ConvRot W4A4)", [*INT4, beside("weight_scale", F32, 96), MARKER], W4A4),
+        ("int4 for int8, rotated by 64 (W4A8)", [*INT4, *W4A8_SIDES, MARKER], W4A8),
+        (
+            "int4 with zeros by groups of 16 (AWQ W4A16)",
+            [*INT4, beside("weight_scale", BF16, 4, 96), beside("weight_zeros", BF16, 4, 96), MARKER],
+            {"format": "awq_w4a16"},
+        ),
+        (
+            "int4 by groups of 64 and rank 8 (SVDQuant W4A4)",
+            [
+                *(*INT4, beside("weight_scale", BF16, 1, 96), beside("smooth_factor", BF16, 64)),
+                *(beside("proj_down", BF16, 64, 8), beside("weight_proj_up", BF16, 96, 8), MARKER),
+            ],
+            {"format": "svdquant_w4a4"},
+        ),
     ],
 )
 def test_each_container_is_recognised(label: str, entries: list[Entry], said: Any) -> None:
@@ -105,7 +128,6 @@ def test_each_container_is_recognised(label: str, entries: list[Entry], said: An
         ("bitsandbytes", [beside("weight", I8, 24, 8), beside("SCB", F32, 24)]),
         ("bitsandbytes", [PACKED, beside("weight.absmax", F32, 3)]),
         ("nunchaku SVDQuant", [beside("qweight", I8, 24, 4), beside("wscales", BF16, 1, 24)]),
-        ("codebook", [PACKED, beside("weight_codebook", F32, 16)]),
         ("packed U8", [PACKED]),
         ("packed I8", [beside("weight", I8, 24, 8)]),
         ("packed F4", [beside("weight", BY_CODE["F4"], 24, 8)]),
@@ -117,7 +139,7 @@ def test_containers_that_are_not_read_are_refused_by_name_with_a_way_out(contain
         found(*entries)
 
 
-@pytest.mark.parametrize("form", ["convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "float9", 4, None])
+@pytest.mark.parametrize("form", ["w4a8", "awq", "float9", 4, None])
 def test_other_formats_of_a_marker_are_refused_by_name(form: Any) -> None:
     with pytest.raises(DataError, match=f'of the format "{form}"'):
         found(beside("weight", I8, 96, 32), SCALE, MARKER, said={"format": form})

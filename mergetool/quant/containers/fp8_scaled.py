@@ -43,7 +43,7 @@ class ScaledFp8(Encoding):
 
     @property
     def label(self) -> str:
-        """Container, element type and the extent of a scale."""
+        """Dequantiser, element type and the extent of a scale."""
         by_rows = self.block == (1, self.padded[1])
         per = "" if self.grid == (1, 1) else " by rows" if by_rows else f" by blocks of {self.block[1]}"
         return f"scaled FP8 ({self.dtype.name.removeprefix('fp8_')}){per}"

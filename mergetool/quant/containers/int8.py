@@ -1,22 +1,19 @@
 """ComfyUI's ``int8_tensorwise``: int8 with a scale a tensor or row. It is plain or rotated (ConvRot).
 
-    w = q * scale                            plain
-    w = (q_groups @ H) * scale               rotated: H is the normalised regular Hadamard matrix of the group size
-
-H is the Kronecker power of [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] over its norm, symmetric and its own inverse. Sums of signed codes are whole
-numbers below 2^24 and the norm is a power of two, so the rotation is exact in float32 in any order and the scale is the only rounding.
+w = q * scale                            plain
+w = (q_groups @ H) * scale               rotated, see `mergetool.quant.rotation`: the scale is the only rounding
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from mergetool.checkpoint.dtypes import BY_CODE, F32, DType
+from mergetool.quant import rotation
 from mergetool.quant.encoding import (
     SCALE_DTYPES,
     Encoding,
@@ -31,7 +28,6 @@ from mergetool.quant.encoding import (
 from mergetool.quant.quantiser import Quantiser, Round, TensorEntry
 
 I8 = BY_CODE["I8"]
-GROUP_SIZES = (4, 16, 64, 256, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Int8(Encoding):
 
     @property
     def label(self) -> str:
-        """Container, and whether it is rotated."""
+        """Dequantiser, and whether it is rotated."""
         return f"int8 rotated by {self.group} (ConvRot)" if self.group else "int8"
 
     @property
@@ -69,9 +65,7 @@ class Int8(Encoding):
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         codes = np.frombuffer(raw[0], np.int8).reshape(rows, -1)
         if self.group:
-            np.matmul(
-                codes.reshape(-1, self.group).astype(np.float32), hadamard(self.group), out=out.reshape(-1, self.group)
-            )
+            rotation.rotate_codes(codes, self.group, out)
         else:
             np.copyto(out, codes)
         out *= floats(raw[1], self.scale_dtype)[:, None]
@@ -81,37 +75,16 @@ class Int8(Encoding):
         return floats(raw[1], self.scale_dtype)[:, None]
 
 
-@cache
-def hadamard(size: int) -> Floats:
-    """The normalised regular Hadamard matrix of a size that is a power of 4; exact in float32."""
-    step = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32) / 2
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.kron(matrix, step)
-    return matrix
-
-
 def encoding_of(layer: Layer) -> Int8:
     """Read the layer as int8. Raises DataError where its tensors and its marker contradict each other."""
     rows, columns = shape = layer.matrix(I8)
     scale, info = layer.side("weight_scale", *SCALE_DTYPES)
     if info.numel != 1 and info.shape not in ((rows,), (rows, 1)):
         layer.refuse(f"has a scale of shape {list(info.shape)}", f"one float, [{rows}] or [{rows}, 1]")
-    group = _group(layer, columns)
+    size = layer.rotation()
+    group = 0 if size is None else rotation.checked(layer, size, columns)
     factor = column_factor(layer, columns)
     return Int8(layer.tensor, beside(layer), shape, shape, factor, scale, info.dtype, info.numel, group)
-
-
-def _group(layer: Layer, columns: int) -> int:
-    """The rotation's group size, 0 for none; raises DataError for one that does not fit."""
-    size = layer.rotation()
-    if size is None:
-        return 0
-    if type(size) is not int or size not in GROUP_SIZES or columns % size:
-        layer.refuse(
-            f"is rotated by groups of {str(size)[:20]} for {columns} columns", "a power of 4 that divides them"
-        )
-    return size
 
 
 class Int8Quantiser(Quantiser):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mergetool.checkpoint.dtypes import BY_CODE, F8_E4M3, F32, DType
-from mergetool.quant import block_scales
+from mergetool.quant import block_scales, nibbles
 from mergetool.quant.block_scales import tiled
 from mergetool.quant.encoding import Encoding, Floats, Layer, Octets, Span, beside, column_factor, rounded_up
 from mergetool.quant.fp8 import narrow, round_to_bits, widen
@@ -33,10 +33,7 @@ _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], np.uint8)
 # Magnitude -> its step. Between steps a and b, as at 2 and 4, noise is that of the step whose square is a^2 - ab + b^2.
 _STEPS = np.array([0.5, 0.5, 0.5, 0.5, 0.75**0.5, 1, 3**0.5, 2], np.float32)
 
-# Byte -> its two values, in column order, moved as one 8-byte item: 0.4 ns an element.
-_BYTES = np.arange(256)
-_HIGH_FIRST = np.stack([E2M1[_BYTES >> 4], E2M1[_BYTES & 15]], axis=1).view(np.float64).ravel()
-_LOW_FIRST = np.stack([E2M1[_BYTES & 15], E2M1[_BYTES >> 4]], axis=1).view(np.float64).ravel()
+_HIGH_FIRST, _LOW_FIRST = nibbles.pairs(E2M1, high_first=True), nibbles.pairs(E2M1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Nvfp4(Encoding):
 
     @property
     def label(self) -> str:
-        """Container and whose."""
+        """Dequantiser and whose."""
         return "nvfp4" if self.comfyui else "nvfp4 (BFL's order)"
 
     @property
@@ -81,7 +78,7 @@ class Nvfp4(Encoding):
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         pairs = _HIGH_FIRST if self.comfyui else _LOW_FIRST
-        np.take(pairs, np.frombuffer(raw[0], np.uint8).reshape(rows, -1), out=out.view(np.float64), mode="clip")
+        nibbles.take(pairs, np.frombuffer(raw[0], np.uint8).reshape(rows, -1), out)
         values = out.reshape(rows, -1, BLOCK)
         values *= self._scales(raw, row, rows)[:, :, None]
 
