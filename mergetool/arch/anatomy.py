@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 from mergetool.arch.prefixes import spelled
+from mergetool.arch.signs import Fp16, Stock
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.errors import UsageError
@@ -152,7 +153,8 @@ class Family(ABC):
     unquantised: frozenset[str] = frozenset()  # parts that never are, since programs read a size off their stored shape
     quantised_layout: str | None = None  # the layout that a quantised file must have
     presets: tuple[Preset, ...] = ()
-    overflows_fp16 = False  # whether activations are known to leave fp16's range
+    fp16: Fp16 = "computed"  # what the programs that run its models do with fp16
+    stock: tuple[Stock, ...] = ()  # published models that others build on; of several whose words a name has the first
     gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
     loader: str | None = None  # diffusers' class that loads its LoRAs, where what that does is known and tested
@@ -300,6 +302,10 @@ class Family(ABC):
         ``config`` is the config.json beside it.
         """
         return None
+
+    def in_fp16(self, anatomy: Anatomy) -> Fp16:
+        """The way of programs with such a model in fp16."""
+        return self.fp16
 
     def fp16_witness(self, anatomy: Anatomy) -> str | None:
         """The part that ComfyUI looks at before it computes in fp16."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
 from mergetool.arch.rows import IndivisibleError, divide, label, listed, own_columns, sizes
+from mergetool.arch.signs import Fp16, Like, Shapes, Signature, Variant
 from mergetool.arch.table import BLOCK, Match, Named, NameTable, size_of
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
@@ -17,41 +17,7 @@ from mergetool.errors import FamilyError
 from mergetool.quant.encoding import Encoding
 from mergetool.quant.weights import side_tensors
 
-Shapes = Mapping[str, tuple[int, ...]]
-Like = tuple[int | None, ...] | None
-"""A shape with None for any number of rows or columns, or None for any shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """The signs of a model in ``layout``: tensors that it ``has``, tensors that it ``lacks``.
-
-    Shapes count.
-    """
-
-    layout: str
-    has: Mapping[str, Like]
-    lacks: Mapping[str, Like] = field(default_factory=dict)
-
-    def fits(self, shapes: Shapes) -> bool:
-        """Whether ``shapes``, under the model's own names, are such a model's."""
-        return _fits(self.has, self.lacks, shapes)
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A kind of a family's models that a header tells.
-
-    It ``has`` parts, of such shapes, and none of those that it ``lacks``.
-    """
-
-    name: str
-    has: Mapping[str, Like] = field(default_factory=dict)
-    lacks: Mapping[str, Like] = field(default_factory=dict)
-
-    def fits(self, shapes: Shapes) -> bool:
-        """Whether ``shapes``, by canonical name, are such a model's."""
-        return _fits(self.has, self.lacks, shapes)
+__all__ = ["KnownFamily", "Like", "Shapes", "Signature", "Variant"]
 
 
 class KnownFamily(Family):
@@ -225,9 +191,18 @@ class KnownFamily(Family):
 
     def variant(self, anatomy: Anatomy, config: Mapping[str, Any] | None = None) -> str | None:
         """See `Family.variant`: the first of ``variants`` that fits."""
+        found = self._variant(anatomy, config)
+        return None if found is None else found.name
+
+    def in_fp16(self, anatomy: Anatomy) -> Fp16:
+        """See `Family.in_fp16`."""
+        found = self._variant(anatomy)
+        return (found and found.fp16) or self.fp16
+
+    def _variant(self, anatomy: Anatomy, config: Mapping[str, Any] | None = None) -> Variant | None:
         shapes = {name: part.shape for name, part in anatomy.parts.items()}
         shapes |= dict.fromkeys(self.markers(config or {}), (0,))
-        return next((variant.name for variant in self.variants if variant.fits(shapes)), None)
+        return next((variant for variant in self.variants if variant.fits(shapes)), None)
 
     # -- shapes --------------------------------------------------------------------------------------------------------------
 
@@ -380,23 +355,6 @@ def _comes_out(match: Match, rows: int, columns: int | None) -> bool:
     except IndivisibleError:
         return False
     return True
-
-
-def _fits(has: Mapping[str, Like], lacks: Mapping[str, Like], shapes: Shapes) -> bool:
-    return all(_is_there(*row, shapes) for row in has.items()) and not any(
-        _is_there(*row, shapes) for row in lacks.items()
-    )
-
-
-def _is_there(name: str, like: Like, shapes: Shapes) -> bool:
-    shape = shapes.get(name)
-    if shape is None and name.endswith(".scale"):
-        shape = shapes.get(f"{name.removesuffix('scale')}weight")
-    if shape is None:
-        return False
-    return like is None or (
-        len(like) == len(shape) and all(wanted in (None, size) for wanted, size in zip(like, shape, strict=True))
-    )
 
 
 def _canonical(name: str, match: Match | None) -> str:

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from mergetool import arch
 from mergetool.adapters.rows import ChangeRows, StackedRows
 from mergetool.arch import Part, meeting, prefixes
+from mergetool.arch.signs import IN_FP16
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.names import quoted
@@ -395,8 +396,11 @@ class _Planner:
             )
         if self.quantiser is not None:
             warnings.append(self._what_is_quantised())
-        if self.family.overflows_fp16 and self.options.dtype == "fp16":
-            warnings.append(f"fp16 output: {self.family.name}'s activations overflow in fp16; bf16 is the safe choice")
+        how = IN_FP16.get(self.family.in_fp16(self.first.anatomy))
+        if how is not None and self.options.dtype == "fp16":
+            warnings.append(
+                f"fp16 output: {self.family.name}'s activations overflow in fp16, so that {how}; bf16 is the safe choice"
+            )
         return warnings
 
     def _what_is_quantised(self) -> str:

@@ -11,6 +11,7 @@ from mergetool.arch.anatomy import NATIVE
 from mergetool.arch.families import FAMILIES
 from mergetool.arch.generic import Generic
 from mergetool.arch.known import KnownFamily, Like
+from mergetool.arch.signs import IN_FP16
 from mergetool.arch.table import BLOCK
 
 HEAD = """\
@@ -81,8 +82,8 @@ def _stored(family: KnownFamily) -> Iterator[str]:
         yield f"- A quantised file has the {family.quantised_layout} layout."
     if family.kept:
         yield f"- Keep the group `{family.kept}` of one model (`--protect {family.kept}`); totals of `compare` leave it out."
-    if family.overflows_fp16:
-        yield "- Activations are known to leave fp16's range: store bf16, not fp16."
+    if family.fp16 != "computed":
+        yield f"- Activations are known to leave fp16's range, so that {IN_FP16[family.fp16]}: store bf16, not fp16."
     if family.unused:
         yield f"- {_words(sorted(family.unused))} may be in a file and is never read by the model."
 

@@ -112,7 +112,7 @@ class Flux(FluxLike):
         ),
     )
     variants = (
-        Variant("Fill", has={"x_embedder.weight": (None, 384)}),
+        Variant("Fill", has={"x_embedder.weight": (None, 384)}, fp16="avoided"),
         Variant("Canny or Depth", has={"x_embedder.weight": (None, 128)}),
         Variant("dev, Kontext or Krea", has={"time_text_embed.guidance_embedder.linear_1.weight": None}),
         Variant("schnell", lacks={"time_text_embed.guidance_embedder.linear_1.weight": None}),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily
+from mergetool.arch.signs import Fp16
 
 CONTROLNET: Mapping[str, None] = dict.fromkeys(("controlnet_x_embedder.weight", "controlnet_blocks.0.weight"))
 """Tensors of a ControlNet, which has all of a model's names."""
@@ -27,6 +28,7 @@ class FluxLike(KnownFamily):
     # Modulations are a quarter of Flux.1: published FP8 files of 11.9 GB have them quantised too.
     quantised = frozenset({"double", "single"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
+    fp16: Fp16 = "capped"
     lora_prefix = "transformer."
     lora_alphas = False  # of Flux.1's proj_out is a module, and the end of the names of others; of Flux.2's diffusers rejects them
     in_comfyui = frozenset({"transformer.", "lycoris_", "lora_transformer_", ""})

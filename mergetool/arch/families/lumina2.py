@@ -118,7 +118,7 @@ class Lumina2(KnownFamily):
     unused = frozenset({"norm_final.weight"})
     precise = frozenset({"refiner", "norm", "adaln", "embedder", "pooled", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
-    overflows_fp16 = True
+    fp16 = "avoided"
     # diffusers splits q, k and v of such names, where a file has every module of each of its blocks and nothing else
     lora_layout = "comfyui"
     lora_alphas = False

@@ -101,7 +101,7 @@ class QwenImage(KnownFamily):
     # A third of the model is modulation: files of 20.4 GB have it in FP8 too.
     quantised = frozenset({"blocks"})
     precise = frozenset({"norm", "embedder", "final"})
-    overflows_fp16 = True  # ComfyUI computes it in bf16 and float32 only
+    fp16 = "avoided"
     lora_prefix = "transformer."
     lora_alphas = False  # beside an alpha diffusers puts the prefix there twice
     in_comfyui = frozenset({"transformer.", "lycoris_", ""})

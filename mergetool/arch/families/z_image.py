@@ -113,7 +113,7 @@ class ZImage(KnownFamily):
         Preset("early-layers", ("*=0", "layers=linear(1,0)")),
         Preset("late-layers", ("*=0", "layers=linear(0,1)")),
     )
-    overflows_fp16 = True
+    fp16 = "witnessed"
     gains_grow = True
     loader = "ZImageLoraLoaderMixin"
     in_comfyui = frozenset({"diffusion_model.", "transformer.", "lycoris_", ""})

@@ -109,8 +109,11 @@ def forward(model: str, inputs: str, out: str) -> dict[str, Any]:
     return {}
 
 
-def recognise(shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """What ComfyUI takes a model of any size for by its names and ``shapes``, as ``load`` says it; no weights are made."""
+def recognise(shapes: dict[str, list[int]], dtypes_only: bool = False) -> dict[str, Any]:
+    """What ComfyUI takes a model of any size for by its names and ``shapes``, as ``load`` says it; no weights are made.
+
+    With ``dtypes_only`` the answer is the dtypes that ComfyUI computes in.
+    """
     tensors = {
         name: torch.zeros(shape) if len(shape) == 1 else torch.empty(shape, device="meta")
         for name, shape in shapes.items()
@@ -118,6 +121,8 @@ def recognise(shapes: dict[str, list[int]]) -> dict[str, Any]:
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     bare = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors
     config = comfy.model_detection.model_config_from_unet(bare, "")
+    if dtypes_only:
+        return {"dtypes": [str(dtype).removeprefix("torch.") for dtype in config.supported_inference_dtypes]}
     if config is None:  # diffusers' names, as load_diffusion_model looks for them
         renamed = comfy.model_detection.convert_diffusers_mmdit(bare, "")
         if renamed is None:
