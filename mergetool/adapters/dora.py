@@ -22,12 +22,13 @@ import numpy.typing as npt
 
 from mergetool.adapters.adapter import Change, is_by_columns
 from mergetool.adapters.lora_file import LoraFile
-from mergetool.adapters.values import factor, widened
+from mergetool.adapters.values import factor
 from mergetool.arch import Part
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.quant.encoding import Encoding, Floats, Span
+from mergetool.quant.fp8 import widened
 
 EPSILON = 2.0**-23
 

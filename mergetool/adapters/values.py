@@ -8,10 +8,8 @@ import numpy as np
 
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.lora_file import LoraFile
-from mergetool.checkpoint import dtypes
-from mergetool.checkpoint.dtypes import DType
-from mergetool.quant import fp8
-from mergetool.quant.encoding import Floats, floats
+from mergetool.quant.encoding import Floats
+from mergetool.quant.fp8 import widened
 
 
 def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Floats, Floats] | None:
@@ -63,18 +61,6 @@ def factor(file: LoraFile, key: str, row: int = 0, rows: int | None = None) -> F
     size = width * info.dtype.bits // 8
     raw = file.checkpoint.read(key, row * size, count * size)
     return widened(memoryview(raw), info.dtype).reshape(count, *info.shape[1:])
-
-
-def widened(raw: memoryview, dtype: DType) -> Floats:
-    """Stored floats as float32: exactly, but for F64, which is rounded."""
-    if dtype in (dtypes.F8_E4M3, dtypes.F8_E5M2):
-        codes = np.frombuffer(raw, np.uint8)
-        out = np.empty(codes.shape, np.float32)
-        fp8.widen(codes, dtype, out)
-        return out
-    if dtype.code == "F64":
-        return np.frombuffer(raw, "<f8").astype(np.float32)
-    return floats(raw, dtype)
 
 
 def _scaled(values: Floats, scale: float) -> Floats:

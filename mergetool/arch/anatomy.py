@@ -135,6 +135,19 @@ class Lookalike:
     own_words: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class InputEmbedder:
+    """The weight ``part`` that embeds a model's input, whose dimension 1 has a plain model's channels first.
+
+    Models for inpainting, editing or control have those of a mask or of other pictures behind. A plain model has as many as ``output``, the
+    weight that makes its result, has rows for each of ``patch`` places.
+    """
+
+    part: str
+    output: str
+    patch: int = 1
+
+
 class Family(ABC):
     """An architecture: its layouts, its groups, and the names of its parts in each layout.
 
@@ -176,6 +189,8 @@ class Family(ABC):
     transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
+
+    input_embedder: InputEmbedder | None = None  # where models with other inputs are wider
 
     def is_vector(self, part: str) -> bool:
         """Whether a part is neither a weight nor a bias of a module. No program applies a LoRA's change to it."""

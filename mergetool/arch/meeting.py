@@ -48,10 +48,12 @@ def check_families(first: Recognised, other: Recognised) -> None:
     )
 
 
-def check(first: Recognised, other: Recognised, chosen: Collection[str] | None = None) -> list[str]:
+def check(
+    first: Recognised, other: Recognised, chosen: Collection[str] | None = None, carried: Collection[str] = ()
+) -> list[str]:
     """Compare the parts of two models, and describe large mismatches.
 
-    ``chosen`` are the parts of ``first`` that count, None for all.
+    ``chosen`` are the parts of ``first`` that count, None for all; ``carried`` those of ``other`` that are used though ``first`` lacks them.
 
     A part meets where both models have it as floats. Raises FamilyError for models that do not meet.
     """
@@ -76,6 +78,8 @@ def check(first: Recognised, other: Recognised, chosen: Collection[str] | None =
         said.append(
             f"{100 * missing:.2g} % of the parameters of {first.name} are not in {other.name} and stay as they are ({_name(alone, first)})"
         )
+    strange = {name: part for name, part in strange.items() if name not in carried}
+    left = _size(strange) / _size(offered)
     if left > WORTH_SAYING:
         said.append(
             f"{100 * left:.2g} % of the parameters of {other.name} are not in {first.name} and are left out ({_name(strange, other)})"

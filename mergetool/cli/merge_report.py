@@ -184,6 +184,17 @@ def plan_json(plan: Plan, memory: int) -> dict[str, Any]:
             for tensor in plan.tensors
         ],
         "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
+        "padded": [
+            {
+                "tensor": padding.tensor,
+                "models": list(padding.models),
+                "from": list(padding.shape),
+                "to": list(padding.to),
+                "as_in": list(padding.wider),
+                "factor": float(padding.factor),
+            }
+            for padding in plan.padded
+        ],
         "warnings": list(plan.warnings),
         "metadata": dict(plan.header.metadata),
     }

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from mergetool.adapters.values import widened
 from mergetool.engine import merge
 from mergetool.quant.encoding import Floats
+from mergetool.quant.fp8 import widened
 from mergetool.recipe.plan import Plan
 
 

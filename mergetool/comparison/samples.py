@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergetool.adapters.values import widened
 from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.comparison.distances import comparable
@@ -16,6 +15,7 @@ from mergetool.comparison.energies import Distance, Energies
 from mergetool.engine.feeding.values import ValueReader
 from mergetool.ops.sums import square
 from mergetool.quant.encoding import Floats
+from mergetool.quant.fp8 import widened
 from mergetool.recipe.steps import Input, Window, window_of
 
 MOST, LEAST = 4096, 64

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from mergetool import __version__
+from mergetool.arch import Anatomy
 from mergetool.checkpoint import journal, shards
 from mergetool.checkpoint.journal import RunDigest
 from mergetool.checkpoint.outputs import Target, model_target
@@ -248,15 +249,20 @@ def config_files(plan: Plan) -> Mapping[str, bytes]:
 
     There is none where the tensors have ComfyUI's names: diffusers would take it for a promise, and load random weights in their place.
     """
-    anatomy = plan.inputs[0].anatomy
+    anatomy, own = plan.anatomy, _shapes(plan.inputs[0].anatomy)
+    others = {name: shape for name, shape in _shapes(anatomy).items() if own.get(name) != shape}
     if plan.layout == "comfyui" or plan.prefix:
         return {}
     for model in plan.inputs:
         named_alike = (model.anatomy.layout, model.anatomy.prefix) == (plan.layout, plan.prefix)
-        if model.checkpoint.config is not None and named_alike:
+        if model.checkpoint.config is not None and named_alike and others.items() <= _shapes(model.anatomy).items():
             return {"config.json": _json_file(model.checkpoint.config)}
     derived = anatomy.family.config(anatomy)
     return {} if derived is None else {"config.json": _json_file(derived)}
+
+
+def _shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    return {name: part.shape for name, part in anatomy.parts.items()}
 
 
 def stem_of(plan: Plan) -> str:

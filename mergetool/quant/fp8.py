@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, DType
-from mergetool.quant.encoding import Floats, Octets
+from mergetool.checkpoint.dtypes import F8_E4M3, F8_E5M2, F64, DType
+from mergetool.quant.encoding import Floats, Octets, floats
 
 # Mantissa bits, and 2^(127 - bias): what a code placed in float32's low exponent bits is short of.
 _MANTISSA: Mapping[DType, int] = MappingProxyType({F8_E4M3: 3, F8_E5M2: 2})
@@ -40,6 +40,16 @@ def widen(codes: Octets, dtype: DType, out: Floats, scale: np.float32 | Floats |
             out *= scale
     if codes.size and int((codes & 0x7F).max()) >= _FIRST_SPECIAL[dtype]:
         _restore_specials(codes, dtype, out)
+
+
+def widened(raw: memoryview, dtype: DType) -> Floats:
+    """Stored floats of any blendable dtype as float32: exactly, but for F64, which is rounded."""
+    if dtype in _MANTISSA:
+        codes = np.frombuffer(raw, np.uint8)
+        out = np.empty(codes.shape, np.float32)
+        widen(codes, dtype, out)
+        return out
+    return np.frombuffer(raw, "<f8").astype(np.float32) if dtype is F64 else floats(raw, dtype)
 
 
 def spacing(codes: Octets, dtype: DType, scale: Floats | np.float32) -> Floats:

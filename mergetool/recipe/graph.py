@@ -94,18 +94,18 @@ class Sum:
                 for argument in term.operand.arguments:
                     yield from argument.calls()
 
-    def without(self, loras: Collection[str]) -> Sum:
-        """The sum with these LoRAs taken for zero. A method call of which nothing else is left is zero too."""
+    def without(self, names: Collection[str]) -> Sum:
+        """The sum with these LoRAs or models taken for zero. A method call of which nothing else is left is zero too."""
         kept = []
         for term in self.terms:
             operand = term.operand
-            if isinstance(operand, Lora) and operand.name in loras:
+            if isinstance(operand, Lora | Model) and operand.name in names:
                 continue
             if isinstance(operand, Sum):
-                operand = operand.without(loras)
+                operand = operand.without(names)
                 left = len(operand.terms)
             elif isinstance(operand, Call):
-                operand = replace(operand, arguments=tuple(normal(a.without(loras)) for a in operand.arguments))
+                operand = replace(operand, arguments=tuple(normal(a.without(names)) for a in operand.arguments))
                 left = sum(len(argument.terms) for argument in operand.arguments)
             else:
                 left = 1

@@ -7,19 +7,19 @@ Policy, for every part (a parameter under its canonical name) of the anchor:
 * in ``multipliers`` with 0: kept from the anchor;
 * missing from one of the other models: kept, and named; a LoRA that does not change it counts as zero;
 * integers, booleans and other types that cannot be blended: kept, and named;
-* of different shape in two models: an error, unless it is kept; it then has the shape of the model that it is kept from.
+* of different shape in two models: padded with zeros where `recipe.unequal` says so, else an error, unless it is kept; it then has the
+  shape of the model that it is kept from.
 
 Every model of the expression has to meet the first one: see `arch.meeting`.
 
 A kept part is copied bit for bit when its dtype is already the output's, and rounded once when it is not; a quantised weight is
 copied, with its scales, when the output's container is its own. Without ``quant`` quantised weights become BF16. A part that
-only other models have is left out, and named. What is
+only other models have is carried where `recipe.unequal` says so, else left out, and named. What is
 bundled with the model (a VAE or text encoder): see `recipe.bundled`; metadata: see `recipe.metadata`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -27,7 +27,7 @@ from types import MappingProxyType
 
 from mergetool import arch
 from mergetool.adapters.rows import ChangeRows, StackedRows
-from mergetool.arch import Part, meeting, prefixes
+from mergetool.arch import Anatomy, Part, meeting, prefixes
 from mergetool.arch.signs import IN_FP16
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
@@ -38,11 +38,13 @@ from mergetool.options.merging import MergeOptions
 from mergetool.quant import register
 from mergetool.quant.quantiser import Quantiser
 from mergetool.quant.weights import is_side_tensor
-from mergetool.recipe import bundled, groups, metadata, provenance, quantised
+from mergetool.recipe import bundled, groups, metadata, provenance, quantised, unequal
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
+from mergetool.recipe.graph import Sum
 from mergetool.recipe.stacks import Stack, stack_loras, stack_name
 from mergetool.recipe.steps import COPY, MERGED, SET_TO_0, Input, OutputTensor, Step, Window, window_of
+from mergetool.recipe.unequal import Padding, Unequal
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Plan:
     prefix: str
     tensors: tuple[OutputTensor, ...]
     left_out: tuple[tuple[str, str], ...]  # name, reason
+    anatomy: Anatomy  # the anchor's, with what the output has more
     warnings: tuple[str, ...] = ()
+    padded: tuple[Padding, ...] = ()
     header: Header = field(default_factory=lambda: Header.plan([]))
 
     @property
@@ -118,17 +122,22 @@ class _Planner:
         self.inputs = inputs
         self.first = inputs[0]
         self.family = self.first.anatomy.family
+        for other in inputs[1:]:
+            meeting.check_families(self.first, other)
+        self.unequal = Unequal.of(expression, inputs)
+        self.anatomy = self.unequal.anatomy
         self.options = options = replace(options, multipliers=groups.expand(options.settings, self.family))
         self.column = {model.name: i for i, model in enumerate(inputs)}
         self.needed = [self.column[name] for name in expression.graph.models()]
         self.loras = [self.column[name] for name in expression.loras]
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
-        for other in inputs[1:]:
-            meeting.check_families(self.first, other)
         if options.prefix is not None:
             prefixes.check(options.prefix)
         self.kept = self._kept_parts()
-        self.multiplier = groups.resolve(self.options.settings, self.first.anatomy)
+        self.multiplier = groups.resolve(self.options.settings, self.anatomy)
+        self.dropped = self._dropped()
+        parts = {name: part for name, part in self.anatomy.parts.items() if name not in self.dropped}
+        self.anatomy = replace(self.anatomy, parts=parts)
         self.unmet = self._check_meeting()
         self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
         self.quantiser = register.quantiser(options.quant) if options.quant else None
@@ -136,9 +145,7 @@ class _Planner:
             able = " or ".join(f"`quant={one.quant}`" for one in register.quantisers() if one.has_tensor_scale)
             raise UsageError(f"`scale_search` looks for the scale of a whole tensor; it needs {able}.")
         self.is_quantised = (
-            quantised.is_quantised(self.first.anatomy, self.quantiser, self.beside)
-            if self.quantiser
-            else lambda _: False
+            quantised.is_quantised(self.anatomy, self.quantiser, self.beside) if self.quantiser else lambda _: False
         )
 
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
@@ -163,6 +170,10 @@ class _Planner:
         tensors = self._in_file_order(tensors) if layout == self.first.anatomy.layout else tensors
         header = Header.plan((entry for tensor in tensors for entry in tensor.entries()), {**carried, **record})
         by_name = {tensor.name: tensor for tensor in tensors}
+        happened = {
+            s.part: s.reason for tensor in tensors for s in tensor.steps if s.part not in self.kept and s.multiplier
+        }
+        padded = tuple(padding for name, padding in self.unequal.padded.items() if name in happened)
         return Plan(
             self.expression,
             self.inputs,
@@ -171,12 +182,15 @@ class _Planner:
             prefix,
             tuple(by_name[name] for name in header.tensors if name in by_name),
             tuple(left_out),
+            self._output_anatomy(),
             (
                 *self._warnings(),
+                *self.unequal.notes(happened, self.expression),
                 *bundled.warnings(self.inputs, tensors, self.options.bundled),
                 *metadata.disagreements(self.inputs, carried),
                 *warnings,
             ),
+            padded,
             header,
         )
 
@@ -188,10 +202,11 @@ class _Planner:
         for lora in (self.inputs[column] for column in self.loras):
             meeting.check_change(self.first, lora, chosen, lora.unmatched)
         others = [self.inputs[column] for column in self.needed if column != 0]
-        return [text for model in others for text in meeting.check(self.first, model, chosen)]
+        carried = self.unequal.carried.keys() - self.dropped.keys()
+        return [text for model in others for text in meeting.check(self.first, model, chosen, carried)]
 
     def _kept_parts(self) -> dict[str, str]:
-        options, anatomy = self.options, self.first.anatomy
+        options, anatomy = self.options, self.anatomy
         kept: dict[str, str] = {}
         if options.include:
             chosen = frozenset[str]().union(*arch.select(options.include, anatomy).values())
@@ -199,7 +214,8 @@ class _Planner:
         for label, patterns in (("excluded", options.exclude), ("protected", options.protect)):
             for pattern, names in (arch.select(patterns, anatomy) if patterns else {}).items():
                 kept |= dict.fromkeys(names, f"{label}: {pattern}")
-        missing = [name for name in kept if name not in self.inputs[self.keeper].anatomy.parts]
+        keeper = self.inputs[self.keeper].anatomy.parts
+        missing = [name for name in kept if name not in keeper and name not in self.unequal.carried]
         if missing:
             raise FamilyError(
                 f'{self.inputs[self.keeper].name} has no tensor "{missing[0]}" to keep '
@@ -209,8 +225,15 @@ class _Planner:
             raise UsageError("`protect` and `exclude` leave no tensor to merge; select less with them.")
         return kept
 
+    def _dropped(self) -> dict[str, str]:
+        """The parts that would be carried, but are to be kept as a model has them that has them not; with the reason."""
+        keeper = self.inputs[self.keeper].anatomy.parts
+        zero = {name: SET_TO_0 for name in self.unequal.carried if self.multiplier.get(name) == 0}
+        kept = {name: reason for name, reason in self.kept.items() if name in self.unequal.carried}
+        return {name: reason for name, reason in (zero | kept).items() if name not in kept or name not in keeper}
+
     def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:
-        anatomy = self.first.anatomy
+        anatomy = self.anatomy
         wanted = self.options.layout
         if self.quantiser is not None:
             wanted = quantised.layout_of(anatomy, wanted)
@@ -250,10 +273,13 @@ class _Planner:
         return whole or [OutputTensor(name, dtype, shape, tuple(steps), quantiser)]
 
     def _written(self, name: str) -> Part:
-        """The first model's part, in the shape of the model that it is kept from."""
-        mine = self.first.anatomy.parts[name]
-        kept = self.inputs[self.keeper].anatomy.parts[name] if name in self.kept else mine
-        return mine if kept.shape == mine.shape else replace(mine, shape=kept.shape)
+        """The part as it is written: in the shape of the model that it is kept from, or padded."""
+        mine = self.anatomy.parts[name]
+        if name in self.kept:
+            shape = self.inputs[self.keeper].anatomy.parts[name].shape
+        else:
+            shape = mine.shape if self.multiplier.get(name) == 0 else self.unequal.shape(mine)
+        return mine if shape == mine.shape else replace(mine, shape=shape)
 
     def _output_dtype(self, parts: Sequence[Part]) -> DType:
         stored = [BF16 if part.encoding is not None else part.dtype for part in parts]
@@ -264,19 +290,16 @@ class _Planner:
 
     def _step(self, part: Part, first: int, dtype: DType, quantiser: Quantiser | None) -> Step:
         multiplier = self.multiplier.get(part.name, Fraction(1))
+        carried = self.unequal.carried.get(part.name) if part.name not in self.kept else None
+        if carried is not None:
+            return self._carried(part, first, dtype, quantiser, carried)
         reason = self.kept.get(part.name) or (SET_TO_0 if multiplier == 0 else self._obstacle(part.name))
         if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the anchor itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
-            applied = Fraction(0) if reason == SET_TO_0 else Fraction(1)
             column = self.keeper if part.name in self.kept else 0
-            window = self._window(column, part.name)
-            kept = self.inputs[column].anatomy.parts[part.name]
-            if kept.dtype == dtype and kept.encoding is None and quantiser is None:
-                return Step(part.name, first, part.numel, None, (window,), reason, multiplier=applied)
-            stored = quantiser.quant if quantiser else dtype.name
-            reason += quantised.rounded_to(stored)
-            return Step(part.name, first, part.numel, COPY, (window,), reason, multiplier=applied)
+            step = self._copy(part, first, dtype, quantiser, column, reason)
+            return replace(step, multiplier=Fraction(0)) if reason.startswith(SET_TO_0) else step
         program, stacks = self._program(part.name, multiplier)
         columns = self._columns(program)
         if 0 not in columns:
@@ -285,6 +308,27 @@ class _Planner:
         return Step(
             part.name, first, part.numel, self._reindexed(program), windows, MERGED, columns.index(0), multiplier
         )
+
+    def _copy(
+        self, part: Part, first: int, dtype: DType, quantiser: Quantiser | None, column: int, reason: str
+    ) -> Step:
+        """The step of a part that is one model's, bit for bit or rounded once."""
+        model = self.inputs[column]
+        own = model.anatomy.parts[part.name]
+        window = window_of(column, model, own)
+        if own.dtype == dtype and own.encoding is None and quantiser is None:
+            return Step(part.name, first, part.numel, None, (window,), reason)
+        reason += quantised.rounded_to(quantiser.quant if quantiser else dtype.name)
+        return Step(part.name, first, part.numel, COPY, (window,), reason)
+
+    def _carried(self, part: Part, first: int, dtype: DType, quantiser: Quantiser | None, graph: Sum) -> Step:
+        """The step of a part that the anchor lacks."""
+        program = compile_graph(graph, self.column)
+        columns = self._columns(program)
+        if program.instructions == (Load(0, columns[0]),):
+            return self._copy(part, first, dtype, quantiser, columns[0], unequal.reason_of(graph))
+        windows = tuple(self._window(column, part.name) for column in columns)
+        return Step(part.name, first, part.numel, self._reindexed(program), windows, unequal.reason_of(graph))
 
     def _obstacle(self, part: str) -> str | None:
         """The reason why a part that the user did not keep cannot be merged; raises FamilyError for a clash of shapes."""
@@ -299,7 +343,7 @@ class _Planner:
                 return f"not in {self.inputs[column].name}"
             if not (theirs.dtype.blendable and mine.dtype.blendable):
                 return f"{theirs.dtype.name if mine.dtype.blendable else mine.dtype.name} is not blended"
-            if theirs.shape != mine.shape:
+            if theirs.shape != mine.shape and part not in self.unequal.padded:
                 raise self._shape_clash(part, column)
         return None
 
@@ -343,8 +387,14 @@ class _Planner:
                 assert isinstance(rows, ChangeRows)
                 items.append((factor, rows))
             first = self.column[stacks[column - len(self.inputs)][0][1]]
-            return Window(first, items[0][1].tensor, 0, F32, StackedRows.of(items))
-        return window_of(column, self.inputs[column], self.inputs[column].anatomy.parts[part_name])
+            window = Window(first, items[0][1].tensor, 0, F32, StackedRows.of(items))
+            return self.unequal.window(window, self.inputs[first].anatomy.parts[part_name])
+        part = self.inputs[column].anatomy.parts[part_name]
+        return self.unequal.window(window_of(column, self.inputs[column], part), part)
+
+    def _output_anatomy(self) -> Anatomy:
+        """The output's parts, in their shapes there."""
+        return replace(self.anatomy, parts={name: self._written(name) for name in self.anatomy.parts})
 
     def _in_file_order(self, tensors: list[OutputTensor]) -> list[OutputTensor]:
         place = {name: i for i, name in enumerate(self.first.checkpoint.tensors)}
@@ -366,8 +416,8 @@ class _Planner:
             left_out |= dict.fromkeys(unused, "never read by the model")
         for model in self.inputs[1:]:
             for name in model.anatomy.parts:
-                if name not in self.first.anatomy.parts:
-                    left_out.setdefault(name, f"only in {model.name}")
+                if name not in self.anatomy.parts:
+                    left_out.setdefault(name, self.dropped.get(name) or f"only in {model.name}")
             left_out |= {name: f"in {model.name}: {reason}" for name, reason in model.unmatched}
         return list(left_out.items())
 
@@ -377,36 +427,17 @@ class _Planner:
             warnings.append(
                 f'mergetool knows no program that reads names under "{self.options.prefix}", and would not take it off again'
             )
-        for model in (model for model in self.inputs if not model.is_lora):
-            narrow = Counter(
-                p.encoding.label if p.encoding else p.dtype.name
-                for p in model.anatomy.parts.values()
-                if p.encoding or (p.dtype.blendable and p.dtype.bits == 8)
-            )
-            if narrow:
-                share = self.noise.get(model.name)
-                noise = (
-                    "its rounding" if share is None else f"its rounding noise, {100 * share:.2g} % of those weights,"
-                )
-                warnings.append(f"{model.name} is {', '.join(narrow)}: {noise} is part of every difference with it")
+        warnings += quantised.warnings(self.inputs, self.noise)
         kept = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
         if kept and self.quantiser is None and self.options.dtype is None:
             warnings.append(
                 f"{self.first.name}'s quantised weights become bf16; `quant={kept.pop()}` writes its container"
             )
         if self.quantiser is not None:
-            warnings.append(self._what_is_quantised())
+            warnings.append(quantised.what(self.anatomy, self.first.name, self.quantiser, self.is_quantised))
         how = IN_FP16.get(self.family.in_fp16(self.first.anatomy))
         if how is not None and self.options.dtype == "fp16":
             warnings.append(
                 f"fp16 output: {self.family.name}'s activations overflow in fp16, so that {how}; bf16 is the safe choice"
             )
         return warnings
-
-    def _what_is_quantised(self) -> str:
-        assert self.quantiser is not None
-        chosen = [part for part in self.first.anatomy.parts.values() if self.is_quantised([part])]
-        share = sum(part.numel for part in chosen) / sum(part.numel for part in self.first.anatomy.parts.values())
-        follows = any(part.encoding is not None and part.encoding.quant for part in chosen)
-        which = f"the weights that {self.first.name} has quantised" if follows else quantised.policy(self.family)
-        return f"{self.quantiser.quant}: {which}, {100 * share:.1f} % of the parameters; the rest keeps its dtype"

@@ -7,7 +7,8 @@ norms, biases, pad tokens, embedders, modulations, the final layer, and refiners
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 
 from mergetool.arch import Anatomy, Family, Part
@@ -112,3 +113,29 @@ def copied(
         marker = quantiser.marker()
         tensors.append(OutputTensor(f"{layer}.comfy_quant", BY_CODE["U8"], (len(marker),), (), constant=marker))
     return tensors
+
+
+def warnings(inputs: Sequence[Input], noise: Mapping[str, float]) -> Iterator[str]:
+    """Name the inputs of narrow floats or codes, whose rounding is part of every difference.
+
+    ``noise`` is its share by input, where known.
+    """
+    for model in (model for model in inputs if not model.is_lora):
+        narrow = Counter(
+            p.encoding.label if p.encoding else p.dtype.name
+            for p in model.anatomy.parts.values()
+            if p.encoding or (p.dtype.blendable and p.dtype.bits == 8)
+        )
+        if narrow:
+            share = noise.get(model.name)
+            told = "its rounding" if share is None else f"its rounding noise, {100 * share:.2g} % of those weights,"
+            yield f"{model.name} is {', '.join(narrow)}: {told} is part of every difference with it"
+
+
+def what(anatomy: Anatomy, name: str, quantiser: Quantiser, chosen: Callable[[Sequence[Part]], bool]) -> str:
+    """Say which weights of a model ``name`` become quantised."""
+    parts = [part for part in anatomy.parts.values() if chosen([part])]
+    share = sum(part.numel for part in parts) / sum(part.numel for part in anatomy.parts.values())
+    follows = any(part.encoding is not None and part.encoding.quant for part in parts)
+    which = f"the weights that {name} has quantised" if follows else policy(anatomy.family)
+    return f"{quantiser.quant}: {which}, {100 * share:.1f} % of the parameters; the rest keeps its dtype"

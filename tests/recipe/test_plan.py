@@ -96,9 +96,9 @@ def test_a_tensor_missing_from_another_model_is_kept_and_named(family: Path) -> 
     assert reason_of(planned(), "layers.0.attention_norm1.weight") == "not in b.safetensors"
 
 
-def test_a_tensor_only_another_model_has_is_left_out_and_named(family: Path) -> None:
-    edit(family / "a.safetensors", norm_final__weight=torch.ones(64))
-    assert planned().left_out == (("norm_final.weight", "only in a.safetensors"),)
+def test_a_tensor_only_a_subtracted_model_has_is_left_out_and_named(family: Path) -> None:
+    edit(family / "b.safetensors", norm_final__weight=torch.ones(64))
+    assert planned().left_out == (("norm_final.weight", "only in b.safetensors"),)
 
 
 def test_integers_are_never_blended(family: Path) -> None:

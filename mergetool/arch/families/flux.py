@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Lookalike
+from mergetool.arch.anatomy import InputEmbedder, Lookalike
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
 from mergetool.arch.table import Named
@@ -127,6 +127,7 @@ class Flux(FluxLike):
         "pooled": ("time_text_embed.text_embedder.linear_1.weight", 1),
         "guidance": ("time_text_embed.guidance_embedder.linear_1.bias", 0),
     }
+    input_embedder = InputEmbedder("x_embedder.weight", "proj_out.weight")
     optional = frozenset({"guidance"})
     precise = frozenset({"norm", "embedder", "final"})
     # the other names of double blocks are also those of Qwen-Image's and SD3's blocks in diffusers

@@ -7,7 +7,6 @@ from typing import Any
 
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
-from mergetool.arch.known import Variant
 
 CONTEXT = 768
 """The columns of attention to the prompt; Stable Diffusion 2 has 1024."""
@@ -40,10 +39,6 @@ class StableDiffusion1(UNet):
             ("input_blocks.2.1.proj_in", "down_blocks.0.attentions.1.proj_in"): (None, None, 1, 1),
         },
         lacks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
-    )
-    variants = (
-        Variant("inpainting", {"conv_in.weight": (None, 9, 3, 3)}),
-        Variant("InstructPix2Pix", {"conv_in.weight": (None, 8, 3, 3)}),
     )
     measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Preset
+from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -118,6 +118,7 @@ class StableDiffusion3(KnownFamily):
         Variant("3.5 Large or Large Turbo", {_PATCHES: (2432, None, 2, 2)}),
         Variant("3 Medium", {_PATCHES: (1536, None, 2, 2)}, {"transformer_blocks.0.attn.norm_q.weight": None}),
     )
+    input_embedder = InputEmbedder(_PATCHES, "proj_out.weight", 4)
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("pos_embed.proj.bias", 0),
         "channels": (_PATCHES, 1),

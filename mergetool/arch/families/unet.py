@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from mergetool.arch.anatomy import NATIVE, Preset
+from mergetool.arch.anatomy import NATIVE, InputEmbedder, Preset
 from mergetool.arch.families.block_weights import curves
-from mergetool.arch.known import KnownFamily, Like, Signature
+from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
 
@@ -182,6 +182,11 @@ class UNet(KnownFamily):
     precise = frozenset({"norm", "embedder", "resnet", "conv_in", "final"})
     quantised_layout = "comfyui"  # of diffusers' layout ComfyUI renames weights and biases, and loses scales
 
+    variants = (
+        Variant("inpainting", {"conv_in.weight": (None, 9, 3, 3)}),
+        Variant("InstructPix2Pix", {"conv_in.weight": (None, 8, 3, 3)}),
+    )
+    input_embedder = InputEmbedder("conv_in.weight", "conv_out.weight")
     component = "unet"
     lora_prefix = "lora_unet_"  # before ComfyUI's names: of diffusers' it does not know PEFT's of attentions
     lora_alphas = False  # of several diffusers gives attentions the commonest

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from mergetool.arch.anatomy import Preset
+from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.table import Named
 
@@ -152,6 +152,7 @@ class Wan(KnownFamily):
         "vace": ("vace_patch_embedding.bias", 0),
         "vace_input": ("vace_patch_embedding.weight", 1),
     }
+    input_embedder = InputEmbedder(_PATCHES, "proj_out.weight", 4)
     optional = frozenset({"added", "image", "pictured", "tokens", "vace", "vace_input"})
     group_order = (
         *("blocks", "vace", "attention", "self_attn", "cross_attn"),
