@@ -137,9 +137,9 @@ class Lookalike:
 
 @dataclass(frozen=True, slots=True)
 class InputEmbedder:
-    """The weight ``part`` that embeds a model's input, whose dimension 1 has a plain model's channels first.
+    """The weight ``part`` embeds a model's input: a plain model's channels come first.
 
-    Models for inpainting, editing or control have those of a mask or of other pictures behind. A plain model has as many as ``output``, the
+    They lie along dimension 1. Models for inpainting, editing or control have those of a mask or of other pictures behind. A plain model has as many as ``output``, the
     weight that makes its result, has rows for each of ``patch`` places.
     """
 

@@ -1,4 +1,4 @@
-"""Tell models apart that take more as their input: a mask, a picture to change, a picture to follow.
+"""Tell models apart by their input: some take a mask or another picture beside it.
 
 A plain model is such a model whose weights for what it does not take are zero, so the two can be added. That holds along the input channels of
 one weight, a family's `InputEmbedder`; a family without a table has those of all that have one.
@@ -14,9 +14,9 @@ from mergetool.arch.families import FAMILIES
 
 
 def wide_shapes(models: Sequence[Anatomy]) -> dict[str, tuple[int, ...]]:
-    """The parts of which some of ``models`` have more input channels than the others, with the shape of those.
+    """The parts that are wider in some of ``models`` than in the others, with the shape there.
 
-    They are of one family. The others are plain models, and the wide ones all of one width: channels of different kinds have the same
+    The models are of one family. The others are plain models, and the wide ones all of one width: channels of different kinds have the same
     place in models of different widths, and are nothing to be added.
     """
     found = {}

@@ -1,4 +1,4 @@
-"""Rows of a weight with zeros behind them, as those of one with more inputs: read so, not stored so."""
+"""Read a weight's rows with zeros behind them, as a weight with more inputs has them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ZerosBehind(Encoding):
 
     @property
     def label(self) -> str:
-        """What the own elements are, for people."""
+        """The dtype or container of the own elements, for people."""
         return self.dtype.name if self.inner is None else self.inner.label
 
     @property
     def tile_rows(self) -> int:
-        """Those of the own elements."""
+        """The tile of the own elements."""
         return 1 if self.inner is None else self.inner.tile_rows
 
     def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """None: what is read so is never written so."""
+        """None: nothing is rounded to such rows."""
         return np.zeros((rows, 1), np.float32)
 
     def _spans(self, row: int, rows: int) -> tuple[Span, ...]:

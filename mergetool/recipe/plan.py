@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
 
-from mergetool import arch
 from mergetool.adapters.rows import ChangeRows, StackedRows
 from mergetool.arch import Anatomy, Part, meeting, prefixes
 from mergetool.arch.signs import IN_FP16
@@ -38,7 +37,7 @@ from mergetool.options.merging import MergeOptions
 from mergetool.quant import register
 from mergetool.quant.quantiser import Quantiser
 from mergetool.quant.weights import is_side_tensor
-from mergetool.recipe import bundled, groups, metadata, provenance, quantised, unequal
+from mergetool.recipe import bundled, groups, kept, metadata, provenance, quantised, unequal
 from mergetool.recipe.compiler import compile_graph, graph_of
 from mergetool.recipe.expression import Expression
 from mergetool.recipe.graph import Sum
@@ -133,7 +132,7 @@ class _Planner:
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
         if options.prefix is not None:
             prefixes.check(options.prefix)
-        self.kept = self._kept_parts()
+        self.kept = kept.parts(options, self.anatomy, self.inputs[self.keeper], self.unequal.carried)
         self.multiplier = groups.resolve(self.options.settings, self.anatomy)
         self.dropped = self._dropped()
         parts = {name: part for name, part in self.anatomy.parts.items() if name not in self.dropped}
@@ -205,32 +204,12 @@ class _Planner:
         carried = self.unequal.carried.keys() - self.dropped.keys()
         return [text for model in others for text in meeting.check(self.first, model, chosen, carried)]
 
-    def _kept_parts(self) -> dict[str, str]:
-        options, anatomy = self.options, self.anatomy
-        kept: dict[str, str] = {}
-        if options.include:
-            chosen = frozenset[str]().union(*arch.select(options.include, anatomy).values())
-            kept |= {name: "not in `include`" for name in anatomy.parts if name not in chosen}
-        for label, patterns in (("excluded", options.exclude), ("protected", options.protect)):
-            for pattern, names in (arch.select(patterns, anatomy) if patterns else {}).items():
-                kept |= dict.fromkeys(names, f"{label}: {pattern}")
-        keeper = self.inputs[self.keeper].anatomy.parts
-        missing = [name for name in kept if name not in keeper and name not in self.unequal.carried]
-        if missing:
-            raise FamilyError(
-                f'{self.inputs[self.keeper].name} has no tensor "{missing[0]}" to keep '
-                f"({len(missing)} in all); name another model with `keep_from`."
-            )
-        if len(kept) == len(anatomy.parts):
-            raise UsageError("`protect` and `exclude` leave no tensor to merge; select less with them.")
-        return kept
-
     def _dropped(self) -> dict[str, str]:
         """The parts that would be carried, but are to be kept as a model has them that has them not; with the reason."""
         keeper = self.inputs[self.keeper].anatomy.parts
         zero = {name: SET_TO_0 for name in self.unequal.carried if self.multiplier.get(name) == 0}
-        kept = {name: reason for name, reason in self.kept.items() if name in self.unequal.carried}
-        return {name: reason for name, reason in (zero | kept).items() if name not in kept or name not in keeper}
+        held = {name: reason for name, reason in self.kept.items() if name in self.unequal.carried}
+        return {name: reason for name, reason in (zero | held).items() if name not in held or name not in keeper}
 
     def _outputs(self) -> tuple[str, str, list[tuple[str, tuple[str, ...]]]]:
         anatomy = self.anatomy
@@ -344,16 +323,8 @@ class _Planner:
             if not (theirs.dtype.blendable and mine.dtype.blendable):
                 return f"{theirs.dtype.name if mine.dtype.blendable else mine.dtype.name} is not blended"
             if theirs.shape != mine.shape and part not in self.unequal.padded:
-                raise self._shape_clash(part, column)
+                raise unequal.shape_clash(part, self.first, self.inputs[column])
         return None
-
-    def _shape_clash(self, part: str, column: int) -> FamilyError:
-        mine, theirs = self.first.anatomy.parts[part].shape, self.inputs[column].anatomy.parts[part].shape
-        other = self.inputs[column].name
-        return FamilyError(
-            f'tensor "{part}" has shape {list(mine)} in {self.first.name} but {list(theirs)} in {other}; a merge needs equal shapes: leave it '
-            f'out with `exclude="{part}"`, which keeps {self.first.name}\'s (with `keep_from="{other}"` the one of {other}), or pick models of one architecture.'
-        )
 
     def _program(self, part: str, multiplier: Fraction) -> tuple[Program, list[Stack]]:
         """The program of a part, and the LoRAs that it computes as one: their columns follow the inputs'."""
@@ -428,10 +399,10 @@ class _Planner:
                 f'mergetool knows no program that reads names under "{self.options.prefix}", and would not take it off again'
             )
         warnings += quantised.warnings(self.inputs, self.noise)
-        kept = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
-        if kept and self.quantiser is None and self.options.dtype is None:
+        stored = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
+        if stored and self.quantiser is None and self.options.dtype is None:
             warnings.append(
-                f"{self.first.name}'s quantised weights become bf16; `quant={kept.pop()}` writes its container"
+                f"{self.first.name}'s quantised weights become bf16; `quant={stored.pop()}` writes its container"
             )
         if self.quantiser is not None:
             warnings.append(quantised.what(self.anatomy, self.first.name, self.quantiser, self.is_quantised))

@@ -19,6 +19,7 @@ from mergetool.arch.inputs import own_row, wide_shapes
 from mergetool.arch.prefixes import spelled
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
+from mergetool.errors import FamilyError
 from mergetool.options.multipliers import number
 from mergetool.quant.zeros_behind import ZerosBehind
 from mergetool.recipe.expression import Expression
@@ -28,9 +29,9 @@ from mergetool.recipe.steps import Input, Window
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """A weight that some models get zeros behind: ``tensor``, as the anchor calls it, of ``shape`` in ``models``.
+    """A weight that gets zeros behind it in ``models``, where it has the ``shape``.
 
-    ``wider`` are those that have the shape ``to``; their further channels are in the sum ``factor`` times, all together.
+    ``tensor`` is its name in the anchor, ``wider`` are the models that have the shape ``to``; their further channels are in the sum ``factor`` times, all together.
     """
 
     tensor: str
@@ -50,7 +51,10 @@ class Padding:
 
 @dataclass(frozen=True)
 class Unequal:
-    """What is padded, by part, and what is carried: the sum to compute for a part, and the ``anatomy`` of anchor and carried parts."""
+    """The parts that are ``padded`` or ``carried``, and the ``anatomy`` of the anchor with the carried ones.
+
+    A carried part comes with the sum to compute for it.
+    """
 
     anatomy: Anatomy
     padded: Mapping[str, Padding] = field(default_factory=dict)
@@ -78,7 +82,7 @@ class Unequal:
         return Window(window.input, window.tensor, 0, F32, rows, part.stored.row)
 
     def notes(self, parts: Mapping[str, str], expression: Expression) -> Iterator[str]:
-        """What a user should know; ``parts`` are those that it happened to, with the reason."""
+        """Tell of the padded and carried ones among ``parts``, which are those of the output with their reasons."""
         yield from (str(padding) for name, padding in self.padded.items() if name in parts)
         sources: dict[str, list[str]] = {}
         for name, reason in parts.items():
@@ -86,10 +90,19 @@ class Unequal:
                 sources.setdefault(reason, []).append(name)
         factors = expression.graph.coefficients()
         for reason, names in sources.items():
-            whole = [term.operand.name for term in self.carried[names[0]].terms if isinstance(term.operand, Model)]
-            factor = factors.get(whole[0], Fraction(1))
-            as_it_is = f", whole in spite of its factor of {number(factor)}" if len(whole) == 1 and factor != 1 else ""
+            models = self.carried[names[0]].models()
+            factor = factors[models[0]]
+            as_it_is = f", whole in spite of its factor of {number(factor)}" if len(models) == 1 and factor != 1 else ""
             yield f"{expression.anchor} lacks {len(names)} tensors that are {reason}{as_it_is} ({quoted(names[0])})"
+
+
+def shape_clash(part: str, first: Input, other: Input) -> FamilyError:
+    """The error for a part of two shapes that nothing can be done about."""
+    mine, theirs = (list(model.anatomy.parts[part].shape) for model in (first, other))
+    return FamilyError(
+        f'tensor "{part}" has shape {mine} in {first.name} but {theirs} in {other.name}; a merge needs equal shapes: leave it '
+        f'out with `exclude="{part}"`, which keeps {first.name}\'s (with `keep_from="{other.name}"` the one of {other.name}), or pick models of one architecture.'
+    )
 
 
 def reason_of(graph: Sum) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy_extras.nodes_lora_extract as extraction
 import comfy_extras.nodes_model_merging as nodes
 import folder_paths
+from safetensors.torch import load_file, save_file
 
 from tests.oracles.commands.models import loaded
 
@@ -44,6 +46,14 @@ def extract(model: str, base: str, out: str, rank: int, kind: str, bias: bool) -
     return {}
 
 
+def padded_difference(tensors: str, strength: float, out: str) -> dict[str, Any]:
+    """A ``difference`` added to a smaller ``weight`` by ComfyUI's patching, told to pad it."""
+    given = load_file(tensors)
+    patch = (strength, ("diff", (given["difference"], {"pad_weight": True})), 1.0, None, None)
+    save_file({"weight": comfy.lora.calculate_weight([patch], given["weight"], "weight")}, out)
+    return {}
+
+
 def _model(source: Any, results: list[Any]) -> Any:
     return results[source] if isinstance(source, int) else loaded(source).patcher
 
@@ -61,4 +71,4 @@ def _moved_to(out: str, run: Any) -> None:
     made.rename(out)
 
 
-COMMANDS = {"merge": merge, "save": save, "extract": extract}
+COMMANDS = {"merge": merge, "padded_difference": padded_difference, "save": save, "extract": extract}
