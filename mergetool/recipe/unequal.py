@@ -51,7 +51,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Unequal:
-    """The parts that are ``padded`` or ``carried``, and the ``anatomy`` of the anchor with the carried ones.
+    """The parts that are ``padded`` or ``carried``; ``anatomy`` is the anchor's with the latter.
 
     A carried part comes with the sum to compute for it.
     """
@@ -82,7 +82,7 @@ class Unequal:
         return Window(window.input, window.tensor, 0, F32, rows, part.stored.row)
 
     def notes(self, parts: Mapping[str, str], expression: Expression) -> Iterator[str]:
-        """Tell of the padded and carried ones among ``parts``, which are those of the output with their reasons."""
+        """Tell of the padded and carried ones among ``parts``, the output's with their reasons."""
         yield from (str(padding) for name, padding in self.padded.items() if name in parts)
         sources: dict[str, list[str]] = {}
         for name, reason in parts.items():
