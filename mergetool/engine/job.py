@@ -28,6 +28,7 @@ from mergetool.errors import UsageError
 from mergetool.options.kinds import sentence
 from mergetool.options.merging import MergeOptions
 from mergetool.packages import installed
+from mergetool.quant import foreign
 from mergetool.recipe.plan import Plan
 
 # Anonymous memory of a process that has imported torch, which methods and LoRAs need, and opened three models, before it works.
@@ -247,7 +248,8 @@ def _say_what_is_kept(
 def config_files(plan: Plan) -> Mapping[str, bytes]:
     """Find the config.json that a folder output needs. It is an input's own, else derived from the shapes.
 
-    There is none where the tensors have ComfyUI's names: diffusers would take it for a promise, and load random weights in their place.
+    There is none where the tensors have ComfyUI's names: diffusers would take it for a promise, and load random weights in their place. An input's
+    ``quantization_config`` does not go along: it would have diffusers look for the codes that the output no longer has.
     """
     anatomy, own = plan.anatomy, _shapes(plan.inputs[0].anatomy)
     others = {name: shape for name, shape in _shapes(anatomy).items() if own.get(name) != shape}
@@ -256,7 +258,8 @@ def config_files(plan: Plan) -> Mapping[str, bytes]:
     for model in plan.inputs:
         named_alike = (model.anatomy.layout, model.anatomy.prefix) == (plan.layout, plan.prefix)
         if model.checkpoint.config is not None and named_alike and others.items() <= _shapes(model.anatomy).items():
-            return {"config.json": _json_file(model.checkpoint.config)}
+            kept = {key: value for key, value in model.checkpoint.config.items() if key != foreign.CONFIG}
+            return {"config.json": _json_file(kept)}
     derived = anatomy.family.config(anatomy)
     return {} if derived is None else {"config.json": _json_file(derived)}
 

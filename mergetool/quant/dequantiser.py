@@ -16,6 +16,8 @@ class Dequantiser(ABC):
     """Last components of the names of scales that it alone has beside a weight."""
     beside_codes: Mapping[str, str] = MappingProxyType({})
     """Last components that name one of its side tensors beside a weight of 8 bits, and other things elsewhere -> the side tensor's current name."""
+    between: frozenset[str] = frozenset()
+    """Components of names that stand between a weight and its side tensors."""
     rotates: bool = False
     """Whether its weights may be rotated (``convrot``)."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NoReturn, Self
 
@@ -47,7 +47,7 @@ class Layer:
     ``name`` is the module's, without ``.weight``. ``sides`` maps the last component of a side tensor, under its current name
     (``weight_scale`` for the old ``scale_weight``), to the stored name and its TensorInfo. ``config`` is what the file says about
     the layer: the JSON in ``.comfy_quant`` or the entry of ``_quantization_metadata``; None where it says nothing. ``blocks`` are the rows and
-    columns that share a scale by the file's config.json; None where it does not say.
+    columns that share a scale by the file's config.json; None where it does not say. ``read`` gives the bytes of a small stored tensor.
     """
 
     source: str
@@ -56,6 +56,7 @@ class Layer:
     sides: Mapping[str, tuple[str, TensorInfo]]
     config: Mapping[str, Any] | None
     blocks: tuple[int, int] | None = None
+    read: Callable[[str], bytes] = field(default=lambda _: b"", compare=False)
 
     @property
     def tensor(self) -> str:

@@ -18,11 +18,13 @@ from mergetool.quant.spellings import BESIDE_CODES, current, leaf_of
 
 WAY_OUT = f"use the unquantised original, a GGUF of the model, or a file in one of ComfyUI's containers ({', '.join(register.names())})"
 
-READ_BY_TENSORS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+CONFIG = "quantization_config"
+"""The key of a config.json that says how the weights beside it are quantised."""
+
+READ_BY_TENSORS = frozenset({"fp8", "bitsandbytes", "fbgemm_fp8", "compressed-tensors", "modelopt"})
 """Methods of a ``quantization_config`` whose tensors say all that is needed, or give the file away."""
 
 _FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("a bitsandbytes file", frozenset({"SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"})),
     ("a DFloat11 (DF11) file", frozenset({"encoded_exponent", "sign_mantissa"})),
     ("an HQQ file", frozenset({"W_q"})),
     ("a quanto file", frozenset({"_data", "_scale", "_shift"})),
@@ -41,7 +43,7 @@ _FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
 """Containers and the last components of their tensors' names. The first that fits counts: several store a "qweight"."""
 
 _PLACE = {leaf: i for i, (_, leaves) in enumerate(_FORMATS) for leaf in leaves}
-_WITHIN: Mapping[str, int] = {".quant_state.bitsandbytes__": 0, ".tensor_impl.": 4}  # and names that hold these
+_TORCHAO = ".tensor_impl."  # within a name
 _SDNQ = "zero_point"  # beside integers and a scale
 _PLAIN = re.compile(r"weight|.*bias|running_mean|running_var|num_batches_tracked")
 
@@ -54,7 +56,7 @@ def recognised(model: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
     method = _config_method(config)
     if method is None or method in READ_BY_TENSORS:
         return None
-    return f"a {method} file", "quantization_config in config.json"
+    return f"a {method} file", f"{CONFIG} in config.json"
 
 
 def refusal(source: str, container: str, evidence: str) -> DataError:
@@ -119,7 +121,7 @@ def _is_side(leaf: str) -> bool:
 def _place(name: str) -> int | None:
     """The index of the entry of `_FORMATS` that a tensor gives away."""
     place = _PLACE.get(leaf_of(name))
-    return next((i for part, i in _WITHIN.items() if part in name), None) if place is None else place
+    return _PLACE["tensor_data"] if place is None and _TORCHAO in name else place
 
 
 def _not_understood(source: str, name: str, info: TensorInfo, strange: str) -> DataError:
@@ -133,7 +135,7 @@ def _not_understood(source: str, name: str, info: TensorInfo, strange: str) -> D
 
 def _config_method(config: Mapping[str, Any] | None) -> str | None:
     """The ``quant_method`` of a config's ``quantization_config``; None where it has none."""
-    entry = (config or {}).get("quantization_config")
+    entry = (config or {}).get(CONFIG)
     if not entry:
         return None
     method = entry.get("quant_method") if isinstance(entry, Mapping) else None

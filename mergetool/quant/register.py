@@ -55,3 +55,9 @@ def scales() -> frozenset[str]:
 def beside_codes() -> Mapping[str, str]:
     """Last components that name a side tensor beside codes only -> its current name."""
     return {leaf: side for one in every() for leaf, side in one.beside_codes.items()}
+
+
+@cache
+def between() -> frozenset[str]:
+    """Components of names that stand between a weight and its side tensors."""
+    return frozenset().union(*(one.between for one in every()))

@@ -59,4 +59,7 @@ def leaf_of(name: str) -> str:
 
 def module_of(stored: str) -> str:
     """The module of a side tensor: ``a`` of ``a.weight_scale`` and of ``a.weight.scale``."""
-    return stored.rpartition(".")[0].removesuffix(".weight")
+    components = stored.split(".")[:-1]
+    while components and components[-1] in register.between():
+        components.pop()
+    return ".".join(components).removesuffix(".weight")

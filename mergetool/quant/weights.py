@@ -128,34 +128,28 @@ def encodings(
     found: dict[str, Encoding] = {}
     understood = set(old)
     for name, sides in _layers(model, source).items():
-        encoding = _encoding(name, sides, model, said.get(name), old, source, blocks)
         understood |= {stored for stored, _ in sides.values()}
-        if encoding is not None:
-            found[encoding.tensor] = encoding
-            understood.add(encoding.tensor)
+        if name not in said and not spellings.scales() & sides.keys():
+            continue  # a plain weight, beside which there may be the scale of its input
+        if f"{name}.weight" not in model:
+            raise _orphan(source, next(iter(sides.values()))[0] if sides else name, name)
+        layer = Layer(source, name, model[f"{name}.weight"], sides, said.get(name), blocks, read)
+        found[layer.tensor] = _encoding(layer, old)
+        understood.add(layer.tensor)
     foreign.require_understood(model, understood, source)
     return found
 
 
-def _encoding(
-    name: str,
-    sides: Mapping[str, tuple[str, TensorInfo]],
-    model: Mapping[str, TensorInfo],
-    config: Mapping[str, Any] | None,
-    old: Mapping[str, TensorInfo],
-    source: str,
-    blocks: tuple[int, int] | None,
-) -> Encoding | None:
-    """The encoding of one layer; None for a plain weight, beside which there may be the scale of its input."""
-    weight = model.get(f"{name}.weight")
-    if config is None and not spellings.scales() & sides.keys():
-        return None
-    if weight is None:
-        raise DataError(
-            f'"{source}": {quoted(next(iter(sides.values()))[0] if sides else name)} belongs to "{name}.weight", which is not '
-            "in the file; download it again, or use the unquantised original."
-        )
-    layer = Layer(source, name, weight, sides, config, blocks)
+def _orphan(source: str, side: str, name: str) -> DataError:
+    return DataError(
+        f'"{source}": {quoted(side)} belongs to "{name}.weight", which is not in the file; download it again, or use the '
+        "unquantised original."
+    )
+
+
+def _encoding(layer: Layer, old: Mapping[str, TensorInfo]) -> Encoding:
+    """The encoding of one layer; ``old`` are the old markers of the file."""
+    weight, sides = layer.weight, layer.sides
     container = _container(layer)
     for other in register.every():
         if other is not container and (strange := min(other.scales & sides.keys(), default=None)):
@@ -167,7 +161,7 @@ def _encoding(
             f"has a weight of {weight.dtype.code} beside {quoted(next(sides[leaf][0] for leaf in sides if leaf in spellings.scales()))}",
             "a quantised weight",
         )
-    if config is None and weight.dtype in (F8_E4M3, F8_E5M2):
+    if layer.config is None and weight.dtype in (F8_E4M3, F8_E5M2):
         for marker, info in old.items():
             if info.dtype in (F8_E4M3, F8_E5M2) and info.dtype is not weight.dtype:
                 layer.refuse(
@@ -229,7 +223,7 @@ def _is_beside_codes(leaf: str, weight: TensorInfo | None) -> bool:
 
 def _block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
     """The ``weight_block_size`` of a config's ``quantization_config``: rows and columns that share a scale."""
-    entry = (config or {}).get("quantization_config")
+    entry = (config or {}).get(foreign.CONFIG)
     size = entry.get("weight_block_size") if isinstance(entry, Mapping) else None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
         return size[0], size[1]

@@ -299,3 +299,12 @@ def test_scaled_fp8_takes_every_rounding_on_the_value_over_the_scale(family: Pat
         assert abs(error.mean()) < 4 * step.mean() / np.sqrt(exact.size)
     else:  # what a row's elements lose goes to their neighbours: only the last one's remains
         assert (np.abs(error.sum(axis=1)) <= step.max(axis=1)).all()
+
+
+def test_a_config_loses_what_it_says_of_codes_that_are_gone(family: Path) -> None:
+    run("'a.safetensors'", family / "plain", layout="diffusers")
+    config = json.loads((family / "plain/config.json").read_text())
+    said = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (family / "plain/config.json").write_text(json.dumps(said))
+    run("plain", family / "out", layout="diffusers")
+    assert json.loads((family / "out/config.json").read_text()) == config

@@ -9,7 +9,15 @@ import comfy_kitchen
 import gguf
 import numpy as np
 import torch
-from comfy_kitchen.tensor import TensorCoreFP8Layout, TensorCoreMXFP8Layout, TensorCoreNVFP4Layout, TensorWiseINT8Layout
+from comfy_kitchen.backends.eager import svdquant, w4a8_int8
+from comfy_kitchen.tensor import (
+    AsymW4A8Int8Layout,
+    TensorCoreConvRotW4A4Layout,
+    TensorCoreFP8Layout,
+    TensorCoreMXFP8Layout,
+    TensorCoreNVFP4Layout,
+    TensorWiseINT8Layout,
+)
 from safetensors.torch import load_file
 
 from tests.quant.files import marker, written
@@ -26,6 +34,12 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16},
     ),
 }
+LAYOUTS["w4a4"] = (
+    TensorCoreConvRotW4A4Layout,
+    {"convrot_groupsize": 64},
+    {"format": "convrot_w4a4", "convrot_groupsize": 64},
+)
+LAYOUTS["w4a8"] = AsymW4A8Int8Layout, {"convrot_groupsize": 16}, {"format": "asym_w4a8_int8", "convrot_groupsize": 16}
 CONTAINERS = (*LAYOUTS, "old fp8", "fp8 rows", "raw fp8")
 
 
@@ -43,14 +57,15 @@ def quantised(path: Path, source: Path, container: str, *, refiners: bool = True
         if not is_large(name, tensor) or ("refiner" in name and not refiners):
             stored[name], values[name] = tensor, matrix.numpy()
         elif container in LAYOUTS:
-            fits = container != "convrot" or matrix.shape[1] % 16 == 0
+            fits = matrix.shape[1] % LAYOUTS[container][1].get("convrot_groupsize", 1) == 0
             layout, how, config = LAYOUTS[container if fits else "int8"]
             with comfy_kitchen.use_backend("eager"):
                 codes, params = layout.quantize(matrix, **how)
                 back = layout.dequantize(codes, params)[: matrix.shape[0], : matrix.shape[1]]
             stored |= {f"{name}{leaf}": part for leaf, part in layout.state_dict_tensors(codes, params).items()}
             stored[f"{layer}.comfy_quant"] = marker(config)
-            values[name] = _unrotated(codes, params) if getattr(params, "convrot", False) else back.numpy()
+            rotated = getattr(params, "convrot", hasattr(params, "convrot_groupsize"))
+            values[name] = _unrotated(codes, params) if rotated else back.numpy()
         else:
             by_rows = container == "fp8 rows"
             scale = matrix.abs().amax(dim=1 if by_rows else None, keepdim=by_rows) / 448
@@ -67,9 +82,15 @@ def quantised(path: Path, source: Path, container: str, *, refiners: bool = True
 
 def _unrotated(codes: torch.Tensor, params: Any) -> np.ndarray:
     """Rotated integers in float64, rounded once: comfy-kitchen adds numbers that are rounded already."""
+    scale = params.scale
+    if isinstance(params, AsymW4A8Int8Layout.Params):
+        codes = w4a8_int8._dequant_int4_grouped_to_int8(codes, scale, params.codebook, params.group_size)
+        scale = params.s_channel
+    elif isinstance(params, TensorCoreConvRotW4A4Layout.Params):
+        codes = svdquant._unpack_int4_row_major(codes)
     matrix = comfy_kitchen.tensor.int8_utils._build_hadamard(params.convrot_groupsize).double()
     groups = codes.double().reshape(len(codes), -1, params.convrot_groupsize)
-    return ((groups @ matrix).reshape(codes.shape) * params.scale.double()).float().numpy()
+    return ((groups @ matrix).reshape(codes.shape) * scale.double().reshape(-1, 1)).float().numpy()
 
 
 def as_gguf(path: Path, source: Path, kind: Q) -> dict[str, np.ndarray]:

@@ -30,8 +30,6 @@ def examine(leaves: Leaves, module: str = "layers.0.attention.to_q") -> None:
         ("a torchao", {"weight.tensor_data": (I8, (8, 8)), "weight.scale": (BF16, (8,))}),
         ("a torchao", {"_weight_qdata": (I8, (8, 8)), "_weight_scale": (BF16, (8,))}),
         ("a torchao", {"weight.tensor_impl.data": (I8, (8, 8)), "weight.tensor_impl.scale": (BF16, (8,))}),
-        ("a bitsandbytes", {"weight": (U8, (32, 1)), "weight.absmax": (F32, (1,)), "weight.quant_map": (F32, (16,))}),
-        ("a bitsandbytes", {"weight": (U8, (32, 1)), "weight.quant_state.bitsandbytes__nf4": (U8, (80,))}),
         ("a GPTQ or AWQ", {"qweight": (I32, (8, 1)), "qzeros": (I32, (1, 1)), "scales": (F16, (1, 8))}),
         ("a nunchaku SVDQuant", {"qweight": (I8, (8, 4)), "wscales": (BF16, (1, 8)), "proj_down": (BF16, (8, 2))}),
         ("a compressed-tensors", {"weight_packed": (I32, (8, 1)), "weight_scale": (BF16, (8, 1))}),

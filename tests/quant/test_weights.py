@@ -97,6 +97,7 @@ def test_plain_floats_have_no_encodings(dtype: DType) -> None:
             [beside("weight", I8, 96, 64), beside("weight_scale", F32, 96, 1), MARKER],
             {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
         ),
+        ("bitsandbytes int8 by rows", [beside("weight", I8, 96, 64), beside("SCB", F32, 96)], None),
         ("int4 rotated by 16 (ConvRot W4A4)", [*INT4, beside("weight_scale", F32, 96), MARKER], W4A4),
         ("int4 for int8, rotated by 64 (W4A8)", [*INT4, *W4A8_SIDES, MARKER], W4A8),
         (
@@ -124,9 +125,6 @@ def test_each_container_is_recognised(label: str, entries: list[Entry], said: An
 @pytest.mark.parametrize(
     ("container", "entries"),
     [
-        ("bitsandbytes", [PACKED, beside("weight.quant_state.bitsandbytes__nf4", U8, 80)]),
-        ("bitsandbytes", [beside("weight", I8, 24, 8), beside("SCB", F32, 24)]),
-        ("bitsandbytes", [PACKED, beside("weight.absmax", F32, 3)]),
         ("nunchaku SVDQuant", [beside("qweight", I8, 24, 4), beside("wscales", BF16, 1, 24)]),
         ("packed U8", [PACKED]),
         ("packed I8", [beside("weight", I8, 24, 8)]),
