@@ -1,21 +1,22 @@
 """Stages of other families, drawn by diffusers' own pipelines.
 
-What `Studio` calls latents are pictures here, uint8 [n, height, width, 3]: each stage ends in pixels, which any family can go on from.
+What `Studio` calls latents are pictures here, from which any family can go on, with the latents that they were decoded from.
 
 studio = DiffusersStudio(PipelineFolder.of("./FLUX.1-schnell", None))
-pictures = studio.first_stage(PipelineStage("./FLUX.1-schnell", "FluxPipeline", steps=4), shots, (1024, 1024))
+drawn = studio.first_stage(PipelineStage("./FLUX.1-schnell", "FluxPipeline", steps=4), shots, (1024, 1024))
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mergetool.errors import NonFiniteError, UsageError
 from mergetool.sampler import load
@@ -23,9 +24,27 @@ from mergetool.sampler.pipeline_folder import PipelineFolder
 from mergetool.sampler.request import Pictures, PipelineRefinement, PipelineStage, Shot, StepCounter
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The result of a stage: pictures uint8 [n, height, width, 3].
+
+    ``latents`` are what each of them was decoded from, as the pipeline has it; of pictures from elsewhere there are none.
+    """
+
+    pictures: Pictures
+    latents: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, rows: Sequence[int]) -> Drawn:
+        """The pictures of these rows."""
+        return Drawn(self.pictures[rows], tuple(self.latents[row] for row in rows) if self.latents else ())
+
+
 @dataclass
 class DiffusersStudio:
-    """One pipeline of diffusers, on a device in a dtype; loaded when it first draws."""
+    """One pipeline of diffusers, on a device in a dtype; loaded when it first draws.
+
+    The denoiser is that of the stage that draws; the other parts are the folder's for all of them.
+    """
 
     folder: PipelineFolder
     device: str = "cpu"
@@ -40,44 +59,44 @@ class DiffusersStudio:
         size: tuple[int, int],
         *,
         progress: StepCounter = lambda _: None,
-    ) -> Pictures:
+    ) -> Drawn:
         """Draw every shot from pure noise, at ``size`` = (width, height). Raises DataError and NonFiniteError."""
         given = {"width": size[0], "height": size[1], "num_inference_steps": stage.steps}
-        return np.stack(
-            [self._draw(self._loaded(), stage, shot.prompt, shot.seed, shot, given, progress) for shot in shots]
-        )
+        pipeline = self._loaded(stage.model)
+        return _together(self._draw(pipeline, stage, shot.prompt, shot.seed, shot, given, progress) for shot in shots)
 
     def second_stage(
         self,
         stage: PipelineRefinement,
         shots: Sequence[Shot],
-        pictures: Pictures,
+        drawn: Drawn,
         *,
         progress: StepCounter = lambda _: None,
-    ) -> Pictures:
-        """Bring each shot's picture to the stage's strength, and draw it again.
+    ) -> Drawn:
+        """Bring each shot's latents, or else its picture, to the stage's strength, and draw it again.
 
         Raises UsageError for a pipeline that diffusers has no image-to-image form of.
         """
-        pipeline, made = self._from_pictures(), []
-        for shot, picture in zip(shots, pictures, strict=True):
-            given = {
-                "image": Image.fromarray(picture),
-                "strength": stage.strength,
-                "num_inference_steps": stage.schedule,
-                "width": picture.shape[1],
-                "height": picture.shape[0],
-            }
-            made.append(self._draw(pipeline, stage, shot.second_prompt, shot.second_seed, shot, given, progress))
-        return np.stack(made)
+        pipeline = self._from_pictures(stage.model)
+        height, width = drawn.pictures.shape[1:3]
+        given = {"strength": stage.strength, "num_inference_steps": stage.schedule, "width": width, "height": height}
+        starts = (
+            [_unpacked(pipeline, latents, height, width) for latents in drawn.latents]
+            if drawn.latents
+            else [Image.fromarray(picture) for picture in drawn.pictures]
+        )
+        return _together(
+            self._draw(pipeline, stage, shot.second_prompt, shot.second_seed, shot, {**given, "image": start}, progress)
+            for shot, start in zip(shots, starts, strict=True)
+        )
 
-    def decode(self, pictures: Pictures) -> Pictures:
-        """The pictures, which need no decoding."""
-        return pictures
+    def decode(self, drawn: Drawn) -> Pictures:
+        """The pictures, which the pipeline has decoded."""
+        return drawn.pictures
 
-    def encode(self, pictures: Pictures) -> Pictures:
+    def encode(self, pictures: Pictures) -> Drawn:
         """The pictures, which the pipeline encodes itself."""
-        return pictures
+        return Drawn(pictures)
 
     def _draw(
         self,
@@ -88,50 +107,87 @@ class DiffusersStudio:
         shot: Shot,
         given: dict[str, Any],
         progress: StepCounter,
-    ) -> Pictures:
+    ) -> tuple[Pictures, Tensor | None]:
+        """A picture [height, width, 3], and the latents that it was decoded from, which are those of the last step."""
         takes = inspect.signature(pipeline.__call__).parameters
+        latents: Tensor | None = None
 
         def step_done(_pipeline: Any, _step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            nonlocal latents
+            latents = kept.get("latents")
             progress(1)
             return kept
 
         given = given | _guidance(stage, takes) | {"negative_prompt": _negative(stage, shot, takes)}
-        given |= {"callback_on_step_end": step_done, "output_type": "np"}
+        given |= {"callback_on_step_end": step_done, "output_type": "np", "num_frames": 1}
         generator = torch.Generator("cpu").manual_seed(seed)
         with load.quiet():
-            drawn = pipeline(
+            made = pipeline(
                 prompt=prompt,
                 generator=generator,
                 **{name: value for name, value in given.items() if name in takes and value is not None},
-            ).images[0]
+            )
+        drawn = made.frames[0][0] if "num_frames" in takes else made.images[0]
         if not np.isfinite(drawn).all():
             raise NonFiniteError(
                 f'{stage.model} makes NaN or infinity of "{prompt[:30]}"; run it with `dtype=fp32`, or get its files again.'
             )
         # As diffusers turns them into pictures.
         picture: Pictures = (drawn * 255).round().astype(np.uint8)
-        return picture
+        return picture, None if latents is None else latents.cpu()
 
-    def _loaded(self) -> Any:
+    def _loaded(self, model: str) -> Any:
+        """The pipeline with a MODEL's weights; before others are read, those that it had are let go."""
+        folder = self.folder.drawing(model)
         if self._pipeline is None:
-            self._pipeline = load.load_pipeline(self.folder, dtype=self.dtype)
+            self._pipeline = load.load_pipeline(folder, dtype=self.dtype)
             self._pipeline.set_progress_bar_config(disable=True)
-            if self.device.startswith("cuda"):
-                self._pipeline.enable_model_cpu_offload(device=self.device)
+        elif folder == self.folder:
+            return self._pipeline
+        else:
+            self._pipeline.remove_all_hooks()
+            setattr(self._pipeline, folder.denoiser, None)
+            self._pipeline.register_modules(**{folder.denoiser: load.load_denoiser(folder, dtype=self.dtype)})
+        self.folder = folder
+        if self.device.startswith("cuda"):
+            self._pipeline.enable_model_cpu_offload(device=self.device)
         return self._pipeline
 
-    def _from_pictures(self) -> Any:
+    def _from_pictures(self, model: str) -> Any:
         """The same pipeline in its image-to-image form."""
-        kind = load.pipeline_class(f"{self.folder.kind.removesuffix('Pipeline')}Img2ImgPipeline")
+        loaded = self._loaded(model)
+        if self.folder.needs_pictures:
+            return loaded
+        kind = load.pipeline_class(self.folder.kind_from_pictures)
         if kind is None:
             raise UsageError(
                 f'diffusers has no image-to-image form of {self.folder.kind}, so "{self.folder.path}" cannot be a second stage; '
                 "let it draw the first, with `base`."
             )
         with load.quiet():
-            pipeline = kind.from_pipe(self._loaded())
+            pipeline = kind.from_pipe(loaded)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def _together(drawn: Iterable[tuple[Pictures, Tensor | None]]) -> Drawn:
+    pictures, latents = zip(*drawn, strict=True)
+    known = tuple(each for each in latents if each is not None)
+    return Drawn(np.stack(pictures), known if len(known) == len(pictures) else ())
+
+
+def _unpacked(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Latents as [1, channels, height, width], which image-to-image pipelines take in the place of a picture.
+
+    Pipelines that step packed patches [1, tokens, values] have a function for it. The image processor is told their channels, by which it knows
+    latents; some pipelines leave it at 4 where their VAE has 16.
+    """
+    if latents.ndim == 3:
+        latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    if latents.ndim == 5:
+        latents = latents[:, :, 0]
+    pipeline.image_processor.register_to_config(vae_latent_channels=latents.shape[1])
+    return latents
 
 
 def _guidance(stage: PipelineStage, takes: Any) -> dict[str, float | None]:

@@ -92,9 +92,7 @@ def load_pipeline(folder: PipelineFolder, *, dtype: torch.dtype) -> Any:
         raise DataError(
             f'diffusers {diffusers.__version__} has no {folder.kind}, which "{folder.path}" asks for; install a newer diffusers.'
         )
-    given: dict[str, Any] = {}
-    if folder.model is not None:
-        given[folder.denoiser] = _load_denoiser(folder, dtype=dtype)
+    given = {} if folder.model is None else {folder.denoiser: load_denoiser(folder, dtype=dtype)}
     with quiet(), readable(folder.path, "pipeline"):
         return kind.from_pretrained(folder.path, torch_dtype=dtype, use_safetensors=True, **_LOCAL, **given)
 
@@ -107,18 +105,18 @@ def pipeline_class(name: str) -> Any:
         return getattr(diffusers, name, None)
 
 
-def _load_denoiser(folder: PipelineFolder, *, dtype: torch.dtype) -> torch.nn.Module:
-    """The denoiser of a folder's config with the weights of its MODEL."""
+def load_denoiser(folder: PipelineFolder, *, dtype: torch.dtype) -> torch.nn.Module:
+    """The denoiser of a folder's config with the weights of its MODEL, else its own. Raises as `load_pipeline`."""
     import diffusers
 
-    assert folder.model is not None
-    with opened_model(folder.model) as opened:
+    model = folder.model or str(folder.path / folder.denoiser)
+    with opened_model(model) as opened:
         built_as = getattr(diffusers, str(folder.config.get("_class_name")))
         with quiet(), torch.device("meta"):
             built = built_as.from_config(folder.config)
         with _in_diffusers_names(opened) as file:
             shapes = {name: info.shape for name, info in file.tensors.items()}
-            _require_equal(folder.model, built.state_dict(), shapes)
+            _require_equal(model, built.state_dict(), shapes)
             state = {name: whole(file, name, None).to(dtype) for name in shapes}
     built.load_state_dict(state, assign=True)
     loaded: torch.nn.Module = built.eval().requires_grad_(False)

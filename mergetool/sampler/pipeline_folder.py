@@ -6,17 +6,21 @@ Only model_index.json and configs are read; neither torch nor diffusers is neede
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergetool import models
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
 from mergetool.recipe.argument import expression_of
 from mergetool.sampler.parts import json_object, pipeline_of
 
 OWN = "ZImage"
 """Pipelines whose class begins so are drawn by `Studio`, with ComfyUI's samplers."""
+
+FROM_PICTURES = "Img2Img"
+"""The part of a class's name in diffusers for one that draws from pictures."""
 
 LIBRARIES = ("diffusers", "transformers")
 DENOISERS = ("transformer", "unet")
@@ -66,10 +70,37 @@ class PipelineFolder:
             raise DataError(
                 f'the {kind} in "{path}" has neither a transformer nor a unet; it is no text-to-image pipeline.'
             )
-        whole = (
-            own is not None and expression_of(model) is None and models.resolve(model).path in (path, path / denoiser)
-        )
-        return cls(path, kind, denoiser, None if whole else model)
+        return cls(path, kind, denoiser, None).drawing(model)
+
+    def drawing(self, model: str) -> PipelineFolder:
+        """The same parts around the weights of a MODEL."""
+        own = expression_of(model) is None and models.resolve(model).path in (self.path, self.path / self.denoiser)
+        return replace(self, model=None if own else model)
+
+    @property
+    def stem(self) -> str:
+        """The class without what it draws from; a family's pipelines share it."""
+        return self.kind.removesuffix("Pipeline").removesuffix(FROM_PICTURES)
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether it draws from pictures alone, as SDXL's refiner does."""
+        return self.kind == self.kind_from_pictures
+
+    @property
+    def kind_from_pictures(self) -> str:
+        """The class that draws from pictures, if diffusers has one."""
+        return f"{self.stem}{FROM_PICTURES}Pipeline"
+
+    def shares_latents(self, other: PipelineFolder) -> bool:
+        """Whether a picture of this pipeline's goes on in another's as latents: they are of one family and have one VAE."""
+        if self.stem != other.stem:
+            return False
+        places = [folder.path / "vae" for folder in (self, other)]
+        if places[0] == places[1]:
+            return True
+        with Checkpoint.open(places[0]) as one, Checkpoint.open(places[1]) as two:
+            return one.fingerprint() == two.fingerprint()
 
     @property
     def config(self) -> Mapping[str, Any]:

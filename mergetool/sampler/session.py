@@ -90,19 +90,30 @@ def opened_upscaler(prepared: Prepared, studio: Drawer) -> Upscaler | None:
     return Upscaler.open(prepared.upscale, device=studio.device, notes=studio.notes)
 
 
-def make(studio: Drawer, request: PictureRequest, *, progress: StepCounter = lambda _: None) -> list[list[MadePicture]]:
+def second_drawer(studio: Drawer, request: PictureRequest) -> Drawer:
+    """The drawer of a request's second stages: that of the first, where they have no parts of their own."""
+    if request.refiner_parts is None:
+        return studio
+    return drawer(request.refiner_parts, studio.device, studio.dtype, studio.notes)
+
+
+def make(
+    studio: Drawer,
+    request: PictureRequest,
+    second: Drawer | None = None,
+    *,
+    progress: StepCounter = lambda _: None,
+) -> list[list[MadePicture]]:
     """Make every shot's pictures: the first stage's, if any, then each refinement's.
 
-    Raises what the drawers' stages raise, as `Studio.first_stage` and `DiffusersStudio.second_stage`.
+    ``second`` draws the second stages; without one they get a `second_drawer`. Raises what the drawers' stages raise, as `Studio.first_stage` and `DiffusersStudio.second_stage`.
     """
     shots = request.shots
     columns: list[tuple[Any, Any, Any]] = []
     if request.first is not None:
         latents = studio.first_stage(request.first, shots, request.size, progress=progress)
         columns.append((request.first, None, latents))
-    second = studio
-    if request.handoff == "pixels" and request.refiner_parts is not None:
-        second = drawer(request.refiner_parts, studio.device, studio.dtype, studio.notes)
+    second = second or second_drawer(studio, request)
     if request.refinements:
         given = _handed_over(studio, second, request, columns[0][2] if columns else None)
         for refinement in request.refinements:

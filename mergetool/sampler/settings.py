@@ -77,9 +77,9 @@ def prepare(asked: SampleOptions) -> Prepared:
     model = asked.base or asked.refiner
     if not model:
         raise UsageError("the request names no model; name one with `base`, or with `init_image` and `refiner`.")
-    drawers = Assignment(asked)
+    drawers = Assignment(asked.first, asked.second, asked, asked.handoff)
     first = None if asked.base is None else drawers.first_stage()
-    second = () if asked.refiner is None else drawers.second_stages()
+    second = drawers.second_stages()
     shots = tuple(
         Shot(prompt, seed, asked.negative or "", asked.refine_prompt, asked.refine_seed)
         for prompt in (asked.texts if asked.prompts_file is None else read_prompts(asked.prompts_file))
@@ -104,47 +104,55 @@ class Assignment:
     ``pipeline`` names the parts of the first stage's model, or of the only one's.
     """
 
-    def __init__(self, asked: SampleOptions) -> None:
-        self.asked = asked
-        self.base = None if asked.base is None else PipelineFolder.of(asked.base, asked.pipeline)
-        pipeline = asked.pipeline if asked.base is None else None
-        self.refiner = None if asked.refiner is None else PipelineFolder.of(asked.refiner, pipeline)
-        two_stages = asked.base is not None and asked.refiner is not None
-        self.across = two_stages and (self.base is not None or self.refiner is not None)
-        if self.across and asked.handoff == "latent":
-            raise UsageError(
-                "`handoff=latent` is for two Z-Image models; a pipeline of diffusers hands pictures over: leave it out."
-            )
-        for folder, option in ((self.base, "loras"), (self.refiner, "refine_loras")):
-            if folder is not None and getattr(asked, option):
+    def __init__(
+        self, first: AskedStage, second: AskedStage, places: PartsOptions, handoff: Handoff | None = None
+    ) -> None:
+        self.first, self.second, self.places = first, second, places
+        self.base = None if first.model is None else PipelineFolder.of(first.model, places.pipeline)
+        self.pipeline = places.pipeline if first.model is None else None
+        self.refiner = None if second.model is None else PipelineFolder.of(second.model, self.pipeline)
+        self.two_stages = first.model is not None and second.model is not None
+        self.across = self.two_stages and (self.base and self.base.stem) != (self.refiner and self.refiner.stem)
+        """Whether two families draw."""
+        for folder, asked in ((self.base, first), (self.refiner, second)):
+            if folder is not None and asked.loras:
                 raise UsageError(
-                    f"`{option}` is for Z-Image models; write the LoRA into the model, as in \"tuned + 0.8*lora('style.safetensors')\", "
-                    "and name this folder with `pipeline`."
+                    f"`{asked.prefix}loras` is for Z-Image models; write the LoRA into the model, as in "
+                    "\"tuned + 0.8*lora('style.safetensors')\", and name this folder with `pipeline`."
                 )
-
-    @property
-    def handoff(self) -> Handoff:
+        if self.base is not None and self.base.needs_pictures:
+            raise UsageError(
+                f'{self.base.kind} in "{self.base.path}" draws from pictures alone; name it with `refiner`.'
+            )
+        meet = not self.two_stages or self._share_latents()
+        if handoff == "latent" and not meet:
+            raise UsageError(
+                "`handoff=latent` is for two models of one family with one VAE, and these have others: leave it out."
+            )
+        self.handoff: Handoff = handoff or ("latent" if meet else "pixels")
         """The form in which a first stage's result reaches the second."""
-        return "pixels" if self.across else self.asked.handoff or "latent"
+
+    def _share_latents(self) -> bool:
+        if self.base is None or self.refiner is None:
+            return self.base is self.refiner  # both None: two Z-Image models, which share the first's VAE
+        return self.base.shares_latents(self.refiner)
 
     def first_stage(self) -> Stage | PipelineStage:
         """The first stage. Raises UsageError for a schedule that is too long."""
-        asked, folder = self.asked.first, self.base
+        asked, folder = self.first, self.base
         if folder is None:
-            return stage(asked, pipeline=self.asked.pipeline)
+            return stage(asked, pipeline=self.places.pipeline)
         assert asked.model is not None
         steps = asked.steps or (FEW_STEPS if folder.few_steps else FIRST.steps)
         return PipelineStage(asked.model, folder.kind, steps, asked.guidance, asked.cfg)
 
     def second_stages(self) -> tuple[Refinement | PipelineRefinement, ...]:
         """One second stage for each strength."""
-        asked, folder = self.asked.second, self.refiner
-        default = ACROSS if self.across else None
+        asked, folder = self.second, self.refiner
+        if asked.model is None:
+            return ()
         if folder is None:
-            return refinements(
-                asked, pipeline=self.asked.pipeline if self.asked.base is None else None, default=default
-            )
-        assert asked.model is not None
+            return refinements(asked, pipeline=self.pipeline, default=ACROSS if self.across else None)
         return tuple(
             PipelineRefinement(
                 asked.model,
@@ -160,26 +168,26 @@ class Assignment:
 
     def parts(self) -> Components | PipelineFolder:
         """The parts that draw the first stage, or the only one."""
-        model = self.asked.base or self.asked.refiner
+        model = self.first.model or self.second.model
         assert model is not None
-        return (self.base if self.asked.base else self.refiner) or components_of(model, self.asked)
+        return (self.base if self.first.model else self.refiner) or components_of(model, self.places)
 
     def second_parts(self) -> Components | PipelineFolder | None:
         """The parts that draw the second stage, where they are others than the first's."""
-        if self.asked.refiner is None or self.asked.base is None or self.handoff == "latent":
+        if self.second.model is None or not self.two_stages:
             return None
-        if self.refiner is not None:
+        if self.refiner is not None or self.handoff == "latent":
             return self.refiner
-        text_encoder, tokenizer, vae = self.asked.files if self.base is not None else (None, None, None)
-        return Components.find(self.asked.refiner, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
+        text_encoder, tokenizer, vae = self.places.files if self.base is not None else (None, None, None)
+        return Components.find(self.second.model, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
 
     def notes(self) -> Iterator[str]:
         """Notes on choices of diffusers' pipeline itself, and on defaults across families."""
-        for folder, asked in ((self.base, self.asked.first), (self.refiner, self.asked.second)):
+        for folder, asked in ((self.base, self.first), (self.refiner, self.second)):
             ignored = {f"{asked.prefix}{name}" for name in ("preset", "shift", "sampler", "scheduler")}
             if folder is not None:
                 yield from _unused((name for name in asked.given() if name in ignored), f"{folder.kind} brings its own")
-        second = self.asked.second
+        second = self.second
         if self.across and second.strength is None and second.preset is None:
             yield (
                 f"the second stage is at strength {ACROSS.strength:g}, which is usual across families (0.4 to 0.6, with 8 to 12 steps)."
