@@ -89,10 +89,8 @@ def _stage_line(stage: Stage | PipelineStage) -> str:
 
     evaluations = console.plural(stage.evaluations, "evaluation")
     if isinstance(stage, PipelineStage):
-        given = {"guidance": stage.guidance, "cfg": stage.cfg}
-        settings = [f"{name} {value:g}" for name, value in given.items() if value is not None] or ["its own guidance"]
-        return f"{stage.model}: {evaluations}, {', '.join(settings)}, diffusers' {stage.kind}"
+        return f"{stage.model}: {evaluations}, {stage.guided}, diffusers' {stage.kind}"
     return (
-        f"{stage.model}: {evaluations} from sigma {stage.levels()[0]:.3f}, shift {stage.shift:g}, "
-        f"guidance {stage.guidance:g} (cfg {stage.guidance + 1:g}), {stage.sampler}, {stage.scheduler}"
+        f"{stage.model}: {evaluations}{stage.begins}, shift {stage.shift:g}, "
+        f"{stage.guided} (cfg {stage.guidance + 1:g}), {stage.sampler}, {stage.scheduler}"
     )

@@ -85,12 +85,11 @@ def _print_pictures(looked: PicturesReport | None, left_out: str) -> None:
         return
     look = looked.look
     asked = console.plural(len(look.shots), "picture")
-    console.heading("look", f"{asked} of each model, {look.first.steps} steps at guidance {look.first.guidance:g}")
+    console.heading("look", f"{asked} of each model, {look.first.steps} steps at {look.first.guided}")
     for second in look.refinements:
-        reached = second.levels()
         console.heading(
             "",
-            f"then {second.model}: {console.plural(len(reached) - 1, 'evaluation')} from sigma {reached[0]:.3f} "
+            f"then {second.model}: {console.plural(second.evaluations, 'evaluation')}{second.begins} "
             f"(strength {second.strength:g}, {second.strength_as})",
         )
     for note in look.notes:

@@ -165,7 +165,7 @@ class DiffusersStudio:
                 "let it draw the first, with `base`."
             )
         with load.quiet():
-            pipeline = kind.from_pipe(loaded)
+            pipeline = kind.from_pipe(loaded, torch_dtype=self.dtype)  # which casts to float32 unless it is told
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -70,6 +70,16 @@ class Stage:
         """
         return len(list(itertools.groupby(self.levels()))) - 1
 
+    @property
+    def guided(self) -> str:
+        """The guidance, in words."""
+        return f"guidance {self.guidance:g}"
+
+    @property
+    def begins(self) -> str:
+        """The noise level that it begins from, in words that follow its number of evaluations."""
+        return f" from sigma {self.levels()[0]:.3f}"
+
     def record(self) -> dict[str, Any]:
         """The stage in a picture's metadata, with its first level and its number of evaluations."""
         return {
@@ -102,6 +112,19 @@ class PipelineStage:
     def evaluations(self) -> int:
         """Count the steps, guidance counted once."""
         return self.steps
+
+    @property
+    def guided(self) -> str:
+        """The guidance, in words."""
+        given = {"guidance": self.guidance, "cfg": self.cfg}
+        return (
+            ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None) or "its own guidance"
+        )
+
+    @property
+    def begins(self) -> str:
+        """Nothing: the pipeline has a schedule of its own."""
+        return ""
 
     def record(self) -> dict[str, Any]:
         """The stage in a picture's metadata."""

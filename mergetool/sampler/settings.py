@@ -137,11 +137,14 @@ class Assignment:
             return self.base is self.refiner  # both None: two Z-Image models, which share the first's VAE
         return self.base.shares_latents(self.refiner)
 
-    def first_stage(self) -> Stage | PipelineStage:
-        """The first stage. Raises UsageError for a schedule that is too long."""
+    def first_stage(self, like: str | None = None) -> Stage | PipelineStage:
+        """The first stage. Raises UsageError for a schedule that is too long.
+
+        ``like`` is a MODEL whose shift stands for its own, which a merge does not say.
+        """
         asked, folder = self.first, self.base
         if folder is None:
-            return stage(asked, pipeline=self.places.pipeline)
+            return stage(replace(asked, model=like or asked.model), pipeline=self.places.pipeline)
         assert asked.model is not None
         steps = asked.steps or (FEW_STEPS if folder.few_steps else FIRST.steps)
         return PipelineStage(asked.model, folder.kind, steps, asked.guidance, asked.cfg)

@@ -18,8 +18,7 @@ from mergetool.lab import checker, world
 from mergetool.lab.world import Scene
 from mergetool.sampler import session
 from mergetool.sampler.request import Pictures, StepCounter
-from mergetool.sampler.session import MadePicture
-from mergetool.sampler.studio import Studio
+from mergetool.sampler.session import Drawer, MadePicture
 from mergetool.verification import images
 from mergetool.verification.images import Measures
 from mergetool.verification.looks import Look
@@ -118,7 +117,7 @@ class PicturesReport:
 def check_pictures(
     parents: Mapping[str, str],
     output: str,
-    studio: Studio,
+    studio: Drawer,
     look: Look,
     *,
     scorer: Scorer | None = None,
@@ -129,9 +128,10 @@ def check_pictures(
     ``parents`` maps names to MODEL arguments. Raises what the sampler raises.
     """
     columns: list[Column] = []
+    second = session.second_drawer(studio, look.request(output))
     prompts = [shot.prompt for shot in look.shots]
     for name, model in (*parents.items(), (output, output)):
-        rows = session.make(studio, look.request(model), progress=progress)
+        rows = session.make(studio, look.request(model), second, progress=progress)
         for index, made in enumerate(zip(*rows, strict=True)):
             label = name if index == 0 else f"{name} + {look.refinements[index - 1].strength:g}"
             columns.append(observe(name, label, made, prompts, scorer=scorer))

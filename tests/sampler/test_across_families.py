@@ -27,8 +27,10 @@ from mergetool import models
 from mergetool.api.pictures import Picture
 from mergetool.errors import DataError, FamilyError, UsageError
 from mergetool.sampler.denoise import bring_to, starting_noise
+from mergetool.sampler.diffusers_studio import DiffusersStudio, Drawn
 from mergetool.sampler.parts import Components
-from mergetool.sampler.request import PipelineRefinement, Refinement
+from mergetool.sampler.pipeline_folder import PipelineFolder
+from mergetool.sampler.request import PipelineRefinement, Refinement, Shot
 from mergetool.sampler.studio import Studio
 from tests import foreign_pipelines
 
@@ -165,13 +167,24 @@ def test_a_vae_of_its_own_takes_pictures(folders: Mapping[str, Path], tmp_path: 
     found = sampled(folders["flux"], refiner=str(other), **given)
     assert found.parameters["handoff"] == "pixels"
     start = sampled(folders["flux"], seeds=7, steps=1, size=(64, 64)).image
-    wanted = by_hand(from_pictures(loaded(other)), 8, image=start, num_inference_steps=2, strength=0.5, width=64, height=64)
+    wanted = by_hand(
+        from_pictures(loaded(other)), 8, image=start, num_inference_steps=2, strength=0.5, width=64, height=64
+    )
     assert np.array_equal(np.asarray(found.image), wanted)
     with pytest.raises(UsageError, match="one family with one VAE"):
         sampled(folders["flux"], refiner=str(other), handoff="latent", **given)
     shutil.rmtree(other / "vae")
     shutil.copytree(folders["flux"] / "vae", other / "vae")
     assert sampled(folders["flux"], refiner=str(other), **given).parameters["handoff"] == "latent"
+
+
+def test_a_second_stage_stays_in_its_dtype(folders: Mapping[str, Path]) -> None:
+    folder = PipelineFolder.of(str(folders["flux"]), None)
+    assert folder is not None
+    studio = DiffusersStudio(folder, dtype=torch.bfloat16)
+    stage = PipelineRefinement(str(folders["flux"]), folder.kind, 1)
+    studio.second_stage(stage, [Shot(PROMPT)], Drawn(np.zeros((1, 32, 32, 3), np.uint8)))
+    assert studio._pipeline.transformer.dtype == studio._pipeline.vae.dtype == torch.bfloat16
 
 
 def test_a_refiner_cannot_draw_alone(refiner: Path) -> None:
