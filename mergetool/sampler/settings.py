@@ -90,7 +90,7 @@ def prepare(asked: SampleOptions) -> Prepared:
     size = picture_size(asked.pixels, None if start is None else (start.shape[1], start.shape[0]), parts_of_first)
     request = PictureRequest(shots, size, first, second, start, drawers.handoff, drawers.second_parts())
     check(request, parts_of_first)
-    request = replace(request, fingerprints=fingerprints(asked))
+    request = replace(request, fingerprints=fingerprints(request))
     dtype = ("bf16" if is_large(model) else "fp32") if asked.dtype == "auto" else asked.dtype
     ignored = (*notes, *drawers.notes(), *without_effect(asked, request, asked.base))
     if asked.upscaler is not None and not asked.upscaler.is_file():
@@ -281,14 +281,14 @@ def own_shift(model: str, pipeline: str | None = None) -> float:
     return MODEL_SHIFT
 
 
-def fingerprints(asked: SampleOptions) -> dict[str, str]:
+def fingerprints(request: PictureRequest) -> dict[str, str]:
     """The fingerprints of the files of all models and LoRAs, by their names in metadata."""
     with ExitStack() as stack:
         inputs = Inputs(stack)
-        models = [inputs.model(name) for name in dict.fromkeys((asked.base, asked.refiner)) if name is not None]
-        found = inputs.fingerprints(models)
-        for path, _ in (*asked.first.loras, *asked.second.loras):
-            found[path] = stack.enter_context(open_lora(Path(typed(path)))).checkpoint.fingerprint()
+        found = inputs.fingerprints([inputs.model(name) for name in {stage.model: stage for stage in request.stages}])
+        loras = {lora.path for stage in request.stages if isinstance(stage, Stage) for lora in stage.loras}
+        for path in sorted(loras):
+            found[str(path)] = stack.enter_context(open_lora(path)).checkpoint.fingerprint()
     names = display_names(list(found))
     return {names[name]: fingerprint for name, fingerprint in found.items()}
 
