@@ -25,7 +25,7 @@ from mergetool.sampler.request import Pictures, PipelineRefinement, PipelineStag
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class StageResult:
     """The result of a stage: pictures uint8 [n, height, width, 3].
 
     ``latents`` are what each of them was decoded from, as the pipeline has it; of pictures from elsewhere there are none.
@@ -34,9 +34,9 @@ class Drawn:
     pictures: Pictures
     latents: tuple[Tensor, ...] = ()
 
-    def __getitem__(self, rows: Sequence[int]) -> Drawn:
+    def __getitem__(self, rows: Sequence[int]) -> StageResult:
         """The pictures of these rows."""
-        return Drawn(self.pictures[rows], tuple(self.latents[row] for row in rows) if self.latents else ())
+        return StageResult(self.pictures[rows], tuple(self.latents[row] for row in rows) if self.latents else ())
 
 
 @dataclass
@@ -59,7 +59,7 @@ class DiffusersStudio:
         size: tuple[int, int],
         *,
         progress: StepCounter = lambda _: None,
-    ) -> Drawn:
+    ) -> StageResult:
         """Draw every shot from pure noise, at ``size`` = (width, height). Raises DataError and NonFiniteError."""
         given = {"width": size[0], "height": size[1], "num_inference_steps": stage.steps}
         pipeline = self._loaded(stage.model)
@@ -69,11 +69,11 @@ class DiffusersStudio:
         self,
         stage: PipelineRefinement,
         shots: Sequence[Shot],
-        drawn: Drawn,
+        drawn: StageResult,
         *,
         progress: StepCounter = lambda _: None,
-    ) -> Drawn:
-        """Bring each shot's latents, or else its picture, to the stage's strength, and draw it again.
+    ) -> StageResult:
+        """Bring each shot's latents, or else its picture, to the stage's strength and draw again.
 
         Raises UsageError for a pipeline that diffusers has no image-to-image form of.
         """
@@ -90,13 +90,13 @@ class DiffusersStudio:
             for shot, start in zip(shots, starts, strict=True)
         )
 
-    def decode(self, drawn: Drawn) -> Pictures:
+    def decode(self, drawn: StageResult) -> Pictures:
         """The pictures, which the pipeline has decoded."""
         return drawn.pictures
 
-    def encode(self, pictures: Pictures) -> Drawn:
+    def encode(self, pictures: Pictures) -> StageResult:
         """The pictures, which the pipeline encodes itself."""
-        return Drawn(pictures)
+        return StageResult(pictures)
 
     def _draw(
         self,
@@ -170,10 +170,10 @@ class DiffusersStudio:
         return pipeline
 
 
-def _together(drawn: Iterable[tuple[Pictures, Tensor | None]]) -> Drawn:
+def _together(drawn: Iterable[tuple[Pictures, Tensor | None]]) -> StageResult:
     pictures, latents = zip(*drawn, strict=True)
     known = tuple(each for each in latents if each is not None)
-    return Drawn(np.stack(pictures), known if len(known) == len(pictures) else ())
+    return StageResult(np.stack(pictures), known if len(known) == len(pictures) else ())
 
 
 def _unpacked(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

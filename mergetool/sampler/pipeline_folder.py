@@ -79,7 +79,7 @@ class PipelineFolder:
 
     @property
     def stem(self) -> str:
-        """The class without what it draws from; a family's pipelines share it."""
+        """The part of the class's name that pipelines of one family share."""
         return self.kind.removesuffix("Pipeline").removesuffix(FROM_PICTURES)
 
     @property
@@ -93,7 +93,7 @@ class PipelineFolder:
         return f"{self.stem}{FROM_PICTURES}Pipeline"
 
     def shares_latents(self, other: PipelineFolder) -> bool:
-        """Whether a picture of this pipeline's goes on in another's as latents: they are of one family and have one VAE."""
+        """Whether another goes on from this one's latents: both are of one family and have one VAE."""
         if self.stem != other.stem:
             return False
         places = [folder.path / "vae" for folder in (self, other)]

@@ -91,7 +91,7 @@ def opened_upscaler(prepared: Prepared, studio: Drawer) -> Upscaler | None:
 
 
 def second_drawer(studio: Drawer, request: PictureRequest) -> Drawer:
-    """The drawer of a request's second stages: that of the first, where they have no parts of their own."""
+    """The drawer of the second stages: the first's, where they have no parts of their own."""
     if request.refiner_parts is None:
         return studio
     return drawer(request.refiner_parts, studio.device, studio.dtype, studio.notes)

@@ -27,7 +27,7 @@ from mergetool import models
 from mergetool.api.pictures import Picture
 from mergetool.errors import DataError, FamilyError, UsageError
 from mergetool.sampler.denoise import bring_to, starting_noise
-from mergetool.sampler.diffusers_studio import DiffusersStudio, Drawn
+from mergetool.sampler.diffusers_studio import DiffusersStudio, StageResult
 from mergetool.sampler.parts import Components
 from mergetool.sampler.pipeline_folder import PipelineFolder
 from mergetool.sampler.request import PipelineRefinement, Refinement, Shot
@@ -183,7 +183,7 @@ def test_a_second_stage_stays_in_its_dtype(folders: Mapping[str, Path]) -> None:
     assert folder is not None
     studio = DiffusersStudio(folder, dtype=torch.bfloat16)
     stage = PipelineRefinement(str(folders["flux"]), folder.kind, 1)
-    studio.second_stage(stage, [Shot(PROMPT)], Drawn(np.zeros((1, 32, 32, 3), np.uint8)))
+    studio.second_stage(stage, [Shot(PROMPT)], StageResult(np.zeros((1, 32, 32, 3), np.uint8)))
     assert studio._pipeline.transformer.dtype == studio._pipeline.vae.dtype == torch.bfloat16
 
 
