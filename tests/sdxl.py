@@ -57,8 +57,10 @@ PUBLISHED_IN_COMFYUI: Mapping[str, Any] = {
 
 
 def shapes(config: Mapping[str, Any] = SMALL, layout: str = "diffusers", name: str = "UNet2DConditionModel") -> Shapes:
-    """The tensors of a class of diffusers, under the names of a layout, in its order."""
+    """The tensors of a class of diffusers, under the names of a layout of SDXL or its own, in its order."""
     own = _built(name, repr(dict(config)))
+    if layout == "own":
+        return own
     return {SDXL_UNET.stored_name(part, layout): shape for part, shape in own.items()}
 
 

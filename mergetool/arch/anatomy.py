@@ -190,6 +190,9 @@ class Family(ABC):
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
 
+    # kinds of files that steer its models, with the names or first components that tell each; the first that fits is a file's
+    controls: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    copy_of: Family | None = None  # the family of whose model's encoder its own began as a copy, under the same names
     input_embedder: InputEmbedder | None = None  # where models with other inputs are wider
 
     def is_vector(self, part: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from mergetool.arch import control
 from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
 from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
@@ -32,6 +34,10 @@ class Generic(Family):
     layouts = ("plain",)
     group_order = _DERIVED
     keeps_names = True
+
+    def variant(self, anatomy: Anatomy, config: Mapping[str, Any] | None = None) -> str | None:
+        """See `Family.variant`: a ControlNet's or an adapter's kind."""
+        return control.kind_of(anatomy.parts)
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The derived groups of a part, and its top-level component when it has one."""

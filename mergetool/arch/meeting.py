@@ -37,11 +37,22 @@ class Recognised(Protocol):
         """Its parts."""
 
 
-def check_families(first: Recognised, other: Recognised) -> None:
-    """Raise FamilyError for models of two families, naming a tensor of each."""
-    if first.anatomy.family is other.anatomy.family:
+def check_families(first: Recognised, other: Recognised, *, by_name: bool = False) -> None:
+    """Raise FamilyError for models of two families, naming a tensor of each.
+
+    A ControlNet meets the model of whose encoder it is a copy where the user chose the parts ``by_name``.
+    """
+    one, two = first.anatomy.family, other.anatomy.family
+    if one is two:
         return
-    kinds = [f"{model.name} is a {model.anatomy.family.name} model ({_example(model)})" for model in (first, other)]
+    kinds = [f"{model.name} is a {_kind(model)} ({_example(model)})" for model in (first, other)]
+    if one.copy_of is two or two.copy_of is one:
+        if by_name:
+            return
+        raise FamilyError(
+            f"{kinds[0]}, {kinds[1]}; a ControlNet has only the encoder in common with its model, as a copy that was trained on: to give it a "
+            "fine-tune's change, name what is to be changed, as in `include=input_blocks`; else choose two of one kind."
+        )
     raise FamilyError(
         f"{kinds[0]}, {kinds[1]}; models of different families have no tensor in common that could be merged or compared: "
         "choose two of one family."
@@ -106,6 +117,12 @@ def check_change(
         f"no key of the LoRA {lora.name} is of a module of {first.name}: {key}, where {first.name} has {_example(first)}; give the model "
         "that the LoRA was made for."
     )
+
+
+def _kind(model: Recognised) -> str:
+    family = model.anatomy.family
+    variant = family.variant(model.anatomy) if family.keeps_names else None
+    return variant or (family.name if family.copy_of else f"{family.name} model")
 
 
 _WAY_OUT = (

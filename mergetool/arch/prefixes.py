@@ -21,7 +21,9 @@ names have (its ``model_detection.unet_prefix_from_state_dict``). It then loads 
 says so by itself."""
 FEW = 5
 
-WRAPPERS = frozenset({"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet"})
+WRAPPERS = frozenset(
+    {"model", "diffusion_model", "net", "transformer", "module", "pipe", "dit", "unet", "control_model"}
+)
 # Components that wrappers of PyTorch put anywhere in a name; no model calls a module so.
 INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _LEAVES = frozenset({"weight", "bias", "scale"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from mergetool.arch import families, generic, prefixes
+from mergetool.arch import control, families, generic, prefixes
 from mergetool.arch.anatomy import Anatomy, Part
 from mergetool.arch.lora_keys import READ, adapter_kind
 from mergetool.checkpoint.dtypes import F32
@@ -66,6 +66,11 @@ def _refuse_other_files(tensors: Mapping[str, TensorInfo], source: str) -> None:
     adapter = adapter_kind(tensors)
     if adapter is not None:
         raise FamilyError(_not_a_model(source, *adapter))
+    if control.IN_FACTORS in tensors:
+        raise FamilyError(
+            f'"{source}" is a ControlNet-LoRA (tensor "{control.IN_FACTORS}"), factors of a ControlNet\'s difference from its model, which mergetool '
+            "does not read; give a whole ControlNet, or add the file to its model in ComfyUI."
+        )
     strangers = {name: what for family in families.FAMILIES for name, what in family.strangers.items()}
     for stored in tensors:
         name = prefixes.own(stored)

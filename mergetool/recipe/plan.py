@@ -122,7 +122,7 @@ class _Planner:
         self.first = inputs[0]
         self.family = self.first.anatomy.family
         for other in inputs[1:]:
-            meeting.check_families(self.first, other)
+            meeting.check_families(self.first, other, by_name=bool(options.include))
         self.unequal = Unequal.of(expression, inputs)
         self.anatomy = self.unequal.anatomy
         self.options = options = replace(options, multipliers=groups.expand(options.settings, self.family))

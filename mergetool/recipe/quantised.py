@@ -39,6 +39,10 @@ def is_quantised(
     Raises UsageError when none of the model's would.
     """
     follows = any(part.encoding is not None and part.encoding.quant for part in anatomy.parts.values())
+    if not anatomy.family.quantised:
+        raise UsageError(
+            f"no program reads the weights of a {anatomy.family.name} by scales; leave out `quant={quantiser.quant}`, or give a smaller `dtype`."
+        )
 
     def chosen(parts: Sequence[Part]) -> bool:
         if not all(part.name.endswith(".weight") and len(part.shape) == 2 and part.dtype.blendable for part in parts):

@@ -129,9 +129,7 @@ def test_lumina2_is_not_z_image() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("control_layers.0.attention.to_q.weight", "a ControlNet"),
-        ("control_all_x_embedder.2-1.weight", "a ControlNet"),
-        ("model.diffusion_model.control_layers.0.attention.qkv.weight", "a ControlNet"),
+        ("lora_controlnet", "a ControlNet-LoRA"),
         ("dec_net.cond_embed.weight", "a pixel-space derivative"),
         ("model.diffusion_model.dec_net.cond_embed.weight", "a pixel-space derivative"),
         ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "a LoRA file"),

@@ -95,7 +95,6 @@ REFINER = {
     "projection_class_embeddings_input_dim": 2560,
 }
 KOALA = {**SMALL, "layers_per_block": 1, "transformer_layers_per_block": [1, 2, 2]}
-CONTROLNET = {key: value for key, value in SMALL.items() if key not in ("sample_size", "up_block_types")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -115,7 +114,6 @@ OTHERS: dict[str, tuple[dict[str, object], str]] = {
     "SD2": ({**SD1, "cross_attention_dim": 1024, "use_linear_projection": True}, "UNet2DConditionModel"),
     "the refiner": (REFINER, "UNet2DConditionModel"),
     "KOALA": (KOALA, "UNet2DConditionModel"),
-    "a ControlNet": (CONTROLNET, "ControlNetModel"),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergetool.arch.families.chroma import CHROMA
+from mergetool.arch.families.controlnet import SD15_CONTROLNET, SDXL_CONTROLNET
 from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.flux2 import FLUX2
 from mergetool.arch.families.lumina2 import LUMINA2
@@ -23,7 +24,10 @@ from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.known import KnownFamily
 from mergetool.checkpoint.header import TensorInfo
 
-FAMILIES: tuple[KnownFamily, ...] = (*(Z_IMAGE, FLUX2, CHROMA, FLUX, SDXL_UNET, SD15, SD3, LUMINA2, WAN, QWEN_IMAGE),)
+FAMILIES: tuple[KnownFamily, ...] = (
+    *(Z_IMAGE, FLUX2, CHROMA, FLUX, SDXL_UNET, SD15, SD3, LUMINA2, WAN, QWEN_IMAGE),
+    *(SDXL_CONTROLNET, SD15_CONTROLNET),
+)
 """Every family that is known by name; of two that would take a file the first does."""
 
 

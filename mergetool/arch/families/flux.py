@@ -127,6 +127,17 @@ class Flux(FluxLike):
         "pooled": ("time_text_embed.text_embedder.linear_1.weight", 1),
         "guidance": ("time_text_embed.guidance_embedder.linear_1.bias", 0),
     }
+    controls = (
+        ("ControlNet (xlabs)", ("controlnet_blocks.0.weight", "double_blocks.0.img_attn.norm.key_norm.scale")),
+        ("ControlNet (MistoLine)", ("controlnet_blocks.0.linear.weight",)),
+        *(
+            (
+                f"ControlNet{kind}",
+                ("controlnet_x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight", *mode),
+            )
+            for kind, mode in ((" union", ("controlnet_mode_embedder.weight",)), ("", ()))
+        ),
+    )
     input_embedder = InputEmbedder("x_embedder.weight", "proj_out.weight")
     optional = frozenset({"guidance"})
     precise = frozenset({"norm", "embedder", "final"})

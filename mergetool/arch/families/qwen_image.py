@@ -82,6 +82,10 @@ class QwenImage(KnownFamily):
         Variant("Layered", has={f"{LAYERS}.weight": None}),
         Variant("base or Edit", lacks={MARKER: None}),
     )
+    controls = (
+        ("ControlNet", ("controlnet_blocks.0.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight")),
+        ("ControlNet (Fun)", ("control_blocks.0.after_proj.weight", "control_img_in.weight")),
+    )
     marked: ClassVar[Mapping[str, str]] = {"zero_cond_t": MARKER}
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("img_in.bias", 0),

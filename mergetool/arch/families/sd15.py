@@ -15,6 +15,9 @@ HEADS = 8
 WIDTHS = ("width0", "width1", "width2", "width2")
 """Channels of each resolution, the full one first; the smallest has no transformers."""
 
+ATTENDED, KERNEL = (True, True, True, False), (1, 1)
+"""The resolutions that have transformers, and the kernel of what stands before and behind those."""
+
 
 class StableDiffusion1(UNet):
     """Stable Diffusion 1 of any width, with any number of input channels.
@@ -30,7 +33,7 @@ class StableDiffusion1(UNet):
     """
 
     name = "SD1.5"
-    names = rows(WIDTHS, (True, True, True, False), CONTEXT, (1, 1))
+    names = rows(WIDTHS, ATTENDED, CONTEXT, KERNEL)
     # A ControlNet has no way out, distilled ones fewer blocks, later ones a second embedder.
     signatures = signatures(
         {

@@ -118,6 +118,7 @@ class StableDiffusion3(KnownFamily):
         Variant("3.5 Large or Large Turbo", {_PATCHES: (2432, None, 2, 2)}),
         Variant("3 Medium", {_PATCHES: (1536, None, 2, 2)}, {"transformer_blocks.0.attn.norm_q.weight": None}),
     )
+    controls = (("ControlNet", ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")),)
     input_embedder = InputEmbedder(_PATCHES, "proj_out.weight", 4)
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("pos_embed.proj.bias", 0),

@@ -19,6 +19,13 @@ HEAD = 64
 WIDTHS = ("width0", "width1", "width2")
 """Channels of each resolution, the full one first; KOALA has one residual block less in each."""
 
+ATTENDED = (False, True, True)
+"""The resolutions that have transformers."""
+POOLED_EMBEDDER = (
+    Named("add_embedding.linear_1", "label_emb.0.0", ("embedder",), shape=("4*width0", POOLED), bias=True),
+    Named("add_embedding.linear_2", "label_emb.0.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
+)
+
 
 class SDXL(UNet):
     """SDXL of any width and depth, with any number of input channels.
@@ -34,10 +41,7 @@ class SDXL(UNet):
     """
 
     name = "SDXL"
-    names = rows(WIDTHS, (False, True, True), CONTEXT, embedders=(
-        Named("add_embedding.linear_1", "label_emb.0.0", ("embedder",), shape=("4*width0", POOLED), bias=True),
-        Named("add_embedding.linear_2", "label_emb.0.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
-    ))  # fmt: skip
+    names = rows(WIDTHS, ATTENDED, CONTEXT, others=POOLED_EMBEDDER)
     # KOALA has no second block in a resolution, a ControlNet no way out.
     signatures = signatures(
         {

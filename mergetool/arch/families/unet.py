@@ -87,33 +87,45 @@ def resnet(name: str, comfyui: str, stack: str, columns: str, rows: str) -> Name
     return Named(name, comfyui, (stack, "resnet"), inside)
 
 
+def encoder(
+    widths: Sequence[str], attended: Sequence[bool], context: int, kernel: tuple[int, ...] = ()
+) -> Iterator[Named]:
+    """The rows from the first convolution to the middle; what they mean is said at `way`."""
+    yield Named("conv_in", "input_blocks.0.0", ("input_blocks", "conv_in"), shape=("width0", "input", 3, 3), bias=True)
+    stack, last = "input_blocks", len(widths) - 1
+    for level, width in enumerate(widths):
+        own, n = f"down_blocks.{level}", 3 * level + 1
+        for i, columns in enumerate((widths[max(0, level - 1)], width)):
+            yield resnet(f"{own}.resnets.{i}", f"{stack}.{n + i}.0", stack, columns, width)
+            if attended[level]:
+                yield transformer(f"{own}.attentions.{i}", f"{stack}.{n + i}.1", stack, width, context, kernel)
+        if level < last:
+            yield _resized(f"{own}.downsamplers.0.conv", f"{stack}.{n + 2}.0.op", stack, width)
+    width = widths[-1]
+    yield resnet("mid_block.resnets.0", "middle_block.0", "middle_block", width, width)
+    yield transformer("mid_block.attentions.0", "middle_block.1", "middle_block", width, context, kernel)
+    yield resnet("mid_block.resnets.1", "middle_block.2", "middle_block", width, width)
+
+
+def kept(widths: Sequence[str]) -> list[str]:
+    """The channels that every block on the way down hands to the way up, in their order."""
+    last = len(widths) - 1
+    blocks = [[width] * (3 if level < last else 2) for level, width in enumerate(widths)]
+    return ["width0", *(width for level in blocks for width in level)]
+
+
 def way(widths: Sequence[str], attended: Sequence[bool], context: int, kernel: tuple[int, ...] = ()) -> Iterator[Named]:
     """The rows from the first convolution to the last block of the way up.
 
     ``widths`` are the channels of each resolution, the full one first, each with two residual blocks on the way down and three on the way up; ``attended`` says
     which have transformers beside them.
     """
-    yield Named("conv_in", "input_blocks.0.0", ("input_blocks", "conv_in"), shape=("width0", "input", 3, 3), bias=True)
-    stack, last, kept = "input_blocks", len(widths) - 1, ["width0"]
-    for level, width in enumerate(widths):
-        own, n = f"down_blocks.{level}", 3 * level + 1
-        for i, columns in enumerate((widths[max(0, level - 1)], width)):
-            yield resnet(f"{own}.resnets.{i}", f"{stack}.{n + i}.0", stack, columns, width)
-            kept.append(width)
-            if attended[level]:
-                yield transformer(f"{own}.attentions.{i}", f"{stack}.{n + i}.1", stack, width, context, kernel)
-        if level < last:
-            yield _resized(f"{own}.downsamplers.0.conv", f"{stack}.{n + 2}.0.op", stack, width)
-            kept.append(width)
-    width = widths[-1]
-    yield resnet("mid_block.resnets.0", "middle_block.0", "middle_block", width, width)
-    yield transformer("mid_block.attentions.0", "middle_block.1", "middle_block", width, context, kernel)
-    yield resnet("mid_block.resnets.1", "middle_block.2", "middle_block", width, width)
-    stack, came = "output_blocks", width
+    yield from encoder(widths, attended, context, kernel)
+    stack, came, last, handed = "output_blocks", widths[-1], len(widths) - 1, kept(widths)
     for up, level in enumerate(reversed(range(len(widths)))):
         own, n, width = f"up_blocks.{up}", 3 * up, widths[level]
         for i in range(3):
-            yield resnet(f"{own}.resnets.{i}", f"{stack}.{n + i}.0", stack, _joined(came, kept.pop()), width)
+            yield resnet(f"{own}.resnets.{i}", f"{stack}.{n + i}.0", stack, _joined(came, handed.pop()), width)
             came = width
             if attended[level]:
                 yield transformer(f"{own}.attentions.{i}", f"{stack}.{n + i}.1", stack, width, context, kernel)
@@ -131,18 +143,25 @@ def _joined(came: str, kept: str) -> str:
     return f"2*{came}" if came == kept else f"{came}+{kept}"
 
 
+def embedders(*others: Named) -> tuple[Named, ...]:
+    """The embedder of time, and others."""
+    return (
+        Named("time_embedding.linear_1", "time_embed.0", ("embedder",), shape=("4*width0", "width0"), bias=True),
+        Named("time_embedding.linear_2", "time_embed.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
+        *others,
+    )
+
+
 def rows(
     widths: Sequence[str],
     attended: Sequence[bool],
     context: int,
     kernel: tuple[int, ...] = (),
-    embedders: Sequence[Named] = (),
+    others: Sequence[Named] = (),
 ) -> tuple[Named, ...]:
-    """All rows of a UNet: the embedder of time and other ``embedders``, its `way`, and the end."""
+    """All rows of a UNet: the embedder of time and ``others``, its `way`, and the end."""
     return (
-        Named("time_embedding.linear_1", "time_embed.0", ("embedder",), shape=("4*width0", "width0"), bias=True),
-        Named("time_embedding.linear_2", "time_embed.2", ("embedder",), shape=("4*width0", "4*width0"), bias=True),
-        *embedders,
+        *embedders(*others),
         *way(widths, attended, context, kernel),
         Named("conv_norm_out", "out.0", ("final", "norm"), shape=("width0",), bias=True),
         Named("conv_out", "out.2", ("final",), shape=("output", "width0", 3, 3), bias=True),
@@ -157,13 +176,19 @@ def measures(widths: Sequence[str]) -> Mapping[str, tuple[str, int]]:
     return {**norms, "input": ("conv_in.weight", 1), "output": ("conv_out.bias", 0)}
 
 
+KERNEL_3: Like = (None, None, 3, 3)
+
+
 def signatures(signs: Mapping[tuple[str, str], Like], lacks: Collection[str] = ()) -> tuple[Signature, ...]:
     """Make the signatures of a UNet, whose ``signs`` go by their names in both layouts.
 
     Every one also has the first convolution and the last.
     """
-    convolution = (None, None, 3, 3)
-    has = {("input_blocks.0.0", "conv_in"): convolution, ("out.2", "conv_out"): convolution, **signs}
+    return in_layouts({("input_blocks.0.0", "conv_in"): KERNEL_3, ("out.2", "conv_out"): KERNEL_3, **signs}, lacks)
+
+
+def in_layouts(has: Mapping[tuple[str, str], Like], lacks: Collection[str] = ()) -> tuple[Signature, ...]:
+    """The signatures of modules that go by their names in both layouts."""
     return tuple(
         Signature(layout, {f"{names[i]}.weight": like for names, like in has.items()}, dict.fromkeys(lacks))
         for i, layout in enumerate(UNet.layouts)
@@ -173,25 +198,27 @@ def signatures(signs: Mapping[tuple[str, str], Like], lacks: Collection[str] = (
 class UNet(KnownFamily):
     """A UNet of Stable Diffusion."""
 
-    group_order = (
+    group_order: tuple[str, ...] = (
         *STACKS,
         *("attention", "attn1", "attn2", "q", "k", "v", "out", "ffn", "proj", "resnet", "norm"),
         *("embedder", "conv_in", "final"),
     )
     quantised = frozenset({"attention", "ffn", "proj"})
     precise = frozenset({"norm", "embedder", "resnet", "conv_in", "final"})
-    quantised_layout = "comfyui"  # of diffusers' layout ComfyUI renames weights and biases, and loses scales
+    quantised_layout: str | None = (
+        "comfyui"  # of diffusers' layout ComfyUI renames weights and biases, and loses scales
+    )
 
-    variants = (
+    variants: tuple[Variant, ...] = (
         Variant("inpainting", {"conv_in.weight": (None, 9, 3, 3)}),
         Variant("InstructPix2Pix", {"conv_in.weight": (None, 8, 3, 3)}),
     )
-    input_embedder = InputEmbedder("conv_in.weight", "conv_out.weight")
+    input_embedder: InputEmbedder | None = InputEmbedder("conv_in.weight", "conv_out.weight")
     component = "unet"
     lora_prefix = "lora_unet_"  # before ComfyUI's names: of diffusers' it does not know PEFT's of attentions
     lora_alphas = False  # of several diffusers gives attentions the commonest
     in_comfyui = frozenset({"lora_unet_", "lycoris_", "unet.", ""})
-    lora_signs = (
+    lora_signs: tuple[str | tuple[str, ...], ...] = (
         *(*STACKS, "down_blocks", "mid_block", "up_blocks"),
         *("time_embed", "label_emb", "add_embedding", "conv_in", "conv_out"),
     )

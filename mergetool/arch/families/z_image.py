@@ -129,11 +129,8 @@ class ZImage(KnownFamily):
         word="lumina",
         own_words=("z-image", "z_image", "zimage"),
     )
+    controls = (("ControlNet", ("control_layers",)), ("ControlNet", ("control_all_x_embedder",)))
     strangers: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(
-            ("control_layers", "control_all_x_embedder", "control_noise_refiner"),
-            "a ControlNet (tensor {tensor}) and not a diffusion transformer; give the transformer's own checkpoint here",
-        ),
         "dec_net.cond_embed.weight": "a pixel-space derivative (tensor {tensor}), whose decoder is part of the model and cannot be merged with "
         "latent-space Z-Image; give a latent-space checkpoint here",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import architectures, loras, merging, models, quantising, sampling
+from tests.oracles.commands import architectures, controlnets, loras, merging, models, quantising, sampling
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **models.COMMANDS,
@@ -14,4 +14,5 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **quantising.COMMANDS,
     **architectures.COMMANDS,
     **sampling.COMMANDS,
+    **controlnets.COMMANDS,
 }
