@@ -14,7 +14,11 @@ from tests import sdxl
 SDXL: Mapping[str, Any] = {
     key: value for key, value in sdxl.SMALL.items() if key not in ("sample_size", "up_block_types")
 }
-SD15: Mapping[str, Any] = {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 768, "attention_head_dim": 8}
+SD15: Mapping[str, Any] = {
+    "block_out_channels": [32, 64, 128, 128],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
 KINDS: Mapping[str, tuple[KnownFamily, Mapping[str, Any]]] = {
     "SDXL": (SDXL_CONTROLNET, SDXL),
     "SD1.5": (SD15_CONTROLNET, SD15),

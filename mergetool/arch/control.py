@@ -1,6 +1,6 @@
-"""Tell files that steer a model from models: ControlNets of families that have no table of theirs, T2I adapters.
+"""Tell files that steer a model from models: ControlNets and T2I adapters.
 
-ComfyUI 0.30's ``controlnet.load_controlnet_state_dict`` tells them by the same tensors. They are merged among their own kind, under the names that they have.
+Families say which steer their models. ComfyUI 0.30's ``controlnet.load_controlnet_state_dict`` tells them by the same tensors. They are merged among their own kind, under the names that they have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def kind_of(names: Collection[str]) -> str | None:
-    """The kind of a file that steers a model, by its tensors' names without prefix; None for another file."""
+    """The kind of a file that steers a model, by its tensors' own names; None for another file."""
     known = {*names, *(name.partition(".")[0] for name in names)}
     kinds = [(f"{kind} of {family.name}", signs) for family in FAMILIES for kind, signs in family.controls]
     return next((kind for kind, signs in (*kinds, *_OTHERS) if known.issuperset(signs)), None)

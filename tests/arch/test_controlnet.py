@@ -21,9 +21,12 @@ from tests.sdxl import shapes as of_unet
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_name_is_the_one_of_diffusers_converter(kind: str) -> None:
+    """Apart from the embedder of pooled text, which it forgets: it reads no single file of SDXL's."""
     family, config = KINDS[kind]
     ours = {f"control_model.{family.stored_name(name, 'comfyui')}": name for name in shapes(config)}
-    assert convert_controlnet_checkpoint(ours, {"layers_per_block": 2}) == {name: name for name in ours.values()}
+    assert convert_controlnet_checkpoint(ours, {"layers_per_block": 2}) == {
+        name: name for name in ours.values() if not name.startswith("add_embedding")
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

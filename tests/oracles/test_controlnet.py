@@ -52,8 +52,10 @@ def test_comfyui_loads_what_convert_writes(
 def test_diffusers_loads_the_folder_and_the_single_file(folder: Path, kind: str, tmp_path: Path) -> None:
     mergetool.convert(folder / "b.safetensors", f"{tmp_path}/b/", layout="diffusers")
     made = ControlNetModel.from_pretrained(tmp_path / "b")
-    again = ControlNetModel.from_single_file(str(folder / "b.safetensors"), config=str(tmp_path / "b"))
-    for model in (made, again):
+    models = [made]
+    if kind == "SD1.5":  # of SDXL's single files its converter forgets the embedder of pooled text
+        models.append(ControlNetModel.from_single_file(str(folder / "b.safetensors"), config=str(tmp_path / "b")))
+    for model in models:
         state = model.state_dict()
         assert all(state[name].equal(value) for name, value in values(kind, 1).items())
         assert state.keys() == values(kind, 1).keys()
@@ -69,7 +71,7 @@ def test_merges_of_their_own_kind_are_exact_across_layouts(folder: Path, kind: s
 
 
 def test_scales_are_refused_since_no_program_reads_them(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no program reads the weights of a SD.* ControlNet by scales"):
+    with pytest.raises(UsageError, match=r"no program reads the weights of a SD.* ControlNet by scales"):
         mergetool.convert(folder / "a.safetensors", tmp_path / "out.safetensors", quant="fp8-scaled")
 
 

@@ -1,6 +1,6 @@
-"""ControlNets of SDXL and Stable Diffusion 1: a copy of the UNet's encoder that reads a picture, and convolutions out of every block.
+"""ControlNets of SDXL and Stable Diffusion 1.
 
-Canonical names are those of diffusers' ``ControlNetModel``. In the ComfyUI layout, which is that of the first releases, a file mostly has the prefix ``control_model.``; what both share
+Each is a copy of the UNet's encoder that reads a picture, with convolutions out of every block. Canonical names are those of diffusers' ``ControlNetModel``. In the ComfyUI layout, which is that of the first releases, a file mostly has the prefix ``control_model.``; what both share
 with the UNet has the UNet's names. Nothing is fused. Union models and those in factors (ControlNet-LoRA) have other modules: see `arch.control`.
 """
 

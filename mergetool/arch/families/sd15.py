@@ -16,7 +16,7 @@ WIDTHS = ("width0", "width1", "width2", "width2")
 """Channels of each resolution, the full one first; the smallest has no transformers."""
 
 ATTENDED, KERNEL = (True, True, True, False), (1, 1)
-"""The resolutions that have transformers, and the kernel of what stands before and behind those."""
+"""The resolutions that have transformers, and the kernel of the convolutions before and behind those."""
 
 
 class StableDiffusion1(UNet):

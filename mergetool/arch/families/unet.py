@@ -90,7 +90,7 @@ def resnet(name: str, comfyui: str, stack: str, columns: str, rows: str) -> Name
 def encoder(
     widths: Sequence[str], attended: Sequence[bool], context: int, kernel: tuple[int, ...] = ()
 ) -> Iterator[Named]:
-    """The rows from the first convolution to the middle; what they mean is said at `way`."""
+    """The rows from the first convolution to the middle. See `way`."""
     yield Named("conv_in", "input_blocks.0.0", ("input_blocks", "conv_in"), shape=("width0", "input", 3, 3), bias=True)
     stack, last = "input_blocks", len(widths) - 1
     for level, width in enumerate(widths):
