@@ -176,7 +176,7 @@ def _constants(stored: Mapping[str, Stored], spec: Spec) -> dict[str, tuple[Tens
         if spec.scaled and _is_scaled([part for part, _ in parts]):
             quantiser, layer = register.quantiser("fp8-scaled"), name.removesuffix(".weight")
             entries = {entry[0]: entry for entry in quantiser.entries(layer, (shape[0], shape[1]))}
-            made = quantiser.constants(layer, np.float32(_scale(name, spec)))
+            made = quantiser.constants(layer, (shape[0], shape[1]), np.float32(_scale(name, spec)))
             constants |= {other: (entries[other], data) for other, data in made.items()}
     return constants
 

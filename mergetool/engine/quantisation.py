@@ -239,7 +239,9 @@ def write(piece: Piece, raw: Sequence[Octets], scale: np.float32, put: Callable[
         put(span.tensor, span.start, np.ascontiguousarray(part).data.cast("B"))
         written += part.nbytes
     if piece.row == 0:
-        for name, data in quantiser_of(tensor).constants(tensor.layer, scale).items():
+        for name, data in (
+            quantiser_of(tensor).constants(tensor.layer, (tensor.shape[0], tensor.shape[1]), scale).items()
+        ):
             put(name, 0, memoryview(data))
             written += len(data)
     return written

@@ -55,16 +55,16 @@ class Quantiser(Dequantiser):
     def entries(self, layer: str, shape: tuple[int, int]) -> list[TensorEntry]:
         """Name, dtype and shape of every tensor that ``layer``'s weight becomes."""
         padded = self.padded(shape)
-        marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self.marker()),))
+        marker = (f"{layer}.comfy_quant", BY_CODE["U8"], (len(self.marker(shape)),))
         scale = [(f"{layer}.{self._tensor_scale_leaf}", F32, ())] if self._tensor_scale_leaf else []
         return [*((f"{layer}.{leaf}", dtype, size) for leaf, dtype, size in self._stored(padded)), *scale, marker]
 
-    def constants(self, layer: str, scale: np.float32) -> dict[str, bytes]:
-        """The tensors of ``layer`` that do not depend on its rows: marker and tensor scale.
+    def constants(self, layer: str, shape: tuple[int, int], scale: np.float32) -> dict[str, bytes]:
+        """The tensors of a ``layer`` that do not depend on its rows: marker and tensor scale.
 
         Some containers have no tensor scale.
         """
-        constants = {f"{layer}.comfy_quant": self.marker()}
+        constants = {f"{layer}.comfy_quant": self.marker(shape)}
         if self._tensor_scale_leaf:
             constants[f"{layer}.{self._tensor_scale_leaf}"] = np.float32(scale).tobytes()
         return constants
@@ -97,9 +97,13 @@ class Quantiser(Dequantiser):
     def _tensor_scale_leaf(self) -> str | None:
         return None
 
-    def marker(self) -> bytes:
-        """The bytes of a layer's ``.comfy_quant``."""
-        return json.dumps(dict(self.config)).encode()
+    def marker(self, shape: tuple[int, int]) -> bytes:
+        """The bytes of the ``.comfy_quant`` of a layer with a weight of ``shape``."""
+        return json.dumps({**self.config, **self.of_shape(shape)}).encode()
+
+    def of_shape(self, shape: tuple[int, int]) -> Mapping[str, Any]:
+        """The keys that a marker has beside ``config`` for a weight of ``shape``."""
+        return {}
 
 
 def positive(scale: np.float32) -> np.float32:

@@ -52,6 +52,14 @@ def rotate(values: npt.NDArray[np.floating[Any]], group: int) -> None:
         step *= 4
 
 
+def usual(columns: int) -> int:
+    """The group size for so many columns: 256, or the largest power of 4 that divides them.
+
+    It is 0, for no rotation, where 4 does not.
+    """
+    return next((size for size in reversed(GROUP_SIZES) if size <= USUAL_ROTATION and not columns % size), 0)
+
+
 def checked(layer: Layer, size: object, columns: int) -> int:
     """A group size that a layer states, if it can be one. Raises DataError for any other."""
     if type(size) is not int or size not in GROUP_SIZES or columns % size:

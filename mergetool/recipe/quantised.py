@@ -114,7 +114,7 @@ def copied(
         step = Step(parts[0].name, 0, prod(info.shape), program, (window,), reason)
         tensors.append(OutputTensor(f"{layer}.{known or leaf}", dtype, info.shape, (step,)))
     if not any(tensor.name == f"{layer}.comfy_quant" for tensor in tensors):
-        marker = quantiser.marker()
+        marker = quantiser.marker(encoding.padded)
         tensors.append(OutputTensor(f"{layer}.comfy_quant", BY_CODE["U8"], (len(marker),), (), constant=marker))
     return tensors
 

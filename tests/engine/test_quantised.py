@@ -99,6 +99,7 @@ LAYOUTS = {
     "nvfp4": (TensorCoreNVFP4Layout, {"weight_scale": "block_scale", "weight_scale_2": "scale"}),
     "mxfp8": (TensorCoreMXFP8Layout, {"weight_scale": "scale"}),
     "int8": (TensorWiseINT8Layout, {"weight_scale": "scale"}),
+    "int8-convrot": (TensorWiseINT8Layout, {"weight_scale": "scale"}),
 }
 
 
@@ -106,7 +107,9 @@ def loaded(path: Path, layer: str, quant: str, shape: tuple[int, int]) -> np.nda
     """A layer as comfy-kitchen's tensor class, the one ComfyUI makes of a file, dequantises it."""
     tensors = load_file(path)
     layout, sides = LAYOUTS[quant]
+    said = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
     params = layout.Params(
+        **{key: value for key, value in said.items() if key.startswith("convrot")},
         **{field: tensors[f"{layer}.{leaf}"] for leaf, field in sides.items()},
         orig_dtype=torch.float32,
         orig_shape=shape,
@@ -128,18 +131,27 @@ def test_a_quantised_output_loads_in_comfy_kitchen_and_is_its_own_quantisation_o
         expected = torch.from_numpy(alk[name] + np.float32(3) * (a[name] - b[name]))
         layout, _ = LAYOUTS[quant]
         with comfy_kitchen.use_backend("eager"):
-            codes, params = layout.quantize(expected, **({"per_channel": True} if quant == "int8" else {}))
+            codes, params = layout.quantize(expected, **how_of(quant, expected.shape[1]))
             theirs = QuantizedTensor(codes, layout.__name__, params).dequantize().numpy()
-        np.testing.assert_array_equal(loaded(out, layer, quant, tuple(expected.shape)), theirs, layer)
+        # A rotation adds numbers in another order than comfy-kitchen's product, up to 64 of them.
+        apart = {"rtol": 0, "atol": 64 * 2**-24 * np.abs(theirs).max() * (quant == "int8-convrot")}
+        np.testing.assert_allclose(loaded(out, layer, quant, tuple(expected.shape)), theirs, **apart)
         with models.open_model(str(out)) as opened:
             stored = [part for part in opened.anatomy.parts.values() if part.stored.tensor == name]
             encoding = stored[0].encoding
             assert encoding is not None
             assert encoding.shape == tuple(expected.shape)
-            np.testing.assert_array_equal(encoding.values(opened.checkpoint.read), theirs)
+            np.testing.assert_allclose(encoding.values(opened.checkpoint.read), theirs, **apart)
     with safe_open(out, "pt") as opened_file:
         assert json.loads(opened_file.metadata()["mergetool.recipe"])["quant"] == quant
         assert "_quantization_metadata" not in opened_file.metadata()
+
+
+def how_of(quant: str, columns: int) -> dict[str, object]:
+    """What comfy-kitchen is asked for."""
+    group = next((size for size in (256, 64, 16, 4) if columns % size == 0), 0)
+    rotation = {"convrot": True, "convrot_groupsize": group} if quant == "int8-convrot" and group else {}
+    return {"per_channel": True, **rotation} if quant.startswith("int8") else {}
 
 
 def octets(tensor: torch.Tensor) -> bytes:
@@ -258,7 +270,7 @@ def test_a_search_needs_a_scale_to_look_for(family: Path, quant: str | None) -> 
 
 
 def test_an_unknown_container_lists_those_there_are(family: Path) -> None:
-    with pytest.raises(UsageError, match="fp8-scaled, int8, mxfp8, nvfp4"):
+    with pytest.raises(UsageError, match="fp8-scaled, int8, int8-convrot, mxfp8, nvfp4"):
         run("'alk.safetensors'", family / "out.safetensors", quant="nf4")
 
 

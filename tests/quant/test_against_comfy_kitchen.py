@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def quantised(quantiser: Quantiser, matrix: torch.Tensor) -> dict[str, np.ndarra
     entries = quantiser.entries("a", shape)
     for (name, _, _), parts in zip(entries, zip(*pieces, strict=True), strict=False):
         found[name] = np.concatenate([part.reshape(-1) for part in parts])
-    for name, raw in quantiser.constants("a", scale).items():
+    for name, raw in quantiser.constants("a", shape, scale).items():
         found[name] = np.frombuffer(raw, np.uint8)
     assert set(found) == {name for name, _, _ in entries}
     return found
@@ -248,6 +249,31 @@ def test_what_is_written_is_comfy_kitchens_bytes(
     theirs, _ = stored(layout, matrix, **how)
     for tensor, wanted in theirs.items():
         np.testing.assert_array_equal(found[tensor], wanted.reshape(-1).view(torch.uint8).numpy(), tensor)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 768)], ids=str)
+def test_rotated_int8_is_written_as_comfy_kitchen_writes_it_but_for_ties(shape: tuple[int, int]) -> None:
+    """Its product adds in another order, so a scale may be some ulps off, and a code that lies halfway between two the other one."""
+    matrix, quantiser = weight(shape, seed=5), register.quantiser("int8-convrot")
+    found = quantised(quantiser, matrix)
+    said = json.loads(found["a.comfy_quant"].tobytes())
+    group = next((size for size in (256, 64, 16, 4) if shape[1] % size == 0), 0)
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    assert said == {"format": "int8_tensorwise", **rotation}
+    theirs, _ = stored(TensorWiseINT8Layout, matrix, per_channel=True, **rotation)
+    scales = found["a.weight_scale"].view("<f4")
+    np.testing.assert_allclose(scales, theirs["a.weight_scale"].reshape(-1).numpy(), rtol=2**-20 if group else 0)
+    codes = found["a.weight"].view(np.int8).reshape(shape)
+    off = codes.astype(int) - theirs["a.weight"].numpy()
+    assert np.abs(off).max() <= 1
+    assert np.count_nonzero(off) <= 1e-4 * off.size
+    if group:
+        groups = (
+            matrix.double().reshape(shape[0], -1, group)
+            @ comfy_kitchen.tensor.int8_utils._build_hadamard(group).double()
+        )
+        exact = groups.reshape(shape).numpy() / scales.astype(np.float64)[:, None]
+        assert np.abs(codes - exact).max() < 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("name", register.names())

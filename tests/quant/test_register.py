@@ -136,11 +136,11 @@ def test_a_scale_of_another_container_is_no_container(mergetool_with_toy: Run, t
 
 def test_the_names_are_those_of_the_files_and_of_what_is_in_them() -> None:
     assert register.names() == tuple(one.quant for one in register.quantisers())
-    assert register.names() == ("fp8-scaled", "int8", "mxfp8", "nvfp4")
+    assert register.names() == ("fp8-scaled", "int8", "int8-convrot", "mxfp8", "nvfp4")
 
 
 def test_another_word_is_refused_with_the_names() -> None:
-    with pytest.raises(UsageError, match="choose one of fp8-scaled, int8, mxfp8, nvfp4"):
+    with pytest.raises(UsageError, match="choose one of fp8-scaled, int8, int8-convrot, mxfp8, nvfp4"):
         register.quantiser("fp3")
 
 

@@ -49,8 +49,11 @@ class Int8(Encoding):
 
     @property
     def quant(self) -> str | None:
-        """``int8`` for one that is not rotated."""
-        return None if self.group or self.columns is not None else "int8"
+        """``int8``, or ``int8-convrot`` for one rotated by the usual groups. Others are not written."""
+        if self.columns is not None:
+            return None
+        usual = self.group == rotation.usual(self.padded[1])
+        return "int8" if not self.group else "int8-convrot" if usual else None
 
     @property
     def float_scales(self) -> tuple[tuple[str, DType, int], ...]:
