@@ -76,6 +76,15 @@ MERGE = "alkahest + 1.25*(tuned - base)"
 PIPELINES: Mapping[str, str] = {"Z-Image": "base", "Z-Image-Turbo": "turbo"}
 """Pipeline folders, each with the embedded one."""
 
+CONTROL = "control_model."
+UNETS: Mapping[str, tuple[int, int] | tuple[int, int, str]] = {
+    "sd15.safetensors": (0, 4),
+    "realistic.safetensors": (1, 4),
+    "sd15-inpainting.safetensors": (2, 9),
+    "control.safetensors": (3, 4, CONTROL),
+}
+"""Small models of Stable Diffusion 1, each with the seed of what it learned, its input channels, and the prefix of a ControlNet."""
+
 PROMPTS = "a blue circle on a gold background\na red square on a white background\n"
 RECIPE = """\
 models: {alkahest: lab.alkahest, tuned: lab.striped, base: lab.base}
@@ -121,6 +130,8 @@ def _maker(name: str) -> Callable[[Path], object] | None:
         return lambda place: _copy(_difference(*DIFFERENCES[name]), place)
     if name in MERGES:
         return lambda place: _record(place, MERGES[name])
+    if name in UNETS:
+        return lambda place: _unet(place, *UNETS[name])
     if name in PIPELINES:
         return lambda place: _copy(EMBEDDED / PIPELINES[name], place)
     return OTHERS.get(name)
@@ -152,6 +163,31 @@ def _model(expression: str) -> Path:
     mergetool.merge(expression, merged, force=True, protect=["refiner"])
     save_file(load_file(merged), plain)
     return plain
+
+
+def _unet(place: Path, seed: int, channels: int, prefix: str = "model.diffusion_model.") -> None:
+    """A base for seed 0, else the base with a change in every weight; a ControlNet under its prefix."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mergetool.arch.families.controlnet import SD15_CONTROLNET
+    from mergetool.arch.families.sd15 import SD15
+    from mergetool.arch.table import BLOCK
+
+    family = SD15_CONTROLNET if prefix == CONTROL else SD15
+    paths = [spot.path for spot in family.table.spots if BLOCK in spot.path]
+    depths = {".".join(path[: path.index(BLOCK)]): 1 for path in paths}
+    widths = {"width0": 32, "width1": 64, "width2": 64, "hint0": 16, "hint1": 32, "hint2": 96, "hint3": 256}
+    sizes = {**widths, "input": channels, "output": 4, "picture": 3, **depths}
+    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in family.shapes(family.derived(sizes), "comfyui").items():
+        plain = (*shape[:1], 4, *shape[2:]) if name == "input_blocks.0.0.weight" else shape
+        value = torch.zeros(shape)
+        value[tuple(slice(size) for size in plain)] = torch.randn(plain, generator=common)
+        change = torch.randn(shape, generator=own) if seed else torch.zeros(shape)
+        tensors[f"{prefix}{name}"] = (0.05 * value + 0.005 * change).half()
+    save_file(tensors, place)
 
 
 def _record(place: Path, options: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ Policy, for every part (a parameter under its canonical name) of base and varian
   measured, since no factors can carry it; with ``full`` **stored whole** in a second file;
 * neither a weight nor a bias (pad tokens, Wan's modulation): named and measured; no program applies such a key;
 * not a float in both, or only in one of the two: named;
+* the weight that embeds the input, where one model takes more (`arch.inputs`): left out, named and warned of;
 * of different shape: an error, unless it is excluded.
 
 A LoRA as the variant stands for base + LoRA: its parts are those that it changes, and the difference is its change. Of a second
@@ -25,6 +26,7 @@ from math import prod
 
 from mergetool import arch
 from mergetool.arch import Family, Part, meeting
+from mergetool.arch.inputs import wide_shapes
 from mergetool.errors import FamilyError, UsageError
 from mergetool.options.differences import DiffOptions
 from mergetool.recipe.steps import Input
@@ -124,6 +126,7 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
         meeting.check_families(base, model)
     reasons = _Reasons.of(base, options)
     warnings = _check_meeting(base, variants, [name for name in base.anatomy.parts if not reasons.chosen(name)])
+    wide = wide_shapes([base.anatomy, *(model.anatomy for model in variants if not model.is_lora)])
     pairs: list[Pair] = []
     left_out: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for model in variants for name in model.anatomy.parts):
@@ -140,9 +143,10 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
         reason = reasons.chosen(name)
         odd = next((i for i, part in enumerate(found) if part.shape != other.shape), None)
         if odd is not None:
-            if not reason:
+            if not reason and name not in wide:
                 raise _shape_clash(base, variants[odd], other, found[odd])
-            left_out.append((name, f"{reason}, of another shape"))
+            left_out.append((name, f"{reason or 'takes other inputs'}, of another shape"))
+            warnings += [] if reason else [_other_inputs(base, variants[odd], other, found[odd])]
         elif not all(part.dtype.blendable for part in (*found, other)):
             whose = next(part for part in (other, *found) if not part.dtype.blendable)
             left_out.append((name, f"{whose.dtype.name} is not a float"))
@@ -229,6 +233,13 @@ def _unfit(part: Part, min_dim: int, family: Family) -> str:
     if min(part.shape[0], prod(part.shape[1:])) < min_dim:
         return f"smaller than {min_dim}"
     return ""
+
+
+def _other_inputs(base: Input, variant: Input, mine: Part, theirs: Part) -> str:
+    return (
+        f'tensor "{mine.name}" has shape {list(mine.shape)} in {base.name} but {list(theirs.shape)} in {variant.name}, which takes other inputs, '
+        "and is left out: no LoRA adds channels to a model's input; to make such a model of a fine-tune, merge the difference"
+    )
 
 
 def _shape_clash(base: Input, variant: Input, mine: Part, theirs: Part) -> FamilyError:

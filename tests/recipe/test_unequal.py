@@ -18,8 +18,10 @@ from mergetool.arch.families.flux import FLUX
 from mergetool.arch.families.sd3 import SD3
 from mergetool.arch.families.wan import WAN
 from mergetool.arch.known import KnownFamily
+from mergetool.difference.extract import open_diff
 from mergetool.engine import job
 from mergetool.errors import FamilyError, UsageError
+from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
 from tests import sdxl
@@ -300,6 +302,15 @@ def test_verify_derives_padded_and_carried_tensors_again(folder: Path) -> None:
     made("'tune.safetensors' + 0.5*('wide.safetensors' - 'base.safetensors')")
     report = mergetool.verify("out.safetensors")
     assert report.weights.sound
+
+
+def test_a_difference_leaves_the_wide_weight_out_and_says_so(folder: Path) -> None:
+    three(FLUX, FLUX_SIZES, {"patch_in": 384})
+    mergetool.diff("base.safetensors", "wide.safetensors", "lora.safetensors", rank=4, min_dim=8)
+    with open_diff("base.safetensors", "wide.safetensors", DiffOptions(rank=4, min_dim=8)) as pairing:
+        assert dict(pairing.left_out)["x_embedder.weight"] == "takes other inputs, of another shape"
+        assert ["no LoRA adds channels to a model's input" in warning for warning in pairing.warnings] == [True]
+    assert not [name for name in load_file("lora.safetensors") if "x_embedder" in name or "img_in" in name]
 
 
 # -- ComfyUI ---------------------------------------------------------------------------------------------------------------------

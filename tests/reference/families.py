@@ -36,7 +36,7 @@ def lines() -> Iterator[str]:
 
 
 def _summary(family: KnownFamily) -> str:
-    loaders = ["ComfyUI", *(["diffusers"] if family.loader else [])]
+    loaders = ["-"] if family.copy_of else ["ComfyUI", *(["diffusers"] if family.loader else [])]
     cells = [
         f"[{family.name}](#{_anchor(family.name)})",
         " and ".join(family.layouts),
@@ -75,7 +75,10 @@ def _family(family: KnownFamily) -> Iterator[str]:
 def _stored(family: KnownFamily) -> Iterator[str]:
     for tensor, held in _fused(family).items():
         yield f"- {tensor} holds {_words(held)}, in this order of rows."
-    yield f"- `--quant` takes the matrices of {_words(sorted(family.quantised))}, and none of {_words(sorted(family.precise))}."
+    if family.quantised:
+        yield f"- `--quant` takes the matrices of {_words(sorted(family.quantised))}, and none of {_words(sorted(family.precise))}."
+    else:
+        yield "- `--quant` is refused: no program reads their weights by scales."
     if family.unquantised:
         yield f"- It leaves {_words(sorted(family.unquantised))} as they are: programs read a size off their stored shape."
     if family.quantised_layout:
@@ -89,6 +92,9 @@ def _stored(family: KnownFamily) -> Iterator[str]:
 
 
 def _loras(family: KnownFamily) -> Iterator[str]:
+    if family.copy_of:
+        yield "- No program loads LoRAs of it."
+        return
     form = format_for(family)
     whole = ", which diffusers and ComfyUI both load whole" if family.loader else ""
     yield f"- `mergetool diff` writes names with `{form.prefix}` before them{whole}."
