@@ -48,6 +48,7 @@ class Layer:
     (``weight_scale`` for the old ``scale_weight``), to the stored name and its TensorInfo. ``config`` is what the file says about
     the layer: the JSON in ``.comfy_quant`` or the entry of ``_quantization_metadata``; None where it says nothing. ``blocks`` are the rows and
     columns that share a scale by the file's config.json; None where it does not say. ``read`` gives the bytes of a small stored tensor.
+    ``file`` is the ``quantization_config`` of the file's config.json, empty without.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Layer:
     config: Mapping[str, Any] | None
     blocks: tuple[int, int] | None = None
     read: Callable[[str], bytes] = field(default=lambda _: b"", compare=False)
+    file: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tensor(self) -> str:

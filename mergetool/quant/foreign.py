@@ -37,8 +37,8 @@ _FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
         frozenset({"wscales", "wzeros", "wcscales", "wtscale", "smooth_factor_orig"}),
     ),
     ("a GPTQ or AWQ file", frozenset({"qweight", "qzeros", "g_idx"})),
-    ("a compressed-tensors file of packed weights", frozenset({"weight_packed", "weight_g_idx"})),
     ("an SDNQ file", frozenset({"svd_up", "svd_down"})),
+    ("a compressed-tensors file of packed weights", frozenset({"weight_packed", "weight_g_idx"})),
 )
 """Containers and the last components of their tensors' names. The first that fits counts: several store a "qweight"."""
 
@@ -50,10 +50,14 @@ _PLAIN = re.compile(r"weight|.*bias|running_mean|running_var|num_batches_tracked
 
 def recognised(model: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> tuple[str, str] | None:
     """The name of a container that is not read, and its proof; None for every other file."""
+    method = method_of(config)
+    read = next((one for one in register.every() if one.method and one.method == method), None)
     found = min(((i, name) for name in model if (i := _place(name)) is not None), default=None)
-    if found is not None:
+    if found is not None and not (read and leaf_of(found[1]) in read.beside_codes):
         return _FORMATS[found[0]][0], f"tensor {quoted(found[1])}"
-    method = _config_method(config)
+    if read is not None:
+        unread = read.unread(entry_of(config))
+        return None if unread is None else (f"{read.title} with {unread}", f"{CONFIG} in config.json")
     if method is None or method in READ_BY_TENSORS:
         return None
     return f"a {method} file", f"{CONFIG} in config.json"
@@ -133,10 +137,15 @@ def _not_understood(source: str, name: str, info: TensorInfo, strange: str) -> D
     )
 
 
-def _config_method(config: Mapping[str, Any] | None) -> str | None:
-    """The ``quant_method`` of a config's ``quantization_config``; None where it has none."""
+def entry_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a config.json; empty where it has none that can be read."""
     entry = (config or {}).get(CONFIG)
-    if not entry:
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def method_of(config: Mapping[str, Any] | None) -> str | None:
+    """The ``quant_method`` of a config's ``quantization_config``; None where it has none."""
+    if not (config or {}).get(CONFIG):
         return None
-    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
+    method = entry_of(config).get("quant_method")
     return method if isinstance(method, str) and method.isprintable() and len(method) <= 40 else "quantised"

@@ -30,6 +30,9 @@ def take(table: BytePairs, packed: Octets, out: Floats) -> None:
     np.take(table, packed, out=out.view(np.float64), mode="clip")
 
 
+PLAIN: BytePairs = pairs(range(16))
+"""The code itself, low nibble first."""
+
 SIGNED: BytePairs = pairs([*range(8), *range(-8, 0)])
 """Two's complement, -8 to 7, low nibble first."""
 

@@ -52,9 +52,12 @@ def scales() -> frozenset[str]:
 
 
 @cache
-def beside_codes() -> Mapping[str, str]:
-    """Last components that name a side tensor beside codes only -> its current name."""
-    return {leaf: side for one in every() for leaf, side in one.beside_codes.items()}
+def beside_codes(method: str) -> Mapping[str, str]:
+    """Last components that name a side tensor beside codes only -> its current name.
+
+    ``method`` is the file's ``quant_method``, "" without.
+    """
+    return {leaf: side for one in every() if one.method in ("", method) for leaf, side in one.beside_codes.items()}
 
 
 @cache

@@ -47,9 +47,9 @@ def scales() -> frozenset[str]:
     return register.scales() | {SCALE, "pre_quant_scale"}
 
 
-def beside_codes() -> Mapping[str, str]:
-    """The current names of components that count beside codes only."""
-    return {**BESIDE_CODES, **register.beside_codes()}
+def beside_codes(method: str) -> Mapping[str, str]:
+    """The current names of components that count beside codes only, in files of a ``method``."""
+    return {**BESIDE_CODES, **register.beside_codes(method)}
 
 
 def leaf_of(name: str) -> str:

@@ -124,16 +124,16 @@ def encodings(
         return {name: gguf.encoding_of(name, packed[name], source) for name in tensors if name in packed}
     said = _said(model, metadata, read, source)
     old = {name: info for name, info in model.items() if leaf_of(name) == _OLD_MARKER}
-    blocks = _block_size(config)
+    blocks, entry = _block_size(config), foreign.entry_of(config)
     found: dict[str, Encoding] = {}
     understood = set(old)
-    for name, sides in _layers(model, source).items():
+    for name, sides in _layers(model, foreign.method_of(config) or "", source).items():
         understood |= {stored for stored, _ in sides.values()}
         if name not in said and not spellings.scales() & sides.keys():
             continue  # a plain weight, beside which there may be the scale of its input
         if f"{name}.weight" not in model:
             raise _orphan(source, next(iter(sides.values()))[0] if sides else name, name)
-        layer = Layer(source, name, model[f"{name}.weight"], sides, said.get(name), blocks, read)
+        layer = Layer(source, name, model[f"{name}.weight"], sides, said.get(name), blocks, read, entry)
         found[layer.tensor] = _encoding(layer, old)
         understood.add(layer.tensor)
     foreign.require_understood(model, understood, source)
@@ -190,19 +190,19 @@ def _container(layer: Layer) -> Dequantiser | None:
     return container
 
 
-def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
+def _layers(model: Mapping[str, TensorInfo], method: str, source: str) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
     """Module name -> current name of a side tensor -> stored name and TensorInfo, for all side tensors."""
     spelled: dict[str, list[tuple[str, str, TensorInfo]]] = {}
     for stored, info in model.items():
         leaf, name = leaf_of(stored), module_of(stored)
-        if current(leaf) or _is_beside_codes(leaf, model.get(f"{name}.weight")):
+        if current(leaf) or _is_beside_codes(leaf, model.get(f"{name}.weight"), method):
             spelled.setdefault(name, []).append((leaf, stored, info))
     layers: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     for name, found in spelled.items():
         sides = layers.setdefault(name, {})
         has_factor = any(leaf in RECIPROCALS for leaf, _, _ in found)
         for leaf, stored, info in found:
-            side = DIVISOR if leaf == DIVISOR and has_factor else current(leaf) or beside_codes()[leaf]
+            side = DIVISOR if leaf == DIVISOR and has_factor else current(leaf) or beside_codes(method)[leaf]
             if side == INPUT_SCALE and side in sides:
                 side = leaf  # a second spelling: it says nothing about the weight either
             if side in sides:
@@ -214,17 +214,16 @@ def _layers(model: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str,
     return layers
 
 
-def _is_beside_codes(leaf: str, weight: TensorInfo | None) -> bool:
+def _is_beside_codes(leaf: str, weight: TensorInfo | None, method: str) -> bool:
     """Whether a tensor whose name may mean other things is beside a weight that it can belong to."""
     if weight is None or not is_narrow(weight):
         return False
-    return leaf in register.beside_codes() or (leaf in BESIDE_CODES and weight.dtype in (F8_E4M3, F8_E5M2))
+    return leaf in register.beside_codes(method) or (leaf in BESIDE_CODES and weight.dtype in (F8_E4M3, F8_E5M2))
 
 
 def _block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
     """The ``weight_block_size`` of a config's ``quantization_config``: rows and columns that share a scale."""
-    entry = (config or {}).get(foreign.CONFIG)
-    size = entry.get("weight_block_size") if isinstance(entry, Mapping) else None
+    size = foreign.entry_of(config).get("weight_block_size")
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
         return size[0], size[1]
     return None

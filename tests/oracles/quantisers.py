@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.oracles.fetching import fetched, pip_target
 
-PACKAGES = ["bitsandbytes==0.50.2"]
+PACKAGES = ["bitsandbytes==0.50.2", "sdnq==0.2.8"]
 SHAPES = [(64, 128), (17, 31), (100, 300), (129, 770)]
 
 CASES: dict[str, dict[str, Any]] = {
@@ -30,6 +30,16 @@ CASES: dict[str, dict[str, Any]] = {
         for shape in shapes
     },
     **{f"bitsandbytes int8 of {shape}": {"by": "bitsandbytes_int8", "shape": shape, "how": {}} for shape in SHAPES},
+    **{
+        f"SDNQ {' '.join(map(str, how.values()))} of {shape}": {"by": "sdnq", "shape": shape, "how": how}
+        for kind in ("int8", "uint8", "int4", "uint4")
+        for how in (
+            {"weights_dtype": kind},
+            {"weights_dtype": kind, "group_size": 32},
+            {"weights_dtype": kind, "use_svd": True, "svd_rank": 8},
+        )
+        for shape in ((64, 128), (100, 320))
+    },
 }
 """What is asked of ``quantisers_maker``: the function ``by``, the weight's shape, and arguments."""
 

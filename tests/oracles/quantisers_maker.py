@@ -35,6 +35,18 @@ def bitsandbytes_int8(matrix: torch.Tensor, how: dict[str, Any]) -> Made:
     return stored, functional.int8_vectorwise_dequant(stored["weight"], stored["SCB"])
 
 
+def sdnq(matrix: torch.Tensor, how: dict[str, Any]) -> Made:
+    """What a layer that SDNQ quantised saves, and what it turns back into."""
+    from sdnq import SDNQConfig, sdnq_quantize_layer
+
+    layer = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    layer.load_state_dict({"weight": matrix})
+    config = SDNQConfig(minimum_allowed_numel=1, minimum_allowed_channel_size=1, **how)
+    layer, _ = sdnq_quantize_layer(layer, config, torch_dtype=torch.float32, param_name="a.weight")
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    return stored, layer.dequantize().weight.detach()
+
+
 def main(out: Path) -> None:
     """Make all cases. A library that is not used is not imported."""
     for number, case in enumerate(CASES.values()):

@@ -104,7 +104,7 @@ class W4A8(Encoding):
             table = nibbles.OFFSET if self.codebook is None else nibbles.pairs(np.frombuffer(raw[3], "<f4"))
             nibbles.take(table, packed, out)
             return
-        nibbles.take(nibbles.pairs(range(16)), np.ascontiguousarray(packed[:, : width // 2]), out)
+        nibbles.take(nibbles.PLAIN, np.ascontiguousarray(packed[:, : width // 2]), out)
         upper = packed[:, width // 2 :, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
         out += upper.reshape(rows, width) * np.float32(16) - np.float32(32)
 
