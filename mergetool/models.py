@@ -121,7 +121,7 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
 def recognised(name: str, checkpoint: Checkpoint, *, names_only: bool = False) -> OpenedModel:
     """Recognise an open checkpoint. Raises what `open_model` says of its content."""
     # Here, since numpy comes with them: names are looked up, and files begin to be read, before it is there.
-    from mergetool.arch import bundled, recognise
+    from mergetool.arch import bundled, encoders, recognise
     from mergetool.quant.weights import Quantised, quantised
 
     refused = None
@@ -138,6 +138,8 @@ def recognised(name: str, checkpoint: Checkpoint, *, names_only: bool = False) -
         names_only=refused is not None,
         config=checkpoint.config,
     )
+    if refused is None:
+        anatomy = encoders.with_readable_parts(anatomy, checkpoint, name)
     return OpenedModel(name, checkpoint, anatomy, found.notes, refused)
 
 

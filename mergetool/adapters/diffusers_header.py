@@ -16,8 +16,9 @@ from functools import lru_cache
 from mergetool.adapters.alphas import HEADER
 from mergetool.adapters.diffusers_loaders import LOADERS
 from mergetool.adapters.in_diffusers import Rejected
-from mergetool.adapters.keys import Spelled, take_apart
+from mergetool.adapters.keys import Spelled, is_of_text_encoder, take_apart
 from mergetool.adapters.origin import families_of, is_lookalike
+from mergetool.arch import encoders
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families import FAMILIES
 
@@ -30,22 +31,32 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
     It is empty for a file that is no LoRA as well. Those of a lookalike have others there.
 
-    Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
+    Text encoders that diffusers gives LoRAs are in it too, since it makes no layer of a component that a header leaves out. Its alphas are the ranks: diffusers multiplies ``.alpha`` tensors into the factors before it looks at the header.
     """
-    component, other, downs, spelled = _downs(tuple(shapes))
+    component, other, downs, spelled = _downs(tuple(key for key in shapes if not is_of_text_encoder(key)))
     if not downs or (other and is_lookalike(other, spelled, shapes, {})):
         return {}
-    ranks = {module: shapes[down][0] for module, down in downs}
+    ranks = {component: {module: shapes[down][0] for module, down in downs}}
+    for key in filter(is_of_text_encoder, shapes):
+        one = take_apart(key)
+        found = encoders.in_diffusers(one.module) if isinstance(one, Spelled) and one.role == "down" else None
+        if found:
+            ranks.setdefault(found[0], {})[found[1]] = shapes[key][0]
+    entries = {start + key: value for start, held in ranks.items() for key, value in _config(held).items()}
+    return {HEADER: json.dumps(entries, sort_keys=True)}
+
+
+def _config(ranks: Mapping[str, int]) -> dict[str, object]:
+    """The arguments of PEFT's LoraConfig for the ranks of a component's modules."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {_pattern(module, ranks): value for module, value in ranks.items() if value != rank}
-    config = {
+    return {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": list(ranks),
     }
-    return {HEADER: json.dumps({component + key: value for key, value in config.items()}, sort_keys=True)}
 
 
 def _pattern(module: str, modules: Collection[str]) -> str:

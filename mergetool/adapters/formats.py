@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mergetool.adapters.adapter import ChangeKind
+from mergetool.arch import encoders
 from mergetool.arch.anatomy import Family
 from mergetool.arch.prefixes import INSERTED, WRAPPERS
 
@@ -170,12 +171,15 @@ def format_for(family: Family, key_format: KeyFormat = "default") -> LoraFormat:
 def factors_of(family: Family, part: str) -> tuple[str, str]:
     """The names of a part's factors in the default format: down and up.
 
-    They stand under the part's own name where a tensor holds several (see `fused.joined`).
+    They stand under the part's own name where a tensor holds several (see `fused.joined`), a text encoder's under `encoders.lora_module`.
 
     Raises ValueError for what is no module's weight.
     """
     form, module = format_for(family), family.lora_module(part)
     layout = form.layout_of(family)
+    if encoders.is_encoder(part):
+        module = encoders.lora_module(part, family.encoders, flat=form.flat)
+        return f"{module}{form.down}", f"{module}{form.up}"
     if len(family.pieces(part, layout)) == 1:
         module = family.stored_name(part, layout).removesuffix(".weight")
     return form.factors(bare(module))

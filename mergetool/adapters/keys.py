@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mergetool.adapters.formats import DOTTED, FLAT
-from mergetool.arch import Family
+from mergetool.arch import Family, encoders
 from mergetool.arch.lora_keys import ending
 from mergetool.arch.prefixes import INSERTED
 
@@ -101,6 +101,8 @@ class Modules:
                 self._dotted.setdefault(_module(stored), together)
         for alias, together in family.aliases(names).items():
             self._dotted.setdefault(alias, together)
+        for module, held in encoders.lora_names(names, family.encoders).items():
+            self._dotted.setdefault(module, held)
         for module, held in list(self._dotted.items()):  # raw names of a model may have the prefixes that keys have
             self._dotted.setdefault(_without_prefixes(module)[1], held)
         self._flat: dict[str, tuple[str, ...] | None] = {}

@@ -18,6 +18,7 @@ from mergetool.adapters.in_diffusers import Rejected
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.arch.anatomy import NATIVE, Family
+from mergetool.arch.encoders import is_encoder
 from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 
@@ -61,9 +62,10 @@ def loading(file: LoraFile) -> list[Loading]:
 
     Releases that do the same are one entry.
 
-    An empty list for a family of which that is not known.
+    Text encoders' modules do not count. An empty list for a family of which that is not known.
     """
-    if file.family.loader is None:
+    file = replace(file, changes={part: held for part, held in file.changes.items() if not is_encoder(part)})
+    if file.family.loader is None or not file.changes:
         return []
     loader = LOADERS[file.family.loader]
     found: list[Loading] = []

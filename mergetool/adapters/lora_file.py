@@ -366,9 +366,9 @@ class _Reading:
             self._remark_magnitudes(dora)
         mine = {id(change.adapter): change.adapter for found in changes.values() for change in found}.values()
         of_text = sum(is_of_text_encoder(next(iter(adapter.tensors.values()))) for adapter in mine)
-        if of_text:
+        if of_text and self.family is GENERIC and self.anatomy is None:
             self.warnings.append(f"{of_text} of {len(mine)} changed modules are of text encoders")
-        prefixes = Counter(one.prefix for one in self.spelled.values())
+        prefixes = Counter(one.prefix for key, one in self.spelled.items() if not is_of_text_encoder(key))
         if len(prefixes) > 1:
             self.warnings.append(f"keys have different prefixes: {', '.join(map(quoted, prefixes))}")
 

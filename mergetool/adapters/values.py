@@ -8,6 +8,7 @@ import numpy as np
 
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.lora_file import LoraFile
+from mergetool.arch.encoders import is_transposed
 from mergetool.quant.encoding import Floats
 from mergetool.quant.fp8 import widened
 
@@ -20,6 +21,9 @@ def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Fl
     adapter = change.adapter
     if adapter.kind != "lora":
         return None
+    if is_transposed(change.part):
+        up = factor(file, adapter.tensors["down"]).T[change.row : change.row + change.rows]
+        return _scaled(up, adapter.scale if scaled else 1), np.ascontiguousarray(factor(file, adapter.tensors["up"]).T)
     up = factor(file, adapter.tensors["up"], change.row, change.rows).reshape(change.rows, -1)
     down = factor(file, adapter.tensors["down"])
     if "mid" in adapter.tensors:  # LoCon: down [r, in, 1, 1] behind a small convolution mid [r, r, kh, kw]
@@ -34,6 +38,9 @@ def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats
     The change is of any other kind.
     """
     adapter, row = change.adapter, change.row + first
+    if is_transposed(change.part) and adapter.kind != "lora":
+        whole = dense_rows(file, Change(adapter, "", 0, adapter.shape[0]), 0, adapter.shape[0])
+        return np.ascontiguousarray(whole.T[row : row + count])
     match adapter.kind:
         case "lora":
             found = low_rank(file, Change(adapter, change.part, row, count))

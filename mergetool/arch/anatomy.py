@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -67,7 +67,8 @@ class Anatomy:
 
     ``prefix`` stands before every model tensor in the file; of several it is what they have in common. ``parts`` maps canonical
     names to parts, in file order. ``outside`` maps the stored tensors that are not of the model, a bundled VAE or text encoder, to
-    each as a whole; see `arch.bundled`. ``sides`` lists the markers and scales of the model's quantised weights.
+    each as a whole; see `arch.bundled`. ``sides`` lists the markers and scales of the quantised weights. ``beside`` names the parts that
+    are not of the model: text encoders', once `arch.encoders` made them parts.
     """
 
     family: Family
@@ -76,11 +77,26 @@ class Anatomy:
     parts: Mapping[str, Part]
     outside: Mapping[str, Part] = field(default_factory=dict)
     sides: tuple[str, ...] = ()
+    beside: frozenset[str] = frozenset()
 
-    def stored_parts(self) -> dict[str, tuple[str, ...]]:
-        """Stored tensor name -> its parts in row order. Tensors are in file order, prefix included."""
+    @property
+    def own(self) -> Mapping[str, Part]:
+        """The model's parts, without those beside it."""
+        return (
+            {name: part for name, part in self.parts.items() if name not in self.beside} if self.beside else self.parts
+        )
+
+    def alone(self) -> Anatomy:
+        """The same without the parts beside the model."""
+        return replace(self, parts=self.own, beside=frozenset()) if self.beside else self
+
+    def stored_parts(self, *, beside: bool = False) -> dict[str, tuple[str, ...]]:
+        """Stored tensor name -> its parts in row order, of the model or of what is ``beside``.
+
+        Tensors are in file order, prefix included.
+        """
         rows: dict[str, list[Part]] = {}
-        for part in self.parts.values():
+        for part in (part for name, part in self.parts.items() if (name in self.beside) == beside):
             rows.setdefault(part.stored.tensor, []).append(part)
         return {
             tensor: tuple(part.name for part in sorted(parts, key=lambda part: part.stored.row))
@@ -94,7 +110,7 @@ class Anatomy:
 
         Raises UsageError for a layout the family does not have, FamilyError when a tensor would be incomplete.
         """
-        found = self.family.outputs((name for name in self.parts if name not in self.family.unused), layout)
+        found = self.family.outputs((name for name in self.own if name not in self.family.unused), layout)
         if not self.family.keeps_names:
             return found
         return [(spelled(self.parts[parts[0]].stored.tensor, self.prefix), parts) for _, parts in found]
@@ -171,6 +187,7 @@ class Family(ABC):
     gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child
     keeps_names = False  # whether a tensor is written under the name it has: a family without a table of names
     loader: str | None = None  # diffusers' class that loads its LoRAs, where what that does is known and tested
+    encoders: tuple[str, ...] = ()  # its text encoders, as ComfyUI calls them, in the order in which LoRAs count them
     component = "transformer"  # what diffusers' pipelines call the model, and its LoRAs put before names
     lora_prefix = "diffusion_model."  # what stands before names in files that diffusers and ComfyUI both load whole: diffusers' own, and kohya-type
     # trainers' behind "lora_unet_"
@@ -369,7 +386,7 @@ class Description:
 
 
 def describe(anatomy: Anatomy) -> Description:
-    """Measure the model and each of its groups, without the tensors outside the model.
+    """Measure the model and each of its groups; text encoders are groups too, and count in no total.
 
     A tensor counts once for a group however many of its parts are in it: the fused ``qkv`` is one tensor of
     ``attention`` and one of ``q``; of its parameters only the q rows count for ``q``.
@@ -380,7 +397,7 @@ def describe(anatomy: Anatomy) -> Description:
         for group in family.groups(part.name, part.shape):
             members[group].append(part)
     return Description(
-        total=_size(family.name, anatomy.parts.values()),
+        total=_size(family.name, anatomy.own.values()),
         groups=tuple(_size(group, parts) for group, parts in members.items()),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergetool.arch import control
+from mergetool.arch import control, encoders
 from mergetool.arch.anatomy import Anatomy, Family, Part, natural_key
 from mergetool.arch.prefixes import Names
 from mergetool.checkpoint.header import TensorInfo
@@ -41,6 +41,9 @@ class Generic(Family):
 
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The derived groups of a part, and its top-level component when it has one."""
+        beside = encoders.groups(part)
+        if beside:
+            return beside
         components = part.split(".")
         found = set()
         if len(components) > 1 and components[0] and components[0] not in _DERIVED:

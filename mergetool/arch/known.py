@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
+from mergetool.arch import encoders
 from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
 from mergetool.arch.rows import IndivisibleError, divide, label, listed, own_columns, sizes
@@ -46,7 +47,7 @@ class KnownFamily(Family):
     def groups(self, part: str, shape: tuple[int, ...]) -> frozenset[str]:
         """The groups of a part, from its name alone."""
         match = self.table.find(part)
-        return match.spots[0].groups if match else frozenset()
+        return match.spots[0].groups if match else encoders.groups(part)
 
     def stored_name(self, part: str, layout: str) -> str:
         """The tensor that holds ``part``, alone or with others. Raises UsageError for a layout the family does not have."""

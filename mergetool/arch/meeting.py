@@ -66,10 +66,10 @@ def check(
 
     ``chosen`` are the parts of ``first`` that count, None for all; ``carried`` those of ``other`` that are used though ``first`` lacks them.
 
-    A part meets where both models have it as floats. Raises FamilyError for models that do not meet.
+    A part meets where both models have it as floats; those beside a model do not count. Raises FamilyError for models that do not meet.
     """
-    mine, theirs = first.anatomy.parts, other.anatomy.parts
-    wanted = _floats({name: mine[name] for name in (mine if chosen is None else chosen)})
+    mine, theirs = first.anatomy.own, other.anatomy.own
+    wanted = _floats({name: mine[name] for name in (mine if chosen is None else chosen) if name in mine})
     offered = _floats(theirs)
     if not wanted:
         return []

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 import re2
 
+from mergetool.arch import encoders
 from mergetool.arch.anatomy import Anatomy, is_number
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import PatternError
@@ -163,7 +164,10 @@ def _layouts(part: str, anatomy: Anatomy) -> set[str]:
 def _nothing_matched(pattern: str, anatomy: Anatomy) -> str:
     family = anatomy.family
     if any(
-        name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        name == pattern
+        or name.startswith(f"{pattern}.")
+        or fnmatch.fnmatchcase(name, pattern)
+        or pattern in {encoders.encoder_of(name), *encoders.groups(name)}
         for name in anatomy.outside
     ):
         return (

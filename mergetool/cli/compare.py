@@ -76,8 +76,11 @@ def _print(report: Report, *, verbose: bool) -> None:
     for finding in report.lineage:
         console.heading(finding.level, finding.text)
     console.table(_heads(report), [_row(name, energies, report) for name, energies in _rows(report).items()])
-    if report.excluded:
-        console.heading("", f"* not in the totals, since merges keep them; {len(report.excluded)} parts")
+    kept = len(report.kept)
+    if kept:
+        console.heading("", f"* not in the totals, since merges keep them; {kept} parts")
+    if len(report.excluded) > kept:
+        console.heading("", f"* of text encoders, which are in no total; {len(report.excluded) - kept} parts")
     if report.left_out:
         names = [f"{name} ({reason})" for name, reason in report.left_out]
         console.heading("left out", f"{len(names)}: {console.listed(names, most=1000 if verbose else 2)}")
@@ -167,7 +170,7 @@ def _print_next(report: Report) -> None:
     console.heading("advice", f"multiplier {float(multiplier):g} gives the delta {why}")
     if multiplier != report.multiplier:
         console.heading("", "--multiplier recommended measures its rounding loss")
-    protect = " --protect refiner" if report.excluded else ""
+    protect = " --protect refiner" if report.kept else ""
     console.heading("next", f'mergetool merge "{report.merge_with(multiplier)}"{protect} -o OUT.safetensors')
 
 

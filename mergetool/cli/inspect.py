@@ -78,6 +78,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
     console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
     if anatomy.outside:
         console.heading("", f"{len(anatomy.outside)} outside the model: {console.listed(list(anatomy.outside))}")
+    beside = {group for name in anatomy.beside for group in anatomy.family.groups(name, anatomy.parts[name].shape)}
     console.table(
         ["group", "tensors", "parameters", "bytes", "share"],
         (
@@ -86,7 +87,7 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
                 str(group.tensors),
                 console.parameters(group.parameters),
                 console.size(group.nbytes),
-                f"{100 * group.parameters / max(1, total.parameters):.1f} %",
+                "" if group.name in beside else f"{100 * group.parameters / max(1, total.parameters):.1f} %",
             ]
             for group in description.groups
         ),

@@ -29,7 +29,10 @@ The page tells for ComfyUI and for five releases of diffusers whether they load 
 of the whole change at strength 1, ||scale * up @ down||.
 """
 
-GROUPS = ("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pad")
+GROUPS = (
+    *("q", "k", "v", "out", "ffn", "adaln", "norm", "embedder", "final", "pad"),
+    *("clip_l", "clip_h", "clip_g", "t5", "text_encoder"),
+)
 """A part is counted in the first of these that it is in."""
 
 
@@ -86,6 +89,9 @@ def _print(file: LoraFile, contents: Contents, loaded: Sequence[Loading], *, ver
     console.table(["group", "parts", "rank min/med/max", "norm"], _by_group(contents.targets))
     _print_blocks(contents, verbose=verbose)
     loads.print_all(loaded, verbose=verbose)
+    encoders = sum("text_encoder" in target.groups for target in contents.targets)
+    if encoders and loaded:
+        console.heading("", f"{console.plural(encoders, 'parameter')} of text encoders not counted")
     reasons: dict[str, list[str]] = {}
     for key, reason in unmatched.left_aside(file):
         reasons.setdefault(reason, []).append(key)

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from mergetool import models
 from mergetool.arch import meeting
+from mergetool.arch.encoders import is_encoder
 from mergetool.comparison import lineage
 from mergetool.comparison.chunks import Chunk, ComparedModels, stream
 from mergetool.comparison.distances import by_part, comparable, cut
@@ -121,6 +122,11 @@ class Report:
         """Raises CheckFailed where a condition holds that should not."""
         if self.failed:
             raise CheckFailed(f"{self.base} and {self.variant}: {'; '.join(self.failed)}.")
+
+    @property
+    def kept(self) -> list[str]:
+        """The excluded parts of the model, which merges keep; the others are of text encoders."""
+        return [name for name in self.excluded if not is_encoder(name)]
 
     @property
     def included(self) -> list[Distance]:
@@ -320,8 +326,9 @@ def _confirmed(findings: Sequence[Finding], distances: Sequence[Distance]) -> It
 
 
 def _planned(operands: ComparedModels, options: MergeOptions) -> Comparison:
-    """Plan the merge; without an `include` the refiners are measured but excluded."""
+    """Plan the merge; without an `include` the refiners and text encoders are measured but excluded."""
     base = operands.inputs[operands.base].anatomy
+    counted = bool(options.include)
     by_default = not (options.include or options.exclude) and base.family.kept in base.family.group_names(base)
     if by_default:
         options = MergeOptions(exclude=(base.family.kept,), dtype=options.dtype)
@@ -329,13 +336,13 @@ def _planned(operands: ComparedModels, options: MergeOptions) -> Comparison:
     draft = Comparison(operands, options, (), frozenset(), (), known)
     reasons = {step.part: step.reason for tensor in draft.plan(Fraction(1)).tensors for step in tensor.steps}
     shared = comparable([operands.inputs[column] for column in operands.columns])
-    wanted = [part for part in shared if by_default or reasons[part] == MERGED]
+    wanted = [part for part in shared if (by_default and part not in base.beside) or reasons.get(part) == MERGED]
     left_out = [(part, reasons.get(part, "")) for part in base.parts if part not in wanted]
     return Comparison(
         operands,
         options,
         tuple(wanted),
-        frozenset(part for part in wanted if reasons[part] != MERGED),
+        frozenset(part for part in wanted if reasons.get(part) != MERGED or (part in base.beside and not counted)),
         tuple(
             (part, reason if reason not in ("", MERGED) else "not in all models in one shape")
             for part, reason in left_out

@@ -86,7 +86,7 @@ def measure(plan: Plan, samples: Samples, differences: tuple[tuple[str, str, flo
     """Measure where ``plan`` lands, from the ``samples`` of its inputs. Raises what reading raises."""
     moved = norm = 0.0
     changed = elements = unmeasured = 0
-    parts, most = plan.inputs[0].anatomy.parts, most_of(plan.inputs[0])
+    parts, most = plan.inputs[0].anatomy.own, most_of(plan.inputs[0])
     for step in (step for tensor in plan.tensors for step in tensor.steps if step.elements and step.part in parts):
         if step.program is not None and step.program.calls:
             unmeasured += 1

@@ -114,7 +114,7 @@ class Relation:
 
         Their norms, which nobody quantises, are equal.
         """
-        parts = (part for sample in (self.x, self.y) for part in sample.model.anatomy.parts.values())
+        parts = (part for sample in (self.x, self.y) for part in sample.model.anatomy.own.values())
         return self.gains[1] == 0 and any(part.encoding or part.dtype.bits == 8 for part in parts)
 
     def apart(self) -> str:

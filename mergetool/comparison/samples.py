@@ -73,7 +73,7 @@ class Samples:
 
 
 def _floats(model: Input) -> dict[str, Part]:
-    return {name: part for name, part in model.anatomy.parts.items() if part.dtype.blendable and part.numel}
+    return {name: part for name, part in model.anatomy.own.items() if part.dtype.blendable and part.numel}
 
 
 def most_of(model: Input) -> int:
@@ -112,7 +112,7 @@ def distances(variant: ModelSample, base: ModelSample) -> list[Distance]:
     """
     family = base.model.anatomy.family
     apart = []
-    for name in comparable([base.model, variant.model]):
+    for name in (name for name in comparable([base.model, variant.model]) if name in base.values):
         x, y = variant.values[name], base.values[name]
         share = base.sizes[name] / y.size
         groups = family.groups(name, base.model.anatomy.parts[name].shape)

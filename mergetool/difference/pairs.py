@@ -26,6 +26,7 @@ from math import prod
 
 from mergetool import arch
 from mergetool.arch import Family, Part, meeting
+from mergetool.arch.encoders import is_encoder, takes_factors
 from mergetool.arch.inputs import wide_shapes
 from mergetool.errors import FamilyError, UsageError
 from mergetool.options.differences import DiffOptions
@@ -143,6 +144,9 @@ def pair_up(base: Input, variant: Input, options: DiffOptions, second: Input | N
         reason = reasons.chosen(name)
         odd = next((i for i, part in enumerate(found) if part.shape != other.shape), None)
         if odd is not None:
+            if name in base.anatomy.beside:
+                left_out.append((name, "of another shape"))
+                continue
             if not reason and name not in wide:
                 raise _shape_clash(base, variants[odd], other, found[odd])
             left_out.append((name, f"{reason or 'takes other inputs'}, of another shape"))
@@ -224,6 +228,8 @@ def _selected(include: Iterable[str], base: Input) -> frozenset[str] | None:
 def _unfit(part: Part, min_dim: int, family: Family) -> str:
     if len(part.shape) < 2:
         return "one-dimensional"
+    if is_encoder(part.name) and not takes_factors(part.name):
+        return "of a text encoder, where programs add no factors to it"
     if family.is_vector(part.name):
         return "neither a weight nor a bias, which no program applies"
     if not part.name.endswith(".weight"):

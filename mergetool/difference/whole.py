@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergetool.adapters.formats import FORMATS, bare
 from mergetool.arch import Anatomy
+from mergetool.arch.encoders import is_encoder
 from mergetool.difference.operands import Operand
 from mergetool.difference.pairs import Pair
 from mergetool.errors import NonFiniteError
@@ -69,7 +70,8 @@ def key_of(tensor: str) -> str:
     Example: ``layers.0.attention.qkv.weight`` gives ``diffusion_model.layers.0.attention.qkv.diff``, a ``.bias`` a ``.diff_b``.
     """
     module, _, leaf = bare(tensor).rpartition(".")
-    return FORMATS["comfyui"].key(module, "full", "diff_b" if leaf == "bias" else "diff")
+    role = "diff_b" if leaf == "bias" else "diff"
+    return f"{module}.{role}" if is_encoder(tensor) else FORMATS["comfyui"].key(module, "full", role)
 
 
 def _rows(found: Mapping[str, Whole], name: str, together: Sequence[str], model: Anatomy) -> Tensor:

@@ -20,7 +20,7 @@ def measure(model: Input) -> float | None:
     rows in the middle of every quantised weight: some 10 MB of a 6 GB file.
     """
     noise = signal = 0.0
-    encodings = {part.stored.tensor: part.encoding for part in model.anatomy.parts.values() if part.encoding}
+    encodings = {part.stored.tensor: part.encoding for part in model.anatomy.own.values() if part.encoding}
     for encoding in encodings.values():
         rows = min(ROWS, encoding.rows)
         row = (encoding.rows - rows) // 2

@@ -257,6 +257,8 @@ def _comparable(base: Input, variant: Input) -> tuple[tuple[str, ...], tuple[tup
             left_out.append((name, f"only in {base.name}"))
         elif not (part.dtype.blendable and other.dtype.blendable):
             left_out.append((name, f"{(other if part.dtype.blendable else part).dtype.name} is not a float"))
+        elif part.shape != other.shape and name in base.anatomy.beside:
+            left_out.append((name, "of another shape"))
         elif part.shape != other.shape:
             raise FamilyError(
                 f'tensor "{name}" has shape {list(part.shape)} in {base.name} but {list(other.shape)} in {variant.name}; '

@@ -17,7 +17,7 @@ from mergetool.options.table import Option, Table
 from mergetool.quant import register
 
 LAYOUTS = ("comfyui", "diffusers")
-BUNDLED = ("keep", "drop", "drop-ema", "merge")
+BUNDLED = ("encoders", "keep", "drop", "drop-ema", "merge")
 LARGEST_SEED = 2**64 - 1
 
 
@@ -53,11 +53,11 @@ class ContainerOptions(Table):
     bundled: Annotated[
         str,
         Option(
-            help="Keep the VAE, text encoders and EMA weights of the anchor's file, drop them, drop EMA alone, or merge them too.",
+            help="Of all-in-one files merge the text encoders and keep the rest, keep all of the anchor's, drop it, drop EMA alone, or merge the VAE too.",
             section="Output",
             kind=Choice(BUNDLED, "WHAT"),
         ),
-    ] = "keep"
+    ] = "encoders"
     layout: Annotated[
         str | None,
         Option(
@@ -128,7 +128,7 @@ class MergeOptions(ContainerOptions, PatternOptions, RoundingOptions):
 
     ``keep_from`` names the model of kept tensors. ``multipliers`` are settings in order; a later one wins (see `options.multipliers`).
     ``dtype``, ``layout`` and ``prefix`` are the output's, None for the anchor's; the prefix stands before every tensor name. ``bundled``
-    decides about the VAE, the text encoders and the like in the first model's file (see `recipe.bundled`).
+    decides about the VAE, the text encoders and the like beside a model in its file (see `recipe.bundled`).
     """
 
     protect: Annotated[

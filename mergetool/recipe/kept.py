@@ -14,7 +14,7 @@ from mergetool.recipe.steps import Input
 def parts(options: MergeOptions, anatomy: Anatomy, keeper: Input, carried: Collection[str]) -> dict[str, str]:
     """The parts of ``anatomy`` to keep as ``keeper`` has them, with the reason.
 
-    It need not have those that are only ``carried``. Raises PatternError for a pattern that selects nothing, FamilyError where the keeper lacks a part, UsageError where nothing would be left to merge.
+    It need not have those that are only ``carried``, or of a text encoder. Raises PatternError for a pattern that selects nothing, FamilyError where the keeper lacks a part, UsageError where nothing would be left to merge.
     """
     kept: dict[str, str] = {}
     if options.include:

@@ -26,7 +26,7 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from mergetool.adapters.rows import ChangeRows, StackedRows
-from mergetool.arch import Anatomy, Part, meeting, prefixes
+from mergetool.arch import Anatomy, Part, encoders, meeting, prefixes
 from mergetool.arch.signs import IN_FP16
 from mergetool.checkpoint.dtypes import BF16, F32, DType
 from mergetool.checkpoint.header import Header
@@ -113,9 +113,8 @@ class _Planner:
     def __init__(
         self, expression: Expression, inputs: tuple[Input, ...], options: MergeOptions, noise: Mapping[str, float]
     ) -> None:
-        self.beside = frozenset(inputs[0].anatomy.outside) if options.bundled == "merge" else frozenset[str]()
-        if self.beside:
-            inputs = tuple(bundled.as_parts(model) for model in inputs)
+        inputs = tuple(bundled.as_parts(model, options.bundled) for model in inputs)
+        self.beside = inputs[0].anatomy.beside
         self.noise = noise
         self.expression = expression
         self.inputs = inputs
@@ -132,7 +131,9 @@ class _Planner:
         self.keeper = self.column[options.keep_from] if options.keep_from else 0
         if options.prefix is not None:
             prefixes.check(options.prefix)
-        self.kept = kept.parts(options, self.anatomy, self.inputs[self.keeper], self.unequal.carried)
+        self.kept = kept.parts(
+            options, self.anatomy, self.inputs[self.keeper], self.unequal.carried.keys() | self.beside
+        )
         self.multiplier = groups.resolve(self.options.settings, self.anatomy)
         self.dropped = self._dropped()
         parts = {name: part for name, part in self.anatomy.parts.items() if name not in self.dropped}
@@ -143,21 +144,23 @@ class _Planner:
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
             able = " or ".join(f"`quant={one.quant}`" for one in register.quantisers() if one.has_tensor_scale)
             raise UsageError(f"`scale_search` looks for the scale of a whole tensor; it needs {able}.")
-        self.is_quantised = (
-            quantised.is_quantised(self.anatomy, self.quantiser, self.beside) if self.quantiser else lambda _: False
-        )
+        self.is_quantised = quantised.is_quantised(self.anatomy, self.quantiser) if self.quantiser else lambda _: False
 
     def plan(self, fingerprints: Mapping[str, str]) -> Plan:
         layout, prefix, outputs = self._outputs()
         tensors = [tensor for name, parts in outputs for tensor in self._tensors(name, parts)]
         left_out = self._not_in_output()
         same_layout = layout == self.first.anatomy.layout
+        same_names = same_layout and bool(prefix or prefix == self.first.anatomy.prefix)
         beside, not_beside = bundled.outputs(
             self.first,
             self.options.bundled,
+            self._beside() if same_names else {},
             same_layout=same_layout,
-            same_names=same_layout and bool(prefix or prefix == self.first.anatomy.prefix),
+            same_names=same_names,
         )
+        if same_names and prefix in prefixes.IN_COMFYUI:
+            beside += bundled.from_others(self.inputs, self.needed, self.options.bundled)
         tensors += [*beside, *bundled.markers(self.first, prefix, {tensor.name for tensor in tensors})]
         left_out += not_beside
         copied = {w.tensor for tensor in tensors for step in tensor.steps for w in step.windows if w.input == 0}
@@ -221,7 +224,7 @@ class _Planner:
         prefix = self.options.prefix
         if wanted is None and prefix is None:
             return layout, anatomy.prefix, list(anatomy.stored_parts().items())
-        if self.beside:
+        if self.beside and self.options.bundled == "merge":
             raise UsageError(
                 "`bundled=merge` needs the model's own layout and prefix; leave out `layout` and `prefix`."
             )
@@ -251,11 +254,19 @@ class _Planner:
         whole = quantised.copied(name, parts, steps, self.inputs, quantiser) if quantiser else None
         return whole or [OutputTensor(name, dtype, shape, tuple(steps), quantiser)]
 
+    def _beside(self) -> dict[str, list[OutputTensor]]:
+        """The tensors beside the model by their stored names, as the expression makes them."""
+        return {name: self._tensors(name, parts) for name, parts in self.anatomy.stored_parts(beside=True).items()}
+
+    def _keeper_of(self, part: str) -> int:
+        """The input that a part is kept from: `keep_from` of one that a choice keeps, where that model has it."""
+        return self.keeper if part in self.kept and part in self.inputs[self.keeper].anatomy.parts else 0
+
     def _written(self, name: str) -> Part:
         """The part as it is written: in the shape of the model that it is kept from, or padded."""
         mine = self.anatomy.parts[name]
         if name in self.kept:
-            shape = self.inputs[self.keeper].anatomy.parts[name].shape
+            shape = self.inputs[self._keeper_of(name)].anatomy.parts[name].shape
         else:
             shape = mine.shape if self.multiplier.get(name) == 0 else self.unequal.shape(mine)
         return mine if shape == mine.shape else replace(mine, shape=shape)
@@ -263,7 +274,8 @@ class _Planner:
     def _output_dtype(self, parts: Sequence[Part]) -> DType:
         stored = [BF16 if part.encoding is not None else part.dtype for part in parts]
         widest = max(stored, key=lambda dtype: dtype.bits)
-        if self.options.stored is not None and all(part.dtype.blendable for part in parts):
+        casts = self.options.bundled == "merge" or not any(part.name in self.beside for part in parts)
+        if casts and self.options.stored is not None and all(part.dtype.blendable for part in parts):
             return self.options.stored
         return widest
 
@@ -276,8 +288,7 @@ class _Planner:
         if reason is None and self._program(part.name, multiplier)[0] == COPY:  # of the anchor itself
             reason = "not changed by a LoRA" if self.loras else "copied"
         if reason is not None:
-            column = self.keeper if part.name in self.kept else 0
-            step = self._copy(part, first, dtype, quantiser, column, reason)
+            step = self._copy(part, first, dtype, quantiser, self._keeper_of(part.name), reason)
             return replace(step, multiplier=Fraction(0)) if reason.startswith(SET_TO_0) else step
         program, stacks = self._program(part.name, multiplier)
         columns = self._columns(program)
@@ -322,6 +333,8 @@ class _Planner:
                 return f"not in {self.inputs[column].name}"
             if not (theirs.dtype.blendable and mine.dtype.blendable):
                 return f"{theirs.dtype.name if mine.dtype.blendable else mine.dtype.name} is not blended"
+            if theirs.shape != mine.shape and part in self.beside:
+                return f"of another shape in {self.inputs[column].name}"
             if theirs.shape != mine.shape and part not in self.unequal.padded:
                 raise unequal.shape_clash(part, self.first, self.inputs[column])
         return None
@@ -383,12 +396,14 @@ class _Planner:
     def _not_in_output(self) -> list[tuple[str, str]]:
         left_out: dict[str, str] = {}
         if self._outputs_are_relaid:
-            unused = (name for name in self.first.anatomy.parts if name in self.family.unused)
+            unused = (name for name in self.first.anatomy.own if name in self.family.unused)
             left_out |= dict.fromkeys(unused, "never read by the model")
         for model in self.inputs[1:]:
-            for name in model.anatomy.parts:
+            for name in model.anatomy.own:
                 if name not in self.anatomy.parts:
-                    left_out.setdefault(name, self.dropped.get(name) or f"only in {model.name}")
+                    of_encoder = model.is_lora and encoders.is_encoder(name)
+                    reason = "of a text encoder, which is not merged" if of_encoder else f"only in {model.name}"
+                    left_out.setdefault(name, self.dropped.get(name) or reason)
             left_out |= {name: f"in {model.name}: {reason}" for name, reason in model.unmatched}
         return list(left_out.items())
 
@@ -399,7 +414,7 @@ class _Planner:
                 f'mergetool knows no program that reads names under "{self.options.prefix}", and would not take it off again'
             )
         warnings += quantised.warnings(self.inputs, self.noise)
-        stored = {p.encoding.quant for p in self.first.anatomy.parts.values() if p.encoding and p.encoding.quant}
+        stored = {p.encoding.quant for p in self.first.anatomy.own.values() if p.encoding and p.encoding.quant}
         if stored and self.quantiser is None and self.options.dtype is None:
             warnings.append(
                 f"{self.first.name}'s quantised weights become bf16; `quant={stored.pop()}` writes its container"

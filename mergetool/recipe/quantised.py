@@ -8,7 +8,7 @@ norms, biases, pad tokens, embedders, modulations, the final layer, and refiners
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 
 from mergetool.arch import Anatomy, Family, Part
@@ -29,16 +29,14 @@ def policy(family: Family) -> str:
     return f"matrices of {groups} with sides of at least {SMALLEST_SIDE}{apart}"
 
 
-def is_quantised(
-    anatomy: Anatomy, quantiser: Quantiser, apart: Collection[str] = ()
-) -> Callable[[Sequence[Part]], bool]:
+def is_quantised(anatomy: Anatomy, quantiser: Quantiser) -> Callable[[Sequence[Part]], bool]:
     """Make a function that tells whether a tensor of given parts becomes quantised.
 
-    None of the names in ``apart`` does.
+    Nothing beside the model does.
 
     Raises UsageError when none of the model's would.
     """
-    follows = any(part.encoding is not None and part.encoding.quant for part in anatomy.parts.values())
+    follows = any(part.encoding is not None and part.encoding.quant for part in anatomy.own.values())
     if not anatomy.family.quantised:
         raise UsageError(
             f"no program reads the weights of a {anatomy.family.name} by scales; leave out `quant={quantiser.quant}`, or give a smaller `dtype`."
@@ -47,7 +45,7 @@ def is_quantised(
     def chosen(parts: Sequence[Part]) -> bool:
         if not all(part.name.endswith(".weight") and len(part.shape) == 2 and part.dtype.blendable for part in parts):
             return False
-        if any(part.name in apart or part.name in anatomy.family.unquantised for part in parts):
+        if any(part.name in anatomy.beside or part.name in anatomy.family.unquantised for part in parts):
             return False
         if follows:
             return any(part.encoding is not None for part in parts)
@@ -127,7 +125,7 @@ def warnings(inputs: Sequence[Input], noise: Mapping[str, float]) -> Iterator[st
     for model in (model for model in inputs if not model.is_lora):
         narrow = Counter(
             p.encoding.label if p.encoding else p.dtype.name
-            for p in model.anatomy.parts.values()
+            for p in model.anatomy.own.values()
             if p.encoding or (p.dtype.blendable and p.dtype.bits == 8)
         )
         if narrow:
@@ -138,8 +136,8 @@ def warnings(inputs: Sequence[Input], noise: Mapping[str, float]) -> Iterator[st
 
 def what(anatomy: Anatomy, name: str, quantiser: Quantiser, chosen: Callable[[Sequence[Part]], bool]) -> str:
     """Say which weights of a model ``name`` become quantised."""
-    parts = [part for part in anatomy.parts.values() if chosen([part])]
-    share = sum(part.numel for part in parts) / sum(part.numel for part in anatomy.parts.values())
+    parts = [part for part in anatomy.own.values() if chosen([part])]
+    share = sum(part.numel for part in parts) / sum(part.numel for part in anatomy.own.values())
     follows = any(part.encoding is not None and part.encoding.quant for part in parts)
     which = f"the weights that {name} has quantised" if follows else policy(anatomy.family)
     return f"{quantiser.quant}: {which}, {100 * share:.1f} % of the parameters; the rest keeps its dtype"

@@ -128,7 +128,7 @@ def _carried(expression: Expression, first: Input, models: Sequence[Input]) -> d
     own, factors = own_factors(expression.graph), expression.graph.coefficients()
     sums: dict[tuple[str, ...], Sum | None] = {}
     found = {}
-    for name in dict.fromkeys(name for model in models for name in model.anatomy.parts):
+    for name in dict.fromkeys(name for model in models for name in model.anatomy.own):
         if name in first.anatomy.parts:
             continue
         having = tuple(model.name for model in models if name in model.anatomy.parts)

@@ -68,7 +68,7 @@ def load_transformer(
         require_whole(opened)
         with quiet(), torch.device("meta"):
             built = ZImageTransformer2DModel.from_config(config)
-        parts = {name: part for name, part in opened.anatomy.parts.items() if name not in opened.anatomy.family.unused}
+        parts = {name: part for name, part in opened.anatomy.own.items() if name not in opened.anatomy.family.unused}
         _require_equal(model, built.state_dict(), {name: part.shape for name, part in parts.items()})
         state = {name: _read(opened.checkpoint, part).to(dtype) for name, part in parts.items()}
         for lora in loras:

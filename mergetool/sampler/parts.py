@@ -333,7 +333,7 @@ def require_whole(opened: Input) -> None:
 def uneven(anatomy: Anatomy) -> list[str]:
     """The parts that some blocks of a stack have and others lack, by name."""
     stacks: dict[str, dict[str, set[int]]] = {}
-    for name in anatomy.parts:
+    for name in anatomy.own:
         match = re.fullmatch(r"([a-z_]+)\.(\d+)\.(.+)", name)
         if match:
             stacks.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))

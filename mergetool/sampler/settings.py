@@ -296,7 +296,7 @@ def fingerprints(request: PictureRequest) -> dict[str, str]:
 def is_large(model: str) -> bool:
     """Whether a model's weights are more than LARGE."""
     with opened_model(model, fingerprints=False) as opened:
-        return sum(part.nbytes for part in opened.anatomy.parts.values()) > LARGE
+        return sum(part.nbytes for part in opened.anatomy.own.values()) > LARGE
 
 
 def picture_size(

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from tests.oracles.worker import serve
@@ -47,6 +48,39 @@ def load(lora: str, name: str, out: str, pipeline: str, model: str, config: dict
     return {"version": diffusers.__version__, "magnitudes": magnitudes}
 
 
+def load_encoders(
+    lora: str, name: str, out: str, pipeline: str, model: str, config: dict[str, Any], sizes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The same for a pipeline with text encoders of CLIP's class and these ``sizes``: writes their changes, under ``text_encoder.`` and ``text_encoder_2.``."""
+    made_by = getattr(diffusers, pipeline)
+    given = components(made_by, zeroed(model, repr(config)))
+    names = [name for name in given if name.startswith("text_encoder")]
+    made = {name: _encoder(size, projects=i > 0) for i, (name, size) in enumerate(zip(names, sizes, strict=True))}
+    try:
+        pipe = made_by(**{**given, **made})
+        pipe.load_lora_weights(lora, weight_name=name)
+        pipe.fuse_lora(components=["unet" if "unet" in given else "transformer", *names])
+        pipe.unload_lora_weights()
+    finally:
+        zeroed.cache_clear()
+    changed = {
+        f"{name}.{part}": value.clone()
+        for name, encoder in made.items()
+        for part, value in encoder.state_dict().items()
+        if value.any()
+    }
+    save_file(changed, out)
+    return {"version": diffusers.__version__}
+
+
+def _encoder(size: dict[str, Any], *, projects: bool) -> Any:
+    kind = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
+    found = kind(transformers.CLIPTextConfig(**size)).requires_grad_(False)
+    for parameter in found.parameters():
+        parameter.zero_()
+    return found
+
+
 def components(pipeline: Any, transformer: Any) -> dict[str, Any]:
     """A pipeline's arguments: nothing but the transformer, or the UNet."""
     wanted = inspect.signature(pipeline.__init__).parameters
@@ -73,4 +107,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
-    serve({"load": load})
+    serve({"load": load, "load_encoders": load_encoders})

@@ -53,7 +53,7 @@ def beside(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor
     "options", [{}, {"dtype": "fp8_e4m3"}, {"dtype": "fp32"}, {"quant": "fp8-scaled"}, {"quant": "int8"}], ids=str
 )
 def test_no_dtype_and_no_container_changes_a_bit_of_them(expression: str, options: dict[str, Any]) -> None:
-    found, expected = made(expression, **options), dict(beside(load_file("a.safetensors")))
+    found, expected = made(expression, bundled="keep", **options), dict(beside(load_file("a.safetensors")))
     assert {name for name, _ in beside(found)} == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
@@ -100,12 +100,12 @@ def test_a_quantised_encoder_is_copied_with_its_scales_and_merged_by_its_values(
         tensors = {n: t for n, t in load_file(name).items() if n.startswith(UNET)}
         tensors |= {f"{layer}.weight": codes, f"{layer}.weight_scale": torch.tensor(scale)}
         save_file({**tensors, f"{layer}.comfy_quant": marker({"format": "float8_e4m3fn"})}, name)
-    kept = made(MERGE)
-    assert kept[f"{layer}.weight"].view(torch.uint8).equal(codes.view(torch.uint8))
-    assert {f"{layer}.weight_scale", f"{layer}.comfy_quant"} <= kept.keys()
-    merged = made(MERGE, bundled="merge", dtype="fp32")
-    torch.testing.assert_close(merged[f"{layer}.weight"], codes.float())
-    assert f"{layer}.weight_scale" not in merged
+    for kept in (made(MERGE, bundled="keep"), made(COPY)):
+        assert kept[f"{layer}.weight"].view(torch.uint8).equal(codes.view(torch.uint8))
+        assert {f"{layer}.weight_scale", f"{layer}.comfy_quant"} <= kept.keys()
+    for merged, dtype in ((made(MERGE), torch.bfloat16), (made(MERGE, bundled="merge", dtype="fp32"), torch.float32)):
+        assert merged[f"{layer}.weight"].equal(codes.to(dtype))
+        assert f"{layer}.weight_scale" not in merged
 
 
 def test_ggufs_bundled_blocks_are_decoded() -> None:
@@ -133,14 +133,19 @@ def test_a_flag_that_one_model_lacks_is_explained(has: str, lacks: str) -> None:
 
 def test_another_models_parts_that_go_nowhere_are_named() -> None:
     assert any(
-        "what b.safetensors bundles with its model (2 EMA, 1 VAE, 5 text encoder" in t for t in planned(MERGE).warnings
+        "what b.safetensors bundles with its model (2 EMA, 1 VAE tensors) is not in the output" in t
+        for t in planned(MERGE).warnings
     )
 
 
-def test_a_model_alone_takes_nothing_of_what_others_bundle() -> None:
+def test_a_model_alone_takes_encoders_and_vae_from_the_other_and_says_so() -> None:
     save_file({n: t for n, t in load_file("a.safetensors").items() if n.startswith(UNET)}, "a.safetensors")
-    assert not list(beside(made(MERGE, bundled="merge")))
-    assert any("a.safetensors's file has the model alone" in text for text in planned(MERGE).warnings)
+    found, other = dict(beside(made(MERGE))), load_file("b.safetensors")
+    assert found.keys() == {name for name in other if name.startswith(("conditioner", "first_stage_model"))}
+    assert all(tensor.equal(other[name]) for name, tensor in found.items())
+    assert len(planned(MERGE).reasons()["bundled, copied from b.safetensors"]) == len(found)
+    assert any("(2 EMA tensors) is not in the output; a.safetensors's file has" in t for t in planned(MERGE).warnings)
+    assert not list(beside(made(MERGE, bundled="keep")))
 
 
 def test_a_pattern_that_means_a_bundled_part_says_so() -> None:
@@ -149,7 +154,7 @@ def test_a_pattern_that_means_a_bundled_part_says_so() -> None:
 
 
 def test_another_word_is_refused() -> None:
-    with pytest.raises(UsageError, match="one of keep, drop, drop-ema, merge"):
+    with pytest.raises(UsageError, match="one of encoders, keep, drop, drop-ema, merge"):
         MergeOptions(bundled="ignore")
 
 

@@ -75,6 +75,7 @@ class Flux(FluxLike):
     """
 
     name = "Flux.1"
+    encoders = ("clip_l", "t5xxl")
     model = "FluxTransformer2DModel"
     names = (
         Named("x_embedder", "img_in", ("img", "embedder"), shape=("dim", "patch_in"), bias=True),

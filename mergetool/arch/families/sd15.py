@@ -33,6 +33,7 @@ class StableDiffusion1(UNet):
     """
 
     name = "SD1.5"
+    encoders = ("clip_l",)
     names = rows(WIDTHS, ATTENDED, CONTEXT, KERNEL)
     # A ControlNet has no way out, distilled ones fewer blocks, later ones a second embedder.
     signatures = signatures(

@@ -75,6 +75,7 @@ class StableDiffusion3(KnownFamily):
     """
 
     name = "SD3"
+    encoders = ("clip_l", "clip_g", "t5xxl")
     names = (
         Named("pos_embed.proj", "x_embedder.proj", ("img", "embedder"), shape=("dim", "channels", 2, 2), bias=True),
         Named("pos_embed.pos_embed", "pos_embed", ("position",), shape=(1, "positions", "dim"), tensor=True),

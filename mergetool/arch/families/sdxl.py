@@ -41,6 +41,7 @@ class SDXL(UNet):
     """
 
     name = "SDXL"
+    encoders = ("clip_l", "clip_g")
     names = rows(WIDTHS, ATTENDED, CONTEXT, others=POOLED_EMBEDDER)
     # KOALA has no second block in a resolution, a ControlNet no way out.
     signatures = signatures(

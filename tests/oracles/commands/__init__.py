@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import architectures, controlnets, loras, merging, models, quantising, sampling
+from tests.oracles.commands import architectures, controlnets, loras, merging, models, quantising, sampling, text_encoders
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **models.COMMANDS,
@@ -15,4 +15,5 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **architectures.COMMANDS,
     **sampling.COMMANDS,
     **controlnets.COMMANDS,
+    **text_encoders.COMMANDS,
 }
