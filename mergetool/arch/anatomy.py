@@ -91,7 +91,7 @@ class Anatomy:
         return replace(self, parts=self.own, beside=frozenset()) if self.beside else self
 
     def stored_parts(self, *, beside: bool = False) -> dict[str, tuple[str, ...]]:
-        """Stored tensor name -> its parts in row order, of the model or of what is ``beside``.
+        """Stored tensor name -> its parts in row order, those of the model or those ``beside`` it.
 
         Tensors are in file order, prefix included.
         """
@@ -386,7 +386,7 @@ class Description:
 
 
 def describe(anatomy: Anatomy) -> Description:
-    """Measure the model and each of its groups; text encoders are groups too, and count in no total.
+    """Measure the model and each of its groups, among them text encoders, which count in no total.
 
     A tensor counts once for a group however many of its parts are in it: the fused ``qkv`` is one tensor of
     ``attention`` and one of ``q``; of its parameters only the q rows count for ``q``.

@@ -1,4 +1,4 @@
-"""Text encoders of all-in-one files as parts of the merge, whatever their file calls them.
+"""Text encoders of all-in-one files as parts of the merge, in every spelling.
 
 A part is named as ComfyUI saves it: ``text_encoders.NAME.transformer.`` and transformers' own name. `PLACES` says where other files have an encoder, and
 `OPEN_CLIP` what OpenCLIP calls its tensors, whose q, k and v are one. Of an encoder in no row, and of a VAE or an EMA, parts have their stored names.
@@ -59,8 +59,11 @@ OPEN_CLIP = NameTable(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The beginning of an encoder's tensors in single files; ``before`` stands there in its own names, and ``table`` renames them."""
+class EncoderPlace:
+    """The beginning of an encoder's tensors in single files.
+
+    ``before`` stands there in its own names, and ``table`` renames them.
+    """
 
     prefix: str
     encoder: str
@@ -69,14 +72,16 @@ class Place:
 
 
 PLACES = (
-    Place("cond_stage_model.transformer.text_model.", "clip_l", before="text_model."),
-    Place("cond_stage_model.transformer.", "clip_l", before="text_model."),  # written with transformers before 4.30
-    Place("cond_stage_model.model.", "clip_h", table=OPEN_CLIP),  # Stable Diffusion 2
-    Place("conditioner.embedders.0.transformer.", "clip_l"),
-    Place("conditioner.embedders.0.model.", "clip_g", table=OPEN_CLIP),  # SDXL's refiner
-    Place("conditioner.embedders.1.model.", "clip_g", table=OPEN_CLIP),
+    EncoderPlace("cond_stage_model.transformer.text_model.", "clip_l", before="text_model."),
+    EncoderPlace(
+        "cond_stage_model.transformer.", "clip_l", before="text_model."
+    ),  # written with transformers before 4.30
+    EncoderPlace("cond_stage_model.model.", "clip_h", table=OPEN_CLIP),  # Stable Diffusion 2
+    EncoderPlace("conditioner.embedders.0.transformer.", "clip_l"),
+    EncoderPlace("conditioner.embedders.0.model.", "clip_g", table=OPEN_CLIP),  # SDXL's refiner
+    EncoderPlace("conditioner.embedders.1.model.", "clip_g", table=OPEN_CLIP),
 )
-"""Of two rows that a name begins with, the first counts."""
+"""The places of encoders that ComfyUI does not write under `ROOT`; the first row that a name begins with counts."""
 
 
 def is_encoder(part: str) -> bool:
@@ -85,7 +90,10 @@ def is_encoder(part: str) -> bool:
 
 
 def encoder_of(name: str) -> str:
-    """What ComfyUI calls the encoder of a part or of a stored tensor, as ``clip_l``; empty where the name does not say."""
+    """The encoder of a part or of a stored tensor by ComfyUI's name, as ``clip_l``.
+
+    It is empty where the tensor's name does not say.
+    """
     own = prefixes.own(name)
     if own.startswith(ROOT):
         encoder, dot, _ = own.removeprefix(ROOT).partition(".")
@@ -94,7 +102,10 @@ def encoder_of(name: str) -> str:
 
 
 def groups(part: str) -> frozenset[str]:
-    """The groups of a part beside the model: ``text_encoder`` and the encoder's name, ``t5`` of any T5, ``vae``, ``ema``."""
+    """The groups of a part beside the model.
+
+    They are ``text_encoder`` and the encoder's name, ``t5`` of any T5, ``vae``, ``ema``.
+    """
     kind = kind_of(part)
     if kind is None or kind not in _GROUPS:
         return frozenset()
@@ -110,7 +121,9 @@ def is_transposed(part: str) -> bool:
 def with_parts(
     anatomy: Anatomy, checkpoint: Checkpoint, source: str, kinds: Collection[BundledKind] = _TEXT
 ) -> Anatomy:
-    """``anatomy`` with what its file has of ``kinds`` among the parts; it stays among what is outside as well.
+    """Add the tensors of ``kinds`` beside the model to the parts of its ``anatomy``.
+
+    They stay among those outside as well.
 
     Quantised tensors count as what their codes mean. Raises DataError where they are quantised in a way that is not read.
     """
@@ -139,7 +152,7 @@ def with_readable_parts(anatomy: Anatomy, checkpoint: Checkpoint, source: str) -
         return anatomy
 
 
-def _place(stored: str) -> Place | None:
+def _place(stored: str) -> EncoderPlace | None:
     return next((place for place in PLACES if stored.startswith(place.prefix)), None)
 
 
@@ -202,7 +215,10 @@ def lora_names(parts: Iterable[str], order: Sequence[str]) -> dict[str, tuple[st
 
 
 def takes_factors(part: str) -> bool:
-    """Whether programs add a LoRA's factors to a part of a text encoder: a module's weight under its canonical name, no table of embeddings."""
+    """Whether programs add a LoRA's factors to a part of a text encoder.
+
+    They do to a module's weight under its canonical name, and not to a table of embeddings.
+    """
     is_known = part.startswith(ROOT) and _INNER in part and part.endswith(".weight")
     return is_known and not part.endswith(
         ("embedding.weight", "embed_tokens.weight", "shared.weight", "relative_attention_bias.weight")
@@ -210,7 +226,7 @@ def takes_factors(part: str) -> bool:
 
 
 def lora_module(part: str, order: Sequence[str], *, flat: bool) -> str:
-    """The name, prefix included, of an encoder's module that ComfyUI and, where it takes such, diffusers look up.
+    """The name of an encoder's module in LoRAs that ComfyUI and diffusers load, prefix included.
 
     ``flat`` is the spelling of kohya-type trainers.
     """
@@ -225,8 +241,9 @@ def lora_module(part: str, order: Sequence[str], *, flat: bool) -> str:
 
 
 def in_diffusers(module: str) -> tuple[str, str] | None:
-    """What diffusers makes of a LoRA's module of a CLIP: the prefix of its component, and the module there, without a ``text_model.`` that transformers 5 no longer has.
+    """Diffusers' name of a LoRA's module of a CLIP: the prefix of its component, and the module there.
 
+    There is no ``text_model.`` in it, which transformers 5 no longer has.
     None for a module of another encoder.
     """
     match = _CLIP_MODULE.fullmatch(module)

@@ -1,4 +1,4 @@
-"""The option ``bundled``: what becomes of the tensors beside the model in a file.
+"""The option ``bundled``: keep, drop or merge the tensors beside the model in a file.
 
 * ``encoders``: text encoders that the models have in common are merged as the model is, and LoRAs added to them; the rest of the anchor's is copied;
 * ``keep``: everything of the anchor's is copied;
@@ -81,7 +81,10 @@ def outputs(
 
 
 def from_others(inputs: Sequence[Input], needed: Sequence[int], mode: str) -> list[OutputTensor]:
-    """Copies of the text encoders and the VAE of which the anchor has nothing, from the first other model that has some."""
+    """Copies of the text encoders and the VAE of which the anchor has nothing.
+
+    They come from the first other model that has some.
+    """
     there = {_what(name, kind) for name, kind in arch.bundled(inputs[0].checkpoint.tensors).items()}
     written: list[OutputTensor] = []
     for column in (column for column in needed if column and mode not in _COPIES):
