@@ -386,7 +386,7 @@ class Description:
 
 
 def describe(anatomy: Anatomy) -> Description:
-    """Measure the model and each of its groups, among them text encoders, which count in no total.
+    """Measure the model and each of its groups; text encoders count in no total.
 
     A tensor counts once for a group however many of its parts are in it: the fused ``qkv`` is one tensor of
     ``attention`` and one of ``q``; of its parameters only the q rows count for ``q``.

@@ -241,7 +241,7 @@ def lora_module(part: str, order: Sequence[str], *, flat: bool) -> str:
 
 
 def in_diffusers(module: str) -> tuple[str, str] | None:
-    """Diffusers' name of a LoRA's module of a CLIP: the prefix of its component, and the module there.
+    """Diffusers' name of a LoRA's module of a CLIP: its component's prefix, and the module.
 
     There is no ``text_model.`` in it, which transformers 5 no longer has.
     None for a module of another encoder.
