@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.oracles.commands import architectures, controlnets, loras, merging, models, quantising, sampling, text_encoders
+from tests.oracles.commands import (
+    architectures,
+    controlnets,
+    loras,
+    merging,
+    models,
+    quantising,
+    sampling,
+    text_encoders,
+)
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     **models.COMMANDS,
