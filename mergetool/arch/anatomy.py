@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 from mergetool.arch.prefixes import spelled
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.signs import Fp16, Stock
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.header import TensorInfo
@@ -204,6 +205,9 @@ class Family(ABC):
     lora_signs: tuple[str | tuple[str, ...], ...] = ()
     lora_widths: frozenset[int] = frozenset()  # columns that show such a LoRA too
     transformer: str | None = None  # diffusers' class of the model, where the sampler draws with it
+    sampling: tuple[
+        SamplingDefaults, ...
+    ] = ()  # how pipelines of diffusers draw with it; the first that fits is a folder's
     lookalike: Lookalike | None = None  # another family whose LoRAs have the same names
     strangers: ClassVar[Mapping[str, str]] = {}  # first components, and whole names, of other files: what those are
 

@@ -89,7 +89,9 @@ def _stage_line(stage: Stage | PipelineStage) -> str:
 
     evaluations = console.plural(stage.evaluations, "evaluation")
     if isinstance(stage, PipelineStage):
-        return f"{stage.model}: {evaluations}, {stage.guided}, diffusers' {stage.kind}"
+        return ", ".join(
+            filter(None, (f"{stage.model}: {evaluations}", stage.guided, stage.shift, f"diffusers' {stage.kind}"))
+        )
     return (
         f"{stage.model}: {evaluations}{stage.begins}, shift {stage.shift:g}, "
         f"{stage.guided} (cfg {stage.guidance + 1:g}), {stage.sampler}, {stage.scheduler}"

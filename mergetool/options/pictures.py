@@ -133,7 +133,8 @@ class Strengths(Kind):
 
 
 def _steps(of: str, section: Section, default: int) -> Option:
-    return Option(help=f"Number of steps of {of}.", section=section, kind=Integer(1, MOST_STEPS), default=str(default))
+    of_all = f"{default} of Z-Image, else the family's"
+    return Option(help=f"Number of steps of {of}.", section=section, kind=Integer(1, MOST_STEPS), default=of_all)
 
 
 _CFG = Number(-1e4, 1e4)

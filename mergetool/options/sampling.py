@@ -45,6 +45,9 @@ SECOND = StagePreset(steps=4, cfg=1.0)
 ACROSS = StagePreset(steps=10, cfg=1.0, strength=0.5)
 """A second stage over another family's picture, as guides have it: strength 0.4 to 0.6, 8 to 12 steps."""
 
+WITHIN = StagePreset(steps=10, cfg=1.0, strength=0.3)
+"""A second stage over a picture of its own family, at the strength that diffusers has for SDXL's."""
+
 PRESETS: Mapping[str, StagePreset] = {
     "comfyui-base": StagePreset(25, 4.0, 3.0, "res_multistep", "simple"),
     "comfyui-turbo": StagePreset(8, 1.0, 3.0, "res_multistep", "simple"),

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import models
+from mergetool.arch.families import sampling_of
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
+from mergetool.options.sampling import FIRST
 from mergetool.recipe.argument import expression_of
 from mergetool.sampler.parts import json_object, pipeline_of
 
@@ -108,20 +111,32 @@ class PipelineFolder:
         return json_object(self.path / self.denoiser / "config.json")
 
     @property
+    def defaults(self) -> SamplingDefaults:
+        """The settings of its family; of a pipeline that no family has, its own guidance at the usual number of steps."""
+        index = json_object(self.path / "model_index.json")
+        known = sampling_of(self.stem, {**index, **self.config})
+        return known or SamplingDefaults(self.stem, FIRST.steps, unit=PIXELS[self.denoiser])
+
+    @property
+    def shift(self) -> str:
+        """The shift of its scheduler in words, "" where that has none."""
+        path = self.path / "scheduler" / "scheduler_config.json"
+        config = json_object(path) if path.is_file() else {}
+        if config.get("use_dynamic_shifting"):
+            return "shift by size"
+        shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
+        return f"shift {shift:g}" if isinstance(shift, int | float) else ""
+
+    @property
     def picture_unit(self) -> int:
         """Pixels that both sides of a picture are multiples of."""
-        return PIXELS[self.denoiser]
+        return self.defaults.unit
 
     @property
     def picture_side(self) -> int:
         """Pixels a side of a picture by default."""
         side = self.config.get("sample_size")
-        return 8 * side if isinstance(side, int) and side > 0 else SIDE
-
-    @property
-    def few_steps(self) -> bool:
-        """Whether it is Flux.1 schnell, distilled to four steps and without a guidance embedder."""
-        return self.kind.startswith("Flux") and self.config.get("guidance_embeds") is False
+        return self.defaults.side or (8 * side if isinstance(side, int) and side > 0 else SIDE)
 
     def check(self) -> None:
         """Raises DataError for a folder that lacks a part, or has one as a pickle only."""

@@ -99,7 +99,8 @@ class Stage:
 class PipelineStage:
     """A stage that a pipeline of diffusers draws, with its own sampler and schedule.
 
-    ``kind`` is the pipeline's class. A ``guidance`` or ``cfg`` of None is the pipeline's default.
+    ``kind`` is the pipeline's class, ``shift`` its scheduler's in words. A ``guidance`` or ``cfg`` of None is the pipeline's default, or none at all
+    for a model that ``takes_guidance`` says takes none.
     """
 
     model: str
@@ -107,6 +108,8 @@ class PipelineStage:
     steps: int
     guidance: float | None = None
     cfg: float | None = None
+    shift: str = ""
+    takes_guidance: bool = True
 
     @property
     def evaluations(self) -> int:
@@ -117,9 +120,8 @@ class PipelineStage:
     def guided(self) -> str:
         """The guidance, in words."""
         given = {"guidance": self.guidance, "cfg": self.cfg}
-        return (
-            ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None) or "its own guidance"
-        )
+        named = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        return named or ("its own guidance" if self.takes_guidance else "no guidance")
 
     @property
     def begins(self) -> str:

@@ -22,8 +22,10 @@ from mergetool.options.sampling import (
     ACROSS,
     FIRST,
     MODEL_SHIFT,
+    MOST_STEPS,
     PRESETS,
     SECOND,
+    WITHIN,
     Handoff,
     SamplerName,
     Scheduler,
@@ -45,9 +47,6 @@ from mergetool.sampler.request import (
 
 LARGE = 1e9
 """Bytes of weights from which a model is run in BF16 by default."""
-
-FEW_STEPS = 4
-"""Steps of Flux.1 schnell, as its model card says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +144,7 @@ class Assignment:
         asked, folder = self.first, self.base
         if folder is None:
             return stage(replace(asked, model=like or asked.model), pipeline=self.places.pipeline)
-        assert asked.model is not None
-        steps = asked.steps or (FEW_STEPS if folder.few_steps else FIRST.steps)
-        return PipelineStage(asked.model, folder.kind, steps, asked.guidance, asked.cfg)
+        return PipelineStage(*_pipeline_settings(asked, folder, MOST_STEPS))
 
     def second_stages(self) -> tuple[Refinement | PipelineRefinement, ...]:
         """One second stage for each strength."""
@@ -156,17 +153,11 @@ class Assignment:
             return ()
         if folder is None:
             return refinements(asked, pipeline=self.pipeline, default=ACROSS if self.across else None)
+        default = ACROSS if self.across or not self.two_stages else WITHIN
+        given = _pipeline_settings(asked, folder, default.steps)
         return tuple(
-            PipelineRefinement(
-                asked.model,
-                folder.kind,
-                asked.steps or ACROSS.steps,
-                asked.guidance,
-                asked.cfg,
-                strength,
-                asked.strength_as or "comfyui",
-            )
-            for strength in asked.strength or (ACROSS.strength,)
+            PipelineRefinement(*given, strength, asked.strength_as or "comfyui")
+            for strength in asked.strength or (default.strength,)
         )
 
     def parts(self) -> Components | PipelineFolder:
@@ -190,6 +181,8 @@ class Assignment:
             ignored = {f"{asked.prefix}{name}" for name in ("preset", "shift", "sampler", "scheduler")}
             if folder is not None:
                 yield from _unused((name for name in asked.given() if name in ignored), f"{folder.kind} brings its own")
+            if folder is not None and folder.defaults.guidance == "none" and asked.guidance is not None:
+                yield f"`{asked.prefix}guidance` has no effect: this model takes none."
         second = self.second
         if self.across and second.strength is None and second.preset is None:
             yield (
@@ -256,6 +249,21 @@ def _settings(
         asked.sampler or preset.sampler,
         asked.scheduler or preset.scheduler,
     )
+
+
+def _pipeline_settings(
+    asked: AskedStage, folder: PipelineFolder, most: int
+) -> tuple[str, str, int, float | None, float | None, str, bool]:
+    """The user's settings, else the family's, of which it takes ``most`` steps at most."""
+    assert asked.model is not None
+    defaults = folder.defaults
+    guidance, cfg = asked.guidance, asked.cfg
+    if guidance is None and cfg is None and defaults.guidance == "cfg":
+        cfg = defaults.scale
+    elif guidance is None and cfg is None:
+        guidance = defaults.scale
+    steps = asked.steps or min(defaults.steps, most)
+    return asked.model, folder.kind, steps, guidance, cfg, folder.shift, defaults.guidance != "none"
 
 
 def _preset(asked: AskedStage, default: StagePreset) -> StagePreset:

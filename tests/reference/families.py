@@ -11,6 +11,7 @@ from mergetool.arch.anatomy import NATIVE
 from mergetool.arch.families import FAMILIES
 from mergetool.arch.generic import Generic
 from mergetool.arch.known import KnownFamily, Like
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.signs import IN_FP16
 from mergetool.arch.table import BLOCK
 
@@ -43,7 +44,7 @@ def _summary(family: KnownFamily) -> str:
         _words(_stacks(family)) or "-",
         str(len(family.table.spots)),
         " and ".join(loaders),
-        "yes" if family.transformer else "no",
+        "yes" if family.transformer else "in a pipeline's folder" if family.sampling else "no",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -85,10 +86,21 @@ def _stored(family: KnownFamily) -> Iterator[str]:
         yield f"- A quantised file has the {family.quantised_layout} layout."
     if family.kept:
         yield f"- Keep the group `{family.kept}` of one model (`--protect {family.kept}`); totals of `compare` leave it out."
+    yield from map(_sampling, family.sampling)
     if family.fp16 != "computed":
         yield f"- Activations are known to leave fp16's range, so that {IN_FP16[family.fp16]}: store bf16, not fp16."
     if family.unused:
         yield f"- {_words(sorted(family.unused))} may be in a file and is never read by the model."
+
+
+def _sampling(settings: SamplingDefaults) -> str:
+    scale = "" if settings.scale is None else f"{settings.scale:g}"
+    said = {"cfg": f"CFG {scale}", "distilled": f"guidance {scale}, which the model reads,", "none": "no guidance"}
+    which = f" ({settings.name})" if settings.name else ""
+    return (
+        f"- `sample` draws in the folder of a `{settings.pipeline}Pipeline`{which} with {settings.steps} steps and {said[settings.guidance]} by default, as {settings.source} has it; "
+        f"sides are multiples of {settings.unit}."
+    )
 
 
 def _loras(family: KnownFamily) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,8 +25,12 @@ from PIL import Image
 
 import mergetool
 from mergetool import models
-from mergetool.api.pictures import Picture
+from mergetool.api.pictures import Picture, Sample
+from mergetool.arch.families import FAMILIES
+from mergetool.arch.sampling import SamplingDefaults
+from mergetool.cli.sample import _stage_line
 from mergetool.errors import DataError, FamilyError, UsageError
+from mergetool.sampler import settings
 from mergetool.sampler.denoise import bring_to, starting_noise
 from mergetool.sampler.diffusers_studio import DiffusersStudio, StageResult
 from mergetool.sampler.parts import Components
@@ -45,6 +50,9 @@ MAKERS = {
     "qwen_image": foreign_pipelines.qwen_image,
 }
 
+SCALES = {"FluxImg2ImgPipeline": 3.5}
+"""The scales of the families where diffusers has others, of 7, for pictures that start from pictures."""
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
@@ -59,6 +67,8 @@ def by_hand(pipeline: Any, seed: int, **given: Any) -> np.ndarray[Any, Any]:
 def drawn(pipeline: Any, seed: int, **given: Any) -> Any:
     """Qwen-Image's guidance does nothing in diffusers without a negative prompt; its own example gives a blank."""
     pipeline.set_progress_bar_config(disable=True)
+    if type(pipeline).__name__ in SCALES:
+        given = {"guidance_scale": SCALES[type(pipeline).__name__], **given}
     blank = {"negative_prompt": " "} if "QwenImage" in type(pipeline).__name__ else {}
     return pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(seed), **blank, **given).images
 
@@ -237,15 +247,67 @@ def test_a_picture_carries_both_stages(folders: Mapping[str, Path], tmp_path: Pa
     assert "Sampler: diffusers' ChromaPipeline, CFG scale: 3" in info["parameters"]
 
 
-def test_schnell_takes_four_steps_and_dev_thirty_by_default(tmp_path: Path) -> None:
-    from mergetool.api.pictures import Sample
-    from mergetool.sampler import settings
+def test_a_stage_takes_its_familys_settings_and_prints_them(
+    folders: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schnell = foreign_pipelines.flux(tmp_path / "schnell", guidance=False)
+    wanted = {
+        folders["flux"]: "28 evaluations, guidance 3.5, shift 1, diffusers' FluxPipeline",
+        schnell: "4 evaluations, no guidance, shift 1, diffusers' FluxPipeline",
+        folders["chroma"]: "35 evaluations, cfg 5, shift 1, diffusers' ChromaPipeline",
+        folders["sdxl"]: "50 evaluations, cfg 5, diffusers' StableDiffusionXLPipeline",
+        folders["sd15"]: "50 evaluations, cfg 7.5, diffusers' StableDiffusionPipeline",
+        folders["sd3"]: "28 evaluations, cfg 7, shift 3, diffusers' StableDiffusion3Pipeline",
+        folders["qwen_image"]: "50 evaluations, cfg 4, shift 1, diffusers' QwenImagePipeline",
+    }
+    for folder, told in wanted.items():
+        plan = settings.prepare(Sample(PROMPT, base=str(folder)))
+        assert plan.request.first is not None
+        assert _stage_line(plan.request.first) == f"{folder}: {told}"
+    second = settings.prepare(Sample(PROMPT, base=str(folders["flux"]), refiner=str(schnell))).request.refinements[0]
+    assert (second.steps, second.strength, second.guidance) == (4, 0.3, None)
+    across = settings.prepare(Sample(PROMPT, base="lab.base", refiner=str(folders["flux"]))).request.refinements[0]
+    assert (across.steps, across.strength, across.guidance) == (10, 0.5, 3.5)
+    assert any(
+        note.startswith("`guidance` has no effect: this model takes none")
+        for note in settings.prepare(Sample(PROMPT, base=str(schnell), guidance=3)).notes
+    )
 
-    for guidance, steps in ((False, 4), (True, 30)):
-        folder = foreign_pipelines.flux(tmp_path / str(guidance), guidance=guidance)
-        prepared = settings.prepare(Sample(PROMPT, base=str(folder)))
-        assert prepared.request.first is not None
-        assert prepared.request.first.steps == steps
+
+PUBLISHED = [settings for family in FAMILIES for settings in family.sampling]
+
+
+@pytest.mark.parametrize("found", PUBLISHED, ids=lambda each: f"{each.pipeline} {each.name}")
+def test_settings_of_families_are_diffusers_own(found: SamplingDefaults) -> None:
+    """But those of models that are distilled to few steps, which diffusers has no settings for."""
+    takes = inspect.signature(getattr(diffusers, f"{found.pipeline}Pipeline").__call__).parameters
+    if found.guidance == "none":
+        assert found.signs
+        assert (found.steps, found.scale, found.source) == (4, None, "the model's card")
+        return
+    scale = "true_cfg_scale" if found.guidance == "cfg" and "true_cfg_scale" in takes else "guidance_scale"
+    assert (takes["num_inference_steps"].default, takes[scale].default) == (found.steps, found.scale)
+
+
+@pytest.mark.parametrize(
+    ("kind", "index", "config", "steps", "unit"),
+    [
+        ("Flux2KleinPipeline", {"is_distilled": True}, {}, 4, 16),
+        ("Flux2KleinPipeline", {"is_distilled": False}, {}, 50, 16),
+        ("Lumina2Pipeline", {}, {}, 30, 16),
+        ("WanPipeline", {}, {"in_channels": 48}, 50, 32),
+        ("WanPipeline", {}, {"in_channels": 16}, 50, 16),
+        ("SanaPipeline", {}, {}, 30, 16),
+    ],
+)
+def test_variants_are_told_by_the_configs(
+    kind: str, index: dict[str, Any], config: dict[str, Any], steps: int, unit: int, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    found = PipelineFolder(tmp_path, kind, "transformer", None)
+    assert (found.defaults.steps, found.picture_unit) == (steps, unit)
 
 
 @pytest.mark.parametrize("strength", [0.15, 0.4, 0.5, 1.0])

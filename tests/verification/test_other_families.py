@@ -51,7 +51,7 @@ def test_the_pictures_of_merge_and_parents_are_those_of_sample(merge: Mapping[st
     assert {verdict.name for verdict in looked.verdicts} == {"noise", "collapsed", "unlike", "prompts"}
     assert any(note.startswith("drift is not judged") for note in looked.look.notes)
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "2 steps at its own guidance" in page
+    assert "2 steps at guidance 3.5" in page
     assert "drift is not judged" in page
 
 

@@ -22,6 +22,7 @@ from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.families.wan import WAN
 from mergetool.arch.families.z_image import Z_IMAGE
 from mergetool.arch.known import KnownFamily
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.checkpoint.header import TensorInfo
 
 FAMILIES: tuple[KnownFamily, ...] = (
@@ -29,6 +30,12 @@ FAMILIES: tuple[KnownFamily, ...] = (
     *(SDXL_CONTROLNET, SD15_CONTROLNET),
 )
 """Every family that is known by name; of two that would take a file the first does."""
+
+
+def sampling_of(pipeline: str, config: Mapping[str, object]) -> SamplingDefaults | None:
+    """The settings for a pipeline of diffusers with these entries of its configs; None for one that no family has."""
+    every = (settings for family in FAMILIES for settings in family.sampling)
+    return next((settings for settings in every if settings.fits(pipeline, config)), None)
 
 
 def shown_by(tensors: Mapping[str, TensorInfo]) -> KnownFamily | None:

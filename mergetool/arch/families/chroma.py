@@ -13,6 +13,7 @@ from mergetool.arch.anatomy import NATIVE
 from mergetool.arch.families.flux import DOUBLE, FLUX, SINGLE
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 from mergetool.errors import FamilyError
 
@@ -84,6 +85,7 @@ class Chroma(FluxLike):
             lacks={**CONTROLNET, "double_blocks.0.img_attn.norm.key_norm.scale": None},
         ),
     )
+    sampling = (SamplingDefaults("Chroma", 35, "cfg", 5.0),)
     variants = (
         Variant("Radiance that predicts pictures", has={"img_in_patch.weight": None, X0: None}),
         Variant("Radiance", has={"img_in_patch.weight": None}),

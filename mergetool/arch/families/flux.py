@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import InputEmbedder, Lookalike
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 DOUBLE = (
@@ -111,6 +112,12 @@ class Flux(FluxLike):
             ),
             lacks=_NOT_FLUX,
         ),
+    )
+    sampling = (
+        SamplingDefaults(
+            "Flux", 4, "none", name="schnell", signs={"guidance_embeds": False}, source="the model's card"
+        ),
+        SamplingDefaults("Flux", 28, "distilled", 3.5),
     )
     variants = (
         Variant("Fill", has={"x_embedder.weight": (None, 384)}, fp16="avoided"),

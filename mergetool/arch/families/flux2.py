@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import NATIVE
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 _STREAMS = (("img", "", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
@@ -115,6 +116,13 @@ class Flux2(FluxLike):
     }
     optional = frozenset({"guidance"})
     precise = frozenset({"norm", "embedder", "modulation", "final"})
+    sampling = (
+        SamplingDefaults("Flux2", 50, "distilled", 4.0),
+        SamplingDefaults(
+            "Flux2Klein", 4, "none", name="Klein, distilled", signs={"is_distilled": True}, source="the model's card"
+        ),
+        SamplingDefaults("Flux2Klein", 50, "cfg", 4.0, name="Klein, base"),
+    )
     loader = "Flux2LoraLoaderMixin"
     lora_signs = (
         *("to_qkv_mlp_proj", "stream_modulation", "time_guidance_embed"),

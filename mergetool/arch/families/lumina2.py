@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import NATIVE, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 AXES: Mapping[int, tuple[int, int, int]] = {96: (32, 32, 32), 32: (8, 12, 12)}
@@ -125,6 +126,7 @@ class Lumina2(KnownFamily):
     in_comfyui = frozenset(
         {"transformer.", "lycoris_", ""}
     )  # for what is called as in Z-Image: see `modules_in_comfyui`
+    sampling = (SamplingDefaults("Lumina2", 30, "cfg", 4.0),)
     loader = "Lumina2LoraLoaderMixin"
     presets = (
         Preset("refiners-kept", ("refiner=0",)),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily, Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 MARKER = "__index_timestep_zero__"
@@ -109,6 +110,7 @@ class QwenImage(KnownFamily):
     lora_prefix = "transformer."
     lora_alphas = False  # beside an alpha diffusers puts the prefix there twice
     in_comfyui = frozenset({"transformer.", "lycoris_", ""})
+    sampling = (SamplingDefaults("QwenImage", 50, "cfg", 4.0),)
     loader = "QwenImageLoraLoaderMixin"
     # the names of attention are also those of Flux.1's and SD3's blocks in diffusers
     lora_signs = (

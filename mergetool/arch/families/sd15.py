@@ -7,6 +7,7 @@ from typing import Any
 
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
+from mergetool.arch.sampling import SamplingDefaults
 
 CONTEXT = 768
 """The columns of attention to the prompt; Stable Diffusion 2 has 1024."""
@@ -48,6 +49,7 @@ class StableDiffusion1(UNet):
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.
     unquantised = frozenset({"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"})
     presets = block_weights(12)
+    sampling = (SamplingDefaults("StableDiffusion", 50, "cfg", 7.5, unit=8),)
     loader = "StableDiffusionLoraLoaderMixin"
     lookalike = Lookalike(
         name="Stable Diffusion 2, SDXL or its refiner",

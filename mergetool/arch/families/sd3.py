@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 HEAD = 64
@@ -141,6 +142,7 @@ class StableDiffusion3(KnownFamily):
     lora_prefix = "transformer."
     lora_alphas = False  # diffusers rejects a file with one
     in_comfyui = frozenset({"transformer.", "base_model.model.", "lora_transformer_", "lycoris_"})
+    sampling = (SamplingDefaults("StableDiffusion3", 28, "cfg", 7.0),)
     loader = "SD3LoraLoaderMixin"
     # the other names are also those of Flux.1's, Qwen-Image's and other families' blocks in diffusers
     lora_signs = ("joint_blocks", ("add_q_proj", "attn2"))

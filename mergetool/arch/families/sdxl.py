@@ -10,6 +10,7 @@ from typing import Any
 
 from mergetool.arch.anatomy import Lookalike
 from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 POOLED, CONTEXT = 2816, 2048
@@ -53,6 +54,7 @@ class SDXL(UNet):
     measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.
     unquantised = frozenset({"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"})
+    sampling = (SamplingDefaults("StableDiffusionXL", 50, "cfg", 5.0, unit=8),)
     loader = "StableDiffusionXLLoraLoaderMixin"
     presets = block_weights(9)
     lookalike = Lookalike(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
+from mergetool.arch.sampling import SamplingDefaults
 from mergetool.arch.table import Named
 
 HEAD = 128
@@ -163,6 +164,10 @@ class Wan(KnownFamily):
     lora_layout = "comfyui"  # which diffusers renames where they have no alpha outside the blocks
     lora_alphas = False
     sign_of_fun = "lora_unet__blocks_0_cross_attn_k.lora_down.weight"
+    sampling = (
+        SamplingDefaults("Wan", 50, "cfg", 5.0, unit=32, side=704, name="2.2 TI2V", signs={"in_channels": 48}),
+        SamplingDefaults("Wan", 50, "cfg", 5.0, side=640),
+    )
     loader = "WanLoraLoaderMixin"
     # ``*`` is every tensor, embedders and the last layer included; a later setting wins.
     presets = (
