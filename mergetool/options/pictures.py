@@ -133,7 +133,7 @@ class Strengths(Kind):
 
 
 def _steps(of: str, section: Section, default: int) -> Option:
-    of_all = f"{default} of Z-Image, else the family's"
+    of_all = f"{default}, of other families their own"
     return Option(help=f"Number of steps of {of}.", section=section, kind=Integer(1, MOST_STEPS), default=of_all)
 
 

@@ -33,7 +33,7 @@ FAMILIES: tuple[KnownFamily, ...] = (
 
 
 def sampling_of(pipeline: str, config: Mapping[str, object]) -> SamplingDefaults | None:
-    """The settings for a pipeline of diffusers with these entries of its configs; None for one that no family has."""
+    """The settings for a pipeline with these entries of its configs, None for one of no family."""
     every = (settings for family in FAMILIES for settings in family.sampling)
     return next((settings for settings in every if settings.fits(pipeline, config)), None)
 
