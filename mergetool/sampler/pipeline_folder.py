@@ -112,7 +112,7 @@ class PipelineFolder:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """The settings of its family; of no known one, its own guidance at the usual number of steps."""
+        """The settings of its family, else its own guidance at the usual number of steps."""
         index = json_object(self.path / "model_index.json")
         known = sampling_of(self.stem, {**index, **self.config})
         return known or SamplingDefaults(self.stem, FIRST.steps, unit=PIXELS[self.denoiser])
