@@ -20,8 +20,10 @@ ELSEWHERE = {
     "mergetool demo --quick",
     "mergetool demo -o story --no-progress",
     "mergetool verify out.safetensors",
+    'mergetool sample "a knight" --base ./Z-Image --refiner ./Z-Image-Turbo --upscale 4x-UltraSharp.safetensors -o knight.png',
 }
-"""What takes minutes: tests/test_readme.py runs the demo, which verifies a merge with all its pictures."""
+"""What takes minutes: tests/test_readme.py runs the demo, which verifies a merge with all its pictures. Upscalers need spandrel, which
+tests/sampler/test_upscaler.py has in its own process."""
 
 
 def examples(epilog: str) -> list[str]:
