@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool import packages
+from mergetool.checkpoint.gguf import _BLOCKS as BLOCKS
 from mergetool.checkpoint.gguf import GgufHeader
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, HeaderError
@@ -20,7 +21,20 @@ from tests.quant.files import encodings, values
 from tests.quant.ggml import Q, packed, write
 
 BLOCKED = [Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q4_K, Q.TQ1_0, Q.TQ2_0, Q.MXFP4]
-RANDOM = [Q.Q2_K, Q.Q3_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS, Q.IQ2_XXS, Q.IQ3_S, Q.IQ1_M, Q.NVFP4]
+PLAIN = [Q.F32, Q.F16, Q.BF16]
+
+
+def dequantised(kind: Q) -> bool:
+    """Whether the package turns a type back into floats."""
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+RANDOM = [kind for kind in Q if dequantised(kind) and kind not in (*PLAIN, *BLOCKED)]
+ABSENT = [Q.Q8_1, Q.Q8_K, Q.Q1_0]
 
 
 def matrix(rows: int = 5, columns: int = 512) -> np.ndarray:
@@ -52,7 +66,44 @@ def test_q4_k_of_the_tests_is_close_to_the_weights() -> None:
     assert np.linalg.norm(back - matrix()) < 0.08 * np.linalg.norm(matrix())
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16], ids=lambda kind: kind.name)
+def test_no_type_of_the_package_is_unknown_here() -> None:
+    """A type that a newer package brings has to be in the table, read or refused by name."""
+    whole = {Q.I8, Q.I16, Q.I32, Q.I64, Q.F64}
+    assert set(Q) == {*PLAIN, *BLOCKED, *RANDOM, *ABSENT, *whole}
+    assert {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in set(Q) - whole - set(PLAIN)} == {
+        number: (one.name, one.block, one.nbytes) for number, one in BLOCKS.items()
+    }
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.BF16, Q.Q8_0, Q.Q5_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("noted", [False, True])
+def test_five_dimensions_are_read_as_such_or_flattened_with_a_note(tmp_path: Path, kind: Q, noted: bool) -> None:
+    """ggml has four; converters write a fifth all the same, or fold the kernel and note the shape for ComfyUI."""
+    shape, values_ = (6, 4, 2, 4, 64), matrix(6 * 4 * 2 * 4, 64)
+    stored = packed(values_, kind)
+    held = (6 * 4 * 2, 4) if noted else shape[:-1]
+    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "wan")
+    if noted:
+        writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", list(shape))
+    writer.add_tensor("patch_embedding.weight", stored.reshape(*held, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = gguf.quants.dequantize(stored, kind)
+    with Checkpoint.open(tmp_path / "f.gguf") as checkpoint:
+        found = encodings(checkpoint)
+        if kind in PLAIN:
+            assert checkpoint.tensors["patch_embedding.weight"].shape == shape
+            assert checkpoint.read("patch_embedding.weight") == stored.tobytes()
+        else:
+            assert found["patch_embedding.weight"].shape == shape
+            np.testing.assert_array_equal(
+                found["patch_embedding.weight"].values(checkpoint.read).reshape(shape), expected.reshape(shape)
+            )
+
+
+@pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.name)
 def test_plain_floats_are_plain_tensors_with_their_dimensions_the_usual_way_round(tmp_path: Path, kind: Q) -> None:
     with Checkpoint.open(write(tmp_path / "f.gguf", {"a.weight": (matrix(3, 7), kind)})) as checkpoint:
         info = checkpoint.tensors["a.weight"]
@@ -74,12 +125,16 @@ def test_without_the_package_one_line_says_how_to_get_it(tmp_path: Path) -> None
     )
 
 
-def test_a_type_the_package_cannot_dequantise_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ABSENT, ids=lambda kind: kind.name)
+def test_a_type_the_package_cannot_dequantise_is_refused_by_name(tmp_path: Path, kind: Q) -> None:
     raw = bytearray(write(tmp_path / "f.gguf", {"a.weight": (matrix(), Q.Q8_0)}).read_bytes())
     at = raw.index(struct.pack("<IQ", Q.Q8_0, 0))
-    raw[at : at + 4] = struct.pack("<I", 9)  # Q8_1, whose blocks are larger
+    raw[at : at + 4] = struct.pack("<I", kind.value)
     (tmp_path / "g.gguf").write_bytes(raw + bytes(10_000))
-    with Checkpoint.open(tmp_path / "g.gguf") as checkpoint, pytest.raises(DataError, match="of GGUF type Q8_1"):
+    with (
+        Checkpoint.open(tmp_path / "g.gguf") as checkpoint,
+        pytest.raises(DataError, match=f"of GGUF type {kind.name}"),
+    ):
         encodings(checkpoint)
 
 
