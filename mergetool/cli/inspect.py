@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mergetool.api.catalogue import Inspect, run_inspect
@@ -45,10 +47,35 @@ class _InspectReport(CommandEvents):
             self.json |= _as_json(plan.name, plan, result, verbose=self.typed.verbose)
 
 
-def _quantised(opened: OpenedModel) -> dict[str, int]:
-    """Container -> how many of the model's stored weights are in it."""
-    encodings = {part.stored.tensor: part.encoding for part in opened.anatomy.parts.values() if part.encoding}
-    return dict(Counter(encoding.label for encoding in encodings.values()).most_common())
+@dataclass
+class _Coded:
+    """The weights in one container: their number, bytes and elements, and how many lie in each group that is quantised."""
+
+    weights: int = 0
+    nbytes: int = 0
+    elements: int = 0
+    groups: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bits(self) -> float:
+        """Bits an element, scales and padding included."""
+        return round(8 * self.nbytes / self.elements, 2)
+
+
+def _quantised(opened: OpenedModel) -> dict[str, _Coded]:
+    """Container -> what of the model's stored weights is in it, the most frequent first."""
+    parts = {part.stored.tensor: part for part in opened.anatomy.parts.values() if part.encoding}
+    found: dict[str, _Coded] = {}
+    family, tensors = opened.anatomy.family, opened.checkpoint.tensors
+    for part in parts.values():
+        if part.encoding is None:
+            continue
+        one = found.setdefault(part.encoding.label, _Coded())
+        one.weights += 1
+        one.nbytes += sum(tensors[stored].nbytes for stored in part.encoding.tensors)
+        one.elements += prod(part.encoding.shape)
+        one.groups.update(sorted(family.groups(part.name, part.shape) & family.quantised))
+    return dict(sorted(found.items(), key=lambda item: -item[1].weights))
 
 
 def _dtypes(opened: OpenedModel) -> dict[str, int]:
@@ -71,8 +98,11 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         console.heading("refused", opened.refused)
     for note in opened.notes:
         console.heading("note", f"{model} {note}")
-    for label, count in _quantised(opened).items():
-        console.heading("", f"{console.plural(count, 'weight')} quantised: {label}")
+    for label, coded in _quantised(opened).items():
+        where = "".join(f", {count} in {group}" for group, count in sorted(coded.groups.items()))
+        console.heading(
+            "", f"{console.plural(coded.weights, 'weight')} quantised: {label}, {coded.bits:g} bits an element{where}"
+        )
     if anatomy.prefix:
         console.heading("", f'prefix "{anatomy.prefix}"')
     console.heading("", "dtypes: " + ", ".join(f"{count} {name}" for name, count in _dtypes(opened).items()))
@@ -125,7 +155,9 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "bytes": sum(file.size for file in checkpoint.files),
         "files": [file.path.name for file in checkpoint.files],
         "container": checkpoint.container,
-        "quantised": _quantised(opened),
+        "quantised": {label: coded.weights for label, coded in _quantised(opened).items()},
+        "quantised_bits": {label: coded.bits for label, coded in _quantised(opened).items()},
+        "quantised_groups": {label: dict(coded.groups) for label, coded in _quantised(opened).items()},
         "notes": list(opened.notes),
         "refused": opened.refused,
         "family": anatomy.family.name,

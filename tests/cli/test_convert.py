@@ -125,6 +125,27 @@ def test_merge_keeps_a_container_on_request_and_says_what_is_in_it(family: Path)
     assert json.loads(recorded)["quant"] == "fp8-scaled"
 
 
+def test_inspect_says_which_groups_are_in_which_container_and_how_many_bits_they_take(family: Path) -> None:
+    quantised(family / "q.safetensors", family / "alk.safetensors", "convrot", refiners=False)
+    stored = load_file(family / "q.safetensors")
+    told = json.loads(mergetool("inspect", "q.safetensors", "--json", cwd=family).out)
+    rotated, plain = "int8 rotated by 16 (ConvRot)", "int8"
+    assert told["quantised"] == {rotated: 8, plain: 2}
+    assert told["quantised_groups"] == {rotated: {"attention": 4, "ffn": 4}, plain: {"ffn": 2}}
+    mine = [
+        name for name in stored if name.startswith("layers.") and name.endswith("w2.weight")
+    ]  # 16 does not divide their width
+    nbytes = sum(
+        stored[name.replace(".weight", leaf)].nbytes
+        for name in mine
+        for leaf in (".weight", ".weight_scale", ".comfy_quant")
+    )
+    elements = sum(stored[name].numel() for name in mine)
+    assert told["quantised_bits"][plain] == round(8 * nbytes / elements, 2)
+    shown = mergetool("inspect", "q.safetensors", cwd=family).out
+    assert f"2 weights quantised: int8, {told['quantised_bits'][plain]:g} bits an element, 2 in ffn" in shown
+
+
 def test_diffusers_reads_an_old_scaled_file_wrongly_and_its_conversion_rightly(family: Path) -> None:
     """The container's reason to be refused elsewhere: no error, and weights without their scales."""
     from diffusers import ZImageTransformer2DModel

@@ -68,6 +68,8 @@ def tensors_of(random: np.random.Generator) -> dict[str, list[torch.Tensor]]:
         "weight_codebook": [torch.linspace(-1, 1, 16), floats[0].contiguous()],
         "weight_s_rel": [blocks[:N].view(e4m3), blocks[:N], floats[:N], floats[:N, :2]],
         "weight_s_channel": [floats[:N, 0] / 32, floats[:5, 0]],
+        "SCB": [floats[:N, 0] * 127, floats[:5, 0]],
+        "weight_format": [torch.zeros((), dtype=torch.uint8), torch.ones((), dtype=torch.uint8)],
         "weight_zeros": [floats[:4].repeat(1, 8), floats[:2].repeat(1, 8)],
         "weight_proj_down": [floats[:K], floats[:K].bfloat16(), floats[:5]],
         "proj_up": [floats[:N], floats[:N, :2]],
@@ -89,6 +91,7 @@ RIGHT: list[tuple[dict[str, int], dict[str, Any] | None]] = [
     ({"weight": 3, "weight_scale": 2}, {"format": "int8_tensorwise"}),
     ({"weight": 3, "weight_scale": 0}, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}),
     ({"weight": 4}, None),
+    ({"weight": 3, "SCB": 0, "weight_format": 0}, None),
     ({"weight": 6, "weight_scale": 3}, {"format": "convrot_w4a4", "convrot_groupsize": 16}),
     (
         {"weight": 6, "weight_s_rel": 0, "weight_s_channel": 0, "weight_codebook": 0},
@@ -150,6 +153,9 @@ def meant(stored: dict[str, torch.Tensor], config: dict[str, Any] | None) -> tor
     if form in INT4:
         values = meant_of_int4(form, stored, (config or {}).get("convrot_groupsize", 256))
         return values * stored["a.pre_quant_scale"].double() if "a.pre_quant_scale" in stored else values
+    if "a.SCB" in stored:
+        assert not int(stored.get("a.weight_format", torch.tensor(0)))
+        return weight.double() * stored["a.SCB"].double().reshape(-1, 1) / 127
     assert scale is not None
     if weight.dtype == torch.uint8:
         values = packed(weight, hi_first=form == "nvfp4")

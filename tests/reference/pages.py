@@ -24,6 +24,7 @@ PAGES: Mapping[str, Lines] = {
 
 TABLES: Mapping[tuple[str, str], Lines] = {
     ("reference/methods.md", "methods"): methods.lines,
+    ("reference/quantised.md", "proofs"): containers.proofs,
     ("reference/quantised.md", "containers"): containers.lines,
     ("reference/lora-dialects.md", "formats"): lora_formats.lines,
 }
