@@ -19,7 +19,6 @@ from mergetool.adapters.formats import FLAT, KeyFormat, LoraFormat, carrying, fo
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
 from mergetool.arch import Family
-from mergetool.arch.generic import GENERIC
 from mergetool.arch.rows import listed
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
@@ -110,7 +109,7 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
             "so remove one of them."
         )
     flat = any(adapter.module.startswith(FLAT) for adapter in file.adapters)
-    if file.family is GENERIC and flat and key_format == "comfyui" and not names_known:
+    if file.family.keeps_names and flat and key_format == "comfyui" and not names_known:
         raise DataError(
             f'"{file.name}" has names with underscores of an unknown model, so mergetool cannot put their dots back; '
             "name the model with `model`."

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from mergetool.adapters.formats import FORMATS, KEY_FORMATS, KeyFormat, bare
 from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.lora_file import LoraFile
-from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError
 
@@ -35,7 +34,7 @@ _PREFIXES = {
 
 def require_known(file: LoraFile, key_format: KeyFormat) -> None:
     """Raise DataError where the format's program may not load the names of ``file``."""
-    if file.family is not GENERIC or _is_known(file, key_format):
+    if not file.family.keeps_names or _is_known(file, key_format):
         return
     others = " or ".join(f"`key_format={other}`" for other in KEY_FORMATS if _is_known(file, other))
     raise DataError(

@@ -19,7 +19,6 @@ from mergetool.adapters.keys import Spelled, take_apart
 from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.arch.anatomy import NATIVE, Family
 from mergetool.arch.encoders import is_encoder
-from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 
 LoadVerdict = Literal["whole", "partly", "not at all"]
@@ -81,7 +80,7 @@ def loading(file: LoraFile) -> list[Loading]:
 
 def loading_of(path: Path, family: Family) -> list[Loading]:
     """The `loading` of the file just written for a model of ``family``. Nothing where its names are only looks."""
-    if family is GENERIC:
+    if family.keeps_names:
         return []
     with open_lora(path) as written:
         return loading(written)

@@ -183,6 +183,7 @@ class Family(ABC):
     unquantised: frozenset[str] = frozenset()  # parts that never are, since programs read a size off their stored shape
     quantised_layout: str | None = None  # the layout that a quantised file must have
     presets: tuple[Preset, ...] = ()
+    caveat = ""  # what is not known of its models, for those who see one
     fp16: Fp16 = "computed"  # what the programs that run its models do with fp16
     stock: tuple[Stock, ...] = ()  # published models that others build on; of several whose words a name has the first
     gains_grow = False  # whether training moves the gains of norms away from 1, which tells a parent from its child

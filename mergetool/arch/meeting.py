@@ -11,11 +11,13 @@ A share of more than `WORTH_SAYING` that does not meet, of either, is said.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from mergetool.arch.anatomy import Anatomy, Part
 from mergetool.arch.families import FAMILIES
+from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
 
@@ -40,12 +42,13 @@ class Recognised(Protocol):
 def check_families(first: Recognised, other: Recognised, *, by_name: bool = False) -> None:
     """Raise FamilyError for models of two families, naming a tensor of each.
 
-    A ControlNet meets the model of whose encoder it is a copy where the user chose the parts ``by_name``.
+    A ControlNet meets the model of whose encoder it is a copy where the user chose the parts ``by_name``. A model without a family may be a piece of
+    one whose tensors keep their names too; what meets decides then.
     """
     one, two = first.anatomy.family, other.anatomy.family
-    if one is two:
+    if one is two or (GENERIC in (one, two) and one.keeps_names and two.keeps_names):
         return
-    kinds = [f"{model.name} is a {_kind(model)} ({_example(model)})" for model in (first, other)]
+    kinds = [f"{model.name} is {_kind(model)} ({_example(model)})" for model in (first, other)]
     if one.copy_of is two or two.copy_of is one:
         if by_name:
             return
@@ -121,8 +124,12 @@ def check_change(
 
 def _kind(model: Recognised) -> str:
     family = model.anatomy.family
-    variant = family.variant(model.anatomy) if family.keeps_names else None
-    return variant or (family.name if family.copy_of else f"{family.name} model")
+    variant = family.variant(model.anatomy) if family is GENERIC else None
+    kind = variant or (family.name if family.copy_of else f"{family.name} model")
+    return f"{'an' if _VOWEL.match(kind) else 'a'} {kind}"
+
+
+_VOWEL = re.compile("[AEIO]|[FHLMNRSX][A-Z]")  # an ACE-Step model, an SDXL model
 
 
 _WAY_OUT = (

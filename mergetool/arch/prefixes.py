@@ -54,6 +54,17 @@ def read(names: Iterable[str], *, source: str) -> Names:
     return Names(_common(runs[name] for name in found), found, tuple(kinds))
 
 
+def whole(names: Names) -> Names | None:
+    """Read a file whose wrappers are modules of its model, as in Stable Audio.
+
+    Names keep what not all of them have, there ``transformer.``. None where no more than `FEW` of its tensors have fewer wrappers than others, which is a stray tensor beside a model.
+    """
+    bare = sum("." in own and _run(stored) == names.prefix for stored, own in names.own.items())
+    if not FEW < bare < len(names.own) - FEW:
+        return None
+    return Names(names.prefix, {stored: spelled(stored, names.prefix) for stored in names.own}, names.outside)
+
+
 def bundled(names: Iterable[str]) -> dict[str, BundledKind]:
     """The tensors of a file that are bundled with its model, in file order.
 

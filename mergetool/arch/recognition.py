@@ -26,21 +26,19 @@ def recognise(
 ) -> Anatomy:
     """Read the names of a file by a known family in any layout, else by the generic one.
 
-    Any prefix may stand before them.
+    Any prefix may stand before them. A model of a family that has only a name is read as the generic one's are.
 
     ``tensors`` is a header's table in file order, ``encodings`` its quantised weights (`quant.weights`); ``source`` names
     the file in messages; ``config`` is the config.json beside it, which tells diffusers' layout of a family whose names are the same in another.
 
-    Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, a pixel-space derivative, no tensors at all), and for a file of a
+    Raises FamilyError for a file that is no model to merge (a LoRA, a ControlNet, no tensors at all), and for a file of a
     known family whose tensors contradict each other, which is shown as the generic family with ``names_only``: its values are codes that nobody reads.
     """
     _refuse_other_files(tensors, source)
     names = prefixes.read(tensors, source=source)
     beside = _values({stored: tensors[stored] for stored in names.outside}, encodings)
     outside = {stored: Part.whole(stored, info, encodings.get(stored)) for stored, info in beside.items()}
-    own = {name: tensors[stored] for stored, name in names.own.items()}
-    coded = {name: encodings[stored] for stored, name in names.own.items() if stored in encodings}
-    values = _values(own, coded)
+    values, coded = _own(names, tensors, encodings)
     try:
         family = families.shown_by(values)
         if family is not None:
@@ -49,7 +47,22 @@ def recognise(
     except FamilyError:
         if not names_only:
             raise
-    return generic.anatomy_of(names, values, coded, outside)
+    if control.kind_of(values) is not None:
+        return generic.anatomy_of(names, values, coded, outside)
+    named = families.named_by(values)
+    whole = None if named else prefixes.whole(names)
+    if whole is not None:
+        names, (values, coded) = whole, _own(whole, tensors, encodings)
+        named = families.named_by(values)
+    return generic.anatomy_of(names, values, coded, outside, named or generic.GENERIC)
+
+
+def _own(
+    names: prefixes.Names, tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]
+) -> tuple[dict[str, TensorInfo], dict[str, Encoding]]:
+    """The model's tensors under its own names, quantised weights as what they stand for, and the encodings of these."""
+    coded = {name: encodings[stored] for stored, name in names.own.items() if stored in encodings}
+    return _values({name: tensors[stored] for stored, name in names.own.items()}, coded), coded
 
 
 def _values(tensors: Mapping[str, TensorInfo], encodings: Mapping[str, Encoding]) -> dict[str, TensorInfo]:

@@ -94,6 +94,8 @@ def _print(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose: 
         f"{_kind(opened)}, {anatomy.layout} layout, {console.plural(len(checkpoint.tensors), 'tensor')}, "
         f"{console.parameters(total.parameters)} parameters, {checkpoint.container}",
     )
+    if anatomy.family.caveat:
+        console.heading("family", anatomy.family.caveat)
     if opened.refused:
         console.heading("refused", opened.refused)
     for note in opened.notes:
@@ -162,6 +164,7 @@ def _as_json(model: str, opened: OpenedModel, hashes: dict[str, str], *, verbose
         "refused": opened.refused,
         "family": anatomy.family.name,
         "variant": anatomy.family.variant(anatomy, checkpoint.config),
+        "proved": not anatomy.family.caveat,
         "layout": anatomy.layout,
         "prefix": anatomy.prefix,
         "tensors": len(checkpoint.tensors),

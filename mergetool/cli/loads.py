@@ -21,7 +21,10 @@ def print_all(loadings: Sequence[Loading], *, verbose: bool) -> None:
         _print(loading, verbose=verbose)
     if not loadings:
         known = console.listed([family.name for family in FAMILIES if family.loader])
-        console.heading("loads", f"not known: which names programs look up is known of these families only: {known}")
+        console.heading(
+            "loads",
+            f"not proved: ComfyUI finds a model's own names behind diffusion_model.; what diffusers finds is known of these families only: {known}",
+        )
 
 
 def _print(loading: Loading, *, verbose: bool) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mergetool.adapters import output as lora_output
 from mergetool.adapters.fused import joined
-from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.outputs import Target
 from mergetool.checkpoint.stamp import display_names, stamp
@@ -122,7 +121,7 @@ def combine(
     if not tensors:
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
-    if gathering.family is not GENERIC:  # whose names are as the first file spells them
+    if not gathering.family.keeps_names:  # whose names are as the first file spells them
         tensors = joined(tensors, gathering.family)
         tensors = lora_output.with_alphas_everywhere(tensors) if gathering.family.lora_alphas else tensors
     lora_output.write(target, tensors, metadata, gathering.files, overwrite=overwrite)

@@ -21,7 +21,6 @@ from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.sources import source_of
 from mergetool.adapters.values import dense_rows
 from mergetool.arch import Anatomy, Family, Part, Slice
-from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint import dtypes
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.inputs import InputFile
@@ -197,7 +196,7 @@ def _family(terms: Sequence[WeighedLora], *, names_known: bool) -> Family:
                 f'"{first.name}" is a LoRA for a {first.family.name} model and "{term.file.name}" for a {term.file.family.name} '
                 "one; a sum needs LoRAs of one family."
             )
-        if first.family is GENERIC and not names_known and _prefixes(term.file) != _prefixes(first):
+        if first.family.keeps_names and not names_known and _prefixes(term.file) != _prefixes(first):
             raise FamilyError(
                 f'"{first.name}" spells its keys {first.dialect}, "{term.file.name}" {term.file.dialect}, and mergetool does not '
                 "know the names of their model, so it cannot match their modules; name the model with `model`, or give LoRAs of one spelling."
@@ -272,7 +271,7 @@ def holding(stored: Iterable[DType]) -> DType:
 
 def _keys(part: str, family: Family, addends: Sequence[Addend]) -> Keys:
     """The default spelling, or for a model whose names are not known that of the first file that has the module."""
-    if family is not GENERIC:
+    if not family.keeps_names:
         alpha = format_for(family).key(bare(family.lora_module(part)), "lora", "alpha")
         return Keys(*factors_of(family, part), alpha, no_alpha=not family.lora_alphas)
     adapter = addends[0].change.adapter

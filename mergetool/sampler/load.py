@@ -15,7 +15,6 @@ from torch import Tensor
 from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
 from mergetool.arch import Part
-from mergetool.arch.generic import GENERIC
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine.computed import ComputedCheckpoint
 from mergetool.engine.inputs import opened as opened_model
@@ -126,7 +125,7 @@ def load_denoiser(folder: PipelineFolder, *, dtype: torch.dtype) -> torch.nn.Mod
 @contextmanager
 def _in_diffusers_names(opened: Input) -> Iterator[Checkpoint]:
     """A model as the file in diffusers' layout that `convert` would write, computed while it is read."""
-    layout = None if opened.anatomy.family is GENERIC else "diffusers"
+    layout = None if opened.anatomy.family.keeps_names else "diffusers"
     expression = parse(quote(opened.name), known=[opened.name])
     with ComputedCheckpoint(
         plan_merge(expression, [opened], MergeOptions(layout=layout, prefix="", bundled="drop")), opened.name

@@ -41,6 +41,29 @@ def test_every_tensor_is_a_part_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "groups"),
+    [
+        ("blocks.0.cross_attn.q.weight", {"attention"}),
+        ("blocks.0.mlp_x.w1.weight", {"ffn"}),
+        ("double.3.block.ff_i.experts.2.w1.weight", {"ffn"}),
+        ("layers.0.img_feed_forward.linear_1.weight", {"ffn"}),
+        ("t_embedder.mlp.0.weight", {"embedder"}),
+        ("img_emb.proj.1.weight", {"embedder"}),
+        ("noise_refiner.0.attention.to_q.weight", {"refiner", "attention"}),
+        ("blocks.0.adaln_modulation_self_attn.1.weight", {"modulation"}),
+        ("double_layers.0.modX.1.weight", {"modulation"}),
+        ("blocks.0.img_mod.lin.weight", {"modulation"}),
+        ("language_model.layers.0.q.weight", set()),
+        ("blocks.0.modern.weight", set()),
+    ],
+)
+def test_words_of_components_give_groups(part: str, groups: set[str]) -> None:
+    """They are words, not beginnings: ``model`` is no modulation."""
+    top = {part.split(".")[0], "matrix"}
+    assert GENERIC.groups(part, (64, 64)) == groups | top
+
+
+@pytest.mark.parametrize(
     ("group", "expected"),
     [
         ("double_blocks", {name for name in FLUX if name.startswith("double_blocks.")}),

@@ -102,6 +102,14 @@ def test_families_are_named_with_a_tensor_of_each() -> None:
         meeting.check_families(model("a", BLOCKS), z)
 
 
+def test_named_families_differ_and_a_piece_of_one_meets_it() -> None:
+    krea = model("k", {"txtfusion.projector.weight": (1, 12), "blocks.0.attn.wq.weight": (8, 8)})
+    ace = model("a", {"genre_embedder.weight": (8, 8), "lyric_proj.weight": (8, 8)})
+    with pytest.raises(FamilyError, match=r"k is a Krea 2 model \(.*\), a is an ACE-Step model \("):
+        meeting.check_families(krea, ace)
+    meeting.check_families(krea, model("p", {"blocks.0.attn.wq.weight": (8, 8)}))
+
+
 def test_a_lora_has_to_change_something_of_what_is_merged() -> None:
     first, lora = model("a", BLOCKS), model("l", {"blocks.0.attn.to_q.weight": (8, 8)})
     meeting.check_change(first, lora, [*BLOCKS], ())

@@ -53,6 +53,17 @@ def test_wrappers_come_off_in_any_order(prefix: str) -> None:
     assert (found.prefix, list(found.own.values()), found.outside) == (prefix, list(FLUX), ())
 
 
+def test_a_wrapper_that_many_tensors_lack_is_a_module_of_an_unknown_model() -> None:
+    inside, beside = [f"transformer.layers.{n}.q.weight" for n in range(6)], [f"to_embed.{n}.weight" for n in range(6)]
+    for prefix in ("", "model.model."):
+        found = recognise(table(dict.fromkeys([*inside, *beside], (4, 4)), prefix=prefix), source="f")
+        assert (found.prefix, set(found.parts)) == (prefix, {*inside, *beside})
+    stray = recognise(table(dict.fromkeys([*inside, "stray.weight"], (4, 4))), source="f")
+    assert "layers.0.q.weight" in stray.parts
+    z = recognise(z_image(prefix="transformer.") | table(dict.fromkeys(beside, (4, 4))), source="f")
+    assert z.family is Z_IMAGE
+
+
 def test_components_that_pytorch_puts_into_names_come_out() -> None:
     found = read(
         ["blocks.0._orig_mod.attn.to_q.weight", "blocks.1._checkpoint_wrapped_module.attn.to_q.weight"], source="f"

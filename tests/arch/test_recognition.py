@@ -130,8 +130,6 @@ def test_lumina2_is_not_z_image() -> None:
     ("name", "says"),
     [
         ("lora_controlnet", "a ControlNet-LoRA"),
-        ("dec_net.cond_embed.weight", "a pixel-space derivative"),
-        ("model.diffusion_model.dec_net.cond_embed.weight", "a pixel-space derivative"),
         ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "a LoRA file"),
         ("layers.0.attention.to_q.lora_B.default.weight", "a LoRA file"),
         ("lora_unet_layers_0_feed_forward_w1.lora_down.weight", "a LoRA file"),

@@ -11,7 +11,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from mergetool.arch import recognise, select
 from mergetool.arch.families.sd15 import SD15
-from mergetool.arch.generic import GENERIC
 from mergetool.options.multipliers import parse_setting
 from mergetool.recipe.groups import resolve
 from tests.arch.tables import table
@@ -103,7 +102,10 @@ def test_more_channels_are_a_variant_and_diffusers_builds_it_from_the_config(
      {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8, "cross_attention_dim": 1024}],
 )  # fmt: skip
 def test_other_unets_of_the_same_blocks_are_not_sd15(other: dict[str, object]) -> None:
-    assert recognise(table(of_diffusers(**other)), source="f").family is GENERIC
+    is_sd2 = other == {"cross_attention_dim": 1024, "use_linear_projection": True}
+    assert recognise(table(of_diffusers(**other)), source="f").family.name == (
+        "Stable Diffusion 2" if is_sd2 else "generic"
+    )
 
 
 @pytest.mark.parametrize(

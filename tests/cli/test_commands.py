@@ -223,9 +223,21 @@ def test_diff_writes_variant_minus_base_in_the_working_folder(family: Path) -> N
 
 def test_inspect_json_counts_parameters_and_groups(family: Path) -> None:
     ran = mergetool("inspect", "alkahest", "--json", cwd=family)
-    assert ran.json["family"] == "Z-Image"
+    assert (ran.json["family"], ran.json["proved"]) == ("Z-Image", True)
     assert ran.json["tensors"] == 65
     assert ran.json["groups"]["refiner"]["tensors"] == 24
+
+
+def test_inspect_says_that_a_named_family_is_not_proved(tmp_path: Path) -> None:
+    save_file(
+        {"txtfusion.projector.weight": torch.zeros(1, 12), "blocks.0.attn.wq.weight": torch.zeros(8, 8)},
+        tmp_path / "k.safetensors",
+    )
+    ran = mergetool("inspect", "k.safetensors", cwd=tmp_path)
+    assert "Krea 2, plain layout" in ran.out
+    assert "family  known by name only" in ran.out
+    told = mergetool("inspect", "k.safetensors", "--json", cwd=tmp_path).json
+    assert (told["family"], told["proved"]) == ("Krea 2", False)
 
 
 def test_inspect_hash_is_the_files_sha256(family: Path) -> None:

@@ -8,89 +8,113 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from mergetool.adapters.formats import format_for
 from mergetool.arch.anatomy import NATIVE
-from mergetool.arch.families import FAMILIES
-from mergetool.arch.generic import Generic
-from mergetool.arch.known import KnownFamily, Like
+from mergetool.arch.families import FAMILIES, NAMED
+from mergetool.arch.generic import Generic, NamedFamily
+from mergetool.arch.known import KnownFamily
 from mergetool.arch.sampling import SamplingDefaults
-from mergetool.arch.signs import IN_FP16
+from mergetool.arch.signs import IN_FP16, Like, Variant
 from mergetool.arch.table import BLOCK
+from tests.oracles.supported import TRAINED
 
 HEAD = """\
 # Families
 
 What mergetool knows of each kind of model. It looks at tensor names and shapes, never at a file's name. `mergetool inspect FILE` says which family a file is of.
 
-A family that is known by name can be converted between its layouts, has groups and presets for `--set`, and takes LoRAs in every spelling of its trainers. Any other model is
-[generic](#generic): it merges all the same, under its own names."""
+| | known of it |
+|---|---|
+| [{proved} proved families](#proved-families) | names in both layouts, groups and presets for `--set`, LoRAs in every spelling of their trainers, what `--quant` may take: each held against ComfyUI and diffusers |
+| [{named} named families](#named-families) | the name, variants, what `--quant` must leave alone; a merge keeps the names that its tensors have |
+| [any other](#generic) | merges all the same, under its own names |
 
-SUMMARY = "| family | layouts | stacks of blocks | names in its table | LoRAs loaded by | `sample` |"
+## Proved families"""
+
+SUMMARY = "| family | variants told apart | stacks of blocks | LoRAs loaded by | `sample` |"
+
+NAMED_HEAD = """\
+## Named families
+
+mergetool recognises these and knows no more. Every class of ComfyUI 0.30's list of models, and of diffusers 0.42.1 where it has one, ends in its own name
+(`tests/arch/test_named.py`). They merge, compare, convert their dtype and quantise as [generic](#generic) models do:
+
+- Two files must be in one layout, ComfyUI's or diffusers': no map between the two is known. Files of two families are refused.
+- A LoRA is added by the names of its tensors, behind `diffusion_model.`, `transformer.` or `lora_unet_`. Names that only one trainer writes match nothing, and are listed.
+- `mergetool diff` writes `diffusion_model.` and the model's own names, which ComfyUI loads for every model (tested for {tested}). Whether diffusers loads them is not proved.
+- `--layout`, presets and `sample` need a proved family.
+"""
+
+SIGNED = ("both", "comfyui", "diffusers")
+NAMED_TABLE = "| family | variants told apart | recognised by, in ComfyUI's names | in diffusers' |"
 
 
 def lines() -> Iterator[str]:
     """The page."""
-    yield from HEAD.splitlines()
+    yield from HEAD.format(proved=len(FAMILIES), named=len(NAMED)).splitlines()
     yield from ("", SUMMARY, "|" + "---|" * (SUMMARY.count("|") - 1))
     yield from map(_summary, FAMILIES)
     for family in FAMILIES:
         yield from _family(family)
+    yield from (
+        "",
+        *NAMED_HEAD.format(tested=", ".join(TRAINED)).splitlines(),
+        "",
+        NAMED_TABLE,
+        "|" + "---|" * (NAMED_TABLE.count("|") - 1),
+    )
+    yield from map(_named, sorted(NAMED, key=lambda family: family.name.casefold()))
     yield from ("", "## generic", "", *_docstring(Generic))
 
 
 def _summary(family: KnownFamily) -> str:
-    loaders = ["-"] if family.copy_of else ["ComfyUI", *(["diffusers"] if family.loader else [])]
+    loaders = "ComfyUI and diffusers" if family.loader else "ComfyUI"
     cells = [
         f"[{family.name}](#{_anchor(family.name)})",
-        " and ".join(family.layouts),
+        _variants(family.variants) or "-",
         _words(_stacks(family)) or "-",
-        str(len(family.table.spots)),
-        " and ".join(loaders),
+        "-" if family.copy_of else loaders,
         "yes" if family.transformer else "in a pipeline's folder" if family.sampling else "no",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def _family(family: KnownFamily) -> Iterator[str]:
-    yield from ("", f"## {family.name}", "", *_docstring(type(family)))
-    yield from ("", "**Recognised by**", "")
+    yield from ("", f"### {family.name}", "", *_docstring(type(family)))
+    rows = [*_recognised(family), *_stored(family), *_loras(family)]
+    yield from ("", "| | |", "|---|---|", *(f"| {what} | {said} |" for what, said in rows if said))
+
+
+def _recognised(family: KnownFamily) -> Iterator[tuple[str, str]]:
     for signature in family.signatures:
         has, lacks = _tensors(signature.has), _tensors(signature.lacks)
-        yield f"- layout {signature.layout}: {has}" + (f"; and not {lacks}" if lacks else "")
+        yield f"shown in layout {signature.layout} by", has + (f"; and not {lacks}" if lacks else "")
     for why, names in _strangers(family).items():
-        yield f"- A file with {names} is {why}."
-    if family.variants:
-        told = dict.fromkeys(variant.name for variant in family.variants)
-        yield from ("", "**Variants told apart**", "", f"{', '.join(told)}.")
-    yield from ("", "**Groups**", "", f"{_words(family.group_order)}.")
-    if family.presets:
-        yield from ("", "**Presets**", "", "| preset | stands for |", "|---|---|")
-        for preset in family.presets:
-            if not preset.kind:
-                yield f"| `preset:{preset.name}` | {_words(preset.settings)} |"
-        for kind in dict.fromkeys(preset.kind for preset in family.presets if preset.kind):
-            names = (f"preset:{preset.name}" for preset in family.presets if preset.kind == kind)
-            yield from ("", f"Each of these is {kind}: {_words(names)}.")
-    yield from ("", "**Stored**", "", *_stored(family))
-    yield from ("", "**LoRAs**", "", *_loras(family))
+        yield "not this", f"a file with {names} is {why}"
+    yield "groups", _words(family.group_order)
+    presets = [preset for preset in family.presets if not preset.kind]
+    yield "presets", "; ".join(f"`preset:{preset.name}` is {_words(preset.settings)}" for preset in presets)
+    for kind in dict.fromkeys(preset.kind for preset in family.presets if preset.kind):
+        names = (f"preset:{preset.name}" for preset in family.presets if preset.kind == kind)
+        yield "more presets", f"{_words(names)}: each is {kind}"
 
 
-def _stored(family: KnownFamily) -> Iterator[str]:
-    for tensor, held in _fused(family).items():
-        yield f"- {tensor} holds {_words(held)}, in this order of rows."
-    if family.quantised:
-        yield f"- `--quant` takes the matrices of {_words(sorted(family.quantised))}, and none of {_words(sorted(family.precise))}."
-    else:
-        yield "- `--quant` is refused: no program reads their weights by scales."
+def _stored(family: KnownFamily) -> Iterator[tuple[str, str]]:
+    for layout, held in _fused(family).items():
+        yield f"fused in layout {layout}, in row order", held
+    said = [f"the matrices of {_words(sorted(family.quantised))}, none of {_words(sorted(family.precise))}"]
     if family.unquantised:
-        yield f"- It leaves {_words(sorted(family.unquantised))} as they are: programs read a size off their stored shape."
+        said.append(f"{_words(sorted(family.unquantised))} stays as it is: programs read a size off its stored shape")
     if family.quantised_layout:
-        yield f"- A quantised file has the {family.quantised_layout} layout."
+        said.append(f"the file has the {family.quantised_layout} layout")
+    yield (
+        "`--quant` takes",
+        "; ".join(said) if family.quantised else "nothing: no program reads their weights by scales",
+    )
     if family.kept:
-        yield f"- Keep the group `{family.kept}` of one model (`--protect {family.kept}`); totals of `compare` leave it out."
-    yield from map(_sampling, family.sampling)
+        yield "keep of one model", f"`--protect {family.kept}`; totals of `compare` leave it out"
+    yield from (("`sample` draws", _sampling(settings)) for settings in family.sampling)
     if family.fp16 != "computed":
-        yield f"- Activations are known to leave fp16's range, so that {IN_FP16[family.fp16]}: store bf16, not fp16."
-    if family.unused:
-        yield f"- {_words(sorted(family.unused))} may be in a file and is never read by the model."
+        yield "store as", f"bf16: activations are known to leave fp16's range, so that {IN_FP16[family.fp16]}"
+    yield "never read", _words(sorted(family.unused))
 
 
 def _sampling(settings: SamplingDefaults) -> str:
@@ -98,35 +122,48 @@ def _sampling(settings: SamplingDefaults) -> str:
     said = {"cfg": f"CFG {scale}", "distilled": f"guidance {scale}, which the model reads,", "none": "no guidance"}
     which = f" ({settings.name})" if settings.name else ""
     return (
-        f"- `sample` draws in the folder of a `{settings.pipeline}Pipeline`{which} with {settings.steps} steps and {said[settings.guidance]} by default, as {settings.source} has it; "
-        f"sides are multiples of {settings.unit}."
+        f"in the folder of a `{settings.pipeline}Pipeline`{which} with {settings.steps} steps and {said[settings.guidance]} by default, as {settings.source} has it; "
+        f"sides are multiples of {settings.unit}"
     )
 
 
-def _loras(family: KnownFamily) -> Iterator[str]:
+def _loras(family: KnownFamily) -> Iterator[tuple[str, str]]:
     if family.copy_of:
-        yield "- No program loads LoRAs of it."
+        yield "LoRAs", "no program loads LoRAs of it"
         return
     form = format_for(family)
-    whole = ", which diffusers and ComfyUI both load whole" if family.loader else ""
-    yield f"- `mergetool diff` writes names with `{form.prefix}` before them{whole}."
+    alphas = "" if family.lora_alphas else "; no alphas, which diffusers misreads behind that prefix"
+    by = (
+        f"diffusers (`{family.loader}`) and ComfyUI load it whole"
+        if family.loader
+        else "ComfyUI; no loader of diffusers is tested"
+    )
+    yield "`diff` writes", f"names behind `{form.prefix}`{alphas}: {by}"
     theirs = sorted(prefix for prefix in family.in_comfyui if prefix)
     yield (
-        f"- ComfyUI finds its own names behind {_words(NATIVE)}"
-        + (f", and diffusers' names behind {_words(theirs)}" if theirs else "")
-        + (" or nothing" if "" in family.in_comfyui else "")
-        + "."
+        "ComfyUI finds",
+        f"its own names behind {_words(NATIVE)}"
+        + (f", diffusers' behind {_words(theirs)}" if theirs else "")
+        + (" or nothing" if "" in family.in_comfyui else ""),
     )
-    if family.loader:
-        yield f"- diffusers loads them by `{family.loader}`."
-    else:
-        yield "- No loader of diffusers is tested for them."
-    if not family.lora_alphas:
-        yield "- Such files hold no alphas: diffusers misreads them behind that prefix."
-    if family.other_names:
-        yield f"- Modules under other names are read too: {_words(sorted(family.other_names))}."
+    yield "LoRAs name modules also", _words(sorted(family.other_names))
     if family.lookalike:
-        yield f"- A LoRA of {family.lookalike.name} has the same names; widths and words of the header tell it apart."
+        yield (
+            "LoRAs like its own",
+            f"{family.lookalike.name} has the same names; widths and words of the header tell them apart",
+        )
+
+
+def _named(family: NamedFamily) -> str:
+    signs = {
+        layout: " *or* ".join(_tensors(sign.has) for sign in family.signs if sign.layout == layout) for layout in SIGNED
+    }
+    theirs = "the same" if signs["both"] else signs["diffusers"] or "-"
+    return f"| {family.name} | {_variants(family.variants) or '-'} | {signs['both'] or signs['comfyui']} | {theirs} |"
+
+
+def _variants(variants: Iterable[Variant]) -> str:
+    return "; ".join(dict.fromkeys(variant.name for variant in variants))
 
 
 def _docstring(one: type) -> list[str]:
@@ -147,14 +184,19 @@ def _stacks(family: KnownFamily) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", ".".join(path[: path.index(BLOCK)])) for path in paths))
 
 
-def _fused(family: KnownFamily) -> dict[str, list[str]]:
-    """Tensors of a layout that hold several modules, each with these in row order; in blocks from the block on."""
-    found: dict[str, dict[int, str]] = {}
+def _fused(family: KnownFamily) -> dict[str, str]:
+    """By layout the tensors that hold several modules, each with these in row order; in blocks from the block on."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
     for spot in family.table.spots:
         for layout, (path, piece) in spot.stored.items():
             if piece is not None:
-                found.setdefault(f"`{_inside(path)}` of the {layout} layout", {})[piece] = _inside(spot.path)
-    return {tensor: [held[piece] for piece in sorted(held)] for tensor, held in found.items()}
+                found.setdefault(layout, {}).setdefault(_inside(path), {})[piece] = _inside(spot.path)
+    return {
+        layout: "; ".join(
+            f"`{tensor}`: {_words(held[piece] for piece in sorted(held))}" for tensor, held in tensors.items()
+        )
+        for layout, tensors in found.items()
+    }
 
 
 def _inside(path: tuple[str, ...]) -> str:

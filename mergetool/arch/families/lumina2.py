@@ -94,6 +94,7 @@ class Lumina2(KnownFamily):
                 "layers.0.attn.to_q.weight": (None, None),
                 "noise_refiner.0.norm1.linear.weight": (None, None),
             },
+            lacks={"ref_image_patch_embedder.weight": None},  # OmniGen2
         ),
     )
     variants = (

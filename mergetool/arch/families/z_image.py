@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
-from mergetool.arch.known import KnownFamily, Signature
+from mergetool.arch.known import KnownFamily
+from mergetool.arch.signs import Signature, Variant
 from mergetool.arch.table import Named
 
 _BLOCK = (
@@ -78,15 +79,20 @@ class ZImage(KnownFamily):
             Named("linear", shape=("patch", "dim"), bias=True),
         )),
     )  # fmt: skip
-    # Lumina 2 has the same names: its caption embedder has 2304 rows, and its modulation is adaLN_modulation.1.
+    # Lumina 2 has the same names: its caption embedder has 2304 rows, and its modulation is adaLN_modulation.1. The pixel-space kind has a decoder.
     signatures = tuple(
         Signature(
             layout,
             has={"cap_embedder.1.weight": None, f"noise_refiner.0.attention.{norm}.weight": None},
-            lacks={"cap_embedder.1.weight": (2304, None), "noise_refiner.0.adaLN_modulation.1.weight": None},
+            lacks={
+                "cap_embedder.1.weight": (2304, None),
+                "noise_refiner.0.adaLN_modulation.1.weight": None,
+                "dec_net.cond_embed.weight": None,
+            },
         )
         for layout, norm in (("comfyui", "k_norm"), ("diffusers", "norm_k"))
     )
+    variants = (Variant("Omni", {"siglip_embedder.0.weight": None}),)
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {  # vectors are never quantised
         "dim": ("noise_refiner.0.attention_norm1.weight", 0),
         "head": ("noise_refiner.0.attention.norm_k.weight", 0),
@@ -130,10 +136,6 @@ class ZImage(KnownFamily):
         own_words=("z-image", "z_image", "zimage"),
     )
     controls = (("ControlNet", ("control_layers",)), ("ControlNet", ("control_all_x_embedder",)))
-    strangers: ClassVar[Mapping[str, str]] = {
-        "dec_net.cond_embed.weight": "a pixel-space derivative (tensor {tensor}), whose decoder is part of the model and cannot be merged with "
-        "latent-space Z-Image; give a latent-space checkpoint here",
-    }
 
     def derived(self, sizes: dict[str, int]) -> dict[str, int]:
         """The width of the time embedding, that of the feed-forward, and Omni's token."""
