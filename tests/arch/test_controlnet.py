@@ -89,6 +89,6 @@ def test_a_controlnet_meets_its_model_by_name_only() -> None:
         for name, found in (("control", shapes(config)), ("unet", of_unet()))
     )
     for pair in ((control, unet), (unet, control)):
-        with pytest.raises(FamilyError, match=r"control is a SDXL ControlNet .*name what is to be changed"):
+        with pytest.raises(FamilyError, match=r"control is an SDXL ControlNet .*name what is to be changed"):
             check_families(*pair)
         check_families(*pair, by_name=True)
