@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-ChangeKind = Literal["lora", "loha", "lokr", "full"]
-"""A product of two factors; LoHa, the element-wise product of two such; LoKr, a Kronecker product; a whole difference."""
+ChangeKind = Literal["lora", "loha", "lokr", "full", "whole"]
+"""A product of two factors; LoHa, the element-wise product of two such; LoKr, a Kronecker product; a whole difference; a weight
+that takes the model's place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +16,10 @@ class Adapter:
     """The change of one module of a file, of all its rows.
 
     ``module`` is spelled as in the file. ``tensors`` maps roles (``up``, ``down``, ``mid``, ``w1_a``, ``w2``, ``t2``, ``diff``,
-    ``diff_b``, ``dora_scale``...) to stored names. ``shape`` is that of the change, [out, in] or [out, in, kh, kw]; all rows of a
+    ``diff_b``, ``set_weight``, ``dora_scale``...) to stored names. ``shape`` is that of the change, [out, in] or [out, in, kh, kw]; all rows of a
     fused ``qkv``. ``rank`` is the inner width, None where there is none. ``scale`` multiplies the product: alpha / rank, and 1
-    where the file states no alpha, which is how ComfyUI and diffusers read it.
+    where the file states no alpha, which is how ComfyUI and diffusers read it. ``widens`` is whether it says that the weight is to be given as
+    many columns (``reshape_weight``).
     """
 
     module: str
@@ -27,6 +29,7 @@ class Adapter:
     rank: int | None
     scale: float = 1.0
     has_alpha: bool = False
+    widens: bool = False
 
 
 def is_by_columns(key: str, magnitudes: tuple[int, ...], rows: int) -> bool:

@@ -6,8 +6,8 @@ multiplied into ``up``, which is exact for powers of two, and said where it is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from mergetool.adapters import output as lora_output
 from mergetool.adapters.formats import FLAT, KeyFormat, LoraFormat, carrying, format_for, module_name
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
-from mergetool.arch import Family
 from mergetool.arch.rows import listed
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.outputs import Target
@@ -101,6 +100,8 @@ def _require_convertible(file: LoraFile, key_format: KeyFormat, *, skip_unmatche
             f'"{file.name}": {quoted(key)} cannot be converted ({reason}; {len(file.unmatched)} such keys in all); '
             "`skip_unmatched` leaves them out."
         )
+    if not file.changes:
+        unmatched.require_match(file, "any model of its names", skip_unmatched=True)
     twice = next((part for part, changes in file.changes.items() if len(changes) > 1), None)
     if twice is not None:
         modules = " and ".join(quoted(change.adapter.module) for change in file.changes[twice])
@@ -123,8 +124,11 @@ def _modules(file: LoraFile, form: LoraFormat, key_format: KeyFormat, done: Conv
     layout = form.layout_of(file.family)
     for adapter in file.adapters:
         changes = [change for held in file.changes.values() for change in held if change.adapter is adapter]
-        whole = module.read(file, adapter)
+        whole = _unscaled(module.read(file, adapter), changes[0].part, done)
         _require_carried(file, whole, adapter.module, form, key_format)
+        is_wide = adapter.widens or file.family.widened.get(changes[0].part) in adapter.shape[1:]
+        if is_wide and "whole" in form.kinds:  # ComfyUI's own names
+            whole = whole.with_(reshape_weight=torch.tensor(adapter.shape))
         if len(changes) == 1:
             found[changes[0].part] = whole
             continue
@@ -144,7 +148,7 @@ def _modules(file: LoraFile, form: LoraFormat, key_format: KeyFormat, done: Conv
                 done.empty.append(change.part)
             else:
                 found[change.part] = part
-    return _stored(file.family, found, layout, done)
+    return _stored(file, found, layout, done)
 
 
 def _require_carried(file: LoraFile, found: StoredModule, name: str, form: LoraFormat, key_format: KeyFormat) -> None:
@@ -162,15 +166,16 @@ def _require_carried(file: LoraFile, found: StoredModule, name: str, form: LoraF
 
 
 def _stored(
-    family: Family, modules: Mapping[str, StoredModule], layout: str, done: Converted
+    file: LoraFile, modules: Mapping[str, StoredModule], layout: str, done: Converted
 ) -> dict[str, StoredModule]:
     """Modules by the tensors of ``layout``: parts of a fused one together where they are plain LoRAs, else under their own names."""
+    family = file.family
     found: dict[str, StoredModule] = {}
     together: dict[str, dict[str, StoredModule]] = {}
     for part, one in modules.items():
         if len(family.pieces(part, layout)) == 1:
             found[family.stored_name(part, layout)] = one
-        elif one.is_plain:
+        elif one.is_plain or one.kind in ("full", "whole"):
             stored = family.stored_name(part, layout)
             together.setdefault(stored, {})[part] = one
             found[stored] = one  # its place
@@ -179,11 +184,37 @@ def _stored(
     for stored, parts in together.items():
         pieces = family.pieces(next(iter(parts)), layout)
         like = next(iter(parts.values()))
+        _require_stackable(file, stored, pieces, parts)
         rows = [fused.rows_of(family, piece, parts.get(piece), like) for piece in pieces]
         found[stored], error = fused.together([parts.get(piece) for piece in pieces], rows)
         if error:
             done.rounded[stored] = error
     return found
+
+
+def _unscaled(found: StoredModule, part: str, done: Converted) -> StoredModule:
+    """A whole difference with its scale multiplied in: no format has an alpha for it."""
+    if found.kind != "full" or found.scale == 1:
+        return found
+    folded = {role: (tensor.double() * found.scale).to(tensor.dtype) for role, tensor in found.tensors.items()}
+    exact = next(iter(found.tensors.values())).double() * found.scale
+    error = _relative(next(iter(folded.values())).double(), exact)
+    if error:
+        done.rounded[part] = error
+    return replace(found, tensors=folded, scale=1.0)
+
+
+def _require_stackable(file: LoraFile, stored: str, pieces: Sequence[str], parts: Mapping[str, StoredModule]) -> None:
+    """Refuse some of the parts of a fused tensor where zeros cannot stand for the others, or their number of rows is not known."""
+    missing = [piece for piece in pieces if piece not in parts]
+    if not missing or all(one.is_plain for one in parts.values()):
+        return
+    is_even = all(file.family.rows_by_columns(piece, 1) is None for piece in pieces)
+    if any(one.kind == "whole" for one in parts.values()) or not is_even:
+        raise DataError(
+            f'"{file.name}" changes {listed(list(map(quoted, parts)))} whole, which this format stores in one tensor with '
+            f"{listed(list(map(quoted, missing)))}; `mergetool lora bake` adds it to a checkpoint."
+        )
 
 
 def _spelled(part: str, found: StoredModule, form: LoraFormat, done: Converted) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ DENSE_ROWS = 256
 class ChangedPart:
     """One part that a file changes: groups, kind, rank, scale, and the change's norm. It is the Frobenius norm.
 
-    A DoRA's norm is that of its product, since the rest depends on the weight.
+    A DoRA's norm is that of its product, since the rest depends on the weight; a whole weight's is 0 for the same reason.
     """
 
     part: str
@@ -56,7 +56,7 @@ def describe(file: LoraFile, *, progress: Callable[[int], None] = lambda _: None
     targets = []
     for part in sorted(file.changes, key=file.family.order):
         squares = 0.0
-        for change in file.changes[part]:
+        for change in (change for change in file.changes[part] if change.adapter.kind != "whole"):
             squares += _squares(file, change)
         adapter = file.changes[part][0].adapter
         kind = "dora" if "dora_scale" in adapter.tensors else adapter.kind

@@ -88,8 +88,8 @@ class LoraFormat:
             return ".alpha"
         if kind == "lora":
             ends = {"down": self.down, "up": self.up, "mid": ".lora_mid.weight", "dora_scale": self.dora or ""}
-            return ends[role]
-        if role in ("diff", "diff_b", "dora_scale"):
+            return ends.get(role, f".{role}")
+        if role in ("diff", "diff_b", "set_weight", "dora_scale"):
             return f".{role}"
         return f".{'hada' if kind == 'loha' else 'lokr'}_{role}"
 
@@ -122,12 +122,12 @@ FORMATS: Mapping[KeyFormat, LoraFormat] = {
         looks_up="diffusers",
     ),
     "comfyui": LoraFormat(
-        "ComfyUI's own names, q, k and v as one; also carries whole differences (.diff)",
+        "ComfyUI's own names, q, k and v as one; also carries whole differences (.diff) and weights (.set_weight)",
         prefix="diffusion_model.",
         down=".lora_down.weight",
         up=".lora_up.weight",
         layout="comfyui",
-        kinds=_PRODUCTS | {"full"},
+        kinds=_PRODUCTS | {"full", "whole"},
         looks_up="comfyui",
     ),
     "kohya": LoraFormat(
@@ -191,8 +191,9 @@ def bare(name: str) -> str:
 
 
 def module_name(parameter: str) -> str:
-    """The module that a parameter is of, as LoRA files call it."""
-    return bare(parameter).removesuffix(".weight").removesuffix(".bias")
+    """The module that a parameter is of, as LoRA files call it. A norm's ``scale`` is its weight."""
+    name = bare(parameter)
+    return next((name.removesuffix(leaf) for leaf in (".weight", ".bias", ".scale") if name.endswith(leaf)), name)
 
 
 def carrying(kind: ChangeKind, roles: frozenset[str]) -> list[KeyFormat]:

@@ -11,6 +11,7 @@ All of it moves bits and rounds none, unless the three have different scales.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple
     """
     there = [part for part in parts if part is not None]
     first = there[0]
+    if not first.is_plain:
+        return _stacked(parts, rows, first), 0.0
     same = len(there) == len(parts) and all(
         part.scale == first.scale and part.down.dtype == first.down.dtype and _same(part.down, first.down)
         for part in there
@@ -51,6 +54,17 @@ def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple
         column += len(part.down)
     down = torch.cat([part.down.to(down_dtype) for part in there])
     return first.with_(up=up, down=down, rank=rank), (lost / exact) ** 0.5 if exact else 0.0
+
+
+def _stacked(parts: Sequence[StoredModule | None], rows: Sequence[int], first: StoredModule) -> StoredModule:
+    """Whole differences or weights under each other; a part that is not changed has zeros."""
+    ((role, held),) = first.tensors.items()
+    dtype = _widest([part.tensors[role].dtype for part in parts if part is not None])
+    stacked = [
+        torch.zeros(count, *held.shape[1:], dtype=dtype) if part is None else part.tensors[role].to(dtype)
+        for part, count in zip(parts, rows, strict=True)
+    ]
+    return replace(first, tensors={role: torch.cat(stacked)})
 
 
 def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -103,8 +117,9 @@ def rows_of(family: Family, part: str, held: StoredModule | None, like: StoredMo
     They are those of its own factors, as the table says from the columns of another's, else as many as that has.
     """
     if held is not None:
-        return len(held.up)
-    return family.rows_by_columns(part, like.down.shape[1]) or len(like.up)
+        return held.rows
+    columns = like.down.shape[1] if like.is_plain else None
+    return family.rows_by_columns(part, columns) or like.rows
 
 
 def apart(module: StoredModule, slices: Sequence[StoredModule]) -> list[StoredModule | None]:

@@ -203,6 +203,8 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     family = file.family
     if spelled.prefix == _FUN and family.sign_of_fun in file.checkpoint.tensors:
         spelled = replace(spelled, prefix=_FUN.removesuffix("_"))
+    if not spelled.prefix and family.sign_of_control in file.checkpoint.tensors:
+        spelled = replace(spelled, prefix=NATIVE[0])
     if spelled.prefix not in (*NATIVE, *family.in_comfyui):
         return f'the prefix "{spelled.prefix}" is not mapped'
     if family.is_vector(part):
@@ -212,6 +214,9 @@ def _why_not_in_comfyui(file: LoraFile, change: Change) -> str | None:
     if spelled.module not in [name.replace(".", "_") if spelled.is_flat else name for name in modules]:
         which = "diffusers' names" if spelled.prefix in NATIVE else "ComfyUI's own names"
         return f'{which} are not mapped under "{spelled.prefix}"'
+    is_wide = family.widened.get(part) in adapter.shape[1:]
+    if is_wide and not (adapter.widens or family.sign_of_control in file.checkpoint.tensors):
+        return "it has more columns than the model, and no reshape_weight that says so"
     if "magnitude_vector" in adapter.tensors.get("dora_scale", ""):
         return "loaded without its DoRA magnitudes"
     if _alpha_is_outside(file, adapter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,9 @@ from mergetool.errors import DataError, MergetoolError
 
 PEFT_FILE = "adapter_model.safetensors"
 
+_ALONE: Mapping[str, ChangeKind] = {"diff_b": "full", "diff": "full", "set_weight": "whole"}
+"""Roles of tensors that are a change by themselves, and its kind."""
+
 
 @dataclass(frozen=True)
 class LoraFile:
@@ -34,7 +37,7 @@ class LoraFile:
     ``changes`` are by part, in file order, more than one where the file changes a part twice. ``unmatched`` names keys that change
     nothing, with the reason; ``text_encoder`` keys of text encoders that the model does not hold, which are not for it;
     ``unread`` counts modules by a kind of adapter that is known and not read (their keys are unmatched too); ``warnings`` what a
-    user should know. ``dialect`` is how its keys are spelled, ``trainer`` what wrote it, where that shows.
+    user should know. ``widens`` are the parts that a control LoRA wants with more columns than the model has, and how many. ``dialect`` is how its keys are spelled, ``trainer`` what wrote it, where that shows.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LoraFile:
     text_encoder: tuple[str, ...]
     unread: Mapping[str, int]
     warnings: tuple[str, ...]
+    widens: Mapping[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +111,7 @@ class _Reading:
         self.text_encoder: list[str] = []
         self.unread: Counter[str] = Counter()
         self.warnings: list[str] = []
+        self.widens: dict[str, int] = {}
         for key in checkpoint.tensors:
             found = take_apart(key)
             if isinstance(found, Spelled):
@@ -158,8 +163,10 @@ class _Reading:
             if not parts:
                 self._set_aside(roles.values(), "no such module")
                 continue
-            for adapter in self._adapters(prefix + module, roles, self._in_configs(prefix, module, parts)):
-                for change in self._changes(adapter, parts):
+            adapters = self._adapters(prefix + module, roles, self._in_configs(prefix, module, parts))
+            columns = next((prod(adapter.shape[1:]) for adapter in adapters if len(adapter.shape) > 1), None)
+            for adapter in adapters:
+                for change in self._changes(adapter, parts, columns):
                     changes.setdefault(change.part, []).append(change)
         self._remark(changes)
         return LoraFile(
@@ -173,6 +180,7 @@ class _Reading:
             tuple(self.text_encoder),
             dict(self.unread),
             tuple(self.warnings),
+            self.widens,
         )
 
     def _modules(self) -> dict[tuple[str, str], dict[str, str]]:
@@ -220,7 +228,7 @@ class _Reading:
     def _adapters(self, module: str, roles: dict[str, str], in_configs: str) -> list[Adapter]:
         """The adapters of one module: that of its weight, and a whole difference of its bias."""
         found = [
-            Adapter(module, "full", {role: roles.pop(role)}, (), None) for role in ("diff_b", "diff") if role in roles
+            Adapter(module, kind, {role: roles.pop(role)}, (), None) for role, kind in _ALONE.items() if role in roles
         ]
         bias = roles.pop("up_bias", None)
         kinds: list[ChangeKind] = ["lokr"] if any(".lokr_" in key for key in roles.values()) else []
@@ -240,6 +248,7 @@ class _Reading:
 
     def _product(self, module: str, kind: ChangeKind, roles: dict[str, str], in_configs: str) -> Adapter:
         alpha = roles.pop("alpha", None)
+        widens = roles.pop("reshape_weight", None) is not None
         rank = self._rank(module, kind, roles)
         value = alphas.read(self.checkpoint, alpha) if alpha else self.stated.alpha(in_configs, rank)
         scale = 1.0
@@ -247,7 +256,7 @@ class _Reading:
             scale = self.stated.scale(value, rank) if alpha is None else value / rank
         if value is None and module.startswith(FORMATS["kohya"].prefix):
             self.warnings.append(f"{module} states no alpha, where such files do: its scale is taken as 1")
-        return Adapter(module, kind, roles, (), rank, scale, value is not None)
+        return Adapter(module, kind, roles, (), rank, scale, value is not None, widens)
 
     def _rank(self, module: str, kind: ChangeKind, roles: Mapping[str, str]) -> int | None:
         """The inner width; raises DataError where factors are missing or do not fit together."""
@@ -294,7 +303,7 @@ class _Reading:
         """The adapter with the shape of its change."""
         shape = {role: self._info(key).shape for role, key in adapter.tensors.items()}
         match adapter.kind:
-            case "full":
+            case "full" | "whole":
                 whole = next(iter(shape.values()))
             case "lora":
                 kernel = shape["mid"][2:] if "mid" in shape else shape["down"][2:]
@@ -312,11 +321,14 @@ class _Reading:
                 whole = (first[0] * second[0], first[1] * second[1], *second[2:])
         return replace(adapter, shape=whole)
 
-    def _changes(self, adapter: Adapter, parts: Sequence[str]) -> list[Change]:
-        """The changes of an adapter to the parts that its module holds, in row order."""
+    def _changes(self, adapter: Adapter, parts: Sequence[str], columns: int | None) -> list[Change]:
+        """The changes of an adapter to the parts that its module holds, in row order.
+
+        ``columns`` are those of the module's weight, None where the file does not tell.
+        """
         if "diff_b" in adapter.tensors:
-            bias = self.modules.bias(parts[0]) if len(parts) == 1 else None
-            parts = [bias] if bias else []
+            biases = [self.modules.bias(part) for part in parts]
+            parts = [bias for bias in biases if bias] if None not in biases else []
         if not parts:
             self.unmatched += [(key, "no such bias") for key in adapter.tensors.values()]
             return []
@@ -324,27 +336,30 @@ class _Reading:
             self.warnings.append(f"{parts[0]} is changed; ComfyUI takes such keys without applying them")
         if self.anatomy is None and len(parts) == 1 and len(adapter.shape) > 1:
             parts = self.family.alternative(parts[0], adapter.module, adapter.shape[0], adapter.shape[1])
-        rows = self._rows(adapter, parts)
+        rows = self._rows(adapter, parts, columns)
         if self.anatomy is not None and len(parts) == 1:
-            adapter = replace(adapter, shape=self.anatomy.parts[parts[0]].shape)  # [D] for a pad token of [1, D]
+            adapter = replace(adapter, shape=self._model_shape(parts[0]))  # [D] for a pad token of [1, D]
         changes, first = [], 0
         for part, count in zip(parts, rows, strict=True):
             changes.append(Change(adapter, part, first, count))
             first += count
         return changes
 
-    def _rows(self, adapter: Adapter, parts: Sequence[str]) -> list[int]:
+    def _rows(self, adapter: Adapter, parts: Sequence[str], columns: int | None) -> list[int]:
         total = adapter.shape[0] if adapter.shape else 1
         if self.anatomy is None:
             try:
-                return self.family.divided(parts, total, prod(adapter.shape[1:]))
+                return self.family.divided(parts, total, columns)
             except ValueError as error:
                 self._refuse(adapter.module, f"has {total} rows", str(error))
-        shapes = [self.anatomy.parts[part].shape for part in parts]
+        wide, (first, *_) = adapter.shape[1:], parts
+        is_widened = adapter.kind == "lora" and (adapter.widens or first in self.family.widened)
+        if is_widened and len(parts) == 1 and len(wide) == 1 and wide > self.anatomy.parts[first].shape[1:]:
+            self.widens[first] = wide[0]
+        shapes = [self._model_shape(part) for part in parts]
         rows = [shape[0] if shape else 1 for shape in shapes]
-        columns = prod(shapes[0][1:])
-        if (sum(rows), columns) != (total, prod(adapter.shape[1:])) and adapter.shape != shapes[0]:
-            if prod(adapter.shape) == prod(shapes[0]) and len(parts) == 1 and adapter.kind == "full":
+        if (sum(rows), prod(shapes[0][1:])) != (total, prod(adapter.shape[1:])) and adapter.shape != shapes[0]:
+            if prod(adapter.shape) == prod(shapes[0]) and len(parts) == 1 and adapter.kind in _ALONE.values():
                 return rows
             wanted = [sum(rows), *shapes[0][1:]]
             raise DataError(
@@ -352,6 +367,12 @@ class _Reading:
                 "the LoRA is for a model of another size or family."
             )
         return rows
+
+    def _model_shape(self, part: str) -> tuple[int, ...]:
+        """The shape of a part of the model, as wide as the file wants it."""
+        assert self.anatomy is not None
+        shape = self.anatomy.parts[part].shape
+        return (*shape[:-1], self.widens[part]) if part in self.widens else shape
 
     def _remark(self, changes: Mapping[str, Sequence[Change]]) -> None:
         twice = [part for part, found in changes.items() if len(found) > 1]

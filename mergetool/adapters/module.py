@@ -14,7 +14,7 @@ from mergetool.checkpoint.names import quoted
 from mergetool.errors import DataError, NonFiniteError
 from mergetool.ops.tensors import TORCH, as_tensor
 
-ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b")}
+ROWS = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "full": ("diff", "diff_b"), "whole": ("set_weight",)}
 """Roles whose tensors have the rows of the change, by kind."""
 
 
@@ -41,6 +41,11 @@ class StoredModule:
         return self.tensors["down"]
 
     @property
+    def rows(self) -> int:
+        """The rows of the change, of any kind that has them."""
+        return next(len(self.tensors[role]) for role in ROWS[self.kind] if role in self.tensors)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is two factors and nothing else."""
         return self.kind == "lora" and self.tensors.keys() == {"up", "down"}
@@ -56,7 +61,7 @@ class StoredModule:
         """The module in words, for messages."""
         if self.kind == "lora":
             return "a DoRA" if "dora_scale" in self.tensors else "a LoCon" if "mid" in self.tensors else "a LoRA"
-        return {"full": "a whole difference", "loha": "a LoHa", "lokr": "a LoKr"}[self.kind]
+        return {"full": "a whole difference", "whole": "a whole weight", "loha": "a LoHa", "lokr": "a LoKr"}[self.kind]
 
     def with_(self, *, scale: float | None = None, rank: int | None = None, **tensors: Tensor) -> StoredModule:
         """The same with other tensors."""

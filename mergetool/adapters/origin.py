@@ -23,23 +23,24 @@ def families_of(
     *,
     signs: bool = True,
 ) -> list[tuple[Family, list[str]]]:
-    """The families ``among`` these of most modules of ``spelled``, and their parts.
+    """The families ``among`` these of most modules of ``spelled``, that of most first, and their parts.
 
     Parts are as deep as the modules need them. ``shapes`` tell families whose names others have too by their widths.
     """
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
     widths = {shape[1] for key, shape in shapes.items() if len(shape) > 1 and _is_down(spelled.get(key))}
-    found: list[tuple[Family, list[str]]] = []
+    found: list[tuple[int, Family, list[str]]] = []
     for family in among:
         named = any(_shows(sign, of_model) for sign in family.lora_signs)
         if signs and family.lora_signs and not named and widths.isdisjoint(family.lora_widths):
             continue
         parts = family.parts_to_depth(depth + 1, [one.module for one in of_model])
         modules = Modules(family, parts)
-        if sum(bool(modules.find(one)) for one in of_model) * 2 > len(of_model):
-            found.append((family, parts))
-    return found
+        known = sum(bool(modules.find(one)) for one in of_model)
+        if known * 2 > len(of_model):
+            found.append((known, family, parts))
+    return [(family, parts) for _, family, parts in sorted(found, key=lambda one: -one[0])]
 
 
 def _shows(sign: str | tuple[str, ...], of_model: Sequence[Spelled]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergetool.adapters.diffusers_header import header
 from mergetool.adapters.formats import FORMATS
+from mergetool.checkpoint.dtypes import I64
 from mergetool.checkpoint.header import Header
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.outputs import Target, lora_target
@@ -19,7 +20,7 @@ from mergetool.checkpoint.targets import TargetClaim, require_folder
 from mergetool.checkpoint.writer import CheckpointWriter
 from mergetool.ops.tensors import TORCH
 
-_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
+_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()} | {torch.int64: I64}
 
 
 def check(

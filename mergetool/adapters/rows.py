@@ -15,9 +15,10 @@ from math import prod
 import numpy as np
 
 from mergetool.adapters.adapter import Change
-from mergetool.adapters.dora import dora_rows
+from mergetool.adapters.dora import WeightRows, dora_rows
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import dense_rows, low_rank
+from mergetool.adapters.whole import WholeRows
 from mergetool.arch import Anatomy, Part, Slice
 from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
@@ -152,8 +153,8 @@ def _read(stack: StackedRows) -> tuple[Floats, Floats]:
 def anatomy_of(file: LoraFile, model: Anatomy, checkpoint: Checkpoint | None = None) -> Anatomy:
     """The parts of ``model`` that ``file`` changes, with the change as their values.
 
-    ``checkpoint`` is the model's own, which a DoRA's change depends on. Raises DataError for a change that cannot be added: of a part
-    that is changed twice, or a DoRA's without the checkpoint; and what `dora_rows` raises.
+    ``checkpoint`` is the model's own, which the change of a DoRA or a whole weight depends on. Raises DataError for a change that cannot be
+    added: of a part that is changed twice, or one of those without the checkpoint; and what `dora_rows` raises.
     """
     parts: dict[str, Part] = {}
     doras: dict[int, list[tuple[Change, Part]]] = {}
@@ -165,14 +166,22 @@ def anatomy_of(file: LoraFile, model: Anatomy, checkpoint: Checkpoint | None = N
                 f'"{file.name}" changes {quoted(name)} {len(changes)} times, by {modules}, where once is wanted: programs differ '
                 "in which they take, so get the LoRA with one of them."
             )
+        if checkpoint is None and (changes[0].adapter.kind == "whole" or "dora_scale" in changes[0].adapter.tensors):
+            what = "a whole weight" if changes[0].adapter.kind == "whole" else "a DoRA"
+            raise DataError(
+                f'"{file.name}": {quoted(name)} is changed by {what}, whose change depends on the weight; add it to a model.'
+            )
         if "dora_scale" in changes[0].adapter.tensors:
             doras.setdefault(id(changes[0].adapter), []).append((changes[0], part))
-        parts[name] = _changed(part, change_rows(file, changes[0], part))
-    for held in doras.values():
-        if checkpoint is None:
-            raise DataError(
-                f'"{file.name}": {quoted(held[0][1].name)} is changed by a DoRA, which depends on the weight; add it to a model.'
+        rows: Encoding = change_rows(file, changes[0], part)
+        if changes[0].adapter.kind == "whole":
+            assert checkpoint is not None
+            rows = WholeRows(
+                rows.tensor, rows.beside, rows.shape, rows.padded, None, file, changes[0], WeightRows(checkpoint, part)
             )
+        parts[name] = _changed(part, rows)
+    for held in doras.values():
+        assert checkpoint is not None
         for name, rows in dora_rows(file, checkpoint, held, lambda change, part: _product(file, change, part)).items():
             parts[name] = _changed(model.parts[name], rows)
     return Anatomy(model.family, model.layout, "", parts)

@@ -25,8 +25,8 @@ def source_of(file: LoraFile, change: Change) -> Matrix:
     adapter = change.adapter
     if "dora_scale" in adapter.tensors:
         raise DataError(
-            f'"{file.name}": {quoted(adapter.module)} is a DoRA, whose change depends on the weight it is added to; bake it into '
-            "its model with the program that trained it, and take the difference with `mergetool diff`."
+            f'"{file.name}": {quoted(adapter.module)} is a DoRA, whose change depends on the weight it is added to; '
+            "add it to its model with `mergetool lora bake`, and take the difference with `mergetool diff`."
         )
     matrix = _structured(file, change) or Dense.of(_dense(file, change))
     if not all(bool(torch.isfinite(part).all()) for part in matrix.tensors):

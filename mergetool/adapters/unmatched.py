@@ -43,6 +43,13 @@ def remarks(file: LoraFile) -> tuple[str, ...]:
         found.append(
             f"{len(file.text_encoder)} keys of {file.name} are for a text encoder and are left aside: {file.text_encoder[0]}"
         )
+    whole = [adapter for adapter in file.adapters if adapter.kind == "whole"]
+    if whole:
+        found.append(
+            f"{len(whole)} weights of {file.name} take the place of the model's, whatever its strength: {whole[0].module}"
+        )
+    for part, width in file.widens.items():
+        found.append(f"{file.name} wants {width} columns of {part}: the model's are followed by zeros")
     return tuple(found)
 
 

@@ -33,9 +33,9 @@ def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Fl
 
 
 def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats:
-    """Rows ``[first, first + count)`` of a change, [count, columns], DoRA's magnitudes aside.
+    """Rows ``[first, first + count)`` of a change of any kind, [count, columns]; DoRA's magnitudes aside.
 
-    The change is of any other kind.
+    Of a whole weight they are its own rows, of which the model's are not yet taken away.
     """
     adapter, row = change.adapter, change.row + first
     if is_transposed(change.part) and adapter.kind != "lora":
@@ -46,7 +46,7 @@ def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats
             found = low_rank(file, Change(adapter, change.part, row, count))
             assert found is not None
             return found[0] @ found[1]
-        case "full":
+        case "full" | "whole":
             key = next(iter(adapter.tensors.values()))
             stored = file.checkpoint.tensors[key].shape
             if len(stored) > 1 and stored[0] == adapter.shape[0]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from mergetool.arch.prefixes import spelled
@@ -200,6 +201,9 @@ class Family(ABC):
     in_comfyui: frozenset[str] = (
         frozenset()
     )  # prefixes before which ComfyUI knows diffusers' names; its own have two in every family
+    # parts of which control LoRAs have so many columns, more than models: programs add zeros
+    widened: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    sign_of_control: str | None = None  # a key by which ComfyUI knows a control LoRA whose names are its own, bare
     sign_of_fun: str | None = None  # a key by which ComfyUI knows a LoRA of VideoX-Fun, whose prefix it mends
     flat_layout = "comfyui"  # the layout of the names that kohya-type trainers write, with underscores
     # one of these, or all of one tuple, is in names of every LoRA of the family, where other families share the rest
@@ -263,8 +267,8 @@ class Family(ABC):
         """
         return (part,)
 
-    def rows_by_columns(self, part: str, columns: int) -> int | None:
-        """The rows of a piece of a fused weight of so many ``columns``, where these tell."""
+    def rows_by_columns(self, part: str, columns: int | None) -> int | None:
+        """The rows of a piece of a fused weight of so many ``columns``, where these are known and tell."""
         return None
 
     def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
@@ -292,8 +296,8 @@ class Family(ABC):
         ours = [native, *(name for name in aliases if name not in theirs)]
         return [*(ours if prefix in NATIVE else ()), *(theirs if prefix in self.in_comfyui else ())]
 
-    def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
-        """Divide a LoRA's ``rows`` of a fused tensor among its ``parts``, in row order.
+    def divided(self, parts: Collection[str], rows: int, columns: int | None) -> list[int]:
+        """Divide a LoRA's ``rows`` of a fused tensor among its ``parts``, in row order; ``columns`` are its weight's, None where unknown.
 
         This works as far as no model is needed.
 

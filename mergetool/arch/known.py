@@ -278,7 +278,7 @@ class KnownFamily(Family):
         """See `Family.pieces`."""
         return self.table.pieces(part, layout)
 
-    def rows_by_columns(self, part: str, columns: int) -> int | None:
+    def rows_by_columns(self, part: str, columns: int | None) -> int | None:
         """See `Family.rows_by_columns`."""
         match = self.table.find(part)
         return None if match is None else own_columns(match.spots[0], columns)
@@ -306,7 +306,7 @@ class KnownFamily(Family):
                     names[name.replace(BLOCK, number)] = tuple(part.replace(BLOCK, number) for part in held)
         return names
 
-    def divided(self, parts: Collection[str], rows: int, columns: int) -> list[int]:
+    def divided(self, parts: Collection[str], rows: int, columns: int | None) -> list[int]:
         """See `Family.divided`: as the table says, as far as that needs no other tensor."""
         layout = next(
             (layout for layout in self.layouts if tuple(parts) == self.table.pieces(next(iter(parts)), layout)), None

@@ -37,8 +37,8 @@ _TABLE: tuple[tuple[str, str, str | None], ...] = (
     *((rf"\.lokr_{role}", "LoKr", role) for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
     (r"\.(?:diff|w_norm)", "whole difference", "diff"),
     (r"\.(?:diff_b|b_norm)", "whole difference", "diff_b"),
-    (r"\.set_weight|\.(?:query|key)_norm\.scale", "whole weight in place of a change", None),
-    (r"\.reshape_weight", "change of a weight's shape", None),
+    (r"\.set_weight|(?:(?<=\.query_norm)|(?<=\.key_norm))\.scale", "whole weight", "set_weight"),  # the second in BFL's control LoRAs
+    (r"\.reshape_weight", "", "reshape_weight"),
     (r"\.oft_(?:blocks|diag)|\.rescale|\.oft_R\.scaled_oft", "OFT", None),
     (r"\.boft_blocks", "BOFT", None),
     (r"\.on_input", "(IA)3", None),

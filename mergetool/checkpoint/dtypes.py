@@ -38,6 +38,7 @@ class DType:
 
 
 F64 = DType("F64", "fp64", 64, "float", 1.7976931348623157e308)
+I64 = DType("I64", "int64", 64, "int")
 F32 = DType("F32", "fp32", 32, "float", 3.4028234663852886e38)
 F16 = DType("F16", "fp16", 16, "float", 65504.0)
 BF16 = DType("BF16", "bf16", 16, "float", 3.3895313892515355e38)
@@ -65,7 +66,7 @@ ALL: tuple[DType, ...] = (
     F32,
     DType("C64", "complex64", 64, "complex"),
     F64,
-    DType("I64", "int64", 64, "int"),
+    I64,
     DType("U64", "uint64", 64, "uint"),
 )
 

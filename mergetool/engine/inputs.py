@@ -52,7 +52,9 @@ class Inputs:
         if options.keep_from and options.keep_from not in names:
             names.append(options.keep_from)
         inputs = [self.model(name) for name in names]
-        inputs += [self.lora(name, inputs[0]) for name in expression.loras]
+        loras = [self.lora(name, inputs[0]) for name in expression.loras]
+        widths = {part: width for lora in loras for part, width in lora.widens.items()}
+        inputs = [model.widened(widths) for model in inputs] + loras
         if not self._fingerprints:
             return plan_merge(expression, inputs, options)
         prints = self.fingerprints(inputs)
@@ -162,11 +164,13 @@ def open_change(name: str, model: Input, stack: ExitStack, *, place: str | None 
     """
     file = stack.enter_context(open_lora(models.resolve(place or name).path, name=name, anatomy=model.anatomy))
     unmatched.require_match(file, model.name, skip_unmatched=skip_unmatched)
+    wide = model.widened(file.widens)
     return Input(
         name,
         file.checkpoint,
-        anatomy_of(file, model.anatomy, model.checkpoint),
+        anatomy_of(file, wide.anatomy, wide.checkpoint),
         is_lora=True,
         unmatched=unmatched.left_aside(file),
         remarks=unmatched.remarks(file),
+        widens=file.widens,
     )

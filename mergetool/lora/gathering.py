@@ -163,7 +163,8 @@ def gather(
             if strength == 0:
                 left_out.append((part, f"strength 0 in {term.file.name}", None))
             elif reason:
-                left_out.append((part, reason, float(strength) ** 2 * _energy(term.file, change)))
+                energy = None if change.adapter.kind == "whole" else float(strength) ** 2 * _energy(term.file, change)
+                left_out.append((part, reason, energy))
             else:
                 addends.setdefault(part, []).append(Addend(term.file, change, strength))
     modules = tuple(_module(part, family, shapes[part], found) for part, found in addends.items())
@@ -241,6 +242,8 @@ def _only(file: LoraFile, part: str, changes: Sequence[Change]) -> Change:
 
 def _unfit(part: str, change: Change) -> str:
     """The reason why no LoRA can carry this change; empty where one can."""
+    if change.adapter.kind == "whole":
+        return "a whole weight in place of the model's"
     if len(change.adapter.shape) < 2:
         return "one-dimensional"
     return "" if part.endswith(".weight") else "not a module's weight"

@@ -26,6 +26,7 @@ from mergetool.adapters import unmatched
 from mergetool.adapters.loaders import Loading, loading
 from mergetool.adapters.lora_file import LoraFile, open_lora
 from mergetool.adapters.rows import ChangeRows, StackedRows, anatomy_of
+from mergetool.adapters.whole import WholeRows
 from mergetool.arch import Part, meeting
 from mergetool.checkpoint.dtypes import BF16, F32
 from mergetool.engine.feeding.values import ValueReader
@@ -120,6 +121,7 @@ def open_check(base: str, lora: str, variant: str, *, strength: Fraction = Fract
         opened = Inputs(stack)
         first, second = opened.model(base), opened.model(variant)
         file = stack.enter_context(open_lora(models.resolve(lora).path, name=lora, anatomy=first.anatomy))
+        first = first.widened(file.widens)
         meeting.check_families(first, second)
         unmet = meeting.check(first, second)
         unmatched.require_match(file, base, skip_unmatched=True)
@@ -230,7 +232,7 @@ class _Comparer:
         checkpoint = self._check.lora.checkpoint
         found = self._values.fetch(2, checkpoint, Window(2, change.tensor, 0, F32, change), start, out.numel())
         found.decode(out.numpy())
-        if not isinstance(change, StackedRows):
+        if not isinstance(change, StackedRows | WholeRows):
             out.mul_(float(self._check.strength))
 
     def _not_finite(self, part: str) -> NonFiniteError:

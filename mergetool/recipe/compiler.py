@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from mergetool.ops.program import Add, Apply, Instruction, Load, Program, Scale, Subtract
 from mergetool.recipe.expression import Expression
-from mergetool.recipe.graph import Call, Model, Sum, Term, normal
+from mergetool.recipe.graph import Call, Lora, Model, Operand, Sum, Term, normal
 
 
 def float32(value: Fraction) -> float:
@@ -16,15 +16,23 @@ def float32(value: Fraction) -> float:
     return float(struct.unpack("<f", struct.pack("<f", float(value)))[0])
 
 
-def graph_of(expression: Expression, multiplier: Fraction = Fraction(1), absent: Collection[str] = ()) -> Sum:
+def graph_of(
+    expression: Expression,
+    multiplier: Fraction = Fraction(1),
+    absent: Collection[str] = (),
+    unscaled: Collection[str] = (),
+) -> Sum:
     """The graph to compute for one tensor.
 
-    ``multiplier`` is its one of ``multipliers``, ``absent`` are the LoRAs that do not change it.
+    ``multiplier`` is its one of ``multipliers``, ``absent`` are the LoRAs that do not change it, ``unscaled`` those whose strength does not
+    count, since they hold the tensor whole.
 
     With a multiplier m other than 1 the result is ``anchor + m * (expression - anchor)``: 0 leaves the anchor,
     1 is the expression itself, and when the expression is ``anchor + delta`` the delta is scaled before it is added.
     """
     whole = normal(expression.arithmetic.without(absent))
+    if unscaled:
+        whole = Sum(tuple(Term(Fraction(1), t.operand) if _is_of(t.operand, unscaled) else t for t in whole.terms))
     return whole if multiplier == 1 else _stretched(expression.anchor, whole, multiplier)
 
 
@@ -36,6 +44,10 @@ def compile_graph(graph: Sum, columns: Mapping[str, int]) -> Program:
 def compile_merge(expression: Expression, columns: Mapping[str, int], multiplier: Fraction = Fraction(1)) -> Program:
     """The program of a tensor that every LoRA changes."""
     return compile_graph(graph_of(expression, multiplier), columns)
+
+
+def _is_of(operand: Operand, loras: Collection[str]) -> bool:
+    return isinstance(operand, Lora) and operand.name in loras
 
 
 def _stretched(name: str, graph: Sum, multiplier: Fraction) -> Sum:

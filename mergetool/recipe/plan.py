@@ -26,6 +26,7 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from mergetool.adapters.rows import ChangeRows, StackedRows
+from mergetool.adapters.whole import WholeRows
 from mergetool.arch import Anatomy, Part, encoders, meeting, prefixes
 from mergetool.arch.signs import IN_FP16
 from mergetool.checkpoint.dtypes import BF16, F32, DType
@@ -139,7 +140,9 @@ class _Planner:
         parts = {name: part for name, part in self.anatomy.parts.items() if name not in self.dropped}
         self.anatomy = replace(self.anatomy, parts=parts)
         self.unmet = self._check_meeting()
-        self.programs: dict[tuple[Fraction, tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]] = {}
+        self.programs: dict[
+            tuple[Fraction, tuple[str, ...], tuple[str, ...], tuple[str, ...]], tuple[Program, list[Stack]]
+        ] = {}
         self.quantiser = register.quantiser(options.quant) if options.quant else None
         if options.scale_search and not (self.quantiser and self.quantiser.has_tensor_scale):
             able = " or ".join(f"`quant={one.quant}`" for one in register.quantisers() if one.has_tensor_scale)
@@ -346,9 +349,10 @@ class _Planner:
         products = tuple(
             n for n, p in changing.items() if p and isinstance(p.encoding, ChangeRows) and p.encoding.is_product
         )
-        key = multiplier, absent, products
+        unscaled = tuple(n for n, p in changing.items() if p and isinstance(p.encoding, WholeRows))
+        key = multiplier, absent, products, unscaled
         if key not in self.programs:
-            graph, stacks = stack_loras(graph_of(self.expression, multiplier, absent), products)
+            graph, stacks = stack_loras(graph_of(self.expression, multiplier, absent, unscaled), products)
             columns = {stack_name(i): len(self.inputs) + i for i in range(len(stacks))}
             self.programs[key] = compile_graph(graph, self.column | columns), stacks
         return self.programs[key]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mergetool.arch import Anatomy, Part
 from mergetool.checkpoint.dtypes import DType
 from mergetool.checkpoint.reader import Checkpoint
+from mergetool.checkpoint.widened import WidenedCheckpoint
+from mergetool.errors import FamilyError
 from mergetool.ops.program import Load, Program
 from mergetool.quant.encoding import Encoding
 from mergetool.quant.quantiser import Quantiser
@@ -28,7 +30,8 @@ class Input:
     """One model of the expression: its name there, its checkpoint and its anatomy.
 
     A LoRA's anatomy has the parts that it changes, with the change as their values. ``unmatched`` names what of it changes
-    none, with the reason; ``remarks`` are what to warn of. A model that is an expression has the ``plan`` that computes it.
+    none, with the reason; ``remarks`` are what to warn of; ``widens`` are the parts of which it wants more columns than the model has, with their
+    number. A model that is an expression has the ``plan`` that computes it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Input:
     unmatched: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     plan: Plan | None = None
+    widens: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, opened: OpenedModel, plan: Plan | None = None) -> Input:
@@ -46,6 +50,30 @@ class Input:
         if plan is not None:
             remarks += [f"{opened.name}: {text}" for text in plan.remarks()]
         return cls(opened.name, opened.checkpoint, opened.anatomy, remarks=tuple(remarks), plan=plan)
+
+    def widened(self, widths: Mapping[str, int]) -> Input:
+        """The same model with so many columns of some parts, as `WidenedCheckpoint` has them. Raises FamilyError for a quantised one."""
+        narrow = {
+            name: part
+            for name, width in widths.items()
+            if (part := self.anatomy.parts.get(name)) is not None and part.shape[1:] < (width,)
+        }
+        if not narrow:
+            return self
+        for part in narrow.values():
+            if part.encoding is not None or part.stored.rows != self.checkpoint.tensors[part.stored.tensor].shape[0]:
+                raise FamilyError(
+                    f'tensor "{part.stored.tensor}" of {self.name} has {part.shape[1]} columns, where the LoRA wants {widths[part.name]}, and it '
+                    "is quantised or of several parts, so that it cannot be widened; give the unquantised model."
+                )
+        parts = {
+            name: replace(part, shape=(part.shape[0], widths[name])) if name in narrow else part
+            for name, part in self.anatomy.parts.items()
+        }
+        checkpoint = WidenedCheckpoint(
+            self.checkpoint, {part.stored.tensor: widths[name] for name, part in narrow.items()}
+        )
+        return replace(self, checkpoint=checkpoint, anatomy=replace(self.anatomy, parts=parts))
 
     def leaves(self) -> Iterator[Input]:
         """The models and LoRAs in files that it is made of: itself, or all that its plan reads."""

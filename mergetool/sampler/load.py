@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergetool.adapters.lora_file import open_lora
 from mergetool.adapters.rows import anatomy_of
+from mergetool.adapters.whole import WholeRows
 from mergetool.arch import Part
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.engine.computed import ComputedCheckpoint
@@ -162,7 +163,8 @@ def _add_lora(state: dict[str, Tensor], lora: WeightedLora, model: Input) -> Non
             weight, rows = state[name], part.encoding
             assert rows is not None
             change = torch.from_numpy(rows.values(file.checkpoint.read)).view(weight.shape)
-            state[name] = (weight.float() + lora.strength * change).to(weight.dtype)
+            strength = 1.0 if isinstance(rows, WholeRows) else lora.strength
+            state[name] = (weight.float() + strength * change).to(weight.dtype)
 
 
 def _state(weights: ComponentWeights, wanted: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergetool.adapters import unmatched
+from mergetool.adapters.convert import convert
 from mergetool.adapters.dora_in_comfyui import difference
 from mergetool.adapters.lora_file import open_lora
 from mergetool.arch import recognise
@@ -36,6 +38,14 @@ def in_comfyui(comfyui: ComfyUI, folder: Path, lora: Path, strength: float = 1.0
     out = folder / "theirs.safetensors"
     comfyui.ask("add", weights=folder / "base.safetensors", lora=lora, out=out, strength=strength)
     return load_file(out)
+
+
+def said(folder: Path) -> tuple[str, ...]:
+    """The remarks on the LoRA in the plan of adding it to the base."""
+    with Checkpoint.open(folder / "base.safetensors") as checkpoint:
+        anatomy = recognise(checkpoint.tensors, source="base")
+        with open_lora(folder / "lora.safetensors", anatomy=anatomy) as file:
+            return unmatched.remarks(file)
 
 
 def dora(folder: Path, scale: torch.Tensor) -> Path:
@@ -112,3 +122,69 @@ def test_xlabs_processors_are_the_modules_that_comfyui_takes_them_for(comfyui: C
     for name in ours:
         assert not torch.equal(ours[name], load_file(model)[name])
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_whole_weight_takes_the_models_place_at_any_strength(
+    comfyui: ComfyUI, tmp_path: Path, strength: float
+) -> None:
+    model = base(
+        tmp_path, **{f"{NAME}.weight": (OUT, IN), "blocks.0.norm.weight": (IN,), "blocks.0.k.weight": (OUT, IN)}
+    )
+    tensors = {
+        f"{NAME}.set_weight": random(OUT, IN, seed=5).float(),
+        "blocks.0.norm.set_weight": random(IN, seed=6).float(),
+        f"blocks.0.k{DOWN}": random(2, IN, seed=7).float(),
+        f"blocks.0.k{UP}": random(OUT, 2, seed=8).float(),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    theirs = in_comfyui(comfyui, tmp_path, tmp_path / "lora.safetensors", strength)
+    ours, _ = bake(tmp_path, tmp_path / "lora.safetensors", str(strength), base=model)
+    assert torch.equal(theirs[f"{NAME}.weight"], tensors[f"{NAME}.set_weight"])
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-6)
+    assert any("2 weights of" in remark and "whatever its strength" in remark for remark in said(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reshaped_weight_gets_columns_of_zeros_as_in_comfyui(
+    comfyui: ComfyUI, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = base(tmp_path, **{f"{NAME}.weight": (OUT, IN), "blocks.0.k.weight": (OUT, IN)})
+    save_file({name: value.to(dtype) for name, value in load_file(model).items()}, model)
+    tensors = {
+        f"{NAME}.lora_A.weight": random(2, 2 * IN, seed=7).float(),
+        f"{NAME}.lora_B.weight": random(OUT, 2, seed=8).float(),
+    }
+    save_file(tensors | {f"{NAME}.reshape_weight": torch.tensor([OUT, 2 * IN])}, tmp_path / "lora.safetensors")
+    theirs = in_comfyui(comfyui, tmp_path, tmp_path / "lora.safetensors", 0.5)
+    ours, _ = bake(tmp_path, tmp_path / "lora.safetensors", "0.5", base=model)
+    assert ours[f"{NAME}.weight"].shape == (OUT, 2 * IN)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value.to(dtype), rtol=1e-6, atol=1e-6)
+    assert any(f"wants {2 * IN} columns" in remark for remark in said(tmp_path))
+
+
+def test_a_control_lora_of_flux_is_written_as_comfyui_reads_it(comfyui: ComfyUI, tmp_path: Path) -> None:
+    """Black Forest Labs' names, of which ComfyUI makes others (comfy/lora_convert.py): norms stand in the model's place, img_in is wider."""
+    norm, single = "double_blocks.0.img_attn.norm.query_norm", "single_blocks.0.norm.key_norm"
+    model = base(
+        tmp_path,
+        **{f"diffusion_model.{name}.weight": (16,) for name in (norm, single)},
+        **{"diffusion_model.img_in.weight": (OUT, 64), "diffusion_model.img_in.bias": (OUT,)},
+    )
+    tensors = {
+        "img_in.lora_A.weight": random(2, 128, seed=7).float(), "img_in.lora_B.weight": random(OUT, 2, seed=8).float(),
+        "img_in.lora_B.bias": random(OUT, seed=9).float(), f"{norm}.scale": random(16, seed=6).float(), f"{single}.scale": random(16, seed=5).float(),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "lora.safetensors")
+    theirs = in_comfyui(comfyui, tmp_path, tmp_path / "lora.safetensors")
+    assert theirs["diffusion_model.img_in.weight"].shape == (OUT, 128)
+    with open_lora(tmp_path / "lora.safetensors") as file:
+        assert (file.family.name, file.unmatched) == ("Flux.1", ())
+        convert(file, tmp_path / "written.safetensors", "comfyui")
+    ours = in_comfyui(comfyui, tmp_path, tmp_path / "written.safetensors")
+    for name, value in load_file(model).items():
+        assert torch.equal(ours[name], theirs[name])
+        assert not torch.equal(ours[name], value)

@@ -135,15 +135,6 @@ def test_factors_of_a_convolution_over_time_have_five_dimensions(tmp_path: Path)
     np.testing.assert_allclose(f64(after["patch_embedding.weight"]).reshape(6, -1), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_a_weight_that_is_set_is_named_and_not_called_damage(tmp_path: Path) -> None:
-    written = split("diffusion_model.", A, B)
-    written.tensors[f"diffusion_model.{BLOCK}.attention_norm1.set_weight"] = random(DIM, seed=1)
-    with pytest.raises(DataError, match=r"set_weight.*whole weight in place of a change, which is not read"):
-        bake(tmp_path, written.save(tmp_path))
-    found = moved(tmp_path, tmp_path / "lora.safetensors", skip=True)
-    assert all(close(found[part], change) for part, change in written.changes.items())
-
-
 def test_xlabs_processors_change_both_streams_of_flux(tmp_path: Path) -> None:
     shapes = {
         f"double_blocks.0.{s}_attn.{m}.weight": (n, 8) for s in ("img", "txt") for m, n in (("qkv", 24), ("proj", 8))

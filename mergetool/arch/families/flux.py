@@ -149,6 +149,8 @@ class Flux(FluxLike):
     input_embedder = InputEmbedder("x_embedder.weight", "proj_out.weight")
     optional = frozenset({"guidance"})
     precise = frozenset({"norm", "embedder", "final"})
+    widened: ClassVar[Mapping[str, int]] = {"x_embedder.weight": 128}  # of a picture and its control
+    sign_of_control = "single_blocks.0.norm.key_norm.scale"
     # the other names of double blocks are also those of Qwen-Image's and SD3's blocks in diffusers
     lora_signs = ("double_blocks", "single_blocks", "single_transformer_blocks")
     lookalike = Lookalike(
