@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergetool.adapters import foreign_names, fused, module, peft_folder, unmatched
 from mergetool.adapters import output as lora_output
+from mergetool.adapters.adapter import Adapter, Change
 from mergetool.adapters.formats import FLAT, KeyFormat, LoraFormat, carrying, format_for, module_name
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.module import StoredModule
@@ -132,23 +133,35 @@ def _modules(file: LoraFile, form: LoraFormat, key_format: KeyFormat, done: Conv
         if len(changes) == 1:
             found[changes[0].part] = whole
             continue
+        together = file.family.pieces(changes[0].part, layout)
+        if not whole.is_plain and {change.part for change in changes} == set(together):
+            joined = module.reordered(whole, changes, together)
+            if joined is None:
+                raise _inseparable(file, adapter, whole, changes)
+            found[file.family.stored_name(changes[0].part, layout)] = joined
+            continue
         slices = [module.rows(whole, change) for change in changes]
         kept = [part for part in slices if part is not None]
-        if len(kept) < len(slices):  # under the fused module's own name, where a format has that
-            if len(file.family.pieces(changes[0].part, layout)) < 2:
-                names = listed([module_name(change.part).rpartition(".")[2].removeprefix("to_") for change in changes])
-                raise DataError(
-                    f'"{file.name}": {quoted(adapter.module)} is {whole.what} of {names} together, which cannot be taken '
-                    "apart; `key_format=comfyui` keeps it, and `mergetool lora bake` adds it to a checkpoint."
-                )
-            found[file.family.stored_name(changes[0].part, layout)] = whole
-            continue
+        if len(kept) < len(slices):
+            raise _inseparable(file, adapter, whole, changes)
         for change, part in zip(changes, fused.apart(whole, kept), strict=True):
             if part is None:
                 done.empty.append(change.part)
             else:
                 found[change.part] = part
     return _stored(file, found, layout, done)
+
+
+def _inseparable(file: LoraFile, adapter: Adapter, found: StoredModule, changes: Sequence[Change]) -> DataError:
+    names = listed([module_name(change.part).rpartition(".")[2].removeprefix("to_") for change in changes])
+    layouts = [layout for layout in ("comfyui", "diffusers") if layout in file.family.layouts]
+    parts = tuple(change.part for change in changes)
+    own = next((layout for layout in layouts if file.family.pieces(parts[0], layout) == parts), None)
+    keeps = f"`key_format={own}` keeps it, and " if own == "comfyui" or (own and found.kind == "lora") else ""
+    return DataError(
+        f'"{file.name}": {quoted(adapter.module)} is {found.what} of {names} together, which cannot be taken apart; '
+        f"{keeps}`mergetool lora bake` adds it to a checkpoint."
+    )
 
 
 def _require_carried(file: LoraFile, found: StoredModule, name: str, form: LoraFormat, key_format: KeyFormat) -> None:
@@ -184,8 +197,13 @@ def _stored(
     for stored, parts in together.items():
         pieces = family.pieces(next(iter(parts)), layout)
         like = next(iter(parts.values()))
-        _require_stackable(file, stored, pieces, parts)
-        rows = [fused.rows_of(family, piece, parts.get(piece), like) for piece in pieces]
+        kinds = {one.kind for one in parts.values()}
+        if len(kinds) > 1 or (kinds == {"whole"} and len(parts) < len(pieces)):
+            raise DataError(
+                f'"{file.name}": {quoted(next(iter(parts)))} is {like.what}, and not all of {quoted(stored)}, which holds it in this format, is '
+                "one; `mergetool lora bake` adds it to a checkpoint."
+            )
+        rows = fused.rows_of(family, pieces, parts, file.anatomy)
         found[stored], error = fused.together([parts.get(piece) for piece in pieces], rows)
         if error:
             done.rounded[stored] = error
@@ -202,19 +220,6 @@ def _unscaled(found: StoredModule, part: str, done: Converted) -> StoredModule:
     if error:
         done.rounded[part] = error
     return replace(found, tensors=folded, scale=1.0)
-
-
-def _require_stackable(file: LoraFile, stored: str, pieces: Sequence[str], parts: Mapping[str, StoredModule]) -> None:
-    """Refuse some of the parts of a fused tensor where zeros cannot stand for the others, or their number of rows is not known."""
-    missing = [piece for piece in pieces if piece not in parts]
-    if not missing or all(one.is_plain for one in parts.values()):
-        return
-    is_even = all(file.family.rows_by_columns(piece, 1) is None for piece in pieces)
-    if any(one.kind == "whole" for one in parts.values()) or not is_even:
-        raise DataError(
-            f'"{file.name}" changes {listed(list(map(quoted, parts)))} whole, which this format stores in one tensor with '
-            f"{listed(list(map(quoted, missing)))}; `mergetool lora bake` adds it to a checkpoint."
-        )
 
 
 def _spelled(part: str, found: StoredModule, form: LoraFormat, done: Converted) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from mergetool.adapters.formats import format_for, module_name
 from mergetool.adapters.module import StoredModule
-from mergetool.arch import Family
+from mergetool.arch import Anatomy, Family
+from mergetool.checkpoint.names import quoted
+from mergetool.errors import DataError
 
 
 def together(parts: Sequence[StoredModule | None], rows: Sequence[int]) -> tuple[StoredModule, float]:
@@ -67,10 +69,11 @@ def _stacked(parts: Sequence[StoredModule | None], rows: Sequence[int], first: S
     return replace(first, tensors={role: torch.cat(stacked)})
 
 
-def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+def joined(tensors: Mapping[str, Tensor], family: Family, model: Anatomy | None) -> dict[str, Tensor]:
     """Join LoRAs of parts that the format's layout stores as one tensor.
 
-    Programs know no module that is a part alone. The format is the default one.
+    Programs know no module that is a part alone. The format is the default one. Raises DataError where only a ``model`` tells how many rows a part
+    has.
     """
     joined: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -86,11 +89,8 @@ def joined(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         if stored in done:
             continue
         done.add(stored)
-        parts = [_of(tensors, piece, family) for piece in pieces]
-        like = next(part for part in parts if part is not None)
-        whole, _ = together(
-            parts, [rows_of(family, piece, part, like) for part, piece in zip(parts, pieces, strict=True)]
-        )
+        parts = {piece: held for piece in pieces if (held := _of(tensors, piece, family)) is not None}
+        whole, _ = together([parts.get(piece) for piece in pieces], rows_of(family, pieces, parts, model))
         down, up = form.factors(module_name(stored))
         joined |= {down: whole.down, up: whole.up}
         if whole.scale != 1:
@@ -111,15 +111,29 @@ def _of(tensors: Mapping[str, Tensor], part: str, family: Family) -> StoredModul
     )
 
 
-def rows_of(family: Family, part: str, held: StoredModule | None, like: StoredModule) -> int:
-    """The rows of a part of a fused tensor.
+def rows_of(
+    family: Family, pieces: Sequence[str], parts: Mapping[str, StoredModule], model: Anatomy | None
+) -> list[int]:
+    """The rows of each piece of a fused tensor, of which ``parts`` are changed.
 
-    They are those of its own factors, as the table says from the columns of another's, else as many as that has.
+    They are those of a piece's own factors, of the ``model``, or what the table says from the columns or rows of others. Raises DataError where
+    only a model tells.
     """
-    if held is not None:
-        return held.rows
+    like = next(iter(parts.values()))
     columns = like.down.shape[1] if like.is_plain else None
-    return family.rows_by_columns(part, columns) or like.rows
+    known = {piece: one.rows for piece, one in parts.items()}
+    if model is not None:
+        known = {piece: model.parts[piece].shape[0] for piece in pieces if piece in model.parts} | known
+    rows = []
+    for piece in pieces:
+        count = known.get(piece) or family.rows_by_columns(piece, columns) or family.rows_beside(piece, known)
+        if count is None:
+            raise DataError(
+                f"{quoted(next(iter(parts)))} is changed without {quoted(piece)}, with which it is one tensor here; how many rows that has, only the "
+                "model tells: name it with `model`."
+            )
+        rows.append(count)
+    return rows
 
 
 def apart(module: StoredModule, slices: Sequence[StoredModule]) -> list[StoredModule | None]:

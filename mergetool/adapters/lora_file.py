@@ -37,7 +37,8 @@ class LoraFile:
     ``changes`` are by part, in file order, more than one where the file changes a part twice. ``unmatched`` names keys that change
     nothing, with the reason; ``text_encoder`` keys of text encoders that the model does not hold, which are not for it;
     ``unread`` counts modules by a kind of adapter that is known and not read (their keys are unmatched too); ``warnings`` what a
-    user should know. ``widens`` are the parts that a control LoRA wants with more columns than the model has, and how many. ``dialect`` is how its keys are spelled, ``trainer`` what wrote it, where that shows.
+    user should know. ``widens`` are the parts that a control LoRA wants with more columns than the model has, and how many. ``anatomy`` is that of the model it was opened
+    with. ``dialect`` is how its keys are spelled, ``trainer`` what wrote it, where that shows.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LoraFile:
     unread: Mapping[str, int]
     warnings: tuple[str, ...]
     widens: Mapping[str, int] = field(default_factory=dict)
+    anatomy: Anatomy | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +183,7 @@ class _Reading:
             dict(self.unread),
             tuple(self.warnings),
             self.widens,
+            self.anatomy,
         )
 
     def _modules(self) -> dict[tuple[str, str], dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,6 +98,23 @@ def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
             f'"{file.name}": {quoted(key)} has {stored.numel()} magnitudes, where {wanted} are wanted; the file is damaged.'
         )
     return stored if columns else stored.reshape(rows, *(1 for _ in others))
+
+
+def reordered(module: StoredModule, changes: Sequence[Change], order: Sequence[str]) -> StoredModule | None:
+    """A fused module with its parts' rows in another ``order``, bit for bit; ``changes`` are of all of them, in its own.
+
+    None for one of another order whose factors have no rows: a LoKr, a Tucker core.
+    """
+    places = {change.part: change for change in changes}
+    if list(places) == list(order):
+        return module
+    if module.kind not in ROWS or any(role.startswith(("t1", "t2", "mid")) for role in module.tensors):
+        return None
+    rows = torch.cat([torch.arange(places[part].row, places[part].row + places[part].rows) for part in order])
+    of_rows = {*ROWS[module.kind], *(() if module.is_by_columns else ("dora_scale",))}
+    return replace(
+        module, tensors={role: held[rows] if role in of_rows else held for role, held in module.tensors.items()}
+    )
 
 
 def rows(module: StoredModule, change: Change) -> StoredModule | None:

@@ -23,14 +23,14 @@ def families_of(
     *,
     signs: bool = True,
 ) -> list[tuple[Family, list[str]]]:
-    """The families ``among`` these of most modules of ``spelled``, that of most first, and their parts.
+    """The families ``among`` these of most modules of ``spelled``, and their parts; that of most first, and of as many that whose own names they are.
 
     Parts are as deep as the modules need them. ``shapes`` tell families whose names others have too by their widths.
     """
     of_model = [one for key, one in spelled.items() if not is_of_text_encoder(key)]
     depth = max((_depth(one) for one in of_model), default=0)
     widths = {shape[1] for key, shape in shapes.items() if len(shape) > 1 and _is_down(spelled.get(key))}
-    found: list[tuple[int, Family, list[str]]] = []
+    found: list[tuple[int, int, Family, list[str]]] = []
     for family in among:
         named = any(_shows(sign, of_model) for sign in family.lora_signs)
         if signs and family.lora_signs and not named and widths.isdisjoint(family.lora_widths):
@@ -39,8 +39,9 @@ def families_of(
         modules = Modules(family, parts)
         known = sum(bool(modules.find(one)) for one in of_model)
         if known * 2 > len(of_model):
-            found.append((known, family, parts))
-    return [(family, parts) for _, family, parts in sorted(found, key=lambda one: -one[0])]
+            others = {name.replace(".", "_") for name in family.aliases(parts)}
+            found.append((known, -sum(one.module.replace(".", "_") in others for one in of_model), family, parts))
+    return [(family, parts) for _, _, family, parts in sorted(found, key=lambda one: one[:2], reverse=True)]
 
 
 def _shows(sign: str | tuple[str, ...], of_model: Sequence[Spelled]) -> bool:

@@ -271,6 +271,10 @@ class Family(ABC):
         """The rows of a piece of a fused weight of so many ``columns``, where these are known and tell."""
         return None
 
+    def rows_beside(self, part: str, rows: Mapping[str, int]) -> int | None:
+        """The rows of a piece of a fused tensor where others have ``rows``; None where they do not tell."""
+        return next(iter(rows.values()), None)
+
     def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
         """The parts, in row order, that a LoRA's ``module`` changes by its rows and columns.
 

@@ -11,7 +11,7 @@ from mergetool.arch.anatomy import Anatomy, Family, Part, Slice, is_number
 from mergetool.arch.prefixes import Names
 from mergetool.arch.rows import IndivisibleError, divide, label, listed, own_columns, sizes
 from mergetool.arch.signs import Fp16, Like, Shapes, Signature, Variant
-from mergetool.arch.table import BLOCK, Match, Named, NameTable, size_of
+from mergetool.arch.table import BLOCK, Dimension, Match, Named, NameTable, size_of
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.errors import FamilyError
@@ -282,6 +282,15 @@ class KnownFamily(Family):
         """See `Family.rows_by_columns`."""
         match = self.table.find(part)
         return None if match is None else own_columns(match.spots[0], columns)
+
+    def rows_beside(self, part: str, rows: Mapping[str, int]) -> int | None:
+        """See `Family.rows_beside`: as many as another of the same size in the table."""
+        size = self._rows_in_table(part)
+        return next((count for other, count in rows.items() if self._rows_in_table(other) == size), None)
+
+    def _rows_in_table(self, part: str) -> Dimension | None:
+        match = self.table.find(part)
+        return match.spots[0].named.shape[0] if match and match.spots[0].named.shape else None
 
     def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
         """See `Family.alternative`: the pieces of a row where its rows divide into them.

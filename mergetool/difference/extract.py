@@ -131,7 +131,7 @@ def extract(
         values = tensors({one.name: one for one in found.whole}, pairing.base.anatomy)
         write(to.full, values, early.result())
     not_full = {NOT_FULL: "nothing differs"} if to.full is not None and not found.whole else {}
-    write(to.lora, joined(factors, pairing.base.anatomy.family), early.result() | not_full)
+    write(to.lora, joined(factors, pairing.base.anatomy.family, pairing.base.anatomy), early.result() | not_full)
     side.save(files, stream.threads)
     found.searched = sorted(side.added)
     return found

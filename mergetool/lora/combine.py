@@ -122,7 +122,7 @@ def combine(
         names = " and ".join(f'"{term.file.name}"' for term in gathering.terms)
         raise DataError(f"{command} leaves nothing of {names} in any module; there is nothing to write.")
     if not gathering.family.keeps_names:  # whose names are as the first file spells them
-        tensors = joined(tensors, gathering.family)
+        tensors = joined(tensors, gathering.family, gathering.terms[0].file.anatomy)
         tensors = lora_output.with_alphas_everywhere(tensors) if gathering.family.lora_alphas else tensors
     lora_output.write(target, tensors, metadata, gathering.files, overwrite=overwrite)
     return Combined(done, empty)
