@@ -16,6 +16,7 @@ ROLES: dict[ChangeKind, tuple[str, ...]] = {
     "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "dora_scale", "alpha"),
     "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "dora_scale", "alpha"),
     "full": ("diff", "diff_b"),
+    "whole": ("set_weight",),
 }
 MODULE = "layers.0.attention.to_q"
 
