@@ -101,9 +101,9 @@ def _magnitudes(file: LoraFile, adapter: Adapter, stored: Tensor) -> Tensor:
 
 
 def reordered(module: StoredModule, changes: Sequence[Change], order: Sequence[str]) -> StoredModule | None:
-    """A fused module with its parts' rows in another ``order``, bit for bit; ``changes`` are of all of them, in its own.
+    """A fused module with the rows of its parts in another ``order``, bit for bit.
 
-    None for one of another order whose factors have no rows: a LoKr, a Tucker core.
+    ``changes`` are those of all its parts, in its own order. None for one of another order whose factors have no rows: a LoKr, a Tucker core.
     """
     places = {change.part: change for change in changes}
     if list(places) == list(order):

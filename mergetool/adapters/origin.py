@@ -23,7 +23,9 @@ def families_of(
     *,
     signs: bool = True,
 ) -> list[tuple[Family, list[str]]]:
-    """The families ``among`` these of most modules of ``spelled``, and their parts; that of most first, and of as many that whose own names they are.
+    """The families ``among`` these of most modules of ``spelled``, and their parts.
+
+    That of most stands first, and of several of as many the one whose own names they are.
 
     Parts are as deep as the modules need them. ``shapes`` tell families whose names others have too by their widths.
     """

@@ -33,9 +33,9 @@ def low_rank(file: LoraFile, change: Change, *, scaled: bool = True) -> tuple[Fl
 
 
 def dense_rows(file: LoraFile, change: Change, first: int, count: int) -> Floats:
-    """Rows ``[first, first + count)`` of a change of any kind, [count, columns]; DoRA's magnitudes aside.
+    """Rows ``[first, first + count)`` of a change of any kind, [count, columns].
 
-    Of a whole weight they are its own rows, of which the model's are not yet taken away.
+    DoRA's magnitudes are not in them. Of a whole weight they are its own rows, of which the model's are not yet taken away.
     """
     adapter, row = change.adapter, change.row + first
     if is_transposed(change.part) and adapter.kind != "lora":

@@ -268,11 +268,11 @@ class Family(ABC):
         return (part,)
 
     def rows_by_columns(self, part: str, columns: int | None) -> int | None:
-        """The rows of a piece of a fused weight of so many ``columns``, where these are known and tell."""
+        """The rows of a piece of a fused weight of so many ``columns``; None if unknown."""
         return None
 
     def rows_beside(self, part: str, rows: Mapping[str, int]) -> int | None:
-        """The rows of a piece of a fused tensor where others have ``rows``; None where they do not tell."""
+        """The rows of a piece of a fused tensor of which others have ``rows``; None if unknown."""
         return next(iter(rows.values()), None)
 
     def alternative(self, part: str, module: str, rows: int, columns: int) -> tuple[str, ...]:
@@ -301,7 +301,9 @@ class Family(ABC):
         return [*(ours if prefix in NATIVE else ()), *(theirs if prefix in self.in_comfyui else ())]
 
     def divided(self, parts: Collection[str], rows: int, columns: int | None) -> list[int]:
-        """Divide a LoRA's ``rows`` of a fused tensor among its ``parts``, in row order; ``columns`` are its weight's, None where unknown.
+        """Divide a LoRA's ``rows`` of a fused tensor among its ``parts``, in row order.
+
+        ``columns`` are those of its weight, None where they are unknown.
 
         This works as far as no model is needed.
 

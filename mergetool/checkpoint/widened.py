@@ -1,4 +1,7 @@
-"""A checkpoint of which some matrices have more columns, filled with zeros: what a control LoRA needs of its model."""
+"""A checkpoint with more columns of some matrices, filled with zeros.
+
+A control LoRA needs such a model: it reads a second picture beside the first.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from mergetool.checkpoint.reader import Checkpoint
 
 
 class WidenedCheckpoint(Checkpoint):
-    """The checkpoint ``narrow`` with tensors of other ``widths``, by stored name; each is kept in memory.
+    """The checkpoint ``narrow`` with other ``widths`` of some tensors, by stored name.
 
-    The columns behind a tensor's own are zeros. Everything else, and the fingerprint, is that of ``narrow``.
+    Those tensors are kept in memory. The columns behind a tensor's own are zeros. Everything else, and the fingerprint, is that of ``narrow``.
     """
 
     def __init__(self, narrow: Checkpoint, widths: Mapping[str, int]) -> None:
@@ -30,7 +33,7 @@ class WidenedCheckpoint(Checkpoint):
         self._places = {**narrow._places, **{name: (held, 0) for name, (_, held) in wide.items()}}
 
     def fingerprint(self) -> str:
-        """That of the model in its files."""
+        """The fingerprint of the model in its files."""
         return self._narrow.fingerprint()
 
     def close(self) -> None:
