@@ -23,12 +23,13 @@ from comfy_kitchen.tensor import (
 )
 
 from mergetool.checkpoint.dtypes import DType
+from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError
 from mergetool.quant import register
 from mergetool.quant.encoding import Floats, Octets
 from mergetool.quant.fp8 import narrow
 from mergetool.quant.quantiser import PIECE_ROWS, Quantiser
-from tests.quant.files import SHAPES, marker, values, weight, written
+from tests.quant.files import SHAPES, encodings, marker, values, weight, written
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -186,6 +187,30 @@ def test_svdquant_of_a_shifted_input_is_refused(tmp_path: Path) -> None:
     made |= {"a.proj_down": random(64, 8), "a.proj_up": random(64, 8), "a.smooth_factor": random(64)}
     with pytest.raises(DataError, match='"act_unsigned", so that its bias is that of a shifted input'):
         read(tmp_path, made, {"format": "svdquant_w4a4", "act_unsigned": True}, (64, 64))
+
+
+def test_layers_of_one_file_may_lie_in_several_containers(tmp_path: Path) -> None:
+    shape = (64, 256)
+    layers: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "fp8": (TensorCoreFP8Layout, {}, {"format": "float8_e4m3fn"}),
+        "nvfp4": (TensorCoreNVFP4Layout, {}, {"format": "nvfp4"}),
+        "mxfp8": (TensorCoreMXFP8Layout, {}, {"format": "mxfp8"}),
+        "int8": (TensorWiseINT8Layout, {"per_channel": True}, {"format": "int8_tensorwise"}),
+        "int4": (TensorCoreConvRotW4A4Layout, {}, {"format": "convrot_w4a4"}),
+        "w4a8": (AsymW4A8Int8Layout, {}, {"format": "asym_w4a8_int8"}),
+    }
+    tensors: dict[str, torch.Tensor] = {"plain.weight": weight(shape)}
+    expected = {}
+    for name, (layout, how, config) in layers.items():
+        made, expected[name] = stored(layout, weight(shape, seed=len(expected)), **how)
+        tensors |= {f"{name}{tensor.removeprefix('a')}": part for tensor, part in made.items()}
+        tensors[f"{name}.comfy_quant"] = marker(config)
+    path = written(tmp_path / "f.safetensors", tensors)
+    with Checkpoint.open(path) as checkpoint:
+        assert encodings(checkpoint).keys() == {f"{name}.weight" for name in layers}
+    for name, back in expected.items():
+        apart = 256 * 2**-24 * float(back.abs().max()) if name in ("int4", "w4a8") else 0
+        np.testing.assert_allclose(values(path, f"{name}.weight"), back.numpy(), rtol=0, atol=apart)
 
 
 def test_a_factor_on_the_inputs_columns_multiplies_the_weight(tmp_path: Path) -> None:
