@@ -25,6 +25,7 @@ from mergetool.options.differences import DiffOptions
 from mergetool.options.merging import MergeOptions
 from mergetool.recipe.plan import Plan
 from tests import sdxl
+from tests.adapters import wan
 from tests.oracles import ComfyUI
 from tests.oracles.comparing import read
 
@@ -357,3 +358,22 @@ def test_comfyui_makes_the_same_of_the_order_that_it_takes(
     loaded = comfyui.ask("load", model=tmp_path / "ours.safetensors")
     assert (loaded["missing"], loaded["unexpected"]) == ([], [])
     assert loaded["parameters"] == sum(1 for name in ours if prod(ours[name].shape))
+
+
+@pytest.mark.parametrize(
+    ("added", "config"),
+    [
+        ({"vace": wan.DIM, "vace_input": 96, "vace_blocks": 1}, "WAN21_Vace"),
+        ({"input": 36, "added": wan.DIM, "image": wan.IMAGE, "pictured": wan.DIM}, "WAN21_I2V"),
+    ],
+    ids=["VACE", "I2V"],
+)
+def test_comfyui_takes_the_result_for_the_kind_that_was_added(
+    folder: Path, comfyui: ComfyUI, added: Mapping[str, int], config: str
+) -> None:
+    plain = {size: number for size, number in wan.SMALL.items() if size not in ("added", "image", "pictured")}
+    three(WAN, {**plain, "input": 16}, added)
+    assert comfyui.ask("load", model=folder / "tune.safetensors")["config"] == "WAN21_T2V"
+    made("'tune.safetensors' + ('wide.safetensors' - 'base.safetensors')")
+    answer = comfyui.ask("load", model=folder / "out.safetensors")
+    assert (answer["missing"], answer["unexpected"], answer["log"], answer["config"]) == ([], [], [], config)
