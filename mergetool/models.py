@@ -19,13 +19,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from mergetool.checkpoint import hub, paths
+from mergetool.checkpoint import hub, paths, shards
 from mergetool.checkpoint.files import write_file
 from mergetool.checkpoint.inputs import InputFile
 from mergetool.checkpoint.names import quoted
@@ -69,7 +69,7 @@ class ResolvedModel:
 class OpenedModel:
     """An open checkpoint with its anatomy. It closes the checkpoint as a context manager.
 
-    ``notes`` say what is odd about its quantised weights, in words that follow its name; ``refused`` is the sentence that says why its values
+    ``notes`` say what is odd about its quantised weights, and name other models of its pipeline, in words that follow its name; ``refused`` is the sentence that says why its values
     are not read, None for a file that is read.
     """
 
@@ -112,7 +112,12 @@ def open_model(model: str, *, names_only: bool = False) -> OpenedModel:
     """
     checkpoint = Checkpoint.open(resolve(model).path)
     try:
-        return recognised(model, checkpoint, names_only=names_only)
+        opened = recognised(model, checkpoint, names_only=names_only)
+        beside = shards.companions(checkpoint.source)
+        if beside:
+            text = f"is one of {1 + len(beside)} models of its pipeline that denoise; what is done to it is not done to {' and '.join(map(quoted, beside))}"
+            return replace(opened, notes=(*opened.notes, text))
+        return opened
     except BaseException:
         checkpoint.close()
         raise

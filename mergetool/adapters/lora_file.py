@@ -19,6 +19,7 @@ from mergetool.adapters.origin import families_of, is_lookalike, trainer
 from mergetool.arch import Anatomy, Family
 from mergetool.arch.families import FAMILIES
 from mergetool.arch.generic import GENERIC
+from mergetool.arch.stock import Ancestor, ancestor_of
 from mergetool.checkpoint.header import TensorInfo
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
@@ -61,6 +62,11 @@ class LoraFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.checkpoint.close()
+
+    @property
+    def made_for(self) -> Ancestor | None:
+        """The stock model that it was made for, as its metadata or its name tells."""
+        return ancestor_of(self.family, None, self.checkpoint.metadata, self.checkpoint.source)
 
     @property
     def adapters(self) -> list[Adapter]:

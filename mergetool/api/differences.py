@@ -142,6 +142,7 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     Every face comes through here. Raises what `run_diff` says.
     """
     from mergetool.adapters.loaders import loading_of
+    from mergetool.comparison import headers
     from mergetool.difference import memory, on_device
     from mergetool.difference.diff_files import DiffFiles
     from mergetool.difference.extract import extract, on_the_cpu
@@ -154,6 +155,9 @@ def make(paired: Paired, how: DiffRunOptions, events: Events) -> Extracted:
     only = on_the_cpu(options, pairing) if device.is_gpu else ""
     events.output(paired.task)
     events.plan(paired, memory.of_difference(pairing, options, how.threads, device))
+    for variant in pairing.variants:
+        for finding in () if variant.is_lora else headers.of_difference(variant, pairing.base):
+            events.finding(finding)
     if only:
         events.note(f"{only} works on the CPU; the device is not used.")
     if how.dry_run:

@@ -176,6 +176,9 @@ class Family(ABC):
     layouts: tuple[str, ...]
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
+    main: str = (
+        ""  # the group of the main blocks, by which models are found to be related; all parts where there is none
+    )
     kept: str = ""  # the group that merges keep of one model, and that totals of a comparison leave out
     quantised: frozenset[str] = frozenset({"attention", "ffn"})  # groups whose matrices may be quantised
     precise: frozenset[str] = frozenset(

@@ -164,6 +164,23 @@ def one_denoiser(parts: Sequence[str], source: str) -> str:
     raise UsageError(f'"{source}" is a pipeline of {len(parts)} models that denoise; name one of them: {listed}.')
 
 
+def companions(source: str | Path) -> list[str]:
+    """Find the other models that denoise in the pipeline of ``source``.
+
+    It is a folder, or a file in one, of a pipeline that has several, as ``transformer`` beside ``transformer_2``. There are none for other models.
+    """
+    place = Path(source)
+    folder = place if place.is_dir() else place.parent
+    if not denoisers([folder.name]):
+        return []
+    try:
+        beside = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
+    except OSError:
+        return []
+    others = [name for name in denoisers(beside) if name != folder.name and _holds_model(folder.parent / name)]
+    return [str(folder.parent / name) for name in others]
+
+
 def is_index(name: str) -> bool:
     """Whether a file of this name is an index of safetensors shards.
 

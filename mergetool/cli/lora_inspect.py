@@ -71,6 +71,9 @@ def _print(file: LoraFile, contents: Contents, loaded: Sequence[Loading], *, ver
 
     size = sum(stored.size for stored in file.checkpoint.files)
     console.heading("lora", f"{file.name}  {console.size(size)}  for {file.family.name}")
+    made_for = file.made_for
+    if made_for is not None:
+        console.heading("for", made_for.told)
     console.heading("keys", file.dialect)
     console.heading("trainer", file.trainer or "it does not say")
     kinds = Counter(target.kind for target in contents.targets) + Counter(
@@ -157,6 +160,7 @@ def _json(
         "lora": file.name,
         "bytes": sum(stored.size for stored in file.checkpoint.files),
         "family": file.family.name,
+        "made_for": None if file.made_for is None else file.made_for.told,
         "dialect": file.dialect,
         "trainer": file.trainer,
         "rank": {"min": ranks[0], "median": ranks[len(ranks) // 2], "max": ranks[-1]} if ranks else None,

@@ -43,9 +43,11 @@ class CommandEvents(Events):
             self.json.setdefault("notes", []).append(text)
 
     def finding(self, finding: Finding) -> None:
-        """A line."""
+        """A line, or an entry of ``lineage``."""
         if self.prints:
             console.heading(finding.level, finding.text)
+        else:
+            self.json.setdefault("lineage", []).append({"level": finding.level, "text": finding.text})
 
     def progress(self, word: str, total: int, unit: str = "B", *, publishes: bool = False) -> Bar:
         """A bar on stderr."""

@@ -89,6 +89,14 @@ def _recognised(family: KnownFamily) -> Iterator[tuple[str, str]]:
         yield f"shown in layout {signature.layout} by", has + (f"; and not {lacks}" if lacks else "")
     for why, names in _strangers(family).items():
         yield "not this", f"a file with {names} is {why}"
+    stock = [
+        f"{one.name} ({'distilled' if one.distilled else 'trained'} from {' and '.join(one.of)})"
+        if one.of
+        else one.name
+        for one in family.stock
+    ]
+    if stock:
+        yield "stock models", "; ".join(stock)
     yield "groups", _words(family.group_order)
     presets = [preset for preset in family.presets if not preset.kind]
     yield "presets", "; ".join(f"`preset:{preset.name}` is {_words(preset.settings)}" for preset in presets)

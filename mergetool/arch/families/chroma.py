@@ -14,6 +14,7 @@ from mergetool.arch.families.flux import DOUBLE, FLUX, SINGLE
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 from mergetool.errors import FamilyError
 
@@ -49,6 +50,9 @@ _NERF = (
 
 def _unmodulated(rows: tuple[Named, ...]) -> tuple[Named, ...]:
     return tuple(row for row in rows if "modulation" not in row.groups)
+
+
+_LATENT = "HD, Base or Flash"
 
 
 class Chroma(FluxLike):
@@ -89,7 +93,12 @@ class Chroma(FluxLike):
     variants = (
         Variant("Radiance that predicts pictures", has={"img_in_patch.weight": None, X0: None}),
         Variant("Radiance", has={"img_in_patch.weight": None}),
-        Variant("HD, Base or Flash", lacks={"img_in_patch.weight": None}),
+        Variant(_LATENT, lacks={"img_in_patch.weight": None}),
+    )
+    stock = (
+        Stock("Flash", (_LATENT,), ("flash",), of=("Base",), distilled=True),
+        Stock("HD", (_LATENT,), (r"\bhd\b",), of=("Base",)),
+        Stock("Base", (_LATENT,), ("base",)),
     )
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("context_embedder.bias", 0),

@@ -15,6 +15,7 @@ from mergetool.arch.anatomy import InputEmbedder, Lookalike
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 DOUBLE = (
@@ -61,6 +62,8 @@ _NOT_FLUX: Mapping[str, None] = {
     **CONTROLNET,
     "double_blocks.0.img_mlp.gate_proj.weight": None,  # Ovis; LongCat, Flux.2 and Chroma have no vector_in
 }
+
+_GUIDED = "dev, Kontext or Krea"
 
 
 class Flux(FluxLike):
@@ -122,8 +125,18 @@ class Flux(FluxLike):
     variants = (
         Variant("Fill", has={"x_embedder.weight": (None, 384)}, fp16="avoided"),
         Variant("Canny or Depth", has={"x_embedder.weight": (None, 128)}),
-        Variant("dev, Kontext or Krea", has={"time_text_embed.guidance_embedder.linear_1.weight": None}),
+        Variant(_GUIDED, has={"time_text_embed.guidance_embedder.linear_1.weight": None}),
         Variant("schnell", lacks={"time_text_embed.guidance_embedder.linear_1.weight": None}),
+    )
+    stock = (
+        *(
+            Stock(name, (name,), (word,), of=("dev",))
+            for name, word in (("Fill", "fill"), ("Canny or Depth", "canny|depth"))
+        ),
+        Stock("Kontext", (_GUIDED,), ("kontext",), of=("dev",)),
+        Stock("Krea", (_GUIDED,), ("krea",)),
+        Stock("dev", (_GUIDED,), (r"\bdev\b", r"flux-?1?-?d\b"), distilled=True),
+        Stock("schnell", ("schnell",), ("schnell", r"flux-?1?-?s\b"), distilled=True),
     )
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("x_embedder.bias", 0),

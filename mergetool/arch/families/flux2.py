@@ -14,6 +14,7 @@ from mergetool.arch.anatomy import NATIVE
 from mergetool.arch.families.flux_like import CONTROLNET, FluxLike
 from mergetool.arch.known import Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 _STREAMS = (("img", "", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
@@ -104,6 +105,11 @@ class Flux2(FluxLike):
     variants = tuple(
         Variant(name, has={"context_embedder.weight": (None, context)})
         for name, context in (("dev", 15360), ("Klein 9B", 12288), ("Klein 4B", 7680))
+    )
+    stock = (
+        Stock("dev", ("dev",), (r"\bdev\b",), distilled=True),
+        *(Stock(f"{size} Base", (size,), ("base",)) for size in ("Klein 9B", "Klein 4B")),
+        *(Stock(size, (size,), ("klein",), of=(f"{size} Base",), distilled=True) for size in ("Klein 9B", "Klein 4B")),
     )
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("x_embedder.weight", 0),

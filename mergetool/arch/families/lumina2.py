@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import NATIVE, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 AXES: Mapping[int, tuple[int, int, int]] = {96: (32, 32, 32), 32: (8, 12, 12)}
@@ -118,9 +119,14 @@ class Lumina2(KnownFamily):
         *("embedder", "pooled", "final"),
     )
     unused = frozenset({"norm_final.weight"})
+    main = "layers"
     precise = frozenset({"refiner", "norm", "adaln", "embedder", "pooled", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
     fp16 = "avoided"
+    stock = (
+        Stock("Neta Lumina", ("Lumina-Image 2",), ("neta",), of=("Lumina-Image 2",)),
+        Stock("Lumina-Image 2", ("Lumina-Image 2",), ("lumina",)),
+    )
     # diffusers splits q, k and v of such names, where a file has every module of each of its blocks and nothing else
     lora_layout = "comfyui"
     lora_alphas = False

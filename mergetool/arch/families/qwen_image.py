@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import Preset
 from mergetool.arch.known import KnownFamily, Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 MARKER = "__index_timestep_zero__"
@@ -107,6 +108,14 @@ class QwenImage(KnownFamily):
     quantised = frozenset({"blocks"})
     precise = frozenset({"norm", "embedder", "final"})
     fp16 = "avoided"
+    stock = (
+        Stock("Edit 2511", ("Edit 2511",), ("2511",), of=("Edit 2509",)),
+        Stock("Layered", ("Layered",), ("layered",), of=("Qwen-Image",)),
+        Stock("Edit 2509", ("base or Edit",), ("2509",), of=("Edit",)),
+        Stock("2512", ("base or Edit",), ("2512",), of=("Qwen-Image",)),
+        Stock("Edit", ("base or Edit",), (r"\bedit\b",), of=("Qwen-Image",)),
+        Stock("Qwen-Image", ("base or Edit",), (r"qwen-?image(/|$|\.|-bf16|-fp8|-q\d)",)),
+    )
     lora_prefix = "transformer."
     lora_alphas = False  # beside an alpha diffusers puts the prefix there twice
     in_comfyui = frozenset({"transformer.", "lycoris_", ""})

@@ -6,8 +6,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergetool.arch.anatomy import Lookalike
-from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
+from mergetool.arch.families.unet import (
+    CONTEXTUAL,
+    CROSS_ATTENTION,
+    UNet,
+    block_weights,
+    conditioned,
+    measures,
+    rows,
+    signatures,
+)
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 
 CONTEXT = 768
 """The columns of attention to the prompt; Stable Diffusion 2 has 1024."""
@@ -44,6 +54,11 @@ class StableDiffusion1(UNet):
             ("input_blocks.2.1.proj_in", "down_blocks.0.attentions.1.proj_in"): (None, None, 1, 1),
         },
         lacks=("label_emb.0.0.weight", "add_embedding.linear_1.weight"),
+    )
+    stock = (
+        *conditioned("1.5"),
+        Stock("1.4", words=("v1-4", r"1\.4")),
+        Stock("1.5", words=("v1-5", r"sd-?1\.?5", r"diffusion-?1\.5")),
     )
     measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.

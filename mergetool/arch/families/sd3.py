@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 HEAD = 64
@@ -62,6 +63,8 @@ _HALVES = (f".{_MODULATION}.scale.", f".{_MODULATION}.shift.")
 _PATCHES, _SECOND = "pos_embed.proj.weight", "transformer_blocks.0.attn2.to_q.weight"
 # The ControlNets have names of theirs, the 8B's too.
 _CONTROL: Mapping[str, Like] = dict.fromkeys(("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"))
+
+_LARGE = "3.5 Large or Large Turbo"
 
 
 class StableDiffusion3(KnownFamily):
@@ -117,11 +120,17 @@ class StableDiffusion3(KnownFamily):
     )
     variants = (
         Variant("3.5 Medium", {_SECOND: (1536, 1536)}),
-        Variant("3.5 Large or Large Turbo", {_PATCHES: (2432, None, 2, 2)}),
+        Variant(_LARGE, {_PATCHES: (2432, None, 2, 2)}),
         Variant("3 Medium", {_PATCHES: (1536, None, 2, 2)}, {"transformer_blocks.0.attn.norm_q.weight": None}),
     )
     controls = (("ControlNet", ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")),)
     input_embedder = InputEmbedder(_PATCHES, "proj_out.weight", 4)
+    stock = (
+        Stock("3.5 Medium", ("3.5 Medium",), ("3.5-medium",)),
+        Stock("3.5 Large Turbo", (_LARGE,), ("turbo",), of=("3.5 Large",), distilled=True),
+        Stock("3.5 Large", (_LARGE,), ("large",)),
+        Stock("3 Medium", ("3 Medium",), ("3-medium",)),
+    )
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {
         "dim": ("pos_embed.proj.bias", 0),
         "channels": (_PATCHES, 1),

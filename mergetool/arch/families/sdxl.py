@@ -9,8 +9,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergetool.arch.anatomy import Lookalike
-from mergetool.arch.families.unet import CONTEXTUAL, CROSS_ATTENTION, UNet, block_weights, measures, rows, signatures
+from mergetool.arch.families.unet import (
+    CONTEXTUAL,
+    CROSS_ATTENTION,
+    UNet,
+    block_weights,
+    conditioned,
+    measures,
+    rows,
+    signatures,
+)
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 POOLED, CONTEXT = 2816, 2048
@@ -50,6 +60,15 @@ class SDXL(UNet):
             ("label_emb.0.0", "add_embedding.linear_1"): (None, POOLED),
             (f"input_blocks.5.1.{CONTEXTUAL}", f"down_blocks.1.attentions.1.{CONTEXTUAL}"): (None, CONTEXT),
         }
+    )
+    stock = (
+        *conditioned("1.0"),
+        Stock("NoobAI", words=("noobai",), of=("Illustrious",)),
+        Stock("Illustrious", words=("illustrious",), of=("1.0",)),
+        *(Stock(name, words=(name.lower(),), of=("1.0",)) for name in ("Pony", "Animagine")),
+        Stock("Playground 2.5", words=("playground",)),
+        *(Stock(name, words=(name.lower(),), of=("1.0",), distilled=True) for name in ("Turbo", "Lightning")),
+        Stock("1.0", words=("xl-?base", r"xl-?v?1[.-]0", r"\bbase\b")),
     )
     measures = measures(WIDTHS)
     # ComfyUI reads the context's width off its columns, of which nvfp4 stores half as many.

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mergetool.arch.anatomy import NATIVE, InputEmbedder, Preset
 from mergetool.arch.families.block_weights import curves
-from mergetool.arch.known import KnownFamily, Like, Signature, Variant
+from mergetool.arch.known import KnownFamily, Like, Signature
+from mergetool.arch.signs import Stock, Variant
 from mergetool.arch.table import Named
 
 
@@ -193,6 +194,12 @@ def in_layouts(has: Mapping[tuple[str, str], Like], lacks: Collection[str] = ())
         Signature(layout, {f"{names[i]}.weight": like for names, like in has.items()}, dict.fromkeys(lacks))
         for i, layout in enumerate(UNet.layouts)
     )
+
+
+def conditioned(base: str) -> tuple[Stock, ...]:
+    """List the stock models that read more than the picture, trained from ``base``."""
+    rows = (("inpainting", "inpaint"), ("InstructPix2Pix", "pix2pix"))
+    return tuple(Stock(name, (name,), (word,), of=(base,)) for name, word in rows)
 
 
 class UNet(KnownFamily):

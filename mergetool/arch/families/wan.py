@@ -4,7 +4,7 @@ Their blocks have self-attention, cross-attention and feed-forward.
 
 Canonical names are those of diffusers' ``WanTransformer3DModel``. Nothing is fused in either layout, but ``norm2`` here is ``norm3`` there: of a block's three
 norms only the one before cross-attention has parameters, which diffusers counts in the order of the forward pass. Patches are embedded by a convolution over
-time and space, whose weight has five dimensions. Of 2.2's A14B models a checkpoint is one of two, for high or for low noise; no name or shape says which.
+time and space, whose weight has five dimensions. Of 2.2's A14B models a checkpoint is one of two, for high or for low noise; no tensor's name or shape says which.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from mergetool.arch.anatomy import InputEmbedder, Preset
 from mergetool.arch.known import KnownFamily, Like, Signature, Variant
 from mergetool.arch.sampling import SamplingDefaults
+from mergetool.arch.signs import Stock
 from mergetool.arch.table import Named
 
 HEAD = 128
@@ -58,6 +59,13 @@ _PATCHES, _IMAGE_NORM = "patch_embedding.weight", f"{_PICTURE}.norm1.weight"
 
 def _patches(rows: int | None, columns: int) -> Mapping[str, Like]:
     return {_PATCHES: (rows, columns, 1, 2, 2)}
+
+
+_T2V, _I2V = "T2V 14B: 2.1, or 2.2's for high or low noise", "2.2 I2V A14B, high or low noise"
+_NOISE: Mapping[str, tuple[str, ...]] = {  # diffusers' pipelines have the one for high noise in transformer
+    "high": ("high-?noise", r"\bhigh\b", r"\bhn\b", "2[.]2.*/transformer(/|$)"),
+    "low": ("low-?noise", r"\blow\b", r"\bln\b", "/transformer-2(/|$)"),
+}
 
 
 class Wan(KnownFamily):
@@ -134,11 +142,20 @@ class Wan(KnownFamily):
         Variant("2.1 FLF2V 14B", {f"{_PICTURE}.pos_embed": None, **_patches(5120, 36)}),
         Variant("2.1 I2V 14B", {_IMAGE_NORM: None, **_patches(5120, 36)}),
         Variant("2.1 Fun InP 1.3B", {_IMAGE_NORM: None, **_patches(1536, 36)}),
-        Variant("2.2 I2V A14B, high or low noise", _patches(5120, 36)),
-        Variant("T2V 14B: 2.1, or 2.2's for high or low noise", _patches(5120, 16)),
+        Variant(_I2V, _patches(5120, 36)),
+        Variant(_T2V, _patches(5120, 16)),
         Variant("2.1 T2V 1.3B", _patches(1536, 16)),
         Variant("2.2 TI2V 5B", _patches(3072, 48)),
     )
+    stock = (
+        *(
+            Stock(f"2.2 {kind} A14B, {noise} noise", (variant,), words)
+            for noise, words in _NOISE.items() for kind, variant in (("T2V", _T2V), ("I2V", _I2V))
+        ),
+        Stock("2.1 T2V 14B", (_T2V,), (r"2\.?1",)),
+        *(Stock(name, (name,)) for name in ("2.1 I2V 14B", "2.1 T2V 1.3B", "2.2 TI2V 5B")),
+        *(Stock(f"VACE {size}", (f"VACE {size}",), of=(f"2.1 T2V {size}",)) for size in ("14B", "1.3B")),
+    )  # fmt: skip
     measures: ClassVar[Mapping[str, tuple[str, int]]] = {  # vectors and convolutions are never quantised
         "dim": ("patch_embedding.bias", 0),
         "input": (_PATCHES, 1),

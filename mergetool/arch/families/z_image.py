@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mergetool.arch.anatomy import Anatomy, Lookalike, Preset
 from mergetool.arch.known import KnownFamily
-from mergetool.arch.signs import Signature, Variant
+from mergetool.arch.signs import Signature, Stock, Variant
 from mergetool.arch.table import Named
 
 _BLOCK = (
@@ -107,7 +107,7 @@ class ZImage(KnownFamily):
         *("embedder", "pad", "siglip", "final"),
     )
     unused = frozenset({"norm_final.weight"})
-    kept = "refiner"
+    main, kept = "layers", "refiner"
     precise = frozenset({"refiner", "siglip", "norm", "adaln", "embedder", "pad", "final"})
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
     # ``*`` is every tensor, embedders, pad tokens and final layer included; a later setting wins.
@@ -120,6 +120,11 @@ class ZImage(KnownFamily):
         Preset("late-layers", ("*=0", "layers=linear(0,1)")),
     )
     fp16 = "witnessed"
+    stock = (
+        Stock("De-Turbo", words=("de-?turbo",), of=("Turbo",)),
+        Stock("Turbo", words=("turbo",), of=("Base",), distilled=True),
+        Stock("Base", words=(r"\bbase\b", "z-image(/|$)")),
+    )
     gains_grow = True
     loader = "ZImageLoraLoaderMixin"
     in_comfyui = frozenset({"diffusion_model.", "transformer.", "lycoris_", ""})
