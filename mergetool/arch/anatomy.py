@@ -176,9 +176,8 @@ class Family(ABC):
     layouts: tuple[str, ...]
     group_order: tuple[str, ...]
     unused: frozenset[str] = frozenset()  # parts some files carry that the model never reads
-    main: str = (
-        ""  # the group of the main blocks, by which models are found to be related; all parts where there is none
-    )
+    main: str = ""  # the group of the main blocks, which tell relatives from strangers; all parts where there is none
+    untrained: str = ""  # the group of tables that strangers have in common
     kept: str = ""  # the group that merges keep of one model, and that totals of a comparison leave out
     quantised: frozenset[str] = frozenset({"attention", "ffn"})  # groups whose matrices may be quantised
     precise: frozenset[str] = frozenset(

@@ -53,9 +53,9 @@ def ancestor_of(
     source: str,
     config: Mapping[str, Any] | None = None,
 ) -> Ancestor | None:
-    """Find what a model of ``family``, or without ``anatomy`` a LoRA for one, builds on.
+    """Find the stock models that a model of ``family`` can build on.
 
-    ``source`` is its path or address. None where nothing tells.
+    Without ``anatomy`` it is a LoRA for one. ``source`` is its path or address. None where nothing tells.
     """
     variant = None if anatomy is None else family.variant(anatomy, config)
     fitting = tuple(
@@ -84,7 +84,10 @@ def _chosen(fitting: tuple[Stock, ...], text: str) -> tuple[Stock, ...]:
 
 
 def name_of(source: str) -> str:
-    """The end of a path down to the first name that somebody chose: ``Wan2.2-T2V-A14B/transformer_2``."""
+    """The end of a path, from the last name that somebody chose.
+
+    Example: ``Wan2.2-T2V-A14B/transformer_2``.
+    """
     taken: list[str] = []
     for part in reversed(PurePath(source).parts[-_MOST_PARTS:]):
         taken.insert(0, part)

@@ -1,4 +1,4 @@
-"""Findings about ``x - y``, and a LoRA on a model, by headers alone: do their stock models belong together?"""
+"""Findings about ``x - y``, and a LoRA on a model, by their stock models: headers alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergetool.recipe.steps import Input
 
 
 def of_difference(x: Input, y: Input) -> Iterator[Finding]:
-    """Tell where headers say that y is not what x was trained from.
+    """Tell where headers say that x was not trained from y.
 
     It is a warning where tensors or metadata say so, and a note where a name does.
     """
@@ -37,8 +37,8 @@ def of_difference(x: Input, y: Input) -> Iterator[Finding]:
             how = "distilled" if any(stock.distilled for stock in one.models) else "trained"
             yield Finding(
                 "note",
-                f"{pair}: {both}, from which {one.label} was {how}, so that all of that is in the difference; for what {x.name} learned "
-                f"beyond {one.label} subtract {one.label}",
+                f"{pair}: {both}, from which {one.label} was {how}, so that the difference holds all of that; subtract {one.label} for "
+                f"the training of {x.name} alone",
             )
 
 

@@ -147,6 +147,7 @@ class StableDiffusion3(KnownFamily):
         *("position", "embedder", "final"),
     )
     precise = frozenset({"norm", "modulation", "position", "embedder", "final"})
+    untrained = "position"
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
     lora_prefix = "transformer."
     lora_alphas = False  # diffusers rejects a file with one
