@@ -33,12 +33,22 @@ VAE = "first_stage_model.decoder.conv_in.weight"
 
 @cache
 def _shapes(name: str) -> dict[str, tuple[int, ...]]:
-    import transformers
-
-    made = transformers.CLIPTextModelWithProjection
-    with torch.device("meta"):
-        model = made(transformers.CLIPTextConfig(**SIZES[name]))
-    return {part: tuple(tensor.shape) for part, tensor in model.state_dict().items()}
+    """The tensors of transformers' CLIPTextModelWithProjection; ComfyUI's loader finds none missing and none too many."""
+    size = SIZES[name]
+    width, inner, block = size["hidden_size"], size["intermediate_size"], "text_model.encoder.layers"
+    found = {"text_model.embeddings.token_embedding.weight": (size["vocab_size"], width)}
+    found["text_model.embeddings.position_embedding.weight"] = (77, width)
+    vectors = [f"{block}.{i}.layer_norm{n}" for i in range(size["num_hidden_layers"]) for n in (1, 2)]
+    matrices = {f"self_attn.{one}_proj": (width, width) for one in ("k", "v", "q", "out")} | {
+        "mlp.fc1": (inner, width),
+        "mlp.fc2": (width, inner),
+    }
+    for i in range(size["num_hidden_layers"]):
+        for module, shape in matrices.items():
+            found |= {f"{block}.{i}.{module}.weight": shape, f"{block}.{i}.{module}.bias": shape[:1]}
+    for module in (*vectors, "text_model.final_layer_norm"):
+        found |= {f"{module}.weight": (width,), f"{module}.bias": (width,)}
+    return {**found, "text_projection.weight": (width, width)}
 
 
 def clip(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
