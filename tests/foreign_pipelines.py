@@ -76,11 +76,11 @@ def flux(folder: Path, *, guidance: bool = True, seed: int = 0) -> Path:
 
 
 def chroma(folder: Path) -> Path:
-    """Chroma: two blocks and a small approximator."""
+    """Chroma: two blocks, a small approximator, and latents of 8 channels."""
     torch.manual_seed(1)
     transformer = ChromaTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=32,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -93,7 +93,7 @@ def chroma(folder: Path) -> Path:
     )
     pipeline = ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(4),
+        vae=_vae(8),
         text_encoder=_t5(),
         tokenizer=_t5_tokenizer(),
         transformer=transformer,
