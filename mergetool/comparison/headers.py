@@ -37,8 +37,8 @@ def of_difference(x: Input, y: Input) -> Iterator[Finding]:
             how = "distilled" if any(stock.distilled for stock in one.models) else "trained"
             yield Finding(
                 "note",
-                f"{pair}: {both}, from which {one.label} was {how}, so that the difference holds all of that; subtract {one.label} for "
-                f"the training of {x.name} alone",
+                f"{pair}: {both}, from which {one.label} was {how}, so that the difference holds all of that; if "
+                f"{x.name} is a fine-tune of {one.label}, subtract {one.label}",
             )
 
 
