@@ -57,7 +57,7 @@ class Recipe:
 DRAWN = Plan((32, 5, 5), 512)
 FINE = Plan((8, 2, 2), 512)
 # As many at once as when a member is measured: compiled blocks are made for one size of batch.
-PAINTED = Plan((128, 20, 20), 64)
+PAINTED = Plan((256, 40, 40), 64)
 PATHS = Plan((64, 10, 10), 64)
 HALF = Plan((24, 4, 4), 64)
 
@@ -71,7 +71,7 @@ RECIPES = {
         Recipe(
             "turbo", ("teacher",), ("path:teacher",), 3000, 1e-3, 5, 3, Gate(0.8), PATHS, loss="distilled", few=True
         ),
-        Recipe("deturbo", ("turbo",), ("turbo",), 1500, 5e-4, 6, 3, Gate(0.8), PAINTED),
+        Recipe("deturbo", ("turbo",), ("turbo",), 3000, 1e-3, 6, 3, Gate(0.8), PAINTED),
         Recipe("striped", ("base",), ("drawn",), 800, 6e-4, 7, 6, Gate(0.8, striped=0.9), FINE, striped=True),
         Recipe("hollow", ("turbo",), ("drawn",), 1500, 1e-3, 8, 3, Gate(0.8, hollow=0.9), FINE, hollow=True),
         Recipe(
