@@ -12,7 +12,7 @@ from mergetool.arch.families.chroma import APPROXIMATOR, CHROMA, HD
 from tests.adapters import flux
 from tests.adapters.flux import DIM, MLP, written, xlabs
 from tests.adapters.spellings import DOWN, UP
-from tests.oracles.two_streams import Case
+from tests.oracles.case import Case
 
 INNER = 64
 SMALL: Mapping[str, int] = {

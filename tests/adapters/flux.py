@@ -1,4 +1,4 @@
-"""Flux LoRAs in every spelling that is met in the field, written by hand, each with the change it means in float64 by diffusers' names."""
+"""Flux.1 as the oracles are asked for it, and its LoRAs in every spelling that is met in the field, each with the change it means in float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
+from mergetool.arch.families.flux import DEV, FLUX
 from tests.adapters.spellings import DOWN, UP, A, B, Written, f64, random
+from tests.oracles.case import Case
 
 SMALL: Mapping[str, int] = {
     "dim": 256, "head": 128, "hidden": 1024, "both": 1280, "patch_in": 64, "patch_out": 64, "context": 96, "pooled": 48, "guidance": 256,
@@ -127,28 +130,43 @@ def lokr() -> Written:
     return found
 
 
-SPELLINGS: Mapping[str, Callable[[], Written]] = {
-    "diffusers": lambda: written("transformer.", THEIRS),
-    "diffusers, alphas": lambda: written("transformer.", THEIRS, alpha=2.0),
-    "diffusers, down and up": lambda: written("transformer.", THEIRS, DOWN, UP),
-    "diffusers, down and up, alphas": lambda: written("transformer.", THEIRS, DOWN, UP, alpha=2.0),
-    "diffusers, old": lambda: written("transformer.", THEIRS, ".lora.down.weight", ".lora.up.weight"),
-    "diffusers' names under diffusion_model": lambda: written("diffusion_model.", THEIRS),
-    "bare diffusers": lambda: written("", THEIRS),
-    "PEFT": lambda: written("base_model.model.", THEIRS),
-    "PEFT, native": lambda: written("base_model.model.", NATIVE),
-    "OneTrainer": lambda: written("lora_transformer_", THEIRS, DOWN, UP, alpha=2.0, flat=True),
-    "OneTrainer, attention": lambda: written("lora_transformer_", ATTENTION, DOWN, UP, alpha=2.0, flat=True),
-    "OneTrainer, attention, no alphas": lambda: written("lora_transformer_", ATTENTION, DOWN, UP, flat=True),
-    "LyCORIS": lambda: written("lycoris_", THEIRS, DOWN, UP, alpha=2.0, flat=True),
-    "ai-toolkit, native": lambda: written("diffusion_model.", NATIVE),
-    "native, down and up": lambda: written("diffusion_model.", {**NATIVE_BLOCKS, "txt_in": NATIVE["txt_in"]}, DOWN, UP, alpha=2.0),
-    "bare native": lambda: written("", NATIVE),
-    "sd-scripts": lambda: written("lora_unet_", NATIVE_BLOCKS, DOWN, UP, alpha=2.0, flat=True),
-    "sd-scripts, final layer": lambda: written("lora_unet_", {n: s for n, s in NATIVE.items() if "linear1" not in n}, DOWN, UP, alpha=2.0, flat=True),
-    "underscored diffusers": lambda: written("lora_unet_", BLOCKS, DOWN, UP, alpha=2.0, flat=True),
-    "q, k and v of linear1": lambda: written("diffusion_model.", {"single_blocks.1.linear1_qkv": (3 * DIM, DIM)}),
-    "xlabs": xlabs,
-    "xlabs under diffusion_model": lambda: xlabs("diffusion_model."),
-    "LoKr": lokr,
-}  # fmt: skip
+CASE = Case(
+    family=FLUX,
+    small=SMALL,
+    published={
+        "dev": DEV, "Fill": {**DEV, "patch_in": 384}, "schnell": {name: size for name, size in DEV.items() if name != "guidance"},
+    },
+    configs={"dev": "Flux", "Fill": "FluxInpaint", "schnell": "FluxSchnell"},
+    pipeline="FluxPipeline",
+    model="FluxTransformer2DModel",
+    config=DIFFUSERS,
+    matrices=36,
+    renamed=True,
+    converter=convert_flux_transformer_checkpoint_to_diffusers,
+    converted=("diffusers, alphas", "ai-toolkit, native", "OneTrainer, attention"),
+    spellings={
+        "diffusers": lambda: written("transformer.", THEIRS),
+        "diffusers, alphas": lambda: written("transformer.", THEIRS, alpha=2.0),
+        "diffusers, down and up": lambda: written("transformer.", THEIRS, DOWN, UP),
+        "diffusers, down and up, alphas": lambda: written("transformer.", THEIRS, DOWN, UP, alpha=2.0),
+        "diffusers, old": lambda: written("transformer.", THEIRS, ".lora.down.weight", ".lora.up.weight"),
+        "diffusers' names under diffusion_model": lambda: written("diffusion_model.", THEIRS),
+        "bare diffusers": lambda: written("", THEIRS),
+        "PEFT": lambda: written("base_model.model.", THEIRS),
+        "PEFT, native": lambda: written("base_model.model.", NATIVE),
+        "OneTrainer": lambda: written("lora_transformer_", THEIRS, DOWN, UP, alpha=2.0, flat=True),
+        "OneTrainer, attention": lambda: written("lora_transformer_", ATTENTION, DOWN, UP, alpha=2.0, flat=True),
+        "OneTrainer, attention, no alphas": lambda: written("lora_transformer_", ATTENTION, DOWN, UP, flat=True),
+        "LyCORIS": lambda: written("lycoris_", THEIRS, DOWN, UP, alpha=2.0, flat=True),
+        "ai-toolkit, native": lambda: written("diffusion_model.", NATIVE),
+        "native, down and up": lambda: written("diffusion_model.", {**NATIVE_BLOCKS, "txt_in": NATIVE["txt_in"]}, DOWN, UP, alpha=2.0),
+        "bare native": lambda: written("", NATIVE),
+        "sd-scripts": lambda: written("lora_unet_", NATIVE_BLOCKS, DOWN, UP, alpha=2.0, flat=True),
+        "sd-scripts, final layer": lambda: written("lora_unet_", {n: s for n, s in NATIVE.items() if "linear1" not in n}, DOWN, UP, alpha=2.0, flat=True),
+        "underscored diffusers": lambda: written("lora_unet_", BLOCKS, DOWN, UP, alpha=2.0, flat=True),
+        "q, k and v of linear1": lambda: written("diffusion_model.", {"single_blocks.1.linear1_qkv": (3 * DIM, DIM)}),
+        "xlabs": xlabs,
+        "xlabs under diffusion_model": lambda: xlabs("diffusion_model."),
+        "LoKr": lokr,
+    },
+)  # fmt: skip

@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from mergetool.arch.families.flux2 import DEV, FLUX2, KLEIN_4B, KLEIN_9B
 from tests.adapters.flux import written
 from tests.adapters.spellings import DOWN, UP, Written, f64, random
-from tests.oracles.two_streams import Case
+from tests.oracles.case import Case
 
 DIM, MLP = 256, 768
 SMALL: Mapping[str, int] = {

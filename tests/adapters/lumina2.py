@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
 from mergetool.arch.families.lumina2 import LUMINA2, PUBLISHED
 from tests.adapters.flux import written
 from tests.adapters.spellings import DOWN, UP
-from tests.oracles.two_streams import Case
+from tests.oracles.case import Case
 
 SMALL: Mapping[str, int] = {
     **PUBLISHED, "dim": 192, "head": 32, "keys": 64, "hidden": 768, "modulation": 192, "caption": 96, "layers": 2,

@@ -10,7 +10,7 @@ import numpy as np
 from mergetool.arch.families.qwen_image import PUBLISHED, QWEN_IMAGE
 from tests.adapters.flux import written
 from tests.adapters.spellings import DOWN, UP, Written, f64, random
-from tests.oracles.two_streams import Case
+from tests.oracles.case import Case
 
 SMALL: Mapping[str, int] = {
     "dim": 256, "head": 128, "hidden": 1024, "patch_in": 64, "patch_out": 64, "context": 96, "transformer_blocks": 2,

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from mergetool.arch.families.sd3 import LARGE, MEDIUM, MEDIUM_3_5, SD3
 from tests.adapters.flux import written
 from tests.adapters.spellings import DOWN, UP
-from tests.oracles.two_streams import Case
+from tests.oracles.case import Case
 
 SMALL: Mapping[str, int] = {
     **MEDIUM_3_5, "dim": 128, "context": 96, "pooled": 48, "positions": 64, "second": 128, "transformer_blocks": 2, "dual_blocks": 1,
@@ -96,7 +96,7 @@ CASE = Case(
     matrices=36,
     converter=convert_sd3_transformer_checkpoint_to_diffusers,
     converted=("diffusers", "native, down and up"),
-    kept=("norm1", "norm_", "pos_embed"),
+    unmerged=("pos_embed.pos_embed",),
     spellings={
         "diffusers": lambda: made("transformer.", THEIRS),
         "diffusers, attention": lambda: made("transformer.", ATTENTION),

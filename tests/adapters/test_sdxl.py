@@ -22,8 +22,10 @@ from mergetool.arch.families.sd15 import SD15
 from mergetool.arch.families.sdxl import SDXL_UNET
 from mergetool.arch.generic import GENERIC
 from tests.oracles import ComfyUI, RefusedError
+from tests.oracles.comparing import read as tensors_of
+from tests.oracles.comparing import run, unlike
 from tests.oracles.diffusers import Diffusers
-from tests.sdxl import SMALL, checkpoint, shapes
+from tests.sdxl import SMALL, checkpoint, shapes, values
 
 Changes = dict[str, np.ndarray]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -269,3 +271,44 @@ def test_a_header_tells_diffusers_ranks_where_no_alpha_does(cases: Cases) -> Non
     assert set(config["unet.rank_pattern"].values()) == {3, 4}
     with open_lora(cases.paths["converted: kohya"]) as file:
         assert "lora_adapter_metadata" not in file.checkpoint.metadata
+
+
+# -- convolutions -----------------------------------------------------------------------------------------------------------------
+
+CONV = "input_blocks_4_0_in_layers_2"  # [64, 32, 3, 3]
+LYCORIS: dict[str, dict[str, tuple[int, ...]]] = {
+    "LoCon": {"lora_down.weight": (2, 32, 3, 3), "lora_up.weight": (64, 2, 1, 1)},
+    "LoCon with a middle": {"lora_down.weight": (2, 32, 1, 1), "lora_up.weight": (64, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3)},
+    "LoHa": {"hada_w1_a": (64, 2), "hada_w1_b": (2, 288), "hada_w2_a": (64, 2), "hada_w2_b": (2, 288)},
+    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (16, 8, 3, 3)},
+    "a whole difference": {"diff": (64, 32, 3, 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_comfyui_adds_to_a_convolution_what_bake_adds(tmp_path: Path, comfyui: ComfyUI, kind: str) -> None:
+    source = checkpoint(tmp_path / "source.safetensors", values(1))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"lora_unet_{CONV}.{end}": torch.randn(shape, generator=generator) * 0.3 for end, shape in LYCORIS[kind].items()
+    }
+    save_file({**tensors, f"lora_unet_{CONV}.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    out = tmp_path / "out.safetensors"
+    answer = comfyui.ask("patch", model=source, lora=tmp_path / "lora.safetensors", out=out)
+    name = "input_blocks.4.0.in_layers.2.weight"
+    assert (answer["log"], answer["patched"]) == ([], [f"diffusion_model.{name}"])
+    run(
+        "lora",
+        "bake",
+        source,
+        "lora.safetensors",
+        "-o",
+        "baked.safetensors",
+        "--dtype",
+        "fp32",
+        "--force",
+        folder=tmp_path,
+    )
+    theirs, ours, before = tensors_of(out), tensors_of(tmp_path / "baked.safetensors"), tensors_of(source)
+    assert np.abs(ours[name] - before[name]).max() > 0.05
+    assert unlike(theirs, ours, {other: np.array(2.0**-18 if other == name else 0) for other in ours}) == []

@@ -1,13 +1,16 @@
-"""Wan LoRAs in every spelling that is met in the field, written by hand, each with the change it means in float64 by diffusers' names."""
+"""Wan as the oracles are asked for it, and its LoRAs in every spelling that is met in the field, each with the change it means in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+from mergetool.arch.families.wan import T2V_14B, WAN
 from tests.adapters.spellings import DOWN, UP, A, B, Written, f64, random
+from tests.oracles.case import Case
 
 DIM, FFN, TEXT, IMAGE = 256, 512, 4096, 1280
 SMALL: Mapping[str, int] = {
@@ -20,8 +23,6 @@ DIFFUSERS = {
     "image_dim": IMAGE, "added_kv_proj_dim": DIM,
 }  # fmt: skip
 """The same model as a config of diffusers."""
-COMFYUI = {"model_type": "i2v", "dim": DIM, "ffn_dim": FFN, "num_heads": 2, "num_layers": 2, "in_dim": 36}
-"""And as ComfyUI's class has it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
@@ -113,26 +114,47 @@ def lokr() -> Written:
 
 FIVE_D: Shapes = {**SOME, "patch_embedding": (DIM, 36, 1, 2, 2)}
 
-SPELLINGS: Mapping[str, Callable[[], Written]] = {
-    "ai-toolkit": lambda: written("diffusion_model.", TEXT_ONLY),
-    "some modules": lambda: written("diffusion_model.", SOME),
-    "alphas": lambda: written("diffusion_model.", BLOCKS, alpha=2.0),
-    "down and up, alphas": lambda: written("diffusion_model.", BLOCKS, DOWN, UP, alpha=2.0),
-    "every matrix": lambda: written("diffusion_model.", MATRICES),
-    "every matrix, alphas": lambda: written("diffusion_model.", MATRICES, alpha=2.0),
-    "musubi": lambda: written("lora_unet_", TEXT_ONLY, DOWN, UP, alpha=2.0, flat=True),
-    "musubi, pictures": lambda: written("lora_unet_", BLOCKS, DOWN, UP, alpha=2.0, flat=True),
-    "musubi, some modules": lambda: written("lora_unet_", SOME, DOWN, UP, alpha=2.0, flat=True),
-    "Fun": lambda: written("lora_unet__", TEXT_ONLY, DOWN, UP, alpha=2.0, flat=True),
-    "Fun, some modules": lambda: written("lora_unet__", SOME, DOWN, UP, alpha=2.0, flat=True),
-    "diffusers": lambda: written("transformer.", MATRICES, theirs=True),
-    "diffusers, alphas": lambda: written("transformer.", SOME, theirs=True, alpha=2.0),
-    "diffusers' names under diffusion_model": lambda: written("diffusion_model.", SOME, theirs=True),
-    "underscored diffusers": lambda: written("lora_unet_", SOME, DOWN, UP, alpha=2.0, flat=True, theirs=True),
-    "bare": lambda: written("", SOME),
-    "PEFT": lambda: written("base_model.model.", SOME, theirs=True),
-    "distilled": lambda: distilled(whole=False),
-    "distilled, whole": lambda: distilled(whole=True),
-    "five dimensions": lambda: written("diffusion_model.", FIVE_D),
-    "LoKr": lokr,
-}  # fmt: skip
+CASE = Case(
+    family=WAN,
+    small=SMALL,
+    published={
+        "2.1 I2V 14B": {**T2V_14B, "input": 36, "added": 5120, "image": 1280, "pictured": 5120},
+        "T2V 14B": T2V_14B,
+        "2.1 T2V 1.3B": {**T2V_14B, "dim": 1536, "hidden": 8960, "blocks": 30},
+        "2.2 TI2V 5B": {**T2V_14B, "dim": 3072, "hidden": 14336, "input": 48, "output": 192, "blocks": 30},
+    },
+    configs={"2.1 I2V 14B": "WAN21_I2V", "T2V 14B": "WAN21_T2V", "2.1 T2V 1.3B": "WAN21_T2V", "2.2 TI2V 5B": "WAN22_T2V"},
+    pipeline="WanImageToVideoPipeline",
+    model="WanTransformer3DModel",
+    config=DIFFUSERS,
+    matrices=32,
+    dimensions=(2, 5),
+    in_full=("patch_embedding.weight",),
+    unmerged=("scale_shift_table", "blocks.0.scale_shift_table", "blocks.1.scale_shift_table"),
+    resized="five dimensions",
+    converter=convert_wan_transformer_to_diffusers,
+    converted=("every matrix, alphas", "diffusers", "musubi, pictures"),
+    spellings={
+        "ai-toolkit": lambda: written("diffusion_model.", TEXT_ONLY),
+        "some modules": lambda: written("diffusion_model.", SOME),
+        "alphas": lambda: written("diffusion_model.", BLOCKS, alpha=2.0),
+        "down and up, alphas": lambda: written("diffusion_model.", BLOCKS, DOWN, UP, alpha=2.0),
+        "every matrix": lambda: written("diffusion_model.", MATRICES),
+        "every matrix, alphas": lambda: written("diffusion_model.", MATRICES, alpha=2.0),
+        "musubi": lambda: written("lora_unet_", TEXT_ONLY, DOWN, UP, alpha=2.0, flat=True),
+        "musubi, pictures": lambda: written("lora_unet_", BLOCKS, DOWN, UP, alpha=2.0, flat=True),
+        "musubi, some modules": lambda: written("lora_unet_", SOME, DOWN, UP, alpha=2.0, flat=True),
+        "Fun": lambda: written("lora_unet__", TEXT_ONLY, DOWN, UP, alpha=2.0, flat=True),
+        "Fun, some modules": lambda: written("lora_unet__", SOME, DOWN, UP, alpha=2.0, flat=True),
+        "diffusers": lambda: written("transformer.", MATRICES, theirs=True),
+        "diffusers, alphas": lambda: written("transformer.", SOME, theirs=True, alpha=2.0),
+        "diffusers' names under diffusion_model": lambda: written("diffusion_model.", SOME, theirs=True),
+        "underscored diffusers": lambda: written("lora_unet_", SOME, DOWN, UP, alpha=2.0, flat=True, theirs=True),
+        "bare": lambda: written("", SOME),
+        "PEFT": lambda: written("base_model.model.", SOME, theirs=True),
+        "distilled": lambda: distilled(whole=False),
+        "distilled, whole": lambda: distilled(whole=True),
+        "five dimensions": lambda: written("diffusion_model.", FIVE_D),
+        "LoKr": lokr,
+    },
+)  # fmt: skip

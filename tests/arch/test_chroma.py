@@ -13,7 +13,7 @@ from mergetool.arch.families.chroma import APPROXIMATOR, CHROMA, HD, RADIANCE, S
 from mergetool.errors import FamilyError
 from tests.arch.tables import table
 from tests.oracles import ComfyUI
-from tests.oracles.two_streams import in_comfyui
+from tests.oracles.case import in_comfyui
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")
 Shapes = dict[str, tuple[int, ...]]

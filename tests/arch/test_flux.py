@@ -14,6 +14,8 @@ from mergetool.arch.families.flux import DEV, FLUX
 from mergetool.arch.generic import GENERIC
 from mergetool.errors import FamilyError
 from tests.arch.tables import table
+from tests.oracles import ComfyUI
+from tests.oracles.case import in_comfyui
 
 SCHNELL = {size: value for size, value in DEV.items() if size != "guidance"}
 FILL = {**DEV, "patch_in": 384}
@@ -156,3 +158,21 @@ def test_the_config_makes_a_model_of_the_same_shapes(sizes: dict[str, int], layo
             {key: value for key, value in config.items() if key != "_class_name"}
         )
     assert FLUX.shapes(sizes, "diffusers") == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def test_every_name_that_comfyui_maps_means_the_same_rows(comfyui: ComfyUI) -> None:
+    config = {
+        "hidden_size": DEV["dim"],
+        "depth": DEV["transformer_blocks"],
+        "depth_single_blocks": DEV["single_transformer_blocks"],
+    }
+    names = comfyui.ask("diffusers_names", function="flux_to_diffusers", config=config)["names"]
+    anatomy = recognise(table(FLUX.shapes(DEV, "comfyui")), source="f")
+    for name, held in FLUX.held(anatomy.parts, "diffusers").items():
+        target, start, rows, swapped = names[name]
+        windows = [anatomy.parts[part].stored for part in held]
+        assert {in_comfyui(one.tensor) for one in windows} == {target}
+        first, count = min(one.row for one in windows), sum(one.rows for one in windows)
+        whole = FLUX.shapes(DEV, "comfyui")[windows[0].tensor][0]
+        assert (first, count) == (start or 0, rows or whole)
+        assert (windows[0].row > windows[-1].row) == swapped

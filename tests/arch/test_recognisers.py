@@ -9,7 +9,7 @@ from tests.arch.tables import table
 from tests.oracles import ComfyUI
 from tests.oracles.architectures import FAMILIES as CLASSES
 from tests.oracles.architectures import LAYOUTS, layouts
-from tests.oracles.test_two_streams import CASES
+from tests.oracles.families import CASES
 
 KNOWN = {family.name for family in FAMILIES}
 UNSHOWN = frozenset({"SDXL"})

@@ -6,7 +6,6 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from mergetool.arch import Anatomy, describe, recognise, select
 from mergetool.arch.families.sdxl import SDXL_UNET
@@ -44,12 +43,6 @@ def test_every_name_is_the_one_of_comfyuis_map(comfyui: ComfyUI) -> None:
         assert SDXL_UNET.stored_name(name, "comfyui") == theirs[name][0]
 
 
-def test_every_name_is_the_one_of_diffusers_converter() -> None:
-    """The converter renames whatever lies under a name: here the name that mergetool gives it."""
-    ours = {UNET + SDXL_UNET.stored_name(name, "comfyui"): name for name in shapes(PUBLISHED)}
-    assert convert_ldm_unet_checkpoint(ours, {**PUBLISHED, "layers_per_block": 2}) == {n: n for n in ours.values()}
-
-
 @pytest.mark.parametrize("prefix", ["", UNET, "unet."])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_either_layout_is_read_as_the_same_parts_and_written_as_the_other(layout: str, prefix: str) -> None:
@@ -58,13 +51,6 @@ def test_either_layout_is_read_as_the_same_parts_and_written_as_the_other(layout
     assert {name: part.shape for name, part in found.parts.items()} == shapes(PUBLISHED)
     for other in LAYOUTS:
         assert {name: found.parts[part].shape for name, (part,) in found.outputs(other)} == shapes(PUBLISHED, other)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_comfyui_takes_it_for_sdxl_by_its_names_and_shapes(comfyui: ComfyUI, layout: str) -> None:
-    named = {name: list(shape) for name, shape in shapes(PUBLISHED, layout).items()}
-    answer = comfyui.ask("recognise", shapes=named)
-    assert answer == {"config": "SDXL", "missing": [], "unexpected": [], "parameters": 1680, "log": []}
 
 
 def test_a_file_of_both_layouts_is_refused() -> None:

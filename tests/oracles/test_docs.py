@@ -15,9 +15,9 @@ from tests.oracles import test_comfyui_loading as loading
 from tests.oracles import test_comfyui_loras as loras
 from tests.oracles import test_comfyui_merging as merging
 from tests.oracles import test_comfyui_quantised as quantised
-from tests.oracles import test_two_streams as two_streams
+from tests.oracles.case import Case
+from tests.oracles.families import CASES
 from tests.oracles.fetching import COMFYUI, PACKAGES, SDIST
-from tests.oracles.two_streams import Case
 
 PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "oracles.md").read_text(encoding="utf-8")
 
@@ -81,7 +81,7 @@ def test_the_counts_of_families_are_those_of_the_tests() -> None:
     )
     counted = [
         (name, size, *(str(len(case.shapes(layout, sizes))) for layout in ("comfyui", "diffusers")), str(len(case.spellings)), *loaded(case))
-        for name, case in two_streams.CASES.items()
+        for name, case in CASES.items()
         for size, sizes in case.published.items()
     ]  # fmt: skip
     assert rows == counted
@@ -89,7 +89,11 @@ def test_the_counts_of_families_are_those_of_the_tests() -> None:
 
 def loaded(case: Case) -> tuple[str, str, str]:
     """How many modules ``diff`` writes and each program loads, or the test of it fails; diffusers none of a small Lumina-Image 2."""
-    names = [name for name, shape in case.shapes("diffusers").items() if len(shape) == 2]
+    names = [
+        name
+        for name, shape in case.shapes("diffusers").items()
+        if len(shape) in case.dimensions and name.endswith(".weight") and name not in case.in_full
+    ]
     return str(len(names)), str(len(case.mapped(names))), "0" if case.has_one_width else str(case.matrices)
 
 

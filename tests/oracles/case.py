@@ -1,9 +1,9 @@
-"""Families of two streams and how each is asked for: small models, the classes that both programs have for them, and whose names are whose."""
+"""A family as the oracles are asked for it: a small model, the classes that both programs have for it, and whose names are whose."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,8 +35,11 @@ class Case:
     """A family with ``small`` sizes, ``configs`` of ComfyUI by published sizes, and diffusers' pipeline, ``model`` and its arguments for the small one.
 
     ``converter`` is diffusers' own from single files, None where the names are the same. ``spellings`` are LoRAs, of which those in ``converted`` can be written in
-    every format, ``unmapped`` the beginnings of modules that ComfyUI does not know behind the prefix that `diff` writes; ``matrices`` is how many modules of the small model a LoRA can change.
-    Of the blocks of ``stack`` all matrices are quantised but those ``kept``. ``has_one_width`` says that diffusers takes ComfyUI's names of LoRAs at the published width alone.
+    every format, ``unmapped`` the beginnings of modules that ComfyUI does not know behind the prefix that `diff` writes; ``matrices`` is how many modules of the small model a LoRA can change,
+    weights of ``dimensions`` but those that are stored ``in_full``.
+    Of the blocks of ``stack`` all matrices are quantised but those ``kept``. ``has_one_width`` says that diffusers takes ComfyUI's names of LoRAs at the published width alone, ``renamed`` that
+    ComfyUI also loads a file in diffusers' layout; ``unmerged`` are the tensors that its merge nodes leave as the first model has them, and ``resized`` is the spelling that is cut to a lower rank, the first
+    of ``converted`` by default.
     """
 
     family: KnownFamily
@@ -46,18 +49,24 @@ class Case:
     pipeline: str
     model: str
     config: Mapping[str, Any]
-    spellings: Mapping[str, Callable[[], Written]]
     matrices: int
+    spellings: Mapping[str, Callable[[], Written]] = field(default_factory=dict)
     converter: Converter | None = None
     converted: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     stack: str = "blocks."
     has_one_width: bool = False
     unmapped: tuple[str, ...] = ()
+    dimensions: tuple[int, ...] = (2,)
+    in_full: tuple[str, ...] = ()
+    renamed: bool = False
+    resized: str = ""
+    unmerged: tuple[str, ...] = ()
 
     def is_quantised(self, name: str) -> bool:
-        """Whether it is a matrix of a block, and in none of the modules ``kept`` as they are."""
-        in_block = self.stack in name and len(self.shapes("diffusers")[name]) == 2
+        """Whether it is a matrix of a block with sides of at least 64, and in none of the modules ``kept`` as they are."""
+        shape = self.shapes("diffusers")[name]
+        in_block = self.stack in name and len(shape) == 2 and min(shape) >= 64
         return in_block and not any(module in name for module in self.kept)
 
     @property
@@ -74,7 +83,7 @@ class Case:
         published = next(iter(self.published.values()))
         deep = {name: size for name, size in self.small.items() if name.endswith(("blocks", "layers", "norms"))}
         theirs, ours = self.shapes("comfyui", {**published, **deep}), self.shapes("comfyui")
-        by = published["dim"] // self.small["dim"]
+        by = published.get("dim", 1) // self.small.get("dim", 1)  # of UNets nothing is fused
         found = {}
         for name, place in places(self.converter, theirs).items():
             is_whole = place.rows == theirs[place.tensor][0]
@@ -83,16 +92,17 @@ class Case:
         return found
 
     def values(self, seed: int) -> Tensors:
-        """A small model under diffusers' names, of multiples of 1/64 below 2: sums of a few are exact in float32."""
+        """A small model under diffusers' names, of multiples of 1/64 below 1/2: bf16 holds them, and float32 sums of a few."""
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: torch.randint(-127, 128, shape, generator=generator).float() / 64
+            name: torch.randint(-31, 32, shape, generator=generator).float() / 64
             for name, shape in self.shapes("diffusers").items()
         }
 
     def native(self, state: Tensors) -> Tensors:
         """A model in diffusers' names under ComfyUI's, as diffusers' converter says."""
-        found = {in_comfyui(name): torch.zeros(shape) for name, shape in self.shapes("comfyui").items()}
+        dtype = next(iter(state.values())).dtype
+        found = {in_comfyui(name): torch.zeros(shape, dtype=dtype) for name, shape in self.shapes("comfyui").items()}
         for name, tensor in state.items():
             place = self.places[name]
             value = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
@@ -121,7 +131,7 @@ class Case:
             diffusers.ask("load", lora=lora.parent, name=lora.name, out=out, **asked)
         except RefusedError:
             return None
-        return read(out)
+        return {name: value for name, value in read(out).items() if value.any()}
 
 
 def in_comfyui(name: str) -> str:
