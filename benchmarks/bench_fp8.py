@@ -59,7 +59,9 @@ def make(folder: Path, family: str, size: str) -> dict[str, Path]:
                 out.write(head)
                 for tensor in plan.tensors:
                     if tensor.quantiser is not None:
-                        for name, data in tensor.quantiser.constants(tensor.layer, scale(tensor, seed)).items():
+                        for name, data in tensor.quantiser.constants(
+                            tensor.layer, (tensor.shape[0], tensor.shape[1]), scale(tensor, seed)
+                        ).items():
                             os.pwrite(out.fileno(), data, at[name])
                     bank = banks[F8_E4M3 if tensor.quantiser else BF16]
                     fill(out.fileno(), at[tensor.name], prod(tensor.shape), bank, crc32(tensor.name.encode()))
