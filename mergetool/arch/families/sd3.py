@@ -146,14 +146,10 @@ class StableDiffusion3(KnownFamily):
         *("blocks", "img", "txt", "attention", "attn2", "q", "k", "v", "out", "ffn", "modulation", "norm"),
         *("position", "embedder", "final"),
     )
-<<<<<<< HEAD
-    precise = frozenset({"norm", "modulation", "position", "embedder", "final"})
     untrained = "position"
-=======
     # Modulations of the blocks are a third of 3.5 Large: 5.4 of 16.3 GB.
     quantised = frozenset({"attention", "ffn", "modulation"})
     precise = frozenset({"norm", "position", "embedder", "final"})
->>>>>>> cf28891 (One module asks both programs the same of all ten families: merges of three spellings bit for bit and by ComfyUI's own nodes, containers, round trips and LoRAs; published sizes are planned on a page, and SD3's modulations are quantised)
     quantised_layout = "comfyui"  # ComfyUI does not join the scales of q, k and v
     lora_prefix = "transformer."
     lora_alphas = False  # diffusers rejects a file with one
