@@ -131,7 +131,6 @@ CASE = Case(
     dimensions=(2, 5),
     in_full=("patch_embedding.weight",),
     unmerged=("scale_shift_table", "blocks.0.scale_shift_table", "blocks.1.scale_shift_table"),
-    resized="five dimensions",
     converter=convert_wan_transformer_to_diffusers,
     converted=("every matrix, alphas", "diffusers", "musubi, pictures"),
     spellings={
