@@ -20,14 +20,16 @@ TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
         dtypes.BF16: torch.bfloat16,
         dtypes.F8_E4M3: torch.float8_e4m3fn,
         dtypes.F8_E5M2: torch.float8_e5m2,
-        **{
-            dtypes.BY_CODE[code]: dtype
-            for code, dtype in (("I64", torch.int64), ("I32", torch.int32), ("I16", torch.int16), ("I8", torch.int8))
-        },
-        dtypes.BY_CODE["U8"]: torch.uint8,
-        dtypes.BY_CODE["BOOL"]: torch.bool,
     }
 )
+"""What merges, differences and LoRAs compute with."""
+_WHOLE = {
+    dtypes.BY_CODE[code]: dtype
+    for code, dtype in (
+        *(("I64", torch.int64), ("I32", torch.int32), ("I16", torch.int16), ("I8", torch.int8)),
+        *(("U8", torch.uint8), ("BOOL", torch.bool)),
+    )
+}
 
 
 def as_tensor(raw: memoryview, dtype: DType) -> torch.Tensor:
@@ -37,15 +39,16 @@ def as_tensor(raw: memoryview, dtype: DType) -> torch.Tensor:
 
     The tensor must not be written to, and ``raw`` must outlive it.
     """
+    of_torch = TORCH.get(dtype) or _WHOLE[dtype]
     octets = np.frombuffer(raw, dtype=np.uint8)
     address = octets.ctypes.data
     if address % dtype.itemsize:
         # Files whose header is not a multiple of 8 bytes long: torch, like C, needs aligned elements.
         octets = octets.copy()
-        return torch.from_numpy(octets).view(TORCH[dtype])
+        return torch.from_numpy(octets).view(of_torch)
     if octets.size == 0:
-        return torch.empty(0, dtype=TORCH[dtype])
+        return torch.empty(0, dtype=of_torch)
     # torch.frombuffer warns about read-only buffers, once a process and from any thread; a ctypes array over the same
     # address does not say that it is read-only.
     window = (ctypes.c_char * octets.size).from_address(address)
-    return torch.frombuffer(window, dtype=TORCH[dtype])
+    return torch.frombuffer(window, dtype=of_torch)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.arch import recognise
+from mergetool.arch.families import FAMILIES
 from mergetool.arch.families.z_image import Z_IMAGE, reference_shapes
+from mergetool.arch.known import KnownFamily
 from mergetool.errors import FamilyError, UsageError
 from tests.arch.tables import TINY, anatomy, table
 
@@ -95,3 +97,11 @@ def test_renames_compare_whole_components() -> None:
             reference_shapes(TINY, "diffusers")
         )
         assert part == name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_no_size_is_measured_on_the_first_piece_of_a_fused_tensor(family: KnownFamily) -> None:
+    """A header is measured as it is stored, where such a tensor goes by its first piece and has the rows of all."""
+    places = [(name, layout) for name, axis in family.measures.values() if axis == 0 for layout in family.layouts]
+    pieces = [(name, family.table.pieces(name, layout)) for name, layout in places if family.table.find(name)]
+    assert not [name for name, fused in pieces if len(fused) > 1 and fused[0] == name]

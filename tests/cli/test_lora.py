@@ -113,7 +113,7 @@ def test_a_model_of_another_family_tells_the_names(tmp_path: Path) -> None:
     ran = mergetool(*command, "--model", "m.safetensors", cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert f"diffusion_model.{module}.lora_up.weight" in load_file(tmp_path / "x.safetensors")
-    assert "not known" in ran.out
+    assert "loads   not proved" in ran.out
     refused = mergetool(*command[:-1], "default", "--model", "m.safetensors", "--overwrite", cwd=tmp_path)
     assert (refused.code, refused.err.count("\n")) == (65, 1)
     assert "--key-format comfyui or --key-format kohya keeps the names" in refused.err
@@ -138,8 +138,8 @@ def test_of_a_model_whose_names_are_not_known_diff_claims_nothing(tmp_path: Path
     )
     ran = mergetool(*command, cwd=tmp_path)
     assert ran.code == 0, ran.err
-    assert "loads   not known" in ran.out
-    assert "diffusers" not in ran.out
+    assert "loads   not proved" in ran.out
+    assert "whole" not in ran.out
     assert mergetool(*command, "--overwrite", "--json", cwd=tmp_path).json["loading"] == {}
 
 

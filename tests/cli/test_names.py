@@ -63,7 +63,7 @@ def test_a_prefix_is_put_on_replaced_and_taken_off_and_never_doubled(here: Path)
 def test_an_unknown_layout_and_a_prefix_without_a_dot_are_refused(here: Path) -> None:
     ran = mergetool("convert", "a.safetensors", "-o", "out.safetensors", "--layout", "comfyui", cwd=here)
     assert ran.code == 2
-    assert 'no layout "comfyui" of this model' in ran.err
+    assert 'no layout "comfyui" of generic models' in ran.err
     ran = mergetool("convert", "a.safetensors", "-o", "out.safetensors", "--prefix", "net", cwd=here)
     assert ran.code == 2
     assert 'write --prefix "net."' in ran.err

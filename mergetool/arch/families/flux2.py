@@ -132,7 +132,6 @@ class Flux2(FluxLike):
     loader = "Flux2LoraLoaderMixin"
     lora_signs = (
         *("to_qkv_mlp_proj", "stream_modulation", "time_guidance_embed", ".linear_in", ".linear_out"),
-        *(("single_transformer_blocks", end) for end in ("ff_linear_in", "ff_linear_out", "context_linear_in")),  # Flux.1 in LyCORIS too
         *(f"{stack}{dot}{i}{dot}" for stack in ("single_blocks", "single_transformer_blocks") for i in _DEPTHS for dot in "._"),
     )  # fmt: skip
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {

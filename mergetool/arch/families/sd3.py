@@ -139,7 +139,7 @@ class StableDiffusion3(KnownFamily):
         "pooled": ("time_text_embed.text_embedder.linear_1.weight", 1),
         "positions": ("pos_embed.pos_embed", 1),
         "head": ("transformer_blocks.0.attn.norm_q.weight", 0),
-        "second": ("transformer_blocks.0.attn2.to_q.bias", 0),
+        "second": ("transformer_blocks.0.attn2.to_out.0.bias", 0),
     }
     optional = frozenset({"positions", "head", "second"})
     group_order = (
