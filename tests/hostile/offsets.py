@@ -28,11 +28,11 @@ COMMANDS = {
 
 
 def far(path: Path, stored: Mapping[str, torch.Tensor], place: int) -> Path:
-    """A sparse file whose first weight begins at byte ``place``, behind a tensor of holes."""
+    """A sparse file whose first weight begins at byte ``place``, behind a tensor of holes, which no merge takes over."""
 
     def header(hole: int) -> bytes:
         position = hole
-        table = {"a.hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]}}
+        table = {"vae.hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]}}
         for name, tensor in stored.items():
             size = tensor.numel() * tensor.element_size()
             table[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [position, position + size]}

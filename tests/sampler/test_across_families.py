@@ -215,6 +215,7 @@ def test_a_pipeline_of_videos_draws_one_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*pictures may turn to noise")
+@pytest.mark.filterwarnings("ignore:.*are averaged although")  # both are random
 def test_a_merge_of_another_family_draws_with_the_folders_other_parts(
     folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
