@@ -167,12 +167,12 @@ def test_every_name_that_comfyui_maps_means_the_same_rows(comfyui: ComfyUI) -> N
         "depth_single_blocks": DEV["single_transformer_blocks"],
     }
     names = comfyui.ask("diffusers_names", function="flux_to_diffusers", config=config)["names"]
-    anatomy = recognise(table(FLUX.shapes(DEV, "comfyui")), source="f")
+    shapes = FLUX.shapes(DEV, "comfyui")
+    anatomy = recognise(table(shapes), source="f")
     for name, held in FLUX.held(anatomy.parts, "diffusers").items():
         target, start, rows, swapped = names[name]
         windows = [anatomy.parts[part].stored for part in held]
         assert {in_comfyui(one.tensor) for one in windows} == {target}
         first, count = min(one.row for one in windows), sum(one.rows for one in windows)
-        whole = FLUX.shapes(DEV, "comfyui")[windows[0].tensor][0]
-        assert (first, count) == (start or 0, rows or whole)
+        assert (first, count) == (start or 0, rows or shapes[windows[0].tensor][0])
         assert (windows[0].row > windows[-1].row) == swapped

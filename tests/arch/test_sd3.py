@@ -69,13 +69,14 @@ def test_every_name_that_comfyui_maps_means_the_same_rows(comfyui: ComfyUI, vari
     names = comfyui.ask(
         "diffusers_names", function="mmdit_to_diffusers", config={"depth": sizes["transformer_blocks"]}
     )["names"]
-    anatomy = recognise(table(SD3.shapes(sizes, "comfyui")), source="f")
+    shapes = SD3.shapes(sizes, "comfyui")
+    anatomy = recognise(table(shapes), source="f")
     for name, held in SD3.held(anatomy.parts, "diffusers").items():
         target, start, rows, swapped = names[name]
         windows = [anatomy.parts[part].stored for part in held]
         assert {one.tensor for one in windows} == {target}
         first, count = min(one.row for one in windows), sum(one.rows for one in windows)
-        assert (first, count) == (start or 0, rows or SD3.shapes(sizes, "comfyui")[target][0])
+        assert (first, count) == (start or 0, rows or shapes[target][0])
         assert (windows[0].row > windows[-1].row) == swapped
 
 
