@@ -217,9 +217,7 @@ def in_diffusers(cases: Cases, release: str) -> Iterator[tuple[str, Found]]:
 BETWEEN = [pytest.param(f"diffusers {release}", marks=pytest.mark.long) for release in RELEASES[1:-1]]
 
 
-@pytest.mark.parametrize(
-    "program", ["ComfyUI 0.30", f"diffusers {RELEASES[0]}", f"diffusers {RELEASES[-1]}", *BETWEEN]
-)
+@pytest.mark.parametrize("program", ["ComfyUI 0.30", f"diffusers {RELEASES[0]}", f"diffusers {RELEASES[-1]}", *BETWEEN])
 def test_a_program_loads_what_is_said(cases: Cases, comfyui: ComfyUI, program: str) -> None:
     found = dict(
         in_comfyui(cases, comfyui) if program.startswith("ComfyUI") else in_diffusers(cases, program.split(" ")[1])

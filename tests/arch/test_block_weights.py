@@ -85,13 +85,13 @@ def test_a_curve_has_the_published_figures(name: str) -> None:
 
 @pytest.mark.parametrize("family", [SD15, SDXL_UNET], ids=["sd15", "sdxl"])
 def test_every_part_of_a_unet_gets_the_weight_of_its_block(family: KnownFamily) -> None:
-    """Of the 26 the tool gives SDXL the twenty whose blocks it has."""
+    """Of the 26 the tool gives SDXL the twenty whose blocks it has. Every fifth curve is asked."""
     anatomy = recognise(table(small(family)), source="f")
     assert anatomy.family is family
     there = [name for name in BLOCKS if any(family.block_name(part) == name for part in anatomy.parts)]
     assert len(there) == (26 if family is SD15 else 20)
     chosen = select(there, anatomy)
-    for name, (base, along) in weights().items():
+    for name, (base, along) in list(weights().items())[::5]:
         found = resolve([parse_setting(f"preset:{name}=1")], anatomy)
         assert found.keys() == anatomy.parts.keys()
         wanted = dict(zip(BLOCKS, (base, *along), strict=True))

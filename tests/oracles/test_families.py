@@ -179,7 +179,9 @@ def test_a_layout_and_back_is_the_same_file(tmp_path: Path, case: Case, models: 
     assert all(torch.equal(tensor, first[in_comfyui(name)]) for name, tensor in back.items())
 
 
-@pytest.mark.parametrize("stored", ["fp8-scaled", "int8", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "stored", ["fp8-scaled", "nvfp4", *(pytest.param(quant, marks=pytest.mark.long) for quant in ("int8", "mxfp8"))]
+)
 def test_comfyui_loads_quantised_blocks_and_the_rest_as_it_was(
     tmp_path: Path, case: Case, models: Path, comfyui: ComfyUI, stored: str
 ) -> None:
