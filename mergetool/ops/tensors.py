@@ -22,7 +22,7 @@ TORCH: Mapping[DType, torch.dtype] = MappingProxyType(
         dtypes.F8_E5M2: torch.float8_e5m2,
     }
 )
-"""What merges, differences and LoRAs compute with."""
+"""The formats of merges, differences and LoRAs."""
 _WHOLE = {
     dtypes.BY_CODE[code]: dtype
     for code, dtype in (
