@@ -27,7 +27,7 @@ from mergetool.arch import Part
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.quant.encoding import Encoding, Floats, Span
+from mergetool.quant.encoding import ComputedRows, Encoding, Floats
 from mergetool.quant.fp8 import widened
 
 EPSILON = 2.0**-23
@@ -81,8 +81,8 @@ class ColumnNorms:
 
 
 @dataclass(frozen=True, eq=False)
-class DoraRows(Encoding):
-    """The rows of a DoRA's change of one part, float32 [rows, columns]. It reads its own files, so ``spans`` are none.
+class DoraRows(ComputedRows):
+    """The rows of a DoRA's change of one part, float32 [rows, columns].
 
     ``change`` gives the rows of S, ``weight`` those of W. ``magnitudes`` are those of the part's rows, or of the channels where
     ``norms`` are given.
@@ -105,13 +105,6 @@ class DoraRows(Encoding):
     def tile_rows(self) -> int:
         """The rows of a tile of the product."""
         return self.change.tile_rows
-
-    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """None: a change is not rounded to codes."""
-        return np.zeros((rows, 1), np.float32)
-
-    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
-        return ()
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         for first in range(0, rows, self.tile_rows):

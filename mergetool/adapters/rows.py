@@ -24,7 +24,7 @@ from mergetool.checkpoint.dtypes import F32
 from mergetool.checkpoint.names import quoted
 from mergetool.checkpoint.reader import Checkpoint
 from mergetool.errors import DataError, NonFiniteError
-from mergetool.quant.encoding import Encoding, Floats, Span
+from mergetool.quant.encoding import ComputedRows, Encoding, Floats
 
 TILE_ROWS = 64
 """Rows of a product that are computed together. How a library adds up the products may depend on their number, so that it
@@ -35,8 +35,8 @@ RECENT = 4
 
 
 @dataclass(frozen=True)
-class ChangeRows(Encoding):
-    """The rows of one change of any kind, float32 [rows, columns]. It reads its own file, so ``spans`` are none."""
+class ChangeRows(ComputedRows):
+    """The rows of one change of any kind, float32 [rows, columns]."""
 
     file: LoraFile
     change: Change
@@ -56,19 +56,12 @@ class ChangeRows(Encoding):
         """`TILE_ROWS`."""
         return TILE_ROWS
 
-    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """None: a change is not rounded to codes."""
-        return np.zeros((rows, 1), np.float32)
-
-    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
-        return ()
-
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         out[:] = dense_rows(self.file, self.change, row, rows).reshape(out.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class StackedRows(Encoding):
+class StackedRows(ComputedRows):
     """The rows of a sum of products, as one: factors side by side, strengths in ``up``."""
 
     items: tuple[tuple[Fraction, ChangeRows], ...]
@@ -100,13 +93,6 @@ class StackedRows(Encoding):
         Kept for the few parts that are in use. Raises NonFiniteError for a factor with NaN or infinity.
         """
         return _RECENT.get(self)
-
-    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """None: a change is not rounded to codes."""
-        return np.zeros((rows, 1), np.float32)
-
-    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
-        return ()
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         up, down = self.factors()

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mergetool.adapters.adapter import Change
 from mergetool.adapters.dora import WeightRows
 from mergetool.adapters.lora_file import LoraFile
 from mergetool.adapters.values import dense_rows
-from mergetool.quant.encoding import Encoding, Floats, Span
+from mergetool.quant.encoding import ComputedRows, Floats
 
 
 @dataclass(frozen=True, eq=False)
-class WholeRows(Encoding):
-    """The rows of V - W of one part, float32 [rows, columns]. It reads its own files, so ``spans`` are none."""
+class WholeRows(ComputedRows):
+    """The rows of V - W of one part, float32 [rows, columns]."""
 
     file: LoraFile
     change: Change
@@ -33,13 +31,6 @@ class WholeRows(Encoding):
     def label(self) -> str:
         """The kind of adapter."""
         return self.change.adapter.kind
-
-    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
-        """None: a change is not rounded to codes."""
-        return np.zeros((rows, 1), np.float32)
-
-    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
-        return ()
 
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None:
         out[:] = dense_rows(self.file, self.change, row, rows).reshape(out.shape)

@@ -247,6 +247,20 @@ class Encoding(ABC):
     def _decode(self, raw: Sequence[memoryview], row: int, rows: int, out: Floats) -> None: ...
 
 
+class ComputedRows(Encoding):
+    """Rows that read their own sources: nothing is stored for them.
+
+    So they have no ``spans`` to read and no codes.
+    """
+
+    def steps(self, raw: Sequence[memoryview], row: int, rows: int) -> Floats:
+        """None: nothing is rounded to codes."""
+        return np.zeros((rows, 1), np.float32)
+
+    def _spans(self, row: int, rows: int) -> tuple[Span, ...]:
+        return ()
+
+
 def column_factor(layer: Layer, width: int) -> tuple[str, DType] | None:
     """The layer's ``pre_quant_scale`` for a weight of ``width`` columns. Raises DataError for one of another shape."""
     if "pre_quant_scale" not in layer.sides:

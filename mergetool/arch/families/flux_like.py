@@ -76,5 +76,5 @@ class FluxLike(KnownFamily):
         }
 
     def own_config(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """The entries of the config that other families with these blocks have not."""
-        raise NotImplementedError
+        """The entries of the config that are this family's alone, by default none."""
+        return {}
